@@ -1,0 +1,19 @@
+'''Layer-wise Relevance Propagation for residual networks, for Zennit.'''
+from .attribution import initial_relevance
+from .canonizers import ResidualCanonizer, UnsupportedOperation
+from .composites import ResNetLRP, with_splitting
+from .rules import RatioSplit, ResidualOnly, SymmetricSplit, ZPlus
+
+__version__ = '0.1.0.dev0'
+
+__all__ = [
+    'RatioSplit',
+    'ResNetLRP',
+    'ResidualCanonizer',
+    'ResidualOnly',
+    'SymmetricSplit',
+    'UnsupportedOperation',
+    'ZPlus',
+    'initial_relevance',
+    'with_splitting',
+]

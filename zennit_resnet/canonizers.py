@@ -1,0 +1,614 @@
+'''Canonizers which make the operations of residual networks visible to rules.'''
+import sys
+import threading
+import warnings
+import weakref
+
+import torch
+from torch.overrides import TorchFunctionMode
+from zennit.canonizers import Canonizer
+from zennit.core import Composite, Hook, RemovableHandleList
+from zennit.types import Activation as ActivationType
+from zennit.types import AvgPool, BatchNorm, Convolution, ConvolutionTranspose, Linear, MaxPool as MaxPoolType
+
+from .layer import (
+    Activation, Addition, AveragePool, Concatenation, Convolution1d, Convolution2d, Convolution3d, FullyConnected, Gate,
+    MaxPool, Normalization, Padding, Subsampling,
+)
+from .rules import RatioSplit, SignalTakesAll, Uncrop
+
+# Rules for operations that no composite of Zennit knows about, unless the composite in use has another for them.
+DEFAULT_RULES = (
+    (Addition, RatioSplit()),
+    (Gate, SignalTakesAll()),
+    (Padding, Uncrop()),
+)
+
+# Modules of which the composite was asked already, and of which the gradient is the rule if it has none.
+COVERED = (
+    Linear, BatchNorm, ActivationType, AvgPool, MaxPoolType, torch.nn.Identity, torch.nn.Flatten, torch.nn.Unflatten,
+    torch.nn.modules.dropout._DropoutNd, torch.nn.PixelShuffle,  # pylint: disable=protected-access
+)
+
+# Functions which move elements or are the identity in evaluation, so that the gradient is the exact rule.
+TRANSPARENT = frozenset('''
+    view view_as reshape reshape_as flatten unflatten ravel permute transpose t swapaxes swapdims movedim moveaxis adjoint
+    squeeze squeeze_ unsqueeze unsqueeze_ contiguous clone __getitem__ __setitem__ copy_ chunk split tensor_split unbind
+    narrow select index_select gather take_along_dim expand expand_as repeat repeat_interleave tile roll flip rot90
+    broadcast_to broadcast_tensors unfold as_strided pixel_shuffle pixel_unshuffle channel_shuffle
+    to type type_as float double half bfloat16 cuda cpu detach detach_ requires_grad_ __get__ __set__ retain_grad
+    register_hook dropout dropout_ dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout
+    maximum minimum fmax fmin
+'''.split())
+
+ADDITIONS = frozenset('add add_ __add__ __radd__ __iadd__ sub sub_ subtract subtract_ __sub__ __rsub__ __isub__ rsub'.split())
+PRODUCTS = frozenset('''
+    mul mul_ multiply multiply_ __mul__ __rmul__ __imul__
+    div div_ divide divide_ true_divide true_divide_ __truediv__ __itruediv__ __div__ __idiv__
+'''.split())
+ACTIVATIONS = frozenset('''
+    relu relu_ relu6 leaky_relu leaky_relu_ rrelu rrelu_ prelu elu elu_ selu selu_ celu celu_ gelu silu mish hardtanh
+    hardtanh_ hardswish hardsigmoid sigmoid sigmoid_ tanh tanh_ softplus softsign logsigmoid tanhshrink hardshrink
+    softshrink threshold threshold_ clamp clamp_ clip clip_ clamp_min clamp_min_ clamp_max clamp_max_ neg neg_ negative
+    __neg__
+'''.split())
+SIGMOIDS = frozenset('sigmoid sigmoid_ hardsigmoid tanh tanh_ softmax'.split())
+SIGMOID_MODULES = (torch.nn.Sigmoid, torch.nn.Hardsigmoid, torch.nn.Tanh, torch.nn.Softmax)
+NORMALIZATIONS = frozenset(
+    'batch_norm layer_norm group_norm instance_norm rms_norm local_response_norm normalize'.split()
+)
+AVERAGES = frozenset('''
+    avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d mean sum
+    interpolate upsample
+'''.split())
+MAXIMA = frozenset('''
+    max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d amax max
+    max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices
+'''.split())
+CONCATENATIONS = frozenset('cat concat concatenate stack hstack vstack dstack column_stack'.split())
+CONVOLUTIONS = {'conv1d': Convolution1d, 'conv2d': Convolution2d, 'conv3d': Convolution3d}
+
+
+class UnsupportedOperation(RuntimeError):
+    '''A network uses an operation on relevance for which there is no rule.'''
+
+
+class ResidualCanonizer(Canonizer):
+    '''Canonizer for residual networks of any source.
+
+    Additions, gates, activations, poolings and other operations that a network writes as functions are found while its
+    modules run, and are run through modules of :py:mod:`zennit_resnet.layer` instead, which receive their rules from the
+    composite like any other module. They are children of the module whose forward ran them (for instance
+    ``layer1.0.addition``), attached whenever the network does not run. What they compute is bit for bit the same.
+
+    An operation is of concern if it is on a path from the input to the output: for as long as the canonizer is
+    registered, no parameter requires a gradient, so a tensor requires one only if it depends on the input. Hence adding
+    a bias or a constant is not a skip connection.
+
+    Parameters
+    ----------
+    batch_norm: str, optional
+        ``'pass'`` (default) leaves batch normalization alone, relevance passes it. With ``'merge'``, rules see the
+        linear layer before it with the batch normalization folded into its weights (not if its output has other uses).
+        The folded weights are in place between forward passes, which is when rules use them, and the forward pass still
+        runs with the original ones.
+    strict: bool, optional
+        If ``True`` (default), an operation without a rule raises :py:class:`UnsupportedOperation`. If ``False``, it
+        warns, and the gradient takes the place of the rule.
+
+    Raises
+    ------
+    ValueError
+        If ``batch_norm`` is neither ``'pass'`` nor ``'merge'``.
+    '''
+    def __init__(self, batch_norm='pass', strict=True):
+        if batch_norm not in ('pass', 'merge'):
+            raise ValueError(f'batch_norm={batch_norm!r} is not one of \'pass\', \'merge\'!')
+        self.batch_norm = batch_norm
+        self.strict = strict
+        self.handles = RemovableHandleList()
+
+    def apply(self, root_module):
+        '''Apply this canonizer to a module.
+
+        Parameters
+        ----------
+        root_module: :py:obj:`torch.nn.Module`
+            The network.
+
+        Returns
+        -------
+        list of :py:obj:`ResidualCanonizer`
+            A list of the single instance that was registered.
+        '''
+        instance = self.copy()
+        instance.register(root_module, _calling_composite())
+        return [instance]
+
+    def register(self, root_module, composite=None):
+        '''Watch all modules of a network.
+
+        Parameters
+        ----------
+        root_module: :py:obj:`torch.nn.Module`
+            The network.
+        composite: :py:obj:`zennit.core.Composite`, optional
+            The composite to ask for the rules of operations. Without, additions are split by ratio.
+        '''
+        self.composite = None if composite is None else weakref.ref(composite)
+        self.root = root_module
+        self.names = {module: name for name, module in root_module.named_modules()}
+        self.context = None
+        self.standins = {}
+        self.local = threading.local()
+        self.interception = _Interception(self)
+        # zennit 1.0.0 replaces parameters of layers with new objects when its rules run
+        self.parameters = {module: dict(module._parameters) for module in self.names}
+        self.trainable = [param for param in root_module.parameters() if param.requires_grad]
+        self.merges, self.merge_candidates, self.producers = [], [], {}
+        for param in self.trainable:
+            param.requires_grad_(False)
+        for module in self.names:
+            self.handles.append(module.register_forward_pre_hook(self._enter))
+            self.handles.append(module.register_forward_hook(self._leave, always_call=True))
+
+    def remove(self):
+        '''Leave the network as it was found.'''
+        self.handles.remove()
+        self._unmerge()
+        self._detach()
+        for module, parameters in self.parameters.items():
+            module._parameters.clear()
+            module._parameters.update(parameters)
+        for param in self.trainable:
+            param.requires_grad_(True)
+        self.standins, self.trainable, self.parameters, self.names = {}, [], {}, {}
+
+    def copy(self):
+        '''Return a copy of this canonizer.'''
+        return type(self)(batch_norm=self.batch_norm, strict=self.strict)
+
+    # -- which module runs ---------------------------------------------------------------------------------------------
+
+    def _enter(self, module, args):
+        stack = self.local.__dict__.setdefault('stack', [])
+        if not stack:
+            self._start()
+            self.interception.__enter__()
+        stack.append(_Call(module, _is_opaque(module)))
+
+    def _leave(self, module, args, output):
+        stack = self.local.__dict__.get('stack')
+        # this is called for exceptions before the module was entered as well
+        if not stack or stack[-1].module is not module:
+            return
+        stack.pop()
+        if not stack:
+            self.interception.__exit__(None, None, None)
+            self._finish(output)
+
+    def _start(self):
+        self._unmerge()
+        self._detach()
+        if torch.is_grad_enabled():
+            self._check_evaluation()
+        if self.batch_norm == 'merge' and self.context is None:
+            for module in self.names:
+                self._watch_merge(module)
+        if self.context is None:
+            # rules for first layers are given to the first module of a type: ask for all modules in their order
+            self.context = {}
+            composite = self._composite()
+            if composite is not None:
+                for module, name in self.names.items():
+                    composite.module_map(self.context, name, module)
+
+    def _finish(self, output):
+        self._merge(output)
+        for owner, name, standin in self.standins.values():
+            owner._modules[name] = standin
+
+    def _detach(self):
+        # containers which call all of their children must not find stand-ins among them
+        for owner, name, _ in self.standins.values():
+            owner._modules.pop(name, None)
+
+    def _check_evaluation(self):
+        for module, name in self.names.items():
+            if module.training and isinstance(module, (BatchNorm, torch.nn.modules.dropout._DropoutNd)):
+                raise RuntimeError(
+                    f'{name} ({type(module).__name__}) is in training mode, in which the output for one sample depends '
+                    'on chance or on the other samples. Call model.eval() first.'
+                )
+
+    # -- what runs in it -----------------------------------------------------------------------------------------------
+
+    def intercept(self, func, args, kwargs):
+        '''Run a function, through a module that stands for it if it is an operation on relevance.
+
+        Parameters
+        ----------
+        func: callable
+            The function that was called.
+        args: tuple
+            Its positional arguments.
+        kwargs: dict
+            Its keyword arguments.
+
+        Returns
+        -------
+        object
+            What the function returns.
+
+        Raises
+        ------
+        UnsupportedOperation
+            If there is no rule for the function.
+        '''
+        name = getattr(func, '__name__', str(func))
+        stack = self.local.__dict__.get('stack')
+        if not stack or stack[-1].opaque or not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        if name in TRANSPARENT and name != '__getitem__':
+            return func(*args, **kwargs)
+        handler = HANDLERS.get(name)
+        carriers = _carriers((args, kwargs))
+        if not carriers:
+            return func(*args, **kwargs)
+        if handler is not None:
+            return handler(self, stack[-1], _Function(func, name, args, kwargs, carriers))
+        return self._unsupported(stack[-1], _Function(func, name, args, kwargs, carriers), 'no rule covers it')
+
+    def _unsupported(self, call, function, reason):
+        '''Run a function which relevance must not reach. What computes a gate may be anything.'''
+        path = self.names.get(call.module) or 'the model'
+        message = (
+            f'{path} ({type(call.module).__name__}) uses \'{function.name}\' on tensors that carry relevance, and {reason}. '
+            'Put it in a module and give that a rule in the layer map of the composite, or use '
+            'ResidualCanonizer(strict=False) to have its gradient instead.'
+        )
+        strict = self.strict
+
+        def check(relevance):
+            if relevance is not None and bool((relevance != 0).any()):
+                if strict:
+                    raise UnsupportedOperation(message)
+                warnings.warn(message, stacklevel=2)
+
+        output = function()
+        for carrier in _carriers((output,)):
+            carrier.register_hook(check)
+        return output
+
+    def _composite(self):
+        return None if self.composite is None else self.composite()
+
+    def _standin(self, call, kind, name):
+        '''The stand-in of the next operation of a kind in a call.'''
+        index = call.counts[kind.label] = call.counts.get(kind.label, -1) + 1
+        key = call.module, kind, index
+        if key not in self.standins:
+            label = kind.label if index == 0 else f'{kind.label}_{index}'
+            while hasattr(call.module, label):
+                label += '_'
+            standin = kind(name)
+            standin.train(call.module.training)
+            self.standins[key] = call.module, label, standin
+            prefix = self.names.get(call.module, '')
+            self._hook(f'{prefix}.{label}' if prefix else label, standin)
+            if self.batch_norm == 'merge':
+                self._watch_merge(standin)
+        standin = self.standins[key][2]
+        standin.name = name
+        return standin
+
+    def _hook(self, name, standin):
+        composite = self._composite()
+        template = None if composite is None else composite.module_map(self.context, name, standin)
+        if template is None:
+            template = next((rule for kind, rule in DEFAULT_RULES if isinstance(standin, kind)), None)
+        if template is not None:
+            hook = template.copy()
+            if composite is not None:
+                composite.hook_refs.add(hook)
+            self.handles.append(hook.register(standin))
+
+    def _run(self, call, kind, function):
+        standin = self._standin(call, kind, function.name)
+        standin.function = function.rebind()
+        return standin(*function.carriers)
+
+    def _add(self, call, function):
+        left, right = function.operands()
+        factors = [1, function.kwargs.get('alpha', 1)]
+        if 'sub' in function.name:
+            # x - y is the sum of x and -y, other - x of -x and other
+            factors[0 if function.name in ('__rsub__', 'rsub') else 1] *= -1
+        if len(function.carriers) == 2:
+            standin = self._standin(call, Addition, function.name)
+            standin.factors = None if factors == [1, 1] else tuple(factors)
+            standin.function = function.rebind()
+            return standin(*function.carriers)
+        if factors[0 if left is function.carriers[0] else 1] == 1:
+            # the gradient of adding a constant passes all relevance on
+            return function()
+        return self._run(call, Gate, function)
+
+    def _multiply(self, call, function):
+        left, right = function.operands()
+        is_division = 'div' in function.name
+        if len(function.carriers) == 1:
+            if is_division and right is function.carriers[0]:
+                return self._unsupported(call, function, 'the divisor is the only one that does')
+            signal = 0
+        elif is_division:
+            signal = 0
+        else:
+            signal = _find_signal(left, right)
+            if signal is None:
+                return self._unsupported(call, function, (
+                    f'which factor is the signal and which the gate is ambiguous: shapes {tuple(left.shape)} and '
+                    f'{tuple(right.shape)}, none or both from a sigmoid'
+                ))
+        standin = self._standin(call, Gate, function.name)
+        standin.signal = signal
+        standin.function = function.rebind()
+        return standin(*function.carriers)
+
+    def _unary(self, call, function, kind):
+        if len(function.carriers) > 1:
+            return self._unsupported(call, function, 'more than one of its arguments does')
+        return self._run(call, kind, function)
+
+    def _pad(self, call, function):
+        given = dict(zip(('input', 'pad', 'mode', 'value'), function.args), **function.kwargs)
+        if given.get('mode', 'constant') != 'constant':
+            # elements are repeated, the gradient adds up the relevance of the copies
+            return function()
+        pad, last = list(given['pad']), given['input'].ndim - 1
+        standin = self._standin(call, Padding, function.name)
+        standin.amounts = {
+            last - num: (before, after) for num, (before, after) in enumerate(zip(pad[::2], pad[1::2])) if before or after
+        }
+        standin.function = function.rebind()
+        return standin(*function.carriers)
+
+    def _index(self, call, function):
+        _, index = function.args
+        index = index if isinstance(index, tuple) else (index,)
+        if not any(isinstance(elem, slice) and elem.step not in (None, 1) for elem in index):
+            return function()
+        standin = self._standin(call, Subsampling, function.name)
+        standin.steps = _spatial_steps(function.args[0], index)
+        standin.function = function.rebind()
+        return standin(*function.carriers)
+
+    def _linear(self, call, function):
+        names = ('input', 'weight', 'bias')
+        settings = () if function.name == 'linear' else ('stride', 'padding', 'dilation', 'groups')
+        given = dict(zip(names + settings, function.args), **function.kwargs)
+        if len(function.carriers) > 1 or given['input'] is not function.carriers[0]:
+            return self._unsupported(call, function, 'its weights do')
+        standin = self._standin(call, CONVOLUTIONS.get(function.name, FullyConnected), function.name)
+        defaults = {'stride': 1, 'padding': 0, 'dilation': 1, 'groups': 1}
+        standin.padding_mode = 'zeros'
+        standin.set_call(
+            function.func, given['weight'], given.get('bias'), **{key: given.get(key, defaults[key]) for key in settings}
+        )
+        return standin(given['input'])
+
+    # -- batch normalization -------------------------------------------------------------------------------------------
+
+    def _watch_merge(self, module):
+        # registered late, so that these hooks see tensors before and after all rules have replaced them
+        if isinstance(module, Linear):
+            self.handles.append(module.register_forward_hook(self._note_producer))
+        elif isinstance(module, BatchNorm) and getattr(module, 'running_mean', None) is not None:
+            self.handles.append(module.register_forward_pre_hook(self._note_merge, prepend=True))
+
+    def _note_producer(self, module, args, output):
+        if isinstance(output, torch.Tensor) and output.requires_grad:
+            self.producers[id(output)] = weakref.ref(output), module
+
+    def _note_merge(self, module, args):
+        reference, linear = self.producers.get(id(args[0]), (lambda: None, None)) if args else (lambda: None, None)
+        if args and reference() is args[0]:
+            self.merge_candidates.append((args[0].grad_fn, linear, module))
+
+    def _merge(self, output):
+        candidates, self.merge_candidates = self.merge_candidates, []
+        self.producers.clear()
+        if not candidates:
+            return
+        uses = _count_uses([elem.grad_fn for elem in _carriers((output,))])
+        for node, linear, batch_norm in candidates:
+            if uses.get(node) == 1 and not any(linear is other for other, _ in self.merges):
+                self.merges.append((linear, dict(linear._parameters)))
+                _fold(linear, batch_norm)
+
+    def _unmerge(self):
+        while self.merges:
+            linear, parameters = self.merges.pop()
+            linear._parameters.clear()
+            linear._parameters.update(parameters)
+
+
+HANDLERS = {
+    **dict.fromkeys(ADDITIONS, ResidualCanonizer._add),
+    **dict.fromkeys(PRODUCTS, ResidualCanonizer._multiply),
+    **{name: lambda self, call, function, kind=kind: self._unary(call, function, kind) for names, kind in (
+        (ACTIVATIONS, Activation), (NORMALIZATIONS, Normalization), (AVERAGES, AveragePool), (MAXIMA, MaxPool),
+        (('addcmul',), Gate),
+    ) for name in names},
+    **{name: lambda self, call, function: self._run(call, Concatenation, function) for name in CONCATENATIONS},
+    **dict.fromkeys((*CONVOLUTIONS, 'linear'), ResidualCanonizer._linear),
+    '__getitem__': ResidualCanonizer._index,
+    'pad': ResidualCanonizer._pad,
+}
+
+
+class _Interception(TorchFunctionMode):
+    '''Hand all functions on tensors over to the canonizer.'''
+    def __init__(self, canonizer):
+        super().__init__()
+        self.canonizer = canonizer
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return self.canonizer.intercept(func, args, kwargs or {})
+
+
+class _Call:
+    '''A call of a module, with the number of operations of each kind so far.'''
+    def __init__(self, module, opaque):
+        self.module = module
+        self.opaque = opaque
+        self.counts = {}
+
+
+class _Function:
+    '''A function call with its arguments.'''
+    # pylint: disable=too-many-arguments
+    def __init__(self, func, name, args, kwargs, carriers):
+        self.func = func
+        self.name = name
+        self.args = args
+        self.kwargs = kwargs
+        self.carriers = carriers
+
+    def __call__(self):
+        return self.func(*self.args, **self.kwargs)
+
+    def operands(self):
+        '''Both operands of a binary operator.'''
+        return self.args[0], self.args[1] if len(self.args) > 1 else self.kwargs['other']
+
+    def rebind(self):
+        '''The call as a function of the tensors that carry relevance.'''
+        func, args, kwargs, positions = self.func, self.args, self.kwargs, [id(elem) for elem in self.carriers]
+
+        def function(*tensors):
+            return func(*_replace(args, dict(zip(positions, tensors))), **_replace(kwargs, dict(zip(positions, tensors))))
+
+        return function
+
+
+def _replace(value, tensors):
+    '''Replace tensors by their id in nested arguments.'''
+    if isinstance(value, torch.Tensor):
+        return tensors.get(id(value), value)
+    if isinstance(value, dict):
+        return {key: _replace(elem, tensors) for key, elem in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_replace(elem, tensors) for elem in value)
+    return value
+
+
+def _carriers(value):
+    '''All tensors that carry relevance in nested arguments, in their order.'''
+    if isinstance(value, torch.Tensor):
+        return [value] if value.requires_grad else []
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return []
+    return [tensor for elem in value for tensor in _carriers(elem)]
+
+
+def _calling_composite():
+    '''The composite that is being registered.
+
+    Composites of Zennit do not tell their canonizers who they are, but operations that are found later need their rules.
+    '''
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get('self')
+        if isinstance(caller, Composite) and frame.f_code.co_name == 'register':
+            return caller
+        frame = frame.f_back
+    return None
+
+
+def _is_opaque(module):
+    '''Whether what happens inside a module is covered by a rule of the module itself.'''
+    if any(isinstance(getattr(hook, '__self__', None), Hook) for hook in module._forward_pre_hooks.values()):
+        return True
+    return (
+        isinstance(module, COVERED)
+        and not isinstance(module, torch.nn.MultiheadAttention)
+        and type(module).__module__.startswith('torch.nn.')
+    )
+
+
+def _find_signal(left, right):
+    '''Index of the signal among two factors, None if ambiguous.'''
+    if left.numel() != right.numel():
+        return 0 if left.numel() > right.numel() else 1
+    is_gate = [_is_sigmoid(elem) for elem in (left, right)]
+    return is_gate.index(False) if is_gate.count(True) == 1 else None
+
+
+def _is_sigmoid(tensor):
+    '''Whether a tensor comes out of a sigmoid, by its graph.'''
+    node = tensor.grad_fn
+    while node is not None:
+        module = getattr(node, 'module', None)
+        if isinstance(module, SIGMOID_MODULES) or getattr(module, 'name', None) in SIGMOIDS:
+            return True
+        name = node.name()
+        if any(key in name for key in ('Sigmoid', 'Tanh', 'Softmax')):
+            return True
+        # look through functions which only move elements, and scaling by constants
+        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        moves = any(key in name for key in ('View', 'Expand', 'squeeze', 'Permute', 'Transpose', 'Clone', 'Copy', 'Identity'))
+        if len(parents) != 1 or not (moves or isinstance(module, Gate)):
+            return False
+        node = parents[0]
+    return False
+
+
+def _spatial_steps(tensor, index):
+    '''Steps of the trailing dimensions, empty if the index does anything but subsample these from their start.'''
+    if Ellipsis in [elem for elem in index if elem is Ellipsis]:
+        position = next(num for num, elem in enumerate(index) if elem is Ellipsis)
+        index = index[:position] + (slice(None),) * (tensor.ndim - len(index) + 1) + index[position + 1:]
+    index = index + (slice(None),) * (tensor.ndim - len(index))
+    if not all(isinstance(elem, slice) and elem.start in (None, 0) and elem.stop is None for elem in index):
+        return ()
+    if tensor.ndim not in (3, 4, 5) or any(elem.step not in (None, 1) for elem in index[:2]):
+        return ()
+    return tuple(elem.step or 1 for elem in index[2:])
+
+
+def _count_uses(nodes):
+    '''How often the output of each node is used, in the graph of the given nodes.'''
+    uses, queue, seen = {}, [node for node in nodes if node is not None], set()
+    while queue:
+        node = queue.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        for parent, _ in node.next_functions:
+            if parent is not None:
+                uses[parent] = uses.get(parent, 0) + 1
+                queue.append(parent)
+    return uses
+
+
+def _fold(linear, batch_norm):
+    '''Replace the parameters of a linear layer with those of it and the batch normalization after it.'''
+    with torch.no_grad():
+        scale = (batch_norm.running_var + batch_norm.eps) ** -.5
+        if batch_norm.weight is not None:
+            scale = scale * batch_norm.weight
+        weight = linear.weight
+        if isinstance(linear, ConvolutionTranspose):
+            shape = (linear.groups, weight.shape[0] // linear.groups, *weight.shape[1:])
+            weight = (weight.view(shape) * scale.view(linear.groups, 1, -1, *(1,) * (weight.ndim - 2))).view_as(weight)
+        else:
+            weight = weight * scale.view(-1, *(1,) * (weight.ndim - 1))
+        bias = -batch_norm.running_mean if linear.bias is None else linear.bias - batch_norm.running_mean
+        bias = bias * scale
+        if batch_norm.bias is not None:
+            bias = bias + batch_norm.bias
+    for key, value in (('weight', weight), ('bias', bias)):
+        linear._parameters[key] = torch.nn.Parameter(value.to(linear.weight.dtype), requires_grad=False)

@@ -1,0 +1,192 @@
+'''Composites for residual networks, registered by name in Zennit's ``COMPOSITES``.'''
+import torch
+from zennit.composites import LayerMapComposite, register_composite
+from zennit.core import Composite
+from zennit.torchvision import ResNetCanonizer
+from zennit.types import Activation, AvgPool, BatchNorm, Convolution, MaxPool
+
+from .canonizers import ResidualCanonizer
+from .layer import Addition, Gate, Padding, Subsampling
+from .rules import (
+    PassThrough, RatioSplit, ResidualOnly, SignalTakesAll, SymmetricSplit, Uncrop, ZPlus, check_choice,
+)
+
+SPLITTING = {'ratio': RatioSplit, 'symmetric': SymmetricSplit}
+
+# Normalizations which Zennit's type does not include.
+NORMALIZATION = (
+    BatchNorm, torch.nn.SyncBatchNorm, torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.InstanceNorm1d,
+    torch.nn.InstanceNorm2d, torch.nn.InstanceNorm3d, torch.nn.LocalResponseNorm,
+)
+
+
+def _with_canonizer(canonizers, batch_norm='pass'):
+    '''Add our own canonizer to a list of canonizers, unless it is there already.
+
+    Zennit's ``ResNetCanonizer`` would take the additions of torchvision's blocks away from ours, which thus replaces it.
+    '''
+    canonizers = [] if canonizers is None else list(canonizers)
+    if any(isinstance(elem, ResNetCanonizer) for elem in canonizers):
+        batch_norm = 'merge'
+        canonizers = [elem for elem in canonizers if not isinstance(elem, ResNetCanonizer)]
+    if not any(isinstance(elem, ResidualCanonizer) for elem in canonizers):
+        canonizers.append(ResidualCanonizer(batch_norm=batch_norm))
+    return canonizers
+
+
+class ResNetLRP(LayerMapComposite):
+    '''LRP for ResNet (Otsuki et al. 2024): relevance splitting at skip connections, and the z+ rule everywhere else.
+
+    Relevance is conserved: whatever the network, the input relevance sums to the initial relevance.
+
+    Parameters
+    ----------
+    splitting: str, optional
+        ``'ratio'`` (default) splits relevance in proportion to the magnitudes of skip connection and residual branch,
+        ``'symmetric'`` in half.
+    identity_skip: bool, optional
+        If ``False``, identity skip connections receive no relevance (ablation). Default is ``True``.
+    batch_norm: str, optional
+        Relevance passes batch normalization unchanged with ``'pass'`` (default). With ``'merge'``, batch normalization
+        is folded into the linear layer before it first.
+    first_layer: str, optional
+        Variant of the rule for the first layer, see :py:class:`~zennit_resnet.rules.ZPlus`.
+    projection: str, optional
+        Propagation through strided projections, ``'spread'`` (default) or ``'literal'``, see
+        :py:class:`~zennit_resnet.rules.ZPlus`.
+    dead_units: str, optional
+        Relevance of units without positive contributions, ``'spread'`` (default) or ``'drop'``, see
+        :py:class:`~zennit_resnet.rules.ZPlus`.
+    maxpool: str, optional
+        Propagation through max pooling, ``'winner'`` (default), ``'average'`` or ``'avg2x2'``, see
+        :py:class:`~zennit_resnet.rules.ZPlus`.
+    stabilizer: callable or float, optional
+        Stabilization parameter of the z+ rule, see :py:class:`~zennit_resnet.rules.ZPlus`.
+    layer_map: list[tuple[tuple[torch.nn.Module, ...], Hook]], optional
+        A mapping as a list of tuples, with a tuple of applicable module types and a Hook. This will be prepended to
+        the ``layer_map`` defined by the composite.
+    canonizers: list[:py:class:`zennit.canonizers.Canonizer`], optional
+        List of canonizer instances to be applied before applying hooks. The composite adds its own.
+    low: :py:obj:`torch.Tensor` or float, optional
+        Lowest possible input values for ``first_layer='zbox'``.
+    high: :py:obj:`torch.Tensor` or float, optional
+        Highest possible input values for ``first_layer='zbox'``.
+
+    Raises
+    ------
+    ValueError
+        If an argument is not one of its choices, or if ``low`` and ``high`` are missing for ``first_layer='zbox'``.
+    '''
+    # pylint: disable=too-many-arguments
+    def __init__(
+        self,
+        splitting='ratio',
+        identity_skip=True,
+        batch_norm='pass',
+        first_layer='zplus',
+        projection='spread',
+        dead_units='spread',
+        maxpool='winner',
+        stabilizer=0.,
+        layer_map=None,
+        canonizers=None,
+        low=None,
+        high=None,
+    ):
+        check_choice('splitting', splitting, tuple(SPLITTING))
+        rule = SPLITTING[splitting]()
+        zplus = ZPlus(
+            stabilizer=stabilizer, first_layer=first_layer, low=low, high=high, projection=projection,
+            dead_units=dead_units, maxpool=maxpool,
+        )
+        layer_map = ([] if layer_map is None else list(layer_map)) + [
+            (Addition, rule if identity_skip else ResidualOnly(rule)),
+            (Gate, SignalTakesAll()),
+            (Padding, Uncrop()),
+            (torch.nn.MultiheadAttention, None),
+            ((Activation, *NORMALIZATION), PassThrough()),
+            ((Convolution, torch.nn.Linear, AvgPool, MaxPool), zplus),
+        ]
+        if projection == 'spread':
+            layer_map.append((Subsampling, zplus))
+        super().__init__(layer_map=layer_map, canonizers=_with_canonizer(canonizers, batch_norm))
+
+
+@register_composite('resnet_lrp_ratio')
+class ResNetLRPRatio(ResNetLRP):
+    ''':py:class:`ResNetLRP` with ratio-based splitting.'''
+    def __init__(self, **kwargs):
+        super().__init__(**{'splitting': 'ratio', **kwargs})
+
+
+@register_composite('resnet_lrp_symmetric')
+class ResNetLRPSymmetric(ResNetLRP):
+    ''':py:class:`ResNetLRP` with symmetric splitting.'''
+    def __init__(self, **kwargs):
+        super().__init__(**{'splitting': 'symmetric', **kwargs})
+
+
+class SplittingComposite(Composite):
+    '''Another composite, with a rule for the additions that end residual blocks.
+
+    Parameters
+    ----------
+    composite: :py:obj:`zennit.core.Composite`
+        The other composite.
+    rule: :py:obj:`zennit_resnet.rules.Split`
+        The rule for additions.
+    '''
+    def __init__(self, composite, rule):
+        self.composite = composite
+        self.rule = rule
+        super().__init__(module_map=self.mapping, canonizers=_with_canonizer(composite.canonizers))
+
+    def mapping(self, ctx, name, module):
+        '''Get the splitting rule for additions, and the hook of the other composite for anything else.
+
+        Parameters
+        ----------
+        ctx: dict
+            A context dictionary to keep track of previously registered hooks.
+        name: str
+            Name of the module.
+        module: obj:`torch.nn.Module`
+            Instance of the module to find a hook for.
+
+        Returns
+        -------
+        obj:`Hook` or None
+            The hook found, or None if no applicable hook was found.
+        '''
+        if isinstance(module, Addition):
+            return self.rule
+        return self.composite.module_map(ctx, name, module)
+
+
+def with_splitting(composite, rule=None):
+    '''Add relevance splitting to any composite, such as Zennit's ``EpsilonPlusFlat``.
+
+    Parameters
+    ----------
+    composite: :py:obj:`zennit.core.Composite`
+        The composite, which is not changed. If Zennit's ``ResNetCanonizer`` is among its canonizers, it is replaced by
+        ``ResidualCanonizer(batch_norm='merge')``.
+    rule: :py:obj:`zennit_resnet.rules.Split`, optional
+        The rule for additions, :py:class:`~zennit_resnet.rules.RatioSplit` by default.
+
+    Returns
+    -------
+    :py:obj:`SplittingComposite`
+        A new composite.
+
+    Raises
+    ------
+    TypeError
+        If ``composite`` is not a composite (but for instance the class of one), or ``rule`` is not a hook.
+    '''
+    if not isinstance(composite, Composite):
+        raise TypeError(f'with_splitting needs an instance of a composite, but got {composite!r}!')
+    rule = RatioSplit() if rule is None else rule
+    if not hasattr(rule, 'register'):
+        raise TypeError(f'rule={rule!r} is not a hook, use for instance RatioSplit() or SymmetricSplit()!')
+    return SplittingComposite(composite, rule)

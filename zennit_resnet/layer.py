@@ -1,0 +1,188 @@
+'''Modules that stand for operations which networks write as functions.
+
+Additive skip connections, gates, functional activations and poolings have no module that a rule could be attached to.
+:py:class:`~zennit_resnet.canonizers.ResidualCanonizer` runs them through one of the modules below instead. Wherever
+Zennit knows a module type for the same operation, the stand-in is a subclass of it, so that the layer maps of existing
+composites match.
+'''
+import torch
+
+
+class Operation(torch.nn.Module):
+    '''A function call in the form of a module.
+
+    Attributes
+    ----------
+    function: callable
+        The intercepted call, as a function ``(*tensors) -> tensor`` of the tensors that carry relevance. It is replaced
+        each time the module to which the operation belongs reaches the call again.
+    name: str
+        Name of the intercepted function.
+    '''
+    label = 'operation'
+
+    def __init__(self, name=''):
+        # the torch.nn classes which are mixed in for their type only have arguments which the call itself defines
+        torch.nn.Module.__init__(self)
+        self.name = name
+        self.function = None
+
+    def forward(self, *inputs):
+        '''Run the intercepted call on tensors.'''
+        return self.function(*inputs)
+
+    def extra_repr(self):
+        '''Name of the intercepted function.'''
+        return self.name
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        # the weights of a stand-in belong to another module, a checkpoint must not contain them twice
+        pass
+
+
+class Addition(Operation):
+    '''Sum of two or more tensors of the same number of dimensions, such as skip connection and residual branch.
+
+    Attributes
+    ----------
+    factors: tuple[float, ...] or None
+        Factors of the addends (``alpha`` of :py:func:`torch.add`), all one if ``None``.
+    '''
+    label = 'addition'
+
+    def __init__(self, name='add'):
+        super().__init__(name)
+        self.factors = None
+
+    def forward(self, *addends):
+        '''Sum of the addends.
+
+        Parameters
+        ----------
+        *addends: tuple of :py:obj:`torch.Tensor`
+            Tensors which can be broadcast to a common shape.
+
+        Returns
+        -------
+        :py:obj:`torch.Tensor`
+            The sum.
+        '''
+        if self.function is not None:
+            return self.function(*addends)
+        return sum(addends[1:], addends[0])
+
+
+class Gate(Operation):
+    '''Product of a signal with a gate (squeeze-and-excitation), or with a constant (layer scale).
+
+    Attributes
+    ----------
+    signal: int
+        Index of the signal among the factors that carry relevance.
+    '''
+    label = 'gate'
+
+    def __init__(self, name='mul'):
+        super().__init__(name)
+        self.signal = 0
+
+
+class Concatenation(Operation):
+    '''Concatenation of tensors. Its gradient takes the slices apart again, which is the exact rule.'''
+    label = 'concatenation'
+
+
+class Padding(Operation):
+    '''Padding of a tensor with a constant.
+
+    Attributes
+    ----------
+    amounts: dict[int, tuple[int, int]]
+        Number of elements added before and after, by dimension.
+    '''
+    label = 'padding'
+
+    def __init__(self, name='pad'):
+        super().__init__(name)
+        self.amounts = {}
+
+
+class Subsampling(Operation):
+    '''Indexing with a step, such as ``x[:, :, ::2, ::2]`` in the parameter-free shortcuts of CIFAR networks.
+
+    Attributes
+    ----------
+    steps: tuple[int, ...]
+        Step of each of the trailing (spatial) dimensions.
+    '''
+    label = 'subsampling'
+
+    def __init__(self, name='__getitem__'):
+        super().__init__(name)
+        self.steps = ()
+
+
+class Activation(Operation, torch.nn.ReLU):
+    '''Functional element-wise activation.'''
+    label = 'activation'
+
+
+class Normalization(Operation, torch.nn.BatchNorm2d):
+    '''Functional normalization (batch, layer, group, ...).'''
+    label = 'normalization'
+
+
+class AveragePool(Operation, torch.nn.AvgPool2d):
+    '''Functional average over positions, or any other linear map with non-negative weights (sum, interpolation).'''
+    label = 'average_pool'
+
+
+class MaxPool(Operation, torch.nn.MaxPool2d):
+    '''Functional maximum over positions.'''
+    label = 'max_pool'
+
+
+class FunctionalLinear(Operation):
+    '''Functional linear map, with the tensors of the call as its parameters.'''
+    # pylint: disable=too-many-arguments
+    def set_call(self, function, weight, bias, **settings):
+        '''Take over the tensors and settings of a call.
+
+        Parameters
+        ----------
+        function: callable
+            The function that was called, ``(input, weight, bias, ...) -> output``.
+        weight: :py:obj:`torch.Tensor`
+            The weight of the call.
+        bias: :py:obj:`torch.Tensor` or None
+            The bias of the call.
+        **settings: dict
+            Further arguments by their names (``stride``, ``padding``, ...), which become attributes of the module.
+        '''
+        for key, value in (('weight', weight), ('bias', bias)):
+            if value is not None and not isinstance(value, torch.nn.Parameter):
+                value = torch.nn.Parameter(value.detach(), requires_grad=False)
+            self.register_parameter(key, value)
+        for key, value in settings.items():
+            setattr(self, key, value)
+        self.function = lambda input: function(input, self.weight, self.bias, **settings)
+
+
+class FullyConnected(FunctionalLinear, torch.nn.Linear):
+    '''Call of :py:func:`torch.nn.functional.linear`.'''
+    label = 'linear'
+
+
+class Convolution1d(FunctionalLinear, torch.nn.Conv1d):
+    '''Call of :py:func:`torch.nn.functional.conv1d`.'''
+    label = 'convolution'
+
+
+class Convolution2d(FunctionalLinear, torch.nn.Conv2d):
+    '''Call of :py:func:`torch.nn.functional.conv2d`.'''
+    label = 'convolution'
+
+
+class Convolution3d(FunctionalLinear, torch.nn.Conv3d):
+    '''Call of :py:func:`torch.nn.functional.conv3d`.'''
+    label = 'convolution'

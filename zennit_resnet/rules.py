@@ -1,0 +1,647 @@
+'''Rules for residual networks.
+
+All rules here run in a single pass: the layer's own graph is replaced with a function whose backward *is* the rule, so
+nothing is computed that the rule does not need. Equations are those of Otsuki et al. 2024 (Layer-Wise Relevance
+Propagation for ResNet) unless said otherwise.
+'''
+import copy
+import threading
+
+import torch
+import torch.nn.functional as F
+from torch._C import DisableTorchFunction
+from zennit.core import Hook, RemovableHandle, RemovableHandleList, Stabilizer
+from zennit.types import AvgPool, Convolution, ConvolutionTranspose, MaxPool
+
+from .layer import Subsampling
+
+FIRST_LAYER = ('zplus', 'literal', 'ones', 'zbox', 'wsquare', 'flat')
+PROJECTION = ('spread', 'literal')
+DEAD_UNITS = ('spread', 'drop')
+MAXPOOL = ('winner', 'average', 'avg2x2')
+
+
+def check_choice(name, value, choices):
+    '''Raise a ValueError which names the argument, its value and the choices, if the value is not among them.'''
+    if value not in choices:
+        raise ValueError(f'{name}={value!r} is not one of {", ".join(map(repr, choices))}!')
+
+
+class _Propagate(torch.autograd.Function):
+    '''Give the output of a layer a backward function which is the layer's rule.'''
+    # pylint: disable=abstract-method,arguments-differ,too-many-arguments
+    @staticmethod
+    def forward(ctx, rule, module, stored, output, inplace, *inputs):
+        '''Return the output, which comes in a list, because a tensor argument would be returned as a view.'''
+        ctx.rule = rule
+        ctx.module = module
+        ctx.shapes = [elem.shape for elem in inputs]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*stored)
+        if inplace is not None:
+            ctx.mark_dirty(inputs[inplace])
+            return inputs[inplace]
+        output, = output
+        if output.dtype in (torch.float16, torch.bfloat16) and hasattr(ctx, 'set_output_grad_dtype'):
+            # keep relevance in single precision where the forward pass runs in half precision
+            ctx.set_output_grad_dtype(torch.float32)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, relevance):
+        '''Let the rule distribute the relevance.'''
+        if relevance is None:
+            # the output is used for something that receives no relevance, such as a gate
+            return (None,) * (5 + len(ctx.shapes))
+        if not ctx.rule.active:
+            raise RuntimeError(
+                f'{type(ctx.rule).__name__} of {type(ctx.module).__name__} is inactive. Single-pass rules replace the '
+                'gradient of their layer and have none to fall back to: run the forward pass while they are inactive.'
+            )
+        if relevance.dtype in (torch.float16, torch.bfloat16):
+            relevance = relevance.float()
+        stored = [elem.to(relevance.dtype) if elem.is_floating_point() else elem for elem in ctx.saved_tensors]
+        with torch.autocast(relevance.device.type, enabled=False):
+            lower = ctx.rule.propagate(ctx.module, stored, relevance)
+        # inputs may have been broadcast to the shape of the output, and the last ones may receive nothing
+        lower = [elem if elem is None else elem.sum_to_size(shape) for elem, shape in zip(lower, ctx.shapes)]
+        return None, None, None, None, None, *lower, *(None,) * (len(ctx.shapes) - len(lower))
+
+
+class SinglePass(Hook):
+    '''Base class of rules that replace the gradient of a layer.
+
+    The layer's forward runs as it is, but without gradients. Its output is then given a backward function that calls
+    :py:meth:`propagate`. State is kept for each call and not for each module, so a module may be called several times.
+    '''
+    def __init__(self):
+        super().__init__()
+        self._pending = {}
+
+    def store(self, module, *inputs):
+        '''Choose what is kept for the backward pass. Called before the layer runs, which may be in-place.
+
+        Parameters
+        ----------
+        module: :py:obj:`torch.nn.Module`
+            The layer.
+        *inputs: tuple of :py:obj:`torch.Tensor`
+            Those of the layer's inputs that carry relevance.
+
+        Returns
+        -------
+        tuple of :py:obj:`torch.Tensor`
+            Tensors to keep.
+        '''
+        return ()
+
+    def propagate(self, module, stored, relevance):
+        '''Distribute the relevance of the layer's output over its inputs.
+
+        Parameters
+        ----------
+        module: :py:obj:`torch.nn.Module`
+            The layer.
+        stored: list of :py:obj:`torch.Tensor`
+            What :py:meth:`store` returned, in the precision of ``relevance``.
+        relevance: :py:obj:`torch.Tensor`
+            Upper relevance, of the shape of the output.
+
+        Returns
+        -------
+        tuple of :py:obj:`torch.Tensor` or None
+            Lower relevance for each input that receives any, of the shape of the input or that to which it is
+            broadcast.
+        '''
+        raise NotImplementedError()
+
+    def copy(self):
+        '''Return a copy of this hook.'''
+        duplicate = copy.copy(self)
+        SinglePass.__init__(duplicate)
+        return duplicate
+
+    def remove(self):
+        '''When removing hooks, remove all references to stored tensors.'''
+        self._pending.clear()
+        super().remove()
+
+    def register(self, module):
+        '''Register this instance to the supplied module.'''
+        return RemovableHandleList([
+            RemovableHandle(self),
+            # the rules of the innermost of nested contexts come first, the others find nothing left to do
+            module.register_forward_pre_hook(self._pre_forward, with_kwargs=True, prepend=True),
+            module.register_forward_hook(self._post_forward, always_call=True),
+        ])
+
+    def _pre_forward(self, module, args, kwargs):
+        '''Keep the inputs that carry relevance, and let the layer build no graph.'''
+        with DisableTorchFunction():
+            carriers = [
+                elem for elem in (*args, *kwargs.values()) if isinstance(elem, torch.Tensor) and elem.requires_grad
+            ]
+            if not carriers or not torch.is_grad_enabled():
+                return
+            stored = self.store(module, *carriers)
+            versions = [elem._version for elem in carriers]  # pylint: disable=protected-access
+            self._pending[threading.get_ident()] = carriers, versions, stored
+            torch.set_grad_enabled(False)
+
+    # pylint: disable=unused-argument
+    def _post_forward(self, module, args, output):
+        '''Attach the output to the inputs by the rule.'''
+        pending = self._pending.pop(threading.get_ident(), None)
+        if pending is None:
+            return None
+        torch.set_grad_enabled(True)
+        if output is None:
+            # the layer raised
+            return None
+        carriers, versions, stored = pending
+        with DisableTorchFunction():
+            first = output[0] if isinstance(output, tuple) else output
+            if not isinstance(first, torch.Tensor) or not first.is_floating_point():
+                raise TypeError(
+                    f'{type(self).__name__} needs a module which returns a floating point tensor, but '
+                    f'{type(module).__name__} returned {type(first).__name__}!'
+                )
+            inplace = next((index for index, elem in enumerate(carriers) if elem is first), None)
+            if inplace is not None and first._version == versions[inplace]:  # pylint: disable=protected-access
+                # the layer is the identity
+                return None
+            if first._is_view():  # pylint: disable=protected-access
+                # views that were made without gradients can not be modified in-place
+                first = first.detach()
+            first = _Propagate.apply(self, module, stored, [first], inplace, *carriers)
+        return (first, *output[1:]) if isinstance(output, tuple) else first
+
+
+class PassThrough(SinglePass):
+    '''Relevance passes element-wise activations and normalizations unchanged: R' = R.'''
+    def store(self, module, *inputs):
+        '''Nothing but the layer's input is needed, and only one input can receive the relevance.'''
+        if len(inputs) != 1:
+            raise ValueError(f'{type(self).__name__} is for one input, {type(module).__name__} got {len(inputs)}!')
+        return ()
+
+    def propagate(self, module, stored, relevance):
+        '''Pass relevance on.'''
+        return (relevance,)
+
+
+class SignalTakesAll(SinglePass):
+    '''All relevance of a product follows the signal, the gate counts as a constant (Arras et al. 2017).'''
+    def propagate(self, module, stored, relevance):
+        '''Pass relevance on to the signal only.'''
+        return (*(None,) * module.signal, relevance)
+
+
+class Uncrop(SinglePass):
+    '''Relevance of the elements that a padding added goes back to elements that exist, so that nothing is lost.
+
+    Along spatial dimensions it goes to the nearest element, along the channels it is shared evenly. Elements with a value
+    of zero receive relevance from dead units, from rules for the first layer that treat all inputs alike, and from
+    symmetric splitting with a skip connection that is padded with channels.
+    '''
+    def propagate(self, module, stored, relevance):
+        '''Fold relevance back.'''
+        for dim, (before, after) in module.amounts.items():
+            length = relevance.shape[dim] - max(before, 0) - max(after, 0)
+            inner = relevance.narrow(dim, max(before, 0), length).clone()
+            for start, amount, edge in ((0, before, 0), (relevance.shape[dim] - max(after, 0), after, length - 1)):
+                if amount > 0:
+                    outer = relevance.narrow(dim, start, amount).sum(dim, keepdim=True)
+                    if dim >= 2:
+                        inner.narrow(dim, edge, 1).add_(outer)
+                    else:
+                        inner.add_(outer / length)
+            # negative amounts crop
+            relevance = F.pad(inner, [value for num in reversed(range(inner.ndim)) for value in (
+                (max(-before, 0), max(-after, 0)) if num == dim else (0, 0)
+            )])
+        return (relevance,)
+
+
+class Split(SinglePass):
+    '''Base class of rules which split relevance at an addition, such as the end of a residual block.
+
+    Relevance R of the sum is divided into one part for each addend. The parts sum to R element by element, Eq. (4).
+    '''
+    def shares(self, *addends):
+        '''Compute the share of each addend but the last, which receives what the others leave.
+
+        Parameters
+        ----------
+        *addends: tuple of :py:obj:`torch.Tensor`
+            Addends as they enter the addition, which can be broadcast to a common shape.
+
+        Returns
+        -------
+        list of :py:obj:`torch.Tensor` or float
+            Shares between 0 and 1, which can be broadcast to the shape of the sum.
+        '''
+        raise NotImplementedError()
+
+    def split(self, relevance, *addends):
+        '''Split relevance.
+
+        Parameters
+        ----------
+        relevance: :py:obj:`torch.Tensor`
+            Relevance of the sum, of the addends' common shape.
+        *addends: tuple of :py:obj:`torch.Tensor`
+            The addends.
+
+        Returns
+        -------
+        tuple of :py:obj:`torch.Tensor`
+            Relevance of each addend, of the shape of ``relevance``.
+        '''
+        return self._divide(relevance, self.shares(*addends))
+
+    @staticmethod
+    def _divide(relevance, shares):
+        parts = [relevance * share for share in shares]
+        return (*parts, relevance - sum(parts[1:], parts[0]) if parts else relevance)
+
+    def store(self, module, *inputs):
+        '''Compute the shares, as an in-place addition overwrites its first addend.'''
+        factors = module.factors or (1,) * len(inputs)
+        inputs = [elem if factor == 1 else elem * factor for elem, factor in zip(inputs, factors)]
+        return tuple(torch.as_tensor(share, dtype=None if isinstance(share, torch.Tensor) else torch.float64)
+                     for share in self.shares(*inputs))
+
+    def propagate(self, module, stored, relevance):
+        '''Split relevance by the shares.'''
+        return self._divide(relevance, stored)
+
+
+class RatioSplit(Split):
+    '''Ratio-based relevance splitting, Eqs. (6) and (7): each addend h_i receives R |h_i| / sum_k |h_k|.
+
+    Where all addends are zero, they receive equal parts.
+    '''
+    def shares(self, *addends):
+        '''Share of the magnitudes.'''
+        addends = [elem if elem.dtype == torch.float64 else elem.float() for elem in addends]
+        magnitudes = [elem.abs() for elem in addends]
+        total = sum(magnitudes[1:], magnitudes[0])
+        return [(elem / total).nan_to_num_(1 / len(addends)) for elem in magnitudes[:-1]]
+
+
+class SymmetricSplit(Split):
+    '''Symmetric relevance splitting, Eq. (5): each of n addends receives R / n.'''
+    def shares(self, *addends):
+        '''Equal shares.'''
+        return [1 / len(addends)] * (len(addends) - 1)
+
+
+class ResidualOnly(Split):
+    '''Identity skip connections receive no relevance (ablation, rows (i) and (iii) of Table 2).
+
+    An addend is an identity skip connection if another addend was computed from it. Additions without one, such as the
+    end of a block whose skip connection is a projection, are left to another rule.
+
+    Parameters
+    ----------
+    rule: :py:obj:`Split`, optional
+        The rule for additions without identity skip connection, and among several residual branches.
+    '''
+    def __init__(self, rule=None):
+        super().__init__()
+        self.rule = RatioSplit() if rule is None else rule
+
+    def shares(self, *addends):
+        '''Share of the residual branches.'''
+        identity = [
+            any(_depends_on(other, elem) for other in addends if other is not elem) for elem in addends
+        ]
+        branches = [elem for elem, is_identity in zip(addends, identity) if not is_identity]
+        if len(branches) in (0, len(addends)):
+            return self.rule.shares(*addends)
+        parts = self.rule.shares(*branches)
+        parts.append(1 - sum(parts))
+        parts = iter(parts)
+        return [0. if is_identity else next(parts) for is_identity in identity][:-1]
+
+
+def _depends_on(tensor, source):
+    '''Whether a tensor was computed from another, by their graphs.'''
+    if tensor.grad_fn is None or not source.requires_grad:
+        return False
+    target = torch.autograd.graph.get_gradient_edge(source)
+    # nodes are numbered in the order of their creation, only leaves have no proper number
+    oldest = -1 if source.grad_fn is None else target.node._sequence_nr()  # pylint: disable=protected-access
+    queue, seen = [tensor.grad_fn], set()
+    while queue:
+        for node, index in queue.pop().next_functions:
+            if node is None or (node, index) in seen:
+                continue
+            if node == target.node and index == target.output_nr:
+                return True
+            seen.add((node, index))
+            if node._sequence_nr() > oldest:  # pylint: disable=protected-access
+                queue.append(node)
+    return False
+
+
+class ZPlus(SinglePass):
+    '''Single-pass z+ rule, Eq. (2): R'_i = h_i sum_j w+_ji R_j / sum_k w+_jk h_k, for linear layers, convolutions and
+    poolings. Biases have no part in it, so relevance is conserved.
+
+    For layers whose input h has negative values, the contributions are (w h)+, which is the same where h >= 0.
+
+    Parameters
+    ----------
+    stabilizer: callable or float, optional
+        If it is a float, it will be added to the denominator with the same sign as each respective entry. If it is
+        callable, a function ``(input: torch.Tensor) -> torch.Tensor`` is expected, of which the output corresponds to
+        the stabilized denominator. Relevance is lost by it. The default 0 loses none, because units with a denominator
+        that is zero up to rounding (less than the machine precision times the mean of the layer and sample) are treated
+        by ``dead_units`` anyway.
+    first_layer: str, optional
+        Contributions to the first layer, i.e. to layers that no convolution or linear layer precedes. With weights w,
+        and w+ and w- their positive and negative parts: ``'zplus'`` (default) (w h)+; ``'literal'`` w+ h as printed,
+        even where h < 0 (denominators may vanish); ``'ones'`` w+ (the published code: the input is replaced by ones);
+        ``'zbox'`` w h - w+ low - w- high; ``'wsquare'`` w^2; ``'flat'`` 1.
+    low: :py:obj:`torch.Tensor` or float, optional
+        Lowest possible input values for ``'zbox'``, which can be broadcast to the input.
+    high: :py:obj:`torch.Tensor` or float, optional
+        Highest possible input values for ``'zbox'``, which can be broadcast to the input.
+    projection: str, optional
+        Convolutions whose stride exceeds their kernel, such as the 1 x 1 projections of stride 2 in skip connections,
+        read only some of the positions. ``'literal'`` propagates to these only, which leaves a lattice of dots in the
+        heatmap. ``'spread'`` (default) shares relevance over the whole stride cell in proportion to the activations:
+        z = w+ * avgpool_s(h), R' = h avgpool_s^T(w+^T (R / z)), which conserves it as well.
+    dead_units: str, optional
+        What becomes of the relevance of units with no positive contribution, 0/0 in Eq. (2). ``'spread'`` (default)
+        shares it evenly over the unit's inputs (those inside the image), ``'drop'`` loses it.
+    maxpool: str, optional
+        ``'winner'`` (default) lets the first maximum take all, ``'average'`` uses an average pooling with the kernel,
+        stride and padding of the max pooling, ``'avg2x2'`` an average over 2 x 2 with stride 2 for every max pooling
+        (the published code).
+    '''
+    # pylint: disable=too-many-arguments
+    def __init__(
+        self,
+        stabilizer=0.,
+        first_layer='zplus',
+        low=None,
+        high=None,
+        projection='spread',
+        dead_units='spread',
+        maxpool='winner',
+    ):
+        super().__init__()
+        check_choice('first_layer', first_layer, FIRST_LAYER)
+        check_choice('projection', projection, PROJECTION)
+        check_choice('dead_units', dead_units, DEAD_UNITS)
+        check_choice('maxpool', maxpool, MAXPOOL)
+        if first_layer == 'zbox' and (low is None or high is None):
+            raise ValueError(
+                'first_layer=\'zbox\' needs the lowest and highest possible input values, low and high: for an input '
+                'normalized with mean and std, low=(0 - mean) / std and high=(1 - mean) / std.'
+            )
+        self.stabilizer = None if stabilizer == 0 else Stabilizer.ensure(stabilizer)
+        self.first_layer = first_layer
+        self.low = low
+        self.high = high
+        self.projection = projection
+        self.dead_units = dead_units
+        self.maxpool = maxpool
+
+    def register(self, module):
+        '''Register this instance to the supplied module, unless its own gradient is the rule already.'''
+        # a subclass with a forward of its own (same-padding, standardized weights) may compute anything from its
+        # weights. The canonizer looks inside and finds the functional convolution.
+        if not _is_plain(module) or self._is_winner(module):
+            return RemovableHandleList([RemovableHandle(self)])
+        return super().register(module)
+
+    def _is_winner(self, module):
+        return isinstance(module, MaxPool) and (self.maxpool, self.dead_units) == ('winner', 'spread')
+
+    def store(self, module, *inputs):
+        '''Keep the input, and whether this is a first layer.'''
+        input, = inputs
+        is_first = self.first_layer != 'zplus' and _is_first(input)
+        return (input, torch.tensor(is_first))
+
+    def propagate(self, module, stored, relevance):
+        '''Compute Eq. (2).'''
+        input, is_first = stored
+        if isinstance(module, MaxPool) and self.maxpool == 'winner':
+            return (self._winner(module, input, relevance),)
+
+        inputs, outputs = [], []
+        with torch.enable_grad():
+            for elem, weight in self._contributions(module, input, bool(is_first)):
+                inputs.append(elem.detach().requires_grad_())
+                outputs.append(self._linear(module, inputs[-1], weight))
+        denominator = sum((elem.detach() for elem in outputs[1:]), outputs[0].detach())
+        share, dead = self._share(relevance, denominator)
+        gradients = torch.autograd.grad(outputs, inputs, [share] * len(outputs))
+        with torch.no_grad():
+            lower = gradients[0].mul_(inputs[0])
+            for elem, grad in zip(inputs[1:], gradients[1:]):
+                lower.addcmul_(elem, grad)
+        if dead is not None:
+            lower += self._spread(module, input, relevance * dead)
+        return (lower,)
+
+    def _share(self, relevance, denominator):
+        '''Compute R / z, and which units are dead, None if there are none of which relevance must be spread.'''
+        dims = tuple(range(1, denominator.ndim))
+        magnitude = denominator.abs()
+        resolution = magnitude.mean(dims, keepdim=True) * torch.finfo(denominator.dtype).eps
+        has_dead = bool((magnitude.amin(dims, keepdim=True) <= resolution).any())
+        if self.stabilizer is not None:
+            denominator = self.stabilizer(denominator)
+        share = relevance / denominator
+        if not has_dead:
+            return share, None
+        dead = magnitude <= resolution
+        if self.dead_units == 'drop':
+            # with a stabilizer, 0/0 does not occur, and dead units have no contributions that would receive relevance
+            return share if self.stabilizer is not None else share.masked_fill_(dead, 0.), None
+        share.masked_fill_(dead, 0.)
+        return share, dead if bool((relevance * dead).any()) else None
+
+    def _contributions(self, module, input, is_first):
+        '''Pairs of inputs and weights (None for poolings) of which the products are the contributions.'''
+        variant = self.first_layer if is_first else 'zplus'
+        if not isinstance(module, (Convolution, torch.nn.Linear)):
+            if variant == 'zplus':
+                return [(input.clamp(min=0), None)]
+            if variant == 'literal':
+                return [(input, None)]
+            return [(input - self._bound(self.low, input) if variant == 'zbox' else torch.ones_like(input), None)]
+
+        weight = module.weight.detach().to(input.dtype)
+        if variant == 'zplus':
+            if bool(input.amin() < 0):
+                return [(input.clamp(min=0), weight.clamp(min=0)), (input.clamp(max=0), weight.clamp(max=0))]
+            return [(input, weight.clamp(min=0))]
+        if variant == 'zbox':
+            return [
+                (input, weight),
+                (-self._bound(self.low, input), weight.clamp(min=0)),
+                (-self._bound(self.high, input), weight.clamp(max=0)),
+            ]
+        if variant == 'literal':
+            return [(input, weight.clamp(min=0))]
+        weight = {
+            'ones': lambda: weight.clamp(min=0), 'wsquare': lambda: weight ** 2, 'flat': lambda: torch.ones_like(weight)
+        }[variant]()
+        return [(torch.ones_like(input), weight)]
+
+    @staticmethod
+    def _bound(value, input):
+        return torch.as_tensor(value).to(input).expand_as(input)
+
+    def _linear(self, module, input, weight):
+        '''The layer as a linear map of an input, with a weight (None for poolings), and without bias.'''
+        if isinstance(module, torch.nn.Linear):
+            return F.linear(input, weight)
+        if isinstance(module, ConvolutionTranspose):
+            return _CONV_TRANSPOSE[module.weight.ndim - 2](
+                input, weight, None, module.stride, module.padding, module.output_padding, module.groups,
+                module.dilation,
+            )
+        if isinstance(module, Convolution):
+            return _convolve(module, input, weight, self.projection == 'spread')
+        if isinstance(module, MaxPool):
+            if self.maxpool == 'avg2x2':
+                return F.avg_pool2d(input, 2, 2)
+            return _average(module, input)
+        if isinstance(module, Subsampling):
+            return _pool_cells(input, module.steps)
+        return module.forward(input)
+
+    def _spread(self, module, input, relevance):
+        '''Share the relevance of dead units evenly over their inputs.'''
+        if isinstance(module, torch.nn.Linear):
+            return (relevance.sum(-1, keepdim=True) / input.shape[-1]).expand_as(input)
+        ones, weight = torch.ones_like(input), None
+        if isinstance(module, Convolution):
+            # all channels of a group are treated alike, so one of each is enough
+            kernel = module.weight.shape[2:]
+            out_channels = relevance.shape[1] // module.groups
+            relevance = relevance.unflatten(1, (module.groups, out_channels)).sum(2)
+            ones = ones[:, :module.groups]
+            weight = torch.ones(module.groups, 1, *kernel).to(relevance)
+        with torch.enable_grad():
+            ones.requires_grad_()
+            output = self._linear(module, ones, weight)
+        lower, = torch.autograd.grad(output, ones, torch.nan_to_num(relevance / output.detach(), 0., 0., 0.))
+        if isinstance(module, Convolution):
+            in_channels = input.shape[1] // module.groups
+            lower = (lower / in_channels).unsqueeze(2).expand(-1, -1, in_channels, *lower.shape[2:])
+        return lower.reshape(input.shape)
+
+    def _winner(self, module, input, relevance):
+        '''Eq. (2) with weights that are one for the first maximum of each window, and zero for all others.'''
+        with torch.enable_grad():
+            input = input.detach().requires_grad_()
+            output = module.forward(input)
+        share, _ = self._share(relevance, output.detach())
+        return torch.autograd.grad(output, input, share)[0] * input.detach()
+
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+_AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+_PLAIN = (
+    torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d,
+    torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d,
+)
+
+
+def _is_plain(module):
+    '''Whether a linear layer or convolution computes what its class in torch.nn does.'''
+    base = next((base for base in _PLAIN if isinstance(module, base)), None)
+    if base is None or hasattr(module, 'set_call'):
+        return True
+    # pylint: disable=protected-access
+    return type(module).forward is base.forward and (
+        not hasattr(base, '_conv_forward') or type(module)._conv_forward is base._conv_forward
+    )
+
+
+def _is_first(input):
+    '''Whether no linear layer or convolution with a rule of this module precedes, by the input's graph.'''
+    queue, seen = [input.grad_fn], set()
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(getattr(node, 'module', None), (Convolution, torch.nn.Linear)):
+            return False
+        queue.extend(parent for parent, _ in node.next_functions)
+    return True
+
+
+def _tuple(value, num):
+    return (value,) * num if isinstance(value, int) else tuple(value)
+
+
+def _convolve(module, input, weight, spread):
+    '''Convolve without bias. With ``spread``, strides beyond the kernel take in whole stride cells.'''
+    num = weight.ndim - 2
+    stride, padding, dilation = (_tuple(value, num) if value not in ('same', 'valid') else value
+                                 for value in (module.stride, module.padding, module.dilation))
+    if module.padding_mode != 'zeros':
+        # pylint: disable=protected-access
+        input = F.pad(input, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+        padding = (0,) * num
+    kernel = tuple(weight.shape[2:])
+    if not spread or not any(step > size for step, size in zip(stride, kernel)):
+        return _CONV[num](input, weight, None, stride, padding, dilation, module.groups)
+
+    if any(padding):
+        input = F.pad(input, [value for value in reversed(padding) for _ in range(2)])
+    cells = tuple(step if step > size == 1 else 1 for step, size in zip(stride, kernel))
+    shape = [
+        (length - (size - 1) * dil - 1) // step + 1
+        for length, size, dil, step in zip(input.shape[2:], kernel, dilation, stride)
+    ]
+    input = _pool_cells(input, cells)
+    stride = tuple(step // cell for step, cell in zip(stride, cells))
+    # kernels between one and the stride are enlarged to it, each tap stands for a part of the cell
+    dilation = list(dilation)
+    for dim, (step, size) in enumerate(zip(stride, kernel)):
+        if step > size and dilation[dim] == 1:
+            parts = torch.arange(step, device=weight.device) * size // step
+            weight = weight.index_select(dim + 2, parts) / parts.bincount().to(weight)[parts].view(
+                -1, *(1,) * (num - dim - 1)
+            )
+    excess = [
+        max((out - 1) * step + (size - 1) * dil + 1 - length, 0)
+        for out, step, size, dil, length in zip(shape, stride, weight.shape[2:], dilation, input.shape[2:])
+    ]
+    if any(excess):
+        input = F.pad(input, [value for amount in reversed(excess) for value in (0, amount)])
+    return _CONV[num](input, weight, None, stride, 0, tuple(dilation), module.groups)
+
+
+def _pool_cells(input, cells):
+    '''Average over cells, including incomplete ones at the border.'''
+    if all(cell == 1 for cell in cells):
+        return input
+    return _AVG_POOL[len(cells)](input, cells, cells, ceil_mode=True, count_include_pad=False)
+
+
+def _average(module, input):
+    '''Average pooling with the window of a max pooling.'''
+    kernel, stride, padding, dilation, ceil_mode = (
+        getattr(module, key, None) for key in ('kernel_size', 'stride', 'padding', 'dilation', 'ceil_mode')
+    )
+    num = input.ndim - 2
+    if kernel is None or _tuple(dilation, num) != (1,) * num:
+        raise ValueError(
+            f'maxpool=\'average\' needs a max pooling with a kernel and no dilation, {module} has none: use \'winner\'.'
+        )
+    return _AVG_POOL[num](input, kernel, stride, padding, ceil_mode)
