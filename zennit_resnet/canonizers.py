@@ -483,23 +483,31 @@ class _Function:
         return self.args[0], self.args[1] if len(self.args) > 1 else self.kwargs['other']
 
     def rebind(self):
-        '''The call as a function of the tensors that carry relevance.'''
-        func, args, kwargs, positions = self.func, self.args, self.kwargs, [id(elem) for elem in self.carriers]
+        '''The call as a function of the tensors that carry relevance, without a reference to any of them.'''
+        func = self.func
+        slots = {id(elem): _Slot(num) for num, elem in enumerate(self.carriers)}
+        args, kwargs = _replace(self.args, slots), _replace(self.kwargs, slots)
 
         def function(*tensors):
-            return func(*_replace(args, dict(zip(positions, tensors))), **_replace(kwargs, dict(zip(positions, tensors))))
+            return func(*_replace(args, tensors), **_replace(kwargs, tensors))
 
         return function
 
 
-def _replace(value, tensors):
-    '''Replace tensors by their id in nested arguments.'''
+class _Slot(int):
+    '''Place of a tensor in the arguments of a call.'''
+
+
+def _replace(value, replacements):
+    '''Replace tensors by slots according to their id, or slots by tensors, in nested arguments.'''
     if isinstance(value, torch.Tensor):
-        return tensors.get(id(value), value)
+        return replacements.get(id(value), value) if isinstance(replacements, dict) else value
+    if isinstance(value, _Slot):
+        return replacements[value]
     if isinstance(value, dict):
-        return {key: _replace(elem, tensors) for key, elem in value.items()}
+        return {key: _replace(elem, replacements) for key, elem in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_replace(elem, tensors) for elem in value)
+        return type(value)(_replace(elem, replacements) for elem in value)
     return value
 
 

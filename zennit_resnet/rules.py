@@ -144,7 +144,8 @@ class SinglePass(Hook):
             ]
             if not carriers or not torch.is_grad_enabled():
                 return
-            stored = self.store(module, *carriers)
+            with torch.no_grad():
+                stored = self.store(module, *carriers)
             versions = [elem._version for elem in carriers]  # pylint: disable=protected-access
             self._pending[threading.get_ident()] = carriers, versions, stored
             torch.set_grad_enabled(False)
@@ -263,8 +264,11 @@ class Split(SinglePass):
 
     @staticmethod
     def _divide(relevance, shares):
-        parts = [relevance * share for share in shares]
-        return (*parts, relevance - sum(parts[1:], parts[0]) if parts else relevance)
+        parts, rest = [], relevance
+        for share in shares:
+            parts.append(relevance * share)
+            rest = rest - parts[-1]
+        return (*parts, rest)
 
     def store(self, module, *inputs):
         '''Compute the shares, as an in-place addition overwrites its first addend.'''
@@ -287,8 +291,12 @@ class RatioSplit(Split):
         '''Share of the magnitudes.'''
         addends = [elem if elem.dtype == torch.float64 else elem.float() for elem in addends]
         magnitudes = [elem.abs() for elem in addends]
-        total = sum(magnitudes[1:], magnitudes[0])
-        return [(elem / total).nan_to_num_(1 / len(addends)) for elem in magnitudes[:-1]]
+        total = magnitudes.pop()
+        for elem in magnitudes:
+            total = total.add_(elem) if total.shape == elem.shape else total + elem
+        # everything is in place where possible, as this is limited by memory
+        shares = [elem.div_(total) if total.shape == elem.shape else elem / total for elem in magnitudes]
+        return [elem.nan_to_num_(1 / len(addends)) for elem in shares]
 
 
 class SymmetricSplit(Split):
@@ -424,64 +432,68 @@ class ZPlus(SinglePass):
         return isinstance(module, MaxPool) and (self.maxpool, self.dead_units) == ('winner', 'spread')
 
     def store(self, module, *inputs):
-        '''Keep the input, and whether this is a first layer.'''
+        '''Keep the input, whether this is a first layer, and whether the input is known to be non-negative.'''
         input, = inputs
         is_first = self.first_layer != 'zplus' and _is_first(input)
-        return (input, torch.tensor(is_first))
+        is_relu = isinstance(getattr(input.grad_fn, 'module', None), (torch.nn.ReLU, torch.nn.ReLU6))
+        return input, torch.tensor([is_first, is_relu])
 
     def propagate(self, module, stored, relevance):
         '''Compute Eq. (2).'''
-        input, is_first = stored
+        input, (is_first, is_relu) = stored[0], stored[1].tolist()
         if isinstance(module, MaxPool) and self.maxpool == 'winner':
             return (self._winner(module, input, relevance),)
+        variant = self.first_layer if is_first else 'zplus'
+        is_negative = variant == 'zplus' and not is_relu and bool(input.amin() < 0)
 
         inputs, outputs = [], []
         with torch.enable_grad():
-            for elem, weight in self._contributions(module, input, bool(is_first)):
+            for elem, weight in self._contributions(module, input, variant, is_negative):
                 inputs.append(elem.detach().requires_grad_())
                 outputs.append(self._linear(module, inputs[-1], weight))
-        denominator = sum((elem.detach() for elem in outputs[1:]), outputs[0].detach())
-        share, dead = self._share(relevance, denominator)
+        denominator = outputs[0].detach()
+        for elem in outputs[1:]:
+            denominator = denominator + elem.detach()
+        share, dead = self._share(relevance, denominator, variant in ('literal', 'zbox'))
         gradients = torch.autograd.grad(outputs, inputs, [share] * len(outputs))
         with torch.no_grad():
-            lower = gradients[0].mul_(inputs[0])
+            lower = inputs[0] * gradients[0] if weight is None else gradients[0].mul_(inputs[0])
             for elem, grad in zip(inputs[1:], gradients[1:]):
                 lower.addcmul_(elem, grad)
         if dead is not None:
             lower += self._spread(module, input, relevance * dead)
         return (lower,)
 
-    def _share(self, relevance, denominator):
-        '''Compute R / z, and which units are dead, None if there are none of which relevance must be spread.'''
+    def _share(self, relevance, denominator, is_signed):
+        '''Compute R / z in the place of z, and which units are dead, None if nothing is to be spread of them.'''
         dims = tuple(range(1, denominator.ndim))
-        magnitude = denominator.abs()
+        magnitude = denominator.abs() if is_signed else denominator
         resolution = magnitude.mean(dims, keepdim=True) * torch.finfo(denominator.dtype).eps
-        has_dead = bool((magnitude.amin(dims, keepdim=True) <= resolution).any())
+        dead = None
+        if bool((magnitude.amin(dims, keepdim=True) <= resolution).any()):
+            dead = magnitude <= resolution
         if self.stabilizer is not None:
             denominator = self.stabilizer(denominator)
-        share = relevance / denominator
-        if not has_dead:
+        share = torch.div(relevance, denominator, out=denominator)
+        if dead is None:
             return share, None
-        dead = magnitude <= resolution
         if self.dead_units == 'drop':
             # with a stabilizer, 0/0 does not occur, and dead units have no contributions that would receive relevance
             return share if self.stabilizer is not None else share.masked_fill_(dead, 0.), None
-        share.masked_fill_(dead, 0.)
-        return share, dead if bool((relevance * dead).any()) else None
+        return share.masked_fill_(dead, 0.), dead if bool((relevance * dead).any()) else None
 
-    def _contributions(self, module, input, is_first):
+    def _contributions(self, module, input, variant, is_negative):
         '''Pairs of inputs and weights (None for poolings) of which the products are the contributions.'''
-        variant = self.first_layer if is_first else 'zplus'
         if not isinstance(module, (Convolution, torch.nn.Linear)):
             if variant == 'zplus':
-                return [(input.clamp(min=0), None)]
+                return [(input.clamp(min=0) if is_negative else input, None)]
             if variant == 'literal':
                 return [(input, None)]
             return [(input - self._bound(self.low, input) if variant == 'zbox' else torch.ones_like(input), None)]
 
         weight = module.weight.detach().to(input.dtype)
         if variant == 'zplus':
-            if bool(input.amin() < 0):
+            if is_negative:
                 return [(input.clamp(min=0), weight.clamp(min=0)), (input.clamp(max=0), weight.clamp(max=0))]
             return [(input, weight.clamp(min=0))]
         if variant == 'zbox':
@@ -546,7 +558,7 @@ class ZPlus(SinglePass):
         with torch.enable_grad():
             input = input.detach().requires_grad_()
             output = module.forward(input)
-        share, _ = self._share(relevance, output.detach())
+        share, _ = self._share(relevance, output.detach().clone(), True)
         return torch.autograd.grad(output, input, share)[0] * input.detach()
 
 
