@@ -1,10 +1,10 @@
 '''Rules and composites against golden cases (see ``tests/golden``).'''
 import pytest
 import torch
+from golden_cases import golden_cases, relative_error, tensor
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from zennit.attribution import Gradient
 
-from golden_cases import golden_cases, relative_error, tensor
 from zennit_resnet.composites import ResNetLRP
 from zennit_resnet.layer import Addition
 from zennit_resnet.rules import RatioSplit, ResidualOnly, SymmetricSplit, ZPlus

@@ -9,12 +9,26 @@ from torch.overrides import TorchFunctionMode
 from zennit.canonizers import Canonizer
 from zennit.core import Composite, Hook, RemovableHandleList
 from zennit.types import Activation as ActivationType
-from zennit.types import AvgPool, BatchNorm, Convolution, ConvolutionTranspose, Linear, MaxPool as MaxPoolType
+from zennit.types import AvgPool, BatchNorm, Linear
+from zennit.types import MaxPool as MaxPoolType
 
+from .graph import is_sigmoid
 from .layer import (
-    Activation, Addition, AveragePool, Concatenation, Convolution1d, Convolution2d, Convolution3d, FullyConnected, Gate,
-    MaxPool, Normalization, Padding, Subsampling,
+    Activation,
+    Addition,
+    AveragePool,
+    Concatenation,
+    Convolution1d,
+    Convolution2d,
+    Convolution3d,
+    FullyConnected,
+    Gate,
+    MaxPool,
+    Normalization,
+    Padding,
+    Subsampling,
 )
+from .merging import BatchNormMerge
 from .rules import RatioSplit, SignalTakesAll, Uncrop
 
 # Rules for operations that no composite of Zennit knows about, unless the composite in use has another for them.
@@ -32,8 +46,8 @@ COVERED = (
 
 # Functions which move elements or are the identity in evaluation, so that the gradient is the exact rule.
 TRANSPARENT = frozenset('''
-    view view_as reshape reshape_as flatten unflatten ravel permute transpose t swapaxes swapdims movedim moveaxis adjoint
-    squeeze squeeze_ unsqueeze unsqueeze_ contiguous clone __getitem__ __setitem__ copy_ chunk split tensor_split unbind
+    view view_as reshape reshape_as flatten unflatten ravel permute transpose t swapaxes swapdims movedim moveaxis
+    adjoint squeeze squeeze_ unsqueeze unsqueeze_ contiguous clone __getitem__ __setitem__ copy_ chunk split tensor_split unbind
     narrow select index_select gather take_along_dim expand expand_as repeat repeat_interleave tile roll flip rot90
     broadcast_to broadcast_tensors unfold as_strided pixel_shuffle pixel_unshuffle channel_shuffle
     to type type_as float double half bfloat16 cuda cpu detach detach_ requires_grad_ __get__ __set__ retain_grad
@@ -41,7 +55,9 @@ TRANSPARENT = frozenset('''
     maximum minimum fmax fmin
 '''.split())
 
-ADDITIONS = frozenset('add add_ __add__ __radd__ __iadd__ sub sub_ subtract subtract_ __sub__ __rsub__ __isub__ rsub'.split())
+ADDITIONS = frozenset('''
+    add add_ __add__ __radd__ __iadd__ sub sub_ subtract subtract_ __sub__ __rsub__ __isub__ rsub
+'''.split())
 PRODUCTS = frozenset('''
     mul mul_ multiply multiply_ __mul__ __rmul__ __imul__
     div div_ divide divide_ true_divide true_divide_ __truediv__ __itruediv__ __div__ __idiv__
@@ -52,8 +68,6 @@ ACTIVATIONS = frozenset('''
     softshrink threshold threshold_ clamp clamp_ clip clip_ clamp_min clamp_min_ clamp_max clamp_max_ neg neg_ negative
     __neg__
 '''.split())
-SIGMOIDS = frozenset('sigmoid sigmoid_ hardsigmoid tanh tanh_ softmax'.split())
-SIGMOID_MODULES = (torch.nn.Sigmoid, torch.nn.Hardsigmoid, torch.nn.Tanh, torch.nn.Softmax)
 NORMALIZATIONS = frozenset(
     'batch_norm layer_norm group_norm instance_norm rms_norm local_response_norm normalize'.split()
 )
@@ -77,8 +91,8 @@ class ResidualCanonizer(Canonizer):
     '''Canonizer for residual networks of any source.
 
     Additions, gates, activations, poolings and other operations that a network writes as functions are found while its
-    modules run, and are run through modules of :py:mod:`zennit_resnet.layer` instead, which receive their rules from the
-    composite like any other module. They are children of the module whose forward ran them (for instance
+    modules run, and are run through modules of :py:mod:`zennit_resnet.layer` instead, which receive their rules from
+    the composite like any other module. They are children of the module whose forward ran them (for instance
     ``layer1.0.addition``), attached whenever the network does not run. What they compute is bit for bit the same.
 
     An operation is of concern if it is on a path from the input to the output: for as long as the canonizer is
@@ -145,7 +159,7 @@ class ResidualCanonizer(Canonizer):
         # zennit 1.0.0 replaces parameters of layers with new objects when its rules run
         self.parameters = {module: dict(module._parameters) for module in self.names}
         self.trainable = [param for param in root_module.parameters() if param.requires_grad]
-        self.merges, self.merge_candidates, self.producers = [], [], {}
+        self.merge = BatchNormMerge()
         for param in self.trainable:
             param.requires_grad_(False)
         for module in self.names:
@@ -155,7 +169,7 @@ class ResidualCanonizer(Canonizer):
     def remove(self):
         '''Leave the network as it was found.'''
         self.handles.remove()
-        self._unmerge()
+        self.merge.remove()
         self._detach()
         for module, parameters in self.parameters.items():
             module._parameters.clear()
@@ -188,13 +202,13 @@ class ResidualCanonizer(Canonizer):
             self._finish(output)
 
     def _start(self):
-        self._unmerge()
+        self.merge.unfold()
         self._detach()
         if torch.is_grad_enabled():
             self._check_evaluation()
         if self.batch_norm == 'merge' and self.context is None:
             for module in self.names:
-                self._watch_merge(module)
+                self.merge.watch(module)
         if self.context is None:
             # rules for first layers are given to the first module of a type: ask for all modules in their order
             self.context = {}
@@ -204,7 +218,7 @@ class ResidualCanonizer(Canonizer):
                     composite.module_map(self.context, name, module)
 
     def _finish(self, output):
-        self._merge(output)
+        self.merge.fold(_carriers((output,)))
         for owner, name, standin in self.standins.values():
             owner._modules[name] = standin
 
@@ -263,8 +277,8 @@ class ResidualCanonizer(Canonizer):
         '''Run a function which relevance must not reach. What computes a gate may be anything.'''
         path = self.names.get(call.module) or 'the model'
         message = (
-            f'{path} ({type(call.module).__name__}) uses \'{function.name}\' on tensors that carry relevance, and {reason}. '
-            'Put it in a module and give that a rule in the layer map of the composite, or use '
+            f'{path} ({type(call.module).__name__}) uses \'{function.name}\' on tensors that carry '
+            f'relevance, and {reason}. Put it in a module and give that a rule in the layer map of the composite, or use '
             'ResidualCanonizer(strict=False) to have its gradient instead.'
         )
         strict = self.strict
@@ -297,7 +311,7 @@ class ResidualCanonizer(Canonizer):
             prefix = self.names.get(call.module, '')
             self._hook(f'{prefix}.{label}' if prefix else label, standin)
             if self.batch_norm == 'merge':
-                self._watch_merge(standin)
+                self.merge.watch(standin)
         standin = self.standins[key][2]
         standin.name = name
         return standin
@@ -396,42 +410,6 @@ class ResidualCanonizer(Canonizer):
             function.func, given['weight'], given.get('bias'), **{key: given.get(key, defaults[key]) for key in settings}
         )
         return standin(given['input'])
-
-    # -- batch normalization -------------------------------------------------------------------------------------------
-
-    def _watch_merge(self, module):
-        # registered late, so that these hooks see tensors before and after all rules have replaced them
-        if isinstance(module, Linear):
-            self.handles.append(module.register_forward_hook(self._note_producer))
-        elif isinstance(module, BatchNorm) and getattr(module, 'running_mean', None) is not None:
-            self.handles.append(module.register_forward_pre_hook(self._note_merge, prepend=True))
-
-    def _note_producer(self, module, args, output):
-        if isinstance(output, torch.Tensor) and output.requires_grad:
-            self.producers[id(output)] = weakref.ref(output), module
-
-    def _note_merge(self, module, args):
-        reference, linear = self.producers.get(id(args[0]), (lambda: None, None)) if args else (lambda: None, None)
-        if args and reference() is args[0]:
-            self.merge_candidates.append((args[0].grad_fn, linear, module))
-
-    def _merge(self, output):
-        candidates, self.merge_candidates = self.merge_candidates, []
-        self.producers.clear()
-        if not candidates:
-            return
-        uses = _count_uses([elem.grad_fn for elem in _carriers((output,))])
-        for node, linear, batch_norm in candidates:
-            if uses.get(node) == 1 and not any(linear is other for other, _ in self.merges):
-                self.merges.append((linear, dict(linear._parameters)))
-                _fold(linear, batch_norm)
-
-    def _unmerge(self):
-        while self.merges:
-            linear, parameters = self.merges.pop()
-            linear._parameters.clear()
-            linear._parameters.update(parameters)
-
 
 HANDLERS = {
     **dict.fromkeys(ADDITIONS, ResidualCanonizer._add),
@@ -551,27 +529,8 @@ def _find_signal(left, right):
     '''Index of the signal among two factors, None if ambiguous.'''
     if left.numel() != right.numel():
         return 0 if left.numel() > right.numel() else 1
-    is_gate = [_is_sigmoid(elem) for elem in (left, right)]
+    is_gate = [is_sigmoid(elem) for elem in (left, right)]
     return is_gate.index(False) if is_gate.count(True) == 1 else None
-
-
-def _is_sigmoid(tensor):
-    '''Whether a tensor comes out of a sigmoid, by its graph.'''
-    node = tensor.grad_fn
-    while node is not None:
-        module = getattr(node, 'module', None)
-        if isinstance(module, SIGMOID_MODULES) or getattr(module, 'name', None) in SIGMOIDS:
-            return True
-        name = node.name()
-        if any(key in name for key in ('Sigmoid', 'Tanh', 'Softmax')):
-            return True
-        # look through functions which only move elements, and scaling by constants
-        parents = [parent for parent, _ in node.next_functions if parent is not None]
-        moves = any(key in name for key in ('View', 'Expand', 'squeeze', 'Permute', 'Transpose', 'Clone', 'Copy', 'Identity'))
-        if len(parents) != 1 or not (moves or isinstance(module, Gate)):
-            return False
-        node = parents[0]
-    return False
 
 
 def _spatial_steps(tensor, index):
@@ -585,38 +544,3 @@ def _spatial_steps(tensor, index):
     if tensor.ndim not in (3, 4, 5) or any(elem.step not in (None, 1) for elem in index[:2]):
         return ()
     return tuple(elem.step or 1 for elem in index[2:])
-
-
-def _count_uses(nodes):
-    '''How often the output of each node is used, in the graph of the given nodes.'''
-    uses, queue, seen = {}, [node for node in nodes if node is not None], set()
-    while queue:
-        node = queue.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        for parent, _ in node.next_functions:
-            if parent is not None:
-                uses[parent] = uses.get(parent, 0) + 1
-                queue.append(parent)
-    return uses
-
-
-def _fold(linear, batch_norm):
-    '''Replace the parameters of a linear layer with those of it and the batch normalization after it.'''
-    with torch.no_grad():
-        scale = (batch_norm.running_var + batch_norm.eps) ** -.5
-        if batch_norm.weight is not None:
-            scale = scale * batch_norm.weight
-        weight = linear.weight
-        if isinstance(linear, ConvolutionTranspose):
-            shape = (linear.groups, weight.shape[0] // linear.groups, *weight.shape[1:])
-            weight = (weight.view(shape) * scale.view(linear.groups, 1, -1, *(1,) * (weight.ndim - 2))).view_as(weight)
-        else:
-            weight = weight * scale.view(-1, *(1,) * (weight.ndim - 1))
-        bias = -batch_norm.running_mean if linear.bias is None else linear.bias - batch_norm.running_mean
-        bias = bias * scale
-        if batch_norm.bias is not None:
-            bias = bias + batch_norm.bias
-    for key, value in (('weight', weight), ('bias', bias)):
-        linear._parameters[key] = torch.nn.Parameter(value.to(linear.weight.dtype), requires_grad=False)

@@ -8,7 +8,14 @@ from zennit.types import Activation, AvgPool, BatchNorm, Convolution, MaxPool
 from .canonizers import ResidualCanonizer
 from .layer import Addition, Gate, Padding, Subsampling
 from .rules import (
-    PassThrough, RatioSplit, ResidualOnly, SignalTakesAll, SymmetricSplit, Uncrop, ZPlus, check_choice,
+    PassThrough,
+    RatioSplit,
+    ResidualOnly,
+    SignalTakesAll,
+    SymmetricSplit,
+    Uncrop,
+    ZPlus,
+    check_choice,
 )
 
 SPLITTING = {'ratio': RatioSplit, 'symmetric': SymmetricSplit}
@@ -23,7 +30,7 @@ NORMALIZATION = (
 def _with_canonizer(canonizers, batch_norm='pass'):
     '''Add our own canonizer to a list of canonizers, unless it is there already.
 
-    Zennit's ``ResNetCanonizer`` would take the additions of torchvision's blocks away from ours, which thus replaces it.
+    Zennit's ``ResNetCanonizer`` would take the additions of torchvision's blocks away from ours, so ours replaces it.
     '''
     canonizers = [] if canonizers is None else list(canonizers)
     if any(isinstance(elem, ResNetCanonizer) for elem in canonizers):
@@ -60,6 +67,10 @@ class ResNetLRP(LayerMapComposite):
     maxpool: str, optional
         Propagation through max pooling, ``'winner'`` (default), ``'average'`` or ``'avg2x2'``, see
         :py:class:`~zennit_resnet.rules.ZPlus`.
+    coverage: str, optional
+        Propagation through overlapping windows with a stride, ``'literal'`` or ``'even'``, which removes the fine
+        lattice that they leave in the heatmap, see :py:class:`~zennit_resnet.rules.ZPlus`. By default, ``'even'`` if
+        ``projection`` is ``'spread'``, and ``'literal'`` if it is ``'literal'``.
     stabilizer: callable or float, optional
         Stabilization parameter of the z+ rule, see :py:class:`~zennit_resnet.rules.ZPlus`.
     layer_map: list[tuple[tuple[torch.nn.Module, ...], Hook]], optional
@@ -92,12 +103,14 @@ class ResNetLRP(LayerMapComposite):
         canonizers=None,
         low=None,
         high=None,
+        coverage=None,
     ):
         check_choice('splitting', splitting, tuple(SPLITTING))
         rule = SPLITTING[splitting]()
         zplus = ZPlus(
             stabilizer=stabilizer, first_layer=first_layer, low=low, high=high, projection=projection,
             dead_units=dead_units, maxpool=maxpool,
+            coverage={'spread': 'even'}.get(projection, 'literal') if coverage is None else coverage,
         )
         layer_map = ([] if layer_map is None else list(layer_map)) + [
             (Addition, rule if identity_skip else ResidualOnly(rule)),

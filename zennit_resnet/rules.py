@@ -4,179 +4,31 @@ All rules here run in a single pass: the layer's own graph is replaced with a fu
 nothing is computed that the rule does not need. Equations are those of Otsuki et al. 2024 (Layer-Wise Relevance
 Propagation for ResNet) unless said otherwise.
 '''
-import copy
-import threading
-
 import torch
 import torch.nn.functional as F
-from torch._C import DisableTorchFunction
-from zennit.core import Hook, RemovableHandle, RemovableHandleList, Stabilizer
-from zennit.types import AvgPool, Convolution, ConvolutionTranspose, MaxPool
+from zennit.core import RemovableHandle, RemovableHandleList, Stabilizer
+from zennit.types import Convolution, MaxPool
 
+from . import windows
+from .core import SinglePass
+from .graph import depends_on, is_first
 from .layer import Subsampling
 
 FIRST_LAYER = ('zplus', 'literal', 'ones', 'zbox', 'wsquare', 'flat')
 PROJECTION = ('spread', 'literal')
 DEAD_UNITS = ('spread', 'drop')
 MAXPOOL = ('winner', 'average', 'avg2x2')
+COVERAGE = ('literal', 'even')
+_PLAIN = (
+    torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d,
+    torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d,
+)
 
 
 def check_choice(name, value, choices):
     '''Raise a ValueError which names the argument, its value and the choices, if the value is not among them.'''
     if value not in choices:
         raise ValueError(f'{name}={value!r} is not one of {", ".join(map(repr, choices))}!')
-
-
-class _Propagate(torch.autograd.Function):
-    '''Give the output of a layer a backward function which is the layer's rule.'''
-    # pylint: disable=abstract-method,arguments-differ,too-many-arguments
-    @staticmethod
-    def forward(ctx, rule, module, stored, output, inplace, *inputs):
-        '''Return the output, which comes in a list, because a tensor argument would be returned as a view.'''
-        ctx.rule = rule
-        ctx.module = module
-        ctx.shapes = [elem.shape for elem in inputs]
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*stored)
-        if inplace is not None:
-            ctx.mark_dirty(inputs[inplace])
-            return inputs[inplace]
-        output, = output
-        if output.dtype in (torch.float16, torch.bfloat16) and hasattr(ctx, 'set_output_grad_dtype'):
-            # keep relevance in single precision where the forward pass runs in half precision
-            ctx.set_output_grad_dtype(torch.float32)
-        return output
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, relevance):
-        '''Let the rule distribute the relevance.'''
-        if relevance is None:
-            # the output is used for something that receives no relevance, such as a gate
-            return (None,) * (5 + len(ctx.shapes))
-        if not ctx.rule.active:
-            raise RuntimeError(
-                f'{type(ctx.rule).__name__} of {type(ctx.module).__name__} is inactive. Single-pass rules replace the '
-                'gradient of their layer and have none to fall back to: run the forward pass while they are inactive.'
-            )
-        if relevance.dtype in (torch.float16, torch.bfloat16):
-            relevance = relevance.float()
-        stored = [elem.to(relevance.dtype) if elem.is_floating_point() else elem for elem in ctx.saved_tensors]
-        with torch.autocast(relevance.device.type, enabled=False):
-            lower = ctx.rule.propagate(ctx.module, stored, relevance)
-        # inputs may have been broadcast to the shape of the output, and the last ones may receive nothing
-        lower = [elem if elem is None else elem.sum_to_size(shape) for elem, shape in zip(lower, ctx.shapes)]
-        return None, None, None, None, None, *lower, *(None,) * (len(ctx.shapes) - len(lower))
-
-
-class SinglePass(Hook):
-    '''Base class of rules that replace the gradient of a layer.
-
-    The layer's forward runs as it is, but without gradients. Its output is then given a backward function that calls
-    :py:meth:`propagate`. State is kept for each call and not for each module, so a module may be called several times.
-    '''
-    def __init__(self):
-        super().__init__()
-        self._pending = {}
-
-    def store(self, module, *inputs):
-        '''Choose what is kept for the backward pass. Called before the layer runs, which may be in-place.
-
-        Parameters
-        ----------
-        module: :py:obj:`torch.nn.Module`
-            The layer.
-        *inputs: tuple of :py:obj:`torch.Tensor`
-            Those of the layer's inputs that carry relevance.
-
-        Returns
-        -------
-        tuple of :py:obj:`torch.Tensor`
-            Tensors to keep.
-        '''
-        return ()
-
-    def propagate(self, module, stored, relevance):
-        '''Distribute the relevance of the layer's output over its inputs.
-
-        Parameters
-        ----------
-        module: :py:obj:`torch.nn.Module`
-            The layer.
-        stored: list of :py:obj:`torch.Tensor`
-            What :py:meth:`store` returned, in the precision of ``relevance``.
-        relevance: :py:obj:`torch.Tensor`
-            Upper relevance, of the shape of the output.
-
-        Returns
-        -------
-        tuple of :py:obj:`torch.Tensor` or None
-            Lower relevance for each input that receives any, of the shape of the input or that to which it is
-            broadcast.
-        '''
-        raise NotImplementedError()
-
-    def copy(self):
-        '''Return a copy of this hook.'''
-        duplicate = copy.copy(self)
-        SinglePass.__init__(duplicate)
-        return duplicate
-
-    def remove(self):
-        '''When removing hooks, remove all references to stored tensors.'''
-        self._pending.clear()
-        super().remove()
-
-    def register(self, module):
-        '''Register this instance to the supplied module.'''
-        return RemovableHandleList([
-            RemovableHandle(self),
-            # the rules of the innermost of nested contexts come first, the others find nothing left to do
-            module.register_forward_pre_hook(self._pre_forward, with_kwargs=True, prepend=True),
-            module.register_forward_hook(self._post_forward, always_call=True),
-        ])
-
-    def _pre_forward(self, module, args, kwargs):
-        '''Keep the inputs that carry relevance, and let the layer build no graph.'''
-        with DisableTorchFunction():
-            carriers = [
-                elem for elem in (*args, *kwargs.values()) if isinstance(elem, torch.Tensor) and elem.requires_grad
-            ]
-            if not carriers or not torch.is_grad_enabled():
-                return
-            with torch.no_grad():
-                stored = self.store(module, *carriers)
-            versions = [elem._version for elem in carriers]  # pylint: disable=protected-access
-            self._pending[threading.get_ident()] = carriers, versions, stored
-            torch.set_grad_enabled(False)
-
-    # pylint: disable=unused-argument
-    def _post_forward(self, module, args, output):
-        '''Attach the output to the inputs by the rule.'''
-        pending = self._pending.pop(threading.get_ident(), None)
-        if pending is None:
-            return None
-        torch.set_grad_enabled(True)
-        if output is None:
-            # the layer raised
-            return None
-        carriers, versions, stored = pending
-        with DisableTorchFunction():
-            first = output[0] if isinstance(output, tuple) else output
-            if not isinstance(first, torch.Tensor) or not first.is_floating_point():
-                raise TypeError(
-                    f'{type(self).__name__} needs a module which returns a floating point tensor, but '
-                    f'{type(module).__name__} returned {type(first).__name__}!'
-                )
-            inplace = next((index for index, elem in enumerate(carriers) if elem is first), None)
-            if inplace is not None and first._version == versions[inplace]:  # pylint: disable=protected-access
-                # the layer is the identity
-                return None
-            if first._is_view():  # pylint: disable=protected-access
-                # views that were made without gradients can not be modified in-place
-                first = first.detach()
-            first = _Propagate.apply(self, module, stored, [first], inplace, *carriers)
-        return (first, *output[1:]) if isinstance(output, tuple) else first
 
 
 class PassThrough(SinglePass):
@@ -202,8 +54,8 @@ class SignalTakesAll(SinglePass):
 class Uncrop(SinglePass):
     '''Relevance of the elements that a padding added goes back to elements that exist, so that nothing is lost.
 
-    Along spatial dimensions it goes to the nearest element, along the channels it is shared evenly. Elements with a value
-    of zero receive relevance from dead units, from rules for the first layer that treat all inputs alike, and from
+    Along spatial dimensions it goes to the nearest element, along the channels it is shared evenly. Elements with a
+    value of zero receive relevance from dead units, from rules for the first layer that treat all inputs alike, and from
     symmetric splitting with a skip connection that is padded with channels.
     '''
     def propagate(self, module, stored, relevance):
@@ -324,7 +176,7 @@ class ResidualOnly(Split):
     def shares(self, *addends):
         '''Share of the residual branches.'''
         identity = [
-            any(_depends_on(other, elem) for other in addends if other is not elem) for elem in addends
+            any(depends_on(other, elem) for other in addends if other is not elem) for elem in addends
         ]
         branches = [elem for elem, is_identity in zip(addends, identity) if not is_identity]
         if len(branches) in (0, len(addends)):
@@ -333,26 +185,6 @@ class ResidualOnly(Split):
         parts.append(1 - sum(parts))
         parts = iter(parts)
         return [0. if is_identity else next(parts) for is_identity in identity][:-1]
-
-
-def _depends_on(tensor, source):
-    '''Whether a tensor was computed from another, by their graphs.'''
-    if tensor.grad_fn is None or not source.requires_grad:
-        return False
-    target = torch.autograd.graph.get_gradient_edge(source)
-    # nodes are numbered in the order of their creation, only leaves have no proper number
-    oldest = -1 if source.grad_fn is None else target.node._sequence_nr()  # pylint: disable=protected-access
-    queue, seen = [tensor.grad_fn], set()
-    while queue:
-        for node, index in queue.pop().next_functions:
-            if node is None or (node, index) in seen:
-                continue
-            if node == target.node and index == target.output_nr:
-                return True
-            seen.add((node, index))
-            if node._sequence_nr() > oldest:  # pylint: disable=protected-access
-                queue.append(node)
-    return False
 
 
 class ZPlus(SinglePass):
@@ -390,6 +222,11 @@ class ZPlus(SinglePass):
         ``'winner'`` (default) lets the first maximum take all, ``'average'`` uses an average pooling with the kernel,
         stride and padding of the max pooling, ``'avg2x2'`` an average over 2 x 2 with stride 2 for every max pooling
         (the published code).
+    coverage: str, optional
+        Windows with a stride read some positions more often than others (a kernel of 3 with stride 2 every other one
+        twice), which leaves a fine lattice in the heatmap. ``'literal'`` (default) keeps it. ``'even'`` scales the
+        weights of each filter such that they sum to the same for all positions modulo the stride, and smoothes
+        relevance below a max pooling with a binomial filter. Both conserve relevance.
     '''
     # pylint: disable=too-many-arguments
     def __init__(
@@ -401,12 +238,14 @@ class ZPlus(SinglePass):
         projection='spread',
         dead_units='spread',
         maxpool='winner',
+        coverage='literal',
     ):
         super().__init__()
         check_choice('first_layer', first_layer, FIRST_LAYER)
         check_choice('projection', projection, PROJECTION)
         check_choice('dead_units', dead_units, DEAD_UNITS)
         check_choice('maxpool', maxpool, MAXPOOL)
+        check_choice('coverage', coverage, COVERAGE)
         if first_layer == 'zbox' and (low is None or high is None):
             raise ValueError(
                 'first_layer=\'zbox\' needs the lowest and highest possible input values, low and high: for an input '
@@ -419,31 +258,44 @@ class ZPlus(SinglePass):
         self.projection = projection
         self.dead_units = dead_units
         self.maxpool = maxpool
+        self.coverage = coverage
 
     def register(self, module):
         '''Register this instance to the supplied module, unless its own gradient is the rule already.'''
         # a subclass with a forward of its own (same-padding, standardized weights) may compute anything from its
         # weights. The canonizer looks inside and finds the functional convolution.
-        if not _is_plain(module) or self._is_winner(module):
-            return RemovableHandleList([RemovableHandle(self)])
-        return super().register(module)
+        handles = RemovableHandleList([RemovableHandle(self)])
+        if not is_plain(module):
+            return handles
+        if not isinstance(module, MaxPool) or (self.maxpool, self.dead_units) != ('winner', 'spread'):
+            return super().register(module)
+        if self.coverage == 'even':
+            handles.append(module.register_forward_pre_hook(self._smooth))
+        return handles
 
-    def _is_winner(self, module):
-        return isinstance(module, MaxPool) and (self.maxpool, self.dead_units) == ('winner', 'spread')
+    @staticmethod
+    def _smooth(module, args):
+        '''Smooth the relevance of the input.'''
+        input, stride = args[0], windows.overlapping_stride(module, args[0].ndim - 2)
+        if stride is None or not (input.requires_grad and torch.is_grad_enabled()):
+            return None
+        input = input.view_as(input)
+        input.register_hook(lambda relevance: windows.smooth(relevance, stride))
+        return (input, *args[1:])
 
     def store(self, module, *inputs):
         '''Keep the input, whether this is a first layer, and whether the input is known to be non-negative.'''
         input, = inputs
-        is_first = self.first_layer != 'zplus' and _is_first(input)
+        first = self.first_layer != 'zplus' and is_first(input)
         is_relu = isinstance(getattr(input.grad_fn, 'module', None), (torch.nn.ReLU, torch.nn.ReLU6))
-        return input, torch.tensor([is_first, is_relu])
+        return input, torch.tensor([first, is_relu])
 
     def propagate(self, module, stored, relevance):
         '''Compute Eq. (2).'''
-        input, (is_first, is_relu) = stored[0], stored[1].tolist()
+        input, (first, is_relu) = stored[0], stored[1].tolist()
         if isinstance(module, MaxPool) and self.maxpool == 'winner':
             return (self._winner(module, input, relevance),)
-        variant = self.first_layer if is_first else 'zplus'
+        variant = self.first_layer if first else 'zplus'
         is_negative = variant == 'zplus' and not is_relu and bool(input.amin() < 0)
 
         inputs, outputs = [], []
@@ -484,6 +336,15 @@ class ZPlus(SinglePass):
 
     def _contributions(self, module, input, variant, is_negative):
         '''Pairs of inputs and weights (None for poolings) of which the products are the contributions.'''
+        pairs = self._pairs(module, input, variant, is_negative)
+        if self.coverage == 'even' and isinstance(module, Convolution):
+            magnitude = (pairs[0][1] if len(pairs) == 1 else module.weight.detach().to(input.dtype)).abs()
+            scale = windows.even_scale(module, magnitude)
+            if scale is not None:
+                pairs = [(elem, weight * scale) for elem, weight in pairs]
+        return pairs
+
+    def _pairs(self, module, input, variant, is_negative):
         if not isinstance(module, (Convolution, torch.nn.Linear)):
             if variant == 'zplus':
                 return [(input.clamp(min=0) if is_negative else input, None)]
@@ -517,19 +378,14 @@ class ZPlus(SinglePass):
         '''The layer as a linear map of an input, with a weight (None for poolings), and without bias.'''
         if isinstance(module, torch.nn.Linear):
             return F.linear(input, weight)
-        if isinstance(module, ConvolutionTranspose):
-            return _CONV_TRANSPOSE[module.weight.ndim - 2](
-                input, weight, None, module.stride, module.padding, module.output_padding, module.groups,
-                module.dilation,
-            )
         if isinstance(module, Convolution):
-            return _convolve(module, input, weight, self.projection == 'spread')
+            return windows.convolve(module, input, weight, self.projection == 'spread')
         if isinstance(module, MaxPool):
             if self.maxpool == 'avg2x2':
                 return F.avg_pool2d(input, 2, 2)
-            return _average(module, input)
+            return windows.average(module, input, self.coverage == 'even')
         if isinstance(module, Subsampling):
-            return _pool_cells(input, module.steps)
+            return windows.pool_cells(input, module.steps)
         return module.forward(input)
 
     def _spread(self, module, input, relevance):
@@ -562,16 +418,7 @@ class ZPlus(SinglePass):
         return torch.autograd.grad(output, input, share)[0] * input.detach()
 
 
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
-_AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
-_PLAIN = (
-    torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d,
-    torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d,
-)
-
-
-def _is_plain(module):
+def is_plain(module):
     '''Whether a linear layer or convolution computes what its class in torch.nn does.'''
     base = next((base for base in _PLAIN if isinstance(module, base)), None)
     if base is None or hasattr(module, 'set_call'):
@@ -580,80 +427,3 @@ def _is_plain(module):
     return type(module).forward is base.forward and (
         not hasattr(base, '_conv_forward') or type(module)._conv_forward is base._conv_forward
     )
-
-
-def _is_first(input):
-    '''Whether no linear layer or convolution with a rule of this module precedes, by the input's graph.'''
-    queue, seen = [input.grad_fn], set()
-    while queue:
-        node = queue.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if isinstance(getattr(node, 'module', None), (Convolution, torch.nn.Linear)):
-            return False
-        queue.extend(parent for parent, _ in node.next_functions)
-    return True
-
-
-def _tuple(value, num):
-    return (value,) * num if isinstance(value, int) else tuple(value)
-
-
-def _convolve(module, input, weight, spread):
-    '''Convolve without bias. With ``spread``, strides beyond the kernel take in whole stride cells.'''
-    num = weight.ndim - 2
-    stride, padding, dilation = (_tuple(value, num) if value not in ('same', 'valid') else value
-                                 for value in (module.stride, module.padding, module.dilation))
-    if module.padding_mode != 'zeros':
-        # pylint: disable=protected-access
-        input = F.pad(input, module._reversed_padding_repeated_twice, mode=module.padding_mode)
-        padding = (0,) * num
-    kernel = tuple(weight.shape[2:])
-    if not spread or not any(step > size for step, size in zip(stride, kernel)):
-        return _CONV[num](input, weight, None, stride, padding, dilation, module.groups)
-
-    if any(padding):
-        input = F.pad(input, [value for value in reversed(padding) for _ in range(2)])
-    cells = tuple(step if step > size == 1 else 1 for step, size in zip(stride, kernel))
-    shape = [
-        (length - (size - 1) * dil - 1) // step + 1
-        for length, size, dil, step in zip(input.shape[2:], kernel, dilation, stride)
-    ]
-    input = _pool_cells(input, cells)
-    stride = tuple(step // cell for step, cell in zip(stride, cells))
-    # kernels between one and the stride are enlarged to it, each tap stands for a part of the cell
-    dilation = list(dilation)
-    for dim, (step, size) in enumerate(zip(stride, kernel)):
-        if step > size and dilation[dim] == 1:
-            parts = torch.arange(step, device=weight.device) * size // step
-            weight = weight.index_select(dim + 2, parts) / parts.bincount().to(weight)[parts].view(
-                -1, *(1,) * (num - dim - 1)
-            )
-    excess = [
-        max((out - 1) * step + (size - 1) * dil + 1 - length, 0)
-        for out, step, size, dil, length in zip(shape, stride, weight.shape[2:], dilation, input.shape[2:])
-    ]
-    if any(excess):
-        input = F.pad(input, [value for amount in reversed(excess) for value in (0, amount)])
-    return _CONV[num](input, weight, None, stride, 0, tuple(dilation), module.groups)
-
-
-def _pool_cells(input, cells):
-    '''Average over cells, including incomplete ones at the border.'''
-    if all(cell == 1 for cell in cells):
-        return input
-    return _AVG_POOL[len(cells)](input, cells, cells, ceil_mode=True, count_include_pad=False)
-
-
-def _average(module, input):
-    '''Average pooling with the window of a max pooling.'''
-    kernel, stride, padding, dilation, ceil_mode = (
-        getattr(module, key, None) for key in ('kernel_size', 'stride', 'padding', 'dilation', 'ceil_mode')
-    )
-    num = input.ndim - 2
-    if kernel is None or _tuple(dilation, num) != (1,) * num:
-        raise ValueError(
-            f'maxpool=\'average\' needs a max pooling with a kernel and no dilation, {module} has none: use \'winner\'.'
-        )
-    return _AVG_POOL[num](input, kernel, stride, padding, ceil_mode)

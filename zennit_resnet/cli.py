@@ -1,0 +1,383 @@
+'''Command line, to explain what a network sees in photographs.'''
+import copy
+import inspect
+import sys
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+from zennit.attribution import Gradient
+from zennit.composites import COMPOSITES
+from zennit.torchvision import ResNetCanonizer
+
+from . import __version__
+from .attribution import VALUES, initial_relevance
+from .canonizers import UnsupportedOperation
+from .composites import with_splitting
+from .image import draw_comparison, draw_heatmap, draw_overlay, read_image
+from .models import load_classifier
+from .postprocess import heat_quantization, sum_channels
+from .rules import RatioSplit, SymmetricSplit
+
+INPUT_X_GRADIENT = 'input_x_gradient'
+# Zennit's canonizer merges batch normalization, and splits relevance in proportion to the signed addends
+SPLITTINGS = ('none', 'ratio', 'symmetric', 'zennit')
+DEFAULT_METHODS = (
+    f'resnet_lrp_ratio,resnet_lrp_symmetric,epsilon_plus_flat+zennit,epsilon_plus+zennit,{INPUT_X_GRADIENT}'
+)
+
+
+class Method:
+    '''An attribution method by name.
+
+    Parameters
+    ----------
+    text: str
+        Name of a composite registered in Zennit's ``COMPOSITES`` or ``'input_x_gradient'``. To a composite that does
+        not split relevance at skip connections by itself, ``'+ratio'``, ``'+symmetric'`` or ``'+zennit'`` may be
+        appended.
+
+    Raises
+    ------
+    ValueError
+        If there is no such method. The message is a single line.
+    '''
+    def __init__(self, text):
+        self.text = text.strip()
+        self.name, _, splitting = self.text.partition('+')
+        self.splitting = splitting or 'none'
+        names = [INPUT_X_GRADIENT, *COMPOSITES]
+        if self.name not in names:
+            raise ValueError(f'unknown method {self.name!r}: choose one of {", ".join(sorted(names))}')
+        if self.splitting not in SPLITTINGS:
+            raise ValueError(f'unknown splitting {self.splitting!r}: choose one of {", ".join(SPLITTINGS)}')
+        if self.name == INPUT_X_GRADIENT:
+            own, required = True, []
+        else:
+            composite = COMPOSITES[self.name]
+            own = composite.__module__.partition('.')[0] == __package__
+            required = [
+                key for key, param in inspect.signature(composite).parameters.items()
+                if param.default is param.empty and param.kind not in (param.VAR_POSITIONAL, param.VAR_KEYWORD)
+            ]
+        if own and self.splitting != 'none':
+            raise ValueError(f'splitting {self.splitting!r} cannot be added to {self.name}: it is for other composites')
+        self.needs_bounds = set(required) == {'low', 'high'}
+        if required and not self.needs_bounds:
+            raise ValueError(f'method {self.name!r} cannot be used here, since it needs {", ".join(required)}')
+
+    def composite(self, classifier):
+        '''Create the composite, or None for the gradient.'''
+        if self.name == INPUT_X_GRADIENT:
+            return None
+        kwargs = {}
+        if self.needs_bounds:
+            kwargs['low'], kwargs['high'] = classifier.bounds()
+        if self.splitting == 'zennit':
+            kwargs['canonizers'] = [ResNetCanonizer()]
+        composite = COMPOSITES[self.name](**kwargs)
+        if self.splitting in ('ratio', 'symmetric'):
+            composite = with_splitting(composite, {'ratio': RatioSplit, 'symmetric': SymmetricSplit}[self.splitting]())
+        return composite
+
+    def attribute(self, classifier, input, target=None, value='logit'):
+        '''Compute relevance.
+
+        Parameters
+        ----------
+        classifier: :py:obj:`zennit_resnet.models.Classifier`
+            The classifier to explain.
+        input: :py:obj:`torch.Tensor`
+            Normalized input of shape (batch, 3, height, width).
+        target: int or :py:obj:`torch.Tensor`, optional
+            Index of the class to explain, or one for each sample. Default is None, the predicted class of each sample.
+        value: str, optional
+            What relevance starts from, see :py:func:`zennit_resnet.attribution.initial_relevance`. Input times gradient
+            always explains the logit.
+
+        Returns
+        -------
+        output: :py:obj:`torch.Tensor`
+            Output of the model of shape (batch, classes).
+        relevance: :py:obj:`torch.Tensor`
+            Relevance of the shape of ``input``.
+        target: list[int]
+            The explained class of each sample.
+        initial: list[float]
+            The initial relevance of each sample.
+        '''
+        targets = torch.zeros(len(input), dtype=torch.long)
+
+        def attr_output(output):
+            '''The relevance at the output, for which targets may have to be predicted.'''
+            targets.copy_(output.argmax(1) if target is None else torch.as_tensor(target).expand(len(output)))
+            return initial_relevance(targets, 'one' if self.name == INPUT_X_GRADIENT else value)(output)
+
+        # Zennit 1.0.0 does not restore a model completely after merging batch normalization
+        model = copy.deepcopy(classifier.model) if self.splitting == 'zennit' else classifier.model
+        output, relevance = Gradient(model=model, composite=self.composite(classifier))(input, attr_output)
+        if self.name == INPUT_X_GRADIENT:
+            # an attribution of the logit, so this is what its sum has to be compared with
+            relevance, value = relevance * input, 'logit'
+        output = output.detach()
+        initial = initial_relevance(targets, value)(output).double().sum(1)
+        return output, relevance.detach(), targets.tolist(), initial.tolist()
+
+
+class Session:
+    '''What the commands share: checked options, photographs in batches, and messages that go with a progress bar.
+
+    Parameters
+    ----------
+    images: tuple[:py:obj:`pathlib.Path`]
+        Paths of photographs.
+    methods: list[str]
+        Names of methods, see :py:class:`Method`.
+    options: dict
+        Values of the options that all commands have, see :py:func:`common_options`.
+
+    Raises
+    ------
+    :py:obj:`click.ClickException`
+        If an option is wrong in a way that makes it useless to go on.
+    '''
+    def __init__(self, images, methods, options):
+        # a photograph that is named twice is explained once
+        self.images = list(dict.fromkeys(images))
+        self.value = options['value']
+        self.levels = options['quantize']
+        self.batch_size = options['batch_size']
+        self.failed = False
+        if self.levels == 1:
+            raise click.ClickException('--quantize 1 leaves nothing to see: choose at least 2 levels, or 0 for none')
+        try:
+            self.methods = [Method(text) for text in methods]
+            self.classifier = load_classifier(options['model'], options['weights'], options['size'])
+            self.target = None if options['target'] is None else self.classifier.find_class(options['target'])
+        except ValueError as error:
+            raise click.ClickException(str(error)) from error
+        device = options['device'] or ('cuda' if torch.cuda.is_available() else 'cpu')
+        try:
+            self.device = torch.device(device)
+            self.classifier.model.to(self.device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            # which one it is depends on the device and on how PyTorch was built
+            raise click.ClickException(f'device {device!r} cannot be used: try --device cpu') from error
+        self.bar = tqdm(
+            total=len(self.images), unit='image', disable=len(self.images) == 1 or not sys.stderr.isatty()
+        )
+
+    def fail(self, path, reason):
+        '''Print what is wrong with a photograph, to go on with the others.'''
+        self.failed = True
+        tqdm.write(f'Error: {path}: {reason}', file=sys.stderr)
+        self.bar.update()
+
+    def batches(self):
+        '''Generate lists of paths, each with a batch of normalized inputs of shape (batch, 3, height, width).'''
+        for start in range(0, len(self.images), self.batch_size):
+            paths, inputs = [], []
+            for path in self.images[start:start + self.batch_size]:
+                try:
+                    inputs.append(self.classifier.transform(read_image(path)))
+                    paths.append(path)
+                except FileNotFoundError:
+                    self.fail(path, 'there is no such file, check the path')
+                except ValueError as error:
+                    self.fail(path, str(error))
+            if paths:
+                yield paths, torch.stack(inputs).to(self.device)
+
+    def attribute(self, method, input, target):
+        '''Compute relevance, see :py:func:`Method.attribute`.'''
+        try:
+            return method.attribute(self.classifier, input, target, self.value)
+        except UnsupportedOperation as error:
+            raise click.ClickException(f'{method.text}: {" ".join(str(error).split())}') from error
+        except torch.cuda.OutOfMemoryError as error:
+            raise click.ClickException(f'out of memory: use a --batch-size below {len(input)}') from error
+
+    def draw(self, photo, relevance):
+        '''Draw the heatmap and the overlay of relevance of shape (3, height, width).'''
+        heatmap = sum_channels(relevance[None])
+        if is_negative(relevance):
+            heatmap = -heatmap
+        if self.levels:
+            heatmap = heat_quantization(heatmap, self.levels)
+        heatmap = heatmap[0].cpu().numpy()
+        # all levels of a quantized heatmap get their own color
+        return draw_heatmap(heatmap, percentile=100 if self.levels else 99.5), draw_overlay(photo, heatmap)
+
+    def finish(self):
+        '''End the progress bar, and the program if a photograph failed.'''
+        self.bar.close()
+        if self.failed:
+            sys.exit(1)
+
+
+def common_options(command):
+    '''Add the options that all commands have.'''
+    for decorator in reversed([
+        click.argument('images', metavar='IMAGE...', nargs=-1, required=True, type=click.Path(path_type=Path)),
+        click.option('--model', help='Classification model of torchvision.  [default: resnet50]'),
+        click.option(
+            '--weights', metavar='NAME|PATH',
+            help='Name of weights which torchvision downloads, such as DEFAULT, or a state dict (.pt, .pth, '
+            '.safetensors).  [default without --model: the embedded ResNet-50 with 10 classes]'
+        ),
+        click.option(
+            '--size', type=click.IntRange(min=1),
+            help='For a local state dict, photographs are resized to a square of this side.  [default: 224]'
+        ),
+        click.option('--target', metavar='NUMBER|NAME', help='The class to explain.  [default: the predicted class]'),
+        click.option(
+            '--value', type=click.Choice(VALUES), default='logit', show_default=True,
+            help='What relevance starts from: the target\'s logit, its softmax probability, or one.'
+        ),
+        click.option(
+            '--quantize', metavar='LEVELS', type=click.IntRange(min=0), default=0, show_default=True,
+            help='Heat quantization to this number of levels (the paper uses 8), or 0 for none.'
+        ),
+        click.option('--device', help='Device of PyTorch.  [default: cuda if available, else cpu]'),
+        click.option('--batch-size', type=click.IntRange(min=1), default=8, show_default=True),
+    ]):
+        command = decorator(command)
+    return command
+
+
+def is_negative(relevance):
+    '''Find out whether there is negative relevance only.
+
+    Rules of positive contributions give relevance the sign of the target's logit everywhere. Logits have no natural
+    zero, and the most probable class may well have a negative one, so that the magnitude is what is to be seen.
+    '''
+    return bool(relevance.max() <= 0) and bool(relevance.min() < 0)
+
+
+def unique_stems(paths):
+    '''Give each path a name to write files under, which is its stem unless another path has the same one.'''
+    stems, taken = {}, set()
+    for path in paths:
+        stem, num = path.stem, 1
+        # some file systems do not distinguish upper and lower case
+        while stem.lower() in taken:
+            num += 1
+            stem = f'{path.stem}_{num}'
+        taken.add(stem.lower())
+        stems[path] = stem
+    return stems
+
+
+def make_folder(folder):
+    '''Make a folder with its parents if necessary.'''
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise click.ClickException(f'cannot make the folder {folder} ({reason}): choose another --out') from error
+
+
+@click.group(context_settings={'help_option_names': ['-h', '--help']})
+@click.version_option(__version__)
+def main():
+    '''Explain what residual networks see in photographs, with Layer-wise Relevance Propagation.'''
+
+
+@main.command()
+@common_options
+@click.option(
+    '--method', default='resnet_lrp_ratio', show_default=True,
+    help=f'Name of a composite in Zennit\'s COMPOSITES, or {INPUT_X_GRADIENT}.'
+)
+@click.option(
+    '--splitting', type=click.Choice(SPLITTINGS), default='none', show_default=True,
+    help='Splitting at skip connections for a method that does not split by itself: by our rules, or as Zennit\'s '
+    'ResNetCanonizer.'
+)
+@click.option(
+    '--out', type=click.Path(path_type=Path), default='heatmaps', show_default=True, help='Folder to write to.'
+)
+def explain(images, method, splitting, out, **options):
+    '''Write the heatmap of each photograph, an overlay, and the raw relevance.'''
+    session = Session(images, [method if splitting == 'none' else f'{method}+{splitting}'], options)
+    make_folder(out)
+    stems = unique_stems(session.images)
+    classes = session.classifier.classes
+    for paths, input in session.batches():
+        result = session.attribute(session.methods[0], input, session.target)
+        for path, photo, output, relevance, target, initial in zip(paths, input, *result):
+            if not relevance.isfinite().all():
+                session.fail(path, f'the relevance by {method} is not finite, try another --method')
+                continue
+            heatmap, overlay = session.draw(session.classifier.photo(photo), relevance)
+            stem = out / stems[path]
+            try:
+                Image.fromarray(heatmap).save(f'{stem}_heatmap.png')
+                Image.fromarray(overlay).save(f'{stem}_overlay.png')
+                np.save(f'{stem}_relevance.npy', relevance.float().cpu().numpy())
+            except OSError as error:
+                raise click.ClickException(f'cannot write {stem}_*: {error.strerror or error}') from error
+            values, indices = output.float().softmax(0).topk(min(3, len(classes)))
+            top = ', '.join(f'{classes[index]} {100 * value:.1f} %' for value, index in zip(values.tolist(), indices))
+            total = float(relevance.double().sum())
+            ratio = f'{total / initial:.6f}' if initial else 'undefined'
+            tqdm.write('\n'.join([
+                str(path),
+                f'  predicted  {top}',
+                f'  target     {classes[target]} (class {target})',
+                f'  relevance  sum {total:.6g}, initial {initial:.6g}, ratio {ratio}'
+                + (' (pictures show the magnitude, as all relevance is negative)' if is_negative(relevance) else ''),
+                f'  written    {stem}_heatmap.png, _overlay.png, _relevance.npy',
+            ]), file=sys.stdout)
+            session.bar.update()
+    session.finish()
+
+
+@main.command()
+@common_options
+@click.option(
+    '--methods', default=DEFAULT_METHODS, show_default=True,
+    help='Methods as for explain, separated by commas, where +ratio, +symmetric or +zennit adds splitting.'
+)
+@click.option(
+    '--show', type=click.Choice(['heatmap', 'overlay', 'both']), default='heatmap', show_default=True,
+    help='What to draw beside the photograph.'
+)
+@click.option(
+    '--out', type=click.Path(path_type=Path), default='compare.png', show_default=True, help='Picture to write.'
+)
+def compare(images, methods, show, out, **options):
+    '''Draw several methods side by side in one figure, one row for each photograph.'''
+    if out.suffix.lower() not in Image.registered_extensions():
+        raise click.ClickException(f'--out {out} is not a picture: choose a name that ends with .png')
+    session = Session(images, [text for text in methods.split(',') if text.strip()], options)
+    if not session.methods:
+        raise click.ClickException('--methods is empty: name at least one')
+    make_folder(out.parent)
+    classes = session.classifier.classes
+    rows, captions = [], []
+    for paths, input in session.batches():
+        with torch.no_grad():
+            output = session.classifier.model(input)
+        target = output.argmax(1) if session.target is None else torch.full((len(input),), session.target)
+        batch_rows = [[session.classifier.photo(photo)] for photo in input]
+        for method in session.methods:
+            for row, relevance in zip(batch_rows, session.attribute(method, input, target)[1]):
+                # a method that fails leaves its place empty
+                pictures = session.draw(row[0], relevance) if relevance.isfinite().all() else [row[0] * 0] * 2
+                row.extend({'heatmap': pictures[:1], 'overlay': pictures[1:], 'both': pictures}[show])
+        for path, row, index, probabilities in zip(paths, batch_rows, target.tolist(), output.float().softmax(1)):
+            rows.append(row)
+            captions.append(f'{path.name}: {classes[index]} {100 * float(probabilities[index]):.1f} %')
+            session.bar.update()
+    if rows:
+        titles = [method.text for method in session.methods for _ in range(2 if show == 'both' else 1)]
+        try:
+            Image.fromarray(draw_comparison(rows, ['photo', *titles], captions)).save(out)
+        except OSError as error:
+            raise click.ClickException(f'cannot write {out}: {error.strerror or error}') from error
+        tqdm.write(f'written {out}', file=sys.stdout)
+    session.finish()

@@ -1,0 +1,159 @@
+'''Base class of rules that replace the gradient of a layer.'''
+import copy
+import threading
+
+import torch
+from torch._C import DisableTorchFunction
+from zennit.core import Hook, RemovableHandle, RemovableHandleList
+
+
+class _Propagate(torch.autograd.Function):
+    '''Give the output of a layer a backward function which is the layer's rule.'''
+    # pylint: disable=abstract-method,arguments-differ,too-many-arguments
+    @staticmethod
+    def forward(ctx, rule, module, stored, output, inplace, *inputs):
+        '''Return the output, which comes in a list, because a tensor argument would be returned as a view.'''
+        ctx.rule = rule
+        ctx.module = module
+        ctx.shapes = [elem.shape for elem in inputs]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*stored)
+        if inplace is not None:
+            ctx.mark_dirty(inputs[inplace])
+            return inputs[inplace]
+        output, = output
+        if output.dtype in (torch.float16, torch.bfloat16) and hasattr(ctx, 'set_output_grad_dtype'):
+            # keep relevance in single precision where the forward pass runs in half precision
+            ctx.set_output_grad_dtype(torch.float32)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, relevance):
+        '''Let the rule distribute the relevance.'''
+        if relevance is None:
+            # the output is used for something that receives no relevance, such as a gate
+            return (None,) * (5 + len(ctx.shapes))
+        if not ctx.rule.active:
+            raise RuntimeError(
+                f'{type(ctx.rule).__name__} of {type(ctx.module).__name__} is inactive. Single-pass rules replace the '
+                'gradient of their layer and have none to fall back to: run the forward pass while they are inactive.'
+            )
+        if relevance.dtype in (torch.float16, torch.bfloat16):
+            relevance = relevance.float()
+        stored = [elem.to(relevance.dtype) if elem.is_floating_point() else elem for elem in ctx.saved_tensors]
+        with torch.autocast(relevance.device.type, enabled=False):
+            lower = ctx.rule.propagate(ctx.module, stored, relevance)
+        # inputs may have been broadcast to the shape of the output, and the last ones may receive nothing
+        lower = [elem if elem is None else elem.sum_to_size(shape) for elem, shape in zip(lower, ctx.shapes)]
+        return None, None, None, None, None, *lower, *(None,) * (len(ctx.shapes) - len(lower))
+
+
+class SinglePass(Hook):
+    '''Base class of rules that replace the gradient of a layer.
+
+    The layer's forward runs as it is, but without gradients. Its output is then given a backward function that calls
+    :py:meth:`propagate`. State is kept for each call and not for each module, so a module may be called several times.
+    '''
+    def __init__(self):
+        super().__init__()
+        self._pending = {}
+
+    def store(self, module, *inputs):
+        '''Choose what is kept for the backward pass. Called before the layer runs, which may be in-place.
+
+        Parameters
+        ----------
+        module: :py:obj:`torch.nn.Module`
+            The layer.
+        *inputs: tuple of :py:obj:`torch.Tensor`
+            Those of the layer's inputs that carry relevance.
+
+        Returns
+        -------
+        tuple of :py:obj:`torch.Tensor`
+            Tensors to keep.
+        '''
+        return ()
+
+    def propagate(self, module, stored, relevance):
+        '''Distribute the relevance of the layer's output over its inputs.
+
+        Parameters
+        ----------
+        module: :py:obj:`torch.nn.Module`
+            The layer.
+        stored: list of :py:obj:`torch.Tensor`
+            What :py:meth:`store` returned, in the precision of ``relevance``.
+        relevance: :py:obj:`torch.Tensor`
+            Upper relevance, of the shape of the output.
+
+        Returns
+        -------
+        tuple of :py:obj:`torch.Tensor` or None
+            Lower relevance for each input that receives any, of the shape of the input or that to which it is
+            broadcast.
+        '''
+        raise NotImplementedError()
+
+    def copy(self):
+        '''Return a copy of this hook.'''
+        duplicate = copy.copy(self)
+        SinglePass.__init__(duplicate)
+        return duplicate
+
+    def remove(self):
+        '''When removing hooks, remove all references to stored tensors.'''
+        self._pending.clear()
+        super().remove()
+
+    def register(self, module):
+        '''Register this instance to the supplied module.'''
+        return RemovableHandleList([
+            RemovableHandle(self),
+            # the rules of the innermost of nested contexts come first, the others find nothing left to do
+            module.register_forward_pre_hook(self._pre_forward, with_kwargs=True, prepend=True),
+            module.register_forward_hook(self._post_forward, always_call=True),
+        ])
+
+    def _pre_forward(self, module, args, kwargs):
+        '''Keep the inputs that carry relevance, and let the layer build no graph.'''
+        with DisableTorchFunction():
+            carriers = [
+                elem for elem in (*args, *kwargs.values()) if isinstance(elem, torch.Tensor) and elem.requires_grad
+            ]
+            if not carriers or not torch.is_grad_enabled():
+                return
+            with torch.no_grad():
+                stored = self.store(module, *carriers)
+            versions = [elem._version for elem in carriers]  # pylint: disable=protected-access
+            self._pending[threading.get_ident()] = carriers, versions, stored
+            torch.set_grad_enabled(False)
+
+    # pylint: disable=unused-argument
+    def _post_forward(self, module, args, output):
+        '''Attach the output to the inputs by the rule.'''
+        pending = self._pending.pop(threading.get_ident(), None)
+        if pending is None:
+            return None
+        torch.set_grad_enabled(True)
+        if output is None:
+            # the layer raised
+            return None
+        carriers, versions, stored = pending
+        with DisableTorchFunction():
+            first = output[0] if isinstance(output, tuple) else output
+            if not isinstance(first, torch.Tensor) or not first.is_floating_point():
+                raise TypeError(
+                    f'{type(self).__name__} needs a module which returns a floating point tensor, but '
+                    f'{type(module).__name__} returned {type(first).__name__}!'
+                )
+            inplace = next((index for index, elem in enumerate(carriers) if elem is first), None)
+            if inplace is not None and first._version == versions[inplace]:  # pylint: disable=protected-access
+                # the layer is the identity
+                return None
+            if first._is_view():  # pylint: disable=protected-access
+                # views that were made without gradients can not be modified in-place
+                first = first.detach()
+            first = _Propagate.apply(self, module, stored, [first], inplace, *carriers)
+        return (first, *output[1:]) if isinstance(output, tuple) else first

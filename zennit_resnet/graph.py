@@ -1,0 +1,76 @@
+'''Questions on how tensors were computed, answered by their graphs.'''
+import torch
+from zennit.types import Convolution
+
+from .layer import Gate
+
+SIGMOIDS = frozenset('sigmoid sigmoid_ hardsigmoid tanh tanh_ softmax'.split())
+SIGMOID_MODULES = (torch.nn.Sigmoid, torch.nn.Hardsigmoid, torch.nn.Tanh, torch.nn.Softmax)
+MOVES = ('View', 'Expand', 'squeeze', 'Permute', 'Transpose', 'Clone', 'Copy', 'Identity')
+
+
+def depends_on(tensor, source):
+    '''Whether a tensor was computed from another, by their graphs.'''
+    if tensor.grad_fn is None or not source.requires_grad:
+        return False
+    target = torch.autograd.graph.get_gradient_edge(source)
+    # nodes are numbered in the order of their creation, only leaves have no proper number
+    oldest = -1 if source.grad_fn is None else target.node._sequence_nr()  # pylint: disable=protected-access
+    queue, seen = [tensor.grad_fn], set()
+    while queue:
+        for node, index in queue.pop().next_functions:
+            if node is None or (node, index) in seen:
+                continue
+            if node == target.node and index == target.output_nr:
+                return True
+            seen.add((node, index))
+            if node._sequence_nr() > oldest:  # pylint: disable=protected-access
+                queue.append(node)
+    return False
+
+
+def is_first(input):
+    '''Whether no linear layer or convolution with a rule of this module precedes, by the input's graph.'''
+    queue, seen = [input.grad_fn], set()
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(getattr(node, 'module', None), (Convolution, torch.nn.Linear)):
+            return False
+        queue.extend(parent for parent, _ in node.next_functions)
+    return True
+
+
+def is_sigmoid(tensor):
+    '''Whether a tensor comes out of a sigmoid, by its graph.'''
+    node = tensor.grad_fn
+    while node is not None:
+        module = getattr(node, 'module', None)
+        if isinstance(module, SIGMOID_MODULES) or getattr(module, 'name', None) in SIGMOIDS:
+            return True
+        name = node.name()
+        if any(key in name for key in ('Sigmoid', 'Tanh', 'Softmax')):
+            return True
+        # look through functions which only move elements, and scaling by constants
+        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        if len(parents) != 1 or not (any(key in name for key in MOVES) or isinstance(module, Gate)):
+            return False
+        node = parents[0]
+    return False
+
+
+def count_uses(nodes):
+    '''How often the output of each node is used, in the graph of the given nodes.'''
+    uses, queue, seen = {}, [node for node in nodes if node is not None], set()
+    while queue:
+        node = queue.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        for parent, _ in node.next_functions:
+            if parent is not None:
+                uses[parent] = uses.get(parent, 0) + 1
+                queue.append(parent)
+    return uses

@@ -1,0 +1,270 @@
+'''Pictures: reading photographs, and drawing heatmaps, overlays and comparisons.'''
+import struct
+import warnings
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from zennit.image import get_cmap
+
+# Zennit's map of black for zero, red to white for positive, and blue to cyan for negative values
+HEATMAP_CMAP = 'coldnhot'
+# The same order of colors without black, as weak relevance is transparent instead
+OVERLAY_CMAP = '0cf,00f,7f:0000c0,80:c00000,f00,f80,fe0'
+
+MARGIN = 8
+FONT_SIZE = 16
+
+
+def read_image(path):
+    '''Read a photograph as 8-bit RGB, upright as its EXIF orientation says.
+
+    Transparent pixels are composed on white, 16-bit values are scaled to 8 bit, and of animations the first frame is
+    used.
+
+    Parameters
+    ----------
+    path: str or :py:obj:`pathlib.Path`
+        File in any format that Pillow reads.
+
+    Returns
+    -------
+    obj:`PIL.Image.Image`
+        The photograph in mode ``'RGB'``.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If the file is not an image that can be decoded, or if it has so many pixels that decoding it might exhaust the
+        memory (``PIL.Image.MAX_IMAGE_PIXELS``).
+    '''
+    try:
+        with warnings.catch_warnings():
+            # Pillow itself only refuses twice as many pixels
+            warnings.simplefilter('error', Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image.load()
+                return _to_rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError:
+        raise
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f'it has more than {Image.MAX_IMAGE_PIXELS} pixels and is refused, make it smaller first'
+        ) from error
+    except Image.UnidentifiedImageError as error:
+        raise ValueError('it is not an image in a format that Pillow reads') from error
+    except (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError, struct.error) as error:
+        # what decoders raise for damaged files
+        raise ValueError(f'it cannot be decoded ({" ".join(str(error).split()) or type(error).__name__})') from error
+
+
+def _to_rgb(image):
+    '''Convert an image of any mode to 8-bit RGB.'''
+    if image.mode.startswith(('I', 'F')):
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        # these modes do not say how bright white is, so choose the smallest common maximum that fits
+        largest = values.max(initial=0.)
+        if image.mode.startswith('I;16') or largest > 255:
+            white = 65535
+        else:
+            white = 1 if image.mode == 'F' and largest <= 1 else 255
+        image = Image.fromarray((values * (255 / white)).round().clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert('RGBA')
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+    return image.convert('RGB')
+
+
+def _check_heatmap(heatmap):
+    '''Get a heatmap as a float64 array, or raise a ValueError if it is not a finite array of shape (height, width).'''
+    heatmap = np.asarray(heatmap, dtype=np.float64)
+    if heatmap.ndim != 2 or heatmap.size == 0:
+        raise ValueError(f'A heatmap must be of shape (height, width), but is {heatmap.shape}!')
+    if not np.isfinite(heatmap).all():
+        raise ValueError('The heatmap contains NaN or infinite values!')
+    return heatmap
+
+
+def _check_picture(picture, name='A picture'):
+    '''Get a picture as an array, or raise a ValueError if it is not 8-bit RGB of shape (height, width, 3).'''
+    picture = np.asarray(picture)
+    if picture.ndim != 3 or picture.shape[2] != 3 or picture.size == 0:
+        raise ValueError(f'{name} must be of shape (height, width, 3), but is {picture.shape}!')
+    if picture.dtype != np.uint8:
+        raise ValueError(f'{name} must be of type uint8, but is {picture.dtype}!')
+    return picture
+
+
+def _scale(heatmap, percentile):
+    '''Divide by a percentile of the magnitudes, and clip to [-1, 1].'''
+    if not 0 < percentile <= 100:
+        raise ValueError(f'percentile={percentile} is not above 0 and at most 100!')
+    bound = np.percentile(np.abs(heatmap), percentile)
+    if bound == 0:
+        # fewer pixels are relevant than the percentile leaves out
+        bound = np.abs(heatmap).max()
+    return np.zeros_like(heatmap) if bound == 0 else (heatmap / bound).clip(-1, 1)
+
+
+def _to_uint8(picture):
+    '''Convert a picture with values in [0, 1] to 8 bit.'''
+    return (picture * 255).round().clip(0, 255).astype(np.uint8)
+
+
+def draw_heatmap(heatmap, percentile=99.5, cmap=HEATMAP_CMAP):
+    '''Draw a heatmap in color.
+
+    The color range is symmetric around zero, so that zero has the same color in each heatmap, also in one without
+    negative values.
+
+    Parameters
+    ----------
+    heatmap: :py:obj:`numpy.ndarray`
+        Heatmap of shape (height, width).
+    percentile: float, optional
+        The color range ends at this percentile of the magnitudes. With 100 it ends at the largest, and a single bright
+        pixel may make all others vanish. Default is 99.5.
+    cmap: str or :py:obj:`zennit.cmap.ColorMap`, optional
+        A color map of Zennit for values from minus to plus the end of the color range. Default is ``'coldnhot'``, with
+        black for zero, red to white for positive, and blue to cyan for negative values.
+
+    Returns
+    -------
+    :py:obj:`numpy.ndarray`
+        Picture of shape (height, width, 3) and type uint8.
+
+    Raises
+    ------
+    ValueError
+        If ``heatmap`` is not of shape (height, width) or not finite, or if ``percentile`` is not in (0, 100].
+    '''
+    scaled = _scale(_check_heatmap(heatmap), percentile)
+    # the color map is called instead of using zennit.image.imgify, whose palettes recent versions of Pillow reject
+    return _to_uint8(get_cmap(cmap)((scaled + 1) / 2))
+
+
+def draw_overlay(photo, heatmap, percentile=99.5, opacity=0.9, cmap=OVERLAY_CMAP):
+    '''Draw a heatmap on the photograph it explains.
+
+    The photograph turns gray, and color covers it in proportion to the magnitude of relevance: from red to yellow for
+    positive, and from blue to cyan for negative relevance. The robust end of the color range prevents that the most
+    relevant pixels alone are colored.
+
+    Parameters
+    ----------
+    photo: :py:obj:`numpy.ndarray`
+        Photograph of shape (height, width, 3) and type uint8.
+    heatmap: :py:obj:`numpy.ndarray`
+        Heatmap of shape (height, width).
+    percentile: float, optional
+        Colors end at this percentile of the magnitudes, see :py:func:`draw_heatmap`. Default is 99.5.
+    opacity: float, optional
+        Opacity at the end of the color range, from 0 to 1. Default is 0.9.
+    cmap: str or :py:obj:`zennit.cmap.ColorMap`, optional
+        A color map of Zennit for values from minus to plus the end of the color range.
+
+    Returns
+    -------
+    :py:obj:`numpy.ndarray`
+        Picture of shape (height, width, 3) and type uint8.
+
+    Raises
+    ------
+    ValueError
+        If the shapes are not as above or do not match, or if an argument is out of range.
+    '''
+    photo = _check_picture(photo, 'A photograph')
+    heatmap = _check_heatmap(heatmap)
+    if photo.shape[:2] != heatmap.shape:
+        raise ValueError(
+            f'Photograph and heatmap must be of the same height and width, but are of shape {photo.shape} and '
+            f'{heatmap.shape}!'
+        )
+    if not 0 <= opacity <= 1:
+        raise ValueError(f'opacity={opacity} is not between 0 and 1!')
+    scaled = _scale(heatmap, percentile)
+    alpha = opacity * np.abs(scaled)[..., None]
+    # brightness as in ITU-R BT.601
+    gray = (photo @ np.array([0.299, 0.587, 0.114]) / 255)[..., None]
+    return _to_uint8((1 - alpha) * gray + alpha * get_cmap(cmap)((scaled + 1) / 2))
+
+
+def draw_comparison(rows, titles, captions=None, scale=1):
+    '''Draw pictures in a table, for instance a photograph and its heatmaps by several methods in each row.
+
+    Parameters
+    ----------
+    rows: list[list[:py:obj:`numpy.ndarray`]]
+        Pictures of shape (height, width, 3) and type uint8. All rows have the same number of pictures, which may be of
+        different size.
+    titles: list[str]
+        Titles of the columns.
+    captions: list[str], optional
+        Captions above each row.
+    scale: int, optional
+        Pictures are enlarged by this factor, each pixel to a square. Default is 1.
+
+    Returns
+    -------
+    :py:obj:`numpy.ndarray`
+        Picture of shape (height, width, 3) and type uint8.
+
+    Raises
+    ------
+    ValueError
+        If there are no pictures, if the numbers of pictures, titles and captions do not fit, or if the shape of a
+        picture is not as above.
+    '''
+    if not rows or not titles:
+        raise ValueError('There is nothing to draw: a comparison needs at least one row and one column!')
+    for num, row in enumerate(rows):
+        if len(row) != len(titles):
+            raise ValueError(f'There are {len(titles)} titles, but {len(row)} pictures in row {num}!')
+    if captions is not None and len(captions) != len(rows):
+        raise ValueError(f'There are {len(captions)} captions for {len(rows)} rows!')
+    if scale < 1 or int(scale) != scale:
+        raise ValueError(f'scale={scale} is not a positive integer!')
+    scale = int(scale)
+    rows = [
+        [_check_picture(tile, f'Picture {col} of row {num}').repeat(scale, 0).repeat(scale, 1)
+         for col, tile in enumerate(row)]
+        for num, row in enumerate(rows)
+    ]
+
+    line = FONT_SIZE * scale + MARGIN
+    heights = [max(tile.shape[0] for tile in row) for row in rows]
+    widths = [max(row[col].shape[1] for row in rows) for col in range(len(titles))]
+    lefts = MARGIN + np.cumsum([0] + [width + MARGIN for width in widths])
+    above = 0 if captions is None else line
+    canvas = Image.new(
+        'RGB', (int(lefts[-1]), MARGIN + line + sum(above + height + MARGIN for height in heights)), 'white'
+    )
+    draw = ImageDraw.Draw(canvas)
+    for title, left, width in zip(titles, lefts, widths):
+        text, font = _fit(title, width, FONT_SIZE * scale)
+        draw.text((left + width / 2, MARGIN + line / 2), text, fill='black', font=font, anchor='mm')
+    top = MARGIN + line
+    for num, row in enumerate(rows):
+        if captions is not None:
+            text, font = _fit(captions[num], canvas.width - 2 * MARGIN, FONT_SIZE * scale)
+            draw.text((MARGIN, top + line / 2), text, fill='#404040', font=font, anchor='lm')
+            top += above
+        for tile, left, width in zip(row, lefts, widths):
+            offset = (width - tile.shape[1]) // 2, (heights[num] - tile.shape[0]) // 2
+            canvas.paste(Image.fromarray(tile), (int(left) + offset[0], top + offset[1]))
+        top += heights[num] + MARGIN
+    return np.asarray(canvas)
+
+
+def _fit(text, width, size):
+    '''Find the font, at most of a size, in which a text fits a width, and shorten the text if none is readable.'''
+    text = ' '.join(text.split())
+    smallest = min(size, 10)
+    for points in range(size, smallest - 1, -1):
+        font = ImageFont.load_default(points)
+        if font.getlength(text) <= width:
+            return text, font
+    while text and font.getlength(text + '…') > width:
+        text = text[:-1]
+    return text + '…', font

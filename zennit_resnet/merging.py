@@ -1,0 +1,95 @@
+'''Folding batch normalizations into the linear layers before them, by data flow.'''
+import weakref
+
+import torch
+from zennit.core import RemovableHandleList
+from zennit.types import BatchNorm, ConvolutionTranspose, Linear
+
+from .graph import count_uses
+
+
+class BatchNormMerge:
+    '''Find pairs of a linear layer and a batch normalization in a forward pass, and fold them between forward passes.
+
+    A pair is folded if the layer was called once and its output went into the batch normalization only, whatever the
+    order in which both are defined. Rules use parameters in the backward pass. The forward pass runs with the original
+    ones and stays bit for bit the same.
+    '''
+    def __init__(self):
+        self.handles = RemovableHandleList()
+        self.producers, self.calls, self.candidates, self.folded = {}, {}, [], []
+
+    def watch(self, module):
+        '''Watch a module, after its rules were registered, such that tensors are seen as other modules see them.'''
+        if isinstance(module, Linear):
+            self.handles.append(module.register_forward_hook(self._note_output))
+        elif isinstance(module, BatchNorm) and getattr(module, 'running_mean', None) is not None:
+            self.handles.append(module.register_forward_pre_hook(self._note_input, prepend=True))
+
+    def _note_output(self, module, args, output):
+        if isinstance(output, torch.Tensor) and output.requires_grad:
+            self.producers[id(output)] = weakref.ref(output), module
+            self.calls[module] = self.calls.get(module, 0) + 1
+
+    def _note_input(self, module, args):
+        reference, linear = self.producers.get(id(args[0]), (lambda: None, None)) if args else (lambda: None, None)
+        if args and reference() is args[0]:
+            self.candidates.append((args[0].grad_fn, linear, module))
+
+    def fold(self, outputs):
+        '''Put folded parameters in place after a forward pass.
+
+        Parameters
+        ----------
+        outputs: list of :py:obj:`torch.Tensor`
+            The outputs of the forward pass that carry relevance.
+        '''
+        candidates, calls = self.candidates, self.calls
+        self.producers, self.calls, self.candidates = {}, {}, []
+        uses = count_uses([elem.grad_fn for elem in outputs]) if candidates else {}
+        for node, linear, batch_norm in candidates:
+            if uses.get(node) == 1 and calls[linear] == 1:
+                self.folded.append((linear, dict(linear._parameters)))
+                fold_batch_norm(linear, batch_norm)
+
+    def unfold(self):
+        '''Put the original parameters back.'''
+        while self.folded:
+            linear, parameters = self.folded.pop()
+            linear._parameters.clear()
+            linear._parameters.update(parameters)
+
+    def remove(self):
+        '''Put the original parameters back, and watch no module anymore.'''
+        self.unfold()
+        self.handles.remove()
+        self.producers, self.calls, self.candidates = {}, {}, []
+
+
+def fold_batch_norm(linear, batch_norm):
+    '''Replace the parameters of a linear layer with those of it and the batch normalization after it.
+
+    Parameters
+    ----------
+    linear: :py:obj:`torch.nn.Module`
+        A linear layer or convolution.
+    batch_norm: :py:obj:`torch.nn.Module`
+        A batch normalization with running statistics.
+    '''
+    with torch.no_grad():
+        scale = (batch_norm.running_var + batch_norm.eps) ** -.5
+        if batch_norm.weight is not None:
+            scale = scale * batch_norm.weight
+        weight = linear.weight
+        if isinstance(linear, ConvolutionTranspose):
+            shape = (linear.groups, weight.shape[0] // linear.groups, *weight.shape[1:])
+            weight = (weight.view(shape) * scale.view(linear.groups, 1, -1, *(1,) * (weight.ndim - 2))).view_as(weight)
+        else:
+            weight = weight * scale.view(-1, *(1,) * (weight.ndim - 1))
+        bias = -batch_norm.running_mean if linear.bias is None else linear.bias - batch_norm.running_mean
+        bias = bias * scale
+        if batch_norm.bias is not None:
+            bias = bias + batch_norm.bias
+    dtype = linear.weight.dtype
+    for key, value in (('weight', weight), ('bias', bias)):
+        linear._parameters[key] = torch.nn.Parameter(value.to(dtype), requires_grad=False)

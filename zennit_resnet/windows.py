@@ -1,0 +1,193 @@
+'''Convolutions and poolings as linear maps, with windows adapted to what rules need of them.'''
+import itertools
+
+import torch
+import torch.nn.functional as F
+from zennit.types import ConvolutionTranspose
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+_AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+
+
+def as_tuple(value, num):
+    '''A setting of a module for each of its spatial dimensions.'''
+    return (value,) * num if isinstance(value, int) else tuple(value)
+
+
+def convolve(module, input, weight, spread=False):
+    '''Convolve as a module does, with another weight and without bias.
+
+    Parameters
+    ----------
+    module: :py:obj:`torch.nn.Module`
+        A convolution or transposed convolution of which the stride, padding, dilation and groups are used.
+    input: :py:obj:`torch.Tensor`
+        Input of shape (batch, channels, *spatial).
+    weight: :py:obj:`torch.Tensor`
+        Weight of the spatial shape of the module's weight.
+    spread: bool, optional
+        Whether strides beyond the kernel take in whole stride cells: a kernel of one reads the average of its cell, and
+        each tap of a larger kernel reads the average of its part of the cell.
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor`
+        The output, of the spatial shape of the module's output.
+    '''
+    num = weight.ndim - 2
+    if isinstance(module, ConvolutionTranspose):
+        return _CONV_TRANSPOSE[num](
+            input, weight, None, module.stride, module.padding, module.output_padding, module.groups, module.dilation
+        )
+    stride, dilation = as_tuple(module.stride, num), as_tuple(module.dilation, num)
+    padding = module.padding if isinstance(module.padding, str) else as_tuple(module.padding, num)
+    if module.padding_mode != 'zeros':
+        # pylint: disable=protected-access
+        input = F.pad(input, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+        padding = (0,) * num
+    kernel = tuple(weight.shape[2:])
+    # padding by name is for a stride of one only
+    if not spread or isinstance(padding, str) or all(step <= size for step, size in zip(stride, kernel)):
+        return _CONV[num](input, weight, None, stride, padding, dilation, module.groups)
+    if any(padding):
+        input = F.pad(input, [value for value in reversed(padding) for _ in range(2)])
+    shape = [
+        (length - (size - 1) * dil - 1) // step + 1
+        for length, size, dil, step in zip(input.shape[2:], kernel, dilation, stride)
+    ]
+    cells = tuple(step if step > size == 1 else 1 for step, size in zip(stride, kernel))
+    input = pool_cells(input, cells)
+    stride = tuple(step // cell for step, cell in zip(stride, cells))
+    for dim, (step, size, dil) in enumerate(zip(stride, kernel, dilation)):
+        if step > size and dil == 1:
+            # enlarge the kernel to the stride
+            parts = torch.arange(step, device=weight.device) * size // step
+            amounts = parts.bincount().to(weight)[parts].view(-1, *(1,) * (num - dim - 1))
+            weight = weight.index_select(dim + 2, parts) / amounts
+    excess = [
+        max((out - 1) * step + (size - 1) * dil + 1 - length, 0)
+        for out, step, size, dil, length in zip(shape, stride, weight.shape[2:], dilation, input.shape[2:])
+    ]
+    if any(excess):
+        input = F.pad(input, [value for amount in reversed(excess) for value in (0, amount)])
+    output = _CONV[num](input, weight, None, stride, 0, dilation, module.groups)
+    # pooling includes incomplete cells at the border, of which the convolution may read none
+    return output[(..., *(slice(length) for length in shape))]
+
+
+def pool_cells(input, cells):
+    '''Average over cells, including incomplete ones at the border.'''
+    if all(cell == 1 for cell in cells):
+        return input
+    return _AVG_POOL[len(cells)](input, cells, cells, ceil_mode=True, count_include_pad=False)
+
+
+def average(module, input, even=False):
+    '''Average pooling with the window of a max pooling.
+
+    Parameters
+    ----------
+    module: :py:obj:`torch.nn.Module`
+        The max pooling.
+    input: :py:obj:`torch.Tensor`
+        Input of shape (batch, channels, *spatial).
+    even: bool, optional
+        Whether positions of the window are weighted such that each position of the input has the same total weight.
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor`
+        The weighted average, or a multiple of it, of the shape of the module's output.
+
+    Raises
+    ------
+    ValueError
+        If the module has no window (as for adaptive pooling), or if it is dilated.
+    '''
+    num = input.ndim - 2
+    if not hasattr(module, 'kernel_size') or set(as_tuple(module.dilation, num)) != {1}:
+        raise ValueError(f'maxpool=\'average\' needs a window without dilation, {module} has none: use \'winner\'.')
+    if even and overlapping_stride(module, num) is not None and not module.ceil_mode:
+        kernel = as_tuple(module.kernel_size, num)
+        weight = torch.ones(input.shape[1], 1, *kernel).to(input)
+        weight = weight * even_scale(module, weight)
+        return _CONV[num](input, weight, None, module.stride, module.padding, 1, input.shape[1])
+    return _AVG_POOL[num](input, module.kernel_size, module.stride, module.padding, module.ceil_mode)
+
+
+def overlapping_stride(module, num):
+    '''The stride of a pooling, None if it is one, or if windows do not overlap.'''
+    if not hasattr(module, 'kernel_size'):
+        return None
+    stride, kernel = as_tuple(module.stride, num), as_tuple(module.kernel_size, num)
+    return stride if any(1 < step < size for step, size in zip(stride, kernel)) else None
+
+
+def even_scale(module, magnitude):
+    '''Factors for weights by which a window with a stride gives all positions modulo the stride the same weight.
+
+    Parameters
+    ----------
+    module: :py:obj:`torch.nn.Module`
+        The convolution or pooling.
+    magnitude: :py:obj:`torch.Tensor`
+        Magnitudes of the weights, of shape (output channels, input channels of a group, *spatial).
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor` or None
+        Factors of shape (output channels, 1, *spatial), which leave the total magnitude of each filter as it is. None
+        if there is nothing to scale, because the stride is one, or larger than the kernel.
+    '''
+    num = magnitude.ndim - 2
+    if isinstance(module, ConvolutionTranspose):
+        return None
+    kernel = magnitude.shape[2:]
+    stride = [step if 1 < step <= size else 1 for step, size in zip(as_tuple(module.stride, num), kernel)]
+    if all(step == 1 for step in stride) or any(dil != 1 for dil in as_tuple(getattr(module, 'dilation', 1), num)):
+        return None
+    profile = magnitude.sum(1, keepdim=True)
+    scale = torch.ones_like(profile)
+    phases = [
+        (..., *(slice(start, None, step) for start, step in zip(starts, stride)))
+        for starts in itertools.product(*map(range, stride))
+    ]
+    sums = [profile[phase].flatten(1).sum(1).view(-1, *(1,) * (num + 1)) for phase in phases]
+    # filters may have no weight at some positions
+    number = sum((elem > 0).to(profile) for elem in sums).clamp(min=1)
+    total = sum(sums) / number
+    for phase, elem in zip(phases, sums):
+        scale[phase] = torch.where(elem > 0, total / elem.clamp(min=torch.finfo(elem.dtype).tiny), 1.)
+    return scale
+
+
+def smooth(relevance, stride):
+    '''Smooth relevance with the binomial (triangular) filter that removes the harmonics of a stride.
+
+    Parameters
+    ----------
+    relevance: :py:obj:`torch.Tensor`
+        Relevance of shape (batch, channels, *spatial).
+    stride: tuple[int, ...]
+        The stride of each spatial dimension.
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor`
+        Relevance of the same shape and sum: each position shares its relevance among its neighbours inside the image.
+    '''
+    for dim, step in enumerate(stride, 2):
+        if step == 1:
+            continue
+        ramp = torch.arange(1, step + 1)
+        kernel = torch.cat([ramp, ramp[:-1].flip(0)]).to(relevance) / step ** 2
+        length = relevance.shape[dim]
+        # the filter as a matrix, of which the rows of positions at the border sum to less
+        matrix = sum(
+            torch.diag(kernel.new_full((length - abs(shift),), float(kernel[step - 1 + shift])), shift)
+            for shift in range(1 - step, step) if abs(shift) < length
+        )
+        matrix = matrix / matrix.sum(1, keepdim=True)
+        relevance = torch.movedim(torch.movedim(relevance, dim, -1) @ matrix, -1, dim)
+    return relevance
