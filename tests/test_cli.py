@@ -400,12 +400,30 @@ def test_state_dicts(tiny, tmp_path, kind):
     torch.testing.assert_close(classifier.model(input), tiny(input), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize('name', ['vgg11', 'squeezenet1_1', 'mobilenet_v3_small', 'googlenet', 'densenet121'])
+@pytest.mark.parametrize('name', ['vgg11', 'squeezenet1_1', 'mnasnet0_5', 'googlenet', 'densenet121'])
 def test_number_of_classes(tmp_path, name):
     '''The number of classes is that of the last layer, whatever its name.'''
     kwargs = {'init_weights': False} if name == 'googlenet' else {}
     torch.save(get_model(name, num_classes=4, **kwargs).state_dict(), tmp_path / 'weights.pt')
     assert len(load_classifier(name, tmp_path / 'weights.pt').classes) == 4
+
+
+def test_size_does_not_fit(tmp_path):
+    '''A size that the model cannot process is found when it is loaded.'''
+    torch.save(get_model('squeezenet1_1', num_classes=4).state_dict(), tmp_path / 'weights.pt')
+    with pytest.raises(ValueError, match='squeezenet1_1 cannot process photographs of 5 x 5.*--size'):
+        load_classifier('squeezenet1_1', tmp_path / 'weights.pt', 5)
+
+
+def test_unsupported_network(tmp_path, photos, run):
+    '''A network with operations that no rule covers is refused with one line.'''
+    torch.save(get_model('vit_b_32', num_classes=4).state_dict(), tmp_path / 'weights.pt')
+    options = ['--model', 'vit_b_32', '--weights', tmp_path / 'weights.pt', '--size', 224]
+    # its logits are zero before training
+    result, _ = run('explain', photos[0], *options, '--value', 'one')
+    assert result.exit_code == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert 'MultiheadAttention' in result.stderr
 
 
 @pytest.mark.parametrize('content', [b'', b'garbage', None])

@@ -1,5 +1,6 @@
 '''Classifiers for the command line: network, weights, class names and preprocessing in one.'''
 import json
+from collections import OrderedDict
 from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
@@ -227,7 +228,16 @@ def _load_local(name, path, size):
     ]
     if problems:
         raise ValueError(f'{misfit}{", ".join(problems)}; choose the right one with --model')
+    state = OrderedDict(state)
+    # some modules ask for the version that saved them, which not every file format keeps
+    state._metadata = expected._metadata  # pylint: disable=protected-access
+    # this also casts to single precision
     model.load_state_dict(state, strict=False)
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(f'{name} cannot process photographs of {size} x {size}: choose another --size') from error
 
     if classes is not None and len(classes) != n_classes:
         raise ValueError(f'the weights {path} name {len(classes)} classes in their metadata, but have {n_classes}')
@@ -252,7 +262,7 @@ def _preprocess(photo, size):
 
 
 def _read_state(path):
-    '''Read a state dict with floating point values in single precision, and the names of classes or None.'''
+    '''Read a state dict of any precision, and the names of classes or None.'''
     if not path.is_file():
         raise ValueError(f'there is no file {path} with weights')
     classes = None
@@ -282,11 +292,8 @@ def _read_state(path):
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
     ):
         raise ValueError(f'the weights {path} are not a state dict: {SAVE}')
-    return {
-        # torch.nn.DataParallel puts a prefix before each key
-        key.removeprefix('module.'): value.float() if value.is_floating_point() else value
-        for key, value in state.items()
-    }, classes
+    # torch.nn.DataParallel puts a prefix before each key
+    return {key.removeprefix('module.'): value for key, value in state.items()}, classes
 
 
 def _parse_classes(text):
