@@ -16,7 +16,7 @@ from zennit.attribution import Gradient
 from zennit.composites import EpsilonPlus
 from zennit.torchvision import ResNetCanonizer
 
-from zennit_resnet import ResNetLRP, initial_relevance, with_splitting
+from zennit_resnet import BlockLRP, ResNetLRP, initial_relevance, with_splitting
 
 COMPOSITES = {
     'gradient': lambda: None,
@@ -24,6 +24,7 @@ COMPOSITES = {
     'symmetric': lambda: ResNetLRP(splitting='symmetric'),
     'ratio, literal projection': lambda: ResNetLRP(projection='literal'),
     'ratio, merged batch norm': lambda: ResNetLRP(batch_norm='merge'),
+    'block': BlockLRP,
     'zennit EpsilonPlus': lambda: EpsilonPlus(canonizers=[ResNetCanonizer()]),
     'zennit EpsilonPlus with ratio splitting': lambda: with_splitting(EpsilonPlus()),
 }

@@ -141,13 +141,14 @@ def build_network(arrays, arch):
 class Capture:
     '''Relevance at the inputs and outputs of modules.'''
     def __init__(self, model, names):
-        self.relevance = {}
+        self.relevance, self.inputs = {}, {}
         modules = dict(model.named_modules())
         self.handles = [modules[name].register_forward_pre_hook(self.keep(f'{name}.input')) for name in names]
 
     def keep(self, key):
         '''A forward hook which keeps the gradient of the input.'''
         def hook(module, args):
+            self.inputs[key] = args[0].detach().clone()
             args[0].register_hook(lambda grad: self.relevance.__setitem__(key, grad.detach().clone()))
         return hook
 

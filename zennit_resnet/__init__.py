@@ -1,12 +1,14 @@
 '''Layer-wise Relevance Propagation for residual networks, for Zennit.'''
 from .attribution import initial_relevance
 from .canonizers import ResidualCanonizer, UnsupportedOperation
-from .composites import ResNetLRP, with_splitting
-from .rules import RatioSplit, ResidualOnly, SymmetricSplit, ZPlus
+from .composites import BlockLRP, ResNetLRP, with_splitting
+from .rules import BlockEpsilon, RatioSplit, ResidualOnly, SymmetricSplit, ZPlus
 
 __version__ = '0.1.0.dev0'
 
 __all__ = [
+    'BlockEpsilon',
+    'BlockLRP',
     'RatioSplit',
     'ResNetLRP',
     'ResidualCanonizer',

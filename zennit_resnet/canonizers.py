@@ -12,6 +12,7 @@ from zennit.types import Activation as ActivationType
 from zennit.types import AvgPool, BatchNorm, Linear
 from zennit.types import MaxPool as MaxPoolType
 
+from .block import note_addition
 from .graph import is_sigmoid
 from .layer import (
     Activation,
@@ -410,6 +411,20 @@ class ResidualCanonizer(Canonizer):
             function.func, given['weight'], given.get('bias'), **{key: given.get(key, defaults[key]) for key in settings}
         )
         return standin(given['input'])
+
+class BlockCanonizer(ResidualCanonizer):
+    '''Canonizer which finds residual blocks, for :py:class:`~zennit_resnet.rules.BlockEpsilon`.
+
+    A block is a module which adds two tensors that depend on the input in its own forward. No function is replaced, as the
+    rule takes the gradient of whatever a block computes.
+    '''
+    def intercept(self, func, args, kwargs):
+        '''Note additions.'''
+        stack = self.local.__dict__.get('stack')
+        if stack and getattr(func, '__name__', '') in ADDITIONS and len(_carriers((args, kwargs))) == 2:
+            note_addition(stack[-1].module)
+        return func(*args, **kwargs)
+
 
 HANDLERS = {
     **dict.fromkeys(ADDITIONS, ResidualCanonizer._add),

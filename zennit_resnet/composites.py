@@ -5,7 +5,8 @@ from zennit.core import Composite
 from zennit.torchvision import ResNetCanonizer
 from zennit.types import Activation, AvgPool, BatchNorm, Convolution, MaxPool
 
-from .canonizers import ResidualCanonizer
+from .block import BlockEpsilon, GradientTimesInput
+from .canonizers import BlockCanonizer, ResidualCanonizer
 from .layer import Addition, Gate, Padding, Subsampling
 from .rules import (
     PassThrough,
@@ -203,3 +204,83 @@ def with_splitting(composite, rule=None):
     if not hasattr(rule, 'register'):
         raise TypeError(f'rule={rule!r} is not a hook, use for instance RatioSplit() or SymmetricSplit()!')
     return SplittingComposite(composite, rule)
+
+
+@register_composite('block_lrp')
+class BlockLRP(Composite):
+    '''Propagation of C3-LRP (Doublet et al.): residual blocks, and layers outside of them, as one layer each, Eq. (1).
+
+    In the backward pass, gradients are relevance divided by the activation, until the network's input is reached.
+
+    This amounts to Gradient x Input times R_k / (y_k - b_k), with logit y_k of the target, its bias b_k and its initial
+    relevance R_k, up to the effect of ``epsilon``. What makes C3-LRP more than that is its post-processing, see
+    :py:func:`~zennit_resnet.postprocess.c3`.
+
+    Parameters
+    ----------
+    epsilon: callable or float, optional
+        Stabilization parameter, see :py:class:`~zennit_resnet.rules.BlockEpsilon`.
+    mode: str, optional
+        ``'sign'`` (default) or ``'plus'``, see :py:class:`~zennit_resnet.rules.BlockEpsilon`.
+    blocks: type, tuple of types, list of str or callable, optional
+        Which modules are blocks, by their type, their name, or a predicate ``(name, module) -> bool``. By default, these
+        are all modules which add tensors in their own forward, of nested ones the outermost.
+    layer_map: list[tuple[tuple[torch.nn.Module, ...], Hook]], optional
+        A mapping as a list of tuples, with a tuple of applicable module types and a Hook. This will be prepended to
+        the ``layer_map`` defined by the composite.
+    canonizers: list[:py:class:`zennit.canonizers.Canonizer`], optional
+        List of canonizer instances to be applied before applying hooks. The composite adds its own.
+
+    Raises
+    ------
+    TypeError
+        If ``blocks`` is none of the above.
+    '''
+    def __init__(self, epsilon=1e-6, mode='sign', blocks=None, layer_map=None, canonizers=None):
+        is_types = isinstance(blocks, type) or isinstance(blocks, tuple)
+        is_names = isinstance(blocks, (list, set))
+        if blocks is not None and not is_types and not is_names and not callable(blocks):
+            raise TypeError(f'blocks={blocks!r} is not a type, a tuple of types, a list of names or a predicate!')
+        self.blocks = blocks
+        self.find_block = (
+            (lambda name, module: isinstance(module, blocks)) if is_types
+            else (lambda name, module: name in blocks) if is_names
+            else blocks
+        )
+        # layers between network and blocks which are functions have no rule, so it is R / z that is propagated
+        settings = {'epsilon': epsilon, 'mode': mode, 'form': 'gradient'}
+        self.block_rule = BlockEpsilon(**settings)
+        self.any_rule = BlockEpsilon(**settings, is_block=None)
+        self.layer_map = ([] if layer_map is None else list(layer_map)) + [
+            (torch.nn.Linear, BlockEpsilon(**settings, with_bias=False)),
+            ((Convolution, BatchNorm, AvgPool, MaxPool), self.block_rule),
+        ]
+        canonizers = [] if canonizers is None else list(canonizers)
+        super().__init__(module_map=self.mapping, canonizers=[*canonizers, BlockCanonizer()])
+
+    # pylint: disable=unused-argument
+    def mapping(self, ctx, name, module):
+        '''Get the hook of a block or layer.
+
+        Parameters
+        ----------
+        ctx: dict
+            A context dictionary to keep track of previously registered hooks.
+        name: str
+            Name of the module.
+        module: obj:`torch.nn.Module`
+            Instance of the module to find a hook for.
+
+        Returns
+        -------
+        obj:`Hook` or None
+            The hook found, or None if no applicable hook was found.
+        '''
+        if not name:
+            return GradientTimesInput()
+        if self.find_block is not None and self.find_block(name, module):
+            return self.block_rule
+        hook = next((hook for types, hook in self.layer_map if isinstance(module, types)), None)
+        if hook is None and self.find_block is None and not type(module).__module__.startswith('torch.nn.'):
+            return self.any_rule
+        return hook

@@ -10,6 +10,7 @@ from zennit.core import RemovableHandle, RemovableHandleList, Stabilizer
 from zennit.types import Convolution, MaxPool
 
 from . import windows
+from .block import BlockEpsilon  # noqa: F401, pylint: disable=unused-import
 from .core import SinglePass
 from .graph import depends_on, is_first
 from .layer import Subsampling
