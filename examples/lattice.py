@@ -1,8 +1,9 @@
 '''Where the lattices in heatmaps of residual networks come from, measured and drawn.
 
-The share E(P) of a heatmap's spectral energy (mean removed) at the two-dimensional harmonics of 1/P is printed as a mean
-over photographs: E(32) - E(4) for the coarse lattice of strided projections, E(4) and E(2) for the fine ones of the max
-pooling and the first convolution. The worst deviation of the sum of relevance from the initial relevance is beside it.
+The share E(P) of a heatmap's spectral energy (mean removed) at the two-dimensional harmonics of 1/P is printed as a
+mean over photographs: E(32) - E(4) for the coarse lattice of strided projections, E(4) and E(2) for the fine ones of
+the max pooling and the first convolution. The worst deviation of the sum of relevance from the initial relevance is
+beside it.
 '''
 import argparse
 from pathlib import Path

@@ -60,7 +60,8 @@ def make_block(kind, inplanes, planes, stride, projection, bias):
 
 
 @pytest.mark.parametrize('kind, inplanes, planes, stride, projection', [
-    (BasicBlock, 3, 3, 1, False), (BasicBlock, 2, 3, 2, True), (Bottleneck, 4, 1, 1, False), (Bottleneck, 3, 1, 2, True),
+    (BasicBlock, 3, 3, 1, False), (BasicBlock, 2, 3, 2, True),
+    (Bottleneck, 4, 1, 1, False), (Bottleneck, 3, 1, 2, True),
 ])
 @pytest.mark.parametrize('epsilon, mode', [(0., 'sign'), (1e-3, 'sign'), (1e-3, 'plus')])
 def test_jacobian(kind, inplanes, planes, stride, projection, epsilon, mode):

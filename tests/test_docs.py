@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / 'README.md', *(ROOT / 'docs').glob('**/*.md')])
 BLOCKS = [
     pytest.param(match.group(1), id=f'{path.name}-{num}')
-    for path in sorted([ROOT / 'README.md', *(ROOT / 'docs').glob('**/*.md')])
+    for path in PAGES
     for num, match in enumerate(re.finditer(r'^```python\n(.*?)^```', path.read_text(encoding='utf-8'), re.S | re.M))
 ]
 
@@ -18,7 +19,7 @@ def test_block(block):
     exec(compile(block, 'documentation', 'exec'), {'__name__': '__main__'})
 
 
-@pytest.mark.parametrize('path', sorted([ROOT / 'README.md', *(ROOT / 'docs').glob('**/*.md')]), ids=lambda path: path.name)
+@pytest.mark.parametrize('path', PAGES, ids=lambda path: path.name)
 def test_links(path):
     '''All files that the documentation links to exist.'''
     links = re.findall(r'\]\(([^)#]+)\)', path.read_text(encoding='utf-8'))

@@ -78,23 +78,22 @@ class _Factor(torch.autograd.Function):
 
 
 class BlockEpsilon(Hook):
-    '''A module as one layer, Eq. (1) of C3-LRP: R' = z J^T (R / stab(z')), with input z, output z', and the true Jacobian
-    J of whatever the module computes.
+    '''A module as one layer, Eq. (1) of C3-LRP: R' = z J^T (R / stab(z')), with input z, output z' and Jacobian J.
 
     The Jacobian's product is the module's own gradient, so there is no second pass through it: relevance is divided by
     the output before, and multiplied with the input after. Rules of the same class on modules inside are inactive.
 
-    The factors of subsequent layers cancel. Where all layers have this rule, it thus amounts to Gradient x Input times the
-    scalar R_k / (y_k - b_k), up to a factor z' / stab(z') for each layer.
+    The factors of subsequent layers cancel. Where all layers have this rule, it thus amounts to Gradient x Input times
+    the scalar R_k / (y_k - b_k), up to a factor z' / stab(z') for each layer.
 
     Parameters
     ----------
     epsilon: callable or float, optional
-        Stabilization of the output. If it is a float (default 1e-6), it will be added with the sign of each entry. If it
-        is callable, a function ``(input: torch.Tensor) -> torch.Tensor`` is expected, of which the output corresponds to
-        the stabilized denominator. With 0, entries of zero receive nothing.
+        Stabilization of the output. If it is a float (default 1e-6), it will be added with the sign of each entry. If
+        it is callable, a function ``(input: torch.Tensor) -> torch.Tensor`` is expected, of which the output
+        corresponds to the stabilized denominator. With 0, entries of zero receive nothing.
     mode: str, optional
-        ``'sign'`` (default) adds ``epsilon`` with the sign of each entry, ``'plus'`` adds it as printed in the equation.
+        ``'sign'`` (default) adds ``epsilon`` with the sign of each entry, ``'plus'`` adds it as the equation has it.
     with_bias: bool, optional
         If ``False``, the module's bias is taken from the denominator, as Eq. (2) has it for linear layers. Default is
         ``True``.

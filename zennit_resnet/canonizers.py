@@ -48,12 +48,12 @@ COVERED = (
 # Functions which move elements or are the identity in evaluation, so that the gradient is the exact rule.
 TRANSPARENT = frozenset('''
     view view_as reshape reshape_as flatten unflatten ravel permute transpose t swapaxes swapdims movedim moveaxis
-    adjoint squeeze squeeze_ unsqueeze unsqueeze_ contiguous clone __getitem__ __setitem__ copy_ chunk split tensor_split unbind
-    narrow select index_select gather take_along_dim expand expand_as repeat repeat_interleave tile roll flip rot90
-    broadcast_to broadcast_tensors unfold as_strided pixel_shuffle pixel_unshuffle channel_shuffle
-    to type type_as float double half bfloat16 cuda cpu detach detach_ requires_grad_ __get__ __set__ retain_grad
-    register_hook dropout dropout_ dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout
-    maximum minimum fmax fmin
+    adjoint squeeze squeeze_ unsqueeze unsqueeze_ contiguous clone __getitem__ __setitem__ copy_ chunk split
+    tensor_split unbind narrow select index_select gather take_along_dim expand expand_as repeat repeat_interleave
+    tile roll flip rot90 broadcast_to broadcast_tensors unfold as_strided pixel_shuffle pixel_unshuffle
+    channel_shuffle to type type_as float double half bfloat16 cuda cpu detach detach_ requires_grad_ __get__ __set__
+    retain_grad register_hook dropout dropout_ dropout1d dropout2d dropout3d alpha_dropout feature_dropout
+    feature_alpha_dropout maximum minimum fmax fmin
 '''.split())
 
 ADDITIONS = frozenset('''
@@ -279,8 +279,8 @@ class ResidualCanonizer(Canonizer):
         path = self.names.get(call.module) or 'the model'
         message = (
             f'{path} ({type(call.module).__name__}) uses \'{function.name}\' on tensors that carry '
-            f'relevance, and {reason}. Put it in a module and give that a rule in the layer map of the composite, or use '
-            'ResidualCanonizer(strict=False) to have its gradient instead.'
+            f'relevance, and {reason}. Put it in a module and give that a rule in the layer map of the composite, or '
+            'use ResidualCanonizer(strict=False) to have its gradient instead.'
         )
         strict = self.strict
 
@@ -383,7 +383,7 @@ class ResidualCanonizer(Canonizer):
         pad, last = list(given['pad']), given['input'].ndim - 1
         standin = self._standin(call, Padding, function.name)
         standin.amounts = {
-            last - num: (before, after) for num, (before, after) in enumerate(zip(pad[::2], pad[1::2])) if before or after
+            last - num: amounts for num, amounts in enumerate(zip(pad[::2], pad[1::2])) if any(amounts)
         }
         standin.function = function.rebind()
         return standin(*function.carriers)
@@ -408,15 +408,16 @@ class ResidualCanonizer(Canonizer):
         defaults = {'stride': 1, 'padding': 0, 'dilation': 1, 'groups': 1}
         standin.padding_mode = 'zeros'
         standin.set_call(
-            function.func, given['weight'], given.get('bias'), **{key: given.get(key, defaults[key]) for key in settings}
+            function.func, given['weight'], given.get('bias'),
+            **{key: given.get(key, defaults[key]) for key in settings},
         )
         return standin(given['input'])
 
 class BlockCanonizer(ResidualCanonizer):
     '''Canonizer which finds residual blocks, for :py:class:`~zennit_resnet.rules.BlockEpsilon`.
 
-    A block is a module which adds two tensors that depend on the input in its own forward. No function is replaced, as the
-    rule takes the gradient of whatever a block computes.
+    A block is a module which adds two tensors that depend on the input in its own forward. No function is replaced, as
+    the rule takes the gradient of whatever a block computes.
     '''
     def intercept(self, func, args, kwargs):
         '''Note additions.'''
@@ -518,7 +519,7 @@ def _carriers(value):
 def _calling_composite():
     '''The composite that is being registered.
 
-    Composites of Zennit do not tell their canonizers who they are, but operations that are found later need their rules.
+    Composites of Zennit do not tell their canonizers who they are, but operations found later need their rules.
     '''
     frame = sys._getframe(1)
     while frame is not None:

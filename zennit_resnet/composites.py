@@ -223,8 +223,8 @@ class BlockLRP(Composite):
     mode: str, optional
         ``'sign'`` (default) or ``'plus'``, see :py:class:`~zennit_resnet.rules.BlockEpsilon`.
     blocks: type, tuple of types, list of str or callable, optional
-        Which modules are blocks, by their type, their name, or a predicate ``(name, module) -> bool``. By default, these
-        are all modules which add tensors in their own forward, of nested ones the outermost.
+        Which modules are blocks, by their type, their name, or a predicate ``(name, module) -> bool``. By default,
+        these are all modules which add tensors in their own forward, of nested ones the outermost.
     layer_map: list[tuple[tuple[torch.nn.Module, ...], Hook]], optional
         A mapping as a list of tuples, with a tuple of applicable module types and a Hook. This will be prepended to
         the ``layer_map`` defined by the composite.

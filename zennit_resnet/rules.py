@@ -56,8 +56,8 @@ class Uncrop(SinglePass):
     '''Relevance of the elements that a padding added goes back to elements that exist, so that nothing is lost.
 
     Along spatial dimensions it goes to the nearest element, along the channels it is shared evenly. Elements with a
-    value of zero receive relevance from dead units, from rules for the first layer that treat all inputs alike, and from
-    symmetric splitting with a skip connection that is padded with channels.
+    value of zero receive relevance from dead units, from rules for the first layer that treat all inputs alike, and
+    from symmetric splitting with a skip connection that is padded with channels.
     '''
     def propagate(self, module, stored, relevance):
         '''Fold relevance back.'''
