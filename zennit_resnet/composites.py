@@ -1,7 +1,7 @@
 '''Composites for residual networks, registered by name in Zennit's ``COMPOSITES``.'''
 import torch
 from zennit.composites import LayerMapComposite, register_composite
-from zennit.core import Composite
+from zennit.core import Composite, Hook
 from zennit.torchvision import ResNetCanonizer
 from zennit.types import Activation, AvgPool, BatchNorm, Convolution, MaxPool
 
@@ -201,7 +201,7 @@ def with_splitting(composite, rule=None):
     if not isinstance(composite, Composite):
         raise TypeError(f'with_splitting needs an instance of a composite, but got {composite!r}!')
     rule = RatioSplit() if rule is None else rule
-    if not hasattr(rule, 'register'):
+    if not isinstance(rule, Hook):
         raise TypeError(f'rule={rule!r} is not a hook, use for instance RatioSplit() or SymmetricSplit()!')
     return SplittingComposite(composite, rule)
 

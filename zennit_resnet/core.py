@@ -122,7 +122,7 @@ class SinglePass(Hook):
             carriers = [
                 elem for elem in (*args, *kwargs.values()) if isinstance(elem, torch.Tensor) and elem.requires_grad
             ]
-            if not carriers or not torch.is_grad_enabled():
+            if not carriers or not self.active or not torch.is_grad_enabled():
                 return
             with torch.no_grad():
                 stored = self.store(module, *carriers)

@@ -206,7 +206,7 @@ class ZPlus(SinglePass):
         Contributions to the first layer, i.e. to layers that no convolution or linear layer precedes. With weights w,
         and w+ and w- their positive and negative parts: ``'zplus'`` (default) (w h)+; ``'literal'`` w+ h as printed,
         even where h < 0 (denominators may vanish); ``'ones'`` w+ (the published code: the input is replaced by ones);
-        ``'zbox'`` w h - w+ low - w- high; ``'wsquare'`` w^2; ``'flat'`` 1.
+        ``'zbox'`` w h - w+ low - w- high = w+ (h - low) + w- (h - high); ``'wsquare'`` w^2; ``'flat'`` 1.
     low: :py:obj:`torch.Tensor` or float, optional
         Lowest possible input values for ``'zbox'``, which can be broadcast to the input.
     high: :py:obj:`torch.Tensor` or float, optional
@@ -274,11 +274,10 @@ class ZPlus(SinglePass):
             handles.append(module.register_forward_pre_hook(self._smooth))
         return handles
 
-    @staticmethod
-    def _smooth(module, args):
+    def _smooth(self, module, args):
         '''Smooth the relevance of the input.'''
         input, stride = args[0], windows.overlapping_stride(module, args[0].ndim - 2)
-        if stride is None or not (input.requires_grad and torch.is_grad_enabled()):
+        if stride is None or not (self.active and input.requires_grad and torch.is_grad_enabled()):
             return None
         input = input.view_as(input)
         input.register_hook(lambda relevance: windows.smooth(relevance, stride))
@@ -307,7 +306,7 @@ class ZPlus(SinglePass):
         denominator = outputs[0].detach()
         for elem in outputs[1:]:
             denominator = denominator + elem.detach()
-        share, dead = self._share(relevance, denominator, variant in ('literal', 'zbox'))
+        share, dead = self._share(relevance, denominator, variant == 'literal')
         gradients = torch.autograd.grad(outputs, inputs, [share] * len(outputs))
         with torch.no_grad():
             lower = inputs[0] * gradients[0] if weight is None else gradients[0].mul_(inputs[0])
@@ -339,10 +338,8 @@ class ZPlus(SinglePass):
         '''Pairs of inputs and weights (None for poolings) of which the products are the contributions.'''
         pairs = self._pairs(module, input, variant, is_negative)
         if self.coverage == 'even' and isinstance(module, Convolution):
-            magnitude = (pairs[0][1] if len(pairs) == 1 else module.weight.detach().to(input.dtype)).abs()
-            scale = windows.even_scale(module, magnitude)
-            if scale is not None:
-                pairs = [(elem, weight * scale) for elem, weight in pairs]
+            # each pair by itself, so that a sample does not depend on whether others in its batch have negative values
+            pairs = [(elem, windows.even_weight(module, weight)) for elem, weight in pairs]
         return pairs
 
     def _pairs(self, module, input, variant, is_negative):
@@ -360,9 +357,8 @@ class ZPlus(SinglePass):
             return [(input, weight.clamp(min=0))]
         if variant == 'zbox':
             return [
-                (input, weight),
-                (-self._bound(self.low, input), weight.clamp(min=0)),
-                (-self._bound(self.high, input), weight.clamp(max=0)),
+                (input - self._bound(self.low, input), weight.clamp(min=0)),
+                (input - self._bound(self.high, input), weight.clamp(max=0)),
             ]
         if variant == 'literal':
             return [(input, weight.clamp(min=0))]
@@ -416,7 +412,9 @@ class ZPlus(SinglePass):
             input = input.detach().requires_grad_()
             output = module.forward(input)
         share, _ = self._share(relevance, output.detach().clone(), True)
-        return torch.autograd.grad(output, input, share)[0] * input.detach()
+        lower = torch.autograd.grad(output, input, share)[0] * input.detach()
+        stride = windows.overlapping_stride(module, input.ndim - 2) if self.coverage == 'even' else None
+        return lower if stride is None else windows.smooth(lower, stride)
 
 
 def is_plain(module):

@@ -110,8 +110,7 @@ def average(module, input, even=False):
         raise ValueError(f'maxpool=\'average\' needs a window without dilation, {module} has none: use \'winner\'.')
     if even and overlapping_stride(module, num) is not None and not module.ceil_mode:
         kernel = as_tuple(module.kernel_size, num)
-        weight = torch.ones(input.shape[1], 1, *kernel).to(input)
-        weight = weight * even_scale(module, weight)
+        weight = even_weight(module, torch.ones(input.shape[1], 1, *kernel).to(input))
         return _CONV[num](input, weight, None, module.stride, module.padding, 1, input.shape[1])
     return _AVG_POOL[num](input, module.kernel_size, module.stride, module.padding, module.ceil_mode)
 
@@ -124,42 +123,40 @@ def overlapping_stride(module, num):
     return stride if any(1 < step < size for step, size in zip(stride, kernel)) else None
 
 
-def even_scale(module, magnitude):
-    '''Factors for weights by which a window with a stride gives all positions modulo the stride the same weight.
+def even_weight(module, weight):
+    '''Scale a weight such that a window with a stride gives all positions modulo the stride the same total weight.
 
     Parameters
     ----------
     module: :py:obj:`torch.nn.Module`
         The convolution or pooling.
-    magnitude: :py:obj:`torch.Tensor`
-        Magnitudes of the weights, of shape (output channels, input channels of a group, *spatial).
+    weight: :py:obj:`torch.Tensor`
+        Weight of shape (output channels, input channels of a group, *spatial), of which all entries have the same sign.
 
     Returns
     -------
-    :py:obj:`torch.Tensor` or None
-        Factors of shape (output channels, 1, *spatial), which leave the total magnitude of each filter as it is. None
-        if there is nothing to scale, because the stride is one, or larger than the kernel.
+    :py:obj:`torch.Tensor`
+        Weight of the same shape and sum for each filter. It is unchanged if the stride is one, or larger than the
+        kernel. Positions at which a filter has no weight can not be given any.
     '''
-    num = magnitude.ndim - 2
-    if isinstance(module, ConvolutionTranspose):
-        return None
-    kernel = magnitude.shape[2:]
-    stride = [step if 1 < step <= size else 1 for step, size in zip(as_tuple(module.stride, num), kernel)]
-    if all(step == 1 for step in stride) or any(dil != 1 for dil in as_tuple(getattr(module, 'dilation', 1), num)):
-        return None
-    profile = magnitude.sum(1, keepdim=True)
-    scale = torch.ones_like(profile)
+    num = weight.ndim - 2
+    if isinstance(module, ConvolutionTranspose) or set(as_tuple(getattr(module, 'dilation', 1), num)) != {1}:
+        return weight
+    stride = [step if step <= size else 1 for step, size in zip(as_tuple(module.stride, num), weight.shape[2:])]
+    if set(stride) == {1}:
+        return weight
     phases = [
         (..., *(slice(start, None, step) for start, step in zip(starts, stride)))
         for starts in itertools.product(*map(range, stride))
     ]
-    sums = [profile[phase].flatten(1).sum(1).view(-1, *(1,) * (num + 1)) for phase in phases]
+    sums = [weight[phase].flatten(1).sum(1).view(-1, *(1,) * (num + 1)) for phase in phases]
     # filters may have no weight at some positions
-    number = sum((elem > 0).to(profile) for elem in sums).clamp(min=1)
+    number = sum((elem != 0).to(weight) for elem in sums).clamp(min=1)
     total = sum(sums) / number
+    result = torch.empty_like(weight)
     for phase, elem in zip(phases, sums):
-        scale[phase] = torch.where(elem > 0, total / elem.clamp(min=torch.finfo(elem.dtype).tiny), 1.)
-    return scale
+        result[phase] = weight[phase] * torch.where(elem != 0, total / elem.where(elem != 0, 1.), 1.)
+    return result
 
 
 def smooth(relevance, stride):
