@@ -25,7 +25,7 @@ from zennit_resnet.cli import Method, main, unique_stems
 from zennit_resnet.composites import ResNetLRP, with_splitting
 from zennit_resnet.image import draw_heatmap
 from zennit_resnet.models import load_classifier
-from zennit_resnet.postprocess import heat_quantization, sum_channels
+from zennit_resnet.postprocess import c1c, c3, heat_quantization, sum_channels
 from zennit_resnet.rules import SymmetricSplit
 
 CLASSES = ['tabby cat', 'golf ball', 'church']
@@ -231,7 +231,44 @@ def test_quantize(run, photos):
     assert 2 < len(np.unique(picture.reshape(-1, 3), axis=0)) <= 8
 
 
-def test_negative_logit(tiny, photos, tmp_path):
+@pytest.mark.parametrize('options, function', [
+    (['--postprocess', 'c3'], c3),
+    (['--postprocess', 'c1c'], c1c),
+    (['--postprocess', 'quantize'], heat_quantization),
+    (['--postprocess', 'quantize', '--quantize', 4], lambda heatmap: heat_quantization(heatmap, 4)),
+    (['--method', 'resnet_lrp_ratio+quantize4', '--postprocess', 'c3'], lambda heatmap: heat_quantization(heatmap, 4)),
+    (['--method', 'resnet_lrp_ratio+none', '--postprocess', 'c3'], lambda heatmap: heatmap),
+])
+def test_postprocess(run, photos, options, function):
+    '''Post-processing changes the picture, not the raw relevance, and is reported.'''
+    result, out = run('explain', photos[0], *options)
+    assert result.exit_code == 0, result.output
+    relevance = torch.from_numpy(np.load(out / 'first_relevance.npy'))
+    assert len(relevance.sum(0).unique()) > 1000
+    picture = np.asarray(Image.open(out / 'first_heatmap.png'))
+    percentile = 100 if 'quantize' in str(options) else 99.5
+    expected = draw_heatmap(function(sum_channels(relevance[None]))[0].numpy(), percentile)
+    np.testing.assert_array_equal(picture, expected)
+    report = read_report(result.stdout)[str(photos[0])]
+    postprocess = options[1].rpartition('+')[2].rstrip('4')
+    assert report.get('pictures') == (None if postprocess == 'none' else f'post-processed by {postprocess}')
+
+
+def test_empty_postprocess(run, photos, tiny, tmp_path):
+    '''If nothing is left of a heatmap, that is said.'''
+    state = tiny.state_dict() | {'fc.weight': tiny.fc.weight.detach() * 0}
+    torch.save(state, tmp_path / 'constant.pt')
+    args = [photos[0], '--weights', tmp_path / 'constant.pt']
+    result, _ = run('explain', *args, '--method', 'input_x_gradient', '--postprocess', 'c3')
+    assert result.exit_code == 0, result.output
+    report = read_report(result.stdout)[str(photos[0])]
+    assert report['pictures'] == 'post-processed by c3; empty, as c3 leaves nothing'
+    result, _ = run('compare', *args, '--methods', 'input_x_gradient,input_x_gradient+c1c')
+    assert result.stdout.splitlines()[1:] == ['  input_x_gradient+c1c: empty, as c1c leaves nothing (all)']
+
+
+@pytest.mark.parametrize('postprocess', ['none', 'c3'])
+def test_negative_logit(tiny, photos, tmp_path, postprocess):
     '''Relevance keeps the sign of a negative logit, and pictures show its magnitude and say so.'''
     model = resnet18(num_classes=len(CLASSES))
     model.load_state_dict(tiny.state_dict())
@@ -243,12 +280,14 @@ def test_negative_logit(tiny, photos, tmp_path):
     for value in ('logit', 'one'):
         out = tmp_path / value
         result = CliRunner().invoke(
-            main, ['explain', *map(str, [photos[0], *args, '--value', value, '--out', out])]
+            main,
+            ['explain', *map(str, [photos[0], *args, '--value', value, '--out', out, '--postprocess', postprocess])]
         )
         assert ('magnitude' in result.stdout) == (value == 'logit')
         assert (np.load(out / 'first_relevance.npy').sum() < 0) == (value == 'logit')
         pictures.append(np.asarray(Image.open(out / 'first_heatmap.png')).astype(int))
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
+    assert pictures[0].max() == 255
 
 
 def test_same_stems(run, photos, tmp_path):
@@ -306,7 +345,11 @@ def test_not_finite(run, photos, tiny, tmp_path):
 
 @pytest.mark.parametrize('options, message', [
     (['--method', 'resnet_lrp'], "unknown method 'resnet_lrp'.*resnet_lrp_ratio"),
-    (['--method', 'epsilon_plus+half'], "unknown splitting 'half'"),
+    (['--method', 'epsilon_plus+half'], r"unknown suffix '\+half' of epsilon_plus.*\+ratio.*\+c3"),
+    (['--method', 'epsilon_plus+ratio', '--splitting', 'ratio'], 'more than one splitting'),
+    (['--method', 'epsilon_plus+c3+quantize8'], 'more than one post-processing'),
+    (['--method', 'epsilon_plus+quantize1'], 'at least 2 levels'),
+    (['--quantize', '8', '--postprocess', 'c3'], '--postprocess c3 exclude each other'),
     (['--splitting', 'ratio'], "'ratio' cannot be added to resnet_lrp_ratio"),
     (['--target', 'curch'], "unknown class 'curch'.*church"),
     (['--target', '3'], 'class 3 .* from 0 to 2'),
@@ -472,6 +515,40 @@ def test_compare_draws_heatmaps(run, photos, tiny):
     expected = draw_heatmap(sum_channels(expected[None])[0].numpy()).astype(int)
     figure = np.asarray(Image.open(out)).astype(int)
     assert np.abs(figure[-8 - SIZE:-8, -8 - SIZE:-8] - expected).mean() < 1
+
+
+def test_compare_postprocess(run, photos, tiny):
+    '''A suffix chooses a method's post-processing, the option that of all others.'''
+    methods = 'resnet_lrp_symmetric+none,resnet_lrp_symmetric,resnet_lrp_symmetric+quantize8,resnet_lrp_symmetric+c1c'
+    result, out = run('compare', photos[0], '--methods', methods, '--postprocess', 'c3')
+    assert result.exit_code == 0, result.output
+    assert len(result.stdout.splitlines()) == 1
+    relevance, _ = relevance_of(tiny, photos[0], ResNetLRP(splitting='symmetric'))
+    heatmap = sum_channels(relevance[None])
+    figure = np.asarray(Image.open(out)).astype(int)
+    expected = [draw_heatmap(values[0].numpy()) for values in (heatmap, c3(heatmap), c1c(heatmap))]
+    expected.insert(2, draw_heatmap(heat_quantization(heatmap)[0].numpy(), 100))
+    for num, tile in enumerate(expected, 1):
+        left = 8 + num * (SIZE + 8)
+        assert np.abs(figure[-8 - SIZE:-8, left:left + SIZE] - tile.astype(int)).mean() < 1
+    assert len({tile.tobytes() for tile in expected[:3]}) == 3
+
+
+def test_postprocess_in_titles():
+    '''The title of a method says how its heatmaps are post-processed.'''
+    assert Method('epsilon_plus+zennit+c3').text == 'epsilon_plus+zennit+c3'
+    assert Method('epsilon_plus+zennit', 'c3').text == 'epsilon_plus+zennit+c3'
+    assert Method('epsilon_plus+quantize4', 'c3').text == 'epsilon_plus+quantize4'
+    assert Method('epsilon_plus', 'quantize', 5).text == 'epsilon_plus+quantize5'
+
+
+def test_compare_computes_once(run, photos, monkeypatch):
+    '''Methods that only differ in their post-processing share their relevance.'''
+    calls = []
+    attribute = Method.attribute
+    monkeypatch.setattr(Method, 'attribute', lambda self, *args: calls.append(self.text) or attribute(self, *args))
+    run('compare', photos[0], '--methods', 'epsilon_plus,epsilon_plus+c3,epsilon_plus+ratio,epsilon_plus+ratio+c1c')
+    assert calls == ['epsilon_plus', 'epsilon_plus+ratio']
 
 
 def test_compare_errors(run, photos, tmp_path):

@@ -1,10 +1,29 @@
-'''Tests for channel sums and heat quantization.'''
+'''Tests for channel sums, heat quantization, and the choice of contour and component.'''
+import warnings
+from collections import deque
+
+import cv2
 import numpy as np
 import pytest
 import torch
-
 from golden_cases import golden_cases, relative_error, tensor
-from zennit_resnet.postprocess import heat_quantization, sum_channels
+
+from zennit_resnet.postprocess import (
+    EmptyMaskWarning,
+    ablation,
+    attention_errors,
+    binarize,
+    c1c,
+    c3,
+    component_of_maximum,
+    expand_heatmap,
+    heat_quantization,
+    largest_component,
+    largest_contour,
+    mask_cases,
+    reduce_heatmap,
+    sum_channels,
+)
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -137,3 +156,422 @@ def test_sum_channels_wrong_rank(shape):
     '''The error names the shape.'''
     with pytest.raises(ValueError, match=', '.join(map(str, shape))):
         sum_channels(torch.zeros(shape))
+
+
+def picture(*rows):
+    '''A batch of one mask from rows of text, where all but dots is true.'''
+    return torch.tensor([[[char != '.' for char in row] for row in rows]])
+
+
+def blobs(batch, side, seed=0):
+    '''Smooth heatmaps of both signs, which have a few components above their mean.'''
+    values = torch.randn(batch, 1, 5, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.nn.functional.interpolate(values, (side, side), mode='bicubic')[:, 0]
+
+
+def naive_components(mask, connectivity):
+    '''All components of a mask by flood filling, in row-major order of their first pixel.'''
+    left, result = mask.copy(), []
+    for start in np.ndindex(*mask.shape):
+        if not left[start]:
+            continue
+        component, queue = np.zeros_like(mask), deque([start])
+        left[start] = False
+        while queue:
+            row, col = queue.popleft()
+            component[row, col] = True
+            for down, right in np.ndindex(3, 3):
+                other = row + down - 1, col + right - 1
+                if connectivity == 4 and 1 not in (down, right):
+                    continue
+                if min(other) >= 0 and other[0] < mask.shape[0] and other[1] < mask.shape[1] and left[other]:
+                    left[other] = False
+                    queue.append(other)
+        result.append(component)
+    return result
+
+
+@pytest.mark.parametrize('arrays, settings, case', golden_cases('map_resize_area', 'resize_area'))
+def test_golden_reduce(arrays, settings, case):
+    '''The golden cases of area averaging, and what OpenCV computes in single precision.'''
+    size = case['arguments']['size']
+    heatmap = tensor(arrays, case['inputs']['map'])
+    output = reduce_heatmap(heatmap, size)
+    assert relative_error(output, tensor(arrays, case['expected']['map'])) < 1e-12
+    opencv = cv2.resize(heatmap[0].numpy(), size[::-1], interpolation=cv2.INTER_AREA)
+    assert relative_error(output, torch.from_numpy(opencv)[None]) < 1e-5
+
+
+@pytest.mark.parametrize('arrays, settings, case', golden_cases('map_masks', 'largest_component'))
+def test_golden_component(arrays, settings, case):
+    '''The golden cases of components, where taking one after another finds their number as well.'''
+    mask = tensor(arrays, case['inputs']['mask'], torch.uint8)
+    component = largest_component(mask, **case['arguments'])
+    assert torch.equal(component, tensor(arrays, case['expected']['mask'], torch.bool))
+    left, count = mask.bool(), 0
+    while left.any():
+        left, count = left & ~largest_component(left, **case['arguments']), count + 1
+    assert count == int(arrays[case['expected']['components']])
+
+
+@pytest.mark.parametrize('arrays, settings, case', golden_cases('map_masks', 'largest_contour'))
+def test_golden_contour(arrays, settings, case):
+    '''The golden cases of filled contours.'''
+    output = largest_contour(tensor(arrays, case['inputs']['mask'], torch.uint8), **case['arguments'])
+    assert torch.equal(output, tensor(arrays, case['expected']['mask'], torch.bool))
+
+
+@pytest.mark.filterwarnings('ignore::zennit_resnet.postprocess.EmptyMaskWarning')
+@pytest.mark.parametrize('arrays, settings, case', golden_cases('map_choices', 'c1c'))
+def test_golden_c1c(arrays, settings, case):
+    '''The golden cases of C1C, apart from the gain, which is left out here.'''
+    arguments = dict(case['arguments'])
+    gain = arguments.pop('gain')
+    output = gain * c1c(tensor(arrays, case['inputs']['map']), **arguments)
+    assert relative_error(output, tensor(arrays, case['expected']['map'])) < 1e-9
+
+
+@pytest.mark.parametrize('arrays, settings, case', golden_cases('map_choices', 'c3'))
+def test_golden_c3(arrays, settings, case):
+    '''The golden cases of C3 with all that it is made from.'''
+    expected = {key: tensor(arrays, value) for key, value in case['expected'].items()}
+    output = c3(tensor(arrays, case['inputs']['map']), **case['arguments'], return_masks=True)
+    assert output.heatmap.shape == expected['map'].shape
+    assert relative_error(output.heatmap, expected['map']) < 1e-9
+    assert relative_error(output.reduced, expected['reduced']) < 1e-9
+    assert relative_error(output.reduced * output.mask, expected['masked']) < 1e-9
+    assert torch.equal(binarize(output.reduced, case['arguments']['threshold']), expected['binary'].bool())
+    assert torch.equal(output.contour, expected['mask_contour'].bool())
+    assert torch.equal(output.component, expected['mask_component'].bool())
+    assert torch.equal(output.mask, expected['mask'].bool())
+    assert output.empty.tolist() == [not expected['mask'].any()]
+
+
+@pytest.mark.parametrize('shape', [(28, 28), (5, 3), (40, 33), (1, 1)])
+def test_reduce(shape):
+    '''Each cell is the mean of fine pixels of which it has a whole number, for enlarging too, and the mean is kept.'''
+    heatmap = torch.randn(2, *shape, dtype=torch.float64)
+    output = reduce_heatmap(heatmap, (6, 4))
+    fine = heatmap.repeat_interleave(6, 1).repeat_interleave(4, 2)
+    expected = fine.view(2, 6, shape[0], 4, shape[1]).mean((2, 4))
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(output.mean((1, 2)), heatmap.mean((1, 2)))
+
+
+def test_expand():
+    '''Bilinear expansion is OpenCV\'s, and by whole factors the nearest pixel is repeated.'''
+    heatmap = torch.randn(2, 7, 9)
+    output = expand_heatmap(heatmap, (20, 31))
+    for sample, actual in zip(heatmap, output):
+        expected = cv2.resize(sample.numpy(), (31, 20), interpolation=cv2.INTER_LINEAR)
+        np.testing.assert_allclose(actual.numpy(), expected, atol=1e-5)
+    expected = heatmap.repeat_interleave(3, 1).repeat_interleave(2, 2)
+    assert torch.equal(expand_heatmap(heatmap, (21, 18), 'nearest'), expected)
+
+
+def test_binarize():
+    '''Thresholds are the mean, a number, or from a function, and what equals them is not above.'''
+    heatmap = torch.tensor([[[0., 1.], [2., 1.]], [[-3., -1.], [-4., -4.]]])
+    assert binarize(heatmap).int().tolist() == [[[0, 0], [1, 0]], [[0, 1], [0, 0]]]
+    assert binarize(heatmap, 0).int().tolist() == [[[0, 1], [1, 1]], [[0, 0], [0, 0]]]
+    assert binarize(heatmap, lambda maps: maps.amin((1, 2))).int().tolist() == [[[0, 1], [1, 1]], [[1, 1], [0, 0]]]
+    with pytest.raises(ValueError, match="threshold='median'.*'mean'"):
+        binarize(heatmap, 'median')
+    with pytest.raises(ValueError, match='nan.*not finite'):
+        binarize(heatmap, float('nan'))
+    with pytest.raises(ValueError, match=r'\(2,\).*\(3,\)'):
+        binarize(heatmap, lambda maps: torch.zeros(3))
+
+
+@pytest.mark.parametrize('connectivity', [4, 8])
+def test_component_naive(connectivity):
+    '''Flood filling finds the same component, for random masks with many of equal size.'''
+    masks = torch.rand(200, 12, 13) < torch.linspace(0.02, 0.7, 200)[:, None, None]
+    heatmap = torch.randn(200, 12, 13)
+    ties = 0
+    for mask, values, largest, highest in zip(
+        masks.numpy(), heatmap, largest_component(masks, connectivity),
+        component_of_maximum(heatmap, masks, connectivity),
+    ):
+        components = naive_components(mask, connectivity)
+        sizes = [component.sum() for component in components]
+        ties += sizes.count(max(sizes, default=0)) > 1
+        expected = components[int(np.argmax(sizes))] if components else mask
+        np.testing.assert_array_equal(largest.numpy(), expected)
+        row, col = divmod(int(values.argmax()), 13)
+        expected = next((component for component in components if component[row, col]), ~mask)
+        np.testing.assert_array_equal(highest.numpy(), expected)
+    assert ties > 20
+
+
+def test_component_order():
+    '''Of equal components, it is the one whose first pixel comes first, row by row.'''
+    mask = picture(
+        '.......##',
+        '##.......',
+        '....##...',
+    )
+    assert largest_component(mask).nonzero().tolist() == [[0, 0, 7], [0, 0, 8]]
+    # OpenCV labels blocks of 2 x 2, of which the left one is the first
+    mask = picture('....##', '##....')
+    assert largest_component(mask).nonzero().tolist() == [[0, 0, 4], [0, 0, 5]]
+    mask = picture('..##', '##..')
+    assert largest_component(mask, 4).nonzero().tolist() == [[0, 0, 2], [0, 0, 3]]
+    assert int(largest_component(mask, 8).sum()) == 4
+
+
+CONTOURS = picture(
+    '..........',
+    '.#####....',
+    '.#...#....',
+    '.#.#.#.###',
+    '.#...#.###',
+    '.#####.###',
+    '.......###',
+    '##########',
+)
+
+
+@pytest.mark.parametrize('choice', ['largest_area', 'largest_filled', 'first'])
+def test_contour_is_filled(choice):
+    '''A contour is filled with what is in its hole; a line has pixels, but no area.'''
+    ring = CONTOURS.clone()
+    ring[0, :, 6:] = ring[0, 6:] = False
+    output = largest_contour(ring, choice)
+    assert int(output.sum()) == 25 and bool(output[0, 1:6, 1:6].all())
+    if choice == 'first':
+        return
+    # another component has more pixels, but is smaller than what the ring surrounds
+    assert torch.equal(largest_contour(CONTOURS, choice), output)
+    assert int(largest_component(CONTOURS).sum()) == 22
+    line = picture('##########', '..........', '..###.....', '..###.....')
+    assert int(largest_contour(line, choice)[0, 0].sum()) == (10 if choice == 'largest_filled' else 0)
+
+
+def test_contour_order():
+    '''Of equal contours, also without area, it is the one that comes first, row by row.'''
+    for choice in ('largest_area', 'largest_filled'):
+        mask = picture('.....#', '......', '#.....', '...#..')
+        assert largest_contour(mask, choice).nonzero().tolist() == [[0, 0, 5]]
+
+
+def test_c3_separate_thresholds():
+    '''Contour and component have a threshold each, and what both contain is kept.'''
+    heatmap = torch.zeros(1, 28, 28)
+    heatmap[0, 2:12, 2:12] = 1.
+    heatmap[0, 4:6, 4:8] = 3.
+    heatmap[0, 20:26, 20:22] = 3.
+    output = c3(heatmap, threshold=0.5, component_threshold=2., return_masks=True)
+    assert int(output.contour.sum()) == 100
+    assert int(output.component.sum()) == 12 and output.empty.tolist() == [True]
+    output = c3(heatmap, threshold=2., component_threshold=0.5, return_masks=True)
+    assert int(output.contour.sum()) == 12 and int(output.component.sum()) == 100
+    heatmap[0, 20:26] = 0.
+    output = c3(heatmap, threshold=0.5, component_threshold=2., return_masks=True)
+    assert int(output.contour.sum()) == 100 and int(output.mask.sum()) == 8
+    assert torch.equal(output.heatmap, heatmap * (heatmap > 2))
+
+
+def test_c3_holes():
+    '''With a hole, the contour is larger than the component, which is what is kept.'''
+    heatmap = torch.zeros(1, 28, 28)
+    heatmap[0, 5:20, 5:20] = 1.
+    heatmap[0, 10:13, 10:13] = 0.
+    output = c3(heatmap, return_masks=True)
+    assert int(output.contour.sum()) == 225 and int(output.component.sum()) == 216
+    assert torch.equal(output.heatmap, heatmap)
+
+
+@pytest.mark.parametrize('function', [c1c, c3])
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_dtypes(function, dtype):
+    '''Results have the type of the input, which is not modified, and differ by its rounding only.'''
+    heatmap = blobs(4, 40).to(dtype).requires_grad_()
+    before = heatmap.detach().clone()
+    output = function(heatmap, size=14, return_masks=True)
+    assert output.heatmap.dtype == output.reduced.dtype == dtype
+    assert output.mask.dtype == output.component.dtype == output.empty.dtype == torch.bool
+    assert torch.equal(heatmap, before)
+    expected = function(before.double(), size=14)
+    assert torch.equal(output.heatmap, expected.to(dtype))
+
+
+@pytest.mark.parametrize('function', [c1c, c3])
+def test_batch(function):
+    '''Maps of a batch are independent, may be non-contiguous, and scale with their input.'''
+    heatmap = blobs(5, 56).transpose(1, 2)
+    output = function(heatmap)
+    single = torch.cat([function(sample[None]) for sample in heatmap])
+    assert torch.equal(output, single)
+    torch.testing.assert_close(function(heatmap * 1e-6), output * 1e-6, rtol=1e-9, atol=0)
+    assert function(torch.zeros(0, 9, 9)).shape == (0, 9, 9)
+    assert function(torch.eye(28, dtype=torch.int32)[None], return_masks=True).mask.sum() == 28
+
+
+@pytest.mark.parametrize('device', [
+    pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')),
+])
+def test_device(device):
+    '''Everything that is returned is on the device of the heatmaps.'''
+    heatmap = blobs(2, 56).to(device)
+    assert all(value.device == heatmap.device for value in c3(heatmap, return_masks=True))
+    errors = attention_errors(c1c(heatmap, select='max_value'), (heatmap > 0).cpu())
+    assert all(value.device == heatmap.device for value in errors)
+
+
+@pytest.mark.parametrize('function', [c1c, c3])
+@pytest.mark.parametrize('value', [0., 0.1, -2.7, 1e-30, 1e30])
+@pytest.mark.parametrize('shape', [(224, 224), (50, 45), (7, 3)])
+def test_constant_is_empty(function, value, shape):
+    '''Nothing is above the mean of a constant map, whatever rounding does, and the caller is told which map it is.'''
+    heatmap = torch.full((2, *shape), value)
+    heatmap[0] = torch.randn(shape)
+    with pytest.warns(EmptyMaskWarning, match=r'1 of 2 heatmaps \(1\)'):
+        output = function(heatmap)
+    assert not output[1].any() and output[0].any()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        output = function(heatmap, return_masks=True)
+    assert output.empty.tolist() == [False, True]
+    assert torch.equal(output.empty, ~output.mask.flatten(1).any(1))
+
+
+def test_disjoint_is_empty():
+    '''If contour and component are different blobs, C3 is empty and C1C is not.'''
+    heatmap = torch.zeros(1, 28, 28)
+    heatmap[0, 1:13, 1:13] = 1.
+    heatmap[0, 2:12, 2:12] = 0.
+    heatmap[0, 16:23, 16:23] = 1.
+    with pytest.warns(EmptyMaskWarning):
+        assert not c3(heatmap).any()
+    assert int(c1c(heatmap).sum()) == 49
+    heatmaps, report = ablation(heatmap)
+    assert report == {'coincide': 0, 'contained': 0, 'overlap': 0, 'disjoint': 1, 'blank': 0}
+    assert heatmaps['none'] is heatmap and not heatmaps['c3'].any() and heatmaps['c1c'].any()
+
+
+def test_single_pixel():
+    '''A single pixel is a component and a contour.'''
+    heatmap = torch.zeros(1, 28, 28)
+    heatmap[0, 27, 3] = 2.
+    assert torch.equal(c3(heatmap), heatmap)
+    assert torch.equal(c1c(heatmap, select='max_value'), heatmap)
+    with pytest.warns(EmptyMaskWarning):
+        assert not c3(torch.ones(1, 1, 1)).any()
+    # as in the code that this comes from
+    assert torch.equal(c1c(torch.ones(1, 50, 45), select='max_value'), torch.ones(1, 50, 45))
+
+
+@pytest.mark.parametrize('function', [c1c, c3])
+def test_negative(function):
+    '''All negative maps keep what is above their mean; zeros outside outrank it, unless they become the minimum.'''
+    heatmap = blobs(3, 28) - 10
+    assert bool((heatmap < 0).all())
+    mask = function(heatmap, return_masks=True).mask
+    zero, minimum = (function(heatmap, outside=outside, expand='nearest') for outside in ('zero', 'minimum'))
+    assert torch.equal(zero, heatmap * mask)
+    for values, inside in zip(zero, mask):
+        assert values[inside].max() < values[~inside].min() == 0
+    for values, inside, sample in zip(minimum, mask, heatmap):
+        assert values[inside].min() > values[~inside].max() == sample.min()
+        assert torch.equal(values[inside], sample[inside])
+
+
+@pytest.mark.parametrize('function', [c1c, c3, reduce_heatmap, binarize])
+@pytest.mark.parametrize('heatmap, message', [
+    (torch.tensor([[[0., 1.]], [[float('nan'), 1.]]]), 'Heatmap 1 of 2 contains NaN'),
+    (torch.tensor([[[float('inf'), 1.]]]), 'Heatmap 0 of 1'),
+    (torch.zeros(4, 5), r'\(batch, height, width\).*\(4, 5\)'),
+    (torch.zeros(1, 3, 4, 5), 'sum_channels'),
+    (torch.zeros(1, 0, 5), r'\(1, 0, 5\) have no pixels'),
+    (torch.zeros(1, 2, 2, dtype=torch.complex64), 'must be real'),
+])
+def test_bad_heatmaps(function, heatmap, message):
+    '''The error says what is wrong.'''
+    with pytest.raises(ValueError, match=message):
+        function(heatmap)
+
+
+@pytest.mark.parametrize('function, arguments, message', [
+    (c1c, {'select': 'largest'}, "select='largest'.*'area', 'max_value'"),
+    (c1c, {'connectivity': 6}, 'connectivity=6.*4, 8'),
+    (c1c, {'select': 'max_value', 'connectivity': 6}, 'connectivity=6'),
+    (c3, {'contour': 'outer'}, "contour='outer'.*'largest_filled'"),
+    (c3, {'expand': 'cubic'}, "expand='cubic'.*'nearest'"),
+    (c3, {'outside': 'nan'}, "outside='nan'.*'minimum'"),
+    (c3, {'component_threshold': 'max'}, "threshold='max'"),
+    (c3, {'size': 0}, 'size=0'),
+])
+def test_bad_arguments(function, arguments, message):
+    '''The error names the value and the choices.'''
+    with pytest.raises(ValueError, match=message):
+        function(blobs(1, 30), **arguments)
+
+
+def test_sizes():
+    '''The reduced size may be of two numbers, which are integers.'''
+    assert c3(blobs(1, 30), size=(7, 9), return_masks=True).mask.shape == (1, 7, 9)
+    with pytest.raises(TypeError):
+        c3(blobs(1, 30), size=7.5)
+
+
+def test_mask_cases():
+    '''Each pair of masks is one case.'''
+    contour = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0], [1, 1, 1], [0, 0, 0], [1, 1, 0]])
+    component = torch.tensor([[1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 1, 1], [1, 0, 0], [0, 0, 0], [0, 0, 0], [1, 1, 1]])
+    report = mask_cases(contour[:, None], component[:, None])
+    assert report == {'coincide': 1 / 8, 'contained': 1 / 8, 'overlap': 2 / 8, 'disjoint': 1 / 8, 'blank': 3 / 8}
+    with pytest.raises(ValueError, match=r'\(8, 1, 3\) and \(7, 1, 3\)'):
+        mask_cases(contour[:, None], component[1:, None])
+    with pytest.raises(ValueError, match='at least one'):
+        mask_cases(contour[:0, None], component[:0, None])
+
+
+def test_ablation():
+    '''With one threshold C3 is C1C or empty; with two they differ, and options are passed on.'''
+    heatmap = torch.cat([blobs(30, 56), torch.randn(30, 56, 56, dtype=torch.float64)])
+    heatmaps, report = ablation(heatmap)
+    assert list(heatmaps) == ['none', 'c1c', 'c3']
+    assert abs(sum(report.values()) - 1) < 1e-9 and report['overlap'] == report['blank'] == 0
+    for component, both in zip(heatmaps['c1c'], heatmaps['c3']):
+        assert torch.equal(component, both) or not both.any()
+    options = {'size': 14, 'connectivity': 4, 'expand': 'nearest', 'outside': 'minimum'}
+    heatmaps, report = ablation(heatmap, threshold=0.5, component_threshold=0.2, contour='largest_filled', **options)
+    assert report['overlap'] > 0
+    assert torch.equal(heatmaps['c1c'], c1c(heatmap, threshold=0.2, **options, return_masks=True).heatmap)
+    expected = c3(
+        heatmap, threshold=0.5, component_threshold=0.2, contour='largest_filled', **options, return_masks=True
+    )
+    assert torch.equal(heatmaps['c3'], expected.heatmap)
+    assert torch.equal(ablation(heatmap, threshold=0.5)[0]['c1c'], c1c(heatmap, threshold=0.5, return_masks=True)[0])
+
+
+def test_attention_errors():
+    '''The types of the slides, one for each map.'''
+    target = picture('.......', '.####..', '.####..', '.......').expand(7, -1, -1).clone()
+    attended = torch.cat([
+        picture('.......', '.####..', '.#####.', '.......'),  # correct
+        picture('.......', '.#.....', '.#.....', '.......'),  # insufficient
+        picture('#######', '#######', '#######', '#######'),  # over
+        picture('.....##', '....###', '.....##', '.....##'),  # wrong
+        picture('.......', '.......', '.......', '.......'),  # nothing
+        picture('.......', '.####..', '.......', '.####..'),  # exactly half of both
+        picture('.......', '.####..', '.......', '.......'),  # no object
+    ])
+    target[6] = False
+    errors = attention_errors(attended.double(), target, threshold=0.5)
+    flags = torch.stack(errors[2:]).int()
+    assert flags.tolist() == [
+        [1, 0, 0, 0, 0, 1, 0], [0, 1, 0, 0, 1, 0, 0], [0, 0, 1, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0, 0]
+    ]
+    expected = [1., 0.25, 1., 1 / 8, 0., 0.5, float('nan')]
+    np.testing.assert_allclose(errors.coverage.numpy(), expected, rtol=1e-6)
+    expected = [8 / 9, 1., 8 / 28, 1 / 9, 1., 0.5, float('nan')]
+    np.testing.assert_allclose(errors.precision.numpy(), expected, rtol=1e-6)
+    # the mean of a map with zeros outside separates them as well, and thresholds decide
+    assert attention_errors(attended[:2].double(), target[:2], coverage=0.25).correct.tolist() == [True, True]
+    assert attention_errors(attended[:2].double(), target[:2], precision=0.9).over.tolist() == [True, False]
+    with pytest.raises(ValueError, match='coverage=1.5'):
+        attention_errors(attended.double(), target, coverage=1.5)
+    with pytest.raises(ValueError, match=r'\(7, 4, 7\).*\(1, 4, 7\)'):
+        attention_errors(attended.double(), target[:1])

@@ -13,7 +13,7 @@ from zennit.types import AvgPool, BatchNorm, Linear
 from zennit.types import MaxPool as MaxPoolType
 
 from .block import note_addition
-from .graph import is_sigmoid
+from .graph import is_sigmoid, walk
 from .layer import (
     Activation,
     Addition,
@@ -82,6 +82,10 @@ MAXIMA = frozenset('''
 '''.split())
 CONCATENATIONS = frozenset('cat concat concatenate stack hstack vstack dstack column_stack'.split())
 CONVOLUTIONS = {'conv1d': Convolution1d, 'conv2d': Convolution2d, 'conv3d': Convolution3d}
+
+
+# All canonizers in use, of nested contexts the innermost last.
+REGISTERED = []
 
 
 class UnsupportedOperation(RuntimeError):
@@ -153,9 +157,12 @@ class ResidualCanonizer(Canonizer):
         self.composite = None if composite is None else weakref.ref(composite)
         self.root = root_module
         self.names = {module: name for name, module in root_module.named_modules()}
+        for other in self._overlapping():
+            other.merge.unfold()
+        REGISTERED.append(self)
         self.context = None
         self.standins = {}
-        self.local = threading.local()
+        self.local = _Local()
         self.interception = _Interception(self)
         # zennit 1.0.0 replaces parameters of layers with new objects when its rules run
         self.parameters = {module: dict(module._parameters) for module in self.names}
@@ -169,8 +176,14 @@ class ResidualCanonizer(Canonizer):
 
     def remove(self):
         '''Leave the network as it was found.'''
+        if self.local.__dict__.get('stack'):
+            # an exception which is not an error, such as an interrupt by the keyboard, skips all hooks
+            self.local.stack.clear()
+            self.interception.__exit__(None, None, None)
         self.handles.remove()
         self.merge.remove()
+        if self in REGISTERED:
+            REGISTERED.remove(self)
         self._detach()
         for module, parameters in self.parameters.items():
             module._parameters.clear()
@@ -188,19 +201,23 @@ class ResidualCanonizer(Canonizer):
     def _enter(self, module, args):
         stack = self.local.__dict__.setdefault('stack', [])
         if not stack:
+            self.local.counts, self.local.seen = {}, set()
             self._start()
             self.interception.__enter__()
-        stack.append(_Call(module, _is_opaque(module)))
+        stack.append(_Call(module, _is_opaque(module), self.local.counts.setdefault(module, {})))
 
     def _leave(self, module, args, output):
         stack = self.local.__dict__.get('stack')
         # this is called for exceptions before the module was entered as well
         if not stack or stack[-1].module is not module:
             return
-        stack.pop()
+        call = stack.pop()
+        carriers = _carriers((output,))
+        if not call.opaque:
+            self._guard(call, carriers)
         if not stack:
             self.interception.__exit__(None, None, None)
-            self._finish(output)
+            self._finish(carriers)
 
     def _start(self):
         self.merge.unfold()
@@ -218,8 +235,13 @@ class ResidualCanonizer(Canonizer):
                 for module, name in self.names.items():
                     composite.module_map(self.context, name, module)
 
-    def _finish(self, output):
-        self.merge.fold(_carriers((output,)))
+    def _overlapping(self):
+        '''Other canonizers in use for the same modules.'''
+        return [other for other in REGISTERED if other is not self and not self.names.keys().isdisjoint(other.names)]
+
+    def _finish(self, carriers):
+        if all(REGISTERED.index(other) < REGISTERED.index(self) for other in self._overlapping()):
+            self.merge.fold(carriers)
         for owner, name, standin in self.standins.values():
             owner._modules[name] = standin
 
@@ -276,24 +298,36 @@ class ResidualCanonizer(Canonizer):
 
     def _unsupported(self, call, function, reason):
         '''Run a function which relevance must not reach. What computes a gate may be anything.'''
+        output, check = function(), self._check(call, function.name, reason)
+        for carrier in _carriers((output,)):
+            carrier.register_hook(check)
+        return output
+
+    def _check(self, call, name, reason):
+        '''A backward hook which raises or warns if there is any relevance.'''
         path = self.names.get(call.module) or 'the model'
         message = (
-            f'{path} ({type(call.module).__name__}) uses \'{function.name}\' on tensors that carry '
+            f'{path} ({type(call.module).__name__}) uses \'{name}\' on tensors that carry '
             f'relevance, and {reason}. Put it in a module and give that a rule in the layer map of the composite, or '
             'use ResidualCanonizer(strict=False) to have its gradient instead.'
         )
         strict = self.strict
 
         def check(relevance):
-            if relevance is not None and bool((relevance != 0).any()):
+            relevance = relevance if isinstance(relevance, tuple) else (relevance,)
+            if any(elem is not None and bool((elem != 0).any()) for elem in relevance):
                 if strict:
                     raise UnsupportedOperation(message)
                 warnings.warn(message, stacklevel=2)
 
-        output = function()
-        for carrier in _carriers((output,)):
-            carrier.register_hook(check)
-        return output
+        return check
+
+    def _guard(self, call, outputs):
+        '''Custom autograd functions are not intercepted. Relevance must not reach them.'''
+        for node in walk([elem.grad_fn for elem in outputs], self.local.seen):
+            source = getattr(node, '_forward_cls', None)
+            if source is not None and not source.__module__.startswith(('zennit', 'torch.nn.')):
+                node.register_prehook(self._check(call, source.__qualname__, 'it has a backward function of its own'))
 
     def _composite(self):
         return None if self.composite is None else self.composite()
@@ -355,25 +389,39 @@ class ResidualCanonizer(Canonizer):
         if len(function.carriers) == 1:
             if is_division and right is function.carriers[0]:
                 return self._unsupported(call, function, 'the divisor is the only one that does')
-            signal = 0
-        elif is_division:
-            signal = 0
-        else:
-            signal = _find_signal(left, right)
-            if signal is None:
-                return self._unsupported(call, function, (
-                    f'which factor is the signal and which the gate is ambiguous: shapes {tuple(left.shape)} and '
-                    f'{tuple(right.shape)}, none or both from a sigmoid'
-                ))
-        standin = self._standin(call, Gate, function.name)
-        standin.signal = signal
-        standin.function = function.rebind()
-        return standin(*function.carriers)
+            return self._run(call, Gate, function)
+        signal = 0 if is_division else _find_signal(left, right)
+        if signal is None:
+            return self._unsupported(call, function, (
+                f'which factor is the signal and which the gate is ambiguous: shapes {tuple(left.shape)} and '
+                f'{tuple(right.shape)}, none or both from a sigmoid'
+            ))
+        # the gate counts as a constant, what computes it is not visited in the backward pass
+        return self._run(call, Gate, function.keep((left, right)[signal]))
 
     def _unary(self, call, function, kind):
         if len(function.carriers) > 1:
             return self._unsupported(call, function, 'more than one of its arguments does')
         return self._run(call, kind, function)
+
+    def _concatenate(self, call, function):
+        given = dict(zip(('tensors', 'dim'), function.args), **function.kwargs)
+        tensors, dim = given['tensors'], given.get('dim', given.get('axis', 0))
+        is_padded = function.name in ('cat', 'concat', 'concatenate') and len(function.carriers) == 1
+        if not is_padded or len(tensors) < 2 or any(bool(elem.any()) for elem in tensors if not elem.requires_grad):
+            return self._run(call, Concatenation, function)
+        # concatenation with zeros, as some shortcuts have it
+        position = next(num for num, elem in enumerate(tensors) if elem is function.carriers[0])
+        lengths = [elem.shape[dim] for elem in tensors]
+        return self._run_padding(call, function, {
+            dim % tensors[0].ndim: (sum(lengths[:position]), sum(lengths[position + 1:]))
+        })
+
+    def _run_padding(self, call, function, amounts):
+        standin = self._standin(call, Padding, function.name)
+        standin.amounts = amounts
+        standin.function = function.rebind()
+        return standin(*function.carriers)
 
     def _pad(self, call, function):
         given = dict(zip(('input', 'pad', 'mode', 'value'), function.args), **function.kwargs)
@@ -381,20 +429,20 @@ class ResidualCanonizer(Canonizer):
             # elements are repeated, the gradient adds up the relevance of the copies
             return function()
         pad, last = list(given['pad']), given['input'].ndim - 1
-        standin = self._standin(call, Padding, function.name)
-        standin.amounts = {
+        return self._run_padding(call, function, {
             last - num: amounts for num, amounts in enumerate(zip(pad[::2], pad[1::2])) if any(amounts)
-        }
-        standin.function = function.rebind()
-        return standin(*function.carriers)
+        })
 
     def _index(self, call, function):
         _, index = function.args
         index = index if isinstance(index, tuple) else (index,)
         if not any(isinstance(elem, slice) and elem.step not in (None, 1) for elem in index):
             return function()
+        steps = _spatial_steps(function.args[0], index)
+        if not steps:
+            return function()
         standin = self._standin(call, Subsampling, function.name)
-        standin.steps = _spatial_steps(function.args[0], index)
+        standin.steps = steps
         standin.function = function.rebind()
         return standin(*function.carriers)
 
@@ -434,7 +482,7 @@ HANDLERS = {
         (ACTIVATIONS, Activation), (NORMALIZATIONS, Normalization), (AVERAGES, AveragePool), (MAXIMA, MaxPool),
         (('addcmul',), Gate),
     ) for name in names},
-    **{name: lambda self, call, function: self._run(call, Concatenation, function) for name in CONCATENATIONS},
+    **dict.fromkeys(CONCATENATIONS, ResidualCanonizer._concatenate),
     **dict.fromkeys((*CONVOLUTIONS, 'linear'), ResidualCanonizer._linear),
     '__getitem__': ResidualCanonizer._index,
     'pad': ResidualCanonizer._pad,
@@ -451,12 +499,18 @@ class _Interception(TorchFunctionMode):
         return self.canonizer.intercept(func, args, kwargs or {})
 
 
+class _Local(threading.local):
+    '''State of a thread, of which nothing is copied.'''
+    def __deepcopy__(self, memo):
+        return _Local()
+
+
 class _Call:
-    '''A call of a module, with the number of operations of each kind so far.'''
-    def __init__(self, module, opaque):
+    '''A call of a module, with the number of operations of each kind in all of its calls so far.'''
+    def __init__(self, module, opaque, counts):
         self.module = module
         self.opaque = opaque
-        self.counts = {}
+        self.counts = counts
 
 
 class _Function:
@@ -474,7 +528,14 @@ class _Function:
 
     def operands(self):
         '''Both operands of a binary operator.'''
-        return self.args[0], self.args[1] if len(self.args) > 1 else self.kwargs['other']
+        given = dict(zip(('input', 'other'), self.args), **self.kwargs)
+        return given['input'], given['other']
+
+    def keep(self, carrier):
+        '''The call with all tensors but one as constants.'''
+        constants = {id(elem): elem.detach() for elem in self.carriers if elem is not carrier}
+        args, kwargs = _replace(self.args, constants), _replace(self.kwargs, constants)
+        return _Function(self.func, self.name, args, kwargs, [carrier])
 
     def rebind(self):
         '''The call as a function of the tensors that carry relevance, without a reference to any of them.'''

@@ -1,6 +1,7 @@
 '''Command line, to explain what a network sees in photographs.'''
 import copy
 import inspect
+import re
 import sys
 from pathlib import Path
 
@@ -19,12 +20,14 @@ from .canonizers import UnsupportedOperation
 from .composites import with_splitting
 from .image import draw_comparison, draw_heatmap, draw_overlay, read_image
 from .models import load_classifier
-from .postprocess import heat_quantization, sum_channels
+from .postprocess import c1c, c3, heat_quantization, sum_channels
 from .rules import RatioSplit, SymmetricSplit
 
 INPUT_X_GRADIENT = 'input_x_gradient'
 # Zennit's canonizer merges batch normalization, and splits relevance in proportion to the signed addends
 SPLITTINGS = ('none', 'ratio', 'symmetric', 'zennit')
+POSTPROCESSING = ('none', 'quantize', 'c1c', 'c3')
+LEVELS = 8
 DEFAULT_METHODS = (
     f'resnet_lrp_ratio,resnet_lrp_symmetric,epsilon_plus_flat+zennit,epsilon_plus+zennit,{INPUT_X_GRADIENT}'
 )
@@ -38,22 +41,45 @@ class Method:
     text: str
         Name of a composite registered in Zennit's ``COMPOSITES`` or ``'input_x_gradient'``. To a composite that does
         not split relevance at skip connections by itself, ``'+ratio'``, ``'+symmetric'`` or ``'+zennit'`` may be
-        appended.
+        appended, and to all ``'+quantize'`` (also with a number of levels, as in ``'+quantize8'``), ``'+c1c'`` or
+        ``'+c3'`` for the post-processing of their heatmaps.
+    postprocess: str, optional
+        Post-processing of a method to which none is appended. Default is ``'none'``.
+    levels: int, optional
+        Number of levels of ``'quantize'`` without a number. Default is 8.
 
     Raises
     ------
     ValueError
         If there is no such method. The message is a single line.
     '''
-    def __init__(self, text):
+    def __init__(self, text, postprocess='none', levels=LEVELS):
         self.text = text.strip()
-        self.name, _, splitting = self.text.partition('+')
-        self.splitting = splitting or 'none'
+        self.name, *suffixes = self.text.split('+')
+        self.splitting, self.postprocess, self.levels = 'none', postprocess, levels
+        kinds = []
+        for suffix in suffixes:
+            quantize = re.fullmatch('quantize([0-9]+)', suffix)
+            if suffix in SPLITTINGS[1:]:
+                self.splitting = suffix
+            elif suffix in POSTPROCESSING:
+                self.postprocess = suffix
+            elif quantize:
+                self.postprocess, self.levels = 'quantize', int(quantize[1])
+            else:
+                choices = ', '.join(f'+{choice}' for choice in (*SPLITTINGS[1:], *POSTPROCESSING[1:]))
+                raise ValueError(f"unknown suffix '+{suffix}' of {self.name}: choose one of {choices}")
+            kinds.append('splitting' if suffix in SPLITTINGS[1:] else 'post-processing')
+        for kind in kinds:
+            if kinds.count(kind) > 1:
+                raise ValueError(f'{self.text} has more than one {kind}: choose one')
+        if self.levels < 2:
+            raise ValueError(f'{self.text} leaves nothing to see: choose at least 2 levels')
+        if postprocess != 'none' and 'post-processing' not in kinds:
+            self.text += f'+{postprocess}' + (str(levels) if postprocess == 'quantize' else '')
         names = [INPUT_X_GRADIENT, *COMPOSITES]
         if self.name not in names:
             raise ValueError(f'unknown method {self.name!r}: choose one of {", ".join(sorted(names))}')
-        if self.splitting not in SPLITTINGS:
-            raise ValueError(f'unknown splitting {self.splitting!r}: choose one of {", ".join(SPLITTINGS)}')
         if self.name == INPUT_X_GRADIENT:
             own, required = True, []
         else:
@@ -126,6 +152,36 @@ class Method:
         initial = initial_relevance(targets, value)(output).double().sum(1)
         return output, relevance.detach(), targets.tolist(), initial.tolist()
 
+    def heatmap(self, relevance):
+        '''Get the heatmap to draw.
+
+        Where there is negative relevance only, it is the magnitude that is post-processed and drawn.
+
+        Parameters
+        ----------
+        relevance: :py:obj:`torch.Tensor`
+            Relevance of shape (3, height, width).
+
+        Returns
+        -------
+        heatmap: :py:obj:`numpy.ndarray`
+            Heatmap of shape (height, width).
+        notes: list[str]
+            What is unusual about it.
+        '''
+        heatmap, notes = sum_channels(relevance[None]), []
+        if is_negative(relevance):
+            heatmap = -heatmap
+            notes.append('of the magnitude, as all relevance is negative')
+        if self.postprocess == 'quantize':
+            heatmap = heat_quantization(heatmap, self.levels)
+        elif self.postprocess != 'none':
+            choice = {'c1c': c1c, 'c3': c3}[self.postprocess](heatmap, return_masks=True)
+            heatmap = choice.heatmap
+            if choice.empty:
+                notes.append(f'empty, as {self.postprocess} leaves nothing')
+        return heatmap[0].cpu().numpy(), notes
+
 
 class Session:
     '''What the commands share: checked options, photographs in batches, and messages that go with a progress bar.
@@ -148,13 +204,17 @@ class Session:
         # a photograph that is named twice is explained once
         self.images = list(dict.fromkeys(images))
         self.value = options['value']
-        self.levels = options['quantize']
         self.batch_size = options['batch_size']
         self.failed = False
-        if self.levels == 1:
+        postprocess, levels = options['postprocess'], options['quantize']
+        if levels == 1:
             raise click.ClickException('--quantize 1 leaves nothing to see: choose at least 2 levels, or 0 for none')
+        if levels and postprocess in ('c1c', 'c3'):
+            raise click.ClickException(f'--quantize and --postprocess {postprocess} exclude each other: choose one')
+        if levels:
+            postprocess = 'quantize'
         try:
-            self.methods = [Method(text) for text in methods]
+            self.methods = [Method(text, postprocess, levels or LEVELS) for text in methods]
             self.classifier = load_classifier(options['model'], options['weights'], options['size'])
             self.target = None if options['target'] is None else self.classifier.find_class(options['target'])
         except ValueError as error:
@@ -200,16 +260,12 @@ class Session:
         except torch.cuda.OutOfMemoryError as error:
             raise click.ClickException(f'out of memory: use a --batch-size below {len(input)}') from error
 
-    def draw(self, photo, relevance):
-        '''Draw the heatmap and the overlay of relevance of shape (3, height, width).'''
-        heatmap = sum_channels(relevance[None])
-        if is_negative(relevance):
-            heatmap = -heatmap
-        if self.levels:
-            heatmap = heat_quantization(heatmap, self.levels)
-        heatmap = heatmap[0].cpu().numpy()
+    def draw(self, photo, method, relevance):
+        '''Draw the heatmap and the overlay of relevance of shape (3, height, width), with notes on both.'''
+        heatmap, notes = method.heatmap(relevance)
         # all levels of a quantized heatmap get their own color
-        return draw_heatmap(heatmap, percentile=100 if self.levels else 99.5), draw_overlay(photo, heatmap)
+        percentile = 100 if method.postprocess == 'quantize' else 99.5
+        return draw_heatmap(heatmap, percentile), draw_overlay(photo, heatmap), notes
 
     def finish(self):
         '''End the progress bar, and the program if a photograph failed.'''
@@ -238,8 +294,13 @@ def common_options(command):
             help='What relevance starts from: the target\'s logit, its softmax probability, or one.'
         ),
         click.option(
-            '--quantize', metavar='LEVELS', type=click.IntRange(min=0), default=0, show_default=True,
-            help='Heat quantization to this number of levels (the paper uses 8), or 0 for none.'
+            '--postprocess', type=click.Choice(POSTPROCESSING), default='none', show_default=True,
+            help='What is done to heatmaps before they are drawn: heat quantization, the largest connected component '
+            '(C1C), or what it and the largest contour have in common (C3).'
+        ),
+        click.option(
+            '--quantize', metavar='LEVELS', type=click.IntRange(min=0), default=0,
+            help=f'The same as --postprocess quantize, to this number of levels.  [default: {LEVELS}]'
         ),
         click.option('--device', help='Device of PyTorch.  [default: cuda if available, else cpu]'),
         click.option('--batch-size', type=click.IntRange(min=1), default=8, show_default=True),
@@ -312,7 +373,9 @@ def explain(images, method, splitting, out, **options):
             if not relevance.isfinite().all():
                 session.fail(path, f'the relevance by {method} is not finite, try another --method')
                 continue
-            heatmap, overlay = session.draw(session.classifier.photo(photo), relevance)
+            heatmap, overlay, notes = session.draw(session.classifier.photo(photo), session.methods[0], relevance)
+            if session.methods[0].postprocess != 'none':
+                notes.insert(0, f'post-processed by {session.methods[0].postprocess}')
             stem = out / stems[path]
             try:
                 Image.fromarray(heatmap).save(f'{stem}_heatmap.png')
@@ -328,8 +391,8 @@ def explain(images, method, splitting, out, **options):
                 str(path),
                 f'  predicted  {top}',
                 f'  target     {classes[target]} (class {target})',
-                f'  relevance  sum {total:.6g}, initial {initial:.6g}, ratio {ratio}'
-                + (' (pictures show the magnitude, as all relevance is negative)' if is_negative(relevance) else ''),
+                f'  relevance  sum {total:.6g}, initial {initial:.6g}, ratio {ratio}',
+                *([f'  pictures   {"; ".join(notes)}'] if notes else []),
                 f'  written    {stem}_heatmap.png, _overlay.png, _relevance.npy',
             ]), file=sys.stdout)
             session.bar.update()
@@ -340,7 +403,8 @@ def explain(images, method, splitting, out, **options):
 @common_options
 @click.option(
     '--methods', default=DEFAULT_METHODS, show_default=True,
-    help='Methods as for explain, separated by commas, where +ratio, +symmetric or +zennit adds splitting.'
+    help='Methods as for explain, separated by commas, where +ratio, +symmetric or +zennit adds splitting, and '
+    '+quantize8, +c1c or +c3 post-processing instead of that of --postprocess.'
 )
 @click.option(
     '--show', type=click.Choice(['heatmap', 'overlay', 'both']), default='heatmap', show_default=True,
@@ -358,16 +422,26 @@ def compare(images, methods, show, out, **options):
         raise click.ClickException('--methods is empty: name at least one')
     make_folder(out.parent)
     classes = session.classifier.classes
-    rows, captions = [], []
+    rows, captions, notes = [], [], {}
     for paths, input in session.batches():
         with torch.no_grad():
             output = session.classifier.model(input)
         target = output.argmax(1) if session.target is None else torch.full((len(input),), session.target)
         batch_rows = [[session.classifier.photo(photo)] for photo in input]
+        # methods that differ in their post-processing only have the same relevance
+        computed = {}
         for method in session.methods:
-            for row, relevance in zip(batch_rows, session.attribute(method, input, target)[1]):
-                # a method that fails leaves its place empty
-                pictures = session.draw(row[0], relevance) if relevance.isfinite().all() else [row[0] * 0] * 2
+            key = method.name, method.splitting
+            if key not in computed:
+                computed[key] = session.attribute(method, input, target)[1]
+            for path, row, relevance in zip(paths, batch_rows, computed[key]):
+                if relevance.isfinite().all():
+                    *pictures, found = session.draw(row[0], method, relevance)
+                    for note in found:
+                        notes.setdefault((method.text, note), []).append(path.name)
+                else:
+                    # a method that fails leaves its place empty
+                    pictures = [row[0] * 0] * 2
                 row.extend({'heatmap': pictures[:1], 'overlay': pictures[1:], 'both': pictures}[show])
         for path, row, index, probabilities in zip(paths, batch_rows, target.tolist(), output.float().softmax(1)):
             rows.append(row)
@@ -380,4 +454,7 @@ def compare(images, methods, show, out, **options):
         except OSError as error:
             raise click.ClickException(f'cannot write {out}: {error.strerror or error}') from error
         tqdm.write(f'written {out}', file=sys.stdout)
+        for (text, note), names in notes.items():
+            which = 'all' if len(names) == len(rows) else ', '.join(names)
+            tqdm.write(f'  {text}: {note} ({which})', file=sys.stdout)
     session.finish()

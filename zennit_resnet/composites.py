@@ -42,7 +42,24 @@ def _with_canonizer(canonizers, batch_norm='pass'):
     return canonizers
 
 
-class ResNetLRP(LayerMapComposite):
+class _Transaction:
+    '''Composites which leave nothing behind if they can not be registered.'''
+    def register(self, module):
+        '''Apply all canonizers and register all hooks to a module and its children.
+
+        Parameters
+        ----------
+        module: :py:obj:`torch.nn.Module`
+            The module.
+        '''
+        try:
+            super().register(module)
+        except BaseException:
+            self.remove()
+            raise
+
+
+class ResNetLRP(_Transaction, LayerMapComposite):
     '''LRP for ResNet (Otsuki et al. 2024): relevance splitting at skip connections, and the z+ rule everywhere else.
 
     Relevance is conserved: whatever the network, the input relevance sums to the initial relevance.
@@ -140,7 +157,7 @@ class ResNetLRPSymmetric(ResNetLRP):
         super().__init__(**{'splitting': 'symmetric', **kwargs})
 
 
-class SplittingComposite(Composite):
+class SplittingComposite(_Transaction, Composite):
     '''Another composite, with a rule for the additions that end residual blocks.
 
     Parameters
@@ -207,7 +224,7 @@ def with_splitting(composite, rule=None):
 
 
 @register_composite('block_lrp')
-class BlockLRP(Composite):
+class BlockLRP(_Transaction, Composite):
     '''Propagation of C3-LRP (Doublet et al.): residual blocks, and layers outside of them, as one layer each, Eq. (1).
 
     In the backward pass, gradients are relevance divided by the activation, until the network's input is reached.

@@ -104,6 +104,9 @@ class SinglePass(Hook):
 
     def remove(self):
         '''When removing hooks, remove all references to stored tensors.'''
+        if self._pending.pop(threading.get_ident(), None) is not None:
+            # an interrupt has skipped the forward hook
+            torch.set_grad_enabled(True)
         self._pending.clear()
         super().remove()
 

@@ -30,17 +30,10 @@ def depends_on(tensor, source):
 
 
 def is_first(input):
-    '''Whether no linear layer or convolution with a rule of this module precedes, by the input's graph.'''
-    queue, seen = [input.grad_fn], set()
-    while queue:
-        node = queue.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if isinstance(getattr(node, 'module', None), (Convolution, torch.nn.Linear)):
-            return False
-        queue.extend(parent for parent, _ in node.next_functions)
-    return True
+    '''Whether no linear layer or convolution with a single-pass rule precedes, by the input's graph.'''
+    return not any(
+        isinstance(getattr(node, 'module', None), (Convolution, torch.nn.Linear)) for node in walk([input.grad_fn])
+    )
 
 
 def is_sigmoid(tensor):
@@ -61,16 +54,35 @@ def is_sigmoid(tensor):
     return False
 
 
-def count_uses(nodes):
-    '''How often the output of each node is used, in the graph of the given nodes.'''
-    uses, queue, seen = {}, [node for node in nodes if node is not None], set()
+def walk(nodes, seen=None):
+    '''All nodes of the graph that some nodes are computed from, themselves included.
+
+    Parameters
+    ----------
+    nodes: iterable of :py:obj:`torch.autograd.graph.Node` or None
+        The nodes to start from.
+    seen: set of :py:obj:`torch.autograd.graph.Node`, optional
+        Nodes at which to stop, to which all others are added.
+
+    Yields
+    ------
+    :py:obj:`torch.autograd.graph.Node`
+        Each node once.
+    '''
+    queue, seen = [node for node in nodes if node is not None], set() if seen is None else seen
     while queue:
         node = queue.pop()
         if node in seen:
             continue
         seen.add(node)
+        yield node
+        queue.extend(parent for parent, _ in node.next_functions if parent is not None)
+
+
+def count_uses(nodes):
+    '''How often the output of each node is used, in the graph of the given nodes.'''
+    uses = {}
+    for node in walk(nodes):
         for parent, _ in node.next_functions:
-            if parent is not None:
-                uses[parent] = uses.get(parent, 0) + 1
-                queue.append(parent)
+            uses[parent] = uses.get(parent, 0) + 1
     return uses

@@ -27,7 +27,11 @@ class BatchNormMerge:
             self.handles.append(module.register_forward_pre_hook(self._note_input, prepend=True))
 
     def _note_output(self, module, args, output):
-        if isinstance(output, torch.Tensor) and output.requires_grad:
+        if not isinstance(output, torch.Tensor) or not output.requires_grad:
+            return
+        reference, _ = self.producers.get(id(output), (lambda: None, None))
+        # a layer with a forward of its own may return the output of a functional one
+        if reference() is not output:
             self.producers[id(output)] = weakref.ref(output), module
             self.calls[module] = self.calls.get(module, 0) + 1
 
@@ -53,7 +57,8 @@ class BatchNormMerge:
                 fold_batch_norm(linear, batch_norm)
 
     def unfold(self):
-        '''Put the original parameters back.'''
+        '''Put the original parameters back, for a forward pass.'''
+        self.producers, self.calls, self.candidates = {}, {}, []
         while self.folded:
             linear, parameters = self.folded.pop()
             linear._parameters.clear()
@@ -63,7 +68,6 @@ class BatchNormMerge:
         '''Put the original parameters back, and watch no module anymore.'''
         self.unfold()
         self.handles.remove()
-        self.producers, self.calls, self.candidates = {}, {}, []
 
 
 def fold_batch_norm(linear, batch_norm):

@@ -1,7 +1,122 @@
-'''Post-processing, which turns relevance into heatmaps.'''
-from operator import index
+'''Post-processing, which turns relevance into heatmaps.
 
+Heatmaps may be on any device and of any type. Results are on the same device, and of the same type (integers become the
+default floating point type). The choice of contour and component computes in double precision on the CPU, and does not
+propagate gradients.
+'''
+import math
+import warnings
+from operator import index
+from typing import NamedTuple
+
+import cv2
+import numpy as np
 import torch
+from torch.nn import functional
+
+CONTOURS = ('largest_area', 'largest_filled', 'first')
+COMPONENTS = ('area', 'max_value')
+EXPANSIONS = {'bilinear': {'mode': 'bilinear', 'align_corners': False}, 'nearest': {'mode': 'nearest'}}
+OUTSIDE = ('zero', 'minimum')
+
+
+class EmptyMaskWarning(UserWarning):
+    '''Post-processing left nothing of a heatmap.'''
+
+
+class Choice(NamedTuple):
+    '''Result of :py:func:`c1c` and :py:func:`c3` with everything it was made from, for a batch of heatmaps.
+
+    Parameters
+    ----------
+    heatmap: :py:obj:`torch.Tensor`
+        The result of shape (batch, height, width).
+    reduced: :py:obj:`torch.Tensor`
+        Reduced heatmaps of shape (batch, *size).
+    contour: :py:obj:`torch.Tensor` or None
+        Boolean masks of the filled contours, of shape (batch, *size). None for :py:func:`c1c`.
+    component: :py:obj:`torch.Tensor`
+        Boolean masks of the connected components, of shape (batch, *size).
+    mask: :py:obj:`torch.Tensor`
+        Boolean masks of what was kept, of shape (batch, *size).
+    empty: :py:obj:`torch.Tensor`
+        Whether nothing was kept of each heatmap, of shape (batch,) and type bool.
+    '''
+    heatmap: torch.Tensor
+    reduced: torch.Tensor
+    contour: torch.Tensor | None
+    component: torch.Tensor
+    mask: torch.Tensor
+    empty: torch.Tensor
+
+
+class AttentionErrors(NamedTuple):
+    '''How the attended region of each heatmap of a batch fits the object, see :py:func:`attention_errors`.
+
+    Exactly one of the last four is true, or none where there is no object. All are of shape (batch,), and boolean
+    except for the first two.
+
+    Parameters
+    ----------
+    coverage: :py:obj:`torch.Tensor`
+        Share of the object that is attended. NaN where there is no object.
+    precision: :py:obj:`torch.Tensor`
+        Share of the attended region that is on the object. NaN where there is no object, and one where nothing is
+        attended.
+    correct: :py:obj:`torch.Tensor`
+        Enough of the object, and little else is attended.
+    insufficient: :py:obj:`torch.Tensor`
+        Insufficiently attended (IA): what is attended is on the object, but is too little.
+    over: :py:obj:`torch.Tensor`
+        Over-attended (OA): the object is attended, but too much else is as well.
+    wrong: :py:obj:`torch.Tensor`
+        Wrongly attended (WA): something else is attended instead of the object.
+    '''
+    coverage: torch.Tensor
+    precision: torch.Tensor
+    correct: torch.Tensor
+    insufficient: torch.Tensor
+    over: torch.Tensor
+    wrong: torch.Tensor
+
+
+def _check_heatmap(heatmap):
+    '''Get heatmaps of a floating point type, or raise a ValueError if they are not finite (batch, height, width).'''
+    if heatmap.ndim != 3:
+        raise ValueError(
+            f'Heatmaps must be of shape (batch, height, width), but the shape is {tuple(heatmap.shape)}!'
+            + (' Use sum_channels first.' if heatmap.ndim == 4 else '')
+        )
+    if heatmap.is_complex():
+        raise ValueError(f'Heatmaps must be real, but their type is {heatmap.dtype}!')
+    if not heatmap.is_floating_point():
+        heatmap = heatmap.to(torch.get_default_dtype())
+    finite = heatmap.isfinite().flatten(1).all(1)
+    if not finite.all():
+        raise ValueError(f'Heatmap {int(finite.int().argmin())} of {len(heatmap)} contains NaN or infinite values!')
+    return heatmap
+
+
+def _check_choice(name, value, choices):
+    '''Raise a ValueError if an argument is not one of the choices.'''
+    if value not in choices:
+        raise ValueError(f'{name}={value!r} is unknown: choose one of {", ".join(map(repr, choices))}!')
+
+
+def _to_double(heatmap):
+    '''Check heatmaps, and convert them to double precision on the CPU.'''
+    heatmap = _check_heatmap(heatmap)
+    if 0 in heatmap.shape[1:]:
+        raise ValueError(f'Heatmaps of shape {tuple(heatmap.shape)} have no pixels!')
+    # not every device has double precision
+    return heatmap.detach().cpu().double()
+
+
+def _to_type_of(result, heatmap):
+    '''Convert a result to the device and type of the heatmaps it belongs to.'''
+    dtype = heatmap.dtype if heatmap.is_floating_point() else torch.get_default_dtype()
+    # the type first, since not every device has double precision
+    return result.to(dtype).to(heatmap.device)
 
 
 def sum_channels(relevance):
@@ -69,18 +184,7 @@ def heat_quantization(heatmap, levels=8):
     levels = index(levels)
     if levels < 2:
         raise ValueError(f'Heat quantization needs at least 2 levels, but got levels={levels}!')
-    if heatmap.ndim != 3:
-        raise ValueError(
-            f'Heatmaps must be of shape (batch, height, width), but the shape is {tuple(heatmap.shape)}!'
-            + (' Use sum_channels first.' if heatmap.ndim == 4 else '')
-        )
-    if heatmap.is_complex():
-        raise ValueError(f'Heatmaps must be real, but their type is {heatmap.dtype}!')
-    if not heatmap.is_floating_point():
-        heatmap = heatmap.to(torch.get_default_dtype())
-    finite = heatmap.isfinite().flatten(1).all(1)
-    if not finite.all():
-        raise ValueError(f'Heatmap {int(finite.int().argmin())} of {len(heatmap)} contains NaN or infinite values!')
+    heatmap = _check_heatmap(heatmap)
     if heatmap.numel() == 0:
         return heatmap.clone()
 
@@ -95,3 +199,540 @@ def heat_quantization(heatmap, levels=8):
     edges = edges.to(heatmap.dtype).to(values.dtype)
     level = torch.searchsorted(edges, values, right=True) - 1
     return edges.gather(1, level).to(heatmap.dtype).view(heatmap.shape)
+
+
+def reduce_heatmap(heatmap, size=28):
+    '''Reduce heatmaps by area averaging (Doublet et al. 2024, Section 3.2, which does not say how it reduces).
+
+    Each cell becomes the mean of the area that it covers, with pixels on its border counted in part. So the map's mean
+    stays what it was. A map that is smaller than ``size`` is enlarged by the same definition.
+
+    Parameters
+    ----------
+    heatmap: :py:obj:`torch.Tensor`
+        Heatmaps of shape (batch, height, width).
+    size: int or tuple[int, int], optional
+        Height and width to reduce to, or one number for both. Default is 28 as in the paper.
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor`
+        Reduced heatmaps of shape (batch, *size).
+
+    Raises
+    ------
+    ValueError
+        If ``heatmap`` does not have three axes, is complex, is not finite, or has no pixels, or if ``size`` is not
+        positive.
+    TypeError
+        If ``size`` is not of integers.
+    '''
+    height, width = (index(side) for side in (size if isinstance(size, (tuple, list)) else (size, size)))
+    if min(height, width) < 1:
+        raise ValueError(f'Heatmaps cannot be reduced to size={size}: it must be positive!')
+    values = _to_double(heatmap)
+    rows, columns = _area_weights(values.shape[1], height), _area_weights(values.shape[2], width)
+    return _to_type_of(rows @ values @ columns.T, heatmap)
+
+
+def _area_weights(length, size):
+    '''Share of each of ``length`` pixels in each of ``size`` cells of the same total length, (size, length).'''
+    # in units of which a pixel has ``size`` and a cell has ``length``, so that the overlaps are exact
+    cells, pixels = torch.arange(size)[:, None] * length, torch.arange(length) * size
+    overlap = torch.minimum(cells + length, pixels + size) - torch.maximum(cells, pixels)
+    return overlap.clamp(min=0).double() / length
+
+
+def expand_heatmap(heatmap, size, expand='bilinear'):
+    '''Expand reduced heatmaps to the size of the image (Doublet et al. 2024, Section 3.2, which leaves open how).
+
+    Parameters
+    ----------
+    heatmap: :py:obj:`torch.Tensor`
+        Heatmaps of shape (batch, height, width).
+    size: tuple[int, int]
+        Height and width to expand to.
+    expand: str, optional
+        Either ``'bilinear'`` (default), with pixels at the centers of their area and without extrapolation at the
+        border, or ``'nearest'``, which rounds positions down, as OpenCV does.
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor`
+        Heatmaps of shape (batch, *size).
+
+    Raises
+    ------
+    ValueError
+        If ``heatmap`` does not have three axes, is complex, is not finite, or has no pixels, or if ``expand`` is
+        unknown.
+    '''
+    _check_choice('expand', expand, EXPANSIONS)
+    values = _to_double(heatmap)[:, None]
+    return _to_type_of(functional.interpolate(values, tuple(size), **EXPANSIONS[expand])[:, 0], heatmap)
+
+
+def binarize(heatmap, threshold='mean'):
+    '''Find the pixels of which the value is strictly above a threshold.
+
+    Doublet et al. 2024 do not say how they binarize. The mean is what code of the same group compares with.
+
+    Parameters
+    ----------
+    heatmap: :py:obj:`torch.Tensor`
+        Heatmaps of shape (batch, height, width).
+    threshold: str, float or callable, optional
+        Either ``'mean'`` (default) for the mean of each map, a number, or a function from heatmaps of shape (batch,
+        height, width) and type float64 to the threshold of each, of shape (batch,). A constant map has nothing above
+        its mean.
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor`
+        Boolean masks of shape (batch, height, width).
+
+    Raises
+    ------
+    ValueError
+        If ``heatmap`` does not have three axes, is complex, is not finite, or has no pixels, or if ``threshold`` is
+        unknown, not finite, or not of shape (batch,).
+    '''
+    values = _to_double(heatmap)
+    flat = values.flatten(1)
+    if isinstance(threshold, str):
+        _check_choice('threshold', threshold, ('mean',))
+        # rounding must neither put the mean of a constant map below its values, nor tear equal values apart
+        constant = flat.amax(1) - flat.amin(1) <= 1e-12 * flat.abs().amax(1)
+        limit = torch.where(constant, math.inf, flat.mean(1))
+    else:
+        limit = torch.as_tensor(threshold(values) if callable(threshold) else threshold, dtype=torch.float64).cpu()
+        if not limit.isfinite().all():
+            raise ValueError(f'threshold={threshold} is not finite: choose a number or \'mean\'!')
+        if limit.shape != () and limit.shape != values.shape[:1]:
+            raise ValueError(f'The threshold must be of shape {tuple(values.shape[:1])}, but is {tuple(limit.shape)}!')
+    return (flat > limit.expand(len(flat))[:, None]).view(values.shape).to(heatmap.device)
+
+
+def _map_masks(function, mask):
+    '''Apply a function from uint8 to uint8 or bool arrays of shape (height, width) to each mask of a batch.'''
+    if mask.ndim != 3:
+        raise ValueError(f'Masks must be of shape (batch, height, width), but the shape is {tuple(mask.shape)}!')
+    if 0 in mask.shape:
+        return mask.bool()
+    masks = (mask != 0).to('cpu', torch.uint8).contiguous().numpy()
+    return torch.from_numpy(np.stack([function(array) for array in masks])).bool().to(mask.device)
+
+
+def largest_component(mask, connectivity=8):
+    '''Find the connected component with the most pixels (Doublet et al. 2024, Section 3.2).
+
+    Parameters
+    ----------
+    mask: :py:obj:`torch.Tensor`
+        Masks of shape (batch, height, width), where all but zero belongs to a component.
+    connectivity: int, optional
+        With 8 (default), pixels that touch at a corner are connected, with 4 they are not. The paper leaves it open.
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor`
+        Boolean masks of shape (batch, height, width). Of several components of the same size, it is the one that comes
+        first in row-major order. All false if there is none.
+
+    Raises
+    ------
+    ValueError
+        If ``mask`` does not have three axes, or ``connectivity`` is neither 4 nor 8.
+    '''
+    _check_choice('connectivity', connectivity, (4, 8))
+
+    def choose(array):
+        '''The component of a single mask.'''
+        count, labels = cv2.connectedComponents(array, connectivity=connectivity)
+        if count == 1:
+            return array
+        sizes = np.bincount(labels.ravel())[1:]
+        largest = 1 + np.flatnonzero(sizes == sizes.max())
+        # labels are not in the order of pixels
+        first = np.isin(labels, largest).argmax()
+        return labels == labels.flat[first]
+
+    return _map_masks(choose, mask)
+
+
+def component_of_maximum(heatmap, mask, connectivity=8):
+    '''Find the connected component that holds the largest value of a heatmap, as code by authors of the paper does.
+
+    Parameters
+    ----------
+    heatmap: :py:obj:`torch.Tensor`
+        Heatmaps of shape (batch, height, width). Of several largest values, the first in row-major order counts.
+    mask: :py:obj:`torch.Tensor`
+        Masks of shape (batch, height, width), where all but zero belongs to a component.
+    connectivity: int, optional
+        With 8 (default), pixels that touch at a corner are connected, with 4 they are not.
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor`
+        Boolean masks of shape (batch, height, width). Where the largest value is outside the mask, this is all that
+        is outside, as in that code.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ, if ``heatmap`` is not valid, or if ``connectivity`` is neither 4 nor 8.
+    '''
+    _check_choice('connectivity', connectivity, (4, 8))
+    values = _to_double(heatmap)
+    if mask.shape != values.shape:
+        raise ValueError(f'Heatmaps are of shape {tuple(values.shape)}, but masks of shape {tuple(mask.shape)}!')
+    maxima = iter(values.flatten(1).argmax(1).tolist())
+
+    def choose(array):
+        '''The component of a single mask.'''
+        _, labels = cv2.connectedComponents(array, connectivity=connectivity)
+        return labels == labels.flat[next(maxima)]
+
+    return _map_masks(choose, mask)
+
+
+def largest_contour(mask, choice='largest_area'):
+    '''Find the interior of the largest external contour (Doublet et al. 2024, Section 3.2).
+
+    The paper neither says what makes a contour the largest, nor whether it is filled. Only a filled contour makes sense
+    to keep relevance in, so that holes of the region belong to it. Contours connect pixels that touch at a corner, and
+    those inside of holes are not external.
+
+    Parameters
+    ----------
+    mask: :py:obj:`torch.Tensor`
+        Masks of shape (batch, height, width), where all but zero is inside of a contour.
+    choice: str, optional
+        With ``'largest_area'`` (default), it is the polygon through the centers of the border's pixels of which the
+        area (OpenCV's ``contourArea``) is the largest. It is zero for lines, however long they are. With
+        ``'largest_filled'``, it is the contour that has the most pixels when it is filled. With ``'first'``, it is
+        the one that OpenCV's ``findContours`` returns first, as the authors' slides can be read. Its position is
+        arbitrary, and OpenCV does not document it.
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor`
+        Boolean masks of shape (batch, height, width). Of several largest contours, it is the one that comes first in
+        row-major order. All false if there is none.
+
+    Raises
+    ------
+    ValueError
+        If ``mask`` does not have three axes, or ``choice`` is unknown.
+    '''
+    _check_choice('contour', choice, CONTOURS)
+
+    def fill(array, contour):
+        '''The interior of a contour, with the contour itself.'''
+        return cv2.drawContours(np.zeros_like(array), [contour], -1, 1, cv2.FILLED)
+
+    def choose(array):
+        '''The contour of a single mask.'''
+        contours, _ = cv2.findContours(array, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+        if not contours:
+            return array
+        if choice == 'first':
+            return fill(array, contours[0])
+        # by (row, column) of the first pixel
+        contours = sorted(contours, key=lambda contour: min((row, col) for col, row in contour[:, 0].tolist()))
+        areas = {
+            'largest_area': lambda: [cv2.contourArea(contour) for contour in contours],
+            'largest_filled': lambda: [fill(array, contour).sum() for contour in contours],
+        }[choice]()
+        return fill(array, contours[int(np.argmax(areas))])
+
+    return _map_masks(choose, mask)
+
+
+def c1c(
+    heatmap, size=28, threshold='mean', select='area', connectivity=8, expand='bilinear', outside='zero',
+    return_masks=False
+):
+    '''Keep one connected component of reduced heatmaps (C1C in the ablation of Doublet et al. 2024, Table 2).
+
+    Parameters
+    ----------
+    heatmap: :py:obj:`torch.Tensor`
+        Heatmaps of shape (batch, height, width). Each is processed on its own. They are not modified.
+    size: int or tuple[int, int], optional
+        Size to reduce heatmaps to. Default is 28. See :py:func:`reduce_heatmap`.
+    threshold: str, float or callable, optional
+        What is above it may belong to the component. Default is ``'mean'``. See :py:func:`binarize`.
+    select: str, optional
+        With ``'area'`` (default, as the paper describes it), it is the component with the most pixels. With
+        ``'max_value'`` (as in code of the same group), it is the one that holds the largest value, or the whole map if
+        nothing is above the threshold. That code also triples the values inside, which has no effect on pictures or
+        rankings, and is left out.
+    connectivity: int, optional
+        Either 8 (default) or 4. See :py:func:`largest_component`.
+    expand: str, optional
+        Either ``'bilinear'`` (default) or ``'nearest'``. See :py:func:`expand_heatmap`.
+    outside: str, optional
+        What values outside the component become. With ``'zero'`` (default), pixels outside outrank negative relevance
+        inside, if heatmaps are ranked afterwards. With ``'minimum'``, they become the lowest value of the reduced map,
+        and no pixel outside outranks one inside.
+    return_masks: bool, optional
+        Whether to return everything instead of the result alone. Default is False.
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor` or :py:obj:`Choice`
+        Heatmaps of shape (batch, height, width), or these together with the reduced heatmaps, the masks, and flags of
+        heatmaps of which nothing is left. Such a map is zero everywhere (or the lowest value), and there is a warning
+        unless the flags are returned. A constant map has nothing above its mean, so nothing of it is left with
+        ``'area'``.
+
+    Raises
+    ------
+    ValueError
+        If ``heatmap`` does not have three axes, is complex, is not finite, or has no pixels, or if an argument is
+        unknown or out of range.
+    TypeError
+        If ``size`` is not of integers.
+
+    Warns
+    -----
+    :py:obj:`EmptyMaskWarning`
+        If nothing is left of a heatmap, unless ``return_masks``.
+    '''
+    _check_choice('select', select, COMPONENTS)
+    reduced = reduce_heatmap(_to_double(heatmap), size)
+    binary = binarize(reduced, threshold)
+    if select == 'area':
+        component = largest_component(binary, connectivity)
+    else:
+        component = component_of_maximum(reduced, binary, connectivity)
+    return _keep(heatmap, reduced, None, component, expand, outside, return_masks)
+
+
+def c3(
+    heatmap, size=28, threshold='mean', component_threshold=None, contour='largest_area', connectivity=8,
+    expand='bilinear', outside='zero', return_masks=False
+):
+    '''Keep what the largest contour and the largest component of reduced heatmaps have in common (C³).
+
+    With the reduced map :math:`\\alpha_R`, the filled contour :math:`C_1` and the component :math:`C_2`, Doublet et al.
+    2024, Eqs. (3) and (4), compute
+
+    .. math::
+
+        (C_1 \\wedge C_2) \\odot \\alpha_R
+
+    before the map is expanded again. The paper gives the size, and leaves all else open: how the map is reduced and
+    expanded, what it is compared with, which contour is the largest, and whether corners connect. With the same
+    threshold for both masks, the contour contains the component which it surrounds, so that the result either is
+    that of :py:func:`c1c`, or is empty. That both differ in the paper's Table 2 thus has a reason which the paper does
+    not state. There are two thresholds here to look for it.
+
+    Parameters
+    ----------
+    heatmap: :py:obj:`torch.Tensor`
+        Heatmaps of shape (batch, height, width). Each is processed on its own. They are not modified.
+    size: int or tuple[int, int], optional
+        Size to reduce heatmaps to. Default is 28 as in the paper. See :py:func:`reduce_heatmap`.
+    threshold: str, float or callable, optional
+        What is above it may belong to the contour. Default is ``'mean'``. See :py:func:`binarize`.
+    component_threshold: str, float or callable, optional
+        What is above it may belong to the component. Default is None, which is ``threshold``.
+    contour: str, optional
+        Either ``'largest_area'`` (default), ``'largest_filled'`` or ``'first'``. See :py:func:`largest_contour`.
+    connectivity: int, optional
+        Either 8 (default) or 4. See :py:func:`largest_component`.
+    expand: str, optional
+        Either ``'bilinear'`` (default) or ``'nearest'``. See :py:func:`expand_heatmap`.
+    outside: str, optional
+        What values outside both masks become. With ``'zero'`` (default, Eq. (4)), pixels outside outrank negative
+        relevance inside, if heatmaps are ranked afterwards. With ``'minimum'``, they become the lowest value of the
+        reduced map, and no pixel outside outranks one inside.
+    return_masks: bool, optional
+        Whether to return everything instead of the result alone. Default is False.
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor` or :py:obj:`Choice`
+        Heatmaps of shape (batch, height, width), or these together with the reduced heatmaps, both masks, their
+        intersection, and flags of heatmaps of which nothing is left. Such a map is zero everywhere (or the lowest
+        value), and there is a warning unless the flags are returned. This happens if the masks have no pixel in common,
+        or if nothing is above a threshold, as in a constant map.
+
+    Raises
+    ------
+    ValueError
+        If ``heatmap`` does not have three axes, is complex, is not finite, or has no pixels, or if an argument is
+        unknown or out of range.
+    TypeError
+        If ``size`` is not of integers.
+
+    Warns
+    -----
+    :py:obj:`EmptyMaskWarning`
+        If nothing is left of a heatmap, unless ``return_masks``.
+    '''
+    reduced = reduce_heatmap(_to_double(heatmap), size)
+    contour = largest_contour(binarize(reduced, threshold), contour)
+    binary = binarize(reduced, threshold if component_threshold is None else component_threshold)
+    component = largest_component(binary, connectivity)
+    return _keep(heatmap, reduced, contour, component, expand, outside, return_masks)
+
+
+def _keep(heatmap, reduced, contour, component, expand, outside, return_masks):
+    '''Keep what is inside of both masks, expand it, and tell which maps are empty.'''
+    _check_choice('outside', outside, OUTSIDE)
+    mask = component if contour is None else contour & component
+    empty = ~mask.flatten(1).any(1)
+    rest = 0. if outside == 'zero' else reduced.amin((1, 2), keepdim=True)
+    result = _to_type_of(expand_heatmap(torch.where(mask, reduced, rest), heatmap.shape[1:], expand), heatmap)
+    if return_masks:
+        masks = (None if each is None else each.to(heatmap.device) for each in (contour, component, mask, empty))
+        return Choice(result, _to_type_of(reduced, heatmap), *masks)
+    if empty.any():
+        numbers = ', '.join(map(str, empty.nonzero()[:, 0].tolist()))
+        warnings.warn(
+            f'Nothing is left of {int(empty.sum())} of {len(empty)} heatmaps ({numbers}): they are constant, or '
+            'nothing is above the thresholds or common to both masks. Use return_masks=True to get flags instead.',
+            EmptyMaskWarning, stacklevel=3
+        )
+    return result
+
+
+def mask_cases(contour, component):
+    '''Find out how often the two masks of :py:func:`c3` agree.
+
+    Parameters
+    ----------
+    contour: :py:obj:`torch.Tensor`
+        Boolean masks of the contours, of shape (batch, height, width).
+    component: :py:obj:`torch.Tensor`
+        Boolean masks of the components, of shape (batch, height, width).
+
+    Returns
+    -------
+    dict[str, float]
+        The fraction of the batch in each of these cases, of which exactly one holds for each pair of masks:
+        ``'coincide'`` if they are equal, ``'contained'`` if the component is a proper part of the contour's interior,
+        ``'overlap'`` if they have pixels in common, and the component others as well, ``'disjoint'`` if they have none
+        in common, and ``'blank'`` if one has no pixels at all. In the last two cases, the result of C³ is empty.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ or do not have three axes, or if the batch is empty.
+    '''
+    if contour.shape != component.shape or contour.ndim != 3 or len(contour) == 0:
+        raise ValueError(
+            'Both masks must be of the same shape (batch, height, width) with a batch of at least one, but are of '
+            f'shape {tuple(contour.shape)} and {tuple(component.shape)}!'
+        )
+    contour, component = contour.bool().flatten(1), component.bool().flatten(1)
+    blank = ~(contour.any(1) & component.any(1))
+    disjoint = ~(contour & component).any(1) & ~blank
+    inside = ~(component & ~contour).any(1) & ~blank
+    equal = (contour == component).all(1)
+    cases = {
+        'coincide': inside & equal, 'contained': inside & ~equal, 'overlap': ~(inside | disjoint | blank),
+        'disjoint': disjoint, 'blank': blank,
+    }
+    return {name: int(flags.sum()) / len(flags) for name, flags in cases.items()}
+
+
+def ablation(heatmap, **options):
+    '''Post-process heatmaps as in the ablation of Doublet et al. 2024, Table 2, which leaves out C³ or replaces it.
+
+    Parameters
+    ----------
+    heatmap: :py:obj:`torch.Tensor`
+        Heatmaps of shape (batch, height, width).
+    **options
+        Arguments of :py:func:`c3`. Those that :py:func:`c1c` has as well are used for both, where the threshold of C1C
+        is that of the component.
+
+    Returns
+    -------
+    heatmaps: dict[str, :py:obj:`torch.Tensor`]
+        Heatmaps of shape (batch, height, width) for each of ``'none'``, ``'c1c'`` and ``'c3'``, where ``'none'`` is
+        ``heatmap`` itself.
+    report: dict[str, float]
+        Fractions of the batch, see :py:func:`mask_cases`. If both thresholds are equal, ``'c1c'`` and ``'c3'`` are
+        equal but for maps in ``'disjoint'``.
+
+    Raises
+    ------
+    ValueError
+        As :py:func:`c3`, or if the batch is empty.
+    TypeError
+        If an option is unknown, or ``size`` is not of integers.
+    '''
+    chosen = c3(heatmap, **options, return_masks=True)
+    common = {key: value for key, value in options.items() if key in ('size', 'connectivity', 'expand', 'outside')}
+    threshold = options.get('component_threshold')
+    if threshold is None:
+        threshold = options.get('threshold', 'mean')
+    component = c1c(heatmap, threshold=threshold, **common, return_masks=True).heatmap
+    return {'none': heatmap, 'c1c': component, 'c3': chosen.heatmap}, mask_cases(chosen.contour, chosen.component)
+
+
+def attention_errors(heatmap, mask, threshold='mean', coverage=0.5, precision=0.5):
+    '''Tell the types of errors of explanations apart, given where the object is.
+
+    The slides of Doublet et al. 2024 name three: insufficiently attended (the attended area is too small),
+    over-attended (it is too large), and wrongly attended (relevance is on pixels that do not contribute). They were
+    counted by eye, one for each of 100 failures, and without thresholds. Those here are ours: the attended region is
+    what is above a threshold of the heatmap, and it is measured which share of the object it covers, and which share of
+    it is on the object.
+
+    =========== =============== ==========
+    coverage    precision       type
+    =========== =============== ==========
+    enough      enough          correct
+    too little  enough          insufficient
+    enough      too little      over
+    too little  too little      wrong
+    =========== =============== ==========
+
+    Where nothing is attended at all, it is insufficient.
+
+    Parameters
+    ----------
+    heatmap: :py:obj:`torch.Tensor`
+        Heatmaps of shape (batch, height, width), for instance by :py:func:`c3`.
+    mask: :py:obj:`torch.Tensor`
+        Masks of shape (batch, height, width), where all but zero belongs to the object.
+    threshold: str, float or callable, optional
+        What is above it is attended. Default is ``'mean'``, as for :py:func:`c3`. See :py:func:`binarize`.
+    coverage: float, optional
+        Share of the object that is enough. Default is 0.5.
+    precision: float, optional
+        Share of the attended region on the object that is enough. Default is 0.5.
+
+    Returns
+    -------
+    :py:obj:`AttentionErrors`
+        Both shares and flags of the types, of shape (batch,). Where there is no object, the shares are NaN, and all
+        flags are false.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ, if ``heatmap`` is not valid, or if an argument is unknown or out of range.
+    '''
+    for name, value in (('coverage', coverage), ('precision', precision)):
+        if not 0 <= value <= 1:
+            raise ValueError(f'{name}={value} is not between 0 and 1!')
+    attended = binarize(heatmap, threshold).cpu().flatten(1)
+    if mask.shape != heatmap.shape:
+        raise ValueError(f'Heatmaps are of shape {tuple(heatmap.shape)}, but masks of shape {tuple(mask.shape)}!')
+    target = (mask != 0).cpu().flatten(1)
+    common, attended, target = (pixels.sum(1) for pixels in (attended & target, attended, target))
+    known = target > 0
+    covered = common / target
+    focused = torch.where(attended > 0, common / attended, 1.).where(known, math.nan)
+    enough, precise = covered >= coverage, focused >= precision
+    types = (enough & precise, ~enough & precise, enough & ~precise, ~enough & ~precise)
+    result = (covered, focused, *(known & flags for flags in types))
+    return AttentionErrors(*(values.to(heatmap.device) for values in result))

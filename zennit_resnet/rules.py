@@ -19,6 +19,7 @@ FIRST_LAYER = ('zplus', 'literal', 'ones', 'zbox', 'wsquare', 'flat')
 PROJECTION = ('spread', 'literal')
 DEAD_UNITS = ('spread', 'drop')
 MAXPOOL = ('winner', 'average', 'avg2x2')
+RELU = ('relu', 'relu_', 'relu6')
 COVERAGE = ('literal', 'even')
 _PLAIN = (
     torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d,
@@ -59,9 +60,13 @@ class Uncrop(SinglePass):
     value of zero receive relevance from dead units, from rules for the first layer that treat all inputs alike, and
     from symmetric splitting with a skip connection that is padded with channels.
     '''
+    def store(self, module, *inputs):
+        '''Keep the amounts, which may be others for another input.'''
+        return (torch.tensor([(dim, *amounts) for dim, amounts in module.amounts.items()]),)
+
     def propagate(self, module, stored, relevance):
         '''Fold relevance back.'''
-        for dim, (before, after) in module.amounts.items():
+        for dim, before, after in stored[0].tolist():
             length = relevance.shape[dim] - max(before, 0) - max(after, 0)
             inner = relevance.narrow(dim, max(before, 0), length).clone()
             for start, amount, edge in ((0, before, 0), (relevance.shape[dim] - max(after, 0), after, length - 1)):
@@ -287,7 +292,8 @@ class ZPlus(SinglePass):
         '''Keep the input, whether this is a first layer, and whether the input is known to be non-negative.'''
         input, = inputs
         first = self.first_layer != 'zplus' and is_first(input)
-        is_relu = isinstance(getattr(input.grad_fn, 'module', None), (torch.nn.ReLU, torch.nn.ReLU6))
+        source = getattr(input.grad_fn, 'module', None)
+        is_relu = type(source) in (torch.nn.ReLU, torch.nn.ReLU6) or getattr(source, 'name', '') in RELU
         return input, torch.tensor([first, is_relu])
 
     def propagate(self, module, stored, relevance):
