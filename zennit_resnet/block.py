@@ -73,7 +73,7 @@ class _Factor(torch.autograd.Function):
     def backward(ctx, gradient):
         '''g z' / stab(z').'''
         if ctx.call.is_layer:
-            gradient = ctx.call.rule.divide(gradient * ctx.values, ctx.denominator)
+            gradient = ctx.call.rule.scale(gradient, ctx.values, ctx.denominator)
         return None, None, gradient, None, None
 
 
@@ -163,6 +163,29 @@ class BlockEpsilon(Hook):
             denominator = Stabilizer(self.epsilon)(output) if self.epsilon else output
         share = relevance / denominator
         return share if self.epsilon and self.mode == 'sign' else share.masked_fill_(denominator == 0, 0.)
+
+    def scale(self, gradient, output, denominator):
+        '''Multiply a gradient with the factor by which relevance at the output changes.
+
+        Parameters
+        ----------
+        gradient: :py:obj:`torch.Tensor`
+            Relevance of the output, divided by the output.
+        output: :py:obj:`torch.Tensor`
+            The output z', of the same shape.
+        denominator: :py:obj:`torch.Tensor`
+            The output, without bias where Eq. (2) has it so.
+
+        Returns
+        -------
+        :py:obj:`torch.Tensor`
+            The product with z' / stab(z').
+        '''
+        if callable(self.epsilon) or self.mode == 'plus' or not self.epsilon or denominator is not output:
+            return self.divide(gradient * output, denominator)
+        # |z'| / (|z'| + epsilon) is the same in fewer steps, which are limited by memory
+        factor = output.abs()
+        return factor.div_(factor + self.epsilon).mul_(gradient)
 
     def _pre_forward(self, module, args):
         with DisableTorchFunction():
