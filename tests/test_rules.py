@@ -1235,6 +1235,10 @@ def test_half_precision(name, dtype):
     assert_close(lower.double(), expected, 2e-2)
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.autograd.function.FunctionCtx, 'set_output_grad_dtype'),
+    reason='this version of torch rounds gradients to the precision of the output',
+)
 def test_half_precision_small_relevance():
     '''Relevance between layers which is too small for half precision survives in single precision.'''
     modules = [torch.nn.Linear(1, 2048).half(), torch.nn.Linear(2048, 1).half()]

@@ -42,7 +42,7 @@ def initial_relevance(target, value='logit'):
         '''Compute the relevance at the output.'''
         if output.ndim != 2:
             raise ValueError(f'The output must be of shape (batch, classes), but is {tuple(output.shape)}!')
-        index = target.to(output.device)
+        index = target.to(output.device, torch.long)
         if index.ndim == 1 and len(index) != len(output):
             raise ValueError(f'There are {len(index)} targets for a batch of {len(output)}!')
         if bool(((index < 0) | (index >= output.shape[1])).any()):
