@@ -1,7 +1,7 @@
 '''Cost of finding operations while a network runs, as a ratio to blocks that were written by hand.
 
-The hand-written ResNet-50 calls a module for the addition that ends each block, so its rules need no canonizer. Both give
-the same relevance.
+The hand-written ResNet-50 calls a module for the addition that ends each block, so its rules need no canonizer. Both
+give the same relevance.
 '''
 import argparse
 import statistics

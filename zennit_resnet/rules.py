@@ -7,7 +7,7 @@ Propagation for ResNet) unless said otherwise.
 import torch
 import torch.nn.functional as F
 from zennit.core import RemovableHandle, RemovableHandleList, Stabilizer
-from zennit.types import Convolution, MaxPool
+from zennit.types import Convolution, ConvolutionTranspose, MaxPool
 
 from . import windows
 from .block import BlockEpsilon  # noqa: F401, pylint: disable=unused-import
@@ -232,7 +232,7 @@ class ZPlus(SinglePass):
         Windows with a stride read some positions more often than others (a kernel of 3 with stride 2 every other one
         twice), which leaves a fine lattice in the heatmap. ``'literal'`` (default) keeps it. ``'even'`` scales the
         weights of each filter such that they sum to the same for all positions modulo the stride, and smoothes
-        relevance below a max pooling with a binomial filter. Both conserve relevance.
+        relevance below a max pooling and below the first convolution with a binomial filter. Both conserve relevance.
     '''
     # pylint: disable=too-many-arguments
     def __init__(
@@ -291,7 +291,7 @@ class ZPlus(SinglePass):
     def store(self, module, *inputs):
         '''Keep the input, whether this is a first layer, and whether the input is known to be non-negative.'''
         input, = inputs
-        first = self.first_layer != 'zplus' and is_first(input)
+        first = is_first(input)
         source = getattr(input.grad_fn, 'module', None)
         is_relu = type(source) in (torch.nn.ReLU, torch.nn.ReLU6) or getattr(source, 'name', '') in RELU
         return input, torch.tensor([first, is_relu])
@@ -320,6 +320,9 @@ class ZPlus(SinglePass):
                 lower.addcmul_(elem, grad)
         if dead is not None:
             lower += self._spread(module, input, relevance * dead)
+        if first and isinstance(module, Convolution) and not isinstance(module, ConvolutionTranspose):
+            # filters of few taps may have no weight of a sign at some positions, which can not be levelled
+            lower = self._smooth_lower(module, lower)
         return (lower,)
 
     def _share(self, relevance, denominator, is_signed):
@@ -418,9 +421,12 @@ class ZPlus(SinglePass):
             input = input.detach().requires_grad_()
             output = module.forward(input)
         share, _ = self._share(relevance, output.detach().clone(), True)
-        lower = torch.autograd.grad(output, input, share)[0] * input.detach()
-        stride = windows.overlapping_stride(module, input.ndim - 2) if self.coverage == 'even' else None
-        return lower if stride is None else windows.smooth(lower, stride)
+        return self._smooth_lower(module, torch.autograd.grad(output, input, share)[0] * input.detach())
+
+    def _smooth_lower(self, module, relevance):
+        '''Smooth the relevance of the input of overlapping windows with a stride.'''
+        stride = windows.overlapping_stride(module, relevance.ndim - 2) if self.coverage == 'even' else None
+        return relevance if stride is None else windows.smooth(relevance, stride)
 
 
 def is_plain(module):

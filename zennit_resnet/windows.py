@@ -116,10 +116,14 @@ def average(module, input, even=False):
 
 
 def overlapping_stride(module, num):
-    '''The stride of a pooling, None if it is one, or if windows do not overlap.'''
-    if not hasattr(module, 'kernel_size'):
+    '''The stride of a convolution or pooling, None if it is one, or if windows do not overlap.'''
+    if hasattr(module, 'weight'):
+        kernel = tuple(module.weight.shape[2:])
+    elif hasattr(module, 'kernel_size'):
+        kernel = as_tuple(module.kernel_size, num)
+    else:
         return None
-    stride, kernel = as_tuple(module.stride, num), as_tuple(module.kernel_size, num)
+    stride = as_tuple(module.stride, num)
     return stride if any(1 < step < size for step, size in zip(stride, kernel)) else None
 
 
