@@ -224,10 +224,10 @@ class ResidualCanonizer(Canonizer):
         self._detach()
         if torch.is_grad_enabled():
             self._check_evaluation()
-        if self.batch_norm == 'merge' and self.context is None:
-            for module in self.names:
-                self.merge.watch(module)
         if self.context is None:
+            if self.batch_norm == 'merge':
+                for module in self.names:
+                    self.merge.watch(module)
             # rules for first layers are given to the first module of a type: ask for all modules in their order
             self.context = {}
             composite = self._composite()
@@ -362,8 +362,11 @@ class ResidualCanonizer(Canonizer):
                 composite.hook_refs.add(hook)
             self.handles.append(hook.register(standin))
 
-    def _run(self, call, kind, function):
+    def _run(self, call, kind, function, **settings):
+        '''Run a function through the stand-in for it, of which the settings become attributes.'''
         standin = self._standin(call, kind, function.name)
+        for key, value in settings.items():
+            setattr(standin, key, value)
         standin.function = function.rebind()
         return standin(*function.carriers)
 
@@ -374,10 +377,7 @@ class ResidualCanonizer(Canonizer):
             # x - y is the sum of x and -y, other - x of -x and other
             factors[0 if function.name in ('__rsub__', 'rsub') else 1] *= -1
         if len(function.carriers) == 2:
-            standin = self._standin(call, Addition, function.name)
-            standin.factors = None if factors == [1, 1] else tuple(factors)
-            standin.function = function.rebind()
-            return standin(*function.carriers)
+            return self._run(call, Addition, function, factors=None if factors == [1, 1] else tuple(factors))
         if factors[0 if left is function.carriers[0] else 1] == 1:
             # the gradient of adding a constant passes all relevance on
             return function()
@@ -413,15 +413,9 @@ class ResidualCanonizer(Canonizer):
         # concatenation with zeros, as some shortcuts have it
         position = next(num for num, elem in enumerate(tensors) if elem is function.carriers[0])
         lengths = [elem.shape[dim] for elem in tensors]
-        return self._run_padding(call, function, {
+        return self._run(call, Padding, function, amounts={
             dim % tensors[0].ndim: (sum(lengths[:position]), sum(lengths[position + 1:]))
         })
-
-    def _run_padding(self, call, function, amounts):
-        standin = self._standin(call, Padding, function.name)
-        standin.amounts = amounts
-        standin.function = function.rebind()
-        return standin(*function.carriers)
 
     def _pad(self, call, function):
         given = dict(zip(('input', 'pad', 'mode', 'value'), function.args), **function.kwargs)
@@ -429,7 +423,7 @@ class ResidualCanonizer(Canonizer):
             # elements are repeated, the gradient adds up the relevance of the copies
             return function()
         pad, last = list(given['pad']), given['input'].ndim - 1
-        return self._run_padding(call, function, {
+        return self._run(call, Padding, function, amounts={
             last - num: amounts for num, amounts in enumerate(zip(pad[::2], pad[1::2])) if any(amounts)
         })
 
@@ -441,10 +435,7 @@ class ResidualCanonizer(Canonizer):
         steps = _spatial_steps(function.args[0], index)
         if not steps:
             return function()
-        standin = self._standin(call, Subsampling, function.name)
-        standin.steps = steps
-        standin.function = function.rebind()
-        return standin(*function.carriers)
+        return self._run(call, Subsampling, function, steps=steps)
 
     def _linear(self, call, function):
         names = ('input', 'weight', 'bias')
@@ -460,6 +451,7 @@ class ResidualCanonizer(Canonizer):
             **{key: given.get(key, defaults[key]) for key in settings},
         )
         return standin(given['input'])
+
 
 class BlockCanonizer(ResidualCanonizer):
     '''Canonizer which finds residual blocks, for :py:class:`~zennit_resnet.rules.BlockEpsilon`.
