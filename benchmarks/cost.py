@@ -16,7 +16,7 @@ from zennit.attribution import Gradient
 from zennit.composites import EpsilonPlus
 from zennit.torchvision import ResNetCanonizer
 
-from zennit_resnet import BlockLRP, ResNetLRP, initial_relevance, with_splitting
+from zennit_resnet import BlockLRP, RelativeLRP, ResNetLRP, initial_relevance, with_splitting
 
 COMPOSITES = {
     'gradient': lambda: None,
@@ -25,6 +25,7 @@ COMPOSITES = {
     'ratio, literal projection': lambda: ResNetLRP(projection='literal'),
     'ratio, merged batch norm': lambda: ResNetLRP(batch_norm='merge'),
     'block': BlockLRP,
+    'relative': RelativeLRP,
     'zennit EpsilonPlus': lambda: EpsilonPlus(canonizers=[ResNetCanonizer()]),
     'zennit EpsilonPlus with ratio splitting': lambda: with_splitting(EpsilonPlus()),
 }

@@ -1,7 +1,7 @@
 '''Layer-wise Relevance Propagation for residual networks, for Zennit.'''
 from .attribution import initial_relevance
 from .canonizers import ResidualCanonizer, UnsupportedOperation
-from .composites import BlockLRP, ResNetLRP, with_splitting
+from .composites import BlockLRP, RelativeLRP, ResNetLRP, with_splitting
 from .rules import BlockEpsilon, RatioSplit, ResidualOnly, SymmetricSplit, ZPlus
 
 __version__ = '0.1.0.dev0'
@@ -10,6 +10,9 @@ __all__ = [
     'BlockEpsilon',
     'BlockLRP',
     'RatioSplit',
+    'Relative',
+    'RelativeLRP',
+    'RelativeMaxPool',
     'ResNetLRP',
     'ResidualCanonizer',
     'ResidualOnly',

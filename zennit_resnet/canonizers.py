@@ -212,7 +212,7 @@ class ResidualCanonizer(Canonizer):
         if not stack or stack[-1].module is not module:
             return
         call = stack.pop()
-        carriers = _carriers((output,))
+        carriers = carriers_of((output,))
         if not call.opaque:
             self._guard(call, carriers)
         if not stack:
@@ -289,7 +289,7 @@ class ResidualCanonizer(Canonizer):
         if name in TRANSPARENT and name != '__getitem__':
             return func(*args, **kwargs)
         handler = HANDLERS.get(name)
-        carriers = _carriers((args, kwargs))
+        carriers = carriers_of((args, kwargs))
         if not carriers:
             return func(*args, **kwargs)
         if handler is not None:
@@ -299,7 +299,7 @@ class ResidualCanonizer(Canonizer):
     def _unsupported(self, call, function, reason):
         '''Run a function which relevance must not reach. What computes a gate may be anything.'''
         output, check = function(), self._check(call, function.name, reason)
-        for carrier in _carriers((output,)):
+        for carrier in carriers_of((output,)):
             carrier.register_hook(check)
         return output
 
@@ -404,6 +404,16 @@ class ResidualCanonizer(Canonizer):
             return self._unsupported(call, function, 'more than one of its arguments does')
         return self._run(call, kind, function)
 
+    def _pool(self, call, function, kind):
+        given = dict(zip(_pool_arguments(function.name), function.args), **function.kwargs)
+        windows = dict.fromkeys(('kernel_size', 'output_size', 'stride'))
+        windows.update(padding=0, dilation=1, ceil_mode=False)
+        windows.update((key, value) for key, value in given.items() if key in windows)
+        if not windows['stride']:
+            # torch.max_pool2d has an empty list for it
+            windows['stride'] = windows['kernel_size']
+        return self._run(call, kind, function, **windows)
+
     def _concatenate(self, call, function):
         given = dict(zip(('tensors', 'dim'), function.args), **function.kwargs)
         tensors, dim = given['tensors'], given.get('dim', given.get('axis', 0))
@@ -462,7 +472,7 @@ class BlockCanonizer(ResidualCanonizer):
     def intercept(self, func, args, kwargs):
         '''Note additions.'''
         stack = self.local.__dict__.get('stack')
-        if stack and getattr(func, '__name__', '') in ADDITIONS and len(_carriers((args, kwargs))) == 2:
+        if stack and getattr(func, '__name__', '') in ADDITIONS and len(carriers_of((args, kwargs))) == 2:
             note_addition(stack[-1].module)
         return func(*args, **kwargs)
 
@@ -471,8 +481,10 @@ HANDLERS = {
     **dict.fromkeys(ADDITIONS, ResidualCanonizer._add),
     **dict.fromkeys(PRODUCTS, ResidualCanonizer._multiply),
     **{name: lambda self, call, function, kind=kind: self._unary(call, function, kind) for names, kind in (
-        (ACTIVATIONS, Activation), (NORMALIZATIONS, Normalization), (AVERAGES, AveragePool), (MAXIMA, MaxPool),
-        (('addcmul',), Gate),
+        (ACTIVATIONS, Activation), (NORMALIZATIONS, Normalization), (('addcmul',), Gate),
+    ) for name in names},
+    **{name: lambda self, call, function, kind=kind: self._pool(call, function, kind) for names, kind in (
+        (AVERAGES, AveragePool), (MAXIMA, MaxPool),
     ) for name in names},
     **dict.fromkeys(CONCATENATIONS, ResidualCanonizer._concatenate),
     **dict.fromkeys((*CONVOLUTIONS, 'linear'), ResidualCanonizer._linear),
@@ -558,7 +570,7 @@ def _replace(value, replacements):
     return value
 
 
-def _carriers(value):
+def carriers_of(value):
     '''All tensors that carry relevance in nested arguments, in their order.'''
     if isinstance(value, torch.Tensor):
         return [value] if value.requires_grad else []
@@ -566,7 +578,7 @@ def _carriers(value):
         value = value.values()
     elif not isinstance(value, (list, tuple)):
         return []
-    return [tensor for elem in value for tensor in _carriers(elem)]
+    return [tensor for elem in value for tensor in carriers_of(elem)]
 
 
 def _calling_composite():
@@ -592,6 +604,15 @@ def _is_opaque(module):
         and not isinstance(module, torch.nn.MultiheadAttention)
         and type(module).__module__.startswith('torch.nn.')
     )
+
+
+def _pool_arguments(name):
+    '''Names of the leading arguments of a pooling, none for other functions.'''
+    if name.startswith('adaptive'):
+        return 'input', 'output_size'
+    if 'pool' not in name:
+        return ()
+    return 'input', 'kernel_size', 'stride', 'padding', *(('dilation',) if 'max' in name else ()), 'ceil_mode'
 
 
 def _find_signal(left, right):

@@ -6,8 +6,11 @@ from zennit.torchvision import ResNetCanonizer
 from zennit.types import Activation, AvgPool, BatchNorm, Convolution, MaxPool
 
 from .block import BlockEpsilon, GradientTimesInput
-from .canonizers import BlockCanonizer, ResidualCanonizer
+from .canonizers import BlockCanonizer, ResidualCanonizer, carriers_of
+from .contributions import Contributions
+from .core import check_choice
 from .layer import Addition, Gate, Padding, Subsampling
+from .relative import Relative, RelativeMaxPool
 from .rules import (
     PassThrough,
     RatioSplit,
@@ -16,7 +19,6 @@ from .rules import (
     SymmetricSplit,
     Uncrop,
     ZPlus,
-    check_choice,
 )
 
 SPLITTING = {'ratio': RatioSplit, 'symmetric': SymmetricSplit}
@@ -223,6 +225,90 @@ def with_splitting(composite, rule=None):
     return SplittingComposite(composite, rule)
 
 
+@register_composite('relative_lrp')
+class RelativeLRP(_Transaction, LayerMapComposite):
+    '''Relative LRP (Nyiri & Gibaru, R-LRP): contributions without any division by activations.
+
+    Every layer multiplies with its input. Contributions are not conserved, and only their ratios within one example
+    have a meaning: what is propagated is rescaled for each example, and in addition for each branch of a residual block
+    (Proposition 14), see :py:class:`~zennit_resnet.relative.Contributions`. If relevance starts from the logit of the
+    target, what is propagated to the input of a network without skip connections times exp(``log_scale``) is what the
+    equations say.
+
+    Attributes
+    ----------
+    log_scale: :py:obj:`torch.Tensor`
+        Natural logarithm of the factor by which the input's contributions have to be multiplied, of shape (batch,), for
+        the last backward pass. In residual networks, blocks are not counted (a factor of two each).
+    num_replaced: :py:obj:`torch.Tensor`
+        In the last backward pass, the number of branches of which contributions summed to zero up to rounding, so that
+        their sum of magnitudes was used, of shape (batch,).
+
+    Parameters
+    ----------
+    cardinality: str, optional
+        ``'constant'`` (default) or ``'per_position'``, see :py:class:`~zennit_resnet.rules.Relative`.
+    normalization: str, optional
+        Branches of residual blocks are rescaled by their sums with ``'signed'`` (default), as Proposition 14 has it, or
+        by their sums of magnitudes with ``'l1'``.
+    batch_norm: str, optional
+        Batch normalization is folded into the linear layer before it with ``'merge'`` (default). With ``'pass'``,
+        contributions pass it unchanged.
+    layer_map: list[tuple[tuple[torch.nn.Module, ...], Hook]], optional
+        A mapping as a list of tuples, with a tuple of applicable module types and a Hook. This will be prepended to
+        the ``layer_map`` defined by the composite.
+    canonizers: list[:py:class:`zennit.canonizers.Canonizer`], optional
+        List of canonizer instances to be applied before applying hooks. The composite adds its own.
+
+    Raises
+    ------
+    ValueError
+        If an argument is not one of its choices.
+    '''
+    def __init__(
+        self, cardinality='constant', normalization='signed', batch_norm='merge', layer_map=None, canonizers=None
+    ):
+        self.normalization = normalization
+        self.contributions = Contributions(normalization)
+        layer_map = ([] if layer_map is None else list(layer_map)) + [
+            (Addition, SymmetricSplit()),
+            (Gate, SignalTakesAll()),
+            # what is added by padding has no contribution, the gradient removes it
+            (Padding, Hook()),
+            (torch.nn.MultiheadAttention, None),
+            ((Activation, *NORMALIZATION), PassThrough()),
+            (MaxPool, RelativeMaxPool(cardinality)),
+            ((Convolution, torch.nn.Linear, AvgPool), Relative(cardinality)),
+        ]
+        super().__init__(layer_map=layer_map, canonizers=_with_canonizer(canonizers, batch_norm))
+
+    @property
+    def log_scale(self):
+        '''See the attributes of the class.'''
+        return self.contributions.log_scale
+
+    @property
+    def num_replaced(self):
+        '''See the attributes of the class.'''
+        return self.contributions.num_replaced
+
+    def register(self, module):
+        '''Apply all canonizers, register all hooks to a module and its children, and follow its forward passes.
+
+        Parameters
+        ----------
+        module: :py:obj:`torch.nn.Module`
+            The module.
+        '''
+        super().register(module)
+        self.handles.append(module.register_forward_hook(self._follow))
+
+    def _follow(self, module, args, output):
+        if torch.is_grad_enabled():
+            self.contributions = Contributions(self.normalization)
+            self.contributions.watch(carriers_of(output))
+
+
 @register_composite('block_lrp')
 class BlockLRP(_Transaction, Composite):
     '''Propagation of C3-LRP (Doublet et al.): residual blocks, and layers outside of them, as one layer each, Eq. (1).
@@ -232,6 +318,11 @@ class BlockLRP(_Transaction, Composite):
     This amounts to Gradient x Input times R_k / (y_k - b_k), with logit y_k of the target, its bias b_k and its initial
     relevance R_k, up to the effect of ``epsilon``. What makes C3-LRP more than that is its post-processing, see
     :py:func:`~zennit_resnet.postprocess.c3`.
+
+    Attributes
+    ----------
+    propagates: str
+        ``'gradient'``: what is propagated becomes relevance by multiplication with the tensor it is the gradient of.
 
     Parameters
     ----------
@@ -253,6 +344,8 @@ class BlockLRP(_Transaction, Composite):
     TypeError
         If ``blocks`` is none of the above.
     '''
+    propagates = 'gradient'
+
     def __init__(self, epsilon=1e-6, mode='sign', blocks=None, layer_map=None, canonizers=None):
         is_types = isinstance(blocks, type) or isinstance(blocks, tuple)
         is_names = isinstance(blocks, (list, set))

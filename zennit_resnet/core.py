@@ -6,6 +6,16 @@ import torch
 from torch._C import DisableTorchFunction
 from zennit.core import Hook, RemovableHandle, RemovableHandleList
 
+_PLAIN = (
+    torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d,
+    torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d,
+)
+
+
+def check_choice(name, value, choices):
+    '''Raise a ValueError which names the argument, its value and the choices, if the value is not among them.'''
+    if value not in choices:
+        raise ValueError(f'{name}={value!r} is not one of {", ".join(map(repr, choices))}!')
 
 class _Propagate(torch.autograd.Function):
     '''Give the output of a layer a backward function which is the layer's rule.'''
@@ -160,3 +170,14 @@ class SinglePass(Hook):
                 first = first.detach()
             first = _Propagate.apply(self, module, stored, [first], inplace, *carriers)
         return (first, *output[1:]) if isinstance(output, tuple) else first
+
+
+def is_plain(module):
+    '''Whether a linear layer or convolution computes what its class in torch.nn does.'''
+    base = next((base for base in _PLAIN if isinstance(module, base)), None)
+    if base is None or hasattr(module, 'set_call'):
+        return True
+    # pylint: disable=protected-access
+    return type(module).forward is base.forward and (
+        not hasattr(base, '_conv_forward') or type(module)._conv_forward is base._conv_forward
+    )

@@ -11,9 +11,10 @@ from zennit.types import Convolution, ConvolutionTranspose, MaxPool
 
 from . import windows
 from .block import BlockEpsilon  # noqa: F401, pylint: disable=unused-import
-from .core import SinglePass
+from .core import SinglePass, check_choice, is_plain
 from .graph import depends_on, is_first
 from .layer import Subsampling
+from .relative import Relative, RelativeMaxPool  # noqa: F401, pylint: disable=unused-import
 
 FIRST_LAYER = ('zplus', 'literal', 'ones', 'zbox', 'wsquare', 'flat')
 PROJECTION = ('spread', 'literal')
@@ -21,16 +22,6 @@ DEAD_UNITS = ('spread', 'drop')
 MAXPOOL = ('winner', 'average', 'avg2x2')
 RELU = ('relu', 'relu_', 'relu6')
 COVERAGE = ('literal', 'even')
-_PLAIN = (
-    torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d,
-    torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d,
-)
-
-
-def check_choice(name, value, choices):
-    '''Raise a ValueError which names the argument, its value and the choices, if the value is not among them.'''
-    if value not in choices:
-        raise ValueError(f'{name}={value!r} is not one of {", ".join(map(repr, choices))}!')
 
 
 class PassThrough(SinglePass):
@@ -427,14 +418,3 @@ class ZPlus(SinglePass):
         '''Smooth the relevance of the input of overlapping windows with a stride.'''
         stride = windows.overlapping_stride(module, relevance.ndim - 2) if self.coverage == 'even' else None
         return relevance if stride is None else windows.smooth(relevance, stride)
-
-
-def is_plain(module):
-    '''Whether a linear layer or convolution computes what its class in torch.nn does.'''
-    base = next((base for base in _PLAIN if isinstance(module, base)), None)
-    if base is None or hasattr(module, 'set_call'):
-        return True
-    # pylint: disable=protected-access
-    return type(module).forward is base.forward and (
-        not hasattr(base, '_conv_forward') or type(module)._conv_forward is base._conv_forward
-    )

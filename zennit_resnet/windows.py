@@ -106,7 +106,7 @@ def average(module, input, even=False):
         If the module has no window (as for adaptive pooling), or if it is dilated.
     '''
     num = input.ndim - 2
-    if not hasattr(module, 'kernel_size') or set(as_tuple(module.dilation, num)) != {1}:
+    if getattr(module, 'kernel_size', None) is None or set(as_tuple(module.dilation, num)) != {1}:
         raise ValueError(f'maxpool=\'average\' needs a window without dilation, {module} has none: use \'winner\'.')
     if even and overlapping_stride(module, num) is not None and not module.ceil_mode:
         kernel = as_tuple(module.kernel_size, num)
@@ -119,7 +119,7 @@ def overlapping_stride(module, num):
     '''The stride of a convolution or pooling, None if it is one, or if windows do not overlap.'''
     if hasattr(module, 'weight'):
         kernel = tuple(module.weight.shape[2:])
-    elif hasattr(module, 'kernel_size'):
+    elif getattr(module, 'kernel_size', None) is not None:
         kernel = as_tuple(module.kernel_size, num)
     else:
         return None
@@ -192,3 +192,119 @@ def smooth(relevance, stride):
         matrix = matrix / matrix.sum(1, keepdim=True)
         relevance = torch.movedim(torch.movedim(relevance, dim, -1) @ matrix, -1, dim)
     return relevance
+
+
+def convolve_transposed(module, input, weight, output):
+    '''The transposed linear map of a convolution or transposed convolution, with another weight.
+
+    Parameters
+    ----------
+    module: :py:obj:`torch.nn.Module`
+        The layer, of which the stride, padding, dilation and groups are used.
+    input: :py:obj:`torch.Tensor`
+        Its input, of shape (batch, channels, *spatial), of which the values are not used.
+    weight: :py:obj:`torch.Tensor`
+        Weight of the shape of the module's weight.
+    output: :py:obj:`torch.Tensor`
+        What is mapped, of the shape of the module's output.
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor`
+        A tensor of the shape of the input.
+    '''
+    num = weight.ndim - 2
+    stride, dilation = as_tuple(module.stride, num), as_tuple(module.dilation, num)
+    if isinstance(module, ConvolutionTranspose):
+        return _CONV[num](output, weight, None, stride, module.padding, dilation, module.groups)
+
+    def transpose(input, padding):
+        return torch.ops.aten.convolution_backward(
+            output, input, weight, None, stride, padding, dilation, False, (0,) * num, module.groups,
+            (True, False, False),
+        )[0]
+
+    pads = _pads(module, weight)
+    if module.padding_mode == 'zeros' and all(left == right for left, right in pads):
+        return transpose(input, [left for left, _ in pads])
+    mode = 'constant' if module.padding_mode == 'zeros' else module.padding_mode
+    with torch.enable_grad():
+        input = input.detach().requires_grad_()
+        padded = F.pad(input, [value for pair in reversed(pads) for value in pair], mode=mode)
+    return torch.autograd.grad(padded, input, transpose(padded.detach(), (0,) * num))[0]
+
+
+def count_uses(module, input, output):
+    '''Count the windows of a convolution or pooling that read each position of its input.
+
+    Parameters
+    ----------
+    module: :py:obj:`torch.nn.Module`
+        The layer.
+    input: :py:obj:`torch.Tensor`
+        Its input, of shape (batch, channels, *spatial).
+    output: :py:obj:`torch.Tensor`
+        A tensor of the shape of its output.
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor`
+        Counts of shape (1, 1, *spatial).
+    '''
+    num = input.ndim - 2
+    counts = input.new_ones((1, 1) + (1,) * num)
+    mode = getattr(module, 'padding_mode', 'zeros')
+    for dim, (length, out) in enumerate(zip(input.shape[2:], output.shape[2:])):
+        if getattr(module, 'kernel_size', None) is None and not hasattr(module, 'weight'):
+            reads = torch.cat([torch.arange(*bound) for bound in adaptive_bounds(length, out)])
+        else:
+            size, step, dil, (before, after) = (elem[dim] for elem in settings(module, num))
+            if isinstance(module, ConvolutionTranspose):
+                writes = torch.arange(length)[:, None] * step - before + torch.arange(size) * dil
+                reads = torch.arange(length)[:, None].expand_as(writes)[(writes >= 0) & (writes < out)]
+            else:
+                reads = (torch.arange(out)[:, None] * step - before + torch.arange(size) * dil).flatten()
+                if mode != 'zeros':
+                    # positions of the padding are copies of others
+                    source = F.pad(torch.arange(length, dtype=torch.double)[None, None], (before, after), mode=mode)
+                    reads = source.flatten().long()[reads + before]
+        count = reads[(reads >= 0) & (reads < length)].bincount(minlength=length)
+        counts = counts * count.to(counts).view(-1, *(1,) * (num - dim - 1))
+    return counts
+
+
+def settings(module, num):
+    '''Kernel, stride, dilation and padding (before and after) of a convolution or pooling for each dimension.'''
+    if hasattr(module, 'weight'):
+        kernel = tuple(module.weight.shape[2:])
+        return kernel, as_tuple(module.stride, num), as_tuple(module.dilation, num), _pads(module, module.weight)
+    kernel = as_tuple(module.kernel_size, num)
+    stride = kernel if module.stride is None else as_tuple(module.stride, num)
+    pads = [(pad, pad) for pad in as_tuple(module.padding, num)]
+    return kernel, stride, as_tuple(getattr(module, 'dilation', 1), num), pads
+
+
+def _pads(module, weight):
+    '''Padding of a convolution before and after, for each dimension.'''
+    num = weight.ndim - 2
+    if module.padding == 'valid':
+        return [(0, 0)] * num
+    if module.padding == 'same':
+        totals = [dil * (size - 1) for size, dil in zip(weight.shape[2:], as_tuple(module.dilation, num))]
+        return [(total // 2, total - total // 2) for total in totals]
+    return [(pad, pad) for pad in as_tuple(module.padding, num)]
+
+
+def adaptive_bounds(length, out):
+    '''Begin and end of the windows of an adaptive pooling, along a dimension of a given input and output length.'''
+    return [(index * length // out, -(-(index + 1) * length // out)) for index in range(out)]
+
+
+def adaptive_sizes(input, output):
+    '''Sizes of the windows of an adaptive pooling, of shape (1, 1, *spatial).'''
+    num = input.ndim - 2
+    sizes = input.new_ones((1, 1) + (1,) * num)
+    for dim, (length, out) in enumerate(zip(input.shape[2:], output.shape[2:])):
+        size = torch.tensor([end - begin for begin, end in adaptive_bounds(length, out)])
+        sizes = sizes * size.to(sizes).view(-1, *(1,) * (num - dim - 1))
+    return sizes

@@ -1,0 +1,172 @@
+'''Rules of relative LRP (Nyiri & Gibaru, R-LRP): contributions without any division by activations.
+
+A neuron's contribution is the sum of what it contributes to the neurons of the next layer, each of which is weighted
+with its own contribution, Definition 9: z_i = Card(J_i) / N sum_j w_ij x_i z_j / M_j. Equations and propositions are
+those of R-LRP.
+'''
+import functools
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+from zennit.core import RemovableHandle, RemovableHandleList
+from zennit.types import Convolution, ConvolutionTranspose
+
+from . import windows
+from .core import SinglePass, check_choice, is_plain
+
+CARDINALITY = ('constant', 'per_position')
+
+
+class Relative(SinglePass):
+    '''Relative contributions of the inputs of linear layers, convolutions and average poolings, Eqs. (8) and (12).
+
+    z_i = Card(J_i) / (N M) x_i sum_j w_ij z_j, with the contribution z_j of output j, of which there are N in total,
+    the number M of inputs of an output (including those in the padding), and the number Card(J_i) of outputs that are
+    computed from input i. An average pooling of n elements has weights 1 / n. Biases have no part in it.
+
+    Parameters
+    ----------
+    cardinality: str, optional
+        With ``'constant'`` (default), Card(J_i) is the number of weights of an input, i.e. its value if strides and
+        borders are ignored. With ``'per_position'``, it is counted for each position as the equation has it: it is
+        smaller at the border, and under strides it depends on the position's parity, which has nothing to do with the
+        image.
+
+    Raises
+    ------
+    ValueError
+        If ``cardinality`` is unknown.
+    '''
+    def __init__(self, cardinality='constant'):
+        super().__init__()
+        check_choice('cardinality', cardinality, CARDINALITY)
+        self.cardinality = cardinality
+
+    def register(self, module):
+        '''Register this instance to the supplied module, unless its forward is not that of its class in torch.nn.'''
+        # the canonizer looks inside for the functional convolution
+        return super().register(module) if is_plain(module) else RemovableHandleList([RemovableHandle(self)])
+
+    def store(self, module, *inputs):
+        '''Keep the input.'''
+        input, = inputs
+        ndim = module.weight.ndim if isinstance(module, Convolution) else 2
+        if input.ndim < ndim or (isinstance(module, Convolution) and input.ndim > ndim):
+            raise ValueError(
+                f'{type(self).__name__} needs a batch, {module} got an input of shape {tuple(input.shape)}: add a '
+                'first dimension for a single example.'
+            )
+        if not len(input):
+            raise ValueError(f'{type(self).__name__}: {module} got an empty batch of shape {tuple(input.shape)}!')
+        return (input,)
+
+    def propagate(self, module, stored, relevance):
+        '''Compute Eq. (8) or (12).'''
+        input, = stored
+        num_outputs = math.prod(relevance.shape[1:])
+        fan_in, cardinality = self._connections(module, input, relevance)
+        if isinstance(fan_in, torch.Tensor):
+            relevance, fan_in = relevance / fan_in, 1
+        lower = self._transposed(module, input, relevance)
+        constant = 1 / (num_outputs * fan_in)
+        if isinstance(cardinality, torch.Tensor):
+            lower = lower * cardinality
+        else:
+            constant *= cardinality
+        # one step instead of two, as this is limited by memory
+        return (torch.addcmul(lower.new_zeros(()), lower, input, value=constant),)
+
+    def _connections(self, module, input, relevance):
+        '''Number M of inputs of each output, and Card(J_i), as numbers or tensors that can be broadcast.'''
+        if isinstance(module, torch.nn.Linear):
+            return module.weight.shape[1], module.weight.shape[0]
+        num, per_position = input.ndim - 2, self.cardinality == 'per_position'
+        if isinstance(module, Convolution):
+            kernel = module.weight.shape[2:]
+            if isinstance(module, ConvolutionTranspose):
+                in_channels, out_channels = module.weight.shape[0] // module.groups, module.weight.shape[1]
+            else:
+                in_channels, out_channels = module.weight.shape[1], module.weight.shape[0] // module.groups
+            counts = out_channels * math.prod(kernel)
+            if per_position:
+                counts = out_channels * windows.count_uses(module, input, relevance)
+            return in_channels * math.prod(kernel), counts
+        if getattr(module, 'kernel_size', None) is not None:
+            size = math.prod(windows.as_tuple(module.kernel_size, num))
+            return size, windows.count_uses(module, input, relevance) if per_position else size
+        if getattr(module, 'output_size', None) is not None:
+            sizes = windows.adaptive_sizes(input, relevance)
+            return sizes, windows.count_uses(module, input, relevance) if per_position else 1
+        # means over whole dimensions, of which each input has one output
+        return max(input.numel() / relevance.numel(), 1), 1
+
+    @staticmethod
+    def _transposed(module, input, relevance):
+        '''The layer's transposed linear map.'''
+        if isinstance(module, torch.nn.Linear):
+            return relevance @ module.weight.detach().to(relevance.dtype)
+        if not isinstance(module, Convolution):
+            with torch.enable_grad():
+                input = input.detach().requires_grad_()
+                output = module.forward(input)
+            return torch.autograd.grad(output, input, relevance)[0]
+        return windows.convolve_transposed(module, input, module.weight.detach().to(relevance.dtype), relevance)
+
+
+class RelativeMaxPool(Relative):
+    '''Relative contributions of the inputs of a max pooling, Proposition 13.
+
+    It is a layer with weights that are one for every maximum of a window, including ties, and zero otherwise. See
+    :py:class:`Relative` for its equation and parameters.
+    '''
+    @staticmethod
+    def _transposed(module, input, relevance):
+        '''Give each maximum of a window the relevance of the output.'''
+        num = input.ndim - 2
+        if getattr(module, 'kernel_size', None) is None and getattr(module, 'output_size', None) is None:
+            with torch.enable_grad():
+                input = input.detach().requires_grad_()
+                output = module.forward(input)
+                output = output[0] if isinstance(output, tuple) else output
+            shares, = torch.autograd.grad(output, input, torch.ones_like(output), retain_graph=True)
+            lower, = torch.autograd.grad(output, input, relevance)
+            # the gradient of a maximum over dimensions is shared among ties
+            return torch.where(shares > 0, lower / shares, 0.)
+        if getattr(module, 'kernel_size', None) is None:
+            output = module.forward(input)
+            output = output[0] if isinstance(output, tuple) else output
+            lower = torch.zeros_like(input)
+            bounds = [windows.adaptive_bounds(*lengths) for lengths in zip(input.shape[2:], output.shape[2:])]
+            for cell in itertools.product(*(range(length) for length in output.shape[2:])):
+                window = (..., *(slice(*bound[index]) for bound, index in zip(bounds, cell)))
+                index = (..., *(slice(start, start + 1) for start in cell))
+                lower[window] += relevance[index] * (input[window] == output[index])
+            return lower
+        kernel, stride, dilation, pads = windows.settings(module, num)
+        shape = relevance.shape[2:]
+        # with ceil_mode, windows may reach beyond the padding
+        pads = [(before, max((out - 1) * step + (size - 1) * dil + 1 - length - before, 0))
+                for out, step, size, dil, length, (before, _) in
+                zip(shape, stride, kernel, dilation, input.shape[2:], pads)]
+        padded = input
+        if any(map(any, pads)):
+            padded = F.pad(input, [value for pair in reversed(pads) for value in pair], value=-math.inf)
+
+        def taps(dim):
+            return [
+                slice(pos * dilation[dim], pos * dilation[dim] + (shape[dim] - 1) * stride[dim] + 1, stride[dim])
+                for pos in range(kernel[dim])
+            ]
+
+        # the maximum along one dimension after the other is faster than the layer, which also computes the indices
+        output = padded
+        for dim in range(num):
+            output = functools.reduce(torch.maximum, (
+                output[(slice(None),) * (dim + 2) + (tap,)] for tap in taps(dim)
+            ))
+        lower = torch.zeros_like(padded)
+        for window in itertools.product(*map(taps, range(num))):
+            lower[(..., *window)] += relevance * (padded[(..., *window)] == output)
+        return lower[(..., *(slice(pad, pad + length) for (pad, _), length in zip(pads, input.shape[2:])))]
