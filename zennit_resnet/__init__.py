@@ -2,7 +2,7 @@
 from .attribution import initial_relevance
 from .canonizers import ResidualCanonizer, UnsupportedOperation
 from .composites import BlockLRP, RelativeLRP, ResNetLRP, with_splitting
-from .rules import BlockEpsilon, RatioSplit, ResidualOnly, SymmetricSplit, ZPlus
+from .rules import BlockEpsilon, RatioSplit, Relative, RelativeMaxPool, ResidualOnly, SymmetricSplit, ZPlus
 
 __version__ = '0.1.0.dev0'
 
