@@ -85,12 +85,14 @@ class Contributions:
         check_choice('normalization', normalization, NORMALIZATION)
         self.normalization = normalization
         # all by the numbers of states, of which 0 is that of the output
-        self.exponents, self.sums, self.replaced = {0: torch.zeros(())}, {}, {}
+        self.exponents, self.sums, self.replaced = {0: torch.zeros((), dtype=torch.double)}, {}, {}
         self.batch_size, self.final = 0, 0
 
     @property
     def log_scale(self):
         '''Natural logarithm of the factor by which the input's contributions have to be multiplied, (batch,).'''
+        if self.final not in self.exponents:
+            raise RuntimeError('There is no scale yet, it is known after a backward pass to the input.')
         return (self.exponents[self.final].cpu() * math.log(2)).expand(self.batch_size)
 
     @property
@@ -109,9 +111,9 @@ class Contributions:
             Its outputs, of shape (batch, ...).
         '''
         roots = [elem.grad_fn for elem in outputs if elem.grad_fn is not None]
+        self.batch_size = len(outputs[0]) if outputs else 0
         if not roots:
             return
-        self.batch_size = len(outputs[0])
         parents = {
             node: [(index, parent) for index, (parent, _) in enumerate(node.next_functions) if parent is not None]
             for node in walk(roots)
@@ -124,12 +126,18 @@ class Contributions:
 
         arrivals = {node: [] for node in parents}
         for node in roots:
-            arrivals[node].append((None, 0, _Path(0)))
-        meetings, joins, edges = {}, {}, collections.defaultdict(dict)
-        queue = [node for node in parents if not pending[node]]
+            # several outputs are the begins of different paths
+            path = _Path(0 if len(roots) == 1 else next(states))
+            self.exponents[path.begin] = self.exponents[0]
+            arrivals[node].append((None, 0, path))
+        meetings, joins, compared, edges = {}, {}, {}, collections.defaultdict(dict)
+        queue, num_open = [node for node in parents if not pending[node]], len(roots)
         while queue:
             node = queue.pop()
             is_input = not parents[node]
+            # where everything passes a single node, a factor would be the same for all inputs
+            is_bottleneck = num_open == len(arrivals[node])
+            num_open += len(parents[node]) - len(arrivals[node])
             if len(arrivals[node]) > 1 or is_input and not is_single:
                 state = inputs if is_input and not is_single else next(states)
                 for child, index, path in arrivals[node]:
@@ -143,12 +151,16 @@ class Contributions:
                 meetings[node] = path
             else:
                 (child, index, path), = arrivals[node]
+                if child is None:
+                    meetings[node] = path
                 if isinstance(getattr(child, 'rule', None), Relative):
                     state, path.state = path.state, next(states)
                     edges[child][index] = functools.partial(self._rescale, state, path.state)
             if is_input:
                 self.final = path.state
             if len(parents[node]) > 1:
+                if path.is_changed and not is_bottleneck:
+                    compared[node] = path.begin
                 joins[node] = path.state, {index: _Path(next(states)) for index, _ in parents[node]}
             path.is_changed = path.is_changed or not _is_identity(node)
             for index, parent in parents[node]:
@@ -159,12 +171,14 @@ class Contributions:
 
         # only paths which changed anything have to be compared with where they began
         changed = {action.args[0].begin for actions in edges.values() for action in actions.values()
-                   if action.func == self._meet and action.args[0].is_changed}
+                   if action.func == self._meet and action.args[0].is_changed} | set(compared.values())
         for node, path in meetings.items():
             if path.begin in changed:
                 node.register_prehook(functools.partial(self._begin, path.begin))
         for node, (state, paths) in joins.items():
-            node.register_prehook(functools.partial(self._divide, state, [path.begin for path in paths.values()]))
+            node.register_prehook(functools.partial(
+                self._divide, state, compared.get(node), [path.begin for path in paths.values()]
+            ))
             if not isinstance(getattr(node, 'rule', None), SymmetricSplit):
                 node.register_hook(functools.partial(self._take, {
                     index: path.begin for index, path in paths.items() if path.begin in changed
@@ -178,16 +192,24 @@ class Contributions:
         '''Paths begin with all contributions of a tensor.'''
         self.sums[state] = self._sum(grad_outputs)
 
-    def _divide(self, state, begins, grad_outputs):
-        '''Paths begin with equal parts of the contributions of a sum, or with slices of a concatenation.'''
-        total, magnitude = self._sum(grad_outputs)
+    def _divide(self, state, compared, begins, grad_outputs):
+        '''Paths begin with equal parts of the contributions of a sum, or with slices of a concatenation.
+
+        If this is in a branch of an outer block, they are rescaled such that they have the sum with which that began.
+        '''
+        (total, magnitude), exponents, factor = self._sum(grad_outputs), self._exponents(state), None
+        if compared in self.sums:
+            factor, self.replaced[compared] = branch_factor(
+                (total, magnitude), self.sums[compared], self.normalization
+            )
+            exponents, total, magnitude = self._exponents(compared), total * factor, magnitude * factor.abs()
         size = sum(elem.numel() for elem in grad_outputs if elem is not None) / self.batch_size
         exponent = _excess(magnitude / max(size, 1))
-        exponents = self.exponents[state]
         if exponent is not None:
             exponents, scale = exponents + exponent, torch.exp2(-exponent)
-            grad_outputs = tuple(self._multiply(elem, scale) for elem in grad_outputs)
-            total, magnitude = total * scale, magnitude * scale
+            total, magnitude, factor = total * scale, magnitude * scale, scale if factor is None else factor * scale
+        if factor is not None:
+            grad_outputs = tuple(self._multiply(elem, factor) for elem in grad_outputs)
         for begin in begins:
             self.exponents[begin], self.sums[begin] = exponents, (total / len(begins), magnitude / len(begins))
         return grad_outputs
@@ -201,17 +223,17 @@ class Contributions:
         '''Rescale what a layer propagates.'''
         _, magnitude = self._sum((relevance,), False)
         exponent = _excess(magnitude / (relevance.numel() / self.batch_size))
-        self.exponents[following] = self.exponents[state]
+        self.exponents[following] = self._exponents(state)
         if exponent is None:
             return relevance
-        self.exponents[following] = self.exponents[state] + exponent
+        self.exponents[following] = self.exponents[following] + exponent
         # what a layer propagates belongs to nobody else
         return self._multiply(relevance, torch.exp2(-exponent), inplace=True)
 
     def _meet(self, path, state, inplace, relevance):
         '''Rescale what a path propagates such that it has the sum with which it began.'''
-        exponents, factor = self.exponents[path.begin], None
-        if path.is_changed:
+        exponents, factor = self._exponents(path.begin), None
+        if path.is_changed and path.begin in self.sums:
             factor, self.replaced[path.begin] = branch_factor(
                 self._sum((relevance,)), self.sums[path.begin], self.normalization
             )
@@ -220,6 +242,10 @@ class Contributions:
             shift = torch.exp2(exponents - reference)
             factor = shift if factor is None else factor * shift
         return relevance if factor is None else self._multiply(relevance, factor, inplace)
+
+    def _exponents(self, state):
+        '''Exponents of a state, zero if the backward pass began after it.'''
+        return self.exponents.get(state, self.exponents[0])
 
     def _sum(self, tensors, is_signed=True):
         '''Sum and sum of magnitudes of each example.'''

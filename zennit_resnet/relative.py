@@ -7,6 +7,7 @@ those of R-LRP.
 import functools
 import itertools
 import math
+import re
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from zennit.types import Convolution, ConvolutionTranspose
 
 from . import windows
 from .core import SinglePass, check_choice, is_plain
+from .layer import Operation
 
 CARDINALITY = ('constant', 'per_position')
 
@@ -52,7 +54,7 @@ class Relative(SinglePass):
     def store(self, module, *inputs):
         '''Keep the input.'''
         input, = inputs
-        ndim = module.weight.ndim if isinstance(module, Convolution) else 2
+        ndim = module.weight.ndim if isinstance(module, Convolution) else 2 + _num_spatial(module)
         if input.ndim < ndim or (isinstance(module, Convolution) and input.ndim > ndim):
             raise ValueError(
                 f'{type(self).__name__} needs a batch, {module} got an input of shape {tuple(input.shape)}: add a '
@@ -75,8 +77,9 @@ class Relative(SinglePass):
             lower = lower * cardinality
         else:
             constant *= cardinality
-        # one step instead of two, as this is limited by memory
-        return (torch.addcmul(lower.new_zeros(()), lower, input, value=constant),)
+        # one step instead of two, and in place, as this is limited by memory
+        out = lower if isinstance(module, (Convolution, torch.nn.Linear)) else None
+        return (torch.addcmul(lower.new_zeros(()), lower, input, value=constant, out=out),)
 
     def _connections(self, module, input, relevance):
         '''Number M of inputs of each output, and Card(J_i), as numbers or tensors that can be broadcast.'''
@@ -170,3 +173,10 @@ class RelativeMaxPool(Relative):
         for window in itertools.product(*map(taps, range(num))):
             lower[(..., *window)] += relevance * (padded[(..., *window)] == output)
         return lower[(..., *(slice(pad, pad + length) for (pad, _), length in zip(pads, input.shape[2:])))]
+
+
+def _num_spatial(module):
+    '''Number of spatial dimensions of a pooling by its name, zero for other layers.'''
+    names = [module.name] if isinstance(module, Operation) else [base.__name__ for base in type(module).__mro__]
+    matches = (re.search(r'pool([1-3])d', name.lower()) for name in names)
+    return next((int(match[1]) for match in matches if match), 0)
