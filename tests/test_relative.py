@@ -431,9 +431,7 @@ def test_functional(name, cardinality):
     assert_close(lower, expected.view(input.shape), 1e-12)
 
 
-@pytest.mark.parametrize('name', ['amax', pytest.param('max', marks=pytest.mark.xfail(
-    strict=True, reason='the gradient of a maximum along one dimension only has one of several maxima'
-))])
+@pytest.mark.parametrize('name', ['amax', 'max'])
 def test_functional_ties(name):
     '''Maxima over whole dimensions: all of them are credited.'''
     input = torch.tensor([[2., 5., 5., 1., 5.], [7., 0., 3., 7., 7.]]).double()[None]
@@ -443,7 +441,6 @@ def test_functional_ties(name):
     assert_close(lower, expected, 1e-12)
 
 
-@pytest.mark.xfail(strict=True, raises=AttributeError, reason='single-pass rules return a tuple without names')
 def test_functional_values():
     '''The result of a maximum along a dimension keeps its names.'''
     input = torch.randn(2, 3, 7).double()
@@ -451,9 +448,6 @@ def test_functional_values():
     assert_close(lower, naive_max_pool(nn.AdaptiveMaxPool1d(1), input, relevance)[0], 1e-12)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=RuntimeError, reason='adaptive_max_pool2d_with_indices is unknown to the canonizer'
-)
 def test_functional_indices():
     '''Functional adaptive pooling which returns indices as well.'''
     input = torch.randn(2, 3, 5, 6).double()
@@ -462,7 +456,6 @@ def test_functional_indices():
     assert_close(lower, naive_max_pool(nn.AdaptiveMaxPool2d(2), input, relevance)[0], 1e-12)
 
 
-@pytest.mark.xfail(strict=True, reason='windows.as_tuple does not repeat the only element of a tuple')
 @pytest.mark.parametrize('name', ['max_pool2d', 'avg_pool2d', 'conv2d'])
 def test_functional_single_setting(name):
     '''Settings in a tuple of one element are for all dimensions.'''
@@ -481,7 +474,6 @@ def test_functional_single_setting(name):
     assert_close(lower, expected, 1e-12)
 
 
-@pytest.mark.xfail(strict=True, reason='torch.max of two tensors is taken for a pooling')
 @pytest.mark.parametrize('number', [1, 2])
 def test_functional_maximum_of_two(number):
     '''Like the maximum of two tensors by another name, that of torch.max passes contributions to the larger one.'''
@@ -492,7 +484,6 @@ def test_functional_maximum_of_two(number):
         assert_close(*pair)
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason='stand-ins only have the function of the last forward pass')
 def test_functional_sizes():
     '''State belongs to a call: functional windows may depend on the size of the input.'''
     model = Function(lambda m, x: F.avg_pool2d(m.conv(x), x.shape[3]).flatten(1), conv=nn.Conv2d(3, 2, 3, padding=1))

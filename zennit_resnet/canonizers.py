@@ -78,7 +78,8 @@ AVERAGES = frozenset('''
 '''.split())
 MAXIMA = frozenset('''
     max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d amax max
-    max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices
+    max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool1d_with_indices
+    adaptive_max_pool2d_with_indices adaptive_max_pool3d_with_indices
 '''.split())
 CONCATENATIONS = frozenset('cat concat concatenate stack hstack vstack dstack column_stack'.split())
 CONVOLUTIONS = {'conv1d': Convolution1d, 'conv2d': Convolution2d, 'conv3d': Convolution3d}
@@ -160,7 +161,7 @@ class ResidualCanonizer(Canonizer):
         for other in self._overlapping():
             other.merge.unfold()
         REGISTERED.append(self)
-        self.context = None
+        self.context = self.paused = None
         self.standins = {}
         self.local = _Local()
         self.interception = _Interception(self)
@@ -217,9 +218,13 @@ class ResidualCanonizer(Canonizer):
             self._guard(call, carriers)
         if not stack:
             self.interception.__exit__(None, None, None)
+            # nodes keep the tensors of the forward pass
+            self.local.seen = set()
             self._finish(carriers)
 
     def _start(self):
+        # checkpointing runs parts of the network again in the backward pass, for which all folded weights remain
+        self.paused = self.merge.pause() if torch._C._current_graph_task_id() != -1 else None
         self.merge.unfold()
         self._detach()
         if torch.is_grad_enabled():
@@ -240,8 +245,11 @@ class ResidualCanonizer(Canonizer):
         return [other for other in REGISTERED if other is not self and not self.names.keys().isdisjoint(other.names)]
 
     def _finish(self, carriers):
-        if all(REGISTERED.index(other) < REGISTERED.index(self) for other in self._overlapping()):
+        if self.paused is not None:
+            self.merge.resume(self.paused)
+        elif all(REGISTERED.index(other) < REGISTERED.index(self) for other in self._overlapping()):
             self.merge.fold(carriers)
+        self.paused = None
         for owner, name, standin in self.standins.values():
             owner._modules[name] = standin
 
@@ -406,7 +414,10 @@ class ResidualCanonizer(Canonizer):
 
     def _pool(self, call, function, kind):
         given = dict(zip(_pool_arguments(function.name), function.args), **function.kwargs)
-        windows = dict.fromkeys(('kernel_size', 'output_size', 'stride'))
+        if isinstance(given.get('dim', given.get('other')), torch.Tensor):
+            # torch.max of two tensors is their maximum, of which the gradient is the rule
+            return function()
+        windows = dict.fromkeys(('kernel_size', 'output_size', 'stride', 'dim'))
         windows.update(padding=0, dilation=1, ceil_mode=False)
         windows.update((key, value) for key, value in given.items() if key in windows)
         if not windows['stride']:
@@ -607,11 +618,11 @@ def _is_opaque(module):
 
 
 def _pool_arguments(name):
-    '''Names of the leading arguments of a pooling, none for other functions.'''
+    '''Names of the leading arguments of a function over positions.'''
     if name.startswith('adaptive'):
         return 'input', 'output_size'
     if 'pool' not in name:
-        return ()
+        return 'input', 'dim'
     return 'input', 'kernel_size', 'stride', 'padding', *(('dilation',) if 'max' in name else ()), 'ceil_mode'
 
 

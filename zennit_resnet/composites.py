@@ -10,7 +10,7 @@ from .canonizers import BlockCanonizer, ResidualCanonizer, carriers_of
 from .contributions import Contributions
 from .core import check_choice
 from .layer import Addition, Gate, Padding, Subsampling
-from .relative import Relative, RelativeMaxPool
+from .relative import NoRule, Relative, RelativeMaxPool
 from .rules import (
     PassThrough,
     RatioSplit,
@@ -274,7 +274,7 @@ class RelativeLRP(_Transaction, LayerMapComposite):
             (Addition, SymmetricSplit()),
             (Gate, SignalTakesAll()),
             # what is added by padding has no contribution, the gradient removes it
-            (Padding, Hook()),
+            (Padding, NoRule()),
             (torch.nn.MultiheadAttention, None),
             ((Activation, *NORMALIZATION), PassThrough()),
             (MaxPool, RelativeMaxPool(cardinality)),
@@ -301,12 +301,14 @@ class RelativeLRP(_Transaction, LayerMapComposite):
             The module.
         '''
         super().register(module)
-        self.handles.append(module.register_forward_hook(self._follow))
+        self.handles.append(module.register_forward_hook(self._follow, with_kwargs=True))
 
-    def _follow(self, module, args, output):
+    def _follow(self, module, args, kwargs, output):
         if torch.is_grad_enabled():
-            self.contributions = Contributions(self.normalization)
-            self.contributions.watch(carriers_of(output))
+            contributions = Contributions(self.normalization)
+            # of nested contexts, the rules of the innermost are in use
+            if contributions.watch(carriers_of(output), carriers_of((args, kwargs)), self.hook_refs):
+                self.contributions = contributions
 
 
 @register_composite('block_lrp')

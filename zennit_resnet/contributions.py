@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from .core import check_choice
+from .core import SinglePass, check_choice
 from .graph import MOVES, walk
 from .relative import Relative
 from .rules import PassThrough, SignalTakesAll, SymmetricSplit
@@ -102,22 +102,37 @@ class Contributions:
 
     # -- the graph -----------------------------------------------------------------------------------------------------
 
-    def watch(self, outputs):
+    def watch(self, outputs, inputs, rules):
         '''Add hooks to the graph of a forward pass.
 
         Parameters
         ----------
         outputs: list of :py:obj:`torch.Tensor`
             Its outputs, of shape (batch, ...).
+        inputs: list of :py:obj:`torch.Tensor`
+            Its inputs, at which to stop.
+        rules: set of :py:obj:`zennit.core.Hook`
+            Rules which are followed.
+
+        Returns
+        -------
+        bool
+            Whether there is anything to follow: not if other rules for layers took the place of these.
         '''
         roots = [elem.grad_fn for elem in outputs if elem.grad_fn is not None]
         self.batch_size = len(outputs[0]) if outputs else 0
-        if not roots:
-            return
+        begins = {elem.grad_fn for elem in inputs if elem.grad_fn is not None}
+        before = {parent for node in begins for parent, _ in node.next_functions} - begins
         parents = {
-            node: [(index, parent) for index, (parent, _) in enumerate(node.next_functions) if parent is not None]
-            for node in walk(roots)
+            node: [(index, parent) for index, (parent, _) in enumerate(node.next_functions)
+                   if parent is not None and node not in begins]
+            for node in walk(roots, before)
         }
+        used = {node.rule for node in parents if isinstance(getattr(node, 'rule', None), SinglePass)}
+        if not used.issubset(rules) and not any(isinstance(rule, Relative) for rule in used.intersection(rules)):
+            return False
+        if not roots:
+            return True
         pending = collections.Counter(parent for edges in parents.values() for _, parent in edges)
         is_single = sum(pending[node] for node, edges in parents.items() if not edges) == 1
         states = itertools.count(1)
@@ -185,6 +200,7 @@ class Contributions:
                 }))
         for node, actions in edges.items():
             node.register_hook(functools.partial(_act, actions))
+        return True
 
     # -- hooks ---------------------------------------------------------------------------------------------------------
 

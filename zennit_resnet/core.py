@@ -6,6 +6,8 @@ import torch
 from torch._C import DisableTorchFunction
 from zennit.core import Hook, RemovableHandle, RemovableHandleList
 
+from .layer import Operation
+
 _PLAIN = (
     torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d,
     torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d,
@@ -168,8 +170,12 @@ class SinglePass(Hook):
             if first._is_view():  # pylint: disable=protected-access
                 # views that were made without gradients can not be modified in-place
                 first = first.detach()
+            if isinstance(module, Operation):
+                # it takes over other settings in the next call
+                module = copy.copy(module)
             first = _Propagate.apply(self, module, stored, [first], inplace, *carriers)
-        return (first, *output[1:]) if isinstance(output, tuple) else first
+        # functions such as the maximum along a dimension return tuples with names
+        return type(output)((first, *output[1:])) if isinstance(output, tuple) else first
 
 
 def is_plain(module):

@@ -6,7 +6,7 @@ from .layer import Gate
 
 SIGMOIDS = frozenset('sigmoid sigmoid_ hardsigmoid tanh tanh_ softmax'.split())
 SIGMOID_MODULES = (torch.nn.Sigmoid, torch.nn.Hardsigmoid, torch.nn.Tanh, torch.nn.Softmax)
-MOVES = ('View', 'Expand', 'squeeze', 'Permute', 'Transpose', 'Clone', 'Copy', 'Identity')
+MOVES = ('View', 'Expand', 'queeze', 'Permute', 'Transpose', 'Clone', 'Copy', 'Identity')
 
 
 def depends_on(tensor, source):

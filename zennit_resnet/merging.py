@@ -56,6 +56,26 @@ class BatchNormMerge:
                 self.folded.append((linear, dict(linear._parameters)))
                 fold_batch_norm(linear, batch_norm)
 
+    def pause(self):
+        '''Put the original parameters back, to run a part of the network again during the backward pass.
+
+        Returns
+        -------
+        list of tuple
+            Layers with their original and their folded parameters, to put these back in place with :py:meth:`resume`.
+        '''
+        folded = [(linear, original, dict(linear._parameters)) for linear, original in self.folded]
+        self.unfold()
+        return folded
+
+    def resume(self, folded):
+        '''Put folded parameters back in place, whatever was run in between.'''
+        self.unfold()
+        for linear, original, parameters in folded:
+            self.folded.append((linear, original))
+            linear._parameters.clear()
+            linear._parameters.update(parameters)
+
     def unfold(self):
         '''Put the original parameters back, for a forward pass.'''
         self.producers, self.calls, self.candidates = {}, {}, []

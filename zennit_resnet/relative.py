@@ -11,7 +11,7 @@ import re
 
 import torch
 import torch.nn.functional as F
-from zennit.core import RemovableHandle, RemovableHandleList
+from zennit.core import Hook, RemovableHandle, RemovableHandleList
 from zennit.types import Convolution, ConvolutionTranspose
 
 from . import windows
@@ -127,52 +127,60 @@ class RelativeMaxPool(Relative):
     @staticmethod
     def _transposed(module, input, relevance):
         '''Give each maximum of a window the relevance of the output.'''
-        num = input.ndim - 2
-        if getattr(module, 'kernel_size', None) is None and getattr(module, 'output_size', None) is None:
-            with torch.enable_grad():
-                input = input.detach().requires_grad_()
-                output = module.forward(input)
-                output = output[0] if isinstance(output, tuple) else output
-            shares, = torch.autograd.grad(output, input, torch.ones_like(output), retain_graph=True)
-            lower, = torch.autograd.grad(output, input, relevance)
-            # the gradient of a maximum over dimensions is shared among ties
-            return torch.where(shares > 0, lower / shares, 0.)
-        if getattr(module, 'kernel_size', None) is None:
-            output = module.forward(input)
-            output = output[0] if isinstance(output, tuple) else output
-            lower = torch.zeros_like(input)
-            bounds = [windows.adaptive_bounds(*lengths) for lengths in zip(input.shape[2:], output.shape[2:])]
-            for cell in itertools.product(*(range(length) for length in output.shape[2:])):
-                window = (..., *(slice(*bound[index]) for bound, index in zip(bounds, cell)))
-                index = (..., *(slice(start, start + 1) for start in cell))
-                lower[window] += relevance[index] * (input[window] == output[index])
-            return lower
-        kernel, stride, dilation, pads = windows.settings(module, num)
-        shape = relevance.shape[2:]
-        # with ceil_mode, windows may reach beyond the padding
-        pads = [(before, max((out - 1) * step + (size - 1) * dil + 1 - length - before, 0))
-                for out, step, size, dil, length, (before, _) in
-                zip(shape, stride, kernel, dilation, input.shape[2:], pads)]
-        padded = input
-        if any(map(any, pads)):
-            padded = F.pad(input, [value for pair in reversed(pads) for value in pair], value=-math.inf)
+        if getattr(module, 'kernel_size', None) is not None:
+            return _credit_windows(module, input, relevance)
+        if getattr(module, 'output_size', None) is not None:
+            return _credit_adaptive(input, relevance)
+        # functional maximum over whole dimensions
+        maximum = input.amax(() if module.dim is None else module.dim, keepdim=True)
+        return relevance.reshape(maximum.shape) * (input == maximum)
 
-        def taps(dim):
-            return [
-                slice(pos * dilation[dim], pos * dilation[dim] + (shape[dim] - 1) * stride[dim] + 1, stride[dim])
-                for pos in range(kernel[dim])
-            ]
 
-        # the maximum along one dimension after the other is faster than the layer, which also computes the indices
-        output = padded
-        for dim in range(num):
-            output = functools.reduce(torch.maximum, (
-                output[(slice(None),) * (dim + 2) + (tap,)] for tap in taps(dim)
-            ))
-        lower = torch.zeros_like(padded)
-        for window in itertools.product(*map(taps, range(num))):
-            lower[(..., *window)] += relevance * (padded[(..., *window)] == output)
-        return lower[(..., *(slice(pad, pad + length) for (pad, _), length in zip(pads, input.shape[2:])))]
+def _credit_windows(module, input, relevance):
+    '''Give each maximum of the windows of a max pooling the relevance of the output.'''
+    num, shape = input.ndim - 2, relevance.shape[2:]
+    kernel, stride, dilation, pads = windows.settings(module, num)
+    # with ceil_mode, windows may reach beyond the padding
+    pads = [(before, max((out - 1) * step + (size - 1) * dil + 1 - length - before, 0))
+            for out, step, size, dil, length, (before, _) in
+            zip(shape, stride, kernel, dilation, input.shape[2:], pads)]
+    padded = input
+    if any(map(any, pads)):
+        padded = F.pad(input, [value for pair in reversed(pads) for value in pair], value=-math.inf)
+
+    def taps(dim):
+        return [
+            slice(pos * dilation[dim], pos * dilation[dim] + (shape[dim] - 1) * stride[dim] + 1, stride[dim])
+            for pos in range(kernel[dim])
+        ]
+
+    # the maximum along one dimension after the other is faster than the layer, which also computes the indices
+    output = padded
+    for dim in range(num):
+        output = functools.reduce(torch.maximum, (output[(slice(None),) * (dim + 2) + (tap,)] for tap in taps(dim)))
+    lower = torch.zeros_like(padded)
+    for window in itertools.product(*map(taps, range(num))):
+        lower[(..., *window)] += relevance * (padded[(..., *window)] == output)
+    return lower[(..., *(slice(pad, pad + length) for (pad, _), length in zip(pads, input.shape[2:])))]
+
+
+def _credit_adaptive(input, relevance):
+    '''Give each maximum of the windows of an adaptive max pooling the relevance of the output.'''
+    lower, shape = torch.zeros_like(input), relevance.shape[2:]
+    bounds = [windows.adaptive_bounds(*lengths) for lengths in zip(input.shape[2:], shape)]
+    dims = tuple(range(2, input.ndim))
+    for cell in itertools.product(*map(range, shape)):
+        window = (..., *(slice(*bound[index]) for bound, index in zip(bounds, cell)))
+        maximum = input[window].amax(dims, keepdim=True)
+        lower[window] += relevance[(..., *(slice(start, start + 1) for start in cell))] * (input[window] == maximum)
+    return lower
+
+
+class NoRule(Hook):
+    '''Leaves the gradient as it is, where the composite of a canonizer has to name a rule.'''
+    def register(self, module):
+        '''Register nothing to the supplied module.'''
+        return RemovableHandleList([RemovableHandle(self)])
 
 
 def _num_spatial(module):

@@ -12,7 +12,8 @@ _AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 def as_tuple(value, num):
     '''A setting of a module for each of its spatial dimensions.'''
-    return (value,) * num if isinstance(value, int) else tuple(value)
+    value = (value,) if isinstance(value, int) else tuple(value)
+    return value * num if len(value) == 1 else value
 
 
 def convolve(module, input, weight, spread=False):
