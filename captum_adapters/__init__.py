@@ -1,5 +1,6 @@
-"""Adapters for Captum.
+"""Attribution classes and metrics in Captum's manner, for networks with skip connections.
 
-The package is reserved for attribution classes and metrics in Captum's manner,
-which are built on :py:mod:`zennit_resnet`. There are none in this version.
+- :mod:`captum_adapters.attr`: attribution classes over composites of Zennit.
+- :mod:`captum_adapters.metrics`: metrics of attributions, statistics and plots.
+- :mod:`captum_adapters.quantus`: explanation functions for Quantus.
 """

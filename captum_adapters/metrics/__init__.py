@@ -1,0 +1,49 @@
+"""Metrics of attributions, in Captum's manner.
+
+Functions on tensors, with one value for each example.
+"""
+
+from captum_adapters.metrics._top import top_fraction
+from captum_adapters.metrics.curves import InsertionDeletion, insertion_deletion
+from captum_adapters.metrics.masks import (
+    MaskDistance,
+    MaskPointing,
+    boxes_to_masks,
+    conservation_gap,
+    mask_distance,
+    mask_pointing,
+)
+from captum_adapters.metrics.ranking import (
+    PixelAccuracy,
+    cross_model_accuracy,
+    keep_top,
+    pixel_accuracy,
+)
+from captum_adapters.metrics.statistics import (
+    Comparison,
+    Interval,
+    bootstrap_interval,
+    compare,
+    holm,
+)
+
+__all__ = [
+    "Comparison",
+    "InsertionDeletion",
+    "Interval",
+    "MaskDistance",
+    "MaskPointing",
+    "PixelAccuracy",
+    "bootstrap_interval",
+    "boxes_to_masks",
+    "compare",
+    "conservation_gap",
+    "cross_model_accuracy",
+    "holm",
+    "insertion_deletion",
+    "keep_top",
+    "mask_distance",
+    "mask_pointing",
+    "pixel_accuracy",
+    "top_fraction",
+]

@@ -1,0 +1,215 @@
+"""The images of insertion and deletion, and which of them there are."""
+
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Optional, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rank_pixels(
+    values: Tensor,
+    ties: str,
+    images: Tensor,
+    seed: int,
+    sample_ids: Union[None, Tensor, Sequence[object]],
+) -> tuple[Tensor, Tensor]:
+    """Pixels in descending order, and their values."""
+    if ties != "random":
+        ordered, order = values.sort(stable=True, dim=1, descending=True)
+        return order, ordered
+    shuffled = _random_orders(images, seed, sample_ids)
+    values = values.gather(1, shuffled)
+    ordered, order = values.sort(stable=True, dim=1, descending=True)
+    return shuffled.gather(1, order), ordered
+
+
+def _random_orders(
+    images: Tensor, seed: int, sample_ids: Union[None, Tensor, Sequence[object]]
+) -> Tensor:
+    """A random order of pixels for each image, whatever the rest of the batch."""
+    if sample_ids is None:
+        content = [image.flatten().cpu().view(torch.uint8).numpy() for image in images]
+        ids: list[object] = [zlib.crc32(array.tobytes()) for array in content]
+    else:
+        ids = sample_ids.tolist() if isinstance(sample_ids, Tensor) else [*sample_ids]
+    if len(ids) != len(images):
+        raise ValueError(f"There are {len(ids)} sample_ids for {len(images)} examples.")
+    orders = [
+        torch.randperm(
+            images[0, 0].numel(),
+            generator=torch.Generator().manual_seed(
+                zlib.crc32(f"{seed}:{name}".encode())
+            ),
+        )
+        for name in ids
+    ]
+    return torch.stack(orders).to(images.device)
+
+
+def group_ends(equal: Tensor) -> Tensor:
+    """Number of pixels of which the value reaches that of the n-th, for each n from 0.
+
+    `equal` tells for each pixel but the first, in descending order, whether its value
+    is that of the one before.
+    """
+    size = equal.shape[1] + 1
+    number = torch.arange(1, size + 1, device=equal.device)
+    ends = number.where(~F.pad(equal, (0, 1)), size)
+    ends = ends.flip(1).cummin(1).values.flip(1)
+    return F.pad(ends, (1, 0))
+
+
+def count_grid(
+    n_pixels: int, n_steps: Optional[int], step: Optional[int], ends: bool = True
+) -> Tensor:
+    """Numbers of pixels at the points of a curve.
+
+    Args:
+
+        n_pixels (int): Number of pixels of an image.
+        n_steps (int or None): Number of intervals.
+        step (int or None): Number of pixels between two points, instead of `n_steps`.
+        ends (bool, optional): Whether zero is a point. If not, points are those of the
+                published code of Otsuki et al. 2024.
+                Default: True
+
+    Returns:
+        Tensor: Increasing numbers up to `n_pixels`, of shape (points,).
+
+    Raises:
+        ValueError: If `n_steps` or `step` is not positive, or not exactly one is given.
+    """
+    if n_steps is not None and step is not None:
+        raise ValueError(f"Give n_steps={n_steps} or step={step}, but not both.")
+    name, value = ("n_steps", n_steps) if step is None else ("step", step)
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} is not a positive integer.")
+    if not ends:
+        step = math.ceil(n_pixels / value) if step is None else step
+        # the published code looks up the value at these ranks, which start at 0
+        ranks = step * torch.arange(1, math.ceil(n_pixels / step) + 1)
+        return ranks.clamp(max=n_pixels - 1) + 1
+    if step is not None:
+        return torch.cat([torch.arange(0, n_pixels, step), torch.tensor([n_pixels])])
+    value = min(value, n_pixels)
+    half = torch.arange(value // 2 + 1) * n_pixels
+    half = (2 * half + value) // (2 * value)
+    # mirrored, such that inserting from one end is deleting from the other
+    return torch.cat([half, n_pixels - half]).unique()
+
+
+def blur(images: Tensor) -> Tensor:
+    """Blur as RISE's code does, with zeros beyond the border.
+
+    The kernel is a unit impulse in the middle of 11 x 11 pixels after a Gaussian filter
+    with a standard deviation of 5 and reflecting borders, which make it rather flat.
+    """
+    offset = torch.arange(-20, 21)
+    weight = torch.exp(-offset.double() ** 2 / (2 * 5**2))
+    place = (5 + offset) % 22
+    kernel = torch.zeros(11).double()
+    kernel.index_add_(0, torch.minimum(place, 21 - place), weight / weight.sum())
+    kernel = kernel.to(images).expand(images.shape[1], 1, 1, -1)
+    with torch.autocast(images.device.type, enabled=False):
+        rows = F.conv2d(images, kernel, padding=(0, 5), groups=images.shape[1])
+        return F.conv2d(rows, kernel.mT, padding=(5, 0), groups=images.shape[1])
+
+
+class PerturbedImages:
+    """The images of both curves, each of those that differ once.
+
+    Only pixels that differ from the baseline are counted, as images are the same where
+    the same of them are kept. For each example, an image is encoded as a number: 0 is
+    blank, N (the number of pixels) is the whole image, a number k below it has the
+    first k pixels deleted, N + k has the first k inserted, and 2 N is blank if
+    insertion starts from something else.
+
+    Args:
+
+        images (Tensor): Images of shape (batch, channels, height, width).
+        deleted (Tensor): Baseline of deletion, of as many dimensions.
+        inserted (Tensor or None): Baseline of insertion, `None` for the same.
+        order (Tensor): Pixels in descending order, of shape (batch, N).
+        selected (Tensor): Number of pixels at each point of the curves, of shape
+                (batch, points).
+        alone (bool): Whether the network sees nothing but the image.
+
+    Attributes:
+
+        examples (Tensor): Index of the example of each image, of shape (images,).
+        inverse (Tensor): Index of the image at each point of the insertion curve, of
+                the blank one of insertion, and at each point of the deletion curve, of
+                shape (batch, 2 points + 1).
+        shared (Tensor or None): Where the image is the first of all, which is blank and
+                the same for all examples, of the same shape.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        deleted: Tensor,
+        inserted: Optional[Tensor],
+        order: Tensor,
+        selected: Tensor,
+        alone: bool,
+    ) -> None:
+        self.images, self.deleted, self.inserted = images, deleted, inserted
+        self.size = size = order.shape[1]
+        self.position, number, total = _differing(images, deleted, order, selected)
+        deletion = number.where(number < total, 0).where(number > 0, size)
+        blank = 0
+        if inserted is not None:
+            blank = 2 * size
+            self.insertion_position, number, total = _differing(
+                images, inserted, order, selected
+            )
+        number = F.pad(number, (0, 1))
+        insertion = (size + number).where(number > 0, blank)
+        insertion = insertion.where(number < total, size)
+        codes = torch.cat([insertion, deletion], 1)
+        rows = torch.arange(len(images), device=images.device)[:, None]
+        jobs = rows * (2 * size + 1) + codes
+        self.shared = codes == 0 if alone and len(deleted) == 1 else None
+        if self.shared is not None:
+            jobs = jobs.where(codes > 0, 0)
+        jobs, self.inverse = jobs.unique(return_inverse=True)
+        self.examples = jobs // (2 * size + 1)
+        self.codes = jobs % (2 * size + 1)
+
+    def create(self, part: slice) -> Tensor:
+        """Create some of the images."""
+        rows, codes = self.examples[part], self.codes[part][:, None]
+        deletion = codes <= self.size
+        position, base = self.position[rows], _take(self.deleted, rows)
+        if self.inserted is not None:
+            position = position.where(deletion, self.insertion_position[rows])
+            choice = deletion[:, :, None, None]
+            base = base.where(choice, _take(self.inserted, rows))
+        number = torch.where(codes == 0, self.size, codes % self.size)
+        keep = ((position < number) != deletion).view(-1, 1, *self.images.shape[2:])
+        # the memory format is that of the images
+        return self.images[rows].where(keep, base)
+
+
+def _differing(
+    images: Tensor, base: Tensor, order: Tensor, selected: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Count only those pixels that differ from the baseline.
+
+    Returns for each pixel how many of them come before it, how many are among the first
+    `selected`, and how many there are at all.
+    """
+    differs = (images != base).any(1).flatten(1).gather(1, order)
+    number = F.pad(differs.cumsum(1), (1, 0))
+    before = torch.empty_like(order, dtype=torch.int32)
+    before.scatter_(1, order, number[:, :-1].int())
+    return before, number.gather(1, selected), number[:, -1:]
+
+
+def _take(base: Tensor, rows: Tensor) -> Tensor:
+    """Baselines of examples."""
+    return base if len(base) == 1 else base[rows]

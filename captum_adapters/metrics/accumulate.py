@@ -1,0 +1,370 @@
+"""Metrics over data sets, for loops and trainers that use torchmetrics.
+
+Each class computes one of the functions of :mod:`captum_adapters.metrics` batch by
+batch, and keeps the result of every example together with its identity. In distributed
+evaluation, the results of all processes are put together, and examples that a sampler
+has repeated to give all processes the same number are counted once.
+"""
+
+import inspect
+import zlib
+from typing import Any, Callable, ClassVar, Generic, Optional, Sequence, TypeVar, Union
+
+import torch
+from captum._utils.typing import TargetType
+from torch import Tensor
+
+from captum_adapters.metrics.curves import InsertionDeletion, insertion_deletion
+from captum_adapters.metrics.masks import (
+    MaskDistance,
+    MaskPointing,
+    conservation_gap,
+    mask_distance,
+    mask_pointing,
+)
+from captum_adapters.metrics.ranking import PixelAccuracy, pixel_accuracy
+
+try:
+    from torchmetrics import Metric
+    from torchmetrics.utilities import dim_zero_cat
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "captum_adapters.metrics.accumulate needs torchmetrics, which is optional:"
+        ' pip install "zennit-resnet[metrics]"'
+    ) from error
+
+Result = TypeVar("Result")
+SampleIds = Union[Tensor, Sequence[int]]
+TensorOrTuple = Union[Tensor, tuple[Tensor, ...]]
+
+# Fields that have no row for each example
+SHARED = ("counts", "percents")
+
+
+class Accumulated(Generic[Result]):
+    """Results of all examples, in the order of their identities.
+
+    Attributes:
+
+        sample_ids (Tensor): Identities of the examples in ascending order, each once,
+                of shape (examples,).
+        scores (NamedTuple or Tensor): What the metric's function returns, with a row
+                for each of these examples.
+    """
+
+    # torchmetrics would turn rows of a single example into numbers in a named tuple
+
+    def __init__(self, sample_ids: Tensor, scores: Result) -> None:
+        self.sample_ids = sample_ids
+        self.scores = scores
+
+    def __repr__(self) -> str:
+        return f"Accumulated(sample_ids={self.sample_ids}, scores={self.scores})"
+
+
+def _gather(tensor: Tensor, group: Optional[Any] = None) -> list[Tensor]:
+    """The tensors of all processes that have any examples.
+
+    Those of processes without examples have neither the type nor the shape that
+    :func:`torch.distributed.all_gather` would need.
+    """
+    gathered: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(gathered, tensor.detach().cpu(), group)
+    return [other.to(tensor.device) for other in gathered if other.numel()] or [tensor]
+
+
+class _PerExample(Metric, Generic[Result]):
+    """A function of batches, of which all results are kept.
+
+    Args:
+
+        **options (Any): Keyword arguments of the function, and of
+                :class:`torchmetrics.Metric`.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+
+    # set by subclasses
+    function: ClassVar[Callable[..., Any]]
+    result_type: ClassVar[Callable[..., Any]]
+    fields: ClassVar[tuple[str, ...]]
+
+    sample_ids: Union[Tensor, list[Tensor]]
+
+    def __init__(self, **options: Any) -> None:
+        known = set(inspect.signature(type(self).function).parameters)
+        known -= set(inspect.signature(self.update).parameters)
+        chosen = {key: options.pop(key) for key in sorted(known & options.keys())}
+        options.setdefault("dist_sync_fn", _gather)
+        super().__init__(**options)
+        self.options = chosen
+        # MetricCollection takes metrics with equal states for the same metric
+        settings = torch.tensor(zlib.crc32(repr(chosen).encode()))
+        self.add_state("settings", settings, dist_reduce_fx="max")
+        for name in ("sample_ids", *self.fields):
+            self.add_state(name, [], dist_reduce_fx="cat")
+
+    def _append(self, sample_ids: SampleIds, /, *args: Any, **kwargs: Any) -> None:
+        """Compute the function for a batch, and keep its result."""
+        ids = torch.as_tensor(sample_ids)
+        if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ValueError(
+                "sample_ids must be integers of shape (batch,), but are of shape"
+                f" {tuple(ids.shape)} and {ids.dtype}."
+            )
+        result = type(self).function(*args, **kwargs, **self.options)
+        rows = (result,) if isinstance(result, Tensor) else result
+        batch = len(rows[0])
+        if len(ids) != batch:
+            raise ValueError(
+                f"There are {len(ids)} sample_ids for {batch} examples: give one for"
+                " each."
+            )
+        for name, value in zip(self.fields, rows):
+            if name in SHARED:
+                value = value.expand(batch, -1)
+            getattr(self, name).append(value.to(self.device))
+        states = self.sample_ids
+        assert isinstance(states, list)
+        states.append(ids.to(self.device, torch.long))
+
+    def compute(self) -> Accumulated[Result]:
+        """Put the results of all batches, and processes, together.
+
+        Returns:
+            Accumulated: The results, with each identity once.
+
+        Raises:
+            ValueError: If there was no example.
+        """
+        if len(self.sample_ids) == 0:
+            raise ValueError("There are no results: call update before compute.")
+        ids, order = dim_zero_cat(self.sample_ids).sort(stable=True)
+        first = torch.ones_like(ids, dtype=torch.bool)
+        first[1:] = ids[1:] != ids[:-1]
+        order = order[first]
+        values = []
+        for name in self.fields:
+            value = dim_zero_cat(getattr(self, name))[order]
+            # numbers of pixels depend on the size of images, which may differ
+            if name in SHARED and bool((value == value[0]).all()):
+                value = value[0]
+            values.append(value)
+        return Accumulated(ids[first], type(self).result_type(*values))
+
+
+class InsertionDeletionMetric(_PerExample[InsertionDeletion]):
+    """:func:`captum_adapters.metrics.insertion_deletion` over a data set.
+
+    Args:
+
+        **options (Any): Keyword arguments of the function, such as `n_steps` and
+                `baselines`, and of :class:`torchmetrics.Metric`.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_adapters.metrics.accumulate import InsertionDeletionMetric
+        >>> metric = InsertionDeletionMetric(n_steps=4)
+        >>> for sample_ids in torch.arange(6).split(2):
+        ...     images = torch.rand(2, 1, 4, 4)
+        ...     metric.update(sample_ids, lambda x: x.mean((1, 2, 3)), images, images)
+        >>> result = metric.compute()
+        >>> result.sample_ids, result.scores.insertion.shape
+        (tensor([0, 1, 2, 3, 4, 5]), torch.Size([6]))
+    """
+
+    function = insertion_deletion
+    result_type = InsertionDeletion
+    fields = InsertionDeletion._fields
+
+    def update(
+        self,
+        sample_ids: SampleIds,
+        forward_func: Callable[..., Any],
+        inputs: TensorOrTuple,
+        attributions: TensorOrTuple,
+        target: TargetType = None,
+        additional_forward_args: object = None,
+    ) -> None:
+        """Add a batch.
+
+        Args:
+
+            sample_ids (Tensor or sequence of int): An identity for each example, such
+                    as its index in the data set, of shape (batch,).
+            forward_func (Callable): See the function, as for the other arguments.
+            inputs (Tensor or tuple[Tensor]): Images.
+            attributions (Tensor or tuple[Tensor]): Attributions.
+            target (int, tuple, Tensor, or list, optional): Target classes.
+                    Default: None
+            additional_forward_args (Any, optional): Further arguments of
+                    `forward_func`.
+                    Default: None
+        """
+        self._append(
+            sample_ids,
+            forward_func,
+            inputs,
+            attributions,
+            target=target,
+            additional_forward_args=additional_forward_args,
+            # on which random orders of ties depend
+            sample_ids=sample_ids,
+        )
+
+
+class PixelAccuracyMetric(_PerExample[PixelAccuracy]):
+    """:func:`captum_adapters.metrics.pixel_accuracy` over a data set.
+
+    Args:
+
+        **options (Any): Keyword arguments of the function, such as `percents` and
+                `unit`, and of :class:`torchmetrics.Metric`.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_adapters.metrics.accumulate import PixelAccuracyMetric
+        >>> metric = PixelAccuracyMetric(percents=(10, 100), reference="prediction")
+        >>> images = torch.rand(3, 3, 4, 4)
+        >>> metric.update([7, 8, 9], lambda x: x.mean((2, 3)), images, images)
+        >>> metric.compute().scores.correct[:, 1]
+        tensor([True, True, True])
+    """
+
+    function = pixel_accuracy
+    result_type = PixelAccuracy
+    fields = PixelAccuracy._fields
+
+    def update(
+        self,
+        sample_ids: SampleIds,
+        forward_func: Callable[..., Any],
+        inputs: TensorOrTuple,
+        attributions: TensorOrTuple,
+        target: TargetType = None,
+        additional_forward_args: object = None,
+    ) -> None:
+        """Add a batch.
+
+        Args:
+
+            sample_ids (Tensor or sequence of int): An identity for each example, such
+                    as its index in the data set, of shape (batch,).
+            forward_func (Callable): See the function, as for the other arguments.
+            inputs (Tensor or tuple[Tensor]): Images.
+            attributions (Tensor or tuple[Tensor]): Attributions.
+            target (int, Tensor or list, optional): Labels.
+                    Default: None
+            additional_forward_args (Any, optional): Further arguments of
+                    `forward_func`.
+                    Default: None
+        """
+        self._append(
+            sample_ids,
+            forward_func,
+            inputs,
+            attributions,
+            target=target,
+            additional_forward_args=additional_forward_args,
+        )
+
+
+class MaskPointingMetric(_PerExample[MaskPointing]):
+    """:func:`captum_adapters.metrics.mask_pointing` over a data set.
+
+    Args:
+
+        **options (Any): Keyword arguments of the function, such as `percents`, and of
+                :class:`torchmetrics.Metric`.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_adapters.metrics.accumulate import MaskPointingMetric
+        >>> metric = MaskPointingMetric(percents=(25,))
+        >>> maps = torch.tensor([[[0.9, 0.8], [0.1, 0.0]]])
+        >>> metric.update([0], maps, maps > 0.5)
+        >>> metric.compute().scores.share.tolist()
+        [[1.0]]
+    """
+
+    function = mask_pointing
+    result_type = MaskPointing
+    fields = MaskPointing._fields
+
+    def update(
+        self, sample_ids: SampleIds, attributions: TensorOrTuple, masks: Tensor
+    ) -> None:
+        """Add a batch.
+
+        Args:
+
+            sample_ids (Tensor or sequence of int): An identity for each example, such
+                    as its index in the data set, of shape (batch,).
+            attributions (Tensor or tuple[Tensor]): Attributions.
+            masks (Tensor): Masks.
+        """
+        self._append(sample_ids, attributions, masks)
+
+
+class MaskDistanceMetric(_PerExample[MaskDistance]):
+    """:func:`captum_adapters.metrics.mask_distance` over a data set.
+
+    Args:
+
+        **options (Any): Keyword arguments of the function, such as `percents` and
+                `normalization`, and of :class:`torchmetrics.Metric`.
+    """
+
+    function = mask_distance
+    result_type = MaskDistance
+    fields = MaskDistance._fields
+
+    def update(
+        self, sample_ids: SampleIds, attributions: TensorOrTuple, masks: Tensor
+    ) -> None:
+        """Add a batch, see :meth:`MaskPointingMetric.update`.
+
+        Args:
+
+            sample_ids (Tensor or sequence of int): Identities of shape (batch,).
+            attributions (Tensor or tuple[Tensor]): Attributions.
+            masks (Tensor): Masks.
+        """
+        self._append(sample_ids, attributions, masks)
+
+
+class ConservationGapMetric(_PerExample[Tensor]):
+    """:func:`captum_adapters.metrics.conservation_gap` over a data set.
+
+    Args:
+
+        **options (Any): Keyword arguments of :class:`torchmetrics.Metric`.
+    """
+
+    function = conservation_gap
+    fields = ("gap",)
+
+    @staticmethod
+    def result_type(gap: Tensor) -> Tensor:
+        """The function returns a tensor."""
+        return gap
+
+    def update(
+        self,
+        sample_ids: SampleIds,
+        attributions: TensorOrTuple,
+        initial: Union[int, float, Tensor],
+    ) -> None:
+        """Add a batch.
+
+        Args:
+
+            sample_ids (Tensor or sequence of int): Identities of shape (batch,).
+            attributions (Tensor or tuple[Tensor]): Attributions.
+            initial (int, float or Tensor): Initial relevance.
+        """
+        self._append(sample_ids, attributions, initial)

@@ -1,0 +1,403 @@
+"""Insertion and deletion."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any, Callable, NamedTuple, Optional, Union
+
+import torch
+import torch.nn.functional as F
+from captum._utils.typing import BaselineType, TargetType
+from torch import Tensor
+
+from captum_adapters.metrics._common import (
+    check_baselines,
+    check_images,
+    check_range,
+    check_target,
+    forward_in_chunks,
+    have_rows,
+    pixel_maps,
+    predicted_class,
+    select_target,
+    warn_negative_maps,
+)
+from captum_adapters.metrics._perturbed import (
+    PerturbedImages,
+    blur,
+    count_grid,
+    group_ends,
+    rank_pixels,
+)
+
+TIES = ("group", "stable", "random", "threshold")
+
+
+class Protocol(NamedTuple):
+    """What a protocol prescribes, where the caller chooses nothing else."""
+
+    ties: str = "group"
+    step: Optional[int] = None  # pixels between two points
+    ends: bool = True  # whether the curve begins with nothing inserted or deleted
+    uniform: bool = False  # whether all points are equally far apart on the x-axis
+
+
+PROTOCOLS: dict[Optional[str], Protocol] = {
+    None: Protocol(),
+    "c3": Protocol(ties="stable"),
+    "keio": Protocol(ties="threshold", step=500, ends=False, uniform=True),
+    "rise": Protocol(ties="stable", step=224, uniform=True),
+}
+
+
+class InsertionDeletion(NamedTuple):
+    """Result of :func:`insertion_deletion`, with one row for each example.
+
+    Curves have as many points as there are steps, plus one where both ends are points.
+
+    Attributes:
+
+        insertion (Tensor): Area under the insertion curve, of shape (batch,). Higher is
+                better.
+        deletion (Tensor): Area under the deletion curve, of shape (batch,). Lower is
+                better.
+        id_score (Tensor): Insertion minus deletion, of shape (batch,).
+        insertion_normalized (Tensor): Insertion area on a scale where the score of the
+                blank image is 0, and that of the whole image is 1, of shape (batch,).
+                NaN where both scores are equal.
+        deletion_normalized (Tensor): The same for the deletion area.
+        id_normalized (Tensor): Difference of the two.
+        fractions (Tensor): Where the points are on the x-axis from 0 to 1, of shape
+                (batch, points).
+        selected (Tensor): Number of pixels that are really inserted or deleted at each
+                point, of shape (batch, points).
+        insertion_curve (Tensor): Scores after insertion, of shape (batch, points).
+        deletion_curve (Tensor): Scores after deletion, of shape (batch, points).
+        insertion_classes (Tensor): Predicted classes after insertion, of shape (batch,
+                points).
+        deletion_classes (Tensor): Predicted classes after deletion, of shape (batch,
+                points).
+        score_full (Tensor): Score of the whole image, of shape (batch,).
+        score_blank (Tensor): Score of the image after all pixels are deleted, of shape
+                (batch,).
+        tied_share (Tensor): Share of pixels of which the value is not theirs alone, of
+                shape (batch,).
+        distinct_levels (Tensor): Number of distinct values of the map, of shape
+                (batch,).
+    """
+
+    insertion: Tensor
+    deletion: Tensor
+    id_score: Tensor
+    insertion_normalized: Tensor
+    deletion_normalized: Tensor
+    id_normalized: Tensor
+    fractions: Tensor
+    selected: Tensor
+    insertion_curve: Tensor
+    deletion_curve: Tensor
+    insertion_classes: Tensor
+    deletion_classes: Tensor
+    score_full: Tensor
+    score_blank: Tensor
+    tied_share: Tensor
+    distinct_levels: Tensor
+
+
+def insertion_deletion(
+    forward_func: Callable[..., Any],
+    inputs: Union[Tensor, tuple[Tensor, ...]],
+    attributions: Union[Tensor, tuple[Tensor, ...]],
+    baselines: BaselineType = None,
+    target: TargetType = None,
+    additional_forward_args: object = None,
+    *,
+    n_steps: Optional[int] = None,
+    ties: Optional[str] = None,
+    output: Union[str, Callable[[Tensor], Tensor]] = "softmax",
+    reduce: str = "sum",
+    interpolate: Optional[str] = None,
+    max_examples_per_batch: Optional[int] = None,
+    protocol: Optional[str] = None,
+    show_progress: bool = False,
+    step: Optional[int] = None,
+    insertion_baselines: BaselineType = None,
+    seed: int = 0,
+    sample_ids: Union[None, Tensor, Sequence[object]] = None,
+) -> InsertionDeletion:
+    r"""
+    Scores while pixels are inserted into, and deleted from, an image in the order of
+    their attributions.
+
+    Pixels are ranked by descending attribution, all channels of a pixel together. The
+    image of insertion has the first n pixels of the input, and the baseline elsewhere,
+    and that of deletion the reverse (Eqs. 5 and 6 of Doublet et al. 2024, C³-LRP; the
+    curves are by Petsiuk et al. 2018, RISE). The areas under both curves are integrated
+    by the trapezoidal rule, and the ID score is their difference.
+
+    By default, both curves have the same baseline and both ends, and each pixel counts
+    on the x-axis. Then the insertion area of a map without ties is the deletion area of
+    its negative, random maps have an expected ID score of 0, and so does a constant
+    map.
+
+    The published protocols are presets:
+
+    - `"c3"`, the text of C³-LRP: like the default, but exactly n pixels at a time,
+      equal ones row by row. How many points there are is not stated. It rewards maps
+      with ties for objects in the upper half of the image.
+    - `"keio"`, the published code of Otsuki et al. 2024: a point every 500 pixels,
+      where all pixels that reach the value of rank n enter, however many they are,
+      while points are equally spaced. The empty image is no point of insertion, nor is
+      the whole image one of deletion. Pixels become black. It rewards ties: a constant
+      map scores the whole image's score minus the blank one's, close to the highest
+      score possible, and coarsened or masked maps gain in the same way. The target is
+      the label there, although maps explain the predicted class.
+    - `"rise"`, the published code of RISE: a point every 224 pixels, equally spaced.
+      Deleted pixels become 0 after normalization, but insertion starts from the blurred
+      image. In that the object may be seen already, hence insertion is higher for any
+      map, and the difference of both areas does not have zero as its chance level.
+      Their code leaves the order of ties to the sorting algorithm, here it is row by
+      row.
+
+    What the caller chooses replaces what the protocol prescribes.
+
+    Args:
+
+        forward_func (Callable): The network, or any function of images. It is evaluated
+                as it is: put it into evaluation mode before.
+        inputs (Tensor or tuple[Tensor]): Images of shape (batch, channels, height,
+                width), or a tuple of one such tensor.
+        attributions (Tensor or tuple[Tensor]): Attributions of shape (batch, channels,
+                height, width), (batch, 1, height, width) or (batch, height, width).
+        baselines (scalar, Tensor, tuple of scalar, or Tensor, optional): What pixels
+                are without their content: a number, or a tensor that can be broadcast
+                to the inputs, such as one of shape (1, channels, 1, 1). `None` is 0 in
+                the space of the inputs. If these are normalized, then this is the mean
+                colour, and black is `-mean / std`. The latter must be given for
+                `protocol="keio"`, as only the caller knows it: there is a warning if
+                it is not, although inputs are negative somewhere.
+                Default: None
+        target (int, tuple, Tensor, or list, optional): Index of the class of which the
+                score is measured, see Captum's metrics. `None` is for networks with a
+                single output only.
+                Default: None
+        additional_forward_args (Any, optional): Further arguments of `forward_func`,
+                one or a tuple. Tensors with a row for each example are expanded.
+                Default: None
+        n_steps (int, optional): Number of equal intervals of pixels, at most one per
+                pixel. If the middle falls between two pixels, both are points. `None`
+                is 100, or the `step` of the protocol.
+                Default: None
+        ties (str, optional): What happens to pixels of equal value. `"group"`: they
+                enter together, and the x-axis moves on by as many. `"stable"`: row by
+                row. `"random"`: in random order. `"threshold"`: they enter together as
+                soon as n reaches one of them, and the x-axis stays at n. `None` is
+                `"group"`, or that of the protocol.
+                Default: None
+        output (str or Callable, optional): What the score is: `"softmax"` for the
+                probability of the target among classes (dimension 1), `"logit"` for the
+                output as it is, or a function of the output. A single output per
+                example is taken as it is in both cases.
+                Default: `"softmax"`
+        reduce (str, optional): `"sum"` ranks pixels by the sum of attributions over
+                channels, `"abs_sum"` by its magnitude.
+                Default: `"sum"`
+        interpolate (str, optional): Mode of :func:`torch.nn.functional.interpolate` to
+                resize attributions of another height and width, which are refused
+                otherwise.
+                Default: None
+        max_examples_per_batch (int, optional): The largest number of images that are
+                created and evaluated at a time. By default 32, or the batch size if
+                that is larger.
+                Default: None
+        protocol (str, optional): `"keio"`, `"rise"` or `"c3"`, see above.
+                Default: None
+        show_progress (bool, optional): Whether to show a progress bar.
+                Default: False
+        step (int, optional): Number of pixels between two points, instead of `n_steps`.
+                Default: None
+        insertion_baselines (scalar, Tensor, tuple of scalar, or Tensor, optional): What
+                insertion starts from, if not from `baselines`.
+                Default: None
+        seed (int, optional): Seed of random orders.
+                Default: 0
+        sample_ids (list or Tensor, optional): An identity for each example, which
+                together with `seed` determines its random order. By default it is the
+                content of the image. Neither the rest of the batch nor the chunks
+                matter.
+                Default: None
+
+    Returns:
+        InsertionDeletion: A named tuple of tensors with a row for each example, on the
+        device of the inputs.
+
+    Raises:
+        ValueError: If a shape does not fit, the batch is empty, a map has NaN or
+                infinity, a target is missing or out of range, the network is in
+                training mode, or an argument is unknown or out of range.
+        TypeError: If an argument is not of the type above.
+
+    Warns:
+        NegativeMapWarning: If a map has no positive value.
+
+    Examples::
+
+        >>> import torch
+        >>> images = torch.tensor([4.0, 3.0, 2.0, 1.0]).view(1, 1, 2, 2)
+        >>> result = insertion_deletion(lambda x: x.mean((1, 2, 3)), images, images)
+        >>> result.insertion_curve
+        tensor([[0.0000, 1.0000, 1.7500, 2.2500, 2.5000]])
+        >>> result.insertion, result.deletion, result.id_score
+        (tensor([1.5625]), tensor([0.9375]), tensor([0.6250]))
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol={protocol!r} is not one of 'keio', 'rise', 'c3'.")
+    preset = PROTOCOLS[protocol]
+    ties = preset.ties if ties is None else ties
+    if ties not in TIES:
+        raise ValueError(f"ties={ties!r} is not one of {', '.join(map(repr, TIES))}.")
+    if ties == "group" and not preset.ends:
+        raise ValueError(
+            "ties='group' needs both ends of the curve, which protocol='keio' does not"
+            " have: choose ties='threshold', or no protocol."
+        )
+    if not callable(output) and output not in ("softmax", "logit"):
+        raise ValueError(
+            f"output={output!r} is neither 'softmax' nor 'logit' nor a function."
+        )
+    images = check_images(inputs)
+    maps = pixel_maps(attributions, images, reduce, interpolate)
+    warn_negative_maps(maps)
+    batch, n_pixels = len(images), maps[0].numel()
+    index = check_target(target, batch, images.device)
+    if n_steps is None and step is None:
+        n_steps, step = (100, None) if preset.step is None else (None, preset.step)
+    counts = count_grid(n_pixels, n_steps, step, preset.ends).to(images.device)
+
+    if protocol == "keio" and baselines is None and bool((images < 0).any()):
+        warnings.warn(
+            "protocol='keio' makes pixels black, but inputs are negative somewhere, so"
+            " that the default baseline of 0 is not black: give baselines=-mean / std"
+            " of the normalization, of shape (1, channels, 1, 1).",
+            stacklevel=2,
+        )
+    deleted = check_baselines(baselines, images)
+    inserted = None
+    if insertion_baselines is not None:
+        inserted = check_baselines(insertion_baselines, images, "insertion_baselines")
+    elif protocol == "rise":
+        inserted = blur(images)
+
+    order, values = rank_pixels(maps.flatten(1), ties, images, seed, sample_ids)
+    equal = values[:, 1:] == values[:, :-1]
+    tied = F.pad(equal, (1, 0)) | F.pad(equal, (0, 1))
+    selected = counts.expand(batch, -1)
+    if ties in ("group", "threshold"):
+        selected = group_ends(equal).gather(1, selected)
+
+    alone = not any(have_rows(additional_forward_args, batch))
+    perturbed = PerturbedImages(images, deleted, inserted, order, selected, alone)
+    examples = perturbed.examples
+    first: list[Tensor] = []
+
+    def collect(result: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        scores = _score(result, output)
+        # where there are several positions, the class at the target's is meant
+        logits = result if result.ndim <= 2 else scores
+        if part.start == 0:
+            check_range(scores, index)
+            first.extend(
+                [
+                    select_target(_repeat(scores, batch), index, validate=False),
+                    predicted_class(_repeat(logits, batch), index),
+                ]
+            )
+        chosen = None if index is None else index[examples[part]]
+        return (
+            select_target(scores, chosen, validate=False),
+            predicted_class(logits, chosen),
+        )
+
+    scores, classes = forward_in_chunks(
+        forward_func,
+        perturbed.create,
+        collect,
+        examples,
+        batch,
+        additional_forward_args,
+        max_examples_per_batch,
+        show_progress,
+    )
+    scores, classes = scores[perturbed.inverse], classes[perturbed.inverse]
+    if perturbed.shared is not None:
+        # the first image is blank, and has a score for the target of each example
+        scores = first[0][:, None].where(perturbed.shared, scores)
+        classes = first[1][:, None].where(perturbed.shared, classes)
+    n_points = len(counts)
+    insertion_curve, deletion_curve = scores[:, :n_points], scores[:, -n_points:]
+    full, deletion_blank = insertion_curve[:, -1], deletion_curve[:, -1]
+
+    if preset.uniform and ties != "group":
+        fractions = torch.arange(n_points).to(scores) / max(1, n_points - 1)
+    else:
+        fractions = (selected if ties == "group" else counts).to(scores) / n_pixels
+    fractions = fractions.expand(batch, -1)
+    insertion = _area(insertion_curve, fractions)
+    deletion = _area(deletion_curve, fractions)
+    insertion_normalized = _normalize(insertion, scores[:, n_points], full)
+    deletion_normalized = _normalize(deletion, deletion_blank, full)
+    return InsertionDeletion(
+        insertion,
+        deletion,
+        insertion - deletion,
+        insertion_normalized,
+        deletion_normalized,
+        insertion_normalized - deletion_normalized,
+        fractions,
+        selected,
+        insertion_curve,
+        deletion_curve,
+        classes[:, :n_points],
+        classes[:, -n_points:],
+        full,
+        deletion_blank,
+        tied.to(scores.dtype).mean(1),
+        n_pixels - equal.sum(1),
+    )
+
+
+def _repeat(output: Tensor, batch: int) -> Tensor:
+    """The first row, for each example."""
+    return output[:1].expand(batch, *output.shape[1:])
+
+
+def _score(result: Tensor, output: Union[str, Callable[[Tensor], Tensor]]) -> Tensor:
+    """Scores of all classes, in at least single precision."""
+    if result.dtype in (torch.float16, torch.bfloat16):
+        result = result.float()
+    if not isinstance(output, str):
+        scores = output(result)
+        if not isinstance(scores, Tensor) or scores.shape[:1] != result.shape[:1]:
+            raise ValueError(
+                "output must be a function which returns a tensor with one row for each"
+                f" of {len(result)} images, but returns"
+                f" {tuple(scores.shape) if isinstance(scores, Tensor) else scores!r}."
+            )
+        return scores
+    if output == "softmax" and result.shape[1:].numel() > 1:
+        return result.softmax(1)
+    return result
+
+
+def _area(curve: Tensor, fractions: Tensor) -> Tensor:
+    """Area by the trapezoidal rule, or the value of a single point."""
+    if curve.shape[1] == 1:
+        return curve[:, 0]
+    return torch.trapezoid(curve, fractions, dim=1)
+
+
+def _normalize(area: Tensor, blank: Tensor, full: Tensor) -> Tensor:
+    """Area on the scale from the blank to the whole image."""
+    scale = full - blank
+    rounding = 10 * torch.finfo(area.dtype).eps * torch.maximum(full.abs(), blank.abs())
+    return ((area - blank) / scale).where(scale.abs() > rounding, math.nan)

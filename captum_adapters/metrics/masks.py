@@ -1,0 +1,457 @@
+"""Whether relevance is on the object, and whether it is conserved."""
+
+import math
+from typing import NamedTuple, Optional, Sequence, Union
+
+import torch
+from scipy.ndimage import distance_transform_edt
+from torch import Tensor
+
+from captum_adapters.metrics._common import (
+    pixel_maps,
+    single_tensor,
+    warn_negative_maps,
+)
+from captum_adapters.metrics._top import (
+    Percent,
+    descending_order,
+    double_dtype,
+    percent_tensors,
+)
+from captum_adapters.metrics.ranking import PERCENTS
+
+NORMALIZATIONS = ("diagonal", "max", "mean", None)
+
+
+class MaskPointing(NamedTuple):
+    """Result of :func:`mask_pointing`, with one row for each example.
+
+    Attributes:
+
+        share (Tensor): Share of the top p % that is inside of the mask, from 0 to 1, of
+                shape (batch, percents). NaN if the mask is empty, so that an image
+                without an object counts neither as a hit nor as a miss, and if the
+                percentage selects no pixel.
+        chance (Tensor): Share of the mask in the image, which is the expected share of
+                a random map, of shape (batch,).
+        ceiling (Tensor): Largest possible share, the smaller of 1 and the mask's number
+                of pixels divided by that of the top p %, of shape (batch, percents).
+        empty (Tensor): Whether the mask is empty, bool of shape (batch,).
+        counts (Tensor): Number of pixels in the top p %, of shape (percents,).
+        percents (Tensor): Percentages, of shape (percents,).
+    """
+
+    share: Tensor
+    chance: Tensor
+    ceiling: Tensor
+    empty: Tensor
+    counts: Tensor
+    percents: Tensor
+
+
+class MaskDistance(NamedTuple):
+    """Result of :func:`mask_distance`, with one row for each example.
+
+    Attributes:
+
+        distance (Tensor): Mean distance of the top p % to the mask, of shape (batch,
+                percents). Lower is better, and zero if the mask covers the image. NaN
+                if the mask is empty, or the percentage selects no pixel.
+        chance (Tensor): Mean distance of all pixels, which is the expected distance of
+                a random map, of shape (batch,).
+        empty (Tensor): Whether the mask is empty, bool of shape (batch,).
+        counts (Tensor): Number of pixels in the top p %, of shape (percents,).
+        percents (Tensor): Percentages, of shape (percents,).
+    """
+
+    distance: Tensor
+    chance: Tensor
+    empty: Tensor
+    counts: Tensor
+    percents: Tensor
+
+
+def _check_masks(
+    masks: Tensor, maps: Tensor, interpolate: Optional[str]
+) -> tuple[Tensor, Tensor]:
+    """Masks as bool of shape (batch, height, width), and a frame for the maps."""
+    masks = single_tensor(masks, "masks").detach().to(maps.device)
+    shape = tuple(masks.shape)
+    if masks.ndim == 4 and masks.shape[1] == 1:
+        masks = masks[:, 0]
+    if masks.ndim != 3 or masks.numel() == 0:
+        raise ValueError(
+            "masks must be of shape (batch, height, width) or (batch, 1, height,"
+            f" width), and not empty, but are of shape {shape}."
+        )
+    inside = masks.bool()
+    if bool((masks != inside).any()):
+        raise ValueError(
+            "masks must contain only 0 and 1, or False and True, but have values from"
+            f" {float(masks.min()):g} to {float(masks.max()):g}: compare them with a"
+            " threshold first."
+        )
+    if maps.ndim not in (3, 4) or len(maps) != len(masks):
+        raise ValueError(
+            f"attributions of shape {tuple(maps.shape)} do not fit masks of shape"
+            f" {shape}: they must be of shape (batch, channels, height, width) or"
+            f" (batch, height, width) with a batch of {len(masks)}."
+        )
+    if interpolate is None and maps.shape[-2:] != masks.shape[-2:]:
+        raise ValueError(
+            f"attributions are of {maps.shape[-2]} x {maps.shape[-1]} pixels, but"
+            f" masks of {masks.shape[-2]} x {masks.shape[-1]}: resize and crop the"
+            " masks as the images were, or choose how to resize the attributions, for"
+            " instance with interpolate='bilinear'."
+        )
+    channels = maps.shape[1] if maps.ndim == 4 else 1
+    return inside, inside[:, None].expand(-1, channels, -1, -1)
+
+
+def _sums_of_top(
+    attributions: Union[Tensor, tuple[Tensor, ...]],
+    frame: Tensor,
+    values: Tensor,
+    counts: Tensor,
+    absolute: bool,
+    interpolate: Optional[str],
+) -> Tensor:
+    """Sums of values over the pixels with the highest attributions, (batch, counts)."""
+    reduce = "abs_sum" if absolute else "sum"
+    maps = pixel_maps(attributions, frame, reduce, interpolate)
+    if not absolute:
+        # attributed to the caller of the public function
+        warn_negative_maps(maps, stacklevel=4)
+    ordered = values.flatten(1).gather(1, descending_order(maps))
+    sums = torch.nn.functional.pad(ordered.cumsum(1), (1, 0))
+    return sums[:, counts]
+
+
+def mask_pointing(
+    attributions: Union[Tensor, tuple[Tensor, ...]],
+    masks: Tensor,
+    percents: Sequence[Percent] = PERCENTS,
+    *,
+    absolute: bool = True,
+    interpolate: Optional[str] = None,
+) -> MaskPointing:
+    r"""Share of the most relevant p % of pixels that is inside of the object's mask.
+
+    .. math::
+        \frac{|T_p \cap M|}{|T_p|}
+
+    with the top pixels :math:`T_p` and the mask :math:`M`: the pointing game of R-LRP
+    by Nyiri & Gibaru (section 6.1, figures 24 and 25). The larger the mask, the higher
+    the share of any map; it is to be compared with that of a random map, and with the
+    largest possible one, as a mask smaller than the top p % cannot contain them all.
+    The paper leaves out images of which the mask covers less than 1 % or more than
+    99 %, which the field `chance` tells.
+
+    Args:
+
+        attributions (Tensor or tuple[Tensor]): Attributions of shape (batch, channels,
+                height, width) or (batch, height, width). Channels are summed.
+        masks (Tensor): Masks of shape (batch, height, width) or (batch, 1, height,
+                width), 1 or True inside of the object. For boxes, see
+                :func:`boxes_to_masks`.
+        percents (sequence of int, float or Fraction, optional): Percentages from 0 to
+                100, in any order. The top p % are exactly
+                :math:`\lfloor pN/100 \rfloor` of the N pixels; of those with equal
+                attributions, the first in row-major order come first.
+                Default: those of the figures of R-LRP's paper
+        absolute (bool, optional): Whether to rank by the magnitude of the sum over
+                channels, as the paper does. Otherwise negative relevance comes last.
+                Default: True
+        interpolate (str, optional): Mode of :func:`torch.nn.functional.interpolate` for
+                attributions of another height and width. `None` refuses these.
+                Default: None
+
+    Returns:
+        MaskPointing: A named tuple of tensors, with a row for each example, on the
+        device of the attributions.
+
+    Raises:
+        ValueError: If a shape does not fit, a mask has other values than 0 and 1, a
+                percentage is not from 0 to 100, or there is NaN or infinity in the
+                attributions.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_adapters.metrics import mask_pointing
+        >>> maps = torch.tensor([[[0.9, 0.8], [0.1, 0.0]]])
+        >>> masks = torch.tensor([[[True, False], [False, False]]])
+        >>> result = mask_pointing(maps, masks, percents=(25, 50))
+        >>> [values.tolist() for values in (result.share, result.chance)]
+        [[[1.0, 0.5]], [0.25]]
+    """
+    maps = single_tensor(attributions, "attributions")
+    inside, frame = _check_masks(masks, maps, interpolate)
+    total = inside[0].numel()
+    counts, values = percent_tensors(percents, total, maps.device)
+    hits = _sums_of_top(attributions, frame, inside.long(), counts, absolute, interpolate)
+    dtype = double_dtype(maps.device)
+    area = inside.flatten(1).sum(1)
+    empty = area == 0
+    # no selected pixel gives 0 / 0
+    share = hits.to(dtype) / counts
+    return MaskPointing(
+        share=share.masked_fill(empty[:, None], math.nan),
+        chance=area.to(dtype) / total,
+        ceiling=(area.to(dtype)[:, None] / counts).clamp(max=1),
+        empty=empty,
+        counts=counts,
+        percents=values,
+    )
+
+
+def distance_maps(masks: Tensor) -> Tensor:
+    """Distance of each pixel to the nearest pixel of the mask.
+
+    Args:
+
+        masks (Tensor): Masks, bool of shape (batch, height, width).
+
+    Returns:
+        Tensor: Exact Euclidean distances between centers of pixels, in pixels, of the
+        same shape in double precision; zero inside of the mask. NaN if the mask is
+        empty.
+
+    Examples::
+
+        >>> import torch
+        >>> distance_maps(torch.tensor([[[True, False, False]]])).tolist()
+        [[[0.0, 1.0, 2.0]]]
+    """
+    outside = (~masks).cpu().numpy()
+    distances = torch.stack(
+        [torch.from_numpy(distance_transform_edt(image)) for image in outside]
+    ).to(masks.device, double_dtype(masks.device))
+    # without any pixel inside, the transform is not defined
+    return distances.masked_fill(~masks.flatten(1).any(1)[:, None, None], math.nan)
+
+
+def mask_distance(
+    attributions: Union[Tensor, tuple[Tensor, ...]],
+    masks: Tensor,
+    percents: Sequence[Percent] = PERCENTS,
+    *,
+    normalization: Optional[str] = "diagonal",
+    absolute: bool = True,
+    interpolate: Optional[str] = None,
+) -> MaskDistance:
+    r"""Mean distance of the most relevant p % of pixels to the object's mask.
+
+    The distance of a pixel is the Euclidean distance, between centers of pixels, to the
+    nearest pixel of the mask, and zero inside of it. Unlike the share of pixels inside
+    (:func:`mask_pointing`), it tells a near miss from pixels scattered all over the
+    image: the second measure of R-LRP by Nyiri & Gibaru (section 6.2, figures 27
+    and 28).
+
+    Args:
+
+        attributions (Tensor or tuple[Tensor]): Attributions of shape (batch, channels,
+                height, width) or (batch, height, width). Channels are summed.
+        masks (Tensor): Masks of shape (batch, height, width) or (batch, 1, height,
+                width), 1 or True inside of the object. For boxes, see
+                :func:`boxes_to_masks`.
+        percents (sequence of int, float or Fraction, optional): Percentages from 0 to
+                100, in any order, see :func:`mask_pointing`.
+                Default: those of the figures of R-LRP's paper
+        normalization (str, optional): What distances are divided by. The paper
+                normalizes as masks differ in size, but does not say how.
+
+                - `"diagonal"`: distance between opposite corners' pixels of the image,
+                  the same for all images of a size.
+                - `"max"`: largest distance of a pixel of this image to the mask.
+                - `"mean"`: mean distance of all pixels of this image to the mask, with
+                  which a random map has an expected distance of 1.
+                - `None`: nothing, the unit is a pixel.
+
+                Default: `"diagonal"`
+        absolute (bool, optional): Whether to rank by the magnitude of the sum over
+                channels, as the paper does. Otherwise negative relevance comes last.
+                Default: True
+        interpolate (str, optional): Mode of :func:`torch.nn.functional.interpolate` for
+                attributions of another height and width. `None` refuses these.
+                Default: None
+
+    Returns:
+        MaskDistance: A named tuple of tensors, with a row for each example, on the
+        device of the attributions.
+
+    Raises:
+        ValueError: If a shape does not fit, a mask has other values than 0 and 1, a
+                percentage is not from 0 to 100, the normalization is unknown, or there
+                is NaN or infinity in the attributions.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_adapters.metrics import mask_distance
+        >>> maps = torch.tensor([[[0.1, 0.0, 0.2, 0.9]]])
+        >>> masks = torch.tensor([[[True, False, False, False]]])
+        >>> mask_distance(maps, masks, (25, 50), normalization=None).distance.tolist()
+        [[3.0, 2.5]]
+    """
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(
+            f"normalization={normalization!r} is not one of"
+            f" {', '.join(map(repr, NORMALIZATIONS))}."
+        )
+    maps = single_tensor(attributions, "attributions")
+    inside, frame = _check_masks(masks, maps, interpolate)
+    distances = distance_maps(inside)
+    flat = distances.flatten(1)
+    if normalization == "diagonal":
+        height, width = inside.shape[1:]
+        scale = torch.full_like(flat[:, 0], math.hypot(height - 1, width - 1))
+    elif normalization == "max":
+        scale = flat.amax(1)
+    elif normalization == "mean":
+        scale = flat.mean(1)
+    else:
+        scale = torch.ones_like(flat[:, 0])
+    # where the mask covers the image, all distances are zero
+    scale = scale.masked_fill(scale == 0, 1)
+    counts, values = percent_tensors(percents, flat.shape[1], maps.device)
+    sums = _sums_of_top(attributions, frame, distances, counts, absolute, interpolate)
+    return MaskDistance(
+        distance=sums / counts / scale[:, None],
+        chance=flat.mean(1) / scale,
+        empty=~inside.flatten(1).any(1),
+        counts=counts,
+        percents=values,
+    )
+
+
+def boxes_to_masks(
+    boxes: Sequence[Union[Tensor, Sequence[Sequence[float]]]],
+    size: tuple[int, int],
+    device: Union[None, str, torch.device] = None,
+) -> Tensor:
+    """Masks of the pixels inside of bounding boxes.
+
+    Coordinates are those of an image whose upper left corner is (0, 0) and whose lower
+    right corner is (width, height), so the pixel in column x and row y covers x to
+    x + 1 and y to y + 1. A pixel is inside of a box if its center is. With integers,
+    the columns x0 to x1 - 1 and the rows y0 to y1 - 1 are. What is outside of the image
+    is cut off.
+
+    Boxes are often given otherwise: Pascal VOC and ImageNet count pixels from 1 and
+    include the last (subtract 1 from x0 and y0), and COCO gives (x0, y0, width,
+    height). If the image was resized or cropped, so must be its boxes.
+
+    Args:
+
+        boxes (sequence of Tensor or sequence): For each image, its boxes (x0, y0, x1,
+                y1) in pixels, of shape (boxes, 4). The mask is that of all of them; it
+                is empty for an image without boxes.
+        size (tuple[int, int]): Height and width of the masks, in pixels.
+        device (str or torch.device, optional): Device of the masks.
+                Default: None
+
+    Returns:
+        Tensor: Masks, bool of shape (batch, height, width).
+
+    Raises:
+        ValueError: If there is no image, a size is not positive, boxes are not of shape
+                (boxes, 4), or a box has a coordinate that is NaN, or does not extend
+                from left to right and from top to bottom.
+
+    Examples::
+
+        >>> from captum_adapters.metrics import boxes_to_masks
+        >>> boxes_to_masks([[(1, 0, 3, 1)], []], (2, 3)).int()
+        tensor([[[0, 1, 1],
+                 [0, 0, 0]],
+        <BLANKLINE>
+                [[0, 0, 0],
+                 [0, 0, 0]]], dtype=torch.int32)
+    """
+    height, width = size
+    if height < 1 or width < 1 or len(boxes) == 0:
+        raise ValueError(
+            f"There are no masks of size {height} x {width} for {len(boxes)} images."
+        )
+    rows = torch.arange(height, device=device)[:, None] + 0.5
+    columns = torch.arange(width, device=device) + 0.5
+    masks = torch.zeros(len(boxes), height, width, dtype=torch.bool, device=device)
+    for number, (mask, image_boxes) in enumerate(zip(masks, boxes)):
+        corners = torch.as_tensor(image_boxes, dtype=torch.float32, device=device)
+        if corners.numel() == 0:
+            continue
+        if corners.ndim != 2 or corners.shape[1] != 4:
+            raise ValueError(
+                f"boxes of image {number} must be of shape (boxes, 4), but are of shape"
+                f" {tuple(corners.shape)}."
+            )
+        # also false for NaN
+        valid = (corners[:, :2] < corners[:, 2:]).all(1)
+        if not bool(valid.all()):
+            raise ValueError(
+                f"The box {corners[~valid][0].tolist()} of image {number} is not"
+                " (x0, y0, x1, y1) with x0 < x1 and y0 < y1."
+            )
+        x0, y0, x1, y1 = corners.t()[..., None, None]
+        covered = (x0 <= columns) & (columns < x1) & (y0 <= rows) & (rows < y1)
+        mask |= covered.any(0)
+    return masks
+
+
+def conservation_gap(
+    attributions: Union[Tensor, tuple[Tensor, ...]],
+    initial: Union[int, float, Tensor],
+) -> Tensor:
+    r"""How much relevance is gained or lost on the way, relative to what there was.
+
+    .. math::
+        \frac{\sum_i R_i - R}{|R|}
+
+    with the attributions :math:`R_i` and the initial relevance :math:`R` at the output.
+    Zero is exact conservation (Otsuki et al., section 3.2), -1 a complete loss, and 1
+    means that relevance has doubled.
+
+    Args:
+
+        attributions (Tensor or tuple[Tensor]): Attributions of shape (batch, ...). For
+                a tuple, the sum goes over all its tensors.
+        initial (int, float or Tensor): Relevance that was propagated from the output of
+                each example, for instance its target's logit: a tensor of shape
+                (batch,), or of (batch, ...), which is summed for each example, or a
+                number for all.
+
+    Returns:
+        Tensor: Relative gap of shape (batch,), in double precision. NaN if the initial
+        relevance is zero.
+
+    Raises:
+        ValueError: If the batch sizes differ or are zero.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_adapters.metrics import conservation_gap
+        >>> attributions = torch.tensor([[1.0, 2.0], [1.0, -3.0]])
+        >>> conservation_gap(attributions, torch.tensor([3.0, -1.0])).tolist()
+        [0.0, -1.0]
+    """
+    parts = attributions if isinstance(attributions, tuple) else (attributions,)
+    if not parts or any(part.ndim == 0 or len(part) == 0 for part in parts):
+        raise ValueError("attributions have no examples: give a shape of (batch, ...).")
+    batch, device = len(parts[0]), parts[0].device
+    dtype = double_dtype(device)
+    start = torch.as_tensor(initial, dtype=dtype, device=device).detach()
+    if start.ndim == 0:
+        start = start.expand(batch)
+    if any(len(part) != batch for part in (*parts, start)):
+        raise ValueError(
+            "Batch sizes differ: attributions are of shape"
+            f" {', '.join(str(tuple(part.shape)) for part in parts)}, and initial is of"
+            f" shape {tuple(start.shape)}."
+        )
+    start = start.reshape(batch, -1).sum(1)
+    total = sum(
+        part.detach().to(device, dtype).reshape(batch, -1).sum(1) for part in parts
+    )
+    return torch.where(start == 0, math.nan, (total - start) / start.abs())

@@ -1,0 +1,274 @@
+"""Plots of metrics, without any global state of matplotlib."""
+
+from typing import Mapping, Optional, Sequence, Union
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor
+
+from captum_adapters.metrics.curves import InsertionDeletion
+from captum_adapters.metrics.ranking import PixelAccuracy
+from captum_adapters.metrics.statistics import Scores, bootstrap_interval
+
+Clusters = Optional[Union[Tensor, Sequence[object], NDArray[np.generic]]]
+
+# Points of curves whose examples have points at different positions
+GRID_POINTS = 101
+# Methods with the same color differ in these
+LINE_STYLES = ("-", "--", ":", "-.")
+
+
+def _to_numpy(values: Scores) -> NDArray[np.float64]:
+    """Values in double precision."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().double().numpy()
+    return np.asarray(values, dtype=np.float64)
+
+
+def _common_positions(
+    curves: NDArray[np.float64], positions: NDArray[np.float64], name: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Curves at positions that all examples share, of shapes (batch, P) and (P,)."""
+    fits = curves.ndim == 2 and positions.shape in (curves.shape, curves.shape[1:])
+    if not fits or curves.size == 0:
+        raise ValueError(
+            f"The curves of {name} must be of shape (batch, points), and their positions"
+            " of the same shape or of shape (points,), but they are of shapes"
+            f" {curves.shape} and {positions.shape}."
+        )
+    if positions.ndim == 2:
+        if (positions == positions[0]).all():
+            positions = positions[0]
+        else:
+            grid = np.linspace(positions.min(), positions.max(), GRID_POINTS)
+            curves = np.stack(
+                [np.interp(grid, *points) for points in zip(positions, curves)]
+            )
+            positions = grid
+    order = np.argsort(positions, kind="stable")
+    curves, positions = curves[:, order], positions[order]
+    # such as the share of no pixels
+    defined = ~np.isnan(curves).all(0)
+    return curves[:, defined], positions[defined]
+
+
+def plot_curves(
+    curves: Mapping[str, Scores],
+    positions: Union[Scores, Mapping[str, Scores]],
+    *,
+    axes: Optional[Axes] = None,
+    confidence: Optional[float] = 0.95,
+    clusters: Clusters = None,
+    n_resamples: int = 2000,
+    marker: Optional[str] = None,
+) -> Axes:
+    """Draw the mean curve of each method, and a band for its confidence interval.
+
+    The bands are for the means of all examples, point by point
+    (:func:`captum_adapters.metrics.bootstrap_interval`). Two methods may well differ
+    although their bands overlap, as both vary with the examples; for that, see
+    :func:`captum_adapters.metrics.compare`. Where all examples have the same value, the
+    band has no width.
+
+    Args:
+
+        curves (mapping of str to Tensor or array): For each method, curves of shape
+                (batch, points). Examples with NaN are left out.
+        positions (Tensor, array, or mapping of these): Where points are on the x-axis,
+                of shape (points,) for all methods, or (batch, points) if that depends
+                on the example, where curves are interpolated linearly before they are
+                averaged; or these for each method.
+        axes (Axes, optional): What to draw on. By default, a new figure is made, to be
+                found as `axes.figure`.
+                Default: None
+        confidence (float, optional): Level of confidence of the bands, `None` for no
+                bands.
+                Default: 0.95
+        clusters (Tensor or sequence, optional): The cluster of each example, see
+                :func:`captum_adapters.metrics.bootstrap_interval`.
+                Default: None
+        n_resamples (int, optional): Number of resamples of the bootstrap.
+                Default: 2000
+        marker (str, optional): Marker of points.
+                Default: None
+
+    Returns:
+        Axes: What was drawn on.
+
+    Raises:
+        ValueError: If there are no curves, or a shape does not fit.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_adapters.metrics.plots import plot_curves
+        >>> curves = {"linear": torch.rand(20, 1) * torch.linspace(0, 1, 5)}
+        >>> axes = plot_curves(curves, torch.linspace(0, 1, 5))
+        >>> axes.figure.savefig("curves.png")  # doctest: +SKIP
+    """
+    if not curves:
+        raise ValueError("There are no curves to draw.")
+    if axes is None:
+        axes = Figure(figsize=(6, 4), layout="constrained").subplots()
+    for number, (name, values) in enumerate(curves.items()):
+        where = positions[name] if isinstance(positions, Mapping) else positions
+        points, x = _common_positions(_to_numpy(values), _to_numpy(where), name)
+        valid = ~np.isnan(points).any(1)
+        line = axes.plot(
+            x,
+            points[valid].mean(0),
+            label=name,
+            marker=marker,
+            markersize=4,
+            linestyle=LINE_STYLES[number // 10 % len(LINE_STYLES)],
+        )[0]
+        if confidence is not None:
+            interval = bootstrap_interval(
+                points, clusters, confidence=confidence, n_resamples=n_resamples
+            )
+            axes.fill_between(
+                x,
+                interval.low,
+                interval.high,
+                color=line.get_color(),
+                alpha=0.2,
+                linewidth=0,
+            )
+    axes.grid(alpha=0.3)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return axes
+
+
+def plot_insertion_deletion(
+    results: Mapping[str, InsertionDeletion],
+    *,
+    figure: Optional[Figure] = None,
+    confidence: Optional[float] = 0.95,
+    clusters: Clusters = None,
+    n_resamples: int = 2000,
+) -> Figure:
+    """Draw the mean insertion and deletion curves of methods, with confidence bands.
+
+    Args:
+
+        results (mapping of str to InsertionDeletion): The result of
+                :func:`captum_adapters.metrics.insertion_deletion` for each method.
+        figure (Figure, optional): What to draw on, a new one by default.
+                Default: None
+        confidence (float, optional): Level of confidence of the bands, `None` for no
+                bands. See :func:`plot_curves`.
+                Default: 0.95
+        clusters (Tensor or sequence, optional): The cluster of each example, see
+                :func:`captum_adapters.metrics.bootstrap_interval`.
+                Default: None
+        n_resamples (int, optional): Number of resamples of the bootstrap.
+                Default: 2000
+
+    Returns:
+        Figure: The figure, with insertion to the left and deletion to the right. The
+        legends give the mean areas.
+
+    Raises:
+        ValueError: If there are no results.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_adapters.metrics import insertion_deletion
+        >>> from captum_adapters.metrics.plots import plot_insertion_deletion
+        >>> images = torch.rand(8, 1, 4, 4)
+        >>> result = insertion_deletion(lambda x: x.mean((1, 2, 3)), images, images)
+        >>> figure = plot_insertion_deletion({"brightness": result})
+        >>> figure.savefig("insertion_deletion.pdf")  # doctest: +SKIP
+    """
+    if figure is None:
+        figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    fractions = {name: result.fractions for name, result in results.items()}
+    for axes, key, what in (
+        (left, "insertion", "inserted"),
+        (right, "deletion", "deleted"),
+    ):
+        plot_curves(
+            {name: getattr(result, f"{key}_curve") for name, result in results.items()},
+            fractions,
+            axes=axes,
+            confidence=confidence,
+            clusters=clusters,
+            n_resamples=n_resamples,
+        )
+        labels = [
+            f"{name} ({np.nanmean(_to_numpy(getattr(result, key))):.3f})"
+            for name, result in results.items()
+        ]
+        axes.legend(axes.get_lines(), labels, title="mean area", fontsize="small")
+        axes.set(title=key.capitalize(), xlabel=f"Share of pixels {what}")
+    left.set_ylabel("Score of the target")
+    return figure
+
+
+def plot_accuracy(
+    results: Mapping[str, PixelAccuracy],
+    *,
+    axes: Optional[Axes] = None,
+    confidence: Optional[float] = 0.95,
+    clusters: Clusters = None,
+    n_resamples: int = 2000,
+) -> Axes:
+    """Draw the accuracy of methods against the percentage that is kept.
+
+    These are the figures 9 to 22 of R-LRP by Nyiri & Gibaru, with confidence bands.
+
+    Args:
+
+        results (mapping of str to PixelAccuracy): For each method, the result of
+                :func:`captum_adapters.metrics.pixel_accuracy`, or for each network,
+                that of :func:`captum_adapters.metrics.cross_model_accuracy`.
+        axes (Axes, optional): What to draw on. By default, a new figure is made, to be
+                found as `axes.figure`.
+                Default: None
+        confidence (float, optional): Level of confidence of the bands, `None` for no
+                bands. See :func:`plot_curves`.
+                Default: 0.95
+        clusters (Tensor or sequence, optional): The cluster of each example, see
+                :func:`captum_adapters.metrics.bootstrap_interval`.
+                Default: None
+        n_resamples (int, optional): Number of resamples of the bootstrap.
+                Default: 2000
+
+    Returns:
+        Axes: What was drawn on.
+
+    Raises:
+        ValueError: If there are no results.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_adapters.metrics import pixel_accuracy
+        >>> from captum_adapters.metrics.plots import plot_accuracy
+        >>> images = torch.rand(8, 3, 4, 4)
+        >>> result = pixel_accuracy(lambda x: x.mean((2, 3)), images, images, target=0)
+        >>> axes = plot_accuracy({"brightness": result})
+        >>> axes.figure.savefig("accuracy.pdf")  # doctest: +SKIP
+    """
+    axes = plot_curves(
+        {name: result.correct for name, result in results.items()},
+        {name: result.percents for name, result in results.items()},
+        axes=axes,
+        confidence=confidence,
+        clusters=clusters,
+        n_resamples=n_resamples,
+        marker="o",
+    )
+    axes.set(
+        xlabel="Kept, in the order of relevance (%)",
+        ylabel="Accuracy",
+        xlim=(0, 100),
+        ylim=(-0.02, 1.02),
+    )
+    axes.legend()
+    return axes

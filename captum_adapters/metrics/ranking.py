@@ -1,0 +1,485 @@
+"""Accuracy on images that keep only their most relevant pixels."""
+
+from typing import Any, Callable, NamedTuple, Optional, Sequence, Union
+
+import torch
+import torch.nn.functional as F
+from captum._utils.typing import BaselineType, TargetType
+from torch import Tensor
+
+from captum_adapters.metrics._common import (
+    check_baselines,
+    check_images,
+    check_range,
+    check_target,
+    forward_in_chunks,
+    pixel_maps,
+    single_tensor,
+    warn_negative_maps,
+)
+from captum_adapters.metrics._top import (
+    Percent,
+    descending_ranks,
+    double_dtype,
+    percent_tensors,
+    top_counts,
+)
+
+# Percentages at which the curves of the R-LRP paper are drawn
+PERCENTS = (1, 5, 10, 15, 20, 25, 40, 50, 60, 75, 80, 85, 90, 95, 99)
+
+
+class PixelAccuracy(NamedTuple):
+    """Result of :func:`pixel_accuracy`, with one row for each example.
+
+    Attributes:
+
+        correct (Tensor): Whether the predicted class is the reference, bool of shape
+                (batch, percents). The accuracies are `correct.float().mean(0)`.
+        predictions (Tensor): Class with the largest output, of shape (batch, percents).
+        reference (Tensor): Class that each example's predictions are compared with, of
+                shape (batch,).
+        counts (Tensor): Number of pixels, or inputs, that are kept, of shape
+                (percents,).
+        percents (Tensor): Percentages, of shape (percents,).
+    """
+
+    correct: Tensor
+    predictions: Tensor
+    reference: Tensor
+    counts: Tensor
+    percents: Tensor
+
+
+def _unit_scores(
+    attributions: Union[Tensor, tuple[Tensor, ...]],
+    images: Tensor,
+    unit: str,
+    absolute: bool,
+    interpolate: Optional[str] = None,
+) -> Tensor:
+    """Scores to rank, of shape (batch, 1 or channels, height, width)."""
+    reduce = "abs_sum" if absolute else "sum"
+    if unit == "pixel":
+        scores = pixel_maps(attributions, images, reduce, interpolate)[:, None]
+    elif unit == "input":
+        maps = single_tensor(attributions, "attributions")
+        if maps.ndim != 4 or maps.shape[:2] != images.shape[:2]:
+            raise ValueError(
+                "unit='input' ranks each channel's values on their own, so attributions"
+                f" must have the channels of inputs of shape {tuple(images.shape)}, but"
+                f" are of shape {tuple(maps.shape)}. For maps with one value per pixel,"
+                " choose unit='pixel'."
+            )
+        scores = torch.stack(
+            [
+                pixel_maps(channel[:, None], images[:, :1], reduce, interpolate)
+                for channel in maps.unbind(1)
+            ],
+            1,
+        )
+    else:
+        raise ValueError(f"unit={unit!r} is not one of 'pixel' and 'input'.")
+    if not absolute:
+        # attributed to the caller of the public function
+        warn_negative_maps(scores.flatten(1, 2), stacklevel=4)
+    return scores
+
+
+def _accuracy(
+    forward_func: Callable[..., Any],
+    images: Tensor,
+    ranks: Tensor,
+    total: int,
+    percents: Sequence[Percent],
+    target: TargetType,
+    additional_forward_args: object,
+    reference: str,
+    baselines: BaselineType,
+    transform: Optional[Callable[[Tensor], Tensor]],
+    max_examples_per_batch: Optional[int],
+    show_progress: bool,
+) -> PixelAccuracy:
+    """Predictions for images of which only ranks below the counts are kept."""
+    batch = len(images)
+    labels = check_target(target, batch, images.device)
+    if reference not in ("label", "prediction"):
+        raise ValueError(
+            f"reference={reference!r} is not one of 'label' and 'prediction'."
+        )
+    if (reference == "label") == (labels is None):
+        raise ValueError(
+            "reference='label' compares with the classes in target, which is None: give"
+            " them, or choose reference='prediction'."
+            if labels is None
+            else "reference='prediction' compares with the class that is predicted for"
+            " the whole image: leave target out, or choose reference='label'."
+        )
+    baseline = check_baselines(baselines, images)
+    counts = top_counts(percents, total)
+    # equal images are evaluated once; the whole image is the one that keeps all
+    distinct = sorted({*counts, total} if reference == "prediction" else {*counts})
+    examples = torch.arange(batch, device=images.device).repeat(len(distinct))
+    kept = torch.tensor(distinct, device=images.device).repeat_interleave(batch)
+
+    def make_inputs(part: slice) -> Tensor:
+        rows = examples[part]
+        fill = baseline if len(baseline) == 1 else baseline[rows]
+        keep = ranks[rows] < kept[part].view(-1, 1, 1, 1)
+        masked = torch.where(keep, images[rows], fill)
+        return masked if transform is None else transform(masked)
+
+    def collect(output: Tensor, part: slice) -> tuple[Tensor, ...]:
+        if output.ndim != 2 or output.shape[1] < 2:
+            raise ValueError(
+                "Accuracy needs an output of shape (batch, classes) with two or more"
+                f" classes, but forward_func returns {tuple(output.shape)}."
+            )
+        if part.start == 0 and labels is not None:
+            check_range(output, labels)
+        return output.argmax(1), output.isnan().any(1)
+
+    predictions, invalid = forward_in_chunks(
+        forward_func,
+        make_inputs,
+        collect,
+        examples,
+        batch,
+        additional_forward_args,
+        max_examples_per_batch,
+        show_progress,
+    )
+    if bool(invalid.any()):
+        wrong = examples[invalid.to(examples.device)].unique().tolist()
+        raise ValueError(
+            f"forward_func returns NaN for images derived from the examples {wrong} of"
+            " the batch, which have no predicted class."
+        )
+    table = predictions.to(images.device).view(len(distinct), batch)
+    compared = table[distinct.index(total)] if labels is None else labels
+    selected = table[[distinct.index(count) for count in counts]].t().contiguous()
+    correct = selected == compared[:, None]
+    sizes = percent_tensors(percents, total, images.device)
+    return PixelAccuracy(correct, selected, compared, *sizes)
+
+
+def keep_top(
+    inputs: Union[Tensor, tuple[Tensor, ...]],
+    attributions: Union[Tensor, tuple[Tensor, ...]],
+    percent: Percent,
+    *,
+    unit: str = "pixel",
+    absolute: bool = True,
+    baselines: BaselineType = 0,
+    interpolate: Optional[str] = None,
+) -> Tensor:
+    r"""Images with only their most relevant p % kept.
+
+    These are the pictures, and the inputs of the networks, of the evaluation of R-LRP
+    by Nyiri & Gibaru (sections 4.2 to 5).
+
+    Args:
+
+        inputs (Tensor or tuple[Tensor]): Images of shape (batch, channels, height,
+                width).
+        attributions (Tensor or tuple[Tensor]): Attributions of shape (batch, channels,
+                height, width), or with `unit="pixel"` also of shape (batch, 1, height,
+                width) or (batch, height, width).
+        percent (int, float or Fraction): Percentage from 0 to 100. Exactly
+                :math:`\lfloor pN/100 \rfloor` of the N pixels or inputs are kept; 1 %
+                of 224 x 224 pixels are 501. Of those with equal attributions, the first
+                in row-major order come first.
+        unit (str, optional): `"pixel"` to rank pixels by the sum over their channels,
+                or `"input"` to rank each channel's values on their own, so that of a
+                pixel only the red channel may be kept.
+                Default: `"pixel"`
+        absolute (bool, optional): Whether to rank by magnitude; that of a pixel is
+                taken after the sum over its channels. Otherwise negative contributions
+                come last.
+                Default: True
+        baselines (scalar, Tensor, tuple of scalar, or Tensor, optional): What the rest
+                is replaced with: a number, or a tensor that can be broadcast to the
+                inputs. Zero is the mean color for inputs that are normalized with
+                the mean of the data; black is `(0 - mean) / std` then, of shape (1,
+                channels, 1, 1). The paper does not say which of them it used.
+                Default: 0
+        interpolate (str, optional): Mode of :func:`torch.nn.functional.interpolate` for
+                attributions of another height and width. `None` refuses these.
+                Default: None
+
+    Returns:
+        Tensor: Images of the shape and type of the inputs.
+
+    Raises:
+        ValueError: If a shape does not fit, the percentage is not from 0 to 100, or
+                there is NaN or infinity in the attributions.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_adapters.metrics import keep_top
+        >>> images = torch.arange(1.0, 5.0).view(1, 1, 2, 2)
+        >>> maps = torch.tensor([[[0.1, -0.9], [0.3, 0.2]]])
+        >>> keep_top(images, maps, 50)
+        tensor([[[[0., 2.],
+                  [3., 0.]]]])
+        >>> keep_top(images, maps, 50, absolute=False)
+        tensor([[[[0., 0.],
+                  [3., 4.]]]])
+    """
+    images = check_images(inputs)
+    scores = _unit_scores(attributions, images, unit, absolute, interpolate)
+    (count,) = top_counts([percent], scores[0].numel())
+    keep = descending_ranks(scores) < count
+    return torch.where(keep, images, check_baselines(baselines, images))
+
+
+def pixel_accuracy(
+    forward_func: Callable[..., Any],
+    inputs: Union[Tensor, tuple[Tensor, ...]],
+    attributions: Union[Tensor, tuple[Tensor, ...]],
+    percents: Sequence[Percent] = PERCENTS,
+    target: TargetType = None,
+    additional_forward_args: object = None,
+    *,
+    unit: str = "pixel",
+    absolute: bool = True,
+    reference: str = "label",
+    baselines: BaselineType = 0,
+    interpolate: Optional[str] = None,
+    max_examples_per_batch: Optional[int] = None,
+    show_progress: bool = False,
+) -> PixelAccuracy:
+    r"""Accuracy of a network on images with only the most relevant p % kept.
+
+    The better a method finds what the network uses, the fewer pixels are needed for its
+    decision. This is the evaluation of R-LRP by Nyiri & Gibaru (sections 4.2 to 5,
+    figures 9 to 21): of each image, the p % with the largest attributions are kept (see
+    :func:`keep_top`), the rest is replaced, and the network predicts a class again.
+
+    Images that keep the same number of pixels are evaluated once. There is one value
+    for each example, so that methods can be compared example by example
+    (:func:`captum_adapters.metrics.compare`).
+
+    Args:
+
+        forward_func (callable): The network, or any function that returns an output of
+                shape (batch, classes).
+        inputs (Tensor or tuple[Tensor]): Images of shape (batch, channels, height,
+                width).
+        attributions (Tensor or tuple[Tensor]): Attributions of shape (batch, channels,
+                height, width), or with `unit="pixel"` also of shape (batch, 1, height,
+                width) or (batch, height, width).
+        percents (sequence of int, float or Fraction, optional): Percentages from 0 to
+                100, in any order. Exactly :math:`\lfloor pN/100 \rfloor` of the N
+                pixels or inputs are kept.
+                Default: those of the paper's figures
+        target (int, Tensor or list, optional): With `reference="label"`, the class of
+                all examples, or one for each.
+                Default: None
+        additional_forward_args (Any, optional): Further arguments of `forward_func`.
+                Those tensors that have a row for each example are given with the row of
+                each image's example.
+                Default: None
+        unit (str, optional): `"pixel"` to rank pixels by the sum over their channels
+                (figures 16 to 21), or `"input"` to rank each channel's values on their
+                own (figures 9 to 15).
+                Default: `"pixel"`
+        absolute (bool, optional): Whether to rank by magnitude. The paper does in
+                figures 14 to 21, but not in figures 9 to 13.
+                Default: True
+        reference (str, optional): What is correct: `"label"` compares with `target`,
+                and `"prediction"` with the class that is predicted for the whole image,
+                as the paper does on ImageNet.
+                Default: `"label"`
+        baselines (scalar, Tensor, tuple of scalar, or Tensor, optional): What the rest
+                is replaced with, see :func:`keep_top`.
+                Default: 0
+        interpolate (str, optional): Mode of :func:`torch.nn.functional.interpolate` for
+                attributions of another height and width. `None` refuses these.
+                Default: None
+        max_examples_per_batch (int, optional): The largest number of images that go
+                through the network at a time. It has no influence on the result.
+                By default 32, or the batch size if that is larger.
+                Default: None
+        show_progress (bool, optional): Whether to show a progress bar.
+                Default: False
+
+    Returns:
+        PixelAccuracy: A named tuple of tensors, with a row for each example, on the
+        device of the inputs.
+
+    Raises:
+        ValueError: If a shape does not fit, a percentage is not from 0 to 100, there is
+                NaN or infinity in the attributions or NaN in the output, a label is out
+                of range or missing, the batch is empty, or the network is in training
+                mode.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_adapters.metrics import pixel_accuracy
+        >>> # the class is that of the larger half: left or right
+        >>> model = lambda images: torch.stack(
+        ...     [images[..., :2].sum((1, 2, 3)), images[..., 2:].sum((1, 2, 3))], 1)
+        >>> images = torch.tensor([1.0, 1.0, 2.0, 1.0]).view(1, 1, 1, 4)
+        >>> maps = torch.tensor([4.0, 3.0, 2.0, 1.0]).view(1, 1, 1, 4)
+        >>> result = pixel_accuracy(model, images, maps, (25, 75, 100), target=1)
+        >>> result.correct
+        tensor([[False, False,  True]])
+        >>> result.predictions, result.counts
+        (tensor([[0, 0, 1]]), tensor([1, 3, 4]))
+    """
+    images = check_images(inputs)
+    scores = _unit_scores(attributions, images, unit, absolute, interpolate)
+    total = scores[0].numel()
+    return _accuracy(
+        forward_func,
+        images,
+        descending_ranks(scores),
+        total,
+        percents,
+        target,
+        additional_forward_args,
+        reference,
+        baselines,
+        None,
+        max_examples_per_batch,
+        show_progress,
+    )
+
+
+def cross_model_accuracy(
+    forward_func: Callable[..., Any],
+    inputs: Union[Tensor, tuple[Tensor, ...]],
+    attributions: Union[Tensor, tuple[Tensor, ...]],
+    percents: Sequence[Percent] = PERCENTS,
+    target: TargetType = None,
+    additional_forward_args: object = None,
+    *,
+    unit: str = "pixel",
+    absolute: bool = True,
+    reference: str = "label",
+    baselines: BaselineType = 0,
+    transform: Optional[Callable[[Tensor], Tensor]] = None,
+    resize_selection: bool = False,
+    max_examples_per_batch: Optional[int] = None,
+    show_progress: bool = False,
+) -> PixelAccuracy:
+    r"""Accuracy of one network on the pixels that are relevant to another one.
+
+    Whether two networks decide by the same pixels: network B (`forward_func`) sees only
+    the p % of each image that are most relevant to network A (`attributions`), as in
+    section 5.3 and figure 22 of R-LRP by Nyiri & Gibaru The rest is as for
+    :func:`pixel_accuracy`.
+
+    Networks often differ in their preprocessing. There are two ways to deal with it:
+
+    - `inputs` as A sees them, and a `transform` from these to what B sees. The images
+      are masked first, and resized and normalized for B then, so that B's input is a
+      picture of what A uses, with blurred edges where it is resized.
+    - `inputs` as B sees them, of the same section of the image. If their size is
+      another than that of the attributions, `resize_selection` transfers which pixels
+      are kept: a pixel of B's image is kept if the pixel of A's image at its center is.
+
+    Args:
+
+        forward_func (callable): Network B, or any function that returns an output of
+                shape (batch, classes).
+        inputs (Tensor or tuple[Tensor]): Images of shape (batch, channels, height,
+                width), as A sees them if there is a `transform`, else as B does.
+        attributions (Tensor or tuple[Tensor]): Attributions of network A, of shape
+                (batch, channels, height, width), or with `unit="pixel"` also of shape
+                (batch, 1, height, width) or (batch, height, width).
+        percents (sequence of int, float or Fraction, optional): Percentages from 0 to
+                100, in any order. Exactly :math:`\lfloor pN/100 \rfloor` of the N
+                pixels or inputs of A are kept.
+                Default: those of the paper's figures
+        target (int, Tensor or list, optional): With `reference="label"`, the class of
+                all examples, or one for each. It need not be the label: with the
+                classes that A predicts for the whole images, the result is how often B
+                makes A's decision.
+                Default: None
+        additional_forward_args (Any, optional): Further arguments of `forward_func`.
+                Those tensors that have a row for each example are given with the row of
+                each image's example.
+                Default: None
+        unit (str, optional): `"pixel"` or `"input"`, see :func:`keep_top`.
+                Default: `"pixel"`
+        absolute (bool, optional): Whether to rank by magnitude.
+                Default: True
+        reference (str, optional): What is correct: `"label"` compares with `target`,
+                and `"prediction"` with the class that B predicts for the whole image.
+                The paper does not say which of them it used.
+                Default: `"label"`
+        baselines (scalar, Tensor, tuple of scalar, or Tensor, optional): What the rest
+                of `inputs` is replaced with, see :func:`keep_top`.
+                Default: 0
+        transform (callable, optional): A function from a batch of masked images to
+                B's inputs, for instance resizing and another normalization.
+                Default: None
+        resize_selection (bool, optional): Whether attributions may have another height
+                and width than inputs. The share of B's pixels that is kept may differ
+                from that of A's by rounding.
+                Default: False
+        max_examples_per_batch (int, optional): The largest number of images that go
+                through the network at a time. It has no influence on the result.
+                By default 32, or the batch size if that is larger.
+                Default: None
+        show_progress (bool, optional): Whether to show a progress bar.
+                Default: False
+
+    Returns:
+        PixelAccuracy: A named tuple as of :func:`pixel_accuracy`. The counts are those
+        of A's pixels or inputs.
+
+    Raises:
+        ValueError: As :func:`pixel_accuracy`.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_adapters.metrics import cross_model_accuracy
+        >>> # network B takes smaller images than network A
+        >>> model_b = lambda images: images.flatten(1)
+        >>> resize = lambda images: torch.nn.functional.avg_pool2d(images, 2)
+        >>> images = torch.arange(16.0).view(1, 1, 4, 4)
+        >>> maps_a = -images[:, 0]
+        >>> result = cross_model_accuracy(
+        ...     model_b, images, maps_a, (50, 100), 1, absolute=True, transform=resize)
+        >>> result.predictions
+        tensor([[3, 3]])
+    """
+    images = check_images(inputs)
+    maps = single_tensor(attributions, "attributions")
+    frame = images
+    if resize_selection and maps.ndim in (3, 4):
+        # images of the attributions' size
+        frame = images[..., :1, :1].expand(-1, -1, *maps.shape[-2:])
+    elif maps.ndim in (3, 4) and maps.shape[-2:] != images.shape[-2:]:
+        raise ValueError(
+            f"attributions are of {maps.shape[-2]} x {maps.shape[-1]} pixels, but"
+            f" inputs of {images.shape[-2]} x {images.shape[-1]}: give A's inputs and a"
+            " transform to B's, or set resize_selection=True."
+        )
+    scores = _unit_scores(attributions, frame, unit, absolute)
+    total = scores[0].numel()
+    ranks = descending_ranks(scores)
+    if ranks.shape[-2:] != images.shape[-2:]:
+        ranks = F.interpolate(
+            ranks.to(double_dtype(ranks.device)), images.shape[-2:], mode="nearest-exact"
+        )
+    return _accuracy(
+        forward_func,
+        images,
+        ranks,
+        total,
+        percents,
+        target,
+        additional_forward_args,
+        reference,
+        baselines,
+        transform,
+        max_examples_per_batch,
+        show_progress,
+    )

@@ -1,0 +1,266 @@
+'''Relevance inside of masks, its distance to them, and its conservation, against golden cases and loops over pixels.'''
+import doctest
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from golden_cases import golden_cases, tensor
+
+from captum_adapters.metrics import boxes_to_masks, conservation_gap, mask_distance, mask_pointing, masks, top_fraction
+from captum_adapters.metrics._common import NegativeMapWarning
+from captum_adapters.metrics.masks import distance_maps
+from captum_adapters.metrics.ranking import PERCENTS
+
+NORMALIZATIONS = {'max_distance': 'max', 'diagonal': 'diagonal'}
+nan = pytest.approx(math.nan, nan_ok=True)
+
+
+def selection(arrays, case):
+    '''The selected pixels of a case as a heatmap, its percentage, and the mask.'''
+    selected = tensor(arrays, case['inputs']['selected'])
+    return selected, [Fraction(100 * int(selected.sum()), selected.numel())], tensor(arrays, case['inputs']['mask'])
+
+
+@pytest.mark.parametrize('arrays, settings, case', golden_cases('metric_mask_pointing', 'mask_share'))
+def test_golden_share(arrays, settings, case):
+    '''Share of selected pixels inside of the mask.'''
+    maps, percents, masks = selection(arrays, case)
+    result = mask_pointing(maps, masks, percents)
+    expected = float(arrays[case['expected']['share']])
+    assert bool(result.empty) == (not masks.any())
+    assert int(result.counts) == int(maps.sum())
+    if result.empty:
+        # the case counts these as misses, but there is nothing to hit
+        assert expected == 0 or math.isnan(expected)
+        expected = math.nan
+    assert result.share.tolist() == [[pytest.approx(expected, abs=1e-12, nan_ok=True)]]
+
+
+@pytest.mark.parametrize('arrays, settings, case', golden_cases('metric_mask_pointing', 'distance_to_mask'))
+def test_golden_distance_map(arrays, settings, case):
+    '''Distance of each pixel to the mask.'''
+    distances = distance_maps(tensor(arrays, case['inputs']['mask']).bool())
+    expected = tensor(arrays, case['expected']['distance'])
+    torch.testing.assert_close(distances, expected, rtol=0, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.parametrize('arrays, settings, case', golden_cases('metric_mask_pointing', 'mean_normalised_distance'))
+def test_golden_distance(arrays, settings, case):
+    '''Mean distance of selected pixels.'''
+    maps, percents, masks = selection(arrays, case)
+    normalization = NORMALIZATIONS[case['arguments']['normaliser']]
+    result = mask_distance(maps, masks, percents, normalization=normalization)
+    expected = float(arrays[case['expected']['distance']])
+    assert result.distance.tolist() == [[pytest.approx(expected, abs=1e-12, nan_ok=True)]]
+    assert bool(result.empty) == (not masks.any())
+
+
+@pytest.fixture
+def batch():
+    '''Maps with ties, signs and channels, and masks: two random ones, a full one, an empty one, and single pixels.'''
+    masks = torch.zeros(6, 7, 9, dtype=torch.bool)
+    masks[0] = torch.rand(7, 9) < 0.3
+    masks[1, 2:5, 3:8] = True
+    masks[2] = True
+    masks[4, 6, 0] = True
+    masks[5, 3, 4] = True
+    return torch.randn(6, 3, 7, 9).mul(2).round(), masks
+
+
+@pytest.mark.parametrize('absolute', [True, False])
+@pytest.mark.parametrize('normalization', ['diagonal', 'max', 'mean', None])
+def test_reference(batch, absolute, normalization):
+    '''Against loops over pixels of the selection and of the mask.'''
+    maps, masks = batch
+    percents = (100, 3, 0, 20, 50.5)
+    pointing = mask_pointing(maps, masks, percents, absolute=absolute)
+    distance = mask_distance(maps, masks, percents, absolute=absolute, normalization=normalization)
+    assert pointing.counts.tolist() == distance.counts.tolist() == [63, 1, 0, 12, 31]
+    assert pointing.percents.tolist() == distance.percents.tolist() == list(percents)
+    assert pointing.share.dtype == distance.distance.dtype == torch.float64
+    for index in range(6):
+        scores = maps[index].sum(0).abs() if absolute else maps[index].sum(0)
+        points = [tuple(point) for point in masks[index].nonzero().tolist()]
+        nearest = np.array([
+            [min((math.dist(pixel, point) for point in points), default=math.nan) for pixel in
+             ((row, column) for column in range(9))]
+            for row in range(7)
+        ])
+        scale = {'diagonal': 10, 'max': nearest.max(), 'mean': nearest.mean(), None: 1}[normalization] or 1
+        assert float(distance.chance[index]) == pytest.approx(nearest.mean() / scale, abs=1e-12, nan_ok=True)
+        assert bool(pointing.empty[index]) == bool(distance.empty[index]) == (not points)
+        assert float(pointing.chance[index]) == len(points) / 63
+        for position, percent in enumerate(percents):
+            selected = top_fraction(scores[None], percent)[0].nonzero().tolist()
+            hits = sum(tuple(pixel) in points for pixel in selected)
+            share = hits / len(selected) if selected and points else math.nan
+            assert float(pointing.share[index, position]) == pytest.approx(share, abs=1e-12, nan_ok=True)
+            mean = sum(nearest[tuple(pixel)] for pixel in selected) / len(selected) / scale if selected else math.nan
+            assert float(distance.distance[index, position]) == pytest.approx(mean, abs=1e-12, nan_ok=True)
+            if selected:
+                assert float(pointing.ceiling[index, position]) == min(1, len(points) / len(selected))
+
+
+def test_full_empty_single(batch):
+    '''A full mask is always hit, an empty one never counts, and of a single pixel all is known.'''
+    _, masks = batch
+    maps = torch.rand(6, 7, 9)
+    maps[4, 6, 0] = maps[5, 0, 0] = 2
+    pointing = mask_pointing(maps, masks)
+    assert pointing.percents.tolist() == list(PERCENTS)
+    assert pointing.empty.tolist() == [False, False, False, True, False, False]
+    assert int(pointing.empty.sum()) == 1
+    assert pointing.share[2, 1:].tolist() == [1] * 14
+    assert pointing.share[3].isnan().all()
+    # 1 % of 63 pixels is none
+    assert pointing.share[:, 0].isnan().all()
+    counts = pointing.counts[1:]
+    torch.testing.assert_close(pointing.share[4, 1:], 1 / counts.double())
+    torch.testing.assert_close(pointing.share[4, 1:], pointing.ceiling[4, 1:])
+    assert pointing.share[5, 1] == 0
+    cases = ('diagonal', 0.5, None), ('max', 1, None), ('mean', None, 1), (None, 5, None)
+    for normalization, distance, chance in cases:
+        # 2 % are one pixel
+        result = mask_distance(maps, masks, (1, 2, *PERCENTS[1:]), normalization=normalization)
+        assert result.distance[2, 1:].tolist() == [0] * 15
+        assert result.chance[2] == 0
+        assert result.distance[3].isnan().all() and result.chance[3].isnan()
+        assert result.distance[4, 1] == 0
+        # three rows up and four columns to the left, where no pixel is farther away
+        assert distance is None or float(result.distance[5, 1]) == pytest.approx(distance)
+        assert chance is None or result.chance[[0, 1, 4, 5]].tolist() == [chance] * 4
+    one = mask_distance(torch.rand(1, 1, 1), torch.ones(1, 1, 1), [100])
+    assert one.distance.item() == 0
+
+
+def test_chance():
+    '''Random maps reach the level of chance.'''
+    masks = torch.zeros(2000, 8, 8, dtype=torch.bool)
+    masks[:, 1:4, 2:7] = True
+    maps = torch.rand(2000, 8, 8)
+    pointing = mask_pointing(maps, masks, [10, 50])
+    distance = mask_distance(maps, masks, [10, 50])
+    for values, chance in (pointing.share, pointing.chance), (distance.distance, distance.chance):
+        error = values.std(0) / math.sqrt(2000)
+        assert ((values.mean(0) - chance[0]).abs() < 4 * error).all()
+        assert (error < 0.01).all()
+
+
+def test_formats(batch):
+    '''Shapes and types of maps and masks, and maps of another size.'''
+    maps, masks = batch
+    maps = maps.sum(1)
+    for function, name in ((mask_pointing, 'share'), (mask_distance, 'distance')):
+        expected = getattr(function(maps, masks), name)
+        for other_maps, other_masks in (
+            (maps[:, None], masks), ((maps,), masks.float()), (maps.bfloat16(), masks.long()),
+            (maps.long(), masks[:, None]), (maps.double().requires_grad_(), masks.byte()),
+        ):
+            actual = getattr(function(other_maps, other_masks), name)
+            assert not actual.requires_grad
+            torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+        with torch.autocast('cpu', torch.bfloat16):
+            torch.testing.assert_close(getattr(function(maps, masks), name), expected, rtol=0, atol=0, equal_nan=True)
+        coarse = torch.rand(1, 2, 2)
+        fine = coarse.repeat_interleave(2, 1).repeat_interleave(2, 2)
+        mask = torch.tensor([[[1, 1, 0, 0]] * 4])
+        actual = getattr(function(coarse, mask, interpolate='nearest'), name)
+        torch.testing.assert_close(actual, getattr(function(fine, mask), name), equal_nan=True)
+        with pytest.raises(ValueError, match='2 x 2 .*4 x 4.*resize'):
+            function(coarse, mask)
+        with pytest.warns(NegativeMapWarning) as records:
+            function(fine - 2, mask, absolute=False)
+        assert records[0].filename == __file__
+
+
+@pytest.mark.parametrize('function', [mask_pointing, mask_distance])
+@pytest.mark.parametrize('changes, message', [
+    ({'masks': torch.ones(2, 4, 5)}, '4 x 4 .*4 x 5'),
+    ({'masks': torch.ones(3, 4, 4)}, r'\(2, 4, 4\).*\(3, 4, 4\)'),
+    ({'masks': torch.ones(2, 3, 4, 4)}, r'\(2, 3, 4, 4\)'),
+    ({'masks': torch.ones(4, 4)}, r'\(4, 4\)'),
+    ({'masks': torch.ones(0, 4, 4), 'maps': torch.ones(0, 4, 4)}, 'empty'),
+    ({'masks': torch.full((2, 4, 4), 255)}, '255'),
+    ({'masks': torch.full((2, 4, 4), 0.5)}, '0.5'),
+    ({'masks': torch.full((2, 4, 4), float('nan'))}, 'nan'),
+    ({'maps': torch.full((2, 4, 4), float('nan'))}, r'NaN.*\[0, 1\]'),
+    ({'maps': torch.ones(4, 4)}, r'\(4, 4\)'),
+    ({'percents': (5, 200)}, '200'),
+])
+def test_errors(function, changes, message):
+    '''Arguments that do not fit are named.'''
+    arguments = {'maps': torch.rand(2, 4, 4), 'masks': torch.ones(2, 4, 4), 'percents': (50,), **changes}
+    with pytest.raises(ValueError, match=message):
+        function(*arguments.values())
+
+
+def test_unknown_normalization():
+    '''The normalization is named.'''
+    with pytest.raises(ValueError, match="'area'.*'diagonal', 'max', 'mean', None"):
+        mask_distance(torch.rand(1, 2, 2), torch.ones(1, 2, 2), normalization='area')
+
+
+def test_boxes():
+    '''A pixel is inside of a box if its center is.'''
+    boxes = [
+        [(1, 2, 4, 5)], torch.tensor([[0.4, 0.6, 2.5, 1.51], [3., 3., 4., 4.]]), [], [(-5, -5, 50, 1)],
+        [(0.6, 0, 1.4, 5)], np.array([[4, 4, 9, 9]]),
+    ]
+    masks = boxes_to_masks(boxes, (5, 6))
+    expected = torch.zeros(6, 5, 6, dtype=torch.bool)
+    expected[0, 2:5, 1:4] = True
+    expected[1, 1, :2] = True
+    expected[1, 3, 3] = True
+    expected[3, 0] = True
+    expected[5, 4, 4:] = True
+    assert torch.equal(masks, expected)
+    rows, columns = (value.reshape(-1) + 0.5 for value in np.indices((5, 6)))
+    for _ in range(20):
+        corners = torch.rand(2, 2).sort(0).values * torch.tensor([6, 5])
+        (x0, y0), (x1, y1) = corners.tolist()
+        inside = [x0 <= x < x1 and y0 <= y < y1 for x, y in zip(columns, rows)]
+        mask = boxes_to_masks([[(x0, y0, x1, y1)]], (5, 6))
+        assert mask.reshape(-1).tolist() == inside
+
+
+@pytest.mark.parametrize('boxes, size, message', [
+    ([], (5, 5), '0 images'),
+    ([[(0, 0, 2, 2)]], (0, 5), '0 x 5'),
+    ([[], [(3, 0, 2, 2)]], (5, 5), r'\[3.0, 0.0, 2.0, 2.0\] of image 1'),
+    ([[(0, 0, 2, 2), (0, 2, 2, 2)]], (5, 5), 'y0 < y1'),
+    ([[(0, float('nan'), 2, 2)]], (5, 5), 'nan'),
+    ([(0, 0, 2, 2)], (5, 5), r'image 0 .*\(4,\)'),
+    ([[(0, 0, 2)]], (5, 5), r'\(1, 3\)'),
+])
+def test_boxes_errors(boxes, size, message):
+    '''Boxes that are none.'''
+    with pytest.raises(ValueError, match=message):
+        boxes_to_masks(boxes, size)
+
+
+def test_conservation_gap():
+    '''Relevance that is lost or gained, relative to what there was.'''
+    attributions = torch.tensor([[1., 2.], [-1., -2.], [0., 0.], [4., 2.], [-4., -2.], [1., -1.], [2., 1.]])
+    initial = torch.tensor([3., -3., 3., 3., -3., 0., -3.])
+    gap = conservation_gap(attributions.view(7, 1, 2), initial)
+    assert gap.dtype == torch.float64
+    assert gap.tolist() == [0, 0, -1, 1, -1, nan, 2]
+    assert conservation_gap((attributions, attributions), initial * 2).tolist() == [0, 0, -1, 1, -1, nan, 2]
+    assert conservation_gap(attributions, 3).tolist() == [0, -2, -1, 1, -3, -1, 0]
+    one_hot = torch.eye(7) * initial[:, None]
+    assert conservation_gap(attributions, one_hot).tolist() == [0, 0, -1, 1, -1, nan, 2]
+    # a sum of many in half precision
+    ones = torch.ones(1, 3, 100, 100, dtype=torch.bfloat16)
+    assert conservation_gap(ones, torch.tensor([30000.])).item() == 0
+    with pytest.raises(ValueError, match=r'\(7, 2\).*\(3,\)'):
+        conservation_gap(attributions, initial[:3])
+    with pytest.raises(ValueError, match='no examples'):
+        conservation_gap(torch.zeros(0, 3), 1)
+
+
+def test_examples():
+    '''The examples in the documentation hold.'''
+    result = doctest.testmod(masks)
+    assert result.attempted > 0 and result.failed == 0
