@@ -1,0 +1,247 @@
+'''The classic rules of LRP, one for a whole network, as Nyiri and Gibaru compare them with R-LRP.
+
+Numbers of equations are those of Nyiri and Gibaru, Relative Layer-Wise Relevance Propagation. The rules are Zennit's,
+except for the alpha-beta rule of any sign. Where Zennit's rules differ from the printed equations:
+
+- Eqs. (1) and (3) to (5) have no bias in the denominator, Zennit's rules do. :py:class:`ClassicLRP` follows the
+  equations (by ``zero_params='bias'``), and has it with ``with_bias=True``.
+- Eq. (4) adds epsilon to the denominator, Zennit adds it with the denominator's sign.
+- Eq. (3) enlarges the weights that are positive, for inputs which are not negative. Zennit's ``Gamma`` enlarges the
+  contributions that have the sign of the unit's output. Both are the same for inputs which are not negative and an
+  output (with its bias) which is positive, as in all layers followed by a ReLU, but for the first.
+- Eq. (5) has a negative beta where that of Zennit's ``AlphaBeta`` is positive.
+- Rules other than ``Epsilon`` stabilize denominators with 1e-6 in Zennit, the equations do not. By default,
+  :py:class:`ClassicLRP` adds nothing, and contributions to a denominator of zero are zero.
+'''
+import math
+
+import torch
+from zennit.composites import LayerMapComposite
+from zennit.core import BasicHook, Hook, Stabilizer
+from zennit.rules import AlphaBeta, ClampMod, Epsilon, Gamma, Norm, WSquare, ZPlus, zero_bias
+from zennit.types import Activation, AvgPool, Convolution
+
+from .composites import NORMALIZATION, SPLITTING, _Transaction, _with_canonizer
+from .core import SinglePass
+from .layer import Addition, Gate, Padding
+from .rules import PassThrough, SignalTakesAll, Uncrop, check_choice
+
+RULES = ('lrp0', 'epsilon', 'gamma', 'alpha_beta', 'zplus', 'wsquare')
+ADDITION = ('rule', *SPLITTING, 'duplicate')
+
+# What the paper compares with, as arguments of ClassicLRP. In its figures, these are lrp0, lrp_eps01, lrp_eps001,
+# (in the text only), lrp_gamma25, lrp_ab21, lrp_ab0505 and (named, but without results) z+ and w^2.
+SETTINGS = {
+    'lrp_0': {'rule': 'lrp0'},
+    'lrp_epsilon_0.01': {'rule': 'epsilon', 'epsilon': 0.01},
+    'lrp_epsilon_0.001': {'rule': 'epsilon', 'epsilon': 0.001},
+    'lrp_epsilon_1': {'rule': 'epsilon', 'epsilon': 1.},
+    'lrp_gamma_0.25': {'rule': 'gamma', 'gamma': 0.25},
+    'lrp_alpha_beta_2_-1': {'rule': 'alpha_beta', 'alpha': 2., 'beta': -1.},
+    'lrp_alpha_beta_0.5_0.5': {'rule': 'alpha_beta', 'alpha': 0.5, 'beta': 0.5},
+    'lrp_zplus': {'rule': 'zplus'},
+    'lrp_wsquare': {'rule': 'wsquare'},
+}
+
+
+def drop_zero(denominator):
+    '''Stabilizer which adds nothing, and makes contributions to a denominator of zero become zero.
+
+    Parameters
+    ----------
+    denominator: :py:obj:`torch.Tensor`
+        Denominators of any shape.
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor`
+        The same with infinity in place of zero (and of numbers too small to be inverted).
+    '''
+    return denominator.masked_fill(denominator.abs() < torch.finfo(denominator.dtype).tiny, torch.inf)
+
+
+class SignedAlphaBeta(BasicHook):
+    '''The alpha-beta rule of Eq. (5), for alpha + beta = 1 with any signs, such as alpha = beta = 0.5.
+
+    R'_i = sum_j (alpha (w_ij x_i)+ / sum_k (w_kj x_k)+ + beta (w_ij x_i)- / sum_k (w_kj x_k)-) R_j. Relevance is
+    conserved by units that have both positive and negative contributions.
+
+    Zennit's ``AlphaBeta(alpha, beta)`` is ``SignedAlphaBeta(alpha, -beta)``.
+
+    Parameters
+    ----------
+    alpha: float, optional
+        Multiplier of the positive part.
+    beta: float, optional
+        Multiplier of the negative part.
+    stabilizer: callable or float, optional
+        Stabilization parameter, as in Zennit's ``AlphaBeta``.
+    zero_params: list[str], optional
+        Names of parameters that shall be zero, as in Zennit's ``AlphaBeta``.
+
+    Raises
+    ------
+    ValueError
+        If alpha and beta do not sum to one.
+    '''
+    def __init__(self, alpha=0.5, beta=0.5, stabilizer=1e-6, zero_params=None):
+        if not math.isclose(alpha + beta, 1., abs_tol=1e-9):
+            raise ValueError(f'alpha={alpha} and beta={beta} do not sum to one!')
+        stabilizer_fn = Stabilizer.ensure(stabilizer)
+        first, second = {'zero_params': zero_params}, {'zero_params': zero_bias(zero_params)}
+        super().__init__(
+            # positive inputs times positive weights, negative times negative, positive times negative, ...
+            input_modifiers=[lambda input: input.clamp(min=0), lambda input: input.clamp(max=0)] * 2,
+            param_modifiers=[
+                ClampMod(min=0., **first), ClampMod(max=0., **second),
+                ClampMod(max=0., **first), ClampMod(min=0., **second),
+            ],
+            output_modifiers=[lambda output: output] * 4,
+            gradient_mapper=(lambda out_grad, outputs: [
+                factor * out_grad / stabilizer_fn(denominator)
+                for factor, denominator in ((alpha, sum(outputs[:2])), (beta, sum(outputs[2:]))) for _ in range(2)
+            ]),
+            reducer=lambda inputs, gradients: sum(input * gradient for input, gradient in zip(inputs, gradients)),
+        )
+
+
+class LinearSum(SinglePass):
+    '''Apply a rule for linear layers to an addition, as a neuron of which the inputs are the addends (Definition 1).
+
+    For ``Epsilon``, this is Zennit's ``Norm``: addends h_i receive R h_i / sum_k h_k.
+
+    Parameters
+    ----------
+    rule: :py:obj:`zennit.core.Hook`
+        A rule for :py:obj:`torch.nn.Linear`.
+
+    Raises
+    ------
+    TypeError
+        If ``rule`` is not a hook.
+    '''
+    def __init__(self, rule):
+        if not isinstance(rule, Hook):
+            raise TypeError(f'rule={rule!r} is not a hook, use for instance zennit.rules.Epsilon()!')
+        super().__init__()
+        self.rule = rule
+
+    def store(self, module, *inputs):
+        '''Keep the addends and their factors.'''
+        addends = torch.stack(torch.broadcast_tensors(*inputs), -1)
+        factors = module.factors or (1,) * len(inputs)
+        return addends, torch.tensor([factors], dtype=torch.float64, device=addends.device)
+
+    def propagate(self, module, stored, relevance):
+        '''Let the rule propagate through a linear layer without bias, of which the weights are the factors.'''
+        addends, weight = stored
+        layer = torch.nn.Linear(*weight.shape[::-1], bias=False)
+        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+        rule, addends = self.rule.copy(), addends.requires_grad_()
+        handles = rule.register(layer)
+        with torch.enable_grad():
+            output = layer(addends)
+        lower, = torch.autograd.grad(output, addends, relevance[..., None])
+        handles.remove()
+        return lower.unbind(-1)
+
+
+class Duplicate(SinglePass):
+    '''All addends receive all of the relevance, as the gradient would have it. It is doubled by each residual block.'''
+    def store(self, module, *inputs):
+        '''Keep the number of addends.'''
+        return (torch.tensor(len(inputs)),)
+
+    def propagate(self, module, stored, relevance):
+        '''Pass relevance on to each addend.'''
+        return (relevance,) * int(stored[0])
+
+
+class ClassicLRP(_Transaction, LayerMapComposite):
+    '''One of the classic rules of LRP for all linear layers and convolutions of a network.
+
+    Relevance passes activations and normalizations. Average poolings share it in proportion to their inputs (Zennit's
+    ``Norm``), max poolings give it to the maximum. Zennit's rules keep the input of a layer's last call only, so no
+    layer may be used more than once.
+
+    Parameters
+    ----------
+    rule: str, optional
+        ``'lrp0'`` LRP-0, Eq. (1); ``'epsilon'`` (default) LRP-epsilon, Eq. (4); ``'gamma'`` LRP-gamma, Eq. (3);
+        ``'alpha_beta'`` LRP-alpha-beta, Eq. (5); ``'zplus'`` LRP-z+; ``'wsquare'`` LRP-w^2.
+    epsilon: callable or float, optional
+        Stabilization parameter of ``'epsilon'``, with Zennit's convention of signs. Callables ``(denominator) ->
+        stabilized denominator`` may have another.
+    gamma: float, optional
+        How much ``'gamma'`` enlarges contributions.
+    alpha: float, optional
+        Multiplier of positive contributions of ``'alpha_beta'``.
+    beta: float, optional
+        Multiplier of negative contributions of ``'alpha_beta'``, 1 - alpha. Zennit's has the opposite sign.
+    with_bias: bool, optional
+        Whether biases are part of the denominators, as in Zennit. Default is ``False``, as in the equations.
+    addition: str, optional
+        What skip connections and residual branches receive, on which the paper is silent: ``'rule'`` (default) what the
+        rule for linear layers gives to inputs with weights of one, as in Definition 1; ``'ratio'`` or ``'symmetric'``
+        what relevance splitting gives to them, see :py:class:`~zennit_resnet.composites.ResNetLRP`; ``'duplicate'`` all
+        relevance each, without splitting.
+    batch_norm: str, optional
+        Whether batch normalization is folded into the linear layer before it (``'merge'``, default), or passed
+        (``'pass'``).
+    stabilizer: callable or float, optional
+        Stabilization parameter of all rules but ``'epsilon'``. By default, contributions to denominators of zero are
+        zero, and nothing is added to others.
+    layer_map: list[tuple[tuple[torch.nn.Module, ...], Hook]], optional
+        A mapping as a list of tuples, with a tuple of applicable module types and a Hook. This will be prepended to
+        the ``layer_map`` defined by the composite.
+    canonizers: list[:py:class:`zennit.canonizers.Canonizer`], optional
+        List of canonizer instances to be applied before applying hooks. The composite adds its own.
+
+    Raises
+    ------
+    ValueError
+        If an argument is not one of its choices, or if alpha and beta do not sum to one.
+    '''
+    # pylint: disable=too-many-arguments
+    def __init__(
+        self,
+        rule='epsilon',
+        epsilon=0.01,
+        gamma=0.25,
+        alpha=2.,
+        beta=-1.,
+        with_bias=False,
+        addition='rule',
+        batch_norm='merge',
+        stabilizer=drop_zero,
+        layer_map=None,
+        canonizers=None,
+    ):
+        check_choice('rule', rule, RULES)
+        check_choice('addition', addition, ADDITION)
+        settings = {'zero_params': None if with_bias else 'bias'}
+        stabilized = {'stabilizer': stabilizer, **settings}
+        if rule == 'alpha_beta' and alpha - (-beta) == 1. and alpha >= 0. >= beta:
+            linear = AlphaBeta(alpha, -beta, **stabilized)
+        else:
+            linear = {
+                'lrp0': lambda: Epsilon(stabilizer, **settings),
+                'epsilon': lambda: Epsilon(epsilon, **settings),
+                'gamma': lambda: Gamma(gamma, **stabilized),
+                'alpha_beta': lambda: SignedAlphaBeta(alpha, beta, **stabilized),
+                'zplus': lambda: ZPlus(**stabilized),
+                'wsquare': lambda: WSquare(**stabilized),
+            }[rule]()
+        split = {
+            'rule': lambda: LinearSum(linear), 'duplicate': Duplicate, **SPLITTING,
+        }[addition]()
+        layer_map = ([] if layer_map is None else list(layer_map)) + [
+            (Addition, split),
+            (Gate, SignalTakesAll()),
+            (Padding, Uncrop()),
+            (torch.nn.MultiheadAttention, None),
+            ((Activation, *NORMALIZATION), PassThrough()),
+            (AvgPool, Norm(stabilizer)),
+            ((Convolution, torch.nn.Linear), linear),
+        ]
+        super().__init__(layer_map=layer_map, canonizers=_with_canonizer(canonizers, batch_norm))
