@@ -9,8 +9,9 @@ import torch
 from golden_cases import golden_cases, relative_error, tensor
 from networks import UserNetwork, randomize
 
-from captum_adapters.metrics import _common, _perturbed, curves
-from captum_adapters.metrics._common import NegativeMapWarning, check_target, pixel_maps, select_target
+from captum_adapters import _common
+from captum_adapters._common import NegativeMapWarning, check_target, pixel_maps, select_target
+from captum_adapters.metrics import _perturbed, curves
 from captum_adapters.metrics.curves import insertion_deletion
 
 ROOT = Path(__file__).parent.parent

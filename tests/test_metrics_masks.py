@@ -8,8 +8,8 @@ import pytest
 import torch
 from golden_cases import golden_cases, tensor
 
+from captum_adapters._common import NegativeMapWarning
 from captum_adapters.metrics import boxes_to_masks, conservation_gap, mask_distance, mask_pointing, masks, top_fraction
-from captum_adapters.metrics._common import NegativeMapWarning
 from captum_adapters.metrics.masks import distance_maps
 from captum_adapters.metrics.ranking import PERCENTS
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from golden_cases import golden_cases, tensor
 
+from captum_adapters._common import NegativeMapWarning
 from captum_adapters.metrics import _top, cross_model_accuracy, keep_top, pixel_accuracy, ranking, top_fraction
-from captum_adapters.metrics._common import NegativeMapWarning
 from captum_adapters.metrics._top import descending_order, descending_ranks, top_counts
 from captum_adapters.metrics.ranking import PERCENTS
 from zennit_resnet.image import read_image

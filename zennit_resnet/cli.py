@@ -3,6 +3,7 @@ import copy
 import inspect
 import re
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -18,6 +19,7 @@ from . import __version__
 from .attribution import VALUES, initial_relevance
 from .canonizers import UnsupportedOperation
 from .composites import with_splitting
+from .conservation import conservation_ledger
 from .image import draw_comparison, draw_heatmap, draw_overlay, read_image
 from .models import load_classifier
 from .postprocess import c1c, c3, heat_quantization, sum_channels
@@ -135,13 +137,7 @@ class Method:
         initial: list[float]
             The initial relevance of each sample.
         '''
-        targets = torch.zeros(len(input), dtype=torch.long)
-
-        def attr_output(output):
-            '''The relevance at the output, for which targets may have to be predicted.'''
-            targets.copy_(output.argmax(1) if target is None else torch.as_tensor(target).expand(len(output)))
-            return initial_relevance(targets, 'one' if self.name == INPUT_X_GRADIENT else value)(output)
-
+        attr_output, targets = self._start(input, target, 'one' if self.name == INPUT_X_GRADIENT else value)
         # Zennit 1.0.0 does not restore a model completely after merging batch normalization
         model = copy.deepcopy(classifier.model) if self.splitting == 'zennit' else classifier.model
         output, relevance = Gradient(model=model, composite=self.composite(classifier))(input, attr_output)
@@ -151,6 +147,37 @@ class Method:
         output = output.detach()
         initial = initial_relevance(targets, value)(output).double().sum(1)
         return output, relevance.detach(), targets.tolist(), initial.tolist()
+
+    def ledger(self, classifier, input, target=None, value='logit'):
+        '''Find out where relevance is lost or gained.
+
+        Parameters
+        ----------
+        classifier, input, target, value:
+            See :py:meth:`attribute`.
+
+        Returns
+        -------
+        ledger: :py:obj:`zennit_resnet.conservation.Ledger`
+            The ledger.
+        target: list[int]
+            The explained class of each sample.
+        '''
+        attr_output, targets = self._start(input, target, 'logit' if self.name == INPUT_X_GRADIENT else value)
+        ledger = conservation_ledger(classifier.model, input, self.composite(classifier), attr_output)
+        return ledger, targets.tolist()
+
+    @staticmethod
+    def _start(input, target, value):
+        '''The relevance at the output as a function of it, and a tensor for the targets, which may be predicted.'''
+        targets = torch.zeros(len(input), dtype=torch.long)
+
+        def attr_output(output):
+            '''Remember the targets.'''
+            targets.copy_(output.argmax(1) if target is None else torch.as_tensor(target).expand(len(output)))
+            return initial_relevance(targets, value)(output)
+
+        return attr_output, targets
 
     def heatmap(self, relevance):
         '''Get the heatmap to draw.
@@ -193,7 +220,7 @@ class Session:
     methods: list[str]
         Names of methods, see :py:class:`Method`.
     options: dict
-        Values of the options that all commands have, see :py:func:`common_options`.
+        Values of the options that several commands have, see :py:func:`common_options` and :py:func:`heatmap_options`.
 
     Raises
     ------
@@ -206,7 +233,7 @@ class Session:
         self.value = options['value']
         self.batch_size = options['batch_size']
         self.failed = False
-        postprocess, levels = options['postprocess'], options['quantize']
+        postprocess, levels = options.get('postprocess', 'none'), options.get('quantize', 0)
         if levels == 1:
             raise click.ClickException('--quantize 1 leaves nothing to see: choose at least 2 levels, or 0 for none')
         if levels and postprocess in ('c1c', 'c3'):
@@ -252,9 +279,21 @@ class Session:
                 yield paths, torch.stack(inputs).to(self.device)
 
     def attribute(self, method, input, target):
-        '''Compute relevance, see :py:func:`Method.attribute`.'''
-        try:
+        '''Compute relevance, see :py:meth:`Method.attribute`.'''
+        with self._errors(method, input):
             return method.attribute(self.classifier, input, target, self.value)
+
+    def ledger(self, method, input, target):
+        '''Find out where relevance is lost, see :py:meth:`Method.ledger`.'''
+        with self._errors(method, input):
+            return method.ledger(self.classifier, input, target, self.value)
+
+    @staticmethod
+    @contextmanager
+    def _errors(method, input):
+        '''End the program with a message if a method can not be used.'''
+        try:
+            yield
         except UnsupportedOperation as error:
             raise click.ClickException(f'{method.text}: {" ".join(str(error).split())}') from error
         except torch.cuda.OutOfMemoryError as error:
@@ -274,39 +313,58 @@ class Session:
             sys.exit(1)
 
 
-def common_options(command):
-    '''Add the options that all commands have.'''
-    for decorator in reversed([
-        click.argument('images', metavar='IMAGE...', nargs=-1, required=True, type=click.Path(path_type=Path)),
-        click.option('--model', help='Classification model of torchvision.  [default: resnet50]'),
-        click.option(
-            '--weights', metavar='NAME|PATH',
-            help='Name of weights which torchvision downloads, such as DEFAULT, or a state dict (.pt, .pth, '
-            '.safetensors).  [default without --model: the embedded ResNet-50 with 10 classes]'
-        ),
-        click.option(
-            '--size', type=click.IntRange(min=1),
-            help='For a local state dict, photographs are resized to a square of this side.  [default: 224]'
-        ),
-        click.option('--target', metavar='NUMBER|NAME', help='The class to explain.  [default: the predicted class]'),
-        click.option(
-            '--value', type=click.Choice(VALUES), default='logit', show_default=True,
-            help='What relevance starts from: the target\'s logit, its softmax probability, or one.'
-        ),
-        click.option(
-            '--postprocess', type=click.Choice(POSTPROCESSING), default='none', show_default=True,
-            help='What is done to heatmaps before they are drawn: heat quantization, the largest connected component '
-            '(C1C), or what it and the largest contour have in common (C3).'
-        ),
-        click.option(
-            '--quantize', metavar='LEVELS', type=click.IntRange(min=0), default=0,
-            help=f'The same as --postprocess quantize, to this number of levels.  [default: {LEVELS}]'
-        ),
-        click.option('--device', help='Device of PyTorch.  [default: cuda if available, else cpu]'),
-        click.option('--batch-size', type=click.IntRange(min=1), default=8, show_default=True),
-    ]):
-        command = decorator(command)
-    return command
+def add_options(options):
+    '''Create a function that adds options to a command.'''
+    def decorate(command):
+        '''Add them such that they are listed in their order.'''
+        for option in reversed(options):
+            command = option(command)
+        return command
+    return decorate
+
+
+common_options = add_options([
+    click.argument('images', metavar='IMAGE...', nargs=-1, required=True, type=click.Path(path_type=Path)),
+    click.option('--model', help='Classification model of torchvision.  [default: resnet50]'),
+    click.option(
+        '--weights', metavar='NAME|PATH',
+        help='Name of weights which torchvision downloads, such as DEFAULT, or a state dict (.pt, .pth, '
+        '.safetensors).  [default without --model: the embedded ResNet-50 with 10 classes]'
+    ),
+    click.option(
+        '--size', type=click.IntRange(min=1),
+        help='For a local state dict, photographs are resized to a square of this side.  [default: 224]'
+    ),
+    click.option('--target', metavar='NUMBER|NAME', help='The class to explain.  [default: the predicted class]'),
+    click.option(
+        '--value', type=click.Choice(VALUES), default='logit', show_default=True,
+        help='What relevance starts from: the target\'s logit, its softmax probability, or one.'
+    ),
+    click.option('--device', help='Device of PyTorch.  [default: cuda if available, else cpu]'),
+    click.option('--batch-size', type=click.IntRange(min=1), default=8, show_default=True),
+])
+heatmap_options = add_options([
+    click.option(
+        '--postprocess', type=click.Choice(POSTPROCESSING), default='none', show_default=True,
+        help='What is done to heatmaps before they are drawn: heat quantization, the largest connected component '
+        '(C1C), or what it and the largest contour have in common (C3).'
+    ),
+    click.option(
+        '--quantize', metavar='LEVELS', type=click.IntRange(min=0), default=0,
+        help=f'The same as --postprocess quantize, to this number of levels.  [default: {LEVELS}]'
+    ),
+])
+method_options = add_options([
+    click.option(
+        '--method', default='resnet_lrp_ratio', show_default=True,
+        help=f'Name of a composite in Zennit\'s COMPOSITES, or {INPUT_X_GRADIENT}.'
+    ),
+    click.option(
+        '--splitting', type=click.Choice(SPLITTINGS), default='none', show_default=True,
+        help='Splitting at skip connections for a method that does not split by itself: by our rules, or as Zennit\'s '
+        'ResNetCanonizer.'
+    ),
+])
 
 
 def is_negative(relevance):
@@ -349,15 +407,8 @@ def main():
 
 @main.command()
 @common_options
-@click.option(
-    '--method', default='resnet_lrp_ratio', show_default=True,
-    help=f'Name of a composite in Zennit\'s COMPOSITES, or {INPUT_X_GRADIENT}.'
-)
-@click.option(
-    '--splitting', type=click.Choice(SPLITTINGS), default='none', show_default=True,
-    help='Splitting at skip connections for a method that does not split by itself: by our rules, or as Zennit\'s '
-    'ResNetCanonizer.'
-)
+@heatmap_options
+@method_options
 @click.option(
     '--out', type=click.Path(path_type=Path), default='heatmaps', show_default=True, help='Folder to write to.'
 )
@@ -401,6 +452,7 @@ def explain(images, method, splitting, out, **options):
 
 @main.command()
 @common_options
+@heatmap_options
 @click.option(
     '--methods', default=DEFAULT_METHODS, show_default=True,
     help='Methods as for explain, separated by commas, where +ratio, +symmetric or +zennit adds splitting, and '
@@ -457,4 +509,51 @@ def compare(images, methods, show, out, **options):
         for (text, note), names in notes.items():
             which = 'all' if len(names) == len(rows) else ', '.join(names)
             tqdm.write(f'  {text}: {note} ({which})', file=sys.stdout)
+    session.finish()
+
+
+@main.command()
+@common_options
+@method_options
+@click.option(
+    '--tolerance', type=click.FloatRange(min=0), default=1e-4, show_default=True,
+    help='Largest part of the initial relevance that a layer, or the whole network, may lose or gain.'
+)
+@click.option('--blocks', is_flag=True, help='List blocks in the place of layers.')
+@click.option(
+    '--out', type=click.Path(path_type=Path), default='ledgers', show_default=True, help='Folder to write to.'
+)
+def ledger(images, method, splitting, tolerance, blocks, out, **options):
+    '''Show how much relevance arrives at each layer and leaves it, and where the rest went.
+
+    Writes a plot, a table (CSV), and all as JSON. The exit status is 1 if relevance is not conserved.
+    '''
+    session = Session(images, [method if splitting == 'none' else f'{method}+{splitting}'], options)
+    make_folder(out)
+    stems = unique_stems(session.images)
+    classes = session.classifier.classes
+    for paths, input in session.batches():
+        batch, targets = session.ledger(session.methods[0], input, session.target)
+        for num, (path, target) in enumerate(zip(paths, targets)):
+            single, stem = batch.example(num), out / stems[path]
+            figure = single.plot(tolerance=tolerance)
+            figure.suptitle(f'{path.name}: {session.methods[0].text}, {classes[target]}')
+            try:
+                figure.savefig(f'{stem}_ledger.png')
+                single.to_csv(f'{stem}_ledger.csv')
+                single.to_json(f'{stem}_ledger.json')
+            except OSError as error:
+                raise click.ClickException(f'cannot write {stem}_ledger.*: {error.strerror or error}') from error
+            deviation = float(single.deviation())
+            is_conserved = deviation <= tolerance
+            session.failed |= not is_conserved
+            tqdm.write('\n'.join([
+                str(path),
+                f'  target     {classes[target]} (class {target})',
+                f'  written    {stem}_ledger.png, _ledger.csv, _ledger.json',
+                single.table(tolerance=tolerance, blocks=blocks),
+                f'{"conserved" if is_conserved else "not conserved"}: the largest deviation is {deviation:.2g} of the '
+                f'initial relevance, the tolerance is {tolerance:g}',
+            ]), file=sys.stdout)
+            session.bar.update()
     session.finish()

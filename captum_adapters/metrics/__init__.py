@@ -3,6 +3,7 @@
 Functions on tensors, with one value for each example.
 """
 
+from captum_adapters._common import NegativeMapWarning
 from captum_adapters.metrics._top import top_fraction
 from captum_adapters.metrics.curves import InsertionDeletion, insertion_deletion
 from captum_adapters.metrics.masks import (
@@ -33,6 +34,7 @@ __all__ = [
     "Interval",
     "MaskDistance",
     "MaskPointing",
+    "NegativeMapWarning",
     "PixelAccuracy",
     "bootstrap_interval",
     "boxes_to_masks",

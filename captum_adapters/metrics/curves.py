@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from captum._utils.typing import BaselineType, TargetType
 from torch import Tensor
 
-from captum_adapters.metrics._common import (
+from captum_adapters._common import (
     check_baselines,
     check_images,
     check_range,

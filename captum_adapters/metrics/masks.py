@@ -7,7 +7,7 @@ import torch
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
-from captum_adapters.metrics._common import (
+from captum_adapters._common import (
     pixel_maps,
     single_tensor,
     warn_negative_maps,

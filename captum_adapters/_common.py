@@ -1,4 +1,4 @@
-"""Checks and steps that all metrics share."""
+"""Checks and steps that attribution classes and metrics share."""
 
 import warnings
 from typing import Any, Callable, Optional, Union
