@@ -12,7 +12,7 @@ from torchvision.models import resnet18
 from zennit.attribution import Gradient
 from zennit.rules import AlphaBeta, Epsilon, Gamma, WSquare
 
-from zennit_resnet import initial_relevance
+from zennit_resnet import ResNetLRP, initial_relevance
 from zennit_resnet.classic import ADDITION, SETTINGS, ClassicLRP, Duplicate, LinearSum, SignedAlphaBeta, drop_zero
 from zennit_resnet.layer import Addition
 
@@ -275,6 +275,50 @@ def test_network(name, addition):
     if addition != 'duplicate' and SETTINGS[name]['rule'] in ('lrp0', 'gamma'):
         # there is no unit without any contribution here
         torch.testing.assert_close(relevance.sum((1, 2, 3)), torch.ones(2).double(), rtol=1e-6, atol=0)
+
+
+class SamePadding(torch.nn.Conv2d):
+    '''A convolution with a forward of its own.'''
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.pad = torch.nn.ZeroPad2d(1)
+
+    def forward(self, input):
+        '''Convolution of the padded input.'''
+        return torch.nn.functional.conv2d(self.pad(input), self.weight, self.bias, self.stride)
+
+
+@pytest.mark.parametrize('name', SETTINGS)
+def test_own_forward(name):
+    '''Convolutions with a forward of their own are treated as those with the same padding.'''
+    if name == 'lrp_wsquare':
+        pytest.skip('what the padding receives is lost or goes to the border')
+    networks = []
+    for kind, padding in ((torch.nn.Conv2d, 1), (SamePadding, 0)):
+        torch.manual_seed(0)
+        networks.append(randomize(torch.nn.Sequential(
+            kind(3, 4, 3, 2, padding), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), kind(4, 4, 3, 1, padding),
+            torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(100, 3),
+        )).double().eval())
+    input, relevance = torch.randn(2, 3, 10, 10).double(), []
+    for network in networks:
+        with Gradient(model=network, composite=ClassicLRP(**SETTINGS[name])) as attributor:
+            relevance.append(attributor(input, initial_relevance([0, 2]))[1])
+    assert relative_error(*relevance) < 1e-9
+
+
+def test_zplus_is_ours():
+    '''Zennit's z+ rule with our splitting is the single-pass rule, as printed.'''
+    # all poolings have inputs which are not negative here
+    model, input = randomize(resnet18()).double().eval(), torch.randn(2, 3, 40, 40).double()
+    relevance = []
+    for composite in (
+        ClassicLRP('zplus', addition='ratio', batch_norm='pass'),
+        ResNetLRP(projection='literal', coverage='literal', dead_units='drop'),
+    ):
+        with Gradient(model=model, composite=composite) as attributor:
+            relevance.append(attributor(input, initial_relevance([0, 2]))[1])
+    assert relative_error(*relevance) < 1e-9
 
 
 def test_additions_differ():

@@ -24,7 +24,7 @@ from zennit.types import Activation, AvgPool, Convolution
 from .composites import NORMALIZATION, SPLITTING, _Transaction, _with_canonizer
 from .core import SinglePass
 from .layer import Addition, Gate, Padding
-from .rules import PassThrough, SignalTakesAll, Uncrop, check_choice
+from .rules import PassThrough, SignalTakesAll, Uncrop, check_choice, is_plain
 
 RULES = ('lrp0', 'epsilon', 'gamma', 'alpha_beta', 'zplus', 'wsquare')
 ADDITION = ('rule', *SPLITTING, 'duplicate')
@@ -244,4 +244,26 @@ class ClassicLRP(_Transaction, LayerMapComposite):
             (AvgPool, Norm(stabilizer)),
             ((Convolution, torch.nn.Linear), linear),
         ]
+        self.linear = linear
         super().__init__(layer_map=layer_map, canonizers=_with_canonizer(canonizers, batch_norm))
+
+    def mapping(self, ctx, name, module):
+        '''Get the hook of a module.
+
+        Parameters
+        ----------
+        ctx: dict
+            A context dictionary to keep track of previously registered hooks.
+        name: str
+            Name of the module.
+        module: obj:`torch.nn.Module`
+            Instance of the module to find a hook for.
+
+        Returns
+        -------
+        obj:`Hook` or None
+            The hook found, or None if no applicable hook was found.
+        '''
+        hook = super().mapping(ctx, name, module)
+        # the canonizer looks inside of layers with a forward of their own, and finds the functional convolution
+        return None if hook is self.linear and not is_plain(module) else hook

@@ -1,0 +1,296 @@
+"""Attribution classes for Captum.
+
+LRP of residual networks by the composites of :mod:`zennit_resnet.composites`, in
+Captum's manner. The classes for layers and of other methods are listed here as well.
+"""
+
+from typing import Any, Callable, Optional, Union
+
+from torch import Tensor
+from torch.nn import Module
+
+import zennit_resnet.composites as composites
+from captum_adapters.composite import (
+    CompositeAttribution,
+    InitialRelevance,
+    Postprocess,
+)
+from captum_adapters.layer import LayerRelevance
+from captum_adapters.perturbation import RISE
+from captum_adapters.score_cam import ScoreCAM
+
+__all__ = [
+    "C3LRP",
+    "CompositeAttribution",
+    "LayerRelevance",
+    "RISE",
+    "RelativeLRP",
+    "ResNetLRP",
+    "ScoreCAM",
+]
+
+Stabilizer = Union[float, Callable[[Tensor], Tensor]]
+LayerMap = list[tuple[Any, Any]]
+
+
+class ResNetLRP(CompositeAttribution):
+    r"""LRP for ResNet (Otsuki et al. 2024): splitting at skip connections, and z+.
+
+    At the addition which ends a block, relevance is split between the skip connection
+    :math:`h_s` and the residual branch :math:`h_m`, Eqs. (4) to (7): by
+    :math:`|h_s| / (|h_s| + |h_m|)` or in half. All other layers have the z+ rule, Eq.
+    (2). Relevance is conserved, so that attributions sum to the target's logit, and the
+    delta is what rounding leaves of it.
+
+    Works for any residual network: additions are found wherever the network computes
+    them.
+
+    Args:
+
+        model (torch.nn.Module): The network, in evaluation mode.
+        splitting (str, optional): `"ratio"` by the magnitudes of both branches, or
+                `"symmetric"` in half.
+                Default: `"ratio"`
+        identity_skip (bool, optional): Whether identity skip connections receive any
+                relevance (ablation).
+                Default: True
+        batch_norm (str, optional): `"pass"` relevance unchanged, or `"merge"` batch
+                normalization with the layer before it.
+                Default: `"pass"`
+        first_layer (str, optional): Rule of the first layer: `"zplus"`, `"literal"`,
+                `"ones"`, `"zbox"`, `"wsquare"` or `"flat"`, see
+                :class:`zennit_resnet.rules.ZPlus`.
+                Default: `"zplus"`
+        projection (str, optional): Propagation through strided projections, `"spread"`
+                or `"literal"`, which leaves a lattice of dots.
+                Default: `"spread"`
+        dead_units (str, optional): `"spread"` or `"drop"` the relevance of units
+                without positive contributions.
+                Default: `"spread"`
+        maxpool (str, optional): Propagation through max pooling, to the `"winner"`, or
+                as `"average"` or `"avg2x2"`.
+                Default: `"winner"`
+        stabilizer (float or callable, optional): Stabilizer of denominators.
+                Default: 0
+        layer_map (list, optional): Pairs of module types and Zennit hooks that precede
+                those of the composite.
+                Default: None
+        canonizers (list, optional): Further canonizers of Zennit.
+                Default: None
+        low (Tensor or float, optional): Lowest possible input, for `"zbox"`.
+                Default: None
+        high (Tensor or float, optional): Highest possible input, for `"zbox"`.
+                Default: None
+        coverage (str, optional): Propagation through overlapping windows with a stride,
+                `"even"` or `"literal"`, which leaves a fine lattice.
+                Default: None, `"even"` if `projection` is `"spread"`
+        initial_relevance (str or callable, optional): What the target starts with, see
+                :class:`CompositeAttribution`.
+                Default: `"logit"`
+        postprocess (str or callable, optional): Post-processing of heatmaps, see
+                :class:`CompositeAttribution`. The paper's is `"heat_quantization"`,
+                which does not conserve relevance.
+                Default: None
+
+    Raises:
+        TypeError: If `model` is not a module.
+        ValueError: If an argument is not one of its choices.
+
+    Examples::
+
+        >>> import torch
+        >>> from torchvision.models import resnet18
+        >>> from captum_adapters.attr import ResNetLRP
+        >>> net, images = resnet18().eval(), torch.rand(2, 3, 32, 32)
+        >>> lrp = ResNetLRP(net, splitting="symmetric", initial_relevance="softmax")
+        >>> attributions = lrp.attribute(images, target=3)
+        >>> torch.allclose(attributions.sum((1, 2, 3)), net(images).softmax(1)[:, 3])
+        True
+    """
+
+    _name = "ResNet LRP"
+
+    def __init__(
+        self,
+        model: Module,
+        splitting: str = "ratio",
+        identity_skip: bool = True,
+        batch_norm: str = "pass",
+        first_layer: str = "zplus",
+        projection: str = "spread",
+        dead_units: str = "spread",
+        maxpool: str = "winner",
+        stabilizer: Stabilizer = 0.0,
+        layer_map: Optional[LayerMap] = None,
+        canonizers: Optional[list[Any]] = None,
+        low: Union[None, float, Tensor] = None,
+        high: Union[None, float, Tensor] = None,
+        coverage: Optional[str] = None,
+        *,
+        initial_relevance: InitialRelevance = "logit",
+        postprocess: Postprocess = None,
+    ) -> None:
+        composite = composites.ResNetLRP(
+            splitting=splitting,
+            identity_skip=identity_skip,
+            batch_norm=batch_norm,
+            first_layer=first_layer,
+            projection=projection,
+            dead_units=dead_units,
+            maxpool=maxpool,
+            stabilizer=stabilizer,
+            layer_map=layer_map,
+            canonizers=canonizers,
+            low=low,
+            high=high,
+            coverage=coverage,
+        )
+        super().__init__(model, composite, initial_relevance, postprocess)
+
+
+class RelativeLRP(CompositeAttribution):
+    r"""Relative LRP (Nyiri & Gibaru, R-LRP): contributions without divisions.
+
+    The contribution of neuron i is :math:`z_i = \frac{Card(J_i)}{N} \sum_{j \in J_i}
+    \frac{1}{M_j} w_{ij} x_i z_j` (Definition 9), and branches of residual blocks are
+    rescaled (Proposition 14). Every layer multiplies by its inputs, so contributions
+    are not conserved: only their ratios within one example have a meaning, each example
+    has a scale of its own, and the delta tells nothing. The natural logarithm of the
+    scale is `composite.log_scale`, of the last (part of the) batch.
+
+    Args:
+
+        model (torch.nn.Module): The network, in evaluation mode.
+        cardinality (str, optional): Card(J), `"constant"` for all inputs of a layer, or
+                counted `"per_position"`.
+                Default: `"constant"`
+        normalization (str, optional): Branches are rescaled by their `"signed"` sums as
+                in the paper, or by `"l1"`, sums of magnitudes.
+                Default: `"signed"`
+        batch_norm (str, optional): `"merge"` batch normalization with the layer before
+                it, or `"pass"` contributions unchanged.
+                Default: `"merge"`
+        layer_map (list, optional): Pairs of module types and Zennit hooks that precede
+                those of the composite.
+                Default: None
+        canonizers (list, optional): Further canonizers of Zennit.
+                Default: None
+        initial_relevance (str or callable, optional): What the target starts with, see
+                :class:`CompositeAttribution`.
+                Default: `"logit"`
+        postprocess (str or callable, optional): Post-processing of heatmaps, see
+                :class:`CompositeAttribution`.
+                Default: None
+
+    Raises:
+        TypeError: If `model` is not a module.
+        ValueError: If an argument is not one of its choices.
+
+    Examples::
+
+        >>> import torch
+        >>> from torchvision.models import resnet18
+        >>> from captum_adapters.attr import RelativeLRP
+        >>> net, images = resnet18().eval(), torch.rand(2, 3, 32, 32)
+        >>> attributions = RelativeLRP(net).attribute(images, target=[3, 7])
+        >>> share = attributions / attributions.abs().amax((1, 2, 3), keepdim=True)
+    """
+
+    _name = "Relative LRP"
+
+    def __init__(
+        self,
+        model: Module,
+        cardinality: str = "constant",
+        normalization: str = "signed",
+        batch_norm: str = "merge",
+        layer_map: Optional[LayerMap] = None,
+        canonizers: Optional[list[Any]] = None,
+        *,
+        initial_relevance: InitialRelevance = "logit",
+        postprocess: Postprocess = None,
+    ) -> None:
+        composite = composites.RelativeLRP(
+            cardinality=cardinality,
+            normalization=normalization,
+            batch_norm=batch_norm,
+            layer_map=layer_map,
+            canonizers=canonizers,
+        )
+        super().__init__(model, composite, initial_relevance, postprocess)
+
+
+class C3LRP(CompositeAttribution):
+    r"""C³-LRP (Doublet et al.): a block as one layer, then contour and component.
+
+    A block with input z, output z' and Jacobian J propagates :math:`R_z = z \odot J^T
+    (R_{z'} / z')`, Eqs. (1) and (2). The heatmap is then restricted to what the
+    interior of its largest contour and its largest component have in common. Without
+    that, it is Gradient × Input up to a factor.
+
+    With post-processing, the channels have equal parts of the heatmap, so that their
+    sum is the heatmap. The delta is what biases absorb, and what was cut off.
+
+    Args:
+
+        model (torch.nn.Module): The network, in evaluation mode.
+        epsilon (float or callable, optional): Stabilizer of denominators.
+                Default: 1e-6
+        mode (str, optional): `"sign"` adds it with the sign of the denominator,
+                `"plus"` as printed.
+                Default: `"sign"`
+        blocks (type, tuple, list or callable, optional): Which modules are blocks, by
+                type, name or a predicate `(name, module) -> bool`.
+                Default: None, for modules that add tensors in their own forward
+        layer_map (list, optional): Pairs of module types and Zennit hooks that precede
+                those of the composite.
+                Default: None
+        canonizers (list, optional): Further canonizers of Zennit.
+                Default: None
+        postprocess (str or callable, optional): Post-processing of heatmaps, see
+                :class:`CompositeAttribution`. `None` for the block rule alone, which is
+                for inputs of any shape.
+                Default: `"c3"`
+        initial_relevance (str or callable, optional): What the target starts with, see
+                :class:`CompositeAttribution`.
+                Default: `"logit"`
+
+    Raises:
+        TypeError: If `model` is not a module, or `blocks` is none of the above.
+        ValueError: If an argument is not one of its choices.
+
+    Examples::
+
+        >>> import torch
+        >>> from torchvision.models import resnet18
+        >>> from captum_adapters.attr import C3LRP
+        >>> net, images = resnet18().eval(), torch.rand(2, 3, 64, 64)
+        >>> heatmaps = C3LRP(net).attribute(images, target=3).sum(1)
+        >>> heatmaps.shape
+        torch.Size([2, 64, 64])
+        >>> C3LRP(net, postprocess=None).attribute(images, target=3).shape
+        torch.Size([2, 3, 64, 64])
+    """
+
+    _name = "C3-LRP"
+
+    def __init__(
+        self,
+        model: Module,
+        epsilon: Stabilizer = 1e-6,
+        mode: str = "sign",
+        blocks: Any = None,
+        layer_map: Optional[LayerMap] = None,
+        canonizers: Optional[list[Any]] = None,
+        *,
+        postprocess: Postprocess = "c3",
+        initial_relevance: InitialRelevance = "logit",
+    ) -> None:
+        composite = composites.BlockLRP(
+            epsilon=epsilon,
+            mode=mode,
+            blocks=blocks,
+            layer_map=layer_map,
+            canonizers=canonizers,
+        )
+        super().__init__(model, composite, initial_relevance, postprocess)

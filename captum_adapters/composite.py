@@ -1,0 +1,508 @@
+"""Captum attributions by Zennit composites."""
+
+import typing
+from typing import Any, Callable, Literal, NamedTuple, Optional, Union
+
+import torch
+from captum._utils.common import (
+    _format_additional_forward_args,
+    _format_output,
+    _format_tensor_into_tuples,
+    _is_tuple,
+)
+from captum._utils.typing import TargetType, TensorOrTupleOfTensorsGeneric
+from captum.attr._utils.attribution import GradientAttribution
+from captum.log import log_usage
+from torch import Tensor
+from torch.nn import Module
+from zennit.composites import BetaSmooth, DeconvNet, GuidedBackprop
+from zennit.core import Composite
+
+from captum_adapters._common import check_range, check_target, have_rows
+from captum_adapters.registration import create_composite, registered, unwrap
+from zennit_resnet.postprocess import c1c, c3, heat_quantization, sum_channels
+
+InitialRelevance = Union[str, Callable[[Tensor], Tensor]]
+Postprocess = Union[None, str, Callable[[Tensor], Tensor]]
+
+POSTPROCESS: dict[str, Callable[[Tensor], Tensor]] = {
+    "c3": c3,
+    "c1c": c1c,
+    "heat_quantization": heat_quantization,
+}
+# Composites of Zennit which give sensitivities, and not relevance
+_GRADIENTS = (BetaSmooth, DeconvNet, GuidedBackprop)
+
+
+class Place(NamedTuple):
+    """Where relevance is read off: an edge of the graph of a forward pass.
+
+    The relevance is the gradient that arrives there, or only those parts of it that
+    hooks collect if there is a list for them, times the factor if there is one. An edge
+    alone does not keep the graph alive in older versions of PyTorch.
+    """
+
+    tensor: Tensor
+    edge: Any
+    factor: Optional[Tensor] = None
+    parts: Optional[list[Tensor]] = None
+
+
+# Runs a model, given the module with rules, what to call, inputs and further arguments.
+# Returns the output, and for each layer where to read off its relevance.
+Run = Callable[
+    [Module, Callable[..., Any], tuple[Tensor, ...], tuple[Any, ...]],
+    tuple[Any, list[tuple[Place, ...]]],
+]
+
+
+class CompositeAttribution(GradientAttribution):
+    r"""Attributions by any composite of Zennit, or of :mod:`zennit_resnet.composites`.
+
+    A composite assigns a rule to each layer. Relevance starts at the target and is
+    propagated to the inputs, just as by :class:`zennit.attribution.Gradient`.
+
+    Rules are attached for the duration of a call, and the model is left as it was
+    found, after errors as well. Calls of several threads take turns if they have a
+    model, parts of a model, or a composite in common. Models that they do not share run
+    at the same time. No other thread should run a model while it is explained, though.
+
+    Of :class:`torch.nn.DataParallel` with several devices, the first one does all of
+    the work: replicas have no rules. Use `internal_batch_size` if its memory is short.
+    Of :class:`torch.nn.parallel.DistributedDataParallel` and compiled models, the model
+    inside is used.
+
+    Args:
+
+        model (torch.nn.Module): The network, in evaluation mode.
+        composite (Composite, type or str, optional): An instance, a class that needs no
+                arguments, or a name under which one is registered in Zennit, such as
+                `"resnet_lrp_ratio"`, `"block_lrp"` or `"epsilon_plus_flat"`.
+                Default: `"resnet_lrp_ratio"`
+        initial_relevance (str or callable, optional): What the target starts with:
+                `"logit"` for the output itself, `"softmax"` for its probability among
+                the classes (dimension 1), `"one"` for 1, or a function from the output
+                to a tensor of the same shape, of which the target's value is taken, or
+                everything if there is no target.
+                Default: `"logit"`
+        postprocess (str or callable, optional): Post-processing of heatmaps: `"c3"`,
+                `"c1c"` or `"heat_quantization"` for those of
+                :mod:`zennit_resnet.postprocess`, or a function `(batch, height, width)
+                -> (batch, height, width)`, for instance `functools.partial(c3,
+                size=14)`. It is given the sum over channels, and the channels of the
+                attributions receive equal parts of what it returns, so that their sum
+                is the heatmap. For images only.
+                Default: None
+
+    Raises:
+        TypeError: If `model` is not a module, or `composite` not a composite.
+        ValueError: If a name is unknown.
+
+    Examples::
+
+        >>> import torch
+        >>> from torchvision.models import resnet18
+        >>> from zennit.composites import EpsilonPlus
+        >>> from zennit_resnet import with_splitting
+        >>> from captum_adapters.attr import CompositeAttribution
+        >>> net, images = resnet18().eval(), torch.rand(2, 3, 32, 32)
+        >>> lrp = CompositeAttribution(net, with_splitting(EpsilonPlus()))
+        >>> attributions = lrp.attribute(images, target=[3, 7])
+        >>> attributions.shape
+        torch.Size([2, 3, 32, 32])
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        composite: Union[Composite, type, str] = "resnet_lrp_ratio",
+        initial_relevance: InitialRelevance = "logit",
+        postprocess: Postprocess = None,
+    ) -> None:
+        if not isinstance(model, Module):
+            raise TypeError(
+                "Rules are attached to modules, so the model must be a torch.nn.Module,"
+                f" but it is {type(model).__name__}: put functions into the forward of"
+                " one."
+            )
+        choices = ("logit", "softmax", "one")
+        if not callable(initial_relevance) and initial_relevance not in choices:
+            raise ValueError(
+                f"initial_relevance={initial_relevance!r} is neither"
+                f" {', '.join(map(repr, choices))} nor a function."
+            )
+        if isinstance(postprocess, str) and postprocess not in POSTPROCESS:
+            raise ValueError(
+                f"postprocess={postprocess!r} is neither"
+                f" {', '.join(map(repr, POSTPROCESS))} nor a function."
+            )
+        GradientAttribution.__init__(self, model)
+        self.model = model
+        self.composite = create_composite(composite)
+        self.initial_relevance = initial_relevance
+        self.postprocess = postprocess
+
+    @classmethod
+    def get_name(cls) -> str:
+        """Name for users, as in Captum Insights."""
+        name: str = vars(cls).get("_name") or super().get_name()
+        return name
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        """Whether attributions are contributions, and not sensitivities."""
+        return not isinstance(self.composite, _GRADIENTS)
+
+    def has_convergence_delta(self) -> bool:
+        """Whether there is a convergence delta, which is always so."""
+        return True
+
+    @typing.overload
+    def attribute(
+        self,
+        inputs: TensorOrTupleOfTensorsGeneric,
+        target: TargetType = None,
+        additional_forward_args: object = None,
+        return_convergence_delta: Literal[False] = False,
+        internal_batch_size: Optional[int] = None,
+    ) -> TensorOrTupleOfTensorsGeneric: ...
+
+    @typing.overload
+    def attribute(
+        self,
+        inputs: TensorOrTupleOfTensorsGeneric,
+        target: TargetType = None,
+        additional_forward_args: object = None,
+        *,
+        return_convergence_delta: Literal[True],
+        internal_batch_size: Optional[int] = None,
+    ) -> tuple[TensorOrTupleOfTensorsGeneric, Tensor]: ...
+
+    @log_usage()
+    def attribute(
+        self,
+        inputs: Any,
+        target: TargetType = None,
+        additional_forward_args: object = None,
+        return_convergence_delta: bool = False,
+        internal_batch_size: Optional[int] = None,
+    ) -> Any:
+        r"""
+        Args:
+
+            inputs (Tensor or tuple[Tensor]): Inputs of shape (batch, ...), of floating
+                    point numbers. They are not changed, and need not require gradients.
+            target (int, tuple, Tensor, or list, optional): Output to explain, as in
+                    Captum: an integer or a tensor with a single one for all examples, a
+                    list of integers or a 1D tensor with one for each, a tuple with the
+                    indices of all output dimensions but the batch, or a list of tuples.
+                    Not necessary for a single output.
+                    Default: None
+            additional_forward_args (Any, optional): Further arguments of the model,
+                    after the inputs. There are no attributions for them.
+                    Default: None
+            return_convergence_delta (bool, optional): Whether to return the delta, too.
+                    Default: False
+            internal_batch_size (int, optional): Number of examples to run at once.
+                    Those tensors among `additional_forward_args` that have a row for
+                    each example are divided like the inputs. Results are the same but
+                    for rounding.
+                    Default: None, for all
+
+        Returns:
+            *Tensor* or *tuple[Tensor]* of **attributions**, or 2-element tuple of
+            **attributions**, **delta**:
+
+            - **attributions** (*Tensor* or *tuple[Tensor]*):
+                    Relevance in units of the initial relevance, of the inputs' shape. A
+                    tuple is returned if inputs are a tuple.
+            - **delta** (*Tensor*, returned if return_convergence_delta=True):
+                    Initial relevance minus the sum of attributions, of shape (batch,).
+
+        Raises:
+            ValueError: If the target is missing or out of range, numbers of examples
+                    differ, the output does not depend on the inputs, or inputs are not
+                    images but there is post-processing.
+            TypeError: If inputs are not floating point tensors, the target is not of
+                    integers, or the output is not a tensor.
+            RuntimeError: If the model is in training mode with batch norm or dropout
+                    (by composites of this project), or the composite is in use already.
+            UnsupportedOperation: If there is no rule for an operation of the model.
+
+        Examples::
+
+            >>> import torch
+            >>> from torchvision.models import resnet18
+            >>> from captum_adapters.attr import ResNetLRP
+            >>> net, images = resnet18().eval(), torch.rand(2, 3, 32, 32)
+            >>> attributions, delta = ResNetLRP(net).attribute(
+            ...     images, target=torch.tensor([3, 7]), return_convergence_delta=True)
+            >>> attributions.shape, delta.shape
+            (torch.Size([2, 3, 32, 32]), torch.Size([2]))
+            >>> bool((delta.abs() < 1e-3 * net(images)[[0, 1], [3, 7]].abs()).all())
+            True
+        """
+        (relevance,), initial = self._explain(
+            inputs, target, additional_forward_args, internal_batch_size, _run
+        )
+        relevance = tuple(map(self._postprocess, relevance))
+        attributions = _format_output(_is_tuple(inputs), relevance)
+        if return_convergence_delta:
+            return attributions, self.compute_convergence_delta(relevance, initial)
+        return attributions
+
+    def attribute_future(self) -> None:
+        """This method is not implemented."""
+        raise NotImplementedError(
+            f"attribute_future is not implemented for {type(self).__name__}"
+        )
+
+    def compute_convergence_delta(
+        self, attributions: Union[Tensor, tuple[Tensor, ...]], output: Tensor
+    ) -> Tensor:
+        r"""Initial relevance minus the sum of attributions.
+
+        It is zero if relevance is conserved. What it amounts to otherwise depends on
+        the rules: see the classes.
+
+        Args:
+
+            attributions (Tensor or tuple[Tensor]): Attributions of shape (batch, ...).
+            output (Tensor): Initial relevance, that is, the output to explain unless
+                    there is another `initial_relevance`, of shape (batch,).
+
+        Returns:
+            Tensor: The difference, of shape (batch,).
+
+        Raises:
+            ValueError: If numbers of examples differ.
+
+        Examples::
+
+            >>> import torch
+            >>> from captum_adapters.attr import ResNetLRP
+            >>> lrp = ResNetLRP(torch.nn.Linear(2, 1))
+            >>> attributions = torch.tensor([[1.0, 2.0], [3.0, 5.0]])
+            >>> lrp.compute_convergence_delta(attributions, torch.tensor([3.0, 10.0]))
+            tensor([0., 2.])
+        """
+        initial = output.detach().flatten()
+        # sums of many terms would otherwise have a delta of their own
+        dtype = torch.float32 if output.device.type == "mps" else torch.float64
+        delta = initial.to(dtype)
+        for tensor in _format_tensor_into_tuples(attributions):
+            if len(tensor) != len(initial):
+                raise ValueError(
+                    f"There are attributions of {len(tensor)} examples, but initial"
+                    f" relevance of {len(initial)}."
+                )
+            total = tensor.detach().to(dtype).reshape(len(tensor), -1).sum(1)
+            delta = delta - total.to(delta.device)
+        return delta.to(initial.dtype)
+
+    def _explain(
+        self,
+        inputs: Union[Tensor, tuple[Tensor, ...]],
+        target: TargetType,
+        additional_forward_args: object,
+        internal_batch_size: Optional[int],
+        run: Run,
+    ) -> tuple[list[tuple[Tensor, ...]], Tensor]:
+        """Relevance at one or several layers, and initial relevance (batch,)."""
+        tensors = _check_inputs(inputs)
+        batch = len(tensors[0])
+        index = check_target(target, batch)
+        args = _format_additional_forward_args(additional_forward_args) or ()
+        divided = have_rows(additional_forward_args, batch)
+        size = batch if internal_batch_size is None else internal_batch_size
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(
+                f"internal_batch_size={internal_batch_size!r} is not a positive"
+                " integer."
+            )
+        chunks = []
+        for begin in range(0, batch, size):
+            part = slice(begin, begin + size)
+            chunks.append(
+                self._propagate(
+                    run,
+                    tuple(tensor[part] for tensor in tensors),
+                    None if index is None else index[part],
+                    tuple(arg[part] if cut else arg for arg, cut in zip(args, divided)),
+                )
+            )
+        if len(chunks) == 1:
+            return chunks[0]
+        layers = [
+            tuple(torch.cat(parts) for parts in zip(*layer))
+            for layer in zip(*(chunk[0] for chunk in chunks))
+        ]
+        return layers, torch.cat([chunk[1] for chunk in chunks])
+
+    def _propagate(
+        self,
+        run: Run,
+        tensors: tuple[Tensor, ...],
+        index: Optional[Tensor],
+        args: tuple[Any, ...],
+    ) -> tuple[list[tuple[Tensor, ...]], Tensor]:
+        """Propagate relevance for a part of the batch."""
+        module, forward = unwrap(self.model)
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            registered(self.composite, module),
+        ):
+            # a graph can not be made of tensors which inference mode has created
+            leaves = tuple(_as_constant(elem).requires_grad_() for elem in tensors)
+            args = tuple(
+                _as_constant(arg) if isinstance(arg, Tensor) else arg for arg in args
+            )
+            output, layers = run(module, forward, leaves, args)
+            seed = self._seed(output, index, len(leaves[0]))
+            edges = [
+                place.edge
+                for layer in layers
+                for place in layer
+                if place.edge is not None
+            ]
+            gradients = iter(
+                torch.autograd.grad(output, edges, seed, allow_unused=True)
+                if edges
+                else ()
+            )
+        relevance = [
+            tuple(
+                _relevance(place, None if place.edge is None else next(gradients))
+                for place in layer
+            )
+            for layer in layers
+        ]
+        return relevance, seed.reshape(len(seed), -1).sum(1)
+
+    def _seed(self, output: Any, index: Optional[Tensor], batch: int) -> Tensor:
+        """Initial relevance of the shape of the output."""
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"The model must return a tensor, but returns {type(output).__name__}:"
+                " put it into a module which returns the tensor to explain."
+            )
+        if not output.requires_grad:
+            raise ValueError(
+                "The output does not depend on the inputs by operations that have a"
+                " gradient."
+            )
+        if output.ndim == 0 or len(output) != batch:
+            raise ValueError(
+                f"The output of shape {tuple(output.shape)} has no row for each of"
+                f" {batch} examples."
+            )
+        values = output.detach()
+        if values.dtype in (torch.float16, torch.bfloat16):
+            # relevance is kept in at least single precision
+            values = values.float()
+        if callable(self.initial_relevance):
+            values = self.initial_relevance(values)
+            if not isinstance(values, Tensor) or values.shape != output.shape:
+                shape = getattr(values, "shape", None)
+                raise ValueError(
+                    "initial_relevance must return a tensor of the output's shape"
+                    f" {tuple(output.shape)}, but returns"
+                    f" {type(values).__name__ if shape is None else tuple(shape)}."
+                )
+            if index is None:
+                return values.detach()
+            values = values.detach()
+        elif self.initial_relevance == "one":
+            values = torch.ones_like(values)
+        elif self.initial_relevance == "softmax":
+            if values.ndim < 2 or values.shape[1] == 1:
+                raise ValueError(
+                    "initial_relevance='softmax' is for an output with classes in"
+                    f" dimension 1, but its shape is {tuple(output.shape)}: use"
+                    " 'logit'."
+                )
+            values = values.softmax(1)
+        check_range(output, index)
+        if index is None:
+            return values
+        rows = torch.arange(batch, device=values.device)
+        where = (rows, *index.to(values.device).reshape(batch, -1).unbind(1))
+        seed = torch.zeros_like(values)
+        seed[where] = values[where]
+        return seed
+
+    def _postprocess(self, relevance: Tensor) -> Tensor:
+        """Post-process relevance of images."""
+        function = self.postprocess
+        if function is None:
+            return relevance
+        if isinstance(function, str):
+            function = POSTPROCESS[function]
+        if relevance.ndim != 4:
+            raise ValueError(
+                "Post-processing is for images of shape (batch, channels, height,"
+                f" width), but the shape is {tuple(relevance.shape)}: use"
+                " postprocess=None."
+            )
+        heatmap = function(sum_channels(relevance))
+        expected = (len(relevance), *relevance.shape[2:])
+        if not isinstance(heatmap, Tensor) or heatmap.shape != expected:
+            raise ValueError(
+                f"postprocess must return heatmaps of shape {expected}, but returns"
+                f" {tuple(getattr(heatmap, 'shape', ())) or type(heatmap).__name__}."
+            )
+        part = heatmap[:, None] / relevance.shape[1]
+        return part.to(relevance.dtype).expand_as(relevance).clone()
+
+
+def _run(
+    module: Module,
+    forward: Callable[..., Any],
+    leaves: tuple[Tensor, ...],
+    args: tuple[Any, ...],
+) -> tuple[Any, list[tuple[Place, ...]]]:
+    """Run the model, to read off relevance at its inputs."""
+    # the model may change copies of its inputs in place
+    output = forward(*(leaf.clone() for leaf in leaves), *args)
+    return output, [tuple(Place(leaf, leaf) for leaf in leaves)]
+
+
+def _check_inputs(inputs: Union[Tensor, tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Inputs as a tuple of tensors which can have relevance."""
+    given = inputs if isinstance(inputs, tuple) else (inputs,)
+    for tensor in given:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                "inputs must be a tensor or a tuple of tensors, but there is"
+                f" {type(tensor).__name__}."
+            )
+        if not tensor.is_floating_point():
+            raise TypeError(
+                f"inputs of {tensor.dtype} can not have relevance: give integers as"
+                " additional_forward_args, or explain their embeddings."
+            )
+    if not given or any(
+        tensor.ndim == 0 or len(tensor) != len(given[0]) or not len(tensor)
+        for tensor in given
+    ):
+        raise ValueError(
+            "inputs must have one and the same number of examples, but are of shape"
+            f" {', '.join(str(tuple(tensor.shape)) for tensor in given) or '()'}."
+        )
+    return given
+
+
+def _as_constant(tensor: Tensor) -> Tensor:
+    """A tensor without history, which may be part of a graph."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
+def _relevance(place: Place, gradient: Optional[Tensor]) -> Tensor:
+    """Relevance at a place. Where none arrives, it is zero."""
+    if place.parts is not None:
+        gradient = sum(place.parts[1:], place.parts[0]) if place.parts else None
+    if gradient is None:
+        return torch.zeros_like(place.tensor)
+    gradient = gradient.detach()
+    return gradient if place.factor is None else gradient * place.factor

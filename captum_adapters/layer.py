@@ -1,0 +1,415 @@
+"""Relevance at intermediate layers."""
+
+import re
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from functools import partial
+from typing import Any, Callable, Optional, Union
+
+import torch
+from captum._utils.common import _format_outputs
+from captum._utils.typing import TargetType
+from captum.attr._utils.attribution import LayerAttribution
+from captum.log import log_usage
+from torch import Tensor
+from torch._C import DisableTorchFunction
+from torch._C._autograd import _get_sequence_nr
+from torch.autograd.graph import get_gradient_edge
+from torch.nn import Module
+from torch.nn.modules.module import register_module_forward_pre_hook
+from zennit.core import Composite
+
+from captum_adapters.composite import CompositeAttribution, InitialRelevance, Place
+from zennit_resnet.canonizers import ResidualCanonizer
+from zennit_resnet.graph import walk
+from zennit_resnet.layer import Operation
+
+Layer = Union[Module, str]
+
+
+class LayerRelevance(CompositeAttribution, LayerAttribution):
+    r"""Relevance at the inputs or outputs of layers and blocks.
+
+    The way to heatmaps of lower resolution than the input's (sum over channels), and to
+    the relevance of single channels. The relevance of a layer's output is all that
+    arrives there: for a residual block, what both branches of the next block propagate.
+    The relevance of a layer's input is what this layer propagates to it, and not what
+    others do that use the same tensor: for an addition, the shares of skip connection
+    and residual branch. (All of it counts if a layer returns its input as it is.)
+
+    Besides modules, layers may be given by name. Operations which the network computes
+    by functions only have names: those of additions are `layer1.0.addition`,
+    `layer1.0.addition_1`, ..., see :mod:`zennit_resnet.layer`. The number of a call is
+    added to the names of modules that are called several times, as `layer1.0.relu#2`
+    for the second call.
+
+    Composites such as :class:`~zennit_resnet.composites.BlockLRP` propagate relevance
+    divided by the activation, which is multiplied by it here. It is relevance of the
+    method at the borders of blocks, and its continuation by the gradient inside.
+
+    Args:
+
+        model (torch.nn.Module): The network, in evaluation mode.
+        layer (torch.nn.Module, str or list): One or several layers, as modules or by
+                their names (without the `module.` of wrapped models).
+        composite (Composite, type or str, optional): See :class:`CompositeAttribution`.
+                Default: `"resnet_lrp_ratio"`
+        initial_relevance (str or callable, optional): See
+                :class:`CompositeAttribution`.
+                Default: `"logit"`
+
+    Raises:
+        TypeError: If `model` is not a module, `composite` not a composite, or a layer
+                is neither a module nor a name.
+        ValueError: If a name of a composite or initial relevance is unknown.
+
+    Examples::
+
+        >>> import torch
+        >>> from torchvision.models import resnet18
+        >>> from captum_adapters.attr import LayerRelevance
+        >>> net, images = resnet18().eval(), torch.rand(2, 3, 64, 64)
+        >>> method = LayerRelevance(net, [net.layer1, "layer3.0.addition"])
+        >>> first, third = method.attribute(images, target=3)
+        >>> first.shape, third.shape
+        (torch.Size([2, 64, 16, 16]), torch.Size([2, 256, 4, 4]))
+        >>> heatmap = LayerRelevance.interpolate(third.sum(1, keepdim=True), (64, 64))
+        >>> heatmap.shape
+        torch.Size([2, 1, 64, 64])
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        layer: Union[Layer, list[Layer]],
+        composite: Union[Composite, type, str] = "resnet_lrp_ratio",
+        initial_relevance: InitialRelevance = "logit",
+    ) -> None:
+        for each in layer if isinstance(layer, list) else [layer]:
+            if not isinstance(each, (Module, str)):
+                raise TypeError(
+                    f"layer={each!r} is neither a module nor the name of one. Several"
+                    " layers must be in a list."
+                )
+        CompositeAttribution.__init__(self, model, composite, initial_relevance)
+        LayerAttribution.__init__(
+            self, model, layer, getattr(model, "device_ids", None)
+        )
+
+    @log_usage()
+    def attribute(
+        self,
+        inputs: Union[Tensor, tuple[Tensor, ...]],
+        target: TargetType = None,
+        additional_forward_args: object = None,
+        return_convergence_delta: bool = False,
+        attribute_to_layer_input: bool = False,
+        internal_batch_size: Optional[int] = None,
+    ) -> Any:
+        r"""
+        Args:
+
+            inputs (Tensor or tuple[Tensor]): Inputs of shape (batch, ...), as for
+                    :meth:`CompositeAttribution.attribute`.
+            target (int, tuple, Tensor, or list, optional): Output to explain, as for
+                    :meth:`CompositeAttribution.attribute`.
+                    Default: None
+            additional_forward_args (Any, optional): Further arguments of the model,
+                    after the inputs.
+                    Default: None
+            return_convergence_delta (bool, optional): Whether to return the delta, too.
+                    Default: False
+            attribute_to_layer_input (bool, optional): Whether to return the relevance
+                    of the layers' inputs (those given by position) in the place of
+                    their outputs.
+                    Default: False
+            internal_batch_size (int, optional): Number of examples to run at once, as
+                    for :meth:`CompositeAttribution.attribute`.
+                    Default: None, for all
+
+        Returns:
+            **attributions**, or 2-element tuple of **attributions**, **delta**:
+
+            - **attributions** (*Tensor*, *tuple[Tensor]* or *list*):
+                    Relevance of the shape of the layer's output (or input), or a tuple
+                    if it has several. It is zero where none arrives, as for the inner
+                    layers of a gate. A list with one entry for each layer is returned
+                    if layers are in a list.
+            - **delta** (*Tensor* or *list[Tensor]*, returned if
+                    return_convergence_delta=True):
+                    Initial relevance minus the sum of relevance, of shape (batch,), for
+                    each layer. It is near zero for layers through which all relevance
+                    passes, if the composite conserves it.
+
+        Raises:
+            ValueError: As :meth:`CompositeAttribution.attribute`, or if a layer is not
+                    part of the model, did not run, has been called several times and no
+                    call is chosen, or has no row for each example.
+            TypeError: As :meth:`CompositeAttribution.attribute`, or if a layer does not
+                    give floating point tensors.
+            RuntimeError: As :meth:`CompositeAttribution.attribute`, or if a layer is
+                    inside of a module with a rule for all that it contains.
+
+        Examples::
+
+            >>> import torch
+            >>> from torchvision.models import resnet18
+            >>> from captum_adapters.attr import LayerRelevance
+            >>> net, images = resnet18().eval(), torch.rand(1, 3, 64, 64)
+            >>> skip, residual = LayerRelevance(net, "layer1.0.addition").attribute(
+            ...     images, target=3, attribute_to_layer_input=True)
+            >>> total = (skip + residual).sum((1, 2, 3))
+            >>> torch.allclose(total, net(images)[:, 3], rtol=1e-3)
+            True
+        """
+        layers, initial = self._explain(
+            inputs,
+            target,
+            additional_forward_args,
+            internal_batch_size,
+            partial(self._run_layers, attribute_to_layer_input),
+        )
+        is_list = isinstance(self.layer, list)
+        attributions = _format_outputs(is_list, layers)
+        if not return_convergence_delta:
+            return attributions
+        deltas = [self.compute_convergence_delta(layer, initial) for layer in layers]
+        return attributions, deltas if is_list else deltas[0]
+
+    def _run_layers(
+        self,
+        of_input: bool,
+        module: Module,
+        forward: Callable[..., Any],
+        leaves: tuple[Tensor, ...],
+        args: tuple[Any, ...],
+    ) -> tuple[Any, list[tuple[Place, ...]]]:
+        """Run the model, to read off relevance at layers."""
+        given = self.layer if isinstance(self.layer, list) else [self.layer]
+        # the model may be wrapped
+        given = [module if each is self.model else each for each in given]
+        recorder = _Recorder(module, self.composite, given, of_input, len(leaves[0]))
+        with recorder.watch():
+            output = forward(*(leaf.clone() for leaf in leaves), *args)
+        return output, recorder.result(output)
+
+
+class _Call:
+    """A call of a layer, with the numbers of the first operation in and after it."""
+
+    def __init__(self, begin: int) -> None:
+        self.begin = self.end = begin
+        self.places: tuple[Place, ...] = ()
+
+
+class _Recorder:
+    """Takes down inputs or outputs of layers in a forward pass.
+
+    Where relevance will arrive is known from the graph as it is right before or after a
+    layer, since a tensor may be changed in place later.
+    """
+
+    def __init__(
+        self,
+        root: Module,
+        composite: Composite,
+        layers: list[Layer],
+        of_input: bool,
+        batch: int,
+    ) -> None:
+        self.root = root
+        self.composite = composite
+        self.of_input = of_input
+        self.batch = batch
+        self.is_gradient = getattr(composite, "propagates", "relevance") == "gradient"
+        self.thread = threading.get_ident()
+        # a module may have several names
+        self.names = dict(root.named_modules(remove_duplicate=False))
+        self.paths = {module: name for name, module in root.named_modules()}
+        self.wanted = [self._find(layer) for layer in layers]
+        self.calls: dict[Union[Module, str], list[_Call]] = {
+            key: [] for key, _, _ in self.wanted
+        }
+        self.handles: dict[Module, Any] = {}
+
+    def _find(self, layer: Layer) -> tuple[Union[Module, str], str, int]:
+        """The module or name of a layer, its name with call, and the call or 0."""
+        if isinstance(layer, Module):
+            if layer not in self.paths:
+                raise ValueError(
+                    f"layer {type(layer).__name__} is not part of the model"
+                    f" {type(self.root).__name__}."
+                )
+            return layer, self.paths[layer], 0
+        match = re.fullmatch(r"(.*?) *#([1-9][0-9]*)", layer)
+        name, call = (match[1], int(match[2])) if match else (layer, 0)
+        # other names may belong to operations that are found in the forward pass
+        return (self.names[name] if name in self.names else name), layer, call
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Context of the forward pass."""
+        handle = register_module_forward_pre_hook(self._enter)
+        try:
+            yield
+        finally:
+            handle.remove()
+            for handle in self.handles.values():
+                handle.remove()
+
+    def _key(self, module: Module) -> Union[Module, str]:
+        """The key of a module, which is its name for operations."""
+        if module in self.paths or not isinstance(module, Operation):
+            return module
+        for canonizer in self.composite.handles:
+            if isinstance(canonizer, ResidualCanonizer):
+                for owner, name, standin in canonizer.standins.values():
+                    if standin is module:
+                        prefix = self.paths.get(owner)
+                        return f"{prefix}.{name}" if prefix else name
+        return module
+
+    def _enter(self, module: Module, args: tuple[Any, ...]) -> None:
+        """Called before all other hooks of a module."""
+        # this is called for modules of other threads, too
+        if threading.get_ident() != self.thread:
+            return
+        key = self._key(module)
+        if key not in self.calls:
+            return
+        if not torch.is_grad_enabled():
+            raise RuntimeError(
+                f"There is no relevance of {self._name(key)!r}, as it runs without"
+                " gradients: it is inside of a module with a rule for all that it"
+                " contains, or the model runs it so."
+            )
+        if module not in self.handles:
+            # by now all rules have their hooks, so this is the last one
+            self.handles[module] = module.register_forward_hook(self._leave)
+        call = _Call(_get_sequence_nr())
+        self.calls[key].append(call)
+        if self.of_input:
+            call.places = self._places(key, args)
+
+    def _leave(self, module: Module, args: tuple[Any, ...], output: Any) -> None:
+        """Called after all other hooks of a module."""
+        if threading.get_ident() != self.thread:
+            return
+        key = self._key(module)
+        call = self.calls[key][-1]
+        call.end = _get_sequence_nr()
+        places = self._places(key, output)
+        if not self.of_input:
+            call.places = places
+            return
+        returned = set(map(_source, places))
+        call.places = tuple(
+            place if _source(place) in returned else place._replace(parts=[])
+            for place in call.places
+        )
+
+    def _places(self, key: Union[Module, str], value: Any) -> tuple[Place, ...]:
+        """Where the relevance of tensors arrives."""
+        # outside of the whole network, it is relevance in any case
+        with_factor = self.is_gradient and key is not self.root
+        with DisableTorchFunction():
+            return tuple(_place(tensor, with_factor) for tensor in _tensors(value))
+
+    def result(self, output: Any) -> list[tuple[Place, ...]]:
+        """Where to read off the relevance of each layer."""
+        chosen = [self._choose(*wanted) for wanted in self.wanted]
+        if self.of_input:
+            _collect(chosen, output)
+        return [call.places for call in chosen]
+
+    def _choose(self, key: Union[Module, str], label: str, call: int) -> _Call:
+        """The call of a layer that was asked for."""
+        calls = self.calls[key]
+        label = f"layer {label!r}"
+        if not calls:
+            raise ValueError(f"{label} did not run{self._suggest(key)}")
+        if len(calls) > 1 and not call:
+            name = self._name(key)
+            raise ValueError(
+                f"{label} is called {len(calls)} times: choose one by its name, from"
+                f" '{name}#1' to '{name}#{len(calls)}'."
+            )
+        if call > len(calls):
+            raise ValueError(f"{label} does not exist, there are {len(calls)} calls.")
+        chosen = calls[call - 1]
+        side = "input" if self.of_input else "output"
+        if not chosen.places:
+            raise TypeError(f"{label} has no {side} of floating point numbers.")
+        for place in chosen.places:
+            if place.tensor.ndim == 0 or len(place.tensor) != self.batch:
+                raise ValueError(
+                    f"{label} has an {side} of shape {tuple(place.tensor.shape)}, which"
+                    f" has no row for each of {self.batch} examples."
+                )
+        return chosen
+
+    def _suggest(self, key: Union[Module, str]) -> str:
+        """The end of a message with similar names, of operations as well."""
+        if not isinstance(key, str):
+            return "."
+        names = [name for name, _ in self.root.named_modules() if name]
+        similar = get_close_matches(key, names) or names
+        return f", as there is none: did you mean {' or '.join(map(repr, similar))}?"
+
+    def _name(self, key: Union[Module, str]) -> str:
+        return key if isinstance(key, str) else self.paths[key]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """All floating point tensors in inputs or outputs of a module."""
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (tuple, list)):
+        return []
+    return [tensor for elem in value for tensor in _tensors(elem)]
+
+
+def _place(tensor: Tensor, with_factor: bool) -> Place:
+    """Where the relevance of a tensor arrives."""
+    if not tensor.requires_grad:
+        return Place(tensor, None)
+    # the tensor may be changed in place
+    factor = tensor.detach().clone() if with_factor else None
+    return Place(tensor, get_gradient_edge(tensor), factor)
+
+
+def _source(place: Place) -> tuple[Any, int]:
+    """The operation where relevance arrives, and which of its outputs it is."""
+    return (None, 0) if place.edge is None else (place.edge.node, place.edge.output_nr)
+
+
+def _collect(calls: list[_Call], output: Any) -> None:
+    """Have operations inside of calls put down what they propagate to the inputs."""
+    wanted = defaultdict(list)
+    for call in calls:
+        for place in call.places:
+            if place.parts is not None:
+                wanted[_source(place)].append((call, place.parts))
+    for node in walk([elem.grad_fn for elem in _tensors(output)]):
+        for index, edge in enumerate(node.next_functions):
+            for call, parts in wanted.get(edge, ()):
+                if call.begin <= node._sequence_nr() < call.end:
+                    # after the hooks of the composite, which may change it
+                    node.register_hook(partial(_put_down, index, parts))
+
+
+def _put_down(
+    index: int,
+    parts: list[Tensor],
+    grad_inputs: tuple[Optional[Tensor], ...],
+    grad_outputs: tuple[Optional[Tensor], ...],
+) -> None:
+    """Called when an operation has propagated relevance."""
+    gradient = grad_inputs[index]
+    if gradient is not None:
+        parts.append(gradient.detach().clone())

@@ -1,0 +1,436 @@
+"""RISE, the perturbation baseline of the papers that Captum lacks."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Callable, Optional, Union
+
+import torch
+import torch.nn.functional as F
+from captum._utils.common import (
+    _format_additional_forward_args,
+    _format_output,
+    _format_tensor_into_tuples,
+)
+from captum._utils.progress import progress
+from captum._utils.typing import BaselineType, TargetType
+from captum.attr._utils.attribution import PerturbationAttribution
+from captum.log import log_usage
+from torch import Tensor
+
+from captum_adapters._common import (
+    check_evaluation,
+    check_target,
+    have_rows,
+    select_target,
+)
+
+# Images that go through a network at once, unless there is a larger batch anyway
+DEFAULT_CHUNK = 32
+# Linear interpolation by the number of spatial dimensions
+_LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+class RISE(PerturbationAttribution):
+    r"""Randomized input sampling for explanation, of any black box.
+
+    Petsiuk et al. 2018: the importance of a pixel is the expected score of the image
+    under random masks M that show this pixel. It is estimated from N masks,
+
+    .. math::
+        S(\lambda) = \frac{1}{\sum_i M_i(\lambda)}
+            \sum_{i=1}^N f(I \odot M_i) M_i(\lambda).
+
+    The paper divides by the expected sum of the masks, p N. This has the same limit,
+    but pixels which happen to be visible more often than others then stand out by the
+    mean score: with 1000 masks on a ResNet-50, the map of an image that is recognized
+    with a probability of 0.997 correlates with the sum of masks by 0.95. Here it is an
+    option (`normalization="expected"`).
+
+    A mask starts as a grid of s × s cells, each of them visible with probability p. The
+    grid is resized to s + 1 cells' lengths with linear interpolation, and an area of
+    the image's size is cut out at random. A cell's length is that of the image divided
+    by s, rounded up; the cut is shifted by up to a cell's length (exclusive), so that
+    all positions of the grid are equally likely.
+
+    All examples of a batch have the same masks, and these only depend on `seed`. Thus
+    the result of an example depends neither on the rest of the batch, nor on how many
+    masks are evaluated at once (but for rounding), nor on the device.
+
+    Args:
+
+        forward_func (callable): A network, or any function of images. It is evaluated
+                without gradients.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_adapters.perturbation import RISE
+        >>> # the score is the brightness of the right half
+        >>> rise = RISE(lambda images: images[..., 4:].sum((1, 2, 3)))
+        >>> image = torch.ones(1, 3, 8, 8)
+        >>> attributions = rise.attribute(image, n_masks=200, grid_size=2)
+        >>> attributions.shape
+        torch.Size([1, 3, 8, 8])
+        >>> bool(attributions[..., 7].mean() > attributions[..., 0].mean())
+        True
+    """
+
+    def __init__(self, forward_func: Callable[..., Any]) -> None:
+        PerturbationAttribution.__init__(self, forward_func)
+
+    @classmethod
+    def get_name(cls) -> str:
+        """Name of the method, as shown with progress and in Captum Insights."""
+        return "RISE"
+
+    @log_usage()
+    def attribute(
+        self,
+        inputs: Union[Tensor, tuple[Tensor, ...]],
+        target: TargetType = None,
+        additional_forward_args: object = None,
+        baselines: BaselineType = None,
+        n_masks: int = 4000,
+        grid_size: Union[int, Sequence[int]] = 7,
+        probability: float = 0.5,
+        seed: int = 0,
+        output: Union[str, Callable[[Tensor], Tensor]] = "softmax",
+        normalization: str = "coverage",
+        perturbations_per_eval: Optional[int] = None,
+        show_progress: bool = False,
+    ) -> Union[Tensor, tuple[Tensor, ...]]:
+        r"""
+        Args:
+
+            inputs (Tensor or tuple[Tensor]): Images of shape (batch, channels, height,
+                    width), or with one or three spatial dimensions instead. If there
+                    are several tensors, then each of them has masks of its own;
+                    those which shall not be masked belong into
+                    `additional_forward_args`.
+            target (int, tuple, Tensor, or list, optional): Output to explain, as in
+                    Captum: an integer or a tensor with a single one for all examples, a
+                    list of integers or a 1D tensor with one for each, a tuple with the
+                    indices of all output dimensions but the batch, or a list of tuples.
+                    Not necessary for a single output.
+                    Default: None
+            additional_forward_args (Any, optional): Further arguments of
+                    `forward_func`. Those tensors that have a row for each example are
+                    given with the row of each masked image's example.
+                    Default: None
+            baselines (scalar, Tensor, tuple of scalar, or Tensor, optional): What is
+                    seen where a mask is zero: a number, or a tensor that can be
+                    broadcast to the inputs, for each of them. The paper's is 0 after
+                    normalization, the mean color.
+                    Default: None, for 0
+            n_masks (int, optional): Number of masks N. The paper uses 4000 for VGG-16
+                    and 8000 for ResNet-50. The noise is proportional to
+                    :math:`1 / \sqrt{N}`.
+                    Default: 4000
+            grid_size (int or sequence of int, optional): Number of cells s along each
+                    spatial dimension, or one for all of them.
+                    Default: 7
+            probability (float, optional): Probability p of a cell to be visible,
+                    between 0 and 1 (exclusive).
+                    Default: 0.5
+            seed (int, optional): Seed of the masks. The global random state is neither
+                    used nor changed.
+                    Default: 0
+            output (str or callable, optional): What the score is: `"softmax"` for the
+                    probability of the target among classes (dimension 1) as in the
+                    paper, `"logit"` for what `forward_func` returns (also if these
+                    already are probabilities), or a function from the output to scores
+                    of the same number of rows, from which the target is chosen. A
+                    single output is its own score in any case.
+                    Default: `"softmax"`
+            normalization (str, optional): What sums are divided by: `"coverage"` for
+                    the sum of the masks at the pixel, so that the result is the mean
+                    score of the masks that show it, or `"expected"` for the paper's
+                    p N. A pixel that no mask shows is 0.
+                    Default: `"coverage"`
+            perturbations_per_eval (int, optional): Number of masks to evaluate at once,
+                    each of them with the whole batch.
+                    Default: None, for as many as give 32 images, at least one
+            show_progress (bool, optional): Whether to show a progress bar.
+                    Default: False
+
+        Returns:
+            *Tensor* or *tuple[Tensor]* of **attributions**:
+            - **attributions** (*Tensor* or *tuple[Tensor]*):
+                    Importance in units of the score, of the shape and type of the
+                    inputs, as of Captum's other methods. As masks cover all channels,
+                    these are the same: `attributions[:, :1]` is the paper's map. A
+                    tuple is returned if inputs are a tuple.
+
+        Raises:
+            ValueError: If there are no spatial dimensions or no examples, an argument
+                    is out of range, a baseline does not fit, the target is missing or
+                    out of range, the number of outputs is not that of the images, a
+                    score is NaN or infinite, or the network is in training mode with
+                    batch norm or dropout.
+            TypeError: If inputs are not floating point tensors, the target is not of
+                    integers, or the output is not a tensor.
+
+        Examples::
+
+            >>> import torch
+            >>> from captum_adapters.perturbation import RISE
+            >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 5))
+            >>> images = torch.rand(2, 3, 4, 4)
+            >>> attributions = RISE(net).attribute(
+            ...     images, target=[1, 4], n_masks=50, grid_size=3)
+            >>> heatmaps = attributions[:, 0]
+            >>> heatmaps.shape
+            torch.Size([2, 4, 4])
+        """
+        is_tuple = isinstance(inputs, tuple)
+        images = _check_inputs(inputs)
+        batch = len(images[0])
+        bases = _check_baselines(baselines, images)
+        _check_settings(n_masks, probability, output, normalization)
+        check_evaluation(self.forward_func)
+        args = _format_additional_forward_args(additional_forward_args) or ()
+        per_example = have_rows(additional_forward_args, batch)
+        chunk = perturbations_per_eval
+        if chunk is None:
+            chunk = max(1, DEFAULT_CHUNK // batch)
+        if not isinstance(chunk, int) or chunk < 1:
+            raise ValueError(
+                f"perturbations_per_eval={chunk!r} is not a positive integer."
+            )
+        # few bits each, so that masks are the same however they are evaluated
+        generator = torch.Generator().manual_seed(seed)
+        grids = [
+            _draw_grids(image, n_masks, grid_size, probability, generator)
+            for image in images
+        ]
+        index = check_target(target, batch)
+        totals = [
+            image.new_zeros((batch, *image.shape[2:]), dtype=_double(image))
+            for image in images
+        ]
+        covered = [torch.zeros_like(total[0]) for total in totals]
+        bar = progress(
+            desc=f"{self.get_name()} attribution",
+            total=n_masks,
+            disable=not show_progress,
+        )
+        with torch.no_grad(), bar:
+            for begin in range(0, n_masks, chunk):
+                part = slice(begin, begin + chunk)
+                masks = [
+                    _make_masks(cells[part], shifts[part], image)
+                    for (cells, shifts), image in zip(grids, images)
+                ]
+                count = len(masks[0])
+                result = self.forward_func(
+                    *map(_apply_masks, images, bases, masks),
+                    # the batch is repeated for each mask
+                    *(
+                        arg.repeat(count, *[1] * (arg.ndim - 1)) if expand else arg
+                        for arg, expand in zip(args, per_example)
+                    ),
+                )
+                result = _check_output(result, count * batch)
+                scores = _target_scores(result, output, index, count, begin == 0)
+                for total, cover, mask in zip(totals, covered, masks):
+                    mask = mask.to(total.dtype)
+                    total += torch.tensordot(scores.to(total).T, mask, 1)
+                    cover += mask.sum(0)
+                bar.update(count)
+        for total, cover in zip(totals, covered):
+            if normalization == "expected":
+                total /= probability * n_masks
+            else:
+                # a pixel that no mask shows has a total of zero
+                total /= cover.clamp(min=torch.finfo(cover.dtype).tiny)
+        _check_finite(totals[0])
+        return _format_output(
+            is_tuple,
+            tuple(
+                total.to(image.dtype)[:, None].expand_as(image).clone()
+                for total, image in zip(totals, images)
+            ),
+        )
+
+
+def _check_inputs(inputs: Union[Tensor, tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Inputs as a tuple of floating point tensors with spatial dimensions."""
+    images = _format_tensor_into_tuples(inputs)
+    for image in images:
+        if not image.is_floating_point():
+            raise TypeError(
+                f"inputs of {image.dtype} cannot be masked: convert them to floating"
+                " point numbers."
+            )
+        if image.ndim - 2 not in _LINEAR:
+            raise ValueError(
+                "inputs must be of shape (batch, channels, height, width), or with one"
+                " or three spatial dimensions instead, but are of shape"
+                f" {tuple(image.shape)}."
+            )
+        if image.numel() == 0 or len(image) != len(images[0]):
+            raise ValueError(
+                "inputs must have one and the same number of examples, but are of"
+                f" shape {', '.join(str(tuple(tensor.shape)) for tensor in images)}."
+            )
+    return images
+
+
+def _check_baselines(
+    baselines: BaselineType, images: tuple[Tensor, ...]
+) -> tuple[Union[Tensor, float], ...]:
+    """One baseline for each input, of its device and type."""
+    if baselines is None:
+        return (0.0,) * len(images)
+    given = baselines if isinstance(baselines, tuple) else (baselines,)
+    if len(given) != len(images):
+        raise ValueError(
+            f"There are {len(given)} baselines for {len(images)} inputs: give one for"
+            " each."
+        )
+    bases: list[Union[Tensor, float]] = []
+    for base, image in zip(given, images):
+        if isinstance(base, Tensor):
+            base = base.detach().to(image)
+            fits = base.ndim <= image.ndim and all(
+                size in (1, expected)
+                for size, expected in zip(reversed(base.shape), reversed(image.shape))
+            )
+            if not fits:
+                raise ValueError(
+                    f"baselines of shape {tuple(base.shape)} cannot be broadcast to"
+                    f" inputs of shape {tuple(image.shape)}."
+                )
+        elif not isinstance(base, (int, float)):
+            raise TypeError(
+                "baselines must be numbers or tensors, but there is"
+                f" {type(base).__name__}."
+            )
+        bases.append(base)
+    return tuple(bases)
+
+
+def _check_settings(
+    n_masks: int,
+    probability: float,
+    output: Union[str, Callable[[Tensor], Tensor]],
+    normalization: str,
+) -> None:
+    """Check arguments that do not depend on inputs."""
+    if not isinstance(n_masks, int) or n_masks < 1:
+        raise ValueError(f"n_masks={n_masks!r} is not a positive integer.")
+    if not 0 < probability < 1:
+        raise ValueError(f"probability={probability} is not between 0 and 1.")
+    if not callable(output) and output not in ("softmax", "logit"):
+        raise ValueError(
+            f"output={output!r} is neither 'softmax' nor 'logit' nor a function."
+        )
+    if normalization not in ("expected", "coverage"):
+        raise ValueError(
+            f"normalization={normalization!r} is not one of 'expected' and 'coverage'."
+        )
+
+
+def _double(tensor: Tensor) -> torch.dtype:
+    """The most precise type of the tensor's device, of which sums have no error."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+def _draw_grids(
+    image: Tensor,
+    n_masks: int,
+    grid_size: Union[int, Sequence[int]],
+    probability: float,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Which cells are visible, and by how many pixels they are shifted.
+
+    Returns bool of shape (masks, *cells) and integers of shape (masks, dimensions), on
+    the CPU for whatever device.
+    """
+    size = image.shape[2:]
+    cells = (grid_size,) * len(size) if isinstance(grid_size, int) else tuple(grid_size)
+    if len(cells) != len(size) or any(
+        not isinstance(count, int) or count < 1 for count in cells
+    ):
+        raise ValueError(
+            f"grid_size={grid_size!r} is neither a positive integer, nor one for each"
+            f" of {len(size)} spatial dimensions of inputs."
+        )
+    grids = torch.rand(n_masks, *cells, generator=generator) < probability
+    shifts = [
+        torch.randint(math.ceil(length / count), (n_masks,), generator=generator)
+        for length, count in zip(size, cells)
+    ]
+    return grids, torch.stack(shifts, 1)
+
+
+def _make_masks(grids: Tensor, shifts: Tensor, image: Tensor) -> Tensor:
+    """Masks of shape (masks, *spatial), in at least single precision."""
+    size, cells = image.shape[2:], grids.shape[1:]
+    dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
+    with torch.autocast(image.device.type, enabled=False):
+        masks = F.interpolate(
+            grids[:, None].to(image.device, dtype),
+            [(count + 1) * math.ceil(side / count) for side, count in zip(size, cells)],
+            mode=_LINEAR[len(size)],
+            align_corners=False,
+        )[:, 0]
+    for dim, (side, shift) in enumerate(zip(size, shifts.unbind(1)), 1):
+        index = shift[:, None] + torch.arange(side)
+        view = [len(index)] + [1] * len(size)
+        view[dim] = side
+        masks = masks.take_along_dim(index.view(view).to(masks.device), dim)
+    return masks
+
+
+def _apply_masks(image: Tensor, base: Union[Tensor, float], masks: Tensor) -> Tensor:
+    """Masked images of shape (masks * batch, channels, *spatial)."""
+    masks = masks[:, None, None].to(image.dtype)
+    masked = image.detach() * masks
+    if isinstance(base, Tensor) or base != 0:
+        masked = masked + base * (1 - masks)
+    return masked.flatten(0, 1)
+
+
+def _check_output(result: Any, count: int) -> Tensor:
+    """An output with one row for each image, in at least single precision."""
+    if not isinstance(result, Tensor):
+        raise TypeError(
+            f"forward_func must return a tensor, but returns {type(result).__name__}:"
+            " give a function that returns the outputs of the classes only."
+        )
+    if result.shape[:1] != (count,):
+        raise ValueError(
+            f"forward_func returns an output of shape {tuple(result.shape)} for"
+            f" {count} images, instead of one row for each."
+        )
+    half = result.dtype in (torch.float16, torch.bfloat16)
+    return result.float() if half else result
+
+
+def _target_scores(
+    result: Tensor,
+    output: Union[str, Callable[[Tensor], Tensor]],
+    target: Optional[Tensor],
+    n_masks: int,
+    validate: bool,
+) -> Tensor:
+    """Scores of shape (masks, batch)."""
+    if callable(output):
+        result = _check_output(output(result), len(result))
+    elif output == "softmax" and result.shape[1:].numel() > 1:
+        result = result.softmax(1)
+    if target is not None:
+        target = target.to(result.device).repeat(n_masks, *[1] * (target.ndim - 1))
+    return select_target(result, target, validate).view(n_masks, -1)
+
+
+def _check_finite(totals: Tensor) -> None:
+    """Refuse examples of which a score was not finite."""
+    finite = totals.isfinite().flatten(1).all(1)
+    if not bool(finite.all()):
+        raise ValueError(
+            "forward_func returns NaN or infinity for masked images of the examples"
+            f" {(~finite).nonzero()[:, 0].tolist()}."
+        )

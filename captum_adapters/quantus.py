@@ -1,0 +1,333 @@
+"""Explanation functions for Quantus, of this package's and all Captum methods.
+
+Quantus calls them as `explain_func(model, inputs, targets, **explain_func_kwargs)` with
+NumPy arrays, and expects an array of as many dimensions as the inputs.
+"""
+
+import inspect
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any, Callable, Optional, Union
+
+import captum.attr
+import numpy as np
+import torch
+import torch.nn.functional as F
+from captum.attr import Attribution
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+import captum_adapters.attr
+from captum_adapters._common import warn_negative_maps
+from captum_adapters.attr import LayerRelevance
+
+# Linear interpolation by the number of all dimensions
+_LINEAR = {3: "linear", 4: "bilinear", 5: "trilinear"}
+
+Method = Union[str, Callable[..., Attribution], Attribution]
+
+
+def explain(
+    model: torch.nn.Module,
+    inputs: ArrayLike,
+    targets: Optional[ArrayLike],
+    method: Method = "ResNetLRP",
+    device: Union[None, str, torch.device] = None,
+    *,
+    batch_size: Optional[int] = None,
+    reduce: Optional[str] = "sum",
+    attribute_kwargs: Optional[Mapping[str, Any]] = None,
+    **init_kwargs: Any,
+) -> NDArray[Any]:
+    r"""Attributions of a batch of arrays, as an `explain_func` of Quantus.
+
+    A method is created for the given model in each call, since the randomization
+    metrics of Quantus compare explanations of several models. The network is used as it
+    is: put it into evaluation mode before.
+
+    Let relevance start from `initial_relevance="one"` with the LRP methods of this
+    package. From a negative logit, as of most classes but the predicted one, z+ has
+    negative maps, in which the most relevant pixels rank last. Quantus refuses a batch
+    of them, and this function warns of each.
+
+    Args:
+
+        model (torch.nn.Module): The network.
+        inputs (numpy.ndarray): Inputs of shape (batch, channels, ...) or (batch,
+                features). They are converted to the model's type.
+        targets (numpy.ndarray, optional): Class index of each input, of shape (batch,),
+                or one for all. `None` for networks with a single output.
+        method (str, callable or Attribution, optional): What computes the attributions:
+
+                - the name of a class of this package, or of :mod:`captum.attr`;
+                - a class, or any function `(model, **init_kwargs)` which returns a
+                  Captum attribution, for instance `lambda model:
+                  NoiseTunnel(ResNetLRP(model))`;
+                - an attribution for this very model.
+
+                Default: `"ResNetLRP"`
+        device (str or torch.device, optional): Device of the inputs, which must be that
+                of the model. Quantus passes its own on.
+                Default: None, for the model's device
+        batch_size (int, optional): Number of inputs to explain at once. Quantus gives
+                as many as its own `batch_size`, but `quantus.evaluate` gives all.
+                Default: None, for all
+        reduce (str, optional): `"sum"` for the sum over channels, as Quantus' own
+                explanation functions do: most of its metrics rank the values, and those
+                of a pixel belong together. `"abs_sum"` for the magnitude of that sum,
+                `None` to keep the channels.
+                Default: `"sum"`
+        attribute_kwargs (dict, optional): Further arguments of the method's
+                `attribute`, for instance `{"n_masks": 8000}` for RISE. Arrays are
+                converted to tensors. They are the same for each part of `batch_size`
+                inputs.
+                Default: None
+        init_kwargs (Any): Further arguments of the method's constructor, for instance
+                `splitting="symmetric"` for ResNetLRP. The name of a module may be given
+                for `layer`, with any method.
+
+    Returns:
+        numpy.ndarray: Attributions of shape (batch, 1, ...), or of the inputs' shape if
+        channels are kept or there are none, in the model's precision, at least single.
+        Those of layers are resized to the inputs with linear interpolation.
+
+    Warns:
+        NegativeMapWarning: If a map varies, but has no positive value.
+
+    Raises:
+        ValueError: If the method, or a layer, is unknown, an attribution is for another
+                model, the model is on another device, the number of targets is not that
+                of inputs, or attributions do not fit the inputs.
+        TypeError: If targets are not integers, or the method does not take an argument.
+
+    Examples::
+
+        >>> import numpy as np, torch
+        >>> from captum_adapters.quantus import explain
+        >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 5))
+        >>> images = np.random.default_rng(0).random((2, 3, 4, 4))
+        >>> explain(net, images, np.array([1, 4]), "InputXGradient").shape
+        (2, 1, 4, 4)
+        >>> explain(
+        ...     net, images, np.array([1, 4]), "RISE", reduce=None, device="cpu",
+        ...     attribute_kwargs={"n_masks": 100}).shape
+        (2, 3, 4, 4)
+    """
+    if reduce not in ("sum", "abs_sum", None):
+        raise ValueError(f"reduce={reduce!r} is not one of 'sum', 'abs_sum' and None.")
+    where, dtype = _place(model, device)
+    # a copy, as arrays may be read-only
+    images = torch.tensor(np.asarray(inputs), device=where, dtype=dtype)
+    if images.ndim < 2 or len(images) == 0:
+        raise ValueError(
+            "inputs must be of shape (batch, channels, ...) or (batch, features), but"
+            f" are of shape {tuple(images.shape)}."
+        )
+    target = _to_target(targets, len(images))
+    size = len(images) if batch_size is None else batch_size
+    if size < 1:
+        raise ValueError(f"batch_size={batch_size} is not positive.")
+    attribution = _create(method, model, init_kwargs)
+    kwargs = dict(attribute_kwargs or {})
+    for key, value in kwargs.items():
+        if isinstance(value, np.ndarray):
+            floating = np.issubdtype(value.dtype, np.floating)
+            kwargs[key] = torch.tensor(
+                value, device=where, dtype=dtype if floating else None
+            )
+    # some methods of Captum explain a neuron or layer, and not an output
+    takes_target = inspect.signature(attribution.attribute).parameters
+    if "target" not in takes_target and "kwargs" not in takes_target:
+        target = None
+    parts = []
+    for begin in range(0, len(images), size):
+        # otherwise Captum's gradient methods warn
+        part = images[begin : begin + size].requires_grad_()
+        if target is not None:
+            kwargs["target"] = target[begin : begin + size]
+        parts.append(_fit(attribution.attribute(part, **kwargs), part, reduce))
+    result = torch.cat(parts)
+    warn_negative_maps(result)
+    return result.numpy()
+
+
+def explainer(
+    method: Method,
+    *,
+    batch_size: Optional[int] = None,
+    reduce: Optional[str] = "sum",
+    attribute_kwargs: Optional[Mapping[str, Any]] = None,
+    **init_kwargs: Any,
+) -> Callable[..., NDArray[Any]]:
+    r"""Create an `explain_func` for Quantus from a method and its settings.
+
+    Args:
+
+        method (str, callable or Attribution): A method as for :func:`explain`.
+        batch_size (int, optional): Number of inputs to explain at once.
+                Default: None, for all
+        reduce (str, optional): `"sum"` for the sum over channels, `"abs_sum"` for its
+                magnitude, `None` to keep the channels.
+                Default: `"sum"`
+        attribute_kwargs (dict, optional): Further arguments of the method's
+                `attribute`.
+                Default: None
+        init_kwargs (Any): Further arguments of the method's constructor.
+
+    Returns:
+        Callable: A function `(model, inputs, targets, device=None, **kwargs)` which
+        returns an array. Keyword arguments, Quantus' `explain_func_kwargs`, replace the
+        settings. Only `method` is ignored, as `quantus.evaluate` passes the name under
+        which results are listed.
+
+    Examples::
+
+        >>> import numpy as np, torch
+        >>> from captum_adapters.quantus import explainer
+        >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 5))
+        >>> images = np.ones((2, 3, 4, 4), dtype=np.float32)
+        >>> explain_func = explainer(
+        ...     "IntegratedGradients", attribute_kwargs={"n_steps": 8})
+        >>> maps = explain_func(
+        ...     model=net, inputs=images, targets=np.array([1, 4]), device="cpu")
+        >>> maps.shape, maps.dtype
+        ((2, 1, 4, 4), dtype('float32'))
+    """
+    settings = {
+        "batch_size": batch_size,
+        "reduce": reduce,
+        "attribute_kwargs": attribute_kwargs,
+        **init_kwargs,
+    }
+
+    def explain_func(
+        model: torch.nn.Module,
+        inputs: ArrayLike,
+        targets: Optional[ArrayLike],
+        **kwargs: Any,
+    ) -> NDArray[Any]:
+        """Attributions of a batch of arrays."""
+        kwargs.pop("method", None)
+        return explain(model, inputs, targets, method, **{**settings, **kwargs})
+
+    return explain_func
+
+
+def _create(
+    method: Method, model: torch.nn.Module, init_kwargs: dict[str, Any]
+) -> Attribution:
+    """Create the attribution for a model."""
+    if isinstance(method, Attribution):
+        if init_kwargs:
+            raise TypeError(
+                f"{method.get_name()} exists already, so that it takes no"
+                f" {', '.join(init_kwargs)}: give its class instead."
+            )
+        if method.forward_func is not model:
+            raise ValueError(
+                f"{method.get_name()} was created for another model than the one to"
+                " explain: give its class instead, as some metrics of Quantus compare"
+                " several models."
+            )
+        return method
+    factory = _find(method) if isinstance(method, str) else method
+    layer = init_kwargs.get("layer")
+    knows_names = inspect.isclass(factory) and issubclass(factory, LayerRelevance)
+    if isinstance(layer, str) and not knows_names:
+        modules = dict(model.named_modules())
+        if layer not in modules:
+            raise ValueError(
+                f"layer={layer!r} is not a module of {type(model).__name__}"
+                f"{_suggest(layer, modules)}."
+            )
+        init_kwargs = {**init_kwargs, "layer": modules[layer]}
+    attribution = factory(model, **init_kwargs)
+    if not isinstance(attribution, Attribution):
+        raise TypeError(
+            "method must be the name or class of an attribution, or a function that"
+            f" returns one, but returns {type(attribution).__name__}."
+        )
+    return attribution
+
+
+def _find(name: str) -> Callable[..., Attribution]:
+    """Find a class by its name."""
+    known: dict[str, Callable[..., Attribution]] = {}
+    for module in (captum_adapters.attr, captum.attr):
+        for key, value in vars(module).items():
+            if inspect.isclass(value) and issubclass(value, Attribution):
+                known.setdefault(key, value)
+    if name not in known:
+        raise ValueError(f"method={name!r} is unknown{_suggest(name, known)}.")
+    return known[name]
+
+
+def _suggest(name: str, known: Mapping[str, object]) -> str:
+    """The end of a message with similar names."""
+    similar = get_close_matches(name, known)
+    return f": did you mean {' or '.join(similar)}?" if similar else ""
+
+
+def _place(
+    model: torch.nn.Module, device: Union[None, str, torch.device]
+) -> tuple[torch.device, torch.dtype]:
+    """Where the model is, and of what type."""
+    state = [*model.parameters(), *model.buffers()]
+    where = torch.device(device or (state[0].device if state else "cpu"))
+    if state and state[0].device.type != where.type:
+        raise ValueError(
+            f"device={str(device)!r}, but the model is on {state[0].device}: move it"
+            " with model.to(device)."
+        )
+    types = [tensor.dtype for tensor in state if tensor.is_floating_point()]
+    return where, types[0] if types else torch.float32
+
+
+def _to_target(targets: Optional[ArrayLike], batch: int) -> Optional[list[Any]]:
+    """Give each input a class index, or a tuple of indices."""
+    if targets is None:
+        return None
+    array = np.asarray(targets)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise TypeError(f"targets must be class indices, but are of {array.dtype}.")
+    if array.ndim == 0:
+        array = np.full(batch, array)
+    if array.ndim > 2 or len(array) != batch:
+        raise ValueError(
+            f"targets of shape {array.shape} are not one for each of {batch} inputs."
+        )
+    if array.ndim == 2 and array.shape[1] > 1:
+        return [tuple(row) for row in array.tolist()]
+    indices: list[int] = array.reshape(-1).tolist()
+    return indices
+
+
+def _fit(
+    attributions: Union[Tensor, tuple[Tensor, ...]],
+    inputs: Tensor,
+    reduce: Optional[str],
+) -> Tensor:
+    """Attributions of the inputs' dimensions, of a type that NumPy has."""
+    if isinstance(attributions, (tuple, list)) and len(attributions) == 1:
+        attributions = attributions[0]
+    if not isinstance(attributions, Tensor):
+        raise ValueError(
+            "The method returns several tensors, but Quantus takes a single one: choose"
+            " one layer, and no convergence delta."
+        )
+    if attributions.ndim != inputs.ndim or len(attributions) != len(inputs):
+        raise ValueError(
+            f"Attributions of shape {tuple(attributions.shape)} do not fit inputs of"
+            f" shape {tuple(inputs.shape)}."
+        )
+    half = inputs.dtype in (torch.float16, torch.bfloat16)
+    values = attributions.detach().to(torch.float32 if half else inputs.dtype)
+    if inputs.ndim > 2 and reduce is not None:
+        values = values.sum(1, keepdim=True)
+    if reduce == "abs_sum":
+        values = values.abs()
+    if values.shape[2:] != inputs.shape[2:]:
+        values = F.interpolate(
+            values, inputs.shape[2:], mode=_LINEAR[inputs.ndim], align_corners=False
+        )
+    return values.cpu()

@@ -1,0 +1,237 @@
+"""Score-CAM by torch-cam, in Captum's manner."""
+
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any, Callable, Iterator, Optional, Union
+
+import torch
+from captum._utils.common import _format_additional_forward_args
+from captum._utils.typing import TargetType
+from captum.attr import LayerAttribution
+from captum.log import log_usage
+from torch import Tensor
+
+from captum_adapters._common import check_target, have_rows, select_target
+from captum_adapters.perturbation import DEFAULT_CHUNK, _check_inputs, _check_output
+
+
+class ScoreCAM(LayerAttribution):
+    r"""Score-CAM: class activation maps that are weighted by scores, not gradients.
+
+    Wang et al. 2020: each channel of a layer's output, resized to the image and scaled
+    to values from 0 to 1, is a mask H. The weight of channel k is the softmax over all
+    channels of the target's output for the masked image, and the map is
+
+    .. math::
+        L = \mathrm{ReLU}\Big(\sum_k w_k A_k\Big), \quad
+        w = \mathrm{softmax}_k \big(f(X \odot H_k) - f(X_b)\big).
+
+    The computation is `torch-cam <https://pypi.org/project/torchcam>`_'s, which is
+    an optional dependency: `pip install "zennit-resnet[cam]"`. Around it, this class
+    adds Captum's targets and further arguments, and leaves the network as it was.
+    Images are evaluated one by one, so that results do not depend on the rest of the
+    batch, without gradients, and in evaluation mode unless `forward_func` is a function
+    that hides its network. It takes as many evaluations of the network as the layer has
+    channels: 2048 for the last stage of ResNet-50.
+
+    Args:
+
+        forward_func (callable): A network, or any function of images which uses it.
+        layer (torch.nn.Module): Layer with an output of shape (batch, channels, height,
+                width), usually the last stage of convolutions.
+
+    Raises:
+        ImportError: If torch-cam is not installed.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum.attr import LayerAttribution
+        >>> from captum_adapters.score_cam import ScoreCAM
+        >>> net = torch.nn.Sequential(
+        ...     torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.ReLU(),
+        ...     torch.nn.Flatten(), torch.nn.Linear(72, 5))
+        >>> images = torch.rand(2, 3, 8, 8)
+        >>> attributions = ScoreCAM(net, net[1]).attribute(images, target=[1, 4])
+        >>> attributions.shape
+        torch.Size([2, 1, 3, 3])
+        >>> LayerAttribution.interpolate(attributions, (8, 8), "bilinear").shape
+        torch.Size([2, 1, 8, 8])
+    """
+
+    def __init__(
+        self, forward_func: Callable[..., Any], layer: torch.nn.Module
+    ) -> None:
+        LayerAttribution.__init__(self, forward_func, layer)
+        try:
+            self._library = import_module("torchcam.methods")
+        except ImportError as error:
+            raise ImportError(
+                'ScoreCAM needs torch-cam: pip install "zennit-resnet[cam]"'
+            ) from error
+
+    @classmethod
+    def get_name(cls) -> str:
+        """Name of the method, as shown in Captum Insights."""
+        return "Score-CAM"
+
+    @log_usage()
+    def attribute(
+        self,
+        inputs: Union[Tensor, tuple[Tensor, ...]],
+        target: TargetType = None,
+        additional_forward_args: object = None,
+        perturbations_per_eval: int = DEFAULT_CHUNK,
+    ) -> Tensor:
+        r"""
+        Args:
+
+            inputs (Tensor or tuple[Tensor]): Images of shape (batch, channels, height,
+                    width). Further inputs belong into `additional_forward_args`.
+            target (int, tuple, Tensor, or list, optional): Output to explain, as in
+                    Captum: an integer or a tensor with a single one for all examples, a
+                    list of integers or a 1D tensor with one for each, a tuple with the
+                    indices of all output dimensions but the batch, or a list of tuples.
+                    Not necessary for a single output. It should be a logit.
+                    Default: None
+            additional_forward_args (Any, optional): Further arguments of
+                    `forward_func`. Those tensors that have a row for each example are
+                    given with the row of each masked image's example.
+                    Default: None
+            perturbations_per_eval (int, optional): Number of masked images to evaluate
+                    at once.
+                    Default: 32
+
+        Returns:
+            *Tensor* of **attributions**:
+            - **attributions** (*Tensor*):
+                    Non-negative maps of the layer's height and width, of shape (batch,
+                    1, height, width) as those of Captum's :class:`LayerGradCam`, in
+                    units of the layer's activations. Resize them to the image with
+                    :meth:`LayerAttribution.interpolate`.
+
+        Raises:
+            ValueError: If there are several inputs or no examples, the layer has no
+                    part in the network or no spatial dimensions, the target is missing
+                    or out of range, or an output is NaN.
+            TypeError: If the layer's output, or the network's, is not a tensor, or the
+                    target is not of integers.
+        """
+        images = _check_inputs(inputs)
+        if len(images) > 1:
+            raise ValueError(
+                f"There are {len(images)} inputs, but Score-CAM masks a single one:"
+                " give the others as additional_forward_args."
+            )
+        if perturbations_per_eval < 1:
+            raise ValueError(
+                f"perturbations_per_eval={perturbations_per_eval} is not positive."
+            )
+        batch = len(images[0])
+        index = check_target(target, batch)
+        args = _format_additional_forward_args(additional_forward_args) or ()
+        per_example = have_rows(additional_forward_args, batch)
+        maps = []
+        for row, image in enumerate(images[0].detach().split(1)):
+            network = _SingleScore(
+                self.forward_func,
+                self.layer,
+                None if index is None else index[row : row + 1],
+                args,
+                [row if expand else None for expand in per_example],
+            )
+            with torch.no_grad(), _evaluation(network), network.watch_layer():
+                extractor = self._library.ScoreCAM(
+                    network, self.layer, batch_size=perturbations_per_eval
+                )
+                with extractor:
+                    network(image)
+                    if extractor.hook_a[0] is None:
+                        raise ValueError(
+                            f"The layer {type(self.layer).__name__} is not used by"
+                            " forward_func: choose one that is."
+                        )
+                    maps.extend(extractor(0, normalized=False))
+        return torch.stack(maps)
+
+
+class _SingleScore(torch.nn.Module):
+    """The target's output of one example, as a network with images as only input.
+
+    Args:
+
+        forward_func (callable): The network.
+        layer (torch.nn.Module): A layer of it.
+        target (Tensor or None): Target of the example, of one row.
+        args (tuple): Further arguments.
+        rows (list[int or None]): Which row of a further argument is the example's.
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        layer: torch.nn.Module,
+        target: Optional[Tensor],
+        args: tuple[Any, ...],
+        rows: list[Optional[int]],
+    ) -> None:
+        super().__init__()
+        # both are found among the modules of this one, also if forward_func is none
+        self.layer, self.forward_func = layer, forward_func
+        self.target, self.args, self.rows = target, args, rows
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Output of shape (images, 1)."""
+        count = len(images)
+        result = self.forward_func(
+            images,
+            *(
+                arg if row is None else arg[row : row + 1].expand(count, *arg.shape[1:])
+                for arg, row in zip(self.args, self.rows)
+            ),
+        )
+        result = _check_output(result, count)
+        index = self.target
+        if index is not None:
+            index = index.expand(count, *index.shape[1:]).to(result.device)
+        scores = select_target(result, index)
+        # torch-cam would make it a map of zeros
+        if bool(scores.isnan().any()):
+            raise ValueError("forward_func returns NaN for a masked image.")
+        return scores[:, None]
+
+    @contextmanager
+    def watch_layer(self) -> Iterator[None]:
+        """Refuse layers of which the output is no image."""
+
+        def check(module: torch.nn.Module, _: Any, output: Any) -> None:
+            name = type(module).__name__
+            if not isinstance(output, Tensor):
+                raise TypeError(
+                    f"The layer {name} returns {type(output).__name__} instead of a"
+                    " tensor: choose another layer."
+                )
+            if output.ndim < 3:
+                raise ValueError(
+                    f"The layer {name} has an output of shape {tuple(output.shape)}"
+                    " without spatial dimensions: choose a convolution or a stage of"
+                    " them."
+                )
+
+        handle = self.layer.register_forward_hook(check)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+@contextmanager
+def _evaluation(network: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode of all modules, which is undone afterwards."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
