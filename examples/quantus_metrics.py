@@ -23,7 +23,6 @@ METHODS = {
     'RelativeLRP': explainer('RelativeLRP', initial_relevance='one'),
     'InputXGradient': explainer('InputXGradient'),
     'IntegratedGradients': explainer('IntegratedGradients', batch_size=1, attribute_kwargs={'n_steps': 16}),
-    'LayerGradCam': explainer('LayerGradCam', layer='layer4'),
 }
 PHOTOS = ('gc_cathedral', 'gc_reimsCathedral', 'gc_monument3', 'gc_arcDeTriomphe')
 

@@ -27,7 +27,7 @@ from zennit.types import Activation
 import captum_adapters.attr
 import captum_adapters.composite
 from captum_adapters.attr import C3LRP, CompositeAttribution, RelativeLRP, ResNetLRP
-from captum_adapters.registration import parts_of, unwrap
+from captum_adapters.registration import exclusive, parts_of, unwrap
 from zennit_resnet import UnsupportedOperation, composites, initial_relevance, with_splitting
 from zennit_resnet.postprocess import c1c, c3, heat_quantization, sum_channels
 
@@ -79,7 +79,8 @@ class TwoInputs(torch.nn.Module):
         first = self.relu(first)
         x = self.relu(self.conv(first) + self.pool(self.other(second)))
         if scale is not None:
-            x = x * scale.view(-1, 1, 1, 1)
+            scale = scale.view(-1, 1, 1, 1)
+            x = x * scale + scale
         return self.head(x.mean((2, 3)))
 
 
@@ -488,10 +489,9 @@ def test_distributed():
     try:
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
         assert torch.equal(ResNetLRP(wrapped).attribute(x, target=1), expected)
-        # training is not disturbed
-        for _ in range(2):
-            wrapped(x).sum().backward()
-            ResNetLRP(wrapped).attribute(x, target=1)
+        # the wrapper would wait for other processes
+        wrapped.register_forward_pre_hook(lambda module, args: 1 / 0)
+        assert torch.equal(ResNetLRP(wrapped).attribute(x, target=1), expected)
     finally:
         torch.distributed.destroy_process_group()
 
@@ -513,10 +513,11 @@ def test_modes(method):
 def test_inference_arguments():
     '''Further arguments may come from inference mode.'''
     model, inputs = TwoInputs().double(), (images(), torch.randn(3, 2, 24, 24, dtype=torch.float64))
+    instance = CompositeAttribution(model, Composite())
     with torch.inference_mode():
         scale = torch.ones(3, dtype=torch.float64) * 2
-        attributions = ResNetLRP(model).attribute(inputs, 1, scale)
-    assert all(map(torch.equal, attributions, ResNetLRP(model).attribute(inputs, 1, scale.clone())))
+        attributions = instance.attribute(inputs, 1, scale)
+    assert all(map(torch.equal, attributions, instance.attribute(inputs, 1, scale.clone())))
 
 
 @each_method
@@ -943,6 +944,21 @@ def test_turns_after_errors():
     ResNetLRP(model).attribute(x, 1)
     assert torch.equal(inner[0], ResNetLRP(other).attribute(x, 1))
     assert isinstance(in_threads(partial(ResNetLRP(model).attribute, x, 1))[0], torch.Tensor)
+    order = []
+
+    def enter():
+        with exclusive(model):
+            order.append('thread')
+
+    with exclusive(model, other):
+        with exclusive(model):
+            pass
+        thread = threading.Thread(target=enter)
+        thread.start()
+        thread.join(.2)
+        order.append('main')
+    thread.join(60)
+    assert order == ['main', 'thread']
     assert not captum_adapters.registration._HOLDERS
 
 

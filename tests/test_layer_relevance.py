@@ -1,5 +1,6 @@
 '''Relevance at intermediate layers.'''
 import gc
+import threading
 from functools import partial
 
 import pytest
@@ -308,6 +309,38 @@ def test_tuples():
     # all of it counts, as it is the same tensor
     assert torch.equal(identity, total)
     assert torch.equal(LayerRelevance(model, 'pair').attribute(x, 1, attribute_to_layer_input=True), total)
+
+
+def test_aliases():
+    '''A module with several names has any of them.'''
+    model, x = network(), images()
+    model.alias = model.stem
+    expected = LayerRelevance(model, model.stem).attribute(x, target=1)
+    for name in ('stem', 'alias', 'alias#1'):
+        assert torch.equal(LayerRelevance(model, name).attribute(x, target=1), expected)
+
+
+def test_calls_of_others():
+    '''What another thread runs meanwhile does not count.'''
+    model, x = network(), images()
+    expected = LayerRelevance(model, 'stem').attribute(x, target=1)
+    inner = []
+
+    def run():
+        with torch.no_grad():
+            inner.append(model.stem(x))
+
+    def start(module, args, output):
+        if not inner:
+            thread = threading.Thread(target=run)
+            thread.start()
+            thread.join(60)
+
+    model.norm.register_forward_hook(start)
+    for of_input in (False, True):
+        inner.clear()
+        found = LayerRelevance(model, 'stem').attribute(x, target=1, attribute_to_layer_input=of_input)
+        assert len(inner) == 1 and (of_input or torch.equal(found, expected))
 
 
 def test_calls():
