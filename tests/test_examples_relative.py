@@ -213,6 +213,17 @@ def test_resnet50(script, tmp_path):
     assert (tmp_path / 'cardinality.png').is_file() and (tmp_path / 'range.png').is_file()
 
 
+def test_range_of_what_overflows(common, tmp_path):
+    '''Relevance at the end of single precision is drawn, and what is not finite is left out.'''
+    namespace = runpy.run_path(str(FOLDER / 'resnet50.py'))
+    relevance = torch.full((3, 8, 8), 3e38)
+    relevance[:, 0] = torch.inf
+    relevance[0, 1], relevance[1, 1] = torch.inf, -torch.inf
+    maps = {('lrp_0', *choice): relevance for choice in namespace['CHOICES']}
+    namespace['draw_range'](tmp_path / 'range.png', np.zeros((8, 8, 3), np.uint8), maps, ['lrp_0'])
+    assert Image.open(tmp_path / 'range.png').size[0] > 7 * 4
+
+
 class Linear(torch.nn.Module):
     '''A network of which relevance is known.'''
     def __init__(self):

@@ -54,19 +54,25 @@ def main(parser):
             'NaN or infinity': f'{int((~relevance.isfinite()).flatten(1).any(1).sum())} of {len(images)}',
             'rank correlation': rank_correlation(relevance, exact),
         })
-        maps[rule, with_bias, addition] = relevance.sum(1).nan_to_num(0., 0., 0.)[:1]
+        maps[rule, with_bias, addition] = relevance[0]
     write_table(args.out / 'range', f'Range of the classic rules on {name}', rows, [
         f'Medians over {len(images)} photographs. Magnitudes are those of a computation in double precision. Maps with '
         'NaN or infinity are those of single precision. The correlation is that between the ranks of pixels in both.',
     ])
-    small = torch.nn.functional.avg_pool2d
-    tiles = [
-        [photos[0][::2, ::2], *(
-            draw_heatmap(small(maps[(rule, *choice)][None], 2)[0, 0].numpy()) for choice in CHOICES
-        )] for rule in DRAWN if rule in rules
-    ]
+    draw_range(args.out / 'range.png', photos[0], maps, [rule for rule in DRAWN if rule in rules])
+
+
+def draw_range(path, photo, maps, rules):
+    '''Heatmaps of half the size for a photograph, in a row for each rule. What is not finite is black.'''
+    tiles = []
+    for rule in rules:
+        tiles.append([photo[::2, ::2]])
+        for choice in CHOICES:
+            # sums may be beyond single precision
+            heatmap = maps[(rule, *choice)].double().sum(0, keepdim=True).nan_to_num(0., 0., 0.)
+            tiles[-1].append(draw_heatmap(torch.nn.functional.avg_pool2d(heatmap, 2)[0].numpy()))
     titles = ['photo', *(f'{addition}{", bias" if with_bias else ""}' for with_bias, addition in CHOICES)]
-    save_picture(args.out / 'range.png', draw_comparison(tiles, titles, [rule for rule in DRAWN if rule in rules]))
+    save_picture(path, draw_comparison(tiles, titles, rules))
 
 
 def draw_readings(path, model, images, targets, photos):
