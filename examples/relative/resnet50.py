@@ -22,6 +22,7 @@ from zennit_resnet.image import draw_comparison, draw_heatmap, read_image
 PHOTOS = Path(__file__).resolve().parents[1] / 'assets' / 'photos'
 READINGS = {'constant': 'relative_lrp', 'per position': 'relative_lrp_per_position'}
 CHOICES = [(with_bias, addition) for addition in ('rule', 'ratio', 'duplicate') for with_bias in (False, True)]
+SHOWN = [choice for choice in CHOICES if choice[1] == 'rule' or not choice[0]]
 DRAWN = ('lrp_0', 'lrp_epsilon_0.01', 'lrp_epsilon_1', 'lrp_gamma_0.25', 'lrp_alpha_beta_0.5_0.5')
 
 
@@ -67,11 +68,11 @@ def draw_range(path, photo, maps, rules):
     tiles = []
     for rule in rules:
         tiles.append([photo[::2, ::2]])
-        for choice in CHOICES:
+        for choice in SHOWN:
             # sums may be beyond single precision
             heatmap = maps[(rule, *choice)].double().sum(0, keepdim=True).nan_to_num(0., 0., 0.)
             tiles[-1].append(draw_heatmap(torch.nn.functional.avg_pool2d(heatmap, 2)[0].numpy()))
-    titles = ['photo', *(f'{addition}{", bias" if with_bias else ""}' for with_bias, addition in CHOICES)]
+    titles = ['photo', *(f'{addition}{", bias" if with_bias else ""}' for with_bias, addition in SHOWN)]
     save_picture(path, draw_comparison(tiles, titles, rules))
 
 
