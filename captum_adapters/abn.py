@@ -1,0 +1,509 @@
+"""Attention branch networks, of which the attention map is an explanation."""
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Optional, TypeVar, Union
+
+import torch
+import torch.nn.functional as F
+from captum._utils.common import (
+    _format_additional_forward_args,
+    _format_output,
+    _is_tuple,
+)
+from captum._utils.typing import TargetType
+from captum.attr._utils.attribution import Attribution
+from captum.log import log_usage
+from torch import Tensor
+from torch.nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, Linear, Module
+from torchvision import models
+
+from captum_adapters._common import (
+    check_evaluation,
+    check_images,
+    check_range,
+    check_target,
+)
+from captum_adapters.registration import unwrap
+from zennit_resnet.models import SUFFIXES, _read_state, _suggest
+
+_TRUNK = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
+_PERCEPTION = ("layer4", "avgpool", "fc")
+
+TensorOrTuple = TypeVar("TensorOrTuple", Tensor, tuple[Tensor, ...])
+
+
+class Branches(NamedTuple):
+    """What an attention branch network computes for a batch of images.
+
+    Args:
+
+        attention_logits (Tensor): Class scores of the attention branch, of shape
+                (batch, classes).
+        logits (Tensor): Class scores of the perception branch, of shape (batch,
+                classes): the output of the network.
+        attention (Tensor): Attention maps with values from 0 to 1, of shape (batch, 1,
+                height, width), with height and width of the feature extractor.
+    """
+
+    attention_logits: Tensor
+    logits: Tensor
+    attention: Tensor
+
+
+class AttentionBranch(Module):
+    r"""The branch which computes class scores and attention maps from features.
+
+    A stage of convolutions without stride, batch normalization, a 1 x 1 convolution to
+    one map for each class, batch normalization and ReLU. From these class maps, a 1 x 1
+    convolution and global average pooling compute scores; another 1 x 1 convolution,
+    batch normalization and the sigmoid function compute the attention map.
+
+    This is the structure of Fukui et al. 2019, with batch normalization at the places
+    of their published code. That code has a 3 x 3 convolution for the attention map, in
+    which this follows the paper.
+
+    Nothing about the start is random: the stage has the parameters of the classifier's
+    last stage, the class maps those of its last layer, scores are the means of class
+    maps, and the attention map comes from the mean over classes. Its sign would be left
+    to chance otherwise, which a short training does not correct.
+
+    Args:
+
+        stage (torch.nn.Module): Stage of convolutions, of which a copy is used with
+                stride 1.
+        fc (torch.nn.Linear): Last layer of a classifier which follows on this stage.
+    """
+
+    def __init__(self, stage: Module, fc: Linear) -> None:
+        super().__init__()
+        channels, classes = fc.in_features, fc.out_features
+        self.stage = copy.deepcopy(stage)
+        for module in self.stage.modules():
+            if isinstance(module, Conv2d):
+                module.stride = (1, 1)
+        self.norm = BatchNorm2d(channels)
+        self.class_maps = Conv2d(channels, classes, 1, bias=False)
+        self.class_norm = BatchNorm2d(classes)
+        self.scores = Conv2d(classes, classes, 1, bias=False)
+        self.pool = AdaptiveAvgPool2d(1)
+        self.attention = Conv2d(classes, 1, 1, bias=False)
+        self.attention_norm = BatchNorm2d(1)
+        with torch.no_grad():
+            self.class_maps.weight.copy_(fc.weight[:, :, None, None])
+            self.scores.weight.copy_(torch.eye(classes)[:, :, None, None])
+            self.attention.weight.fill_(1 / classes)
+        self.to(fc.weight.device, fc.weight.dtype)
+        self.requires_grad_()
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute scores and attention.
+
+        Args:
+
+            features (Tensor): Features of shape (batch, channels, height, width).
+
+        Returns:
+            tuple[Tensor, Tensor]: Class scores of shape (batch, classes), and attention
+            maps of shape (batch, 1, height, width).
+        """
+        maps = self.class_maps(self.norm(self.stage(features)))
+        maps = self.class_norm(maps).relu()
+        scores = self.pool(self.scores(maps)).flatten(1)
+        return scores, self.attention_norm(self.attention(maps)).sigmoid()
+
+
+class AttentionBranchNetwork(Module):
+    r"""Attention branch network (ABN), made of a residual network.
+
+    Fukui et al. 2019: the network up to its third stage is the feature extractor. From
+    its features :math:`g(x)`, an :class:`AttentionBranch` computes class scores and a
+    map of attention :math:`M(x)`. The perception branch, which is the rest of the
+    network, computes class scores from :math:`(1 + M(x)) g(x)`. Both are trained: the
+    loss is the sum of their cross-entropies.
+
+    The output is that of the perception branch, so that this is a classifier as any
+    other. Names of modules are those of the residual network, and `attention_branch`.
+
+    All parameters and buffers are copies, and the branches share none: the given model
+    is left as found. Before it has been trained, see `examples/abn/train.py`, the
+    attention means little.
+
+    Args:
+
+        model (torch.nn.Module): A classifier with the modules of torchvision's
+                :class:`~torchvision.models.ResNet`: `conv1`, `bn1`, `relu`, `maxpool`,
+                `layer1` to `layer4`, `avgpool` and `fc`. The attention branch is made
+                for its device, type, and training mode, and requires gradients even if
+                the model does not.
+
+    Raises:
+        TypeError: If `model` is not a module.
+        ValueError: If it lacks any of these modules, or `fc` is not a linear layer.
+
+    Examples::
+
+        >>> import torch
+        >>> from torchvision.models import resnet18
+        >>> from captum_adapters.abn import AttentionBranchNetwork
+        >>> net = AttentionBranchNetwork(resnet18(num_classes=5).eval())
+        >>> images = torch.rand(2, 3, 64, 64)
+        >>> attention_logits, logits, attention = net.forward_branches(images)
+        >>> attention_logits.shape, logits.shape, attention.shape
+        (torch.Size([2, 5]), torch.Size([2, 5]), torch.Size([2, 1, 4, 4]))
+        >>> torch.equal(net(images), logits)
+        True
+    """
+
+    def __init__(self, model: Module) -> None:
+        super().__init__()
+        if not isinstance(model, Module):
+            raise TypeError(f"model must be a module, but is {type(model).__name__}.")
+        parts = dict(model.named_children())
+        missing = [name for name in (*_TRUNK, *_PERCEPTION) if name not in parts]
+        if missing:
+            raise ValueError(
+                f"{type(model).__name__} has no {', '.join(missing)}: an attention"
+                " branch network is made of a residual network with the modules of"
+                " torchvision's."
+            )
+        fc = parts["fc"]
+        if not isinstance(fc, Linear):
+            raise ValueError(
+                f"fc is {type(fc).__name__}, but must be a linear layer, from which the"
+                " number of classes is known."
+            )
+        # copied at once, such that what these share is shared by the copies as well
+        copies = copy.deepcopy({name: parts[name] for name in (*_TRUNK, *_PERCEPTION)})
+        for name, module in copies.items():
+            self.add_module(name, module)
+        self.attention_branch = AttentionBranch(parts["layer4"], fc)
+        self.attention_branch.train(model.training)
+        self.training = model.training
+
+    def extract_features(self, input: Tensor) -> Tensor:
+        """Compute what both branches start from.
+
+        Args:
+
+            input (Tensor): Images of shape (batch, channels, height, width).
+
+        Returns:
+            Tensor: Features of shape (batch, channels, height, width), with a sixteenth
+            of the height and width in torchvision's networks.
+        """
+        for name in _TRUNK:
+            input = self.get_submodule(name)(input)
+        return input
+
+    def classify_features(self, features: Tensor) -> Branches:
+        """Compute both branches.
+
+        Args:
+
+            features (Tensor): What :meth:`extract_features` returns.
+
+        Returns:
+            Branches: Scores of both branches, and attention.
+
+        Raises:
+            ValueError: If attention has not the size of the features.
+        """
+        attention_logits, attention = self.attention_branch(features)
+        if attention.shape[2:] != features.shape[2:]:
+            raise ValueError(
+                f"layer4 changes the size {tuple(features.shape[2:])} of features to"
+                f" {tuple(attention.shape[2:])} by other means than the stride of"
+                " convolutions, so that attention does not fit the features."
+            )
+        hidden = features * (1 + attention)
+        hidden = self.get_submodule("avgpool")(self.get_submodule("layer4")(hidden))
+        logits = self.get_submodule("fc")(hidden.flatten(1))
+        return Branches(attention_logits, logits, attention)
+
+    def forward_branches(self, input: Tensor) -> Branches:
+        """Compute class scores of both branches, and attention.
+
+        Args:
+
+            input (Tensor): Images of shape (batch, channels, height, width).
+
+        Returns:
+            Branches: Tuple of class scores of the attention branch, class scores of the
+            perception branch, both of shape (batch, classes), and attention maps of
+            shape (batch, 1, height, width) with the features' height and width.
+
+        Raises:
+            ValueError: If `layer4` changes the size of features by other means than
+                    the stride of convolutions.
+        """
+        return self.classify_features(self.extract_features(input))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute class scores of the perception branch.
+
+        Args:
+
+            input (Tensor): Images of shape (batch, channels, height, width).
+
+        Returns:
+            Tensor: Logits of shape (batch, classes).
+
+        Raises:
+            ValueError: As :meth:`forward_branches`.
+        """
+        return self.forward_branches(input).logits
+
+
+class ABN(Attribution):
+    r"""The attention map of an attention branch network, as an attribution.
+
+    Fukui et al. 2019. The map is part of the network's forward pass, and there is one
+    for each image: it does **not** depend on the target. All it says about a class is
+    that the network looks at these places before it decides.
+
+    Args:
+
+        model (AttentionBranchNetwork): The network, in evaluation mode. It may be
+                within :class:`torch.nn.DataParallel`,
+                :class:`torch.nn.parallel.DistributedDataParallel` or a compiled model,
+                of which the network inside is used.
+
+    Raises:
+        TypeError: If `model` is another network.
+
+    Examples::
+
+        >>> import torch
+        >>> from torchvision.models import resnet18
+        >>> from captum_adapters.abn import ABN, AttentionBranchNetwork
+        >>> net = AttentionBranchNetwork(resnet18(num_classes=5)).eval()
+        >>> images = torch.rand(2, 3, 64, 64)
+        >>> attributions = ABN(net).attribute(images)
+        >>> attributions.shape
+        torch.Size([2, 3, 64, 64])
+        >>> maps = attributions.sum(1)
+        >>> bool((maps >= 0).all() and (maps <= 1).all())
+        True
+    """
+
+    def __init__(self, model: Module) -> None:
+        network = unwrap(model)[0] if isinstance(model, Module) else model
+        if not isinstance(network, AttentionBranchNetwork):
+            raise TypeError(
+                "ABN explains an AttentionBranchNetwork, but there is"
+                f" {type(network).__name__}: make one of a residual network, and train"
+                " it."
+            )
+        Attribution.__init__(self, model)
+        self.network = network
+
+    @classmethod
+    def get_name(cls) -> str:
+        """Name of the method, as shown in Captum Insights."""
+        return "Attention Branch Network"
+
+    @log_usage()
+    def attribute(
+        self,
+        inputs: TensorOrTuple,
+        target: TargetType = None,
+        additional_forward_args: object = None,
+    ) -> TensorOrTuple:
+        r"""
+        Args:
+
+            inputs (Tensor or tuple[Tensor]): Images of shape (batch, channels, height,
+                    width).
+            target (int, tuple, Tensor, or list, optional): Only checked, as attention
+                    does not depend on it: an integer or a tensor with a single one for
+                    all examples, a list of integers or a 1D tensor with one for each,
+                    as in Captum.
+                    Default: None
+            additional_forward_args (Any, optional): For Captum's manner of calling, as
+                    the network has no further arguments.
+                    Default: None
+
+        Returns:
+            *Tensor* or *tuple[Tensor]* of **attributions**:
+            - **attributions** (*Tensor* or *tuple[Tensor]*):
+                    Attention, resized to the images with bilinear interpolation. The
+                    channels have equal parts, so that their sum is the map with values
+                    from 0 to 1. Of the inputs' shape, in at least single precision. A
+                    tuple is returned if inputs are a tuple.
+
+        Raises:
+            ValueError: If there are several inputs, no examples, or further arguments,
+                    inputs are not images, the target is out of range, attention is NaN,
+                    or the network is in training mode, in which attention depends on
+                    the rest of the batch.
+            TypeError: If inputs are not floating point tensors, or the target is not of
+                    integers.
+        """
+        images = check_images(inputs)
+        if not images.is_floating_point():
+            raise TypeError(
+                f"inputs of {images.dtype} are no images for the network: convert them"
+                " to floating point numbers."
+            )
+        if _format_additional_forward_args(additional_forward_args):
+            raise ValueError(
+                "An AttentionBranchNetwork has a single input, but there are"
+                " additional_forward_args."
+            )
+        index = check_target(target, len(images))
+        check_evaluation(self.network)
+        with torch.no_grad():
+            _, logits, attention = self.network.forward_branches(images)
+        if index is not None:
+            check_range(logits, index)
+        # half precision would give neighbouring pixels the same value
+        precise = attention.dtype == torch.float64
+        attention = attention.to(torch.float64 if precise else torch.float32)
+        maps = F.interpolate(
+            attention, images.shape[2:], mode="bilinear", align_corners=False
+        )
+        wrong = maps.isnan().flatten(1).any(1)
+        if bool(wrong.any()):
+            raise ValueError(
+                "Attention is NaN for the examples"
+                f" {wrong.nonzero()[:, 0].tolist()} of the batch: check the inputs and"
+                " the weights."
+            )
+        attributions = (maps / images.shape[1]).repeat(1, images.shape[1], 1, 1)
+        return _format_output(_is_tuple(inputs), (attributions,))
+
+
+def save_abn(
+    model: AttentionBranchNetwork,
+    path: Union[str, Path],
+    classes: Optional[Sequence[str]] = None,
+) -> None:
+    r"""Write the weights of an attention branch network.
+
+    Args:
+
+        model (AttentionBranchNetwork): The network.
+        path (str or Path): File to write: a state dict in the format of safetensors
+                (`.safetensors`), which needs the package of this name, or of
+                :func:`torch.save` (`.pt`, `.pth`).
+        classes (sequence of str, optional): Names of the classes, for the metadata of
+                safetensors.
+                Default: None
+
+    Returns:
+        None
+
+    Raises:
+        ValueError: If the suffix is unknown, safetensors is missing, or there are more
+                or fewer names than classes.
+        OSError: If the file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(
+            f"{path} is for weights, and must end in one of {', '.join(SUFFIXES)}."
+        )
+    count = model.attention_branch.scores.out_channels
+    if classes is not None and len(classes) != count:
+        raise ValueError(f"There are {len(classes)} names for {count} classes.")
+    state = {
+        key: value.detach().cpu().contiguous()
+        for key, value in model.state_dict().items()
+    }
+    if path.suffix.lower() != ".safetensors":
+        with open(path, "wb") as file:
+            torch.save(state, file)
+        return
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise ValueError(
+            f"writing {path} needs another package: pip install safetensors"
+        ) from error
+    metadata = None if classes is None else {"classes": json.dumps(list(classes))}
+    path.write_bytes(save(state, metadata))
+
+
+def load_abn(
+    path: Union[str, Path], architecture: str = "resnet50"
+) -> AttentionBranchNetwork:
+    r"""Read the weights of an attention branch network.
+
+    Args:
+
+        path (str or Path): A state dict as :func:`save_abn` writes it. The number of
+                classes is the size of the last layer.
+        architecture (str, optional): Name of the residual network in torchvision.
+                Default: `"resnet50"`
+
+    Returns:
+        AttentionBranchNetwork: The network on the CPU, in single precision and
+        evaluation mode.
+
+    Raises:
+        ValueError: If there is no such residual network, the file cannot be read, or
+                the weights do not fit.
+
+    Examples::
+
+        >>> import tempfile
+        >>> import torch
+        >>> from torchvision.models import resnet18
+        >>> from captum_adapters.abn import (
+        ...     AttentionBranchNetwork, load_abn, save_abn)
+        >>> net = AttentionBranchNetwork(resnet18(num_classes=5)).eval()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_abn(net, f"{folder}/abn.pt")
+        ...     loaded = load_abn(f"{folder}/abn.pt", "resnet18")
+        >>> images = torch.rand(2, 3, 64, 64)
+        >>> torch.equal(loaded(images), net(images))
+        True
+    """
+    names = [
+        name
+        for name in models.list_models(module=models)
+        if models.get_model_builder(name).__module__ == models.resnet.__name__
+    ]
+    if architecture not in names:
+        raise ValueError(
+            f"{architecture!r} is not a residual network of torchvision:"
+            f" {_suggest(architecture, names).strip()}"
+        )
+    state, _ = _read_state(Path(path))
+    if not any(key.startswith("attention_branch.") for key in state):
+        raise ValueError(
+            f"the weights {path} have no attention branch: train one with"
+            " examples/abn/train.py"
+        )
+    last = state.get("fc.weight", torch.empty(0))
+    misfit = f"the weights {path} do not fit {architecture}: "
+    if last.ndim != 2:
+        raise ValueError(f"{misfit}the last layer's fc.weight is missing")
+    model = AttentionBranchNetwork(
+        models.get_model(architecture, weights=None, num_classes=len(last))
+    )
+    expected = model.state_dict()
+    # compared by hand, since load_state_dict lists every single difference
+    problems = [
+        f"{len(keys)} {what} such as {keys[0]}"
+        for what, keys in (
+            ("missing", [key for key in expected if key not in state]),
+            ("unknown", [key for key in state if key not in expected]),
+            (
+                "of other shape",
+                [
+                    key
+                    for key, value in expected.items()
+                    if key in state and state[key].shape != value.shape
+                ],
+            ),
+        )
+        if keys
+    ]
+    if problems:
+        raise ValueError(f"{misfit}{', '.join(problems)}; choose another architecture")
+    model.load_state_dict(state)
+    return model.eval()
