@@ -665,7 +665,6 @@ def test_normalized():
     ({'inputs': torch.zeros(0, 3, 6, 7), 'attributions': torch.zeros(0, 6, 7)}, ValueError, 'empty'),
     ({'protocol': 'best'}, ValueError, "protocol='best' is not one of"),
     ({'ties': 'first'}, ValueError, "ties='first' is not one of"),
-    ({'ties': 'group', 'protocol': 'keio', 'baselines': 0}, ValueError, 'needs both ends'),
     ({'output': 'probability'}, ValueError, "output='probability'"),
     ({'reduce': 'max'}, ValueError, "reduce='max'"),
     ({'n_steps': 0}, ValueError, 'n_steps=0 is not a positive integer'),

@@ -5,7 +5,12 @@ Functions on tensors, with one value for each example.
 
 from captum_adapters._common import NegativeMapWarning
 from captum_adapters.metrics._top import top_fraction
-from captum_adapters.metrics.curves import InsertionDeletion, insertion_deletion
+from captum_adapters.metrics.curves import (
+    Areas,
+    InsertionDeletion,
+    insertion_deletion,
+    keio_areas,
+)
 from captum_adapters.metrics.masks import (
     MaskDistance,
     MaskPointing,
@@ -29,6 +34,7 @@ from captum_adapters.metrics.statistics import (
 )
 
 __all__ = [
+    "Areas",
     "Comparison",
     "InsertionDeletion",
     "Interval",
@@ -44,6 +50,7 @@ __all__ = [
     "holm",
     "insertion_deletion",
     "keep_top",
+    "keio_areas",
     "mask_distance",
     "mask_pointing",
     "pixel_accuracy",

@@ -256,11 +256,6 @@ def insertion_deletion(
     ties = preset.ties if ties is None else ties
     if ties not in TIES:
         raise ValueError(f"ties={ties!r} is not one of {', '.join(map(repr, TIES))}.")
-    if ties == "group" and not preset.ends:
-        raise ValueError(
-            "ties='group' needs both ends of the curve, which protocol='keio' does not"
-            " have: choose ties='threshold', or no protocol."
-        )
     if not callable(output) and output not in ("softmax", "logit"):
         raise ValueError(
             f"output={output!r} is neither 'softmax' nor 'logit' nor a function."
@@ -273,6 +268,9 @@ def insertion_deletion(
     if n_steps is None and step is None:
         n_steps, step = (100, None) if preset.step is None else (None, preset.step)
     counts = count_grid(n_pixels, n_steps, step, preset.ends).to(images.device)
+    if ties == "group" and not preset.ends:
+        # without the empty image, the area would not begin at zero
+        counts = F.pad(counts, (1, 0))
 
     if protocol == "keio" and baselines is None and bool((images < 0).any()):
         warnings.warn(
@@ -364,6 +362,55 @@ def insertion_deletion(
         tied.to(scores.dtype).mean(1),
         n_pixels - equal.sum(1),
     )
+
+
+class Areas(NamedTuple):
+    """Areas under both curves, and their difference, each of shape (batch,)."""
+
+    insertion: Tensor
+    deletion: Tensor
+    id_score: Tensor
+
+
+def keio_areas(result: InsertionDeletion) -> Areas:
+    """Areas by the published code of Otsuki et al. 2024, without further forwards.
+
+    That code evaluates the same images, whatever the ties. What differs is that it
+    leaves out the empty image of insertion and the whole image of deletion, and that
+    its points are equally far apart.
+
+    Args:
+
+        result (InsertionDeletion): Result of :func:`insertion_deletion` with
+                `protocol="keio", ties="group"`, so that both are known.
+
+    Returns:
+        Areas: A named tuple of tensors of shape (batch,).
+
+    Raises:
+        ValueError: If there is no other point but the end.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_adapters.metrics import insertion_deletion, keio_areas
+        >>> images, flat = torch.rand(1, 1, 40, 40), torch.zeros(1, 40, 40)
+        >>> mean = lambda x: x.mean((1, 2, 3))
+        >>> both = insertion_deletion(mean, images, flat, protocol="keio", ties="group")
+        >>> bool(both.id_score.abs() < 1e-6)  # a constant map
+        True
+        >>> torch.allclose(keio_areas(both).id_score, mean(images))
+        True
+    """
+    if result.insertion_curve.shape[1] < 2:
+        raise ValueError("The curves have a single point, and no area.")
+    curves = (result.insertion_curve[:, 1:], result.deletion_curve[:, 1:])
+    n_points = curves[0].shape[1]
+    fractions = torch.arange(n_points).to(curves[0]) / max(1, n_points - 1)
+    insertion, deletion = (
+        _area(curve, fractions.expand_as(curve)) for curve in curves
+    )
+    return Areas(insertion, deletion, insertion - deletion)
 
 
 def _repeat(output: Tensor, batch: int) -> Tensor:
