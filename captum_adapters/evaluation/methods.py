@@ -1,0 +1,561 @@
+"""Attribution methods of an evaluation by name."""
+
+import ast
+import inspect
+import re
+import warnings
+import zlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple, Optional
+
+import captum.attr
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.nn import Module
+from zennit.composites import COMPOSITES
+from zennit.torchvision import ResNetCanonizer
+
+from captum_adapters.abn import ABN, load_abn
+from captum_adapters.attr import RISE, CompositeAttribution, ScoreCAM
+from zennit_resnet.classic import SETTINGS, ClassicLRP
+from zennit_resnet.composites import with_splitting
+from zennit_resnet.models import Classifier
+from zennit_resnet.postprocess import EmptyMaskWarning, c1c, c3, heat_quantization
+from zennit_resnet.rules import RatioSplit, SymmetricSplit
+
+SPLITTING = ("ratio", "symmetric", "zennit")
+POSTPROCESSING = ("quantize", "c1c", "c3")
+INITIAL = ("softmax", "logit", "one")
+LEVELS = 8
+
+
+class Explained(NamedTuple):
+    """Maps of a batch.
+
+    Attributes:
+
+        maps (Tensor): Maps of shape (batch, height, width).
+        total (Tensor or None): Sum of relevance of each example before any
+                post-processing, of shape (batch,), for methods that distribute
+                relevance.
+        initial (Tensor or None): What relevance starts from, of shape (batch,).
+    """
+
+    maps: Tensor
+    total: Optional[Tensor] = None
+    initial: Optional[Tensor] = None
+
+
+class Context(NamedTuple):
+    """What methods are made for.
+
+    Attributes:
+
+        classifier (Classifier): The network and its preprocessing.
+        initial (str): What relevance starts from: `"logit"`, `"softmax"` or `"one"`.
+        forward_batch (int): Number of images in a forward pass.
+        device (torch.device): Where images are.
+        forward (callable or None): The network for passes without gradients, which may
+                be faster.
+        autocast (callable): Context manager for such passes.
+    """
+
+    classifier: Classifier
+    initial: str = "softmax"
+    forward_batch: int = 32
+    device: torch.device = torch.device("cpu")
+    forward: Optional[Callable[[Tensor], Tensor]] = None
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+# From a batch of inputs, targets and names of samples to attributions, of shape (batch,
+# channels, height, width) or (batch, height, width)
+Function = Callable[[Tensor, Tensor, Sequence[str]], Tensor]
+
+
+class Method:
+    """An attribution method, by a name such as `resnet_lrp:splitting=ratio+quantize8`.
+
+    After the name may follow options of its constructor or call, separated by commas
+    (of composites also `initial=logit`, what relevance starts from), and suffixes:
+    `+ratio`, `+symmetric` or `+zennit` for splitting at skip connections in composites
+    that do not split by themselves, `+abs` for the magnitude of the sum over channels,
+    and `+quantize`, `+quantize4` (levels), `+c1c` or `+c3` for post-processing.
+
+    Args:
+
+        text (str): The name.
+
+    Raises:
+        ValueError: If there is no such method, or an option or suffix is not for it.
+
+    Attributes:
+
+        text (str): The name.
+        base (str): The name without options and suffixes.
+        group (str): `"ours"`, `"baseline"` or `"control"`.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text.strip()
+        head, *suffixes = self.text.split("+")
+        self.base, _, options = head.partition(":")
+        if self.base not in names():
+            raise ValueError(
+                f"unknown method {self.base!r}: choose among {', '.join(names())}"
+            )
+        self.options = _parse_options(self.text, options)
+        self.initial: Optional[str] = None
+        if self.base in COMPOSITES or self.base in SETTINGS:
+            self.initial = self.options.pop("initial", None)
+            if self.initial not in (None, *INITIAL):
+                raise ValueError(
+                    f"{self.text}: initial is not one of {', '.join(INITIAL)}"
+                )
+        self.splitting: Optional[str] = None
+        self.magnitude = False
+        self.postprocess: list[Callable[[Tensor], Tensor]] = []
+        for suffix in suffixes:
+            quantize = re.fullmatch("quantize([0-9]*)", suffix)
+            if suffix in SPLITTING and self.splitting is None:
+                self.splitting = suffix
+            elif suffix == "abs" and not self.magnitude:
+                self.magnitude = True
+            elif quantize:
+                levels = int(quantize[1] or LEVELS)
+                if levels < 2:
+                    raise ValueError(
+                        f"{self.text}: {levels} level leaves nothing to see, choose at"
+                        " least 2"
+                    )
+                self.postprocess.append(partial(heat_quantization, levels=levels))
+            elif suffix in ("c1c", "c3"):
+                self.postprocess.append(c3 if suffix == "c3" else c1c)
+            else:
+                choices = [*SPLITTING, "abs", *POSTPROCESSING]
+                raise ValueError(
+                    f"suffix '+{suffix}' of {self.text} is unknown or repeated: choose"
+                    f" among {', '.join(f'+{choice}' for choice in choices)}"
+                )
+        if self.splitting is not None and not _can_split(self.base):
+            raise ValueError(
+                f"{self.text}: splitting is for composites of Zennit and classic rules,"
+                f" not for {self.base}"
+            )
+        _check_options(self)
+
+    @property
+    def group(self) -> str:
+        """`"ours"`, `"baseline"` or `"control"`."""
+        return group_of(self.text)
+
+    def create(self, context: Context) -> "Explainer":
+        """Make the method ready for a network.
+
+        Args:
+
+            context (Context): The network, and how to use it.
+
+        Returns:
+            Explainer: What computes maps.
+
+        Raises:
+            ValueError: If the method can not be used with the network.
+        """
+        return Explainer(self, context)
+
+
+def group_of(text: str) -> str:
+    """Group of a method by its name: `"ours"`, `"baseline"` or `"control"`."""
+    base = re.split("[:+]", text)[0]
+    if base in CONTROLS:
+        return "control"
+    own = base in COMPOSITES and COMPOSITES[base].__module__.startswith("zennit_resnet")
+    split = any(suffix in ("ratio", "symmetric") for suffix in text.split("+")[1:])
+    return "ours" if own or split else "baseline"
+
+
+class Explainer:
+    """A method for a network, made by :meth:`Method.create`.
+
+    Attributes:
+
+        method (Method): The method.
+        network (torch.nn.Module or None): The network that is explained and has to be
+                measured, if it is not the one of the context.
+    """
+
+    def __init__(self, method: Method, context: Context) -> None:
+        self.method = method
+        self.network: Optional[Module] = None
+        self._context = context
+        self._initial: Optional[str] = None
+        if method.base in CONTROLS:
+            self._function: Function = partial(
+                CONTROLS[method.base], classifier=context.classifier, **method.options
+            )
+        elif method.base in OTHERS:
+            self._function, self.network = OTHERS[method.base](context, method.options)
+        else:
+            model = context.classifier.model
+            initial = method.initial or context.initial
+            lrp = CompositeAttribution(model, _composite(method, context), initial)
+            # gradients are no relevance
+            if lrp.has_convergence_delta():
+                self._initial = initial
+            self._function = lambda images, targets, names: lrp.attribute(
+                images, targets
+            )
+        if method.base == "input_x_gradient":
+            self._initial = "logit"
+
+    def __call__(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        output: Tensor,
+        names: Sequence[str],
+    ) -> Explained:
+        """Compute maps.
+
+        Args:
+
+            images (Tensor): Network inputs of shape (batch, channels, height, width).
+            targets (Tensor): Classes to explain, of shape (batch,).
+            output (Tensor): Output of the network, of shape (batch, classes).
+            names (sequence of str): Names of the samples, which random maps depend on.
+
+        Returns:
+            Explained: The maps, which may not be finite.
+        """
+        with warnings.catch_warnings():
+            # that hooks are set and removed again, which is what is wanted
+            warnings.filterwarnings("ignore", category=UserWarning, module="captum")
+            attributions = self._function(images, targets, names).detach()
+        total = initial = None
+        if self._initial is not None:
+            total = attributions.double().flatten(1).sum(1)
+            scores = {
+                "logit": output,
+                "softmax": output.softmax(1),
+                "one": torch.ones_like(output),
+            }[self._initial]
+            initial = scores.gather(1, targets[:, None])[:, 0].double()
+        maps = attributions.sum(1) if attributions.ndim == 4 else attributions
+        if maps.shape[1:] != images.shape[2:]:
+            maps = F.interpolate(
+                maps[:, None], images.shape[2:], mode="bilinear", align_corners=False
+            )[:, 0]
+        if self.method.magnitude:
+            maps = maps.abs()
+        finite = maps.flatten(1).isfinite().all(1)[:, None, None]
+        with warnings.catch_warnings():
+            # a map of zeros is measured like any other
+            warnings.simplefilter("ignore", EmptyMaskWarning)
+            for function in self.method.postprocess:
+                # what is not finite can not be processed, and the caller reports it
+                maps = function(maps.where(finite, 0)).where(finite, maps)
+        return Explained(maps, total, initial)
+
+
+# -- by name ---------------------------------------------------------------------------
+
+
+def names() -> list[str]:
+    """Names of all methods, without options and suffixes."""
+    own = [
+        name
+        for name in COMPOSITES
+        if COMPOSITES[name].__module__.startswith("zennit_resnet")
+    ]
+    others = [name for name in COMPOSITES if name not in own]
+    return [*own, *SETTINGS, *others, *OTHERS, *CONTROLS]
+
+
+def _parse_options(text: str, options: str) -> dict[str, Any]:
+    """Options `key=value,…`, where values are numbers or words."""
+    parsed: dict[str, Any] = {}
+    for part in filter(None, options.split(",")):
+        key, sign, value = part.partition("=")
+        if not sign or not key.isidentifier() or key in parsed:
+            raise ValueError(
+                f"option {part!r} of {text} is not of the form key=value, or repeated"
+            )
+        try:
+            parsed[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            parsed[key] = value
+    return parsed
+
+
+def _can_split(base: str) -> bool:
+    """Whether a splitting can be added to a composite."""
+    return base in SETTINGS or (
+        base in COMPOSITES
+        and not COMPOSITES[base].__module__.startswith("zennit_resnet")
+    )
+
+
+def _check_options(method: Method) -> None:
+    """Check names and values of options, as far as that is possible without network."""
+    if method.base in SETTINGS:
+        accepted = {"addition", "batch_norm", "with_bias", "stabilizer"}
+    elif method.base in COMPOSITES:
+        accepted = set(_parameters(method.base))
+        accepted -= {"canonizers", "layer_map", "first_map", "low", "high"}
+    elif method.base in CONTROLS:
+        accepted = set(inspect.signature(CONTROLS[method.base]).parameters)
+        accepted -= {"images", "targets", "names", "classifier"}
+    else:
+        accepted = set(OPTIONS[method.base])
+    for key in method.options:
+        if key not in accepted:
+            raise ValueError(
+                f"{method.text}: {method.base} has no option {key!r}, but"
+                f" {', '.join(sorted(accepted)) or 'none'}"
+            )
+    if method.base in COMPOSITES and not _needs_bounds(method):
+        try:
+            COMPOSITES[method.base](**method.options)
+        except (TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{method.text}: {reason}") from error
+
+
+def _parameters(base: str) -> dict[str, inspect.Parameter]:
+    """Parameters of a composite, with those that it hands on to the class it is of."""
+    composite = COMPOSITES[base]
+    found: dict[str, inspect.Parameter] = {}
+    for cls in composite.__mro__ if inspect.isclass(composite) else (composite,):
+        parameters = inspect.signature(cls).parameters
+        found = {**parameters, **found}
+        if not any(item.kind is item.VAR_KEYWORD for item in parameters.values()):
+            break
+    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return {name: item for name, item in found.items() if item.kind not in kinds}
+
+
+def _needs_bounds(method: Method) -> bool:
+    """Whether a composite has to be given the lowest and highest input."""
+    parameters = _parameters(method.base)
+    low = parameters.get("low")
+    needed = low is not None and low.default is low.empty
+    return needed or method.options.get("first_layer") == "zbox"
+
+
+def _composite(method: Method, context: Context) -> Any:
+    """The composite of a method."""
+    options = dict(method.options)
+    if method.base in SETTINGS:
+        if method.splitting in ("ratio", "symmetric"):
+            options["addition"] = method.splitting
+        elif method.splitting == "zennit":
+            raise ValueError(
+                f"{method.text}: classic rules find additions by themselves, so"
+                " Zennit's canonizer would do it twice"
+            )
+        settings: Any = SETTINGS[method.base]
+        return ClassicLRP(**{**settings, **options})
+    if _needs_bounds(method):
+        low, high = (bound.to(context.device) for bound in context.classifier.bounds())
+        options.update(low=low, high=high)
+    if method.splitting == "zennit":
+        options["canonizers"] = [ResNetCanonizer()]
+    composite = COMPOSITES[method.base](**options)
+    if method.splitting in ("ratio", "symmetric"):
+        split = {"ratio": RatioSplit, "symmetric": SymmetricSplit}[method.splitting]
+        composite = with_splitting(composite, split())
+    return composite
+
+
+# -- other methods ---------------------------------------------------------------------
+
+
+def _captum(name: str) -> Callable[[Context, dict[str, Any]], tuple[Function, None]]:
+    """A method of Captum's that needs nothing but the network."""
+
+    def create(context: Context, options: dict[str, Any]) -> tuple[Function, None]:
+        method = getattr(captum.attr, name)(context.classifier.model)
+
+        def attribute(images: Tensor, targets: Tensor, names: Sequence[str]) -> Tensor:
+            if name == "IntegratedGradients":
+                size = max(context.forward_batch, len(images))
+                settings: dict[str, Any] = {"n_steps": 50, **options}
+                settings["internal_batch_size"] = size
+                black = context.classifier.bounds()[0].to(images)
+                return method.attribute(
+                    images, black.expand_as(images), targets, **settings
+                )
+            images = images.clone().requires_grad_()
+            return method.attribute(images, target=targets, **options)
+
+        return attribute, None
+
+    return create
+
+
+def _last_layer(context: Context) -> Module:
+    """The last module that gives a map of features, such as a ResNet's `layer4`."""
+    classifier = context.classifier
+    found: list[Module] = []
+    photo = classifier.transform(Image.new("RGB", (256, 256)))[None]
+
+    def watch(module: Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.ndim == 4 and output.shape[-1] > 1:
+            found.append(module)
+
+    handles = [
+        module.register_forward_hook(watch) for module in classifier.model.children()
+    ]
+    try:
+        with torch.no_grad():
+            classifier.model(photo.to(context.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not found:
+        raise ValueError("the network has no layer with a map of features")
+    return found[-1]
+
+
+def _grad_cam(context: Context, options: dict[str, Any]) -> tuple[Function, None]:
+    """Grad-CAM at the last map of features."""
+    method = captum.attr.LayerGradCam(context.classifier.model, _last_layer(context))
+
+    def attribute(images: Tensor, targets: Tensor, names: Sequence[str]) -> Tensor:
+        images = images.clone().requires_grad_()
+        return method.attribute(
+            images, targets, relu_attributions=options.get("relu", True)
+        )
+
+    return attribute, None
+
+
+def _score_cam(context: Context, options: dict[str, Any]) -> tuple[Function, None]:
+    """Score-CAM at the last map of features."""
+    method = ScoreCAM(context.classifier.model, _last_layer(context))
+
+    def attribute(images: Tensor, targets: Tensor, names: Sequence[str]) -> Tensor:
+        with context.autocast():
+            return method.attribute(
+                images, targets, perturbations_per_eval=context.forward_batch
+            ).float()
+
+    return attribute, None
+
+
+def _rise(context: Context, options: dict[str, Any]) -> tuple[Function, None]:
+    """RISE with the masks of its paper for a ResNet-50."""
+    method = RISE(context.forward or context.classifier.model)
+    settings: dict[str, Any] = {"n_masks": 8000, **options}
+    return lambda images, targets, names: method.attribute(
+        images, targets, perturbations_per_eval=context.forward_batch, **settings
+    ), None
+
+
+def _abn(context: Context, options: dict[str, Any]) -> tuple[Function, Module]:
+    """The attention map of an attention branch network, which is a network itself."""
+    if "weights" not in options:
+        raise ValueError(
+            "abn is a network of its own: train it by examples/abn/train.py, and name"
+            " its file as abn:weights=FILE"
+        )
+    network = load_abn(str(options["weights"]), options.get("model", "resnet50"))
+    network = network.to(context.device).eval()
+    method = ABN(network)
+    return lambda images, targets, names: method.attribute(images, targets), network
+
+
+OTHERS: dict[
+    str, Callable[[Context, dict[str, Any]], tuple[Function, Optional[Module]]]
+] = {
+    "input_x_gradient": _captum("InputXGradient"),
+    "gradient": _captum("Saliency"),
+    "integrated_gradients": _captum("IntegratedGradients"),
+    "guided_backprop": _captum("GuidedBackprop"),
+    "captum_lrp": _captum("LRP"),
+    "grad_cam": _grad_cam,
+    "score_cam": _score_cam,
+    "rise": _rise,
+    "abn": _abn,
+}
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "input_x_gradient": (),
+    "gradient": ("abs",),
+    "integrated_gradients": ("n_steps", "method"),
+    "guided_backprop": (),
+    "captum_lrp": (),
+    "grad_cam": ("relu",),
+    "score_cam": (),
+    "rise": ("n_masks", "grid_size", "probability", "seed", "normalization"),
+    "abn": ("weights", "model"),
+}
+
+
+# -- controls --------------------------------------------------------------------------
+
+
+def _random(
+    images: Tensor,
+    targets: Tensor,
+    names: Sequence[str],
+    classifier: Classifier,
+    seed: int = 0,
+) -> Tensor:
+    """Uniform noise, the same for a sample whatever the batch."""
+    maps = [
+        torch.rand(
+            images.shape[2:],
+            generator=torch.Generator().manual_seed(
+                zlib.crc32(f"{seed}:{name}".encode())
+            ),
+        )
+        for name in names
+    ]
+    return torch.stack(maps).to(images.device)
+
+
+def _constant(
+    images: Tensor, targets: Tensor, names: Sequence[str], classifier: Classifier
+) -> Tensor:
+    """One everywhere."""
+    return torch.ones_like(images[:, 0])
+
+
+def _gaussian(
+    images: Tensor,
+    targets: Tensor,
+    names: Sequence[str],
+    classifier: Classifier,
+    sigma: float = 0.25,
+) -> Tensor:
+    """A Gaussian in the centre, with a standard deviation in sides of the image."""
+    rows, columns = (
+        torch.exp(-((torch.linspace(-0.5, 0.5, size) / sigma) ** 2) / 2)
+        for size in images.shape[2:]
+    )
+    return torch.outer(rows, columns).to(images).expand(len(images), -1, -1)
+
+
+def _sobel(
+    images: Tensor, targets: Tensor, names: Sequence[str], classifier: Classifier
+) -> Tensor:
+    """Magnitude of the gradient of brightness."""
+    std = classifier.std.to(images)[None]
+    grey = (images * std).mean(1, keepdim=True)
+    kernel = torch.tensor([[1.0, 2.0, 1.0]]).T @ torch.tensor([[-1.0, 0.0, 1.0]])
+    kernels = torch.stack([kernel, kernel.T])[:, None].to(images)
+    edges = F.conv2d(F.pad(grey, (1, 1, 1, 1), mode="replicate"), kernels)
+    return edges.norm(dim=1)
+
+
+CONTROLS: dict[str, Callable[..., Tensor]] = {
+    "random": _random,
+    "constant": _constant,
+    "gaussian": _gaussian,
+    "sobel": _sobel,
+}

@@ -1,0 +1,954 @@
+"""The loop of an evaluation: samples, methods and metrics, resumable and sharded.
+
+Samples are cut into blocks, always in the same places. Each process computes every
+n-th block, and commits a method's records for a whole block at once. So whichever
+process computes a block, and whenever it was interrupted, the same images go through
+the network together, and the records are the same. Processes need not know of each
+other: there is nothing that they exchange.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import io
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Callable, NamedTuple, Optional
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.transforms import functional
+from tqdm import tqdm
+
+from captum_adapters.evaluation.datasets import (
+    Images,
+    Loaded,
+    LoadedBatch,
+    Samples,
+    collate,
+    read_samples,
+)
+from captum_adapters.evaluation.measures import (
+    DEFAULT,
+    Batch,
+    Settings,
+    check_metrics,
+    measure,
+)
+from captum_adapters.evaluation.methods import Context, Method
+from captum_adapters.evaluation.records import (
+    Record,
+    RunError,
+    SampleRecord,
+    Writer,
+    fingerprint,
+    open_run,
+    read_done,
+    read_times,
+)
+from captum_adapters.metrics.ranking import PERCENTS
+from zennit_resnet.models import Classifier, find_embedded, load_classifier
+
+CONTROLS = ("random", "constant", "gaussian", "sobel")
+PACKAGES = ("zennit-resnet", "torch", "torchvision", "zennit", "captum", "numpy")
+# side of the pictures and heatmaps that are kept for the report
+PICTURE = 112
+# records are committed after a method at the latest, if as many seconds have passed
+COMMIT_SECONDS = 5.0
+
+
+@dataclass
+class Evaluation:
+    """What is evaluated, and how.
+
+    Attributes:
+
+        data (str): Folder or CSV file, see
+                :func:`captum_adapters.evaluation.datasets.read_samples`.
+        out (str): Folder of the run.
+        methods (tuple[str]): Names of methods. Controls are added.
+        metrics (tuple[str]): Names of metrics.
+        model (str or None): Name of a classification model of torchvision. `None` with
+                no weights is the embedded ResNet-50.
+        weights (str or None): Name of weights in torchvision, or a file.
+        size (int or None): Side of the images for weights from a file.
+        layout (str or None): Layout of the data, `None` to recognize it.
+        split (str or None): Split of the data, where it has some.
+        labels (str): `"given"` with the data, or `"ignore"`.
+        limit (int or None): Largest number of samples.
+        seed (int): Seed of the choice of samples.
+        explain (str): Class to explain: the network's `"prediction"`, or the `"label"`.
+        score (str): Class whose score is measured: the `"explained"` one, or the
+                `"label"`.
+        published (str): The same for published protocols of insertion and deletion.
+        initial (str): What relevance starts from: `"softmax"`, `"logit"` or `"one"`.
+        step (int): Number of pixels between two points of curves.
+        percents (tuple): Percentages of the top p %.
+        rank_by (str): `"value"` or `"magnitude"`, for accuracy, pointing and distance.
+        fill (str): What deleted pixels become: `"black"`, or the `"mean"` color.
+        cross (tuple[str]): Other networks `NAME=WEIGHTS` for the metric `"cross"`.
+        preset (tuple[str]): Names of the presets that this is from.
+        batch_size (int): Number of images that are explained together.
+        forward_batch (int): Number of images in a forward pass of metrics.
+        workers (int): Number of processes that read images.
+        device (str or None): Device, `None` for an accelerator if there is one.
+        amp (str or None): `"bfloat16"` or `"float16"` for the forward passes of
+                metrics, RISE and Score-CAM. Other maps are always computed in single
+                precision.
+        channels_last (bool): Whether to use this memory format.
+        compile (bool): Whether to compile the network for the passes of metrics, which
+                takes about a minute at the start.
+        pictures (int): Number of samples of which pictures are kept.
+        controls (bool): Whether to add the controls.
+    """
+
+    data: str
+    out: str
+    methods: tuple[str, ...] = ("resnet_lrp_ratio",)
+    metrics: tuple[str, ...] = DEFAULT
+    model: Optional[str] = None
+    weights: Optional[str] = None
+    size: Optional[int] = None
+    layout: Optional[str] = None
+    split: Optional[str] = None
+    labels: str = "given"
+    limit: Optional[int] = None
+    seed: int = 0
+    explain: str = "prediction"
+    score: str = "explained"
+    published: str = "explained"
+    initial: str = "softmax"
+    step: int = 500
+    percents: tuple[float, ...] = PERCENTS
+    rank_by: str = "value"
+    fill: str = "black"
+    cross: tuple[str, ...] = ()
+    preset: tuple[str, ...] = ()
+    batch_size: int = 8
+    forward_batch: int = 32
+    workers: int = 0
+    device: Optional[str] = None
+    amp: Optional[str] = None
+    channels_last: bool = True
+    compile: bool = False
+    pictures: int = 1000
+    controls: bool = True
+
+
+CHOICES = {
+    "labels": ("given", "ignore"),
+    "explain": ("prediction", "label"),
+    "score": ("explained", "label"),
+    "published": ("explained", "label"),
+    "initial": ("softmax", "logit", "one"),
+    "rank_by": ("value", "magnitude"),
+    "fill": ("black", "mean"),
+    "amp": (None, "bfloat16", "float16"),
+}
+
+
+class Process(NamedTuple):
+    """This process among those that were started together, as torchrun tells."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    launcher: Optional[int] = None
+
+    @classmethod
+    def current(cls) -> "Process":
+        """Read the environment that torchrun, or the user, has set."""
+        values = []
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
+            text = os.environ.get(name, str(default))
+            if not text.isdecimal():
+                raise RunError(f"{name}={text!r} in the environment is not a number")
+            values.append(int(text))
+        rank, world, local_rank = values
+        if rank >= world:
+            raise RunError(f"RANK={rank} does not fit WORLD_SIZE={world}")
+        launched = "TORCHELASTIC_RUN_ID" in os.environ
+        return cls(rank, world, local_rank, os.getppid() if launched else None)
+
+    def check(self) -> None:
+        """Stop if the launcher was killed, as a new one may be about to start."""
+        if self.launcher is not None and os.getppid() != self.launcher:
+            raise RunError("the launcher was killed, so this process stops as well")
+
+
+class Progress(NamedTuple):
+    """What remains to be done.
+
+    Attributes:
+
+        total (int): Number of records of all samples and methods.
+        done (int): Number of those that there are, or that are left out.
+        seconds (float): Estimated time for the rest by one process.
+        skipped (int): Number of samples that are left out.
+    """
+
+    total: int
+    done: int
+    seconds: float
+    skipped: int
+
+
+def evaluate(
+    evaluation: Evaluation,
+    *,
+    process: Optional[Process] = None,
+    quiet: bool = False,
+    dry_run: bool = False,
+) -> Progress:
+    """Evaluate methods on a data set.
+
+    The same call goes on where an earlier one has stopped.
+
+    Args:
+
+        evaluation (Evaluation): What is evaluated.
+        process (Process, optional): This process among others. By default, what the
+                environment says.
+                Default: None
+        quiet (bool, optional): Whether to print nothing but errors.
+                Default: False
+        dry_run (bool, optional): Whether only to find out what is left to do. Nothing
+                is written then.
+                Default: False
+
+    Returns:
+        Progress: What remains to be done, which is nothing after an evaluation by a
+        single process.
+
+    Raises:
+        RunError: If the folder holds another run, or can not be written.
+        ValueError: If a name or a value is wrong. The message is a single line.
+    """
+    process = Process.current() if process is None else process
+    loop = _Loop(evaluation, process, quiet)
+    if dry_run:
+        return loop.estimate()
+    loop.run()
+    return loop.progress()
+
+
+class _Loop:
+    """One process of an evaluation."""
+
+    def __init__(self, evaluation: Evaluation, process: Process, quiet: bool) -> None:
+        self.process = process
+        self.quiet = quiet or process.rank > 0
+        _check(evaluation)
+        names = list(evaluation.methods)
+        if evaluation.controls:
+            names += [name for name in CONTROLS if name not in names]
+        self.methods = [Method(name) for name in names]
+        self.evaluation = replace(
+            evaluation, methods=tuple(method.text for method in self.methods)
+        )
+        if len(set(self.evaluation.methods)) < len(self.methods):
+            raise ValueError(f"a method is named twice: {', '.join(names)}")
+        self.device = _device(evaluation.device, process)
+        self.classifier = load_classifier(
+            evaluation.model, evaluation.weights, evaluation.size
+        )
+        self.data = read_samples(
+            evaluation.data,
+            self.classifier.classes,
+            layout=evaluation.layout,
+            split=evaluation.split,
+            labels=evaluation.labels,
+            limit=evaluation.limit,
+            seed=evaluation.seed,
+        )
+        for message in self.data.messages:
+            self.say(message)
+        self.folder = Path(evaluation.out)
+        self.settings = describe(
+            self.evaluation, self.classifier, self.data, self.device.type
+        )
+        self.fingerprint = self.settings["fingerprint"]
+
+    def say(self, text: str) -> None:
+        """Print a line beside the progress bar."""
+        if not self.quiet:
+            tqdm.write(text, file=sys.stderr)
+
+    # -- what is left
+
+    def progress(self) -> Progress:
+        """What remains of the whole run."""
+        skipped, done, _ = read_done(self.folder, self.fingerprint)
+        return self._count(skipped, done, 0.0)
+
+    def _count(
+        self, skipped: set[str], done: set[tuple[str, str]], seconds: float
+    ) -> Progress:
+        names = [sample.name for sample in self.data.samples]
+        total = len(names) * len(self.methods)
+        kept = sum(
+            name in skipped or (name, method.text) in done
+            for name in names
+            for method in self.methods
+        )
+        return Progress(total, kept, seconds, sum(name in skipped for name in names))
+
+    def estimate(self) -> Progress:
+        """What remains, and how long it takes, without writing anything."""
+        skipped: set[str] = set()
+        done: set[tuple[str, str]] = set()
+        times: dict[str, tuple[float, float]] = {}
+        if (self.folder / "settings.json").exists():
+            open_run(self.folder, self.settings)
+            skipped, done, messages = read_done(self.folder, self.fingerprint)
+            times = read_times(self.folder, self.fingerprint)
+            for message in messages:
+                self.say(message)
+        rest = {
+            method.text: sum(
+                sample.name not in skipped and (sample.name, method.text) not in done
+                for sample in self.data.samples
+            )
+            for method in self.methods
+        }
+        missing = [name for name, count in rest.items() if count and name not in times]
+        if missing:
+            self.say(f"timing {len(missing)} methods on one image")
+            times.update(self._time(missing))
+        seconds = sum(
+            count * sum(times[name]) for name, count in rest.items() if count
+        )
+        return self._count(skipped, done, seconds)
+
+    def _time(self, names: Sequence[str]) -> dict[str, tuple[float, float]]:
+        """Time methods on one image."""
+        self._prepare()
+        loaded = Images(self.data.samples, self.classifier.transform)
+        for number in range(len(loaded)):
+            item = loaded[number]
+            if item.image is not None:
+                break
+        else:
+            return {name: (0.0, 0.0) for name in names}
+        block = self._block([number], [item])
+        times = {}
+        for method in self.methods:
+            if method.text in names:
+                record = self._explain(method, block, [0], False)[0]
+                times[method.text] = (record.seconds, record.metric_seconds)
+        return times
+
+    # -- the loop
+
+    def run(self) -> None:
+        """Compute all records of this process that are not there yet."""
+        evaluation, process = self.evaluation, self.process
+        open_run(self.folder, self.settings)
+        skipped, done, messages = read_done(self.folder, self.fingerprint)
+        for message in messages:
+            self.say(message)
+        size = evaluation.batch_size
+        every = range(0, len(self.data.samples), size)
+        blocks = []
+        for begin in every[process.rank :: process.world]:
+            numbers = list(range(begin, min(begin + size, len(self.data.samples))))
+            if any(
+                self.data.samples[number].name not in skipped
+                and (self.data.samples[number].name, method.text) not in done
+                for number in numbers
+                for method in self.methods
+            ):
+                blocks.append(numbers)
+        count = sum(map(len, blocks)) * len(self.methods)
+        known = sum(
+            (self.data.samples[number].name, method.text) in done
+            for block in blocks
+            for number in block
+            for method in self.methods
+        )
+        if not blocks:
+            return
+        self._prepare()
+        writer = Writer(self.folder, process.rank, self.fingerprint)
+        for message in writer.messages:
+            self.say(message)
+        try:
+            with self._bar(count, known) as bar:
+                for numbers, batch in zip(blocks, self._load(blocks)):
+                    process.check()
+                    items = [Loaded(*fields) for fields in zip(*batch)]
+                    self._evaluate_block(numbers, items, writer, done, bar)
+                    writer.commit()
+        finally:
+            # everything that was added is complete
+            with contextlib.suppress(RunError):
+                writer.commit()
+            writer.close()
+
+    def _bar(self, count: int, known: int) -> "tqdm[Any]":
+        """Progress bar, or plain lines if there is no terminal."""
+        others = f" by 1 of {self.process.world}" if self.process.world > 1 else ""
+        terminal = sys.stderr.isatty()
+        return tqdm(
+            total=count,
+            initial=known,
+            unit="map",
+            desc=f"maps{others}",
+            disable=self.quiet,
+            mininterval=0.1 if terminal else 60.0,
+            maxinterval=10.0 if terminal else 600.0,
+            ascii=None if terminal else True,
+            # a new line for each state instead of overwriting the last one
+            file=sys.stderr if terminal else _Lines(sys.stderr),
+            smoothing=0.05,
+        )
+
+    def _prepare(self) -> None:
+        """Bring everything that costs time or memory to the device."""
+        evaluation = self.evaluation
+        model = self.classifier.model.to(self.device)
+        if evaluation.channels_last:
+            model.to(memory_format=torch.channels_last)
+        self.forward = self._forward(model)
+        context = Context(
+            self.classifier,
+            evaluation.initial,
+            evaluation.forward_batch,
+            self.device,
+            self.forward,
+            self._autocast,
+        )
+        self.explainers = {
+            method.text: method.create(context) for method in self.methods
+        }
+        self.forwards = {
+            name: self._forward(explainer.network)
+            for name, explainer in self.explainers.items()
+            if explainer.network is not None
+        }
+        black = self.classifier.bounds()[0].to(self.device)
+        others = {}
+        for text in evaluation.cross:
+            name, other = load_other(text)
+            other.model.to(self.device)
+            others[name] = (self._forward(other.model), adapt(self.classifier, other))
+        self.metric_settings = Settings(
+            evaluation.step,
+            evaluation.percents,
+            evaluation.rank_by,
+            black if evaluation.fill == "black" else torch.zeros_like(black),
+            evaluation.forward_batch,
+            others,
+        )
+
+    def _forward(self, model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
+        """The network for metrics."""
+        if self.evaluation.channels_last:
+            model.to(memory_format=torch.channels_last)
+        size = self.evaluation.forward_batch
+
+        def forward(images: Tensor) -> Tensor:
+            with self._autocast():
+                return model(images)
+
+        if not self.evaluation.compile:
+            return forward
+        # weights do not change, so batch normalization and casts are computed once
+        freezing: Any = {"freezing": self.device.type == "cpu"}
+        network = torch.compile(forward, dynamic=False, options=freezing)
+
+        def padded(images: Tensor) -> Tensor:
+            # compiled once for all sizes
+            if len(images) >= size:
+                return network(images)
+            padding = images.new_zeros(size - len(images), *images.shape[1:])
+            return network(torch.cat([images, padding]))[: len(images)]
+
+        return padded
+
+    def _autocast(self) -> torch.autocast:
+        """Half precision, if that is chosen."""
+        amp = self.evaluation.amp
+        dtype = None if amp is None else getattr(torch, amp)
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+    def _load(self, blocks: list[list[int]]) -> Iterator[LoadedBatch]:
+        """Read the images of blocks, in other processes if there are workers."""
+        return iter(
+            DataLoader(
+                Images(self.data.samples, self.classifier.transform),
+                batch_sampler=blocks,
+                num_workers=self.evaluation.workers,
+                collate_fn=collate,
+                pin_memory=False,
+            )
+        )
+
+    def _block(self, numbers: Sequence[int], items: Sequence[Loaded]) -> "_Block":
+        """Images that can be used, with what the network says about them."""
+        samples = [self.data.samples[number] for number in numbers]
+        problems = {
+            sample.name: sample.problem or item.problem
+            for sample, item in zip(samples, items)
+            if item.image is None or sample.problem is not None
+        }
+        valid = [
+            row for row, sample in enumerate(samples) if sample.name not in problems
+        ]
+        if not valid:
+            return _Block([], [], problems)
+        tensors = [items[row].image for row in valid]
+        images = torch.stack([image for image in tensors if image is not None])
+        images = images.to(self.device)
+        if self.evaluation.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            output = self.classifier.model(images)
+        prediction = output.argmax(1)
+        labels = [samples[row].label for row in valid]
+        given = torch.tensor([-1 if label is None else label for label in labels])
+        given = given.to(self.device)
+        given = given.where(given >= 0, prediction)
+        explained = given if self.evaluation.explain == "label" else prediction
+        scored = given if self.evaluation.score == "label" else explained
+        published = given if self.evaluation.published == "label" else explained
+        height, width = images.shape[2:]
+        masks = [items[row].mask for row in valid]
+        empty = torch.zeros(height, width, dtype=torch.bool)
+        stacked = torch.stack([empty if mask is None else mask for mask in masks])
+        return _Block(
+            valid,
+            [samples[row].name for row in valid],
+            problems,
+            images,
+            output,
+            explained,
+            scored,
+            published,
+            stacked.to(self.device),
+        )
+
+    def _evaluate_block(
+        self,
+        numbers: Sequence[int],
+        items: Sequence[Loaded],
+        writer: Writer,
+        done: set[tuple[str, str]],
+        bar: "tqdm[Any]",
+    ) -> None:
+        """Compute what is missing of a block."""
+        block = self._block(numbers, items)
+        samples = [self.data.samples[number] for number in numbers]
+        for row, (number, sample, item) in enumerate(zip(numbers, samples, items)):
+            if sample.name in block.problems:
+                writer.add_sample(
+                    SampleRecord(
+                        sample.name, sample.label, problem=block.problems[sample.name]
+                    )
+                )
+                bar.update(len(self.methods))
+                continue
+            place = block.valid.index(row)
+            explained = int(block.explained[place])
+            notes = [] if item.note is None else [item.note]
+            if sample.label is None and "label" in (
+                self.evaluation.explain,
+                self.evaluation.score,
+                self.evaluation.published,
+            ):
+                notes.append("no label, so the prediction was used")
+            writer.add_sample(
+                SampleRecord(
+                    sample.name,
+                    sample.label,
+                    explained,
+                    int(block.output[place].argmax()),
+                    float(block.output[place].double().softmax(0)[explained]),
+                    notes=tuple(notes),
+                    picture=self._picture(block.images[place])
+                    if number < self.evaluation.pictures
+                    else None,
+                )
+            )
+        committed = time.monotonic()
+        for method in self.methods:
+            rows = [
+                row
+                for row, name in enumerate(block.names)
+                if (name, method.text) not in done
+            ]
+            if not rows:
+                continue
+            self.process.check()
+            heatmaps = numbers[0] < self.evaluation.pictures
+            for record in self._explain(method, block, rows, heatmaps):
+                writer.add(record)
+            if time.monotonic() - committed > COMMIT_SECONDS:
+                writer.commit()
+                committed = time.monotonic()
+            bar.update(len(rows))
+
+    def _explain(
+        self, method: Method, block: "_Block", rows: list[int], heatmaps: bool
+    ) -> list[Record]:
+        """Explain some images of a block by a method, and measure that."""
+        select = slice(None) if len(rows) == len(block.names) else rows
+        images = block.images[select]
+        names = [block.names[row] for row in rows]
+        explainer = self.explainers[method.text]
+        self._synchronize()
+        begin = time.perf_counter()
+        maps, total, initial = explainer(
+            images, block.explained[select], block.output[select], names
+        )
+        self._synchronize()
+        middle = time.perf_counter()
+        finite = maps.flatten(1).isfinite().all(1)
+        kept = finite.nonzero()[:, 0]
+        results: list[tuple[dict[str, float], dict[str, np.ndarray]]] = []
+        if len(kept):
+            every = len(kept) == len(maps)
+            part = slice(None) if every else kept
+            batch = Batch(
+                images[part],
+                block.scored[select][part],
+                block.published[select][part],
+                block.masks[select][part],
+                [names[row] for row in kept.tolist()],
+            )
+            with torch.no_grad():
+                results = measure(
+                    self.evaluation.metrics,
+                    self.forwards.get(method.text, self.forward),
+                    batch,
+                    maps[part],
+                    self.metric_settings,
+                    None if total is None else total[part],
+                    None if initial is None else initial[part],
+                )
+        self._synchronize()
+        seconds = (middle - begin) / len(rows)
+        metric_seconds = (time.perf_counter() - middle) / len(rows)
+        records, found = [], iter(results)
+        for row, name in enumerate(names):
+            problem: Optional[str] = "the map has NaN or infinity"
+            heatmap: Optional[np.ndarray] = None
+            values: dict[str, float] = {}
+            curves: dict[str, np.ndarray] = {}
+            if bool(finite[row]):
+                problem, (values, curves) = None, next(found)
+                heatmap = _thumbnail(maps[row]) if heatmaps else None
+            records.append(
+                Record(
+                    name,
+                    method.text,
+                    problem,
+                    values,
+                    curves,
+                    heatmap,
+                    seconds,
+                    metric_seconds,
+                )
+            )
+        return records
+
+    def _synchronize(self) -> None:
+        """Wait for the device, such that times are what they say."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _picture(self, image: Tensor) -> bytes:
+        """What the network sees, as a small JPEG."""
+        picture = Image.fromarray(self.classifier.photo(image))
+        picture.thumbnail((PICTURE, PICTURE))
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=80)
+        return buffer.getvalue()
+
+
+@dataclass
+class _Block:
+    """Images of a block that can be used."""
+
+    valid: list[int]
+    names: list[str]
+    problems: dict[str, Optional[str]]
+    images: Tensor = field(default_factory=lambda: torch.empty(0))
+    output: Tensor = field(default_factory=lambda: torch.empty(0))
+    explained: Tensor = field(default_factory=lambda: torch.empty(0))
+    scored: Tensor = field(default_factory=lambda: torch.empty(0))
+    published: Tensor = field(default_factory=lambda: torch.empty(0))
+    masks: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+class _Lines(io.TextIOBase):
+    """Writes each state of a progress bar as a line of its own, for log files."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        lines = [line.strip() for line in text.replace("\r", "\n").split("\n")]
+        for line in filter(None, lines):
+            self.stream.write(f"{line}\n")
+        return len(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def _thumbnail(heatmap: Tensor) -> np.ndarray:
+    """A small map in 8 bit, of which zero stays zero."""
+    values = heatmap[None, None].detach().float()
+    size = (min(PICTURE, heatmap.shape[0]), min(PICTURE, heatmap.shape[1]))
+    # magnitudes at the limit of the range would overflow when they are averaged
+    values = values / values.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+    values = F.adaptive_avg_pool2d(values, size)[0, 0]
+    values = values / values.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+    return (values * 127).round().to(torch.int8).cpu().numpy()
+
+
+# -- settings --------------------------------------------------------------------------
+
+
+def _check(evaluation: Evaluation) -> None:
+    """Check what can be checked at once."""
+    check_metrics(evaluation.metrics)
+    if not evaluation.methods:
+        raise ValueError("there are no methods: choose at least one")
+    for name, choices in CHOICES.items():
+        value = getattr(evaluation, name)
+        if value not in choices:
+            raise ValueError(
+                f"{name}={value!r} is not one of {', '.join(map(repr, choices))}"
+            )
+    for name in ("step", "batch_size", "forward_batch"):
+        if getattr(evaluation, name) < 1:
+            raise ValueError(f"{name}={getattr(evaluation, name)} is not positive")
+    if ("cross" in evaluation.metrics) != bool(evaluation.cross):
+        raise ValueError(
+            "the metric 'cross' and other networks belong together: name them as"
+            " --cross NAME=WEIGHTS"
+        )
+
+
+def _device(name: Optional[str], process: Process) -> torch.device:
+    """The device of a process."""
+    if name is None:
+        name = "cpu"
+        if torch.cuda.is_available():
+            name = f"cuda:{process.local_rank % torch.cuda.device_count()}"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {name!r} cannot be used: try --device cpu") from error
+    return device
+
+
+def load_other(text: str) -> tuple[str, Classifier]:
+    """Load another network `NAME=WEIGHTS`, and what it is called.
+
+    Args:
+
+        text (str): A model of torchvision with its weights, `embedded` for the network
+                that comes with the project.
+
+    Returns:
+        tuple: Its name, and the network.
+
+    Raises:
+        ValueError: If it can not be loaded.
+    """
+    name, _, weights = text.partition("=")
+    if text == "embedded":
+        return text, load_classifier()
+    if not weights:
+        raise ValueError(
+            f"{text!r} is not of the form NAME=WEIGHTS, such as vgg16=DEFAULT"
+        )
+    return name, load_classifier(name, weights)
+
+
+def adapt(source: Classifier, target: Classifier) -> Callable[[Tensor], Tensor]:
+    """A function from inputs of a network to those of another one.
+
+    Args:
+
+        source (Classifier): The network whose inputs there are.
+        target (Classifier): The network that needs inputs.
+
+    Returns:
+        callable: From images of shape (batch, 3, height, width) to images of the size
+        and normalization of the other network.
+    """
+    size = _input_size(target)
+
+    def transform(images: Tensor) -> Tensor:
+        mean, std, other_mean, other_std = (
+            value.to(images)
+            for value in (source.mean, source.std, target.mean, target.std)
+        )
+        if list(images.shape[-2:]) != size:
+            images = functional.resize(images, size, antialias=True)
+        if torch.equal(mean, other_mean) and torch.equal(std, other_std):
+            return images
+        return (images * std + mean - other_mean) / other_std
+
+    return transform
+
+
+def _input_size(classifier: Classifier) -> list[int]:
+    """Height and width of a network's inputs."""
+    return list(classifier.transform(Image.new("RGB", (256, 256))).shape[-2:])
+
+
+def describe(
+    evaluation: Evaluation, classifier: Classifier, data: Samples, device: str = "cpu"
+) -> dict[str, Any]:
+    """Settings of a run, with a fingerprint of what determines its records.
+
+    Args:
+
+        evaluation (Evaluation): What is evaluated.
+        classifier (Classifier): The network.
+        data (Samples): The samples.
+        device (str, optional): Type of the device.
+                Default: `"cpu"`
+
+    Returns:
+        dict: What is written to `settings.json`.
+    """
+    options = {
+        name: getattr(evaluation, name)
+        for name in (
+            *("explain", "score", "published", "initial"),
+            *("step", "rank_by", "fill", "amp"),
+        )
+    }
+    options["percents"] = list(evaluation.percents)
+    options["size"] = _input_size(classifier)
+    options["mean"] = classifier.mean.flatten().tolist()
+    options["std"] = classifier.std.flatten().tolist()
+    files = [Method(text).options.get("weights", "") for text in evaluation.methods]
+    files += [text.partition("=")[2] for text in evaluation.cross]
+    files = [str(name) for name in files if Path(str(name)).is_file()]
+    identity = {
+        "manifest": hash_manifest(data),
+        "samples": len(data.samples),
+        "model": evaluation.model or "resnet50",
+        "weights": hash_state(classifier.model),
+        "transform": _describe_transform(classifier),
+        "methods": list(evaluation.methods),
+        "metrics": list(evaluation.metrics),
+        "cross": list(evaluation.cross),
+        "files": {Path(name).name: hash_file(name) for name in files},
+        "options": options,
+        "device": device,
+        "versions": versions(),
+    }
+    weights = evaluation.weights
+    if weights is None:
+        weights = find_embedded().name
+    return {
+        "fingerprint": fingerprint(identity),
+        "identity": identity,
+        "data": str(evaluation.data),
+        "layout": data.layout,
+        "samples": len(data.samples),
+        "manifest": identity["manifest"],
+        "model": identity["model"],
+        "weights": str(weights),
+        "weights_hash": identity["weights"],
+        "classes": list(classifier.classes),
+        "methods": identity["methods"],
+        "metrics": identity["metrics"],
+        "options": options,
+        "preset": list(evaluation.preset),
+        "dtype": evaluation.amp or "float32",
+        "versions": identity["versions"],
+        "command": " ".join(["python -m captum_adapters", *sys.argv[1:]]),
+        "evaluation": asdict(evaluation),
+    }
+
+
+def _describe_transform(classifier: Classifier) -> str:
+    """Preprocessing, such that another one looks different."""
+    transform = classifier.transform
+    keywords = getattr(transform, "keywords", None)
+    if keywords is not None:
+        return f"{transform.func.__name__}({keywords})"  # type: ignore[attr-defined]
+    return " ".join(repr(transform).split())
+
+
+def hash_manifest(data: Samples) -> str:
+    """Hash of what is known about samples without opening them.
+
+    Args:
+
+        data (Samples): The samples.
+
+    Returns:
+        str: 16 hexadecimal digits. They depend on names, sizes of files, labels, masks
+        and boxes, but not on where the data is.
+    """
+    digest = hashlib.sha256()
+    for sample in data.samples:
+        sizes = []
+        for path in (sample.path, sample.mask):
+            try:
+                sizes.append(-1 if path is None else path.stat().st_size)
+            except OSError:
+                sizes.append(-2)
+        row = (sample.name, sample.label, sizes, sample.boxes, sample.problem)
+        digest.update(f"{row}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def hash_state(model: torch.nn.Module) -> str:
+    """Hash of all weights and buffers of a network."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(content.numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def hash_file(path: str) -> str:
+    """Hash of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that records depend on."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+__all__ = [
+    "Evaluation",
+    "Process",
+    "Progress",
+    "adapt",
+    "describe",
+    "evaluate",
+    "load_other",
+]

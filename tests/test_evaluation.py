@@ -1,0 +1,511 @@
+'''Tests for the evaluation of methods on a data set: its loop, processes, resuming, methods and metrics.'''
+import io
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.models import resnet18
+
+from captum_adapters.attr import CompositeAttribution
+from captum_adapters.evaluation import (
+    COLUMNS,
+    PRESETS,
+    Evaluation,
+    Method,
+    Process,
+    RunError,
+    evaluate,
+    read_run,
+    runner,
+)
+from captum_adapters.evaluation.measures import NAMES
+from captum_adapters.evaluation.methods import Context, group_of, names
+from captum_adapters.metrics import insertion_deletion
+from zennit_resnet.models import load_classifier
+from zennit_resnet.postprocess import heat_quantization
+
+CLASSES = ('circle', 'square', 'stripes')
+SIZE = 64
+METHODS = ('resnet_lrp_ratio', 'resnet_lrp_ratio+quantize8', 'input_x_gradient')
+
+
+@pytest.fixture(scope='module')
+def assets(tmp_path_factory):
+    '''Folder with a small data set, and the weights of a small network.'''
+    folder = tmp_path_factory.mktemp('assets')
+    torch.manual_seed(0)
+    torch.save(resnet18(num_classes=len(CLASSES)).state_dict(), folder / 'net.pt')
+    generator = np.random.default_rng(0)
+    for name in CLASSES:
+        (folder / 'images' / name).mkdir(parents=True)
+        for number in range(4):
+            picture = generator.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+            Image.fromarray(picture).save(folder / 'images' / name / f'{number}.png')
+    # class names are in the metadata of safetensors only, so folders are matched by their order
+    return folder
+
+
+def setting(assets, out, **options):
+    '''An evaluation of the small network on the small data set.'''
+    options = {
+        'methods': METHODS, 'step': 1024, 'batch_size': 4, 'forward_batch': 16, 'device': 'cpu', 'model': 'resnet18',
+        'weights': str(assets / 'net.pt'), 'size': SIZE, 'data': str(assets / 'images'), **options,
+    }
+    return Evaluation(out=str(out), **options)
+
+
+def run(assets, out, process=None, **options):
+    '''Evaluate quietly, and read the records.'''
+    evaluate(setting(assets, out, **options), process=process or Process(), quiet=True)
+    return read_run(out)
+
+
+def assert_same(first, other):
+    '''Records of two runs are the same to the last digit, but for times.'''
+    assert first.samples == other.samples
+    assert list(first.records) == list(other.records)
+    for one, two in zip(first.records.values(), other.records.values()):
+        assert one.problem == two.problem
+        assert list(one.values) == list(two.values)
+        np.testing.assert_array_equal(list(one.values.values()), list(two.values.values()))
+        assert list(one.curves) == list(two.curves)
+        for name, curve in one.curves.items():
+            np.testing.assert_array_equal(curve, two.curves[name])
+        np.testing.assert_array_equal(one.heatmap, two.heatmap)
+
+
+@pytest.fixture(scope='module')
+def whole(assets, tmp_path_factory):
+    '''A run by one process.'''
+    return run(assets, tmp_path_factory.mktemp('whole') / 'run')
+
+
+def test_records(whole, assets):
+    '''There is a record for each sample and method, with the values of the metrics.'''
+    methods = (*METHODS, 'random', 'constant', 'gaussian', 'sobel')
+    sample_names = sorted(f'{name}/{number}.png' for name in CLASSES for number in range(4))
+    assert list(whole.samples) == sample_names
+    assert set(whole.records) == {(sample, method) for sample in sample_names for method in methods}
+    assert whole.messages == []
+    assert whole.settings['methods'] == list(methods)
+    assert {record.problem for record in whole.records.values()} == {None}
+
+    classifier = load_classifier('resnet18', str(assets / 'net.pt'), SIZE)
+    sample = sample_names[5]
+    with Image.open(assets / 'images' / sample) as image:
+        input = classifier.transform(image)[None]
+    output = classifier.model(input).detach()
+    target = output.argmax(1)
+    known = whole.samples[sample]
+    assert known.label == 1
+    assert known.target == known.prediction == int(target)
+    assert known.probability == pytest.approx(float(output.softmax(1)[0, target]), abs=1e-6)
+    relevance = CompositeAttribution(classifier.model, initial_relevance='softmax').attribute(input, target)
+    heat = relevance.sum(1)
+    for method, maps in (('resnet_lrp_ratio', heat), ('resnet_lrp_ratio+quantize8', heat_quantization(heat))):
+        record = whole.records[sample, method]
+        black = classifier.bounds()[0]
+        default = insertion_deletion(
+            classifier.model, input, maps, black, target, protocol='keio', ties='group', step=1024
+        )
+        published = insertion_deletion(classifier.model, input, maps, black, target, protocol='keio', step=1024)
+        for name, expected in {
+            'insertion': default.insertion, 'deletion': default.deletion, 'id': default.id_score,
+            'insertion_keio': published.insertion, 'deletion_keio': published.deletion,
+            'id_keio': published.id_score, 'relevance_sum': relevance.sum(),
+            'initial': output.softmax(1)[0, target], 'score_full': default.score_full,
+        }.items():
+            assert record.values[name] == pytest.approx(float(expected), abs=2e-5), (method, name)
+        # values that are equal may differ by rounding
+        assert record.values['tied_share'] == pytest.approx(float(default.tied_share), abs=5e-3)
+        assert record.values['distinct_levels'] == pytest.approx(float(default.distinct_levels), abs=5)
+        assert abs(record.values['gap']) < 1e-4
+        np.testing.assert_allclose(record.curves['insertion'], default.insertion_curve[0], atol=2e-5)
+        np.testing.assert_allclose(record.curves['fractions'], default.fractions[0], atol=1e-6)
+        assert record.seconds > 0
+        assert record.metric_seconds > 0
+        assert record.heatmap.shape == (SIZE, SIZE)
+        np.testing.assert_array_equal(record.heatmap, (maps[0] / maps.abs().max() * 127).round())
+    assert whole.records[sample, 'resnet_lrp_ratio+quantize8'].values['distinct_levels'] <= 8
+    assert 'gap' not in whole.records[sample, 'random'].values
+    constant = whole.records[sample, 'constant'].values
+    assert constant['id'] == pytest.approx(0, abs=1e-6)
+    assert constant['id_keio'] == pytest.approx(constant['score_full'] - constant['score_blank'], abs=1e-6)
+    for record in whole.records.values():
+        assert set(record.values) <= set(COLUMNS)
+    with Image.open(io.BytesIO(known.picture)) as picture:
+        assert picture.size == (SIZE, SIZE)
+
+
+@pytest.mark.parametrize('world', [2, 3])
+def test_processes(assets, whole, tmp_path, world):
+    '''Several processes write the same records as one.'''
+    for rank in range(world):
+        evaluate(setting(assets, tmp_path / 'run'), process=Process(rank, world), quiet=True)
+    several = read_run(tmp_path / 'run')
+    assert len(list((tmp_path / 'run').glob('records-*.sqlite'))) == world
+    assert several.messages == []
+    assert_same(several, whole)
+
+
+def test_resume(assets, whole, tmp_path, monkeypatch):
+    '''After an error, the same call computes what is missing, also with another number of processes.'''
+    original, calls = runner.measure, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 12:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(runner, 'measure', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(assets, tmp_path / 'run')
+    part = read_run(tmp_path / 'run')
+    # each method of a block of four samples, but the one that was interrupted
+    assert len(part.records) == 11 * 4
+    monkeypatch.setattr(runner, 'measure', original)
+    for rank in range(2):
+        monkeypatch.setattr(runner, 'measure', lambda *args: calls.append(args) or original(*args))
+        progress = evaluate(setting(assets, tmp_path / 'run'), process=Process(rank, 2), quiet=True)
+    assert len(calls) == 12 + 3 * 7 - 11
+    assert progress.done == progress.total == 12 * 7
+    assert_same(read_run(tmp_path / 'run'), whole)
+    # now there is nothing left to do
+    run(assets, tmp_path / 'run')
+    assert len(calls) == 12 + 3 * 7 - 11
+
+
+def test_other_run(assets, whole, tmp_path):
+    '''A folder with another run is refused, with what differs.'''
+    folder = tmp_path / 'run'
+    shutil.copytree(whole.folder, folder)
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in folder.iterdir())
+    for options, what in (
+        ({'step': 512}, r'step \(1024, now 512\)'),
+        ({'methods': METHODS[:2]}, r'methods \(now without input_x_gradient\)'),
+        ({'methods': (*METHODS, 'grad_cam')}, r'methods \(now with grad_cam\)'),
+        ({'metrics': ('insertion_deletion',)}, r'metrics \(now without conservation\)'),
+        ({'limit': 3}, r'samples \(12, now 3\)'),
+        ({'amp': 'bfloat16'}, r'amp \(None, now bfloat16\)'),
+        ({'size': 32}, 'size'),
+    ):
+        with pytest.raises(RunError, match=f'holds another run, which differs in .*{what}'):
+            run(assets, folder, **options)
+        with pytest.raises(RunError, match='holds another run'):
+            evaluate(setting(assets, folder, **options), process=Process(), quiet=True, dry_run=True)
+    other = resnet18(num_classes=3)
+    torch.save(other.state_dict(), tmp_path / 'other.pt')
+    with pytest.raises(RunError, match='differs in weights'):
+        run(assets, folder, weights=str(tmp_path / 'other.pt'))
+    images = tmp_path / 'images'
+    shutil.copytree(assets / 'images', images)
+    (images / 'circle' / '0.png').unlink()
+    with pytest.raises(RunError, match='differs in manifest'):
+        run(assets, folder, data=str(images))
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in folder.iterdir()) == before
+    # how it is computed, and where the data is, does not matter
+    shutil.copytree(assets / 'images', tmp_path / 'moved')
+    run(assets, folder, batch_size=3, forward_batch=2, workers=1, data=str(tmp_path / 'moved'))
+
+
+def test_problems(assets, tmp_path):
+    '''What can not be used is recorded with its reason, and the rest is evaluated.'''
+    images = tmp_path / 'images'
+    shutil.copytree(assets / 'images' / 'circle', images)
+    (images / 'broken.png').write_bytes(b'no image')
+    Image.fromarray(np.full((SIZE, SIZE), 255, dtype=np.uint8)).save(images / 'mask.png')
+    (images / 'manifest.csv').write_text(
+        'image,label,mask\n0.png,0,mask.png\n1.png,1,missing.png\n2.png,7,\nbroken.png,1,\nabsent.png,2,\n3.png,2,\n'
+    )
+    result = run(
+        assets, tmp_path / 'run', data=str(images / 'manifest.csv'), methods=('resnet_lrp_ratio',),
+        metrics=('insertion_deletion', 'pointing', 'distance'), explain='label',
+    )
+    problems = {name: sample.problem for name, sample in result.samples.items() if sample.problem}
+    assert set(problems) == {'2.png', 'broken.png', 'absent.png'}
+    assert '7' in problems['2.png']
+    assert 'image' in problems['broken.png']
+    assert 'missing' in problems['absent.png']
+    assert {name for name, _ in result.records} == {'0.png', '1.png', '3.png'}
+    assert result.samples['1.png'].notes and 'mask' in result.samples['1.png'].notes[0]
+    assert result.samples['0.png'].notes == result.samples['3.png'].notes == ()
+    inside, without = (result.records[name, 'resnet_lrp_ratio'].values for name in ('0.png', '3.png'))
+    assert inside['pointing'] == inside['pointing_chance'] == 1
+    assert inside['distance'] == 0
+    for name in ('pointing', 'pointing_chance', 'distance', 'distance_chance'):
+        assert math.isnan(without[name])
+    assert [result.samples[name].target for name in ('0.png', '1.png', '3.png')] == [0, 1, 2]
+    # they count as done
+    progress = evaluate(
+        setting(
+            assets, tmp_path / 'run', data=str(images / 'manifest.csv'), methods=('resnet_lrp_ratio',),
+            metrics=('insertion_deletion', 'pointing', 'distance'), explain='label',
+        ), process=Process(), quiet=True,
+    )
+    assert (progress.done, progress.total, progress.skipped) == (30, 30, 3)
+
+
+def test_not_finite(assets, tmp_path, monkeypatch):
+    '''Maps with NaN or infinity are recorded as a problem of the method, and others of the batch are measured.'''
+    original = CompositeAttribution.attribute
+
+    def attribute(self, inputs, *args):
+        result = original(self, inputs, *args)
+        result[1, 0, 5, 5] = math.nan
+        result[2, 0, 5, 5] = math.inf
+        return result
+
+    monkeypatch.setattr(CompositeAttribution, 'attribute', attribute)
+    result = run(assets, tmp_path / 'run', methods=('resnet_lrp_ratio+c3',), controls=False, limit=4)
+    problems = [record.problem for record in result.records.values()]
+    assert problems == [None, 'the map has NaN or infinity', 'the map has NaN or infinity', None]
+    for record in result.records.values():
+        assert bool(record.values) == bool(record.curves) == (record.problem is None)
+
+
+def test_published_class(assets, tmp_path):
+    '''Published protocols may measure the label, where ours measures the explained class.'''
+    options = {'methods': ('resnet_lrp_ratio',), 'controls': False}
+    explained = run(assets, tmp_path / 'explained', **options)
+    label = run(assets, tmp_path / 'label', **options, score='label', published='label')
+    both = run(assets, tmp_path / 'both', **options, published='label')
+    wrong = 0
+    for key, record in both.records.items():
+        sample = both.samples[key[0]]
+        wrong += sample.label != sample.prediction
+        for name, value in record.values.items():
+            expected = (label if name.endswith('_keio') else explained).records[key].values[name]
+            assert value == pytest.approx(expected, abs=1e-6), name
+    assert 0 < wrong < len(both.samples)
+
+
+def test_dry_run(assets, whole, tmp_path):
+    '''A dry run says what is left, and writes nothing.'''
+    before = evaluate(setting(assets, tmp_path / 'run'), process=Process(), quiet=True, dry_run=True)
+    assert not (tmp_path / 'run').exists()
+    assert (before.total, before.done) == (84, 0)
+    assert before.seconds > 0
+    after = evaluate(setting(assets, whole.folder), process=Process(), quiet=True, dry_run=True)
+    assert (after.total, after.done, after.seconds) == (84, 84, 0)
+
+
+def test_all_metrics(assets, tmp_path):
+    '''All metrics fill columns that are known, and curves with their positions.'''
+    result = run(
+        assets, tmp_path / 'run', metrics=NAMES, cross=(f"resnet18={assets / 'net.pt'}",), limit=2,
+        methods=('resnet_lrp_ratio',), percents=(10, 50), rank_by='magnitude', step=2048, controls=False,
+    )
+    for record in result.records.values():
+        assert set(record.values) <= set(COLUMNS)
+        assert {'id', 'id_keio', 'id_rise', 'id_c3', 'accuracy', 'cross_accuracy', 'gap'} <= set(record.values)
+        assert math.isnan(record.values['pointing']) and math.isnan(record.values['distance'])
+        np.testing.assert_array_equal(record.curves['percents'], [10, 50])
+        assert len(record.curves['accuracy']) == 2
+        # the other network is the same one, but has another input size
+        assert 'cross_accuracy:resnet18' in record.curves
+
+
+def test_workers(assets, whole, tmp_path):
+    '''Images read by other processes are the same.'''
+    assert_same(run(assets, tmp_path / 'run', workers=2), whole)
+
+
+@pytest.mark.parametrize('options, message', [
+    ({'methods': ('grad_camera',)}, "unknown method 'grad_camera'"),
+    ({'methods': ()}, 'there are no methods'),
+    ({'methods': ('grad_cam', 'grad_cam')}, 'named twice'),
+    ({'methods': ('grad_cam:relu',)}, "option 'relu'"),
+    ({'methods': ('grad_cam:colour=1',)}, "no option 'colour'"),
+    ({'methods': ('resnet_lrp_ratio:first_layer=best',)}, 'first_layer'),
+    ({'methods': ('resnet_lrp_ratio:initial=best',)}, 'initial'),
+    ({'methods': ('resnet_lrp_ratio+ratio',)}, 'splitting is for'),
+    ({'methods': ('grad_cam+blur',)}, r"'\+blur'"),
+    ({'methods': ('grad_cam+quantize1',)}, 'leaves nothing'),
+    ({'methods': ('lrp_0+zennit',)}, 'classic rules'),
+    ({'methods': ('abn',)}, 'abn:weights=FILE'),
+    ({'metrics': ('beauty',)}, "unknown metric 'beauty'"),
+    ({'metrics': ()}, 'there are no metrics'),
+    ({'metrics': ('accuracy', 'accuracy')}, 'named twice'),
+    ({'metrics': ('cross',)}, 'belong together'),
+    ({'explain': 'truth'}, "explain='truth'"),
+    ({'step': 0}, 'step=0'),
+    ({'batch_size': 0}, 'batch_size=0'),
+    ({'device': 'abacus'}, "device 'abacus'"),
+    ({'data': 'nowhere'}, 'nowhere'),
+])
+def test_errors(assets, tmp_path, options, message):
+    '''What is wrong is said before anything is written.'''
+    with pytest.raises(ValueError, match=message) as info:
+        run(assets, tmp_path / 'run', **options)
+    assert '\n' not in str(info.value)
+    assert not list((tmp_path / 'run').glob('records-*.sqlite'))
+
+
+# -- methods -----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def context(assets):
+    '''A small network.'''
+    return Context(load_classifier('resnet18', str(assets / 'net.pt'), SIZE), forward_batch=16)
+
+
+@pytest.mark.parametrize('name', sorted({
+    *(name for preset in PRESETS.values() for name in preset.rows), *(name for name in names() if name != 'abn'),
+    'epsilon_plus_flat+ratio', 'epsilon_plus+symmetric+abs+c1c', 'relative_lrp+abs', 'lrp_gamma_0.25+ratio+quantize4',
+    'rise:n_masks=8,grid_size=4', 'grad_cam:relu=False', 'beta_smooth',
+}))
+def test_method(name, context):
+    '''All methods of presets, and all there are, give maps, and leave the network as it was.'''
+    if name.startswith('score_cam'):
+        pytest.importorskip('torchcam')
+    text = 'rise:n_masks=8' if name == 'rise' else name
+    torch.manual_seed(1)
+    images = torch.randn(2, 3, SIZE, SIZE)
+    model = context.classifier.model
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        output = model(images)
+    maps, total, initial = Method(text).create(context)(images, output.argmax(1), output, ['a', 'b'])
+    assert maps.shape == (2, SIZE, SIZE)
+    assert not maps.requires_grad
+    if 'lrp_' not in name or name.startswith('resnet_lrp'):
+        assert maps.isfinite().all()
+    if name.startswith('resnet_lrp') and 'drop' not in name:
+        torch.testing.assert_close(total, initial, rtol=1e-4, atol=0)
+    with torch.no_grad():
+        assert torch.equal(model(images), output)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert not any(module._forward_hooks or module._backward_hooks for module in model.modules())
+
+
+def test_groups():
+    '''Methods are ours, baselines or controls.'''
+    assert {name: group_of(name) for name in (
+        'resnet_lrp_ratio:maxpool=average+c3', 'relative_lrp', 'block_lrp', 'epsilon_plus+ratio', 'epsilon_plus+zennit',
+        'grad_cam', 'lrp_0', 'random', 'sobel+c3',
+    )} == {
+        'resnet_lrp_ratio:maxpool=average+c3': 'ours', 'relative_lrp': 'ours', 'block_lrp': 'ours',
+        'epsilon_plus+ratio': 'ours', 'epsilon_plus+zennit': 'baseline', 'grad_cam': 'baseline', 'lrp_0': 'baseline',
+        'random': 'control', 'sobel+c3': 'control',
+    }
+
+
+def test_controls(context):
+    '''Random maps depend on the sample alone, Gaussians are centred, and edges are where brightness changes.'''
+    images = torch.zeros(3, 3, SIZE, SIZE)
+    images[:, :, :, SIZE // 2:] = 1
+    output = torch.zeros(3, 3)
+    target = output.argmax(1)
+
+    def maps(name, names=('a', 'b', 'a')):
+        return Method(name).create(context)(images, target, output, names).maps
+
+    noise = maps('random')
+    assert torch.equal(noise[0], noise[2])
+    assert not torch.equal(noise[0], noise[1])
+    assert torch.equal(noise[1], maps('random', 'bca')[0])
+    assert not torch.equal(noise, maps('random:seed=1'))
+    bump = maps('gaussian')[0]
+    torch.testing.assert_close(bump, bump.flip(0).flip(1))
+    assert bump.argmax() in (SIZE * SIZE // 2 + SIZE // 2 - SIZE - 1 + offset for offset in (0, 1, SIZE, SIZE + 1))
+    edges = maps('sobel')[0]
+    assert edges[:, SIZE // 2 - 1:SIZE // 2 + 1].min() > 0.9
+    assert edges[:, :SIZE // 2 - 1].abs().max() < 1e-6
+    assert edges[:, SIZE // 2 + 1:].abs().max() < 1e-6
+    assert torch.equal(maps('constant'), torch.ones(3, SIZE, SIZE))
+
+
+# -- processes that are killed -----------------------------------------------------------------------------------------
+
+def command(assets, out, world):
+    '''Command of an evaluation by several processes.'''
+    launcher = ['-m', 'torch.distributed.run', '--nproc-per-node', str(world), '-m'] if world > 1 else ['-m']
+    return [
+        sys.executable, *launcher, 'captum_adapters', 'evaluate', '--data', str(assets / 'images'), '--out', str(out),
+        '--model', 'resnet18', '--weights', str(assets / 'net.pt'), '--size', str(SIZE), '--methods', ','.join(METHODS),
+        '--step', '1024', '--batch-size', '1', '--forward-batch', '16', '--device', 'cpu', '--quiet',
+    ]
+
+
+def children(pid):
+    '''Processes which a process has started.'''
+    try:
+        return [int(text) for text in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='processes are found in /proc')
+def test_kill(assets, tmp_path):
+    '''Whatever is killed whenever, the same command ends up with each record once.
+
+    There are two kills, or as many as the environment says in EVALUATION_KILLS.
+    '''
+    choose = random.Random(0)
+    kills = int(os.environ.get('EVALUATION_KILLS', 2))
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'TORCHELASTIC_ERROR_FILE': os.devnull}
+    expected = run(assets, tmp_path / 'expected', batch_size=1, forward_batch=16)
+    folder, counts = tmp_path / 'run', []
+    for number in range(kills):
+        world = choose.choice([1, 2, 3])
+        with subprocess.Popen(
+            command(assets, folder, world), env=environment, start_new_session=True, stderr=subprocess.DEVNULL
+        ) as process:
+            # while it starts, or some time after the first record was written
+            before = count(folder)
+            limit, patience = time.monotonic() + 60, choose.random()
+            while time.monotonic() < limit and process.poll() is None and count(folder) <= before:
+                time.sleep(0.01)
+            time.sleep(patience * 0.3)
+            ranks = children(process.pid)
+            whom = choose.choice(['launcher', 'rank']) if ranks else 'launcher'
+            os.kill(choose.choice(ranks) if whom == 'rank' else process.pid, signal.SIGKILL)
+            process.wait()
+        counts.append(count(folder))
+        if counts[-1] == len(expected.records) and number < kills - 1:
+            # there is nothing left to interrupt
+            shutil.rmtree(folder)
+    world = choose.choice([1, 2, 3])
+    subprocess.run(command(assets, folder, world), env=environment, check=True)
+    result = read_run(folder)
+    assert 0 < counts[0] < len(expected.records)
+    assert_same(result, expected)
+
+
+def count(folder):
+    '''Number of records.'''
+    return len(read_run(folder).records) if (folder / 'settings.json').exists() else 0
+
+
+def test_launcher_is_gone(assets, tmp_path, monkeypatch):
+    '''A process whose launcher was killed stops, such that it does not compete with a new one.'''
+    with pytest.raises(RunError, match='launcher was killed'):
+        run(assets, tmp_path / 'run', process=Process(0, 2, 0, launcher=1))
+    monkeypatch.setenv('RANK', '2')
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(RunError, match='RANK=2 does not fit WORLD_SIZE=2'):
+        Process.current()
+    monkeypatch.setenv('RANK', 'first')
+    with pytest.raises(RunError, match="RANK='first'"):
+        Process.current()
+
+
+def test_settings_are_json(whole):
+    '''Settings can be read by other programs.'''
+    settings = json.loads((whole.folder / 'settings.json').read_text())
+    assert settings == whole.settings
+    assert settings['classes'] == [f'class {number}' for number in range(3)]
+    assert settings['options']['step'] == 1024
+    assert settings['versions']['torch'] == torch.__version__.split('+')[0] or '+' in settings['versions']['torch']

@@ -1,0 +1,142 @@
+'''Tests for the command line of the evaluation.'''
+import re
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from torchvision.models import resnet18
+
+from captum_adapters.cli import duration, main, make_evaluation
+from captum_adapters.evaluation import PRESETS, Method, read_run
+from captum_adapters.evaluation.measures import COLUMNS
+
+
+@pytest.fixture(scope='module')
+def assets(tmp_path_factory):
+    '''Folder with some images, and the weights of a small network.'''
+    folder = tmp_path_factory.mktemp('assets')
+    torch.manual_seed(0)
+    torch.save(resnet18(num_classes=3).state_dict(), folder / 'net.pt')
+    (folder / 'images').mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(3):
+        picture = generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(folder / 'images' / f'{number}.png')
+    (folder / 'images' / 'broken.png').write_bytes(b'')
+    return folder
+
+
+def call(*args):
+    '''Call the command.'''
+    return CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+def evaluate(assets, out, *args):
+    '''Evaluate the small network.'''
+    return call(
+        'evaluate', '--data', assets / 'images', '--out', out, '--model', 'resnet18', '--weights', assets / 'net.pt',
+        '--size', 64, '--step', 2048, '--device', 'cpu', *args,
+    )
+
+
+def test_evaluate_and_report(assets, tmp_path):
+    '''From images to a page.'''
+    methods = 'resnet_lrp_ratio:first_layer=ones,maxpool=average+quantize4,grad_cam'
+    result = evaluate(assets, tmp_path / 'run', '--methods', methods)
+    assert result.exit_code == 0, result.output
+    assert '24 of 24 records (1 images left out, see the report)' in result.output
+    assert f'report: python -m captum_adapters report {tmp_path}/run' in result.output
+    run = read_run(tmp_path / 'run')
+    assert run.settings['methods'][:2] == [
+        'resnet_lrp_ratio:first_layer=ones,maxpool=average+quantize4', 'grad_cam'
+    ]
+    again = evaluate(assets, tmp_path / 'run', '--methods', methods, '--dry-run')
+    assert '24 of 24 records (1 images left out, see the report), 0 left, about 0 s' in again.output
+
+    report = call('report', tmp_path / 'run', '--out', tmp_path / 'report')
+    assert report.exit_code == 0, report.output
+    assert 'grad_cam' in report.output
+    assert 'broken.png' in report.output
+    page = (tmp_path / 'report' / 'report.html').read_text()
+    assert 'data:image/png;base64,' in page
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
+    for style, start in (('markdown', '#'), ('csv', 'run,'), ('latex', r'\begin')):
+        printed = call('report', tmp_path / 'run', '--format', style)
+        assert printed.exit_code == 0, printed.output
+        assert start in printed.output
+    assert 'Error: ' in call('report', tmp_path / 'run', '--baseline', 'rise').output
+
+
+def test_quiet(assets, tmp_path):
+    '''Nothing is printed.'''
+    result = evaluate(assets, tmp_path / 'run', '--methods', 'grad_cam', '--no-controls', '--quiet')
+    assert (result.exit_code, result.output) == (0, '')
+
+
+@pytest.mark.parametrize('args, message', [
+    (('--methods', 'grad_camera'), "unknown method 'grad_camera'"),
+    (('--metrics', 'beauty'), "unknown metric 'beauty'"),
+    (('--preset', 'table3'), 'table3'),
+    (('--percents', '1,many'), 'not made of numbers'),
+    (('--explain', 'truth'), 'truth'),
+    (('--preset', 'c3-lrp-table1', '--preset', 'r-lrp-fig25'), 'differ in their protocol'),
+    (('--limit', '0'), '0'),
+    (('--layout', 'coco'), 'coco'),
+])
+def test_errors(assets, tmp_path, args, message):
+    '''What is wrong is said in one line, without a traceback.'''
+    result = evaluate(assets, tmp_path / 'run', *args)
+    assert result.exit_code != 0
+    assert message in result.output
+    assert result.output.strip().splitlines()[-1].startswith('Error: ')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_report_errors(tmp_path):
+    '''A folder without a run is an error.'''
+    result = call('report', tmp_path)
+    assert result.exit_code == 1
+    assert result.output.startswith('Error: ') and 'holds no run' in result.output
+    assert call('report').exit_code == 2
+
+
+def test_list():
+    '''All methods are listed.'''
+    names = call('evaluate', '--list').output.split()
+    assert {'resnet_lrp_ratio', 'grad_cam', 'rise', 'lrp_0', 'epsilon_plus', 'sobel', 'abn'} <= set(names)
+    for name in names:
+        assert Method(name).text == name
+
+
+def test_presets():
+    '''Presets are complete, and are combined and changed by what is given.'''
+    for name, preset in PRESETS.items():
+        evaluation = make_evaluation({'data': 'x', 'out': 'y', 'preset': (name,)})
+        assert evaluation.methods == tuple(preset.rows)
+        assert evaluation.preset == (name,)
+        assert set(preset.columns) <= set(COLUMNS)
+        assert set(preset.printed) - {'abn'} <= set(preset.rows)
+        assert all(set(row) <= set(COLUMNS) for row in preset.printed.values())
+        for text in preset.rows:
+            Method(text)
+    both = make_evaluation({'data': 'x', 'out': 'y', 'preset': ('c3-lrp-table1', 'c3-lrp-table2')})
+    assert both.methods[:2] == ('rise', 'grad_cam')
+    assert sorted(both.methods) == sorted({*PRESETS['c3-lrp-table1'].rows, *PRESETS['c3-lrp-table2'].rows})
+    assert (both.published, both.initial) == ('label', 'softmax')
+    more = make_evaluation({
+        'data': 'x', 'out': 'y', 'preset': ('c3-lrp-table2',), 'methods': ('+grad_cam', 'rise'), 'initial': 'one',
+    })
+    assert more.methods == (*PRESETS['c3-lrp-table2'].rows, 'grad_cam', 'rise')
+    assert (more.published, more.initial) == ('label', 'one')
+    other = make_evaluation({'data': 'x', 'out': 'y', 'preset': ('c3-lrp-table2',), 'methods': ('grad_cam',)})
+    assert other.methods == ('grad_cam',)
+
+
+@pytest.mark.parametrize('seconds, text', [
+    (0, '0 s'), (29, '29 s'), (60, '1 min'), (3540, '59 min'), (3600, '1 h 0 min'), (90061, '25 h 1 min'),
+])
+def test_duration(seconds, text):
+    '''Times are readable.'''
+    assert duration(seconds) == text
