@@ -1,0 +1,520 @@
+"""Layouts of data sets: which files there are, and what belongs to each image."""
+
+import csv
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, Optional
+from xml.etree import ElementTree
+
+import numpy as np
+import scipy.io
+
+Box = tuple[float, float, float, float]
+
+LAYOUTS = ("folder", "csv", "imagenet", "cub")
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
+)
+MANIFESTS = ("manifest.csv", "labels.csv")
+CORNERS = ("x0", "y0", "x1", "y1")
+SPLITS = ("train", "val", "valid", "validation", "test")
+WNID = re.compile(r"n\d{8}")
+ILSVRC = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG", re.IGNORECASE)
+CUB_FILES = ("images", "image_class_labels", "train_test_split", "classes")
+
+
+class Entry(NamedTuple):
+    """A sample with its label as the data gives it: a name, or already an index."""
+
+    name: str
+    path: Path
+    label: Optional[str] = None
+    target: Optional[int] = None
+    mask: Optional[Path] = None
+    boxes: tuple[Box, ...] = ()
+    problem: Optional[str] = None
+
+
+class Listing(NamedTuple):
+    """What a layout has, before labels become classes of the network.
+
+    `order` are labels in the order of the classes, used if they match none by name.
+    """
+
+    root: Path
+    entries: list[Entry]
+    order: Sequence[str] = ()
+    numbers: Mapping[str, int] = {}
+    annotations: Optional[Path] = None
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an exception in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def recognize(root: Path, split: Optional[str]) -> str:
+    """Name of the layout."""
+    if root.is_file() or any((root / name).is_file() for name in MANIFESTS):
+        return "csv"
+    if (_cub_root(root) / "images.txt").is_file():
+        return "cub"
+    if split in (None, "val"):
+        found = _imagenet_images(root)
+        # without either, a folder of these images has no labels
+        known = _truth(root) is not None or _annotations(root) is not None
+        if found is not None and (found[1] or known):
+            return "imagenet"
+    return "folder"
+
+
+def read_folder(
+    root: Path, split: Optional[str], classes: Sequence[str], messages: list[str]
+) -> Listing:
+    """A folder of images, or of a folder for each class."""
+    folder = root if split is None else root / split
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {split!r} in {root} for this split")
+    tops = sorted(entry.name for entry in _visible(folder) if entry.is_dir())
+    if split is None and tops and set(tops) <= set(SPLITS):
+        raise ValueError(
+            f"{root} has the folders {', '.join(tops)}: choose one of them as the split"
+        )
+    entries = []
+    for image in _walk(folder):
+        parts = image.relative_to(folder).parts
+        label = parts[0] if len(parts) > 1 else None
+        entries.append(Entry(_name(image, root), image, label))
+    numbers: Mapping[str, int] = {}
+    if len(classes) == 1000 and any(WNID.fullmatch(name) for name in tops):
+        numbers = {wnid: index for index, wnid in enumerate(_wnids(root))}
+    return Listing(root, entries, tops, numbers)
+
+
+def read_csv(
+    root: Path, split: Optional[str], classes: Sequence[str], messages: list[str]
+) -> Listing:
+    """A CSV file, with a row for each image or box."""
+    file = root
+    if root.is_dir():
+        found = [root / name for name in MANIFESTS if (root / name).is_file()]
+        if not found:
+            raise ValueError(f"there is no {' or '.join(MANIFESTS)} in {root}")
+        file = found[0]
+    root = file.parent
+    columns, rows = _table(file)
+    if split is not None:
+        if "split" not in columns:
+            raise ValueError(f"{file} has no column 'split' to choose {split!r} from")
+        rows = [row for row in rows if row["split"] == split]
+    label_of = _row_labels(columns, rows, classes, messages)
+    entries: dict[str, Entry] = {}
+    for row in rows:
+        path = root / row["image"]
+        mask = root / row["mask"] if row.get("mask") else None
+        entry = Entry(_name(path, root), path, *label_of(row), mask, _row_boxes(row))
+        first = entries.setdefault(entry.name, entry)
+        if first is not entry:
+            entries[entry.name] = _merge(first, entry)
+    beside = root / "boxes.csv"
+    if beside.is_file() and beside != file:
+        boxes: dict[str, list[Box]] = defaultdict(list)
+        for row in _table(beside, CORNERS)[1]:
+            boxes[_name(root / row["image"], root)].extend(_row_boxes(row))
+        for name in boxes.keys() & entries.keys():
+            entry = entries[name]
+            entries[name] = entry._replace(boxes=(*entry.boxes, *boxes[name]))
+    wnids = sorted({entry.label for entry in entries.values() if entry.label})
+    order = wnids if all(WNID.fullmatch(wnid) for wnid in wnids) else ()
+    return Listing(root, list(entries.values()), order)
+
+
+def _table(
+    file: Path, needed: Sequence[str] = ()
+) -> tuple[set[str], list[dict[str, str]]]:
+    """Columns and rows of a CSV file, with the path of the image as `image`."""
+    try:
+        # spreadsheets write a byte order mark
+        with open(file, encoding="utf-8-sig", newline="") as stream:
+            reader = csv.reader(stream)
+            columns = [name.strip() for name in next(reader, [])]
+            rows: list[dict[str, str]] = []
+            column = next((name for name in ("image", "file") if name in columns), None)
+            if column is None:
+                raise ValueError(
+                    f"{file} has no column 'image' or 'file', but"
+                    f" {', '.join(columns[:20]) or 'none at all'}"
+                )
+            if needed or not set(CORNERS).isdisjoint(columns):
+                missing = [name for name in CORNERS if name not in columns]
+                if missing:
+                    raise ValueError(f"{file} has no column {missing[0]!r} for boxes")
+            for cells in reader:
+                if not any(cell.strip() for cell in cells):
+                    continue
+                row = dict.fromkeys(columns, "")
+                row.update(zip(columns, (cell.strip() for cell in cells)))
+                row.update(image=row[column], where=f"{file}, line {reader.line_num}")
+                if not row["image"]:
+                    raise ValueError(f"{row['where']}: the image's path is missing")
+                rows.append(row)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{file} is not a CSV file in UTF-8 ({error})") from error
+    return set(columns), rows
+
+
+def _row_boxes(row: Mapping[str, str]) -> tuple[Box, ...]:
+    """The box of a row, if it has one."""
+    texts = [row.get(name, "") for name in CORNERS]
+    if not any(texts):
+        return ()
+    try:
+        x0, y0, x1, y1 = map(float, texts)
+    except ValueError:
+        raise ValueError(
+            f"{row['where']}: the box ({', '.join(texts)}) is not four numbers"
+        ) from None
+    return ((x0, y0, x1, y1),)
+
+
+def _row_labels(
+    columns: set[str],
+    rows: Sequence[Mapping[str, str]],
+    classes: Sequence[str],
+    messages: list[str],
+) -> Callable[[Mapping[str, str]], tuple[Optional[str], Optional[int]]]:
+    """Function for the label of a row as a text and, if a column has it, an index."""
+    known = {"label", "wnid", "class_index", "imagenet_index"} & columns
+    if not known:
+        messages.append("the CSV file has no column 'label': the labels are unknown")
+    index: Optional[str] = None
+    if "imagenet_index" in columns and len(classes) == 1000:
+        index = "imagenet_index"
+    elif "class_index" in columns:
+        numbers = [to_number(row["class_index"]) for row in rows]
+        count = 1 + max((num for num in numbers if num is not None), default=-1)
+        names = Names(classes)
+        found = [names.find(row.get("label", "")) for row in rows]
+        if any(
+            len(hits) == 1 and num not in (None, hits[0])
+            for hits, num in zip(found, numbers)
+        ):
+            messages.append(
+                "class_index has other classes than the network, or another order:"
+                " labels are matched by name"
+            )
+        elif count == len(classes):
+            index = "class_index"
+        elif not any(found):
+            messages.append(
+                f"class_index suggests {count} classes, but the network has"
+                f" {len(classes)}: it is not used"
+            )
+
+    def label_of(row: Mapping[str, str]) -> tuple[Optional[str], Optional[int]]:
+        number = to_number(row[index]) if index else None
+        text = row.get("label") or row.get("wnid")
+        if number is None and not text:
+            # what is given, but cannot be used, has to become a problem
+            given = [f"{key} {row[key]}" for key in sorted(known) if row[key]]
+            text = given[0] if given else None
+        elif index and number is not None and not 0 <= number < len(classes):
+            return f"{index} {number}", None
+        return text, number
+
+    return label_of
+
+
+def to_number(text: str) -> Optional[int]:
+    """An integer, or None if the text is none."""
+    return int(text) if re.fullmatch(r"-?[0-9]{1,9}", text) else None
+
+
+def _merge(first: Entry, other: Entry) -> Entry:
+    """Join two rows of the same image."""
+    label = first.label if first.label is not None else other.label
+    target = first.target if first.target is not None else other.target
+    mask = first.mask or other.mask
+    problem = first.problem
+    if (other.label or label, other.mask or mask) != (label, mask):
+        problem = "it is listed several times, with different labels or masks"
+    elif other.target not in (None, target):
+        problem = "it is listed several times, with different classes"
+    boxes = tuple(dict.fromkeys((*first.boxes, *other.boxes)))
+    return first._replace(
+        label=label, target=target, mask=mask, boxes=boxes, problem=problem
+    )
+
+
+def read_imagenet(
+    root: Path, split: Optional[str], classes: Sequence[str], messages: list[str]
+) -> Listing:
+    """Validation images of ImageNet."""
+    if split not in (None, "val"):
+        raise ValueError(
+            f"there is no split {split!r} of ImageNet's validation images: choose"
+            " layout 'folder' for another folder"
+        )
+    images = _imagenet_images(root)
+    if images is None:
+        raise ValueError(
+            f"{root} has neither folders named by wnid, nor images named"
+            " ILSVRC2012_val_00000001.JPEG, directly or in val"
+        )
+    folder, tops = images
+    annotations = _annotations(root)
+    paths = list(_walk(folder))
+    order: Sequence[str] = tops
+    found: dict[str, str] = {}
+    truth = _truth(root)
+    if tops:
+        entries = [
+            Entry(_name(path, root), path, path.relative_to(folder).parts[0])
+            for path in paths
+            if path.parent != folder
+        ]
+    else:
+        paths = [path for path in paths if ILSVRC.fullmatch(path.name)]
+        if truth is not None and classes:
+            found = _ground_truth(truth, root)
+        elif annotations is not None and classes:
+            for path in paths:
+                wnid = parse(annotations / f"{path.stem}.xml")[0]
+                if wnid is not None:
+                    found[path.stem] = wnid
+            order = sorted(set(found.values()))
+        else:
+            messages.append(
+                "there is neither a ground truth nor annotations near the images: the"
+                " labels are unknown"
+            )
+        entries = [
+            Entry(_name(path, root), path, found.get(path.stem)) for path in paths
+        ]
+    numbers: Mapping[str, int] = {}
+    if len(classes) == 1000:
+        numbers = {wnid: index for index, wnid in enumerate(_wnids(root))}
+    return Listing(root, entries, order, numbers, annotations)
+
+
+def _imagenet_images(root: Path) -> Optional[tuple[Path, list[str]]]:
+    """Folder with images of ImageNet, and its folders named by wnid, if any."""
+    for name in ("val", "Data/CLS-LOC/val", ""):
+        folder = root / name
+        if not folder.is_dir():
+            continue
+        items = _visible(folder)
+        tops = sorted(item.name for item in items if item.is_dir())
+        if tops and all(WNID.fullmatch(top) for top in tops):
+            return folder, tops
+        if any(ILSVRC.fullmatch(item.name) for item in items):
+            return folder, []
+    return None
+
+
+def _near(root: Path, names: Iterable[str]) -> Optional[Path]:
+    """The first of the paths, in the folder or in one of the three above."""
+    bases = (root, *list(root.parents)[:3])
+    paths = (base / name for name in names for base in bases)
+    return next((path for path in paths if path.exists()), None)
+
+
+def _devkit(name: str) -> list[str]:
+    kit = "ILSVRC2012_devkit_t12"
+    return [f"{folder}{name}" for folder in ("", "data/", f"{kit}/", f"{kit}/data/")]
+
+
+def _truth(root: Path) -> Optional[Path]:
+    return _near(root, _devkit("ILSVRC2012_validation_ground_truth.txt"))
+
+
+def _annotations(root: Path) -> Optional[Path]:
+    return _near(root, ("Annotations/CLS-LOC/val",))
+
+
+def _meta(root: Path) -> Optional[dict[int, str]]:
+    """The wnid of each ILSVRC id from the development kit, if it is there."""
+    file = _near(root, _devkit("meta.mat"))
+    if file is None:
+        return None
+    try:
+        synsets = np.atleast_1d(scipy.io.loadmat(file, squeeze_me=True)["synsets"])
+        # what has children is no class, but a group of them
+        return {
+            int(synset["ILSVRC2012_ID"]): str(synset["WNID"])
+            for synset in synsets
+            if int(synset["num_children"]) == 0
+        }
+    except Exception as error:  # a damaged file raises anything
+        raise ValueError(f"{file} is not ILSVRC2012's ({one_line(error)})") from error
+
+
+def _wnids(root: Path) -> list[str]:
+    """The 1000 wnids in the order of ImageNet's classes, empty if not known."""
+    meta = _meta(root)
+    if meta is not None:
+        wnids = set(meta.values())
+    else:
+        file = _near(root, ("LOC_synset_mapping.txt", "synset_words.txt"))
+        wnids = set()
+        if file is not None:
+            lines = file.read_text(encoding="utf-8").splitlines()
+            wnids = {line.split()[0] for line in lines if line.strip()}
+    return sorted(wnids) if len(wnids) == 1000 else []
+
+
+def _ground_truth(file: Path, root: Path) -> dict[str, str]:
+    """The wnid of each image by its name without suffix."""
+    meta = _meta(root)
+    if meta is None:
+        raise ValueError(f"there is no meta.mat of the development kit beside {file}")
+    try:
+        numbers = [int(line) for line in file.read_text(encoding="utf-8").split()]
+        return {
+            f"ILSVRC2012_val_{num:08d}": meta[number]
+            for num, number in enumerate(numbers, 1)
+        }
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{file} does not fit meta.mat ({error})") from error
+
+
+def parse(file: Path) -> tuple[Optional[str], tuple[Box, ...]]:
+    """Wnid and boxes of an annotation, which has none if it cannot be read."""
+    try:
+        objects = ElementTree.parse(file).getroot().findall("object")
+        boxes = []
+        for item in objects:
+            corners = [float(item.findtext(f"bndbox/{key}", "")) for key in
+                       ("xmin", "ymin", "xmax", "ymax")]
+            # pixels are counted from 1, and the last is inside
+            boxes.append((corners[0] - 1, corners[1] - 1, corners[2], corners[3]))
+        return (objects[0].findtext("name") if objects else None), tuple(boxes)
+    except (OSError, ElementTree.ParseError, ValueError):
+        return None, ()
+
+
+def _cub_root(root: Path) -> Path:
+    inner = root / "CUB_200_2011"
+    return inner if (inner / "images.txt").is_file() else root
+
+
+def read_cub(
+    root: Path, split: Optional[str], classes: Sequence[str], messages: list[str]
+) -> Listing:
+    """CUB-200-2011 in its official layout."""
+    if split not in (None, "train", "test"):
+        raise ValueError(f"CUB-200-2011 has no split {split!r}: choose train or test")
+    base = _cub_root(root)
+    for name in CUB_FILES:
+        if not (base / f"{name}.txt").is_file():
+            raise ValueError(f"{base} is not CUB-200-2011: {name}.txt is missing")
+    images, numbers, train, names = (_pairs(base / f"{name}.txt") for name in CUB_FILES)
+    boxes = {}
+    if (base / "bounding_boxes.txt").is_file():
+        boxes = _pairs(base / "bounding_boxes.txt")
+    # unpacked inside of the folder, or beside it
+    folders = (base / "segmentations", base.parent / "segmentations")
+    masks = next((folder for folder in folders if folder.is_dir()), None)
+    entries = []
+    for key, file in images.items():
+        try:
+            if (train[key] == "1") != (split == "train"):
+                continue
+            label = names[numbers[key]]
+            box: tuple[Box, ...] = ()
+            if key in boxes:
+                x, y, width, height = map(float, boxes[key].split())
+                box = ((x, y, x + width, y + height),)
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"{base}: the tables do not fit for image {key} ({error})"
+            ) from error
+        path = base / "images" / file
+        mask = None if masks is None else masks / Path(file).with_suffix(".png")
+        entries.append(Entry(_name(path, root), path, label, None, mask, box))
+    order = sorted(names, key=lambda key: (len(key), key))
+    return Listing(root, entries, [names[key] for key in order])
+
+
+def _pairs(file: Path) -> dict[str, str]:
+    """Lines of a number and anything else."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not text in UTF-8 ({error})") from error
+    pairs = (line.strip().partition(" ") for line in lines if line.strip())
+    return {key: value.strip() for key, _, value in pairs}
+
+
+# -- files -----------------------------------------------------------------------------
+
+
+def _visible(folder: Path) -> list[os.DirEntry[str]]:
+    """Entries of a folder by name, without hidden ones."""
+    with os.scandir(folder) as entries:
+        found = [entry for entry in entries if not entry.name.startswith(".")]
+    return sorted(found, key=lambda entry: entry.name)
+
+
+def _walk(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Images at any depth, through links as well, but not in circles."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    for entry in _visible(folder):
+        path = folder / entry.name
+        if entry.is_dir():
+            yield from _walk(path, (*above, real))
+        elif path.suffix.lower() in SUFFIXES:
+            yield path
+
+
+def _name(path: Path, root: Path) -> str:
+    """Path relative to the root, which may begin with `..`, as valid Unicode."""
+    try:
+        name = os.path.relpath(path, root)
+    except ValueError:  # on another drive
+        name = os.path.abspath(path)
+    # file systems allow any bytes in names
+    raw = Path(name).as_posix().encode("utf-8", "surrogateescape")
+    return raw.decode("utf-8", "backslashreplace")
+
+
+# -- names -----------------------------------------------------------------------------
+
+
+class Names:
+    """Classes by their names, from the most to the least exact way to compare these."""
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        self.count = len(classes)
+        self.levels: list[dict[str, list[int]]] = []
+        for index, name in enumerate(classes):
+            for level, keys in enumerate(self.keys(name)):
+                if level == len(self.levels):
+                    self.levels.append({})
+                for key in keys:
+                    self.levels[level].setdefault(key, []).append(index)
+
+    @staticmethod
+    def keys(name: str) -> tuple[set[str], ...]:
+        plain = " ".join(name.replace("_", " ").lower().split())
+        bare = re.sub(r"^[0-9]{1,4}\. ?", "", plain)
+        synonyms = [part.strip() for part in bare.split(",")]
+        first, others = {synonyms[0]}, {part for part in synonyms if part}
+        return {name.strip()}, {plain}, {bare}, first, others
+
+    def find(self, label: str) -> list[int]:
+        """Indices of classes with this name, or with this number."""
+        if not label:
+            return []
+        for keys, level in zip(self.keys(label), self.levels):
+            hits = sorted({index for key in keys for index in level.get(key, ())})
+            if hits:
+                return hits
+        number = to_number(label)
+        return [number] if number is not None and 0 <= number < self.count else []
