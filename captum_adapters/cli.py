@@ -11,7 +11,8 @@ from captum_adapters.evaluation.methods import names as method_names
 from captum_adapters.evaluation.presets import PRESETS, find_preset
 from captum_adapters.evaluation.records import RunError, read_run
 from captum_adapters.evaluation.report import summarize
-from captum_adapters.evaluation.runner import CHOICES, Evaluation, Process, evaluate
+from captum_adapters.evaluation.runner import Process, evaluate
+from captum_adapters.evaluation.settings import CHOICES, Evaluation
 from zennit_resnet import __version__
 
 DEFAULTS = {item.name: item.default for item in dataclasses.fields(Evaluation)}

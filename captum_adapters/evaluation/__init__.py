@@ -5,7 +5,8 @@ from captum_adapters.evaluation.measures import COLUMNS
 from captum_adapters.evaluation.methods import Method
 from captum_adapters.evaluation.presets import PRESETS
 from captum_adapters.evaluation.records import Record, Run, RunError, read_run
-from captum_adapters.evaluation.runner import Evaluation, Process, evaluate
+from captum_adapters.evaluation.runner import Process, evaluate
+from captum_adapters.evaluation.settings import Evaluation
 
 __all__ = [
     "COLUMNS",

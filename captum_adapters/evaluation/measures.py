@@ -147,7 +147,7 @@ class Batch(NamedTuple):
     names: Sequence[str]
 
 
-class Settings(NamedTuple):
+class MetricSettings(NamedTuple):
     """Settings of metrics.
 
     Attributes:
@@ -177,7 +177,7 @@ Forward = Callable[[Tensor], Tensor]
 
 
 def _insertion_deletion(
-    forward: Forward, batch: Batch, maps: Tensor, settings: Settings
+    forward: Forward, batch: Batch, maps: Tensor, settings: MetricSettings
 ) -> Scores:
     """Insertion and deletion by our protocol and the ratio paper's code, at once."""
 
@@ -223,11 +223,11 @@ def _insertion_deletion(
     )
 
 
-def _published(protocol: str) -> Callable[[Forward, Batch, Tensor, Settings], Scores]:
+def _published(protocol: str) -> Callable[[Forward, Batch, Tensor, MetricSettings], Scores]:
     """Insertion and deletion by a protocol that needs images of its own."""
 
     def measure(
-        forward: Forward, batch: Batch, maps: Tensor, settings: Settings
+        forward: Forward, batch: Batch, maps: Tensor, settings: MetricSettings
     ) -> Scores:
         result = insertion_deletion(
             forward,
@@ -252,13 +252,13 @@ def _published(protocol: str) -> Callable[[Forward, Batch, Tensor, Settings], Sc
     return measure
 
 
-def _percents(settings: Settings, like: Tensor) -> Tensor:
+def _percents(settings: MetricSettings, like: Tensor) -> Tensor:
     """Percentages as a curve's positions, of the shape of the curve."""
     return torch.tensor(settings.percents, dtype=torch.float64).expand(len(like), -1)
 
 
 def _accuracy(
-    forward: Forward, batch: Batch, maps: Tensor, settings: Settings
+    forward: Forward, batch: Batch, maps: Tensor, settings: MetricSettings
 ) -> Scores:
     """Accuracy with the top p % of pixels."""
     result = pixel_accuracy(
@@ -278,7 +278,7 @@ def _accuracy(
     )
 
 
-def _cross(forward: Forward, batch: Batch, maps: Tensor, settings: Settings) -> Scores:
+def _cross(forward: Forward, batch: Batch, maps: Tensor, settings: MetricSettings) -> Scores:
     """Accuracy of other networks with the top p % of pixels."""
     curves: dict[str, Tensor] = {}
     for name, (other, transform) in settings.others.items():
@@ -300,7 +300,7 @@ def _cross(forward: Forward, batch: Batch, maps: Tensor, settings: Settings) -> 
 
 
 def _pointing(
-    forward: Forward, batch: Batch, maps: Tensor, settings: Settings
+    forward: Forward, batch: Batch, maps: Tensor, settings: MetricSettings
 ) -> Scores:
     """Share of the top p % of pixels in the mask."""
     result = mask_pointing(
@@ -322,7 +322,7 @@ def _pointing(
 
 
 def _distance(
-    forward: Forward, batch: Batch, maps: Tensor, settings: Settings
+    forward: Forward, batch: Batch, maps: Tensor, settings: MetricSettings
 ) -> Scores:
     """Mean distance of the top p % of pixels to the mask."""
     result = mask_distance(
@@ -334,7 +334,7 @@ def _distance(
     )
 
 
-METRICS: dict[str, Callable[[Forward, Batch, Tensor, Settings], Scores]] = {
+METRICS: dict[str, Callable[[Forward, Batch, Tensor, MetricSettings], Scores]] = {
     "insertion_deletion": _insertion_deletion,
     "rise": _published("rise"),
     "c3": _published("c3"),
@@ -374,7 +374,7 @@ def measure(
     forward: Forward,
     batch: Batch,
     maps: Tensor,
-    settings: Settings,
+    settings: MetricSettings,
     relevance: Optional[Tensor] = None,
     initial: Optional[Tensor] = None,
 ) -> list[tuple[dict[str, float], dict[str, np.ndarray]]]:
@@ -387,7 +387,7 @@ def measure(
                 classes).
         batch (Batch): The images.
         maps (Tensor): Finite maps of shape (batch, height, width).
-        settings (Settings): Settings of metrics.
+        settings (MetricSettings): Settings of metrics.
         relevance (Tensor, optional): Sums of relevance of shape (batch,), before
                 post-processing.
                 Default: None
