@@ -1,29 +1,84 @@
-'''All code in the documentation runs.'''
+'''All code in the documentation runs, all links lead somewhere, and the reference is complete.'''
+import importlib
 import re
 from pathlib import Path
 
 import pytest
+from zennit.composites import COMPOSITES
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / 'README.md', *(ROOT / 'docs').glob('**/*.md')])
+DOCS = ROOT / 'docs'
+PAGES = sorted(path for path in [ROOT / 'README.md', *DOCS.glob('**/*.md')] if '_build' not in path.parts)
+TEXTS = {path: path.read_text(encoding='utf-8') for path in PAGES}
+BLOCK = re.compile(r'^```python\n(.*?)^```$', re.S | re.M)
 BLOCKS = [
-    pytest.param(match.group(1), id=f'{path.name}-{num}')
-    for path in PAGES
-    for num, match in enumerate(re.finditer(r'^```python\n(.*?)^```', path.read_text(encoding='utf-8'), re.S | re.M))
+    pytest.param(match.group(1), id=f'{path.relative_to(ROOT).as_posix()}-{num}')
+    for path, text in TEXTS.items() for num, match in enumerate(BLOCK.finditer(text))
 ]
+PACKAGES = (
+    'zennit_resnet', 'captum_adapters.attr', 'captum_adapters.abn', 'captum_adapters.metrics',
+    'captum_adapters.metrics.accumulate', 'captum_adapters.metrics.plots', 'captum_adapters.quantus',
+    'captum_adapters.evaluation',
+)
+
+
+def page_id(path):
+    '''Path of a page as the name of a test.'''
+    return path.relative_to(ROOT).as_posix()
 
 
 @pytest.mark.parametrize('block', BLOCKS)
-def test_block(block):
+def test_block(block, tmp_path, monkeypatch):
     '''Each block is complete. Those for optional packages are skipped without them.'''
-    for name in re.findall('^(?:import|from) (quantus|torchmetrics|torchcam)', block, re.M):
+    for name in re.findall('^ *(?:import|from) (quantus|torchmetrics|torchcam|timm)', block, re.M):
         pytest.importorskip(name)
-    exec(compile(block, 'documentation', 'exec'), {'__name__': '__main__'})
+    # blocks may write files, and register composites
+    monkeypatch.chdir(tmp_path)
+    registered = dict(COMPOSITES)
+    try:
+        exec(compile(block, 'documentation', 'exec'), {'__name__': '__main__'})
+    finally:
+        COMPOSITES.clear()
+        COMPOSITES.update(registered)
 
 
-@pytest.mark.parametrize('path', PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize('path', PAGES, ids=page_id)
+def test_all_blocks_run(path):
+    '''No block of Python is written such that it is not found above.'''
+    written = re.findall(r'^[ >]*(?:```+|~~~+) *(?:\{[\w-]+\} *)?(?:python|pycon|ipython)', TEXTS[path], re.M | re.I)
+    assert len(written) == len(BLOCK.findall(TEXTS[path]))
+    assert not re.search(r'^ *>>> ', TEXTS[path], re.M)
+
+
+@pytest.mark.parametrize('path', PAGES, ids=page_id)
 def test_links(path):
-    '''All files that the documentation links to exist.'''
-    links = re.findall(r'\]\(([^)#]+)\)', path.read_text(encoding='utf-8'))
-    missing = [link for link in links if not link.startswith('http') and not (path.parent / link).exists()]
-    assert not missing
+    '''All files and pictures that the documentation links to exist.'''
+    text = re.sub(r'^```.*?^```$', '', TEXTS[path], flags=re.S | re.M)
+    links = re.findall(r'\]\(([^)\s]+)[^)]*\)', text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    links += re.findall(r'^\[[^\]]+\]: (\S+)', text, re.M)
+    links = [link.partition('#')[0] for link in links if not re.match(r'\w+:', link)]
+    assert [link for link in links if link and not (path.parent / link).exists()] == []
+
+
+def test_overview():
+    '''All pages are listed in the overview, and in the tree of the site.'''
+    pages = {path.stem for path in DOCS.glob('*.md')} - {'README'}
+    assert pages == set(re.findall(r'\]\(([\w-]+)\.md\)', TEXTS[DOCS / 'README.md']))
+    assert pages == set(re.findall(r'^   ([\w-]+)$', (DOCS / 'index.rst').read_text(encoding='utf-8'), re.M))
+
+
+@pytest.mark.parametrize('name', PACKAGES)
+def test_reference(name):
+    '''The reference has all public names.'''
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        pytest.skip(str(error))
+    pages = ''.join(path.read_text(encoding='utf-8') for path in DOCS.glob('reference/*.rst'))
+    documented = set(re.findall(r'^\.\. automodule:: (\S+)$', pages, re.M))
+    public = getattr(module, '__all__', None) or [
+        key for key, value in vars(module).items()
+        if not key.startswith('_') and getattr(value, '__module__', None) == name
+    ]
+    missing = [key for key in public if not {name, getattr(getattr(module, key), '__module__', name)} & documented]
+    assert missing == []

@@ -256,12 +256,12 @@ class ClassicLRP(_Transaction, LayerMapComposite):
             A context dictionary to keep track of previously registered hooks.
         name: str
             Name of the module.
-        module: obj:`torch.nn.Module`
+        module: :py:obj:`torch.nn.Module`
             Instance of the module to find a hook for.
 
         Returns
         -------
-        obj:`Hook` or None
+        :py:obj:`Hook` or None
             The hook found, or None if no applicable hook was found.
         '''
         hook = super().mapping(ctx, name, module)

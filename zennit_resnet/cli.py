@@ -220,7 +220,7 @@ class Session:
     methods: list[str]
         Names of methods, see :py:class:`Method`.
     options: dict
-        Values of the options that several commands have, see :py:func:`common_options` and :py:func:`heatmap_options`.
+        Values of the options that several commands have.
 
     Raises
     ------

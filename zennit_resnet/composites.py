@@ -183,12 +183,12 @@ class SplittingComposite(_Transaction, Composite):
             A context dictionary to keep track of previously registered hooks.
         name: str
             Name of the module.
-        module: obj:`torch.nn.Module`
+        module: :py:obj:`torch.nn.Module`
             Instance of the module to find a hook for.
 
         Returns
         -------
-        obj:`Hook` or None
+        :py:obj:`Hook` or None
             The hook found, or None if no applicable hook was found.
         '''
         if isinstance(module, Addition):
@@ -231,7 +231,7 @@ class RelativeLRP(_Transaction, LayerMapComposite):
 
     Every layer multiplies with its input. Contributions are not conserved, and only their ratios within one example
     have a meaning: what is propagated is rescaled for each example, and in addition for each branch of a residual block
-    (Proposition 14), see :py:class:`~zennit_resnet.relative.Contributions`. If relevance starts from the logit of the
+    (Proposition 14), see :py:class:`~zennit_resnet.contributions.Contributions`. If relevance starts from the logit of the
     target, what is propagated to the input of a network without skip connections times exp(``log_scale``) is what the
     equations say.
 
@@ -380,12 +380,12 @@ class BlockLRP(_Transaction, Composite):
             A context dictionary to keep track of previously registered hooks.
         name: str
             Name of the module.
-        module: obj:`torch.nn.Module`
+        module: :py:obj:`torch.nn.Module`
             Instance of the module to find a hook for.
 
         Returns
         -------
-        obj:`Hook` or None
+        :py:obj:`Hook` or None
             The hook found, or None if no applicable hook was found.
         '''
         if not name:

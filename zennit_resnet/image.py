@@ -33,7 +33,7 @@ def read_image(path):
 
     Returns
     -------
-    obj:`PIL.Image.Image`
+    :py:obj:`PIL.Image.Image`
         The photograph in mode ``'RGB'``.
 
     Raises

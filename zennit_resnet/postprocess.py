@@ -32,13 +32,13 @@ class Choice(NamedTuple):
     heatmap: :py:obj:`torch.Tensor`
         The result of shape (batch, height, width).
     reduced: :py:obj:`torch.Tensor`
-        Reduced heatmaps of shape (batch, *size).
+        Reduced heatmaps of shape ``(batch, *size)``.
     contour: :py:obj:`torch.Tensor` or None
-        Boolean masks of the filled contours, of shape (batch, *size). None for :py:func:`c1c`.
+        Boolean masks of the filled contours, of shape ``(batch, *size)``. None for :py:func:`c1c`.
     component: :py:obj:`torch.Tensor`
-        Boolean masks of the connected components, of shape (batch, *size).
+        Boolean masks of the connected components, of shape ``(batch, *size)``.
     mask: :py:obj:`torch.Tensor`
-        Boolean masks of what was kept, of shape (batch, *size).
+        Boolean masks of what was kept, of shape ``(batch, *size)``.
     empty: :py:obj:`torch.Tensor`
         Whether nothing was kept of each heatmap, of shape (batch,) and type bool.
     '''
@@ -217,7 +217,7 @@ def reduce_heatmap(heatmap, size=28):
     Returns
     -------
     :py:obj:`torch.Tensor`
-        Reduced heatmaps of shape (batch, *size).
+        Reduced heatmaps of shape ``(batch, *size)``.
 
     Raises
     ------
@@ -259,7 +259,7 @@ def expand_heatmap(heatmap, size, expand='bilinear'):
     Returns
     -------
     :py:obj:`torch.Tensor`
-        Heatmaps of shape (batch, *size).
+        Heatmaps of shape ``(batch, *size)``.
 
     Raises
     ------

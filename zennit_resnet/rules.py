@@ -132,7 +132,7 @@ class Split(SinglePass):
 
 
 class RatioSplit(Split):
-    '''Ratio-based relevance splitting, Eqs. (6) and (7): each addend h_i receives R |h_i| / sum_k |h_k|.
+    '''Ratio-based relevance splitting, Eqs. (6) and (7): each addend h_i receives ``R |h_i| / sum_k |h_k|``.
 
     Where all addends are zero, they receive equal parts.
     '''

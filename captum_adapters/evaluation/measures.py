@@ -55,6 +55,7 @@ def _areas(protocol: str, about: str, suffix: str = "") -> dict[str, Column]:
     }
 
 
+#: All scores by the names that they have in records.
 COLUMNS: dict[str, Column] = {
     **_areas("default", "each pixel counted, with both ends, equal pixels together"),
     **_areas("keio", "by the published code of Otsuki et al. 2024", "_keio"),

@@ -55,6 +55,7 @@ KEIO = (
     " the label, from black images; our protocol measures that of the explained class."
 )
 
+#: All presets by name.
 PRESETS: dict[str, Preset] = {
     "lrp-for-resnet-table1": Preset(
         "LRP for ResNet (Otsuki et al. 2024), Table 1, ImageNet",

@@ -83,7 +83,7 @@ class Record(NamedTuple):
         method (str): Name of the method.
         problem (str or None): Why nothing was measured.
         values (dict): Scores by the names of
-                :data:`captum_adapters.evaluation.measures.COLUMNS`. NaN where a score
+                :data:`captum_adapters.evaluation.COLUMNS`. NaN where a score
                 is not defined for this sample, such as without a mask.
         curves (dict): Arrays by name, float32 of shape (points,).
         heatmap (array or None): The map divided by its largest magnitude, times 127, as

@@ -31,7 +31,7 @@ class Evaluation:
     Attributes:
 
         data (str): Folder or CSV file, see
-                :func:`captum_adapters.evaluation.datasets.read_samples`.
+                :func:`captum_adapters.evaluation.read_samples`.
         out (str): Folder of the run.
         methods (tuple[str]): Names of methods. Controls are added.
         metrics (tuple[str]): Names of metrics.

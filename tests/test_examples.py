@@ -1,0 +1,104 @@
+'''The examples of one screen run, and their figures are right.'''
+import importlib.util
+import re
+from functools import partial
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from zennit_resnet.models import find_embedded, load_classifier
+
+FOLDER = Path(__file__).parent.parent / 'examples'
+PICTURES = ('zennit_dropin', 'captum_dropin', 'timm_model', 'layer_relevance', 'compare_checkpoints')
+
+
+def run(example, **kwargs):
+    '''Run an example on small photographs.'''
+    pytest.importorskip('timm' if example == 'timm_model' else 'safetensors')
+    spec = importlib.util.spec_from_file_location(example, FOLDER / f'{example}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if hasattr(module, 'load_classifier'):
+        module.load_classifier = partial(load_classifier, size=64)
+    module.main(**kwargs)
+
+
+def floats(pattern, text):
+    '''The numbers which a pattern with groups finds, a tuple for each place.'''
+    return [tuple(map(float, match.groups())) for match in re.finditer(pattern, text)]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    '''Pictures are written to a temporary folder.'''
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize('name', (*PICTURES, 'own_resnet'))
+def test_one_screen(name):
+    '''Examples are of one screen.'''
+    lines = (FOLDER / f'{name}.py').read_text(encoding='utf-8').splitlines()
+    assert sum(map(bool, lines)) <= 40 and len(lines) <= 50
+
+
+def check_picture(folder, name):
+    '''The picture is there, and it is not blank.'''
+    with Image.open(folder / f'{name}.png') as image:
+        assert len(image.getcolors(image.width * image.height)) > 100
+
+
+def test_zennit_dropin(folder, capsys):
+    '''Only our composite conserves relevance.'''
+    run('zennit_dropin')
+    sums = floats(r'logit (\S+) +sum of relevance (\S+)', capsys.readouterr().out)
+    assert len(sums) == 3 and sums[-1][0] == pytest.approx(sums[-1][1], abs=2e-4)
+    assert all(abs(logit - total) > 1e-2 for logit, total in sums[:-1])
+    check_picture(folder, 'zennit_dropin')
+
+
+def test_captum_dropin(folder, capsys):
+    '''The delta is what is missing, which is nothing for splitting.'''
+    run('captum_dropin')
+    deltas = dict(re.findall(r'(\w+) +logit \S+ +delta (\S+)', capsys.readouterr().out))
+    assert list(deltas) == ['InputXGradient', 'ResNetLRP', 'C3LRP', 'RelativeLRP']
+    assert abs(float(deltas['ResNetLRP'])) < 1e-3 < abs(float(deltas['InputXGradient']))
+    check_picture(folder, 'captum_dropin')
+
+
+def test_own_resnet(capsys):
+    '''The network learns, and its relevance is on what it learned.'''
+    run('own_resnet')
+    output = capsys.readouterr().out
+    (accuracy,), = floats(r'accuracy (\S+)', output)
+    (share, chance), = floats(r'on the bar (\S+), by chance (\S+)', output)
+    assert accuracy > 0.9 and share > 5 * chance
+
+
+def test_timm_model(folder, capsys):
+    '''Relevance is conserved, and all additions are found.'''
+    run('timm_model', name='seresnet18')
+    output = capsys.readouterr().out
+    (logit, total), = floats(r'logit (\S+), sum of relevance (\S+)', output)
+    assert logit == pytest.approx(total, abs=1e-4) and '8 additions: layer1.0.addition, layer1.1.addition' in output
+    check_picture(folder, 'timm_model')
+
+
+def test_layer_relevance(folder, capsys):
+    '''The sum is the same at each layer.'''
+    run('layer_relevance')
+    sums = dict(re.findall(r'^(\w+) .* sum (\S+)', capsys.readouterr().out, re.M))
+    assert list(sums) == ['layer4', 'layer3', 'layer2', 'layer1', 'pixels']
+    assert all(float(total) == pytest.approx(1, abs=1e-4) for total in sums.values())
+    check_picture(folder, 'layer_relevance')
+
+
+def test_compare_checkpoints(folder, capsys):
+    '''Random weights change the maps, the same checkpoint does not.'''
+    run('compare_checkpoints')
+    correlations = floats(r'rank correlation (\S+)', capsys.readouterr().out)
+    assert len(correlations) == 2 and all(value < 0.95 for value, in correlations)
+    check_picture(folder, 'compare_checkpoints')
+    run('compare_checkpoints', second=str(find_embedded()))
+    assert floats(r'rank correlation (\S+)', capsys.readouterr().out) == [(1.,), (1.,)]
