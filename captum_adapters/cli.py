@@ -249,15 +249,16 @@ def make_evaluation(given: dict[str, Any]) -> Evaluation:
     fields: dict[str, Any] = {}
     for name in given.get("preset", ()):
         preset = find_preset(name)
-        chosen = {"metrics": preset.metrics, **preset.options}
-        earlier = {key: value for key, value in fields.items() if key != "methods"}
-        if fields and earlier != chosen:
+        names = {
+            key: tuple(dict.fromkeys([*fields.pop(key, ()), *values]))
+            for key, values in (("methods", preset.rows), ("metrics", preset.metrics))
+        }
+        if fields and fields != preset.options:
             raise ValueError(
                 f"the presets {given['preset'][0]} and {name} differ in their protocol:"
                 " run them one by one"
             )
-        methods = [*fields.get("methods", ()), *preset.rows]
-        fields = {"methods": tuple(dict.fromkeys(methods)), **chosen}
+        fields = {**names, **preset.options}
     if fields and given.get("methods", ("",))[0].startswith("+"):
         fields["methods"] += tuple(name.lstrip("+") for name in given.pop("methods"))
     return Evaluation(**{**fields, **given})

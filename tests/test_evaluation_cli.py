@@ -125,6 +125,9 @@ def test_presets():
     assert both.methods[:2] == ('rise', 'grad_cam')
     assert sorted(both.methods) == sorted({*PRESETS['c3-lrp-table1'].rows, *PRESETS['c3-lrp-table2'].rows})
     assert (both.published, both.initial) == ('label', 'softmax')
+    masks = make_evaluation({'data': 'x', 'out': 'y', 'preset': ('r-lrp-fig25', 'r-lrp-fig28')})
+    assert masks.metrics == ('pointing', 'distance')
+    assert masks.rank_by == 'magnitude'
     more = make_evaluation({
         'data': 'x', 'out': 'y', 'preset': ('c3-lrp-table2',), 'methods': ('+grad_cam', 'rise'), 'initial': 'one',
     })

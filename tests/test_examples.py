@@ -36,7 +36,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize('name', (*PICTURES, 'own_resnet'))
+@pytest.mark.parametrize('name', (*PICTURES, 'own_resnet', 'evaluate_folder'))
 def test_one_screen(name):
     '''Examples are of one screen.'''
     lines = (FOLDER / f'{name}.py').read_text(encoding='utf-8').splitlines()
@@ -102,3 +102,12 @@ def test_compare_checkpoints(folder, capsys):
     check_picture(folder, 'compare_checkpoints')
     run('compare_checkpoints', second=str(find_embedded()))
     assert floats(r'rank correlation (\S+)', capsys.readouterr().out) == [(1.,), (1.,)]
+
+
+def test_evaluate_folder(folder, capsys):
+    '''Methods are compared, with controls, and a page is written.'''
+    run('evaluate_folder', out='evaluation', limit=2, size=64)
+    output = capsys.readouterr().out
+    assert all(name in output for name in ('resnet_lrp_ratio', 'grad_cam', 'constant', 'Deletion', 'our protocol'))
+    assert 'written evaluation/report.html' in output
+    assert 'data:image/png;base64,' in (folder / 'evaluation' / 'report.html').read_text(encoding='utf-8')

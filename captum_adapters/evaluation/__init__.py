@@ -5,6 +5,7 @@ from captum_adapters.evaluation.measures import COLUMNS
 from captum_adapters.evaluation.methods import Method
 from captum_adapters.evaluation.presets import PRESETS
 from captum_adapters.evaluation.records import Record, Run, RunError, read_run
+from captum_adapters.evaluation.report import Report, summarize
 from captum_adapters.evaluation.runner import Process, evaluate
 from captum_adapters.evaluation.settings import Evaluation
 
@@ -15,6 +16,7 @@ __all__ = [
     "PRESETS",
     "Process",
     "Record",
+    "Report",
     "Run",
     "RunError",
     "Sample",
@@ -22,4 +24,5 @@ __all__ = [
     "evaluate",
     "read_run",
     "read_samples",
+    "summarize",
 ]

@@ -213,6 +213,26 @@ class Explainer:
         if method.base == "input_x_gradient":
             self._initial = "logit"
 
+    def attribute(
+        self, images: Tensor, targets: Tensor, names: Sequence[str]
+    ) -> Tensor:
+        """Compute attributions, without any post-processing.
+
+        Args:
+
+            images (Tensor): Network inputs of shape (batch, channels, height, width).
+            targets (Tensor): Classes to explain, of shape (batch,).
+            names (sequence of str): Names of the samples.
+
+        Returns:
+            Tensor: Attributions of shape (batch, channels, height, width), or (batch,
+            height, width), with the method's own height and width.
+        """
+        with warnings.catch_warnings():
+            # that hooks are set and removed again, which is what is wanted
+            warnings.filterwarnings("ignore", category=UserWarning, module="captum")
+            return self._function(images, targets, names).detach()
+
     def __call__(
         self,
         images: Tensor,
@@ -232,10 +252,7 @@ class Explainer:
         Returns:
             Explained: The maps, which may not be finite.
         """
-        with warnings.catch_warnings():
-            # that hooks are set and removed again, which is what is wanted
-            warnings.filterwarnings("ignore", category=UserWarning, module="captum")
-            attributions = self._function(images, targets, names).detach()
+        attributions = self.attribute(images, targets, names)
         total = initial = None
         if self._initial is not None:
             total = attributions.double().flatten(1).sum(1)

@@ -137,15 +137,15 @@ def evaluate(
         ValueError: If a name or a value is wrong. The message is a single line.
     """
     process = Process.current() if process is None else process
-    loop = _Loop(evaluation, process, quiet)
+    loop = Loop(evaluation, process, quiet)
     if dry_run:
         return loop.estimate()
     loop.run()
     return loop.progress()
 
 
-class _Loop:
-    """One process of an evaluation."""
+class Loop:
+    """One process of an evaluation, see :func:`evaluate`."""
 
     def __init__(self, evaluation: Evaluation, process: Process, quiet: bool) -> None:
         self.process = process
@@ -234,7 +234,7 @@ class _Loop:
 
     def _time(self, names: Sequence[str]) -> dict[str, tuple[float, float]]:
         """Time methods on one image."""
-        self._prepare()
+        self.prepare()
         loaded = Images(self.data.samples, self.classifier.transform)
         for number in range(len(loaded)):
             item = loaded[number]
@@ -280,7 +280,7 @@ class _Loop:
         )
         if not blocks:
             return
-        self._prepare()
+        self.prepare()
         writer = Writer(self.folder, process.rank, self.fingerprint)
         for message in writer.messages:
             self.say(message)
@@ -315,7 +315,7 @@ class _Loop:
             smoothing=0.05,
         )
 
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
         """Bring everything that costs time or memory to the device."""
         evaluation = self.evaluation
         model = self.classifier.model.to(self.device)
