@@ -32,14 +32,14 @@ def tests(session, zennit):
     if zennit == '1.0.0' and tuple(map(int, version.split())) < FIRST:
         session.skip(f'Zennit {zennit} needs Python {".".join(map(str, FIRST))}')
     session.install('-e', '.[test]', f'zennit=={zennit}')
-    session.run('python', '-m', 'pytest', *session.posargs, env=QUIET)
+    session.run('python', '-m', 'pytest', '-n', 'auto', *session.posargs, env=QUIET)
 
 
 @nox.session(python='3.10')
 def oldest(session):
     '''Run the tests with the oldest versions of what is needed.'''
     session.install('-e', '.[test]', 'torch==2.4.*', 'torchvision==0.19.*', 'captum==0.7.*', 'zennit==0.5.1')
-    session.run('python', '-m', 'pytest', *session.posargs, env=QUIET)
+    session.run('python', '-m', 'pytest', '-n', 'auto', *session.posargs, env=QUIET)
 
 
 @nox.session

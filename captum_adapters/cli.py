@@ -1,6 +1,7 @@
 """Command line: evaluate attribution methods on a data set, and report the results."""
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -9,10 +10,10 @@ import click
 from captum_adapters.evaluation.measures import NAMES
 from captum_adapters.evaluation.methods import names as method_names
 from captum_adapters.evaluation.presets import PRESETS, find_preset
-from captum_adapters.evaluation.records import RunError, read_run
+from captum_adapters.evaluation.records import Run, RunError, read_run
 from captum_adapters.evaluation.report import summarize
 from captum_adapters.evaluation.runner import Process, evaluate
-from captum_adapters.evaluation.settings import CHOICES, Evaluation
+from captum_adapters.evaluation.settings import CHOICES, CONTROLS, Evaluation
 from zennit_resnet import __version__
 
 DEFAULTS = {item.name: item.default for item in dataclasses.fields(Evaluation)}
@@ -184,8 +185,10 @@ def evaluate_command(dry_run: bool, quiet: bool, **given: Any) -> None:
     "names",
     type=click.Choice([*PRESETS]),
     multiple=True,
-    help="Compare with a paper's printed figures; may be repeated  [default: the runs']",
+    help="Methods of a paper's table and its printed figures; may be repeated  [default:"
+    " all methods, and the presets of the runs]",
 )
+@click.option("--methods", type=_List(), help="Methods to report, besides controls.")
 @click.option("--baseline", help="Method to compare with  [default: the best baseline]")
 @click.option("--primary", default="id", show_default=True, help="Score to compare by.")
 @click.option(
@@ -207,6 +210,7 @@ def report_command(
     out: Optional[Path],
     style: str,
     names: tuple[str, ...],
+    methods: Optional[tuple[str, ...]],
     **options: Any,
 ) -> None:
     """Summarize runs: tables, significance, curves, examples and warnings.
@@ -216,7 +220,12 @@ def report_command(
     """
     try:
         presets = [find_preset(name) for name in names] or None
-        report = summarize([read_run(run) for run in runs], presets=presets, **options)
+        results = [read_run(run) for run in runs]
+        chosen = {name for preset in presets or () for name in preset.rows}
+        chosen.update(methods or ())
+        if chosen:
+            results = [select_methods(run, chosen) for run in results]
+        report = summarize(results, presets=presets, **options)
         readable = style in ("terminal", "markdown")
         text = report.text(style) if readable else report.table(style)
     except (ValueError, RunError) as error:
@@ -230,6 +239,26 @@ def report_command(
         for path in paths:
             click.echo(f"written {path}", err=True)
     click.echo(text)
+
+
+def select_methods(run: Run, chosen: Collection[str]) -> Run:
+    """A run with the records of some methods only.
+
+    Args:
+
+        run (Run): The run.
+        chosen (collection of str): Names of methods. Controls are always kept, and
+                attention branch networks, of which presets can not know the file.
+
+    Returns:
+        Run: The run without the others.
+    """
+    kept = {
+        name: name in chosen or name in CONTROLS or name.startswith("abn:")
+        for name in {method for _, method in run.records}
+    }
+    records = {key: record for key, record in run.records.items() if kept[key[1]]}
+    return run._replace(records=records)
 
 
 def make_evaluation(given: dict[str, Any]) -> Evaluation:

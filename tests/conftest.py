@@ -1,6 +1,9 @@
-'''Fixtures shared by all tests.'''
+'''What all tests have in common.'''
 import pytest
 import torch
+
+# networks are too small for more, and processes of pytest-xdist would compete for the same cores
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

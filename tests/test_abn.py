@@ -20,15 +20,6 @@ SCRIPT = Path(__file__).parent.parent / 'examples' / 'abn' / 'train.py'
 N_CLASSES = 3
 
 
-@pytest.fixture(autouse=True)
-def single_thread():
-    '''Networks are too small for more than one thread.'''
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 def randomize(module):
     '''Give all parameters and statistics of batch normalization values as if they had been trained.'''
     for name, value in [*module.named_parameters(), *module.named_buffers()]:

@@ -11,15 +11,6 @@ from zennit_resnet.composites import ResNetLRP
 OUTPUT = torch.tensor([[1., 2., 3.], [-4., 0., 4.], [0., 0., 0.], [-1., -5., 2.]], dtype=torch.float64)
 
 
-@pytest.fixture(autouse=True)
-def single_thread():
-    '''Networks are too small for more than one thread.'''
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 def naive(output, targets, value):
     '''One-hot at each sample's own target, times a value.'''
     relevance = torch.zeros_like(output)

@@ -17,15 +17,6 @@ from zennit_resnet.classic import ADDITION, SETTINGS, ClassicLRP, Duplicate, Lin
 from zennit_resnet.layer import Addition
 
 
-@pytest.fixture(autouse=True)
-def single_thread():
-    '''Networks are too small for more than one thread.'''
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 def stabilizer(eps, mode='sign'):
     '''The stabilizer of a golden case. Contributions to denominators that are still zero are zero.'''
     def stabilize(value):

@@ -26,15 +26,6 @@ PHOTOS = ('gc_dog.jpg', 'gc_cathedral.jpg', 'gc_fish9.jpg', 'skimage_chelsea.jpg
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-@pytest.fixture(autouse=True, scope='module')
-def single_thread():
-    '''Networks are too small for more than one thread.'''
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 class TinyResNet(ResNet):
     '''A ResNet of few channels, of which some blocks have an identity skip and some a projection.'''
     def __init__(self, block, layers=(2, 2), width=4, **kwargs):

@@ -31,11 +31,8 @@ from zennit_resnet.layer import Operation
 
 @pytest.fixture(autouse=True)
 def clean_state():
-    '''Nothing of what is global may change, and small inputs do not profit from threads.'''
-    number = torch.get_num_threads()
-    torch.set_num_threads(1)
+    '''Nothing of what is global may change.'''
     yield
-    torch.set_num_threads(number)
     assert torch.is_grad_enabled() and not torch.overrides._get_current_function_mode_stack()
 
 

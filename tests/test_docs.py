@@ -34,6 +34,7 @@ def test_block(block, tmp_path, monkeypatch):
         pytest.importorskip(name)
     # blocks may write files, and register composites
     monkeypatch.chdir(tmp_path)
+    import zennit_resnet.composites  # noqa: F401 (which registers its own)
     registered = dict(COMPOSITES)
     try:
         exec(compile(block, 'documentation', 'exec'), {'__name__': '__main__'})

@@ -67,6 +67,11 @@ def test_evaluate_and_report(assets, tmp_path):
         assert printed.exit_code == 0, printed.output
         assert start in printed.output
     assert 'Error: ' in call('report', tmp_path / 'run', '--baseline', 'rise').output
+    # some methods only, with the controls
+    part = call('report', tmp_path / 'run', '--methods', 'grad_cam', '--format', 'csv').output
+    assert 'grad_cam' in part and 'sobel' in part and 'resnet_lrp_ratio' not in part
+    preset = call('report', tmp_path / 'run', '--preset', 'lrp-for-resnet-table1').output
+    assert 'Grad-CAM: grad_cam' in preset and 'quantize4' not in preset
 
 
 def test_quiet(assets, tmp_path):

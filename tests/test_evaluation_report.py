@@ -677,3 +677,21 @@ def test_documentation():
     '''The example runs.'''
     results = doctest.testmod(report_module)
     assert results.attempted > 0 and results.failed == 0
+
+
+def test_many_curves(monkeypatch):
+    '''Of many methods, the best ten are drawn, and all controls.'''
+    def curves(number):
+        return {name: np.linspace(0, 1, 3) for name in ('fractions', 'insertion', 'deletion')}
+
+    names = ['grad_cam', *(f'resnet_lrp_ratio+quantize{number}' for number in range(2, 13)), 'random', 'constant']
+    scores = {name: [number / 20, number / 20 + 0.01] for number, name in enumerate(names)}
+    drawn, original = [], page_module.plot_curves
+
+    def plot_curves(curves, *args, **kwargs):
+        drawn.extend(curves)
+        return original(curves, *args, **kwargs)
+
+    monkeypatch.setattr(page_module, 'plot_curves', plot_curves)
+    page_module.draw_curves(report(build(scores, curves=curves)))
+    assert drawn == 2 * names[2:]

@@ -12,15 +12,6 @@ from PIL import Image
 FOLDER = Path(__file__).parent.parent / 'examples' / 'relative'
 
 
-@pytest.fixture(autouse=True)
-def single_thread():
-    '''Networks are too small for more than one thread.'''
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 @pytest.fixture
 def common(monkeypatch):
     '''The module that the scripts share.'''

@@ -35,11 +35,8 @@ every_composite = pytest.mark.parametrize('build', [pytest.param(build, id=name)
 
 @pytest.fixture(autouse=True)
 def clean_state():
-    '''Nothing of what is global may change, and small inputs do not profit from threads.'''
-    number = torch.get_num_threads()
-    torch.set_num_threads(1)
+    '''Nothing of what is global may change.'''
     yield
-    torch.set_num_threads(number)
     modes = torch.overrides._get_current_function_mode_stack()
     is_enabled = torch.is_grad_enabled()
     # other tests must not fail with this one

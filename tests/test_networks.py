@@ -29,16 +29,6 @@ from zennit_resnet import (
 from zennit_resnet.layer import Addition, Concatenation, Gate, Operation, Subsampling
 from zennit_resnet.rules import Split
 
-
-@pytest.fixture(autouse=True)
-def single_thread():
-    '''Small inputs do not profit from threads.'''
-    number = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(number)
-
-
 # -- whole networks ----------------------------------------------------------------------------------------------------
 
 class Segmentation(torch.nn.Module):

@@ -82,15 +82,6 @@ MAX_POOLS = {
 both_cardinalities = pytest.mark.parametrize('cardinality', ['constant', 'per_position'])
 
 
-@pytest.fixture(autouse=True)
-def single_thread():
-    '''Layers are too small for more than one thread.'''
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 # -- naive implementations ---------------------------------------------------------------------------------------------
 
 def naive_weights(module, shape):

@@ -15,15 +15,6 @@ from zennit_resnet.layer import Addition, Gate, Padding, Subsampling
 from zennit_resnet.rules import PassThrough, RatioSplit, ResidualOnly, SignalTakesAll, SymmetricSplit, Uncrop, ZPlus
 
 
-@pytest.fixture(autouse=True)
-def single_thread():
-    '''Layers are too small for more than one thread.'''
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 def attribute(rule, module, *inputs, relevance=None):
     '''Lower relevance for each input, by a rule on its own. Returns (output, relevance, *lower).'''
     # the inputs of layers have been computed from others

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from PIL import Image
 
+from captum_adapters.evaluation.measures import COLUMNS
 from captum_adapters.evaluation.summary import (
     Row,
     base_of,
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 # Methods with examples
 MONTAGE = 8
+# more curves than these can not be told apart
+CURVES = 10
 RANKS = ("best", "median", "worst")
 # Controls are grey
 CONTROL_STYLES = {"random": ":", "constant": "--", "gaussian": "-.", "sobel": "-"}
@@ -95,6 +98,13 @@ def _draw_panels(
     if not shown:
         return None
     methods = [row.name for row in shown if not row.control]
+    if len(methods) > CURVES:
+        column = COLUMNS.get(score)
+        sign = -1 if column is None or column.better != "lower" else 1
+        means = {row.name: row.mean(score) for row in shown}
+        ranked = sorted(methods, key=lambda name: _last_if_nan(sign * means[name]))
+        methods = [name for name in methods if name in ranked[:CURVES]]
+        shown = [row for row in shown if row.control or row.name in methods]
     canvas = Canvas(figsize=(3.4 + 4.2 * len(panels), 4.6), layout="constrained")
     grid = canvas.subplots(1, len(panels), squeeze=False)[0]
     lines: dict[str, Line2D] = {}
@@ -158,6 +168,11 @@ def _draw_panels(
     return buffer.getvalue()
 
 
+def _last_if_nan(value: float) -> float:
+    """A key to sort by."""
+    return math.inf if math.isnan(value) else value
+
+
 def _draw_chance(
     axes: Axes, rows: Sequence[Row], key: str, where: str
 ) -> dict[str, Line2D]:
@@ -179,7 +194,7 @@ def _draw_chance(
 
 
 def draw_curves(report: "Report") -> dict[str, Figure]:
-    """Curves of all methods, as far as they were recorded.
+    """Curves of the ten best methods and all controls, as far as they were recorded.
 
     Args:
 
