@@ -275,6 +275,29 @@ def test_not_finite(assets, tmp_path, monkeypatch):
         assert bool(record.values) == bool(record.curves) == (record.problem is None)
 
 
+def test_failure(assets, tmp_path, monkeypatch):
+    '''A method that fails at once is an error. One that fails later does so for the images that are the reason.'''
+    original = CompositeAttribution.attribute
+
+    def attribute(self, inputs, *args):
+        if bad is None or any(torch.equal(image, bad) for image in inputs):
+            raise RuntimeError('a strange\nimage')
+        return original(self, inputs, *args)
+
+    bad = None
+    monkeypatch.setattr(CompositeAttribution, 'attribute', attribute)
+    options = {'methods': ('resnet_lrp_ratio',), 'controls': False}
+    with pytest.raises(RunError, match=r'resnet_lrp_ratio fails on circle/0.png \(RuntimeError: a strange image\)'):
+        run(assets, tmp_path / 'first', **options)
+    with Image.open(assets / 'images' / 'square' / '2.png') as image:
+        bad = load_classifier('resnet18', str(assets / 'net.pt'), SIZE).transform(image)
+    result = run(assets, tmp_path / 'later', **options)
+    assert {name: record.problem for (name, _), record in result.records.items() if record.problem} == {
+        'square/2.png': 'RuntimeError: a strange image'
+    }
+    assert len(result.records) == 12
+
+
 def test_published_class(assets, tmp_path):
     '''Published protocols may measure the label, where ours measures the explained class.'''
     options = {'methods': ('resnet_lrp_ratio',), 'controls': False}

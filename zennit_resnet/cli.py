@@ -1,6 +1,7 @@
 '''Command line, to explain what a network sees in photographs.'''
 import copy
 import inspect
+import io
 import re
 import sys
 from contextlib import contextmanager
@@ -260,7 +261,7 @@ class Session:
     def fail(self, path, reason):
         '''Print what is wrong with a photograph, to go on with the others.'''
         self.failed = True
-        tqdm.write(f'Error: {path}: {reason}', file=sys.stderr)
+        tqdm.write(f'Error: {one_line(path)}: {reason}', file=sys.stderr)
         self.bar.update()
 
     def batches(self):
@@ -390,6 +391,11 @@ def unique_stems(paths):
     return stems
 
 
+def one_line(text):
+    '''Replace line breaks and other characters that control the terminal, or can not be encoded, in a path or name.'''
+    return re.sub('[\x00-\x1f\x7f-\x9f\ud800-\udfff]', '?', str(text))
+
+
 def make_folder(folder):
     '''Make a folder with its parents if necessary.'''
     try:
@@ -403,6 +409,10 @@ def make_folder(folder):
 @click.version_option(__version__)
 def main():
     '''Explain what residual networks see in photographs, with Layer-wise Relevance Propagation.'''
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # names of files and classes may have characters which the encoding of the output has not
+            stream.reconfigure(errors='backslashreplace')
 
 
 @main.command()
@@ -421,6 +431,9 @@ def explain(images, method, splitting, out, **options):
     for paths, input in session.batches():
         result = session.attribute(session.methods[0], input, session.target)
         for path, photo, output, relevance, target, initial in zip(paths, input, *result):
+            if not output.isfinite().all():
+                session.fail(path, 'the output of the network is not finite, check the --weights')
+                continue
             if not relevance.isfinite().all():
                 session.fail(path, f'the relevance by {method} is not finite, try another --method')
                 continue
@@ -439,12 +452,12 @@ def explain(images, method, splitting, out, **options):
             total = float(relevance.double().sum())
             ratio = f'{total / initial:.6f}' if initial else 'undefined'
             tqdm.write('\n'.join([
-                str(path),
+                one_line(path),
                 f'  predicted  {top}',
                 f'  target     {classes[target]} (class {target})',
                 f'  relevance  sum {total:.6g}, initial {initial:.6g}, ratio {ratio}',
                 *([f'  pictures   {"; ".join(notes)}'] if notes else []),
-                f'  written    {stem}_heatmap.png, _overlay.png, _relevance.npy',
+                f'  written    {one_line(stem)}_heatmap.png, _overlay.png, _relevance.npy',
             ]), file=sys.stdout)
             session.bar.update()
     session.finish()
@@ -494,6 +507,8 @@ def compare(images, methods, show, out, **options):
                 else:
                     # a method that fails leaves its place empty
                     pictures = [row[0] * 0] * 2
+                    notes.setdefault((method.text, 'left out, as relevance is not finite'), []).append(path.name)
+                    session.failed = True
                 row.extend({'heatmap': pictures[:1], 'overlay': pictures[1:], 'both': pictures}[show])
         for path, row, index, probabilities in zip(paths, batch_rows, target.tolist(), output.float().softmax(1)):
             rows.append(row)
@@ -507,7 +522,7 @@ def compare(images, methods, show, out, **options):
             raise click.ClickException(f'cannot write {out}: {error.strerror or error}') from error
         tqdm.write(f'written {out}', file=sys.stdout)
         for (text, note), names in notes.items():
-            which = 'all' if len(names) == len(rows) else ', '.join(names)
+            which = 'all' if len(names) == len(rows) else ', '.join(map(one_line, names))
             tqdm.write(f'  {text}: {note} ({which})', file=sys.stdout)
     session.finish()
 
@@ -537,7 +552,8 @@ def ledger(images, method, splitting, tolerance, blocks, out, **options):
         for num, (path, target) in enumerate(zip(paths, targets)):
             single, stem = batch.example(num), out / stems[path]
             figure = single.plot(tolerance=tolerance)
-            figure.suptitle(f'{path.name}: {session.methods[0].text}, {classes[target]}')
+            title = one_line(f'{path.name}: {session.methods[0].text}, {classes[target]}')
+            figure.suptitle(title, parse_math=False)
             try:
                 figure.savefig(f'{stem}_ledger.png')
                 single.to_csv(f'{stem}_ledger.csv')
@@ -548,9 +564,9 @@ def ledger(images, method, splitting, tolerance, blocks, out, **options):
             is_conserved = deviation <= tolerance
             session.failed |= not is_conserved
             tqdm.write('\n'.join([
-                str(path),
+                one_line(path),
                 f'  target     {classes[target]} (class {target})',
-                f'  written    {stem}_ledger.png, _ledger.csv, _ledger.json',
+                f'  written    {one_line(stem)}_ledger.png, _ledger.csv, _ledger.json',
                 single.table(tolerance=tolerance, blocks=blocks),
                 f'{"conserved" if is_conserved else "not conserved"}: the largest deviation is {deviation:.2g} of the '
                 f'initial relevance, the tolerance is {tolerance:g}',

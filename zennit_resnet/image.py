@@ -1,5 +1,4 @@
 '''Pictures: reading photographs, and drawing heatmaps, overlays and comparisons.'''
-import struct
 import warnings
 
 import numpy as np
@@ -46,9 +45,13 @@ def read_image(path):
     '''
     try:
         with warnings.catch_warnings():
+            # what is wrong with a file is raised, and names the file, which warnings of decoders do not
+            warnings.simplefilter('ignore')
             # Pillow itself only refuses twice as many pixels
             warnings.simplefilter('error', Image.DecompressionBombWarning)
             with Image.open(path) as image:
+                if image.format == 'EPS':
+                    raise ValueError('EPS is a program for another program, save it as PNG first')
                 image.load()
                 return _to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
@@ -59,8 +62,7 @@ def read_image(path):
         ) from error
     except Image.UnidentifiedImageError as error:
         raise ValueError('it is not an image in a format that Pillow reads') from error
-    except (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError, struct.error) as error:
-        # what decoders raise for damaged files
+    except Exception as error:  # decoders raise anything for damaged files
         raise ValueError(f'it cannot be decoded ({" ".join(str(error).split()) or type(error).__name__})') from error
 
 

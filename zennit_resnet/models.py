@@ -211,7 +211,10 @@ def _load_local(name, path, size):
     misfit = f'the weights {path} do not fit the model {name}: '
     if state.get(f'{last}.weight', torch.empty(0)).ndim < 2:
         raise ValueError(f'{misfit}the last layer\'s {last}.weight is missing; choose the right one with --model')
-    n_classes = len(state[f'{last}.weight'])
+    weight = state[f'{last}.weight']
+    n_classes = len(weight)
+    if not n_classes:
+        raise ValueError(f'{misfit}the last layer\'s {last}.weight is of shape {tuple(weight.shape)}')
     if n_classes != len(model.get_submodule(last).weight):
         model = get_model(name, weights=None, num_classes=n_classes, **kwargs)
 
@@ -292,6 +295,13 @@ def _read_state(path):
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
     ):
         raise ValueError(f'the weights {path} are not a state dict: {SAVE}')
+    for key, value in state.items():
+        # views of a few numbers may pretend to be of any size
+        if (value.layout != torch.strided or value.is_quantized or value.is_complex() or value.is_meta
+                or value.untyped_storage().nbytes() < value.nbytes):
+            raise ValueError(f'the weights {path} hold {key} in a form that is no dense tensor of real numbers: {SAVE}')
+        if value.is_floating_point() and value.float().isnan().any():
+            raise ValueError(f'the weights {path} are broken: {key} holds NaN')
     # torch.nn.DataParallel puts a prefix before each key
     return {key.removeprefix('module.'): value for key, value in state.items()}, classes
 
@@ -306,7 +316,7 @@ def _parse_classes(text):
         classes = None
     if not isinstance(classes, list):
         classes = text.split(',')
-    return [str(name).strip() for name in classes]
+    return [' '.join(str(name).split()) for name in classes]
 
 
 def _suggest(text, choices):

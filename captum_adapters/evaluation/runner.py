@@ -176,6 +176,8 @@ class Loop:
         for message in self.data.messages:
             self.say(message)
         self.folder = Path(evaluation.out)
+        # methods that can be used with the network
+        self.worked: set[str] = set()
         self.settings = describe(
             self.evaluation, self.classifier, self.data, self.device.type
         )
@@ -259,6 +261,7 @@ class Loop:
         skipped, done, messages = read_done(self.folder, self.fingerprint)
         for message in messages:
             self.say(message)
+        self.worked.update(method for _, method in done)
         size = evaluation.batch_size
         every = range(0, len(self.data.samples), size)
         blocks = []
@@ -510,9 +513,29 @@ class Loop:
         explainer = self.explainers[method.text]
         self._synchronize()
         begin = time.perf_counter()
-        maps, total, initial = explainer(
-            images, block.explained[select], block.output[select], names
-        )
+        try:
+            maps, total, initial = explainer(
+                images, block.explained[select], block.output[select], names
+            )
+        except torch.cuda.OutOfMemoryError as error:
+            raise RunError(
+                f"{method.text} is out of memory: use a --batch-size below {len(rows)},"
+                " or a smaller --forward-batch"
+            ) from error
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            if method.text not in self.worked:
+                raise RunError(
+                    f"{method.text} fails on {names[0]} ({reason}): leave it out of"
+                    " --methods, or change its options"
+                ) from error
+            if len(rows) == 1:
+                return [Record(names[0], method.text, reason, {}, {})]
+            # one image may be the reason
+            return [
+                self._explain(method, block, [row], heatmaps)[0] for row in rows
+            ]
+        self.worked.add(method.text)
         self._synchronize()
         middle = time.perf_counter()
         finite = maps.flatten(1).isfinite().all(1)
