@@ -10,7 +10,7 @@ from torchvision.models import resnet50
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.transforms import functional
 from zennit.attribution import Gradient, IntegratedGradients, SmoothGrad
-from zennit.composites import COMPOSITES
+from zennit.composites import COMPOSITES, EpsilonPlus
 from zennit.core import Composite, Hook
 from zennit.torchvision import ResNetCanonizer
 
@@ -569,3 +569,29 @@ def test_photographs_have_no_lattice(photographs, splitting):
         coarse = float((lattice(literal, 32) - lattice(literal, 4)).mean())
         assert coarse > .1
         assert energy[32] - energy[4] <= .1 * coarse
+
+
+class PaddedConvolution(torch.nn.Conv2d):
+    '''A convolution with a module for its padding, or a function.'''
+    def __init__(self, *args, is_module, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.pad = torch.nn.ZeroPad2d(1) if is_module else lambda input: torch.nn.functional.pad(input, (1, 1, 1, 1))
+
+    def forward(self, input):
+        return torch.nn.functional.conv2d(self.pad(input), self.weight, self.bias, self.stride)
+
+
+@pytest.mark.parametrize('is_module', [True, False])
+def test_rule_runs_module_again(is_module):
+    '''What is inside of a module has its own gradient while a rule of Zennit's runs the module again.'''
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3, bias=False), torch.nn.ReLU(),
+        PaddedConvolution(4, 4, 3, bias=False, is_module=is_module), torch.nn.ReLU(),
+        torch.nn.Flatten(), torch.nn.Linear(4 * 36, 2, bias=False),
+    ).eval().double()
+    input = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    relevance = [
+        Gradient(model=model, composite=composite)(input.clone(), torch.eye(2, dtype=torch.float64))[1]
+        for composite in (EpsilonPlus(), with_splitting(EpsilonPlus()))
+    ]
+    torch.testing.assert_close(relevance[1], relevance[0])

@@ -205,7 +205,14 @@ class ResidualCanonizer(Canonizer):
             self.local.counts, self.local.seen = {}, set()
             self._start()
             self.interception.__enter__()
-        stack.append(_Call(module, _is_opaque(module), self.local.counts.setdefault(module, {})))
+        # what is inside of a module with a rule must have its own gradient, also if the rule runs it again
+        opaque = _is_opaque(module) or (stack[-1].opaque if stack else self._is_inside_opaque(module))
+        stack.append(_Call(module, opaque, self.local.counts.setdefault(module, {})))
+
+    def _is_inside_opaque(self, module):
+        path = self.names.get(module, '').split('.')
+        above = {'.'.join(path[:num]) for num in range(1, len(path))}
+        return any(name in above and _is_opaque(parent) for parent, name in self.names.items()) if above else False
 
     def _leave(self, module, args, output):
         stack = self.local.__dict__.get('stack')
