@@ -44,7 +44,7 @@ def draw(name, classifier, side):
         row = [classifier.photo(image[0])]
         for explainer in explainers:
             heatmap = explainer(image, target, output, [photo]).maps[0]
-            row.append(draw_heatmap((heatmap / heatmap.abs().max()).numpy()))
+            row.append(draw_heatmap(heatmap.numpy()))
         rows.append([np.asarray(Image.fromarray(picture).resize((side, side))) for picture in row])
         captions.append(f'{classifier.classes[int(target)]}: {output.softmax(1).max():.0%}')
     # long names in two lines would not fit

@@ -13,12 +13,18 @@ FOLDER = Path(__file__).parent.parent / 'examples'
 PICTURES = ('zennit_dropin', 'captum_dropin', 'timm_model', 'layer_relevance', 'compare_checkpoints')
 
 
-def run(example, **kwargs):
-    '''Run an example on small photographs.'''
-    pytest.importorskip('timm' if example == 'timm_model' else 'safetensors')
+def load(example):
+    '''The module of an example.'''
     spec = importlib.util.spec_from_file_location(example, FOLDER / f'{example}.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def run(example, **kwargs):
+    '''Run an example on small photographs.'''
+    pytest.importorskip('timm' if example == 'timm_model' else 'safetensors')
+    module = load(example)
     if hasattr(module, 'load_classifier'):
         module.load_classifier = partial(load_classifier, size=64)
     module.main(**kwargs)
@@ -111,3 +117,13 @@ def test_evaluate_folder(folder, capsys):
     assert all(name in output for name in ('resnet_lrp_ratio', 'grad_cam', 'constant', 'Deletion', 'our protocol'))
     assert 'written evaluation/report.html' in output
     assert 'data:image/png;base64,' in (folder / 'evaluation' / 'report.html').read_text(encoding='utf-8')
+
+
+def test_gallery(monkeypatch):
+    '''There is a row for each photograph, and a column for each method.'''
+    pytest.importorskip('safetensors')
+    module = load('gallery')
+    monkeypatch.setattr(module, 'CHOICE', {'resnet50': ('gc_cathedral', 'gc_dog')})
+    picture = module.draw('resnet50', load_classifier(size=64), 40)
+    assert picture.width > 40 * (1 + len(module.METHODS)) and 2 * 40 < picture.height < 4 * 40
+    assert len(picture.getcolors(picture.width * picture.height)) > 100
