@@ -125,5 +125,5 @@ def test_gallery(monkeypatch):
     module = load('gallery')
     monkeypatch.setattr(module, 'CHOICE', {'resnet50': ('gc_cathedral', 'gc_dog')})
     picture = module.draw('resnet50', load_classifier(size=64), 40)
-    assert picture.width > 40 * (1 + len(module.METHODS)) and 2 * 40 < picture.height < 4 * 40
+    assert picture.width > 40 * (1 + len(module.METHODS)) and picture.height > 2 * 40
     assert len(picture.getcolors(picture.width * picture.height)) > 100
