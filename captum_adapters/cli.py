@@ -9,6 +9,7 @@ import click
 
 from captum_adapters.evaluation.measures import NAMES
 from captum_adapters.evaluation.methods import names as method_names
+from captum_adapters.evaluation.methods import stands_for
 from captum_adapters.evaluation.presets import PRESETS, find_preset
 from captum_adapters.evaluation.records import Run, RunError, read_run
 from captum_adapters.evaluation.report import summarize
@@ -247,15 +248,15 @@ def select_methods(run: Run, chosen: Collection[str]) -> Run:
     Args:
 
         run (Run): The run.
-        chosen (collection of str): Names of methods. Controls are always kept, and
-                attention branch networks, of which presets can not know the file.
+        chosen (collection of str): Names of methods. Those of others are meant with any
+                options. Controls are always kept.
 
     Returns:
         Run: The run without the others.
     """
     kept = {
-        name: name in chosen or name in CONTROLS or name.startswith("abn:")
-        for name in {method for _, method in run.records}
+        text: text in CONTROLS or any(stands_for(text, name) for name in chosen)
+        for text in {method for _, method in run.records}
     }
     records = {key: record for key, record in run.records.items() if kept[key[1]]}
     return run._replace(records=records)
@@ -278,9 +279,11 @@ def make_evaluation(given: dict[str, Any]) -> Evaluation:
     fields: dict[str, Any] = {}
     for name in given.get("preset", ()):
         preset = find_preset(name)
+        # which is nothing without a file
+        rows = [method for method in preset.rows if method != "abn"]
         names = {
             key: tuple(dict.fromkeys([*fields.pop(key, ()), *values]))
-            for key, values in (("methods", preset.rows), ("metrics", preset.metrics))
+            for key, values in (("methods", rows), ("metrics", preset.metrics))
         }
         if fields and fields != preset.options:
             raise ValueError(

@@ -119,16 +119,16 @@ def test_presets():
     '''Presets are complete, and are combined and changed by what is given.'''
     for name, preset in PRESETS.items():
         evaluation = make_evaluation({'data': 'x', 'out': 'y', 'preset': (name,)})
-        assert evaluation.methods == tuple(preset.rows)
+        assert evaluation.methods == tuple(name for name in preset.rows if name != 'abn')
         assert evaluation.preset == (name,)
         assert set(preset.columns) <= set(COLUMNS)
-        assert set(preset.printed) - {'abn'} <= set(preset.rows)
+        assert set(preset.printed) <= set(preset.rows)
         assert all(set(row) <= set(COLUMNS) for row in preset.printed.values())
         for text in preset.rows:
             Method(text)
     both = make_evaluation({'data': 'x', 'out': 'y', 'preset': ('c3-lrp-table1', 'c3-lrp-table2')})
     assert both.methods[:2] == ('rise', 'grad_cam')
-    assert sorted(both.methods) == sorted({*PRESETS['c3-lrp-table1'].rows, *PRESETS['c3-lrp-table2'].rows})
+    assert sorted(both.methods) == sorted({*PRESETS['c3-lrp-table1'].rows, *PRESETS['c3-lrp-table2'].rows} - {'abn'})
     assert (both.published, both.initial) == ('label', 'softmax')
     masks = make_evaluation({'data': 'x', 'out': 'y', 'preset': ('r-lrp-fig25', 'r-lrp-fig28')})
     assert masks.metrics == ('pointing', 'distance')
@@ -148,3 +148,14 @@ def test_presets():
 def test_duration(seconds, text):
     '''Times are readable.'''
     assert duration(seconds) == text
+
+
+def test_options_of_baselines(assets, tmp_path):
+    '''A preset's baseline is meant with any options, but not a method of ours.'''
+    methods = 'rise:n_masks=8,block_lrp+c3,block_lrp:epsilon=0.1+c3'
+    evaluate(assets, tmp_path / 'run', '--methods', methods)
+    result = call('report', tmp_path / 'run', '--preset', 'c3-lrp-table1')
+    assert 'RISE: rise:n_masks=8' in result.output
+    assert 'ABN: abn' in result.output
+    assert 'Ours: block_lrp+c3' in result.output
+    assert 'epsilon' not in result.output

@@ -179,6 +179,23 @@ def group_of(text: str) -> str:
     return "ours" if own or split else "baseline"
 
 
+def stands_for(text: str, name: str) -> bool:
+    """Whether a method is meant by a name, such as `rise:n_masks=1000` by `rise`.
+
+    Args:
+
+        text (str): The method with its options.
+        name (str): The name, without options of methods that have no suffixes.
+
+    Returns:
+        bool: Whether they are equal, or the name is that of a method of others, and the
+        method is the same with other options.
+    """
+    return text == name or (
+        name in OTHERS and "+" not in text and text.partition(":")[0] == name
+    )
+
+
 class Explainer:
     """A method for a network, made by :meth:`Method.create`.
 

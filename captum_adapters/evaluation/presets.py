@@ -128,6 +128,7 @@ PRESETS: dict[str, Preset] = {
             "rise": "RISE",
             "grad_cam": "GradCAM",
             "captum_lrp": "LRP",
+            "abn": "ABN",
             "block_lrp+c3": "Ours",
             "block_lrp:initial=logit+c3": "Ours, from the logit",
             "resnet_lrp_ratio+c3": "not in the paper",

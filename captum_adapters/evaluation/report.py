@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Optional
 
 from captum_adapters.evaluation import tables
 from captum_adapters.evaluation.measures import COLUMNS
+from captum_adapters.evaluation.methods import stands_for
 from captum_adapters.evaluation.presets import PRESETS, Preset
 from captum_adapters.evaluation.records import Run
 from captum_adapters.evaluation.summary import (
@@ -178,7 +179,7 @@ class Report(NamedTuple):
         for method, title in preset.rows.items():
             figures = preset.printed.get(method, {})
             measured: list[Optional[Row]] = [
-                row for row in self.rows if row.method == method
+                row for row in self.rows if stands_for(row.method, method)
             ]
             for row in measured or [None]:
                 values = [
