@@ -499,15 +499,16 @@ def compare(images, methods, show, out, **options):
             key = method.name, method.splitting
             if key not in computed:
                 computed[key] = session.attribute(method, input, target)[1]
-            for path, row, relevance in zip(paths, batch_rows, computed[key]):
-                if relevance.isfinite().all():
+            for path, row, logits, relevance in zip(paths, batch_rows, output, computed[key]):
+                if logits.isfinite().all() and relevance.isfinite().all():
                     *pictures, found = session.draw(row[0], method, relevance)
                     for note in found:
                         notes.setdefault((method.text, note), []).append(path.name)
                 else:
                     # a method that fails leaves its place empty
                     pictures = [row[0] * 0] * 2
-                    notes.setdefault((method.text, 'left out, as relevance is not finite'), []).append(path.name)
+                    note = 'left out, as output or relevance is not finite'
+                    notes.setdefault((method.text, note), []).append(path.name)
                     session.failed = True
                 row.extend({'heatmap': pictures[:1], 'overlay': pictures[1:], 'both': pictures}[show])
         for path, row, index, probabilities in zip(paths, batch_rows, target.tolist(), output.float().softmax(1)):

@@ -131,6 +131,12 @@ class Normalization(Operation, torch.nn.BatchNorm2d):
     '''Functional normalization (batch, layer, group, ...).'''
     label = 'normalization'
 
+    def forward(self, *inputs):
+        '''Run the intercepted call.'''
+        output = super().forward(*inputs)
+        # hooks of Zennit 0.5 take what the graph's node returns for the layer's output, and some return statistics too
+        return output.clone() if output.requires_grad else output
+
 
 class AveragePool(Operation, torch.nn.AvgPool2d):
     '''Functional average over positions, or any other linear map with non-negative weights (sum, interpolation).'''

@@ -79,6 +79,8 @@ def convolve(module, input, weight, spread=False):
 
 def pool_cells(input, cells):
     '''Average over cells, including incomplete ones at the border.'''
+    # in three dimensions, PyTorch has no pooling with a window beyond the input
+    cells = tuple(min(cell, length) for cell, length in zip(cells, input.shape[2:]))
     if all(cell == 1 for cell in cells):
         return input
     return _AVG_POOL[len(cells)](input, cells, cells, ceil_mode=True, count_include_pad=False)
@@ -217,7 +219,9 @@ def convolve_transposed(module, input, weight, output):
     num = weight.ndim - 2
     stride, dilation = as_tuple(module.stride, num), as_tuple(module.dilation, num)
     if isinstance(module, ConvolutionTranspose):
-        return _CONV[num](output, weight, None, stride, module.padding, dilation, module.groups)
+        lower = _CONV[num](output, weight, None, stride, module.padding, dilation, module.groups)
+        # an output padding beyond the stride, which a dilation allows, has further positions
+        return lower[(..., *(slice(length) for length in input.shape[2:]))]
 
     def transpose(input, padding):
         return torch.ops.aten.convolution_backward(
