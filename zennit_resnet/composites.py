@@ -232,8 +232,8 @@ class RelativeLRP(_Transaction, LayerMapComposite):
     Every layer multiplies with its input. Contributions are not conserved, and only their ratios within one example
     have a meaning: what is propagated is rescaled for each example, and in addition for each branch of a residual block
     (Proposition 14), see :py:class:`~zennit_resnet.contributions.Contributions`. If relevance starts from the logit of
-    the target, what is propagated to the input of a network without skip connections times exp(``log_scale``) is what the
-    equations say.
+    the target, what is propagated to the input of a network without skip connections times exp(``log_scale``) is what
+    the equations say.
 
     Attributes
     ----------
