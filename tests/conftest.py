@@ -4,6 +4,8 @@ import torch
 
 # networks are too small for more, and processes of pytest-xdist would compete for the same cores
 torch.set_num_threads(1)
+# parameters of tests may be random, and are part of their names, which must be those of other processes
+torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

@@ -446,7 +446,7 @@ def palette(colors):
     (Image.fromarray(np.array([[[9, 9, 9, 0], [255, 255, 255, 255], [0, 0, 0, 255]]], np.uint8)), [0, 1, 0]),
     (palette([(0, 0, 0), (64, 0, 0), (128, 0, 0)]), [0, 1, 1]),
     (palette([(255, 255, 255), (9, 9, 9), (0, 0, 0)]), [1, 0, 0]),
-], ids=str)
+])
 def test_mask_modes(tmp_path, image, expected):
     '''Masks are of any mode.'''
     touch(tmp_path, 'image.png')
