@@ -7,6 +7,7 @@ from typing import Any, Callable, Optional
 
 import click
 
+from captum_adapters.evaluation.controls import CONTROLS
 from captum_adapters.evaluation.measures import NAMES
 from captum_adapters.evaluation.methods import names as method_names
 from captum_adapters.evaluation.methods import stands_for
@@ -14,7 +15,7 @@ from captum_adapters.evaluation.presets import PRESETS, find_preset
 from captum_adapters.evaluation.records import Run, RunError, read_run
 from captum_adapters.evaluation.report import summarize
 from captum_adapters.evaluation.runner import Process, evaluate
-from captum_adapters.evaluation.settings import CHOICES, CONTROLS, Evaluation
+from captum_adapters.evaluation.settings import CHOICES, Evaluation
 from zennit_resnet import __version__
 
 DEFAULTS = {item.name: item.default for item in dataclasses.fields(Evaluation)}

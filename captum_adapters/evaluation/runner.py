@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from captum_adapters.evaluation.controls import CONTROLS
 from captum_adapters.evaluation.datasets import (
     Images,
     Loaded,
@@ -44,7 +45,6 @@ from captum_adapters.evaluation.records import (
     read_times,
 )
 from captum_adapters.evaluation.settings import (
-    CONTROLS,
     Evaluation,
     adapt,
     check,

@@ -20,7 +20,6 @@ from captum_adapters.evaluation.records import fingerprint
 from captum_adapters.metrics.ranking import PERCENTS
 from zennit_resnet.models import Classifier, find_embedded, load_classifier
 
-CONTROLS = ("random", "constant", "gaussian", "sobel")
 PACKAGES = ("zennit-resnet", "torch", "torchvision", "zennit", "captum", "numpy")
 
 
