@@ -17,6 +17,7 @@ EMBEDDED = Path('examples', 'assets', 'resnet50_imagenette.safetensors')
 DEFAULT_MODEL = 'resnet50'
 DEFAULT_SIZE = 224
 SUFFIXES = ('.pt', '.pth', '.safetensors')
+LARGEST_VIEW = 2 ** 30
 SAVE = 'save them with torch.save(model.state_dict(), path)'
 # Keys under which training scripts commonly store the state dict beside other things
 WRAPPERS = ('state_dict', 'model_state_dict', 'model')
@@ -296,9 +297,9 @@ def _read_state(path):
     ):
         raise ValueError(f'the weights {path} are not a state dict: {SAVE}')
     for key, value in state.items():
-        # views of a few numbers may pretend to be of any size
+        # views of a few numbers may pretend to be of any size, more than the memory can hold
         if (value.layout != torch.strided or value.is_quantized or value.is_complex() or value.is_meta
-                or value.untyped_storage().nbytes() < value.nbytes):
+                or value.nbytes > max(value.untyped_storage().nbytes(), LARGEST_VIEW)):
             raise ValueError(f'the weights {path} hold {key} in a form that is no dense tensor of real numbers: {SAVE}')
         if value.is_floating_point() and value.float().isnan().any():
             raise ValueError(f'the weights {path} are broken: {key} holds NaN')
