@@ -346,7 +346,9 @@ def test_chunks(method, size):
 
 # -- initial relevance and deltas --------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('value', ['logit', 'softmax', 'one', torch.sigmoid], ids=['logit', 'softmax', 'one', 'function'])
+@pytest.mark.parametrize('value', [
+    'logit', 'softmax', 'one', pytest.param(torch.sigmoid, id='function'),
+], ids=str)
 def test_initial_relevance(value):
     '''Relevance sums to what it started from, and the delta is the difference.'''
     model, x = network(), images()
