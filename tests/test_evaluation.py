@@ -214,6 +214,10 @@ def test_other_run(assets, whole, tmp_path):
     (images / 'circle' / '0.png').unlink()
     with pytest.raises(RunError, match='differs in manifest'):
         run(assets, folder, data=str(images))
+    # the same number of images of the same size
+    shutil.copy(assets / 'images' / 'circle' / '0.png', images / 'circle' / '00.png')
+    with pytest.raises(RunError, match='differs in manifest'):
+        run(assets, folder, data=str(images))
     assert sorted((path.name, path.stat().st_mtime_ns) for path in folder.iterdir()) == before
     # how it is computed, and where the data is, does not matter
     shutil.copytree(assets / 'images', tmp_path / 'moved')
@@ -338,6 +342,13 @@ def test_all_metrics(assets, tmp_path):
         assert len(record.curves['accuracy']) == 2
         # the other network is the same one, but has another input size
         assert 'cross_accuracy:resnet18' in record.curves
+
+
+def test_pictures(assets, tmp_path):
+    '''Pictures and heatmaps are kept for as many images as asked for.'''
+    result = run(assets, tmp_path / 'run', methods=('random',), controls=False, pictures=4)
+    assert [sample.picture is not None for sample in result.samples.values()] == [True] * 4 + [False] * 8
+    assert [record.heatmap is not None for record in result.records.values()] == [True] * 4 + [False] * 8
 
 
 def test_workers(assets, whole, tmp_path):

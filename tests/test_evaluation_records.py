@@ -96,7 +96,10 @@ def test_replace(folder):
     write(folder, record(seconds=1.), SampleRecord('x.png', problem='missing'))
     write(folder, record(seconds=2.), SampleRecord('y.png', problem='missing'))
     write(folder, SampleRecord('x.png', 1), rank=1)
+    write(folder, SampleRecord('z.png', 2))
+    write(folder, SampleRecord('z.png', problem='missing'), rank=1)
     run = read_run(folder)
+    assert run.samples['z.png'] == SampleRecord('z.png', 2)
     assert run.records['x.png', 'a'].seconds == 2.
     assert run.samples['x.png'].problem is None
     assert run.samples['y.png'].problem == 'missing'
