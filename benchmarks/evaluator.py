@@ -66,7 +66,8 @@ def main():
             loaded = Images(loop.data.samples, loop.classifier.transform)
             images = torch.stack([loaded[number].image for number in range(len(loaded))])
             batches = images.to(memory_format=torch.channels_last).split(args.batch)
-            chunk = images.repeat(5, 1, 1, 1)[:32].to(memory_format=torch.channels_last)
+            repeats = max(log.sizes) // len(images) + 1
+            chunk = images.repeat(repeats, 1, 1, 1).to(memory_format=torch.channels_last)
             begin = clock()
             for batch in batches:
                 with torch.no_grad():

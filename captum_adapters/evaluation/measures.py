@@ -182,25 +182,26 @@ def _insertion_deletion(
 ) -> Scores:
     """Insertion and deletion by our protocol and the ratio paper's code, at once."""
 
-    def curves(part: Tensor, target: Tensor) -> InsertionDeletion:
+    def curves(images: Tensor, maps: Tensor, target: Tensor) -> InsertionDeletion:
         return insertion_deletion(
             forward,
-            batch.images[part],
-            maps[part],
+            images,
+            maps,
             settings.fill,
-            target[part],
+            target,
             protocol="keio",
             ties="group",
             step=settings.step,
             max_examples_per_batch=settings.forward_batch,
         )
 
-    result = curves(torch.ones_like(batch.scored, dtype=torch.bool), batch.scored)
+    result = curves(batch.images, maps, batch.scored)
     published = keio_areas(result)
     other = batch.published != batch.scored
     if bool(other.any()):
         # the same images, but another class of them
-        again = keio_areas(curves(other, batch.published))
+        part = (batch.images[other], maps[other], batch.published[other])
+        again = keio_areas(curves(*part))
         for area, value in zip(published, again):
             area[other] = value
     return Scores(
