@@ -146,8 +146,10 @@ def evaluate_command(dry_run: bool, quiet: bool, **given: Any) -> None:
     """
     try:
         evaluation = make_evaluation(given)
-        progress = evaluate(evaluation, quiet=quiet, dry_run=dry_run)
         process = Process.current()
+        progress = evaluate(
+            evaluation, process=process, quiet=quiet, dry_run=dry_run
+        )
     except (ValueError, RunError) as error:
         raise click.ClickException(" ".join(str(error).split())) from error
     except KeyboardInterrupt:

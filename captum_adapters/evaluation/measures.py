@@ -138,14 +138,12 @@ class Batch(NamedTuple):
         published (Tensor): The same for published protocols, of shape (batch,).
         masks (Tensor): Masks of objects, bool of shape (batch, height, width). Without
                 an object, empty.
-        names (list[str]): Names of the samples.
     """
 
     images: Tensor
     scored: Tensor
     published: Tensor
     masks: Tensor
-    names: Sequence[str]
 
 
 class MetricSettings(NamedTuple):

@@ -21,6 +21,7 @@ from zennit.torchvision import ResNetCanonizer
 from captum_adapters.abn import ABN, load_abn
 from captum_adapters.attr import RISE, CompositeAttribution, ScoreCAM
 from captum_adapters.evaluation.controls import CONTROLS
+from zennit_resnet.attribution import VALUES, initial_relevance
 from zennit_resnet.classic import SETTINGS, ClassicLRP
 from zennit_resnet.composites import with_splitting
 from zennit_resnet.models import Classifier
@@ -29,7 +30,6 @@ from zennit_resnet.rules import RatioSplit, SymmetricSplit
 
 SPLITTING = ("ratio", "symmetric", "zennit")
 POSTPROCESSING = ("quantize", "c1c", "c3")
-INITIAL = ("softmax", "logit", "one")
 LEVELS = 8
 
 
@@ -112,9 +112,9 @@ class Method:
         self.initial: Optional[str] = None
         if self.base in COMPOSITES or self.base in SETTINGS:
             self.initial = self.options.pop("initial", None)
-            if self.initial not in (None, *INITIAL):
+            if self.initial not in (None, *VALUES):
                 raise ValueError(
-                    f"{self.text}: initial is not one of {', '.join(INITIAL)}"
+                    f"{self.text}: initial is not one of {', '.join(VALUES)}"
                 )
         self.splitting: Optional[str] = None
         self.magnitude = False
@@ -169,12 +169,22 @@ class Method:
         return Explainer(self, context)
 
 
+def base_of(text: str) -> str:
+    """Name of a method without options and suffixes."""
+    return re.split("[:+]", text)[0]
+
+
+def _is_own(name: str) -> bool:
+    """Whether a composite is one of this project's."""
+    return COMPOSITES[name].__module__.startswith("zennit_resnet")
+
+
 def group_of(text: str) -> str:
     """Group of a method by its name: `"ours"`, `"baseline"` or `"control"`."""
-    base = re.split("[:+]", text)[0]
+    base = base_of(text)
     if base in CONTROLS:
         return "control"
-    own = base in COMPOSITES and COMPOSITES[base].__module__.startswith("zennit_resnet")
+    own = base in COMPOSITES and _is_own(base)
     split = any(suffix in ("ratio", "symmetric") for suffix in text.split("+")[1:])
     return "ours" if own or split else "baseline"
 
@@ -192,7 +202,7 @@ def stands_for(text: str, name: str) -> bool:
         method is the same with other options.
     """
     return text == name or (
-        name in OTHERS and "+" not in text and text.partition(":")[0] == name
+        name in OTHERS and "+" not in text and base_of(text) == name
     )
 
 
@@ -273,12 +283,7 @@ class Explainer:
         total = initial = None
         if self._initial is not None:
             total = attributions.double().flatten(1).sum(1)
-            scores = {
-                "logit": output,
-                "softmax": output.softmax(1),
-                "one": torch.ones_like(output),
-            }[self._initial]
-            initial = scores.gather(1, targets[:, None])[:, 0].double()
+            initial = initial_relevance(targets, self._initial)(output).double().sum(1)
         maps = attributions.sum(1) if attributions.ndim == 4 else attributions
         if maps.shape[1:] != images.shape[2:]:
             maps = F.interpolate(
@@ -301,11 +306,7 @@ class Explainer:
 
 def names() -> list[str]:
     """Names of all methods, without options and suffixes."""
-    own = [
-        name
-        for name in COMPOSITES
-        if COMPOSITES[name].__module__.startswith("zennit_resnet")
-    ]
+    own = [name for name in COMPOSITES if _is_own(name)]
     others = [name for name in COMPOSITES if name not in own]
     return [*own, *SETTINGS, *others, *OTHERS, *CONTROLS]
 
@@ -328,10 +329,7 @@ def _parse_options(text: str, options: str) -> dict[str, Any]:
 
 def _can_split(base: str) -> bool:
     """Whether a splitting can be added to a composite."""
-    return base in SETTINGS or (
-        base in COMPOSITES
-        and not COMPOSITES[base].__module__.startswith("zennit_resnet")
-    )
+    return base in SETTINGS or (base in COMPOSITES and not _is_own(base))
 
 
 def _check_options(method: Method) -> None:

@@ -15,10 +15,9 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from PIL import Image
 
-from captum_adapters.evaluation.measures import COLUMNS
+from captum_adapters.evaluation.methods import base_of
 from captum_adapters.evaluation.summary import (
     Row,
-    base_of,
     cluster_labels,
     column_of,
     protocol_of,
@@ -99,10 +98,8 @@ def _draw_panels(
         return None
     methods = [row.name for row in shown if not row.control]
     if len(methods) > CURVES:
-        column = COLUMNS.get(score)
-        sign = -1 if column is None or column.better != "lower" else 1
-        means = {row.name: row.mean(score) for row in shown}
-        ranked = sorted(methods, key=lambda name: _last_if_nan(sign * means[name]))
+        sign, means = sign_of(score), {row.name: row.mean(score) for row in shown}
+        ranked = sorted(methods, key=lambda name: _last_if_nan(-sign * means[name]))
         methods = [name for name in methods if name in ranked[:CURVES]]
         shown = [row for row in shown if row.control or row.name in methods]
     canvas = Canvas(figsize=(3.4 + 4.2 * len(panels), 4.6), layout="constrained")

@@ -549,7 +549,6 @@ class Loop:
                 block.scored[select][part],
                 block.published[select][part],
                 block.masks[select][part],
-                [names[row] for row in kept.tolist()],
             )
             with torch.no_grad():
                 results = measure(

@@ -2,15 +2,15 @@
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
 
+from captum_adapters.evaluation.controls import CONTROLS
 from captum_adapters.evaluation.measures import COLUMNS, Column
-from captum_adapters.evaluation.methods import CONTROLS, group_of
+from captum_adapters.evaluation.methods import base_of, group_of
 from captum_adapters.evaluation.records import Record, Run, SampleRecord
 from captum_adapters.evaluation.tables import format_number
 from captum_adapters.metrics.statistics import bootstrap_interval
@@ -133,11 +133,6 @@ def counterpart_of(name: str) -> Optional[str]:
 
 
 # -- runs ------------------------------------------------------------------------------
-
-
-def base_of(method: str) -> str:
-    """Name of a method without options and suffixes."""
-    return re.split("[:+]", method)[0]
 
 
 def settings_of(run: Run) -> dict[str, Any]:

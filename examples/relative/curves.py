@@ -30,9 +30,9 @@ from common import (
     run,
     write_table,
 )
-from torchvision.transforms import functional
 from tqdm import tqdm
 
+from captum_adapters.evaluation.settings import adapt
 from captum_adapters.metrics import cross_model_accuracy, pixel_accuracy
 from zennit_resnet.classic import SETTINGS
 
@@ -132,7 +132,7 @@ def cross(args, networks, kept):
         curves = {}
         for ranking, (images, relevance, targets) in kept.items():
             source = networks[ranking]
-            transform = adapt(source, classifier, images.shape[-2:])
+            transform = adapt(source, classifier)
             curves[f'pixels of {ranking}'] = cross_model_accuracy(
                 classifier.model, images.to(device()), relevance.to(device()), reference='prediction',
                 baselines=black(source) if args.fill == 'black' else 0, transform=transform, max_examples_per_batch=32,
@@ -162,23 +162,6 @@ def cross(args, networks, kept):
 def black(classifier):
     '''Black as the network sees it, of shape (1, 3, 1, 1).'''
     return classifier.bounds()[0].to(device())
-
-
-def adapt(source, target, size):
-    '''A function from inputs of a network to those of another one.'''
-    mean, std, other_mean, other_std = (
-        elem.to(device()) for elem in (source.mean, source.std, target.mean, target.std)
-    )
-    side = target.transform(functional.to_pil_image(torch.zeros(3, *size))).shape[-2:]
-
-    def transform(images):
-        if side != size:
-            images = functional.resize(images, list(side), antialias=True)
-        if torch.equal(mean, other_mean) and torch.equal(std, other_std):
-            return images
-        return (images * std + mean - other_mean) / other_std
-
-    return transform
 
 
 if __name__ == '__main__':
