@@ -117,7 +117,7 @@ def test_records(whole, assets):
         record = whole.records[sample, method]
         black = classifier.bounds()[0]
         default = insertion_deletion(
-            classifier.model, input, maps, black, target, protocol='keio', ties='group', step=1024
+            classifier.model, input, maps, black, target, protocol='keio', ties='nearest', step=1024
         )
         published = insertion_deletion(classifier.model, input, maps, black, target, protocol='keio', step=1024)
         for name, expected in {

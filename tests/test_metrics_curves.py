@@ -90,7 +90,12 @@ def loop_curves(model, image, heat, target, counts, ties, inserted, deleted, axi
     xs, insertion, deletion = [], [], []
     for num, count in enumerate(counts):
         chosen = ranking[:count]
-        if ties in ('group', 'threshold') and count:
+        if ties == 'nearest':
+            values = [heat[pixel] for pixel in ranking]
+            edges = [num for num in range(len(pixels) + 1) if num in (0, len(pixels)) or values[num] < values[num - 1]]
+            # of two equally near ones, that nearer to an end
+            chosen = ranking[:min(edges, key=lambda edge: (abs(edge - count), -abs(2 * edge - len(pixels))))]
+        elif ties in ('group', 'threshold') and count:
             chosen = [pixel for pixel in pixels if heat[pixel] >= heat[ranking[count - 1]]]
         start, rest = inserted.copy(), image.copy()
         for row, col in chosen:
@@ -126,7 +131,8 @@ def full_counts(n_pixels, step):
 
 
 SETTINGS = {
-    'group': ({'step': 4}, 'group', 'share'),
+    'default': ({'step': 4}, 'nearest', 'share'),
+    'group': ({'step': 4, 'ties': 'group'}, 'group', 'share'),
     'stable': ({'step': 4, 'ties': 'stable'}, 'stable', 'count'),
     'random': ({'step': 4, 'ties': 'random'}, 'random', 'count'),
     'threshold': ({'step': 4, 'ties': 'threshold'}, 'threshold', 'count'),
@@ -135,6 +141,7 @@ SETTINGS = {
     'keio': ({'step': 4, 'protocol': 'keio'}, 'threshold', 'uniform'),
     'keio-stable': ({'step': 4, 'protocol': 'keio', 'ties': 'stable'}, 'stable', 'uniform'),
     'keio-random': ({'step': 4, 'protocol': 'keio', 'ties': 'random'}, 'random', 'uniform'),
+    'keio-nearest': ({'step': 4, 'protocol': 'keio', 'ties': 'nearest'}, 'nearest', 'share'),
     'keio-500': ({'protocol': 'keio'}, 'threshold', 'uniform'),
     'rise': ({'step': 4, 'protocol': 'rise'}, 'stable', 'uniform'),
     'rise-random': ({'step': 4, 'protocol': 'rise', 'ties': 'random'}, 'random', 'uniform'),
@@ -164,6 +171,8 @@ def test_reference(name, baseline, levels):
         inserted = insertion_baselines = images()
     if 'keio' in name:
         counts = published_counts(HEIGHT * WIDTH, options.get('step', 500))
+        if ties == 'nearest':
+            counts = [0, *counts]
     else:
         counts = full_counts(HEIGHT * WIDTH, options.get('step', 224))
     with warnings.catch_warnings():
@@ -447,11 +456,39 @@ def test_ties():
     heat = torch.tensor([[5., 4, 4, 3, 3, 3, 2, 1, 1, 0]])[:, None]
     result = insertion_deletion(network(), images(1, 1, 10), heat, target=0, n_steps=10)
     assert result.distinct_levels.tolist() == [6] and abs(result.tied_share - .7) < 1e-12
-    assert result.selected.tolist() == [[0, 1, 3, 3, 6, 6, 6, 7, 9, 9, 10]]
+    assert result.selected.tolist() == [[0, 1, 1, 3, 3, 6, 6, 7, 9, 9, 10]]
     assert torch.allclose(result.fractions, result.selected.double() / 10)
+    after = insertion_deletion(network(), images(1, 1, 10), heat, target=0, n_steps=10, ties='group')
+    assert after.selected.tolist() == [[0, 1, 3, 3, 6, 6, 6, 7, 9, 9, 10]]
+    assert torch.allclose(after.fractions, after.selected.double() / 10)
     # signed zeros are equal
     zeros = torch.tensor([0., -0., 1., 2.]).view(1, 2, 2)
     assert insertion_deletion(network(), images(1, 2, 2), zeros, target=0).distinct_levels.tolist() == [3]
+
+
+@pytest.mark.parametrize('levels', [2, 5, 20])
+@pytest.mark.parametrize('n_steps', [5, 7, 15])
+def test_negative_ties(levels, n_steps):
+    '''Insertion of a map with ties is deletion of its negative as well.'''
+    model, input, heat = network(), images(height=7, width=9), maps(levels=levels, height=7, width=9)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        positive, negative = (
+            insertion_deletion(model, input, sign * heat, .3, 2, n_steps=n_steps) for sign in (1, -1)
+        )
+    assert torch.allclose(positive.insertion, negative.deletion, rtol=1e-12)
+    assert torch.allclose(positive.deletion, negative.insertion, rtol=1e-12)
+
+
+def test_few_points():
+    '''A few pixels of an object, and ties elsewhere: also what is between two points is found.'''
+    heat = torch.zeros(1, 40, 40).double()
+    heat[:, 10, 10:20] = 1
+    result = insertion_deletion(
+        lambda x: (x[:, 0] * heat).sum((1, 2)) / 10, torch.ones(1, 1, 40, 40).double(), heat, n_steps=20
+    )
+    # all of the score is in 10 of 1600 pixels
+    assert abs(result.insertion - (1 - 5 / 1600)) < 1e-12 and abs(result.deletion - 5 / 1600) < 1e-12
 
 
 def test_random_ties():

@@ -20,6 +20,7 @@ from captum_adapters.metrics import (
     mask_pointing,
     pixel_accuracy,
 )
+from captum_adapters.metrics._perturbed import count_grid
 from captum_adapters.metrics.ranking import PERCENTS
 
 
@@ -180,7 +181,9 @@ def _insertion_deletion(
 ) -> Scores:
     """Insertion and deletion by our protocol and the ratio paper's code, at once."""
 
-    def curves(images: Tensor, maps: Tensor, target: Tensor) -> InsertionDeletion:
+    def curves(
+        images: Tensor, maps: Tensor, target: Tensor, ties: Optional[str]
+    ) -> InsertionDeletion:
         return insertion_deletion(
             forward,
             images,
@@ -188,20 +191,20 @@ def _insertion_deletion(
             settings.fill,
             target,
             protocol="keio",
-            ties="group",
+            ties=ties,
             step=settings.step,
             max_examples_per_batch=settings.forward_batch,
         )
 
-    result = curves(batch.images, maps, batch.scored)
+    result = curves(batch.images, maps, batch.scored, "nearest")
     published = keio_areas(result)
-    other = batch.published != batch.scored
+    grid = count_grid(maps[0].numel(), None, settings.step, ends=False).to(maps.device)
+    # the same images, unless ties move points or another class is scored
+    other = (result.selected[:, 1:] != grid).any(1) | (batch.published != batch.scored)
     if bool(other.any()):
-        # the same images, but another class of them
-        part = (batch.images[other], maps[other], batch.published[other])
-        again = keio_areas(curves(*part))
-        for area, value in zip(published, again):
-            area[other] = value
+        again = curves(batch.images[other], maps[other], batch.published[other], None)
+        for area, name in zip(published, ("insertion", "deletion", "id_score")):
+            area[other] = getattr(again, name)
     return Scores(
         {
             "insertion": result.insertion,

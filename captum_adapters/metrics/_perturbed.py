@@ -56,11 +56,23 @@ def group_ends(equal: Tensor) -> Tensor:
     `equal` tells for each pixel but the first, in descending order, whether its value
     is that of the one before.
     """
-    size = equal.shape[1] + 1
-    number = torch.arange(1, size + 1, device=equal.device)
-    ends = number.where(~F.pad(equal, (0, 1)), size)
-    ends = ends.flip(1).cummin(1).values.flip(1)
-    return F.pad(ends, (1, 0))
+    numbers = torch.arange(equal.shape[1] + 2, device=equal.device)
+    ends = numbers.where(~F.pad(equal, (1, 1)), numbers[-1])
+    return ends.flip(1).cummin(1).values.flip(1)
+
+
+def nearest_ends(equal: Tensor) -> Tensor:
+    """The number of pixels nearest to n that divides no equal ones, for each n from 0.
+
+    Of two that are equally near, it is the one nearer to none or all of the pixels,
+    such that the reverse order has its complement (but in the very middle).
+    """
+    numbers = torch.arange(equal.shape[1] + 2, device=equal.device)
+    starts = numbers.where(~F.pad(equal, (1, 1)), 0).cummax(1).values
+    ends = group_ends(equal)
+    below, above = numbers - starts, ends - numbers
+    lower = (below < above) | ((below == above) & (2 * numbers <= numbers[-1]))
+    return starts.where(lower, ends)
 
 
 def count_grid(

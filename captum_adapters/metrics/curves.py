@@ -27,16 +27,17 @@ from captum_adapters.metrics._perturbed import (
     blur,
     count_grid,
     group_ends,
+    nearest_ends,
     rank_pixels,
 )
 
-TIES = ("group", "stable", "random", "threshold")
+TIES = ("nearest", "group", "stable", "random", "threshold")
 
 
 class Protocol(NamedTuple):
     """What a protocol prescribes, where the caller chooses nothing else."""
 
-    ties: str = "group"
+    ties: str = "nearest"
     step: Optional[int] = None  # pixels between two points
     ends: bool = True  # whether the curve begins with nothing inserted or deleted
     uniform: bool = False  # whether all points are equally far apart on the x-axis
@@ -136,9 +137,9 @@ def insertion_deletion(
     by the trapezoidal rule, and the ID score is their difference.
 
     By default, both curves have the same baseline and both ends, and each pixel counts
-    on the x-axis. Then the insertion area of a map without ties is the deletion area of
-    its negative, random maps have an expected ID score of 0, and so does a constant
-    map.
+    on the x-axis. Pixels of equal value are never divided. Then the insertion area of a
+    map is the deletion area of its negative, random maps have an expected ID score of
+    0, and so does a constant map.
 
     The published protocols are presets:
 
@@ -188,11 +189,14 @@ def insertion_deletion(
                 pixel. If the middle falls between two pixels, both are points. `None`
                 is 100, or the `step` of the protocol.
                 Default: None
-        ties (str, optional): What happens to pixels of equal value. `"group"`: they
-                enter together, and the x-axis moves on by as many. `"stable"`: row by
-                row. `"random"`: in random order. `"threshold"`: they enter together as
-                soon as n reaches one of them, and the x-axis stays at n. `None` is
-                `"group"`, or that of the protocol.
+        ties (str, optional): What happens to pixels of equal value. `"nearest"`: they
+                enter together, and a point that would divide them is moved to before or
+                after them, whichever is nearer, on the x-axis as well. `"group"`: the
+                same, but always to after them, so that with few points what comes just
+                before a large group may be missed. `"stable"`: row by row. `"random"`:
+                in random order. `"threshold"`: they enter together as soon as n reaches
+                one of them, and the x-axis stays at n. `None` is `"nearest"`, or that
+                of the protocol.
                 Default: None
         output (str or Callable, optional): What the score is: `"softmax"` for the
                 probability of the target among classes (dimension 1), `"logit"` for the
@@ -268,7 +272,8 @@ def insertion_deletion(
     if n_steps is None and step is None:
         n_steps, step = (100, None) if preset.step is None else (None, preset.step)
     counts = count_grid(n_pixels, n_steps, step, preset.ends).to(images.device)
-    if ties == "group" and not preset.ends:
+    moved = ties in ("nearest", "group")
+    if moved and not preset.ends:
         # without the empty image, the area would not begin at zero
         counts = F.pad(counts, (1, 0))
 
@@ -290,7 +295,9 @@ def insertion_deletion(
     equal = values[:, 1:] == values[:, :-1]
     tied = F.pad(equal, (1, 0)) | F.pad(equal, (0, 1))
     selected = counts.expand(batch, -1)
-    if ties in ("group", "threshold"):
+    if ties == "nearest":
+        selected = nearest_ends(equal).gather(1, selected)
+    elif ties in ("group", "threshold"):
         selected = group_ends(equal).gather(1, selected)
 
     alone = not any(have_rows(additional_forward_args, batch))
@@ -335,10 +342,10 @@ def insertion_deletion(
     insertion_curve, deletion_curve = scores[:, :n_points], scores[:, -n_points:]
     full, deletion_blank = insertion_curve[:, -1], deletion_curve[:, -1]
 
-    if preset.uniform and ties != "group":
+    if preset.uniform and not moved:
         fractions = torch.arange(n_points).to(scores) / max(1, n_points - 1)
     else:
-        fractions = (selected if ties == "group" else counts).to(scores) / n_pixels
+        fractions = (selected if moved else counts).to(scores) / n_pixels
     fractions = fractions.expand(batch, -1)
     insertion = _area(insertion_curve, fractions)
     deletion = _area(deletion_curve, fractions)
@@ -382,7 +389,8 @@ def keio_areas(result: InsertionDeletion) -> Areas:
     Args:
 
         result (InsertionDeletion): Result of :func:`insertion_deletion` with
-                `protocol="keio", ties="group"`, so that both are known.
+                `protocol="keio"`, and `ties="group"`, or `"nearest"` for maps of which
+                no point was moved.
 
     Returns:
         Areas: A named tuple of tensors of shape (batch,).
