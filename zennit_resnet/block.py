@@ -6,6 +6,8 @@ import torch
 from torch._C import DisableTorchFunction
 from zennit.core import Hook, RemovableHandle, RemovableHandleList, Stabilizer
 
+from .memory import by_example
+
 _CALLS = threading.local()
 
 
@@ -183,6 +185,9 @@ class BlockEpsilon(Hook):
         '''
         if callable(self.epsilon) or self.mode == 'plus' or not self.epsilon or denominator is not output:
             return self.divide(gradient * output, denominator)
+        return by_example(self._scale, gradient, output)
+
+    def _scale(self, gradient, output):
         # |z'| / (|z'| + epsilon) is the same in fewer steps, which are limited by memory
         factor = output.abs()
         return factor.div_(factor + self.epsilon).mul_(gradient)

@@ -17,6 +17,7 @@ from zennit.types import Convolution, ConvolutionTranspose
 from . import windows
 from .core import SinglePass, check_choice, is_plain
 from .layer import Operation
+from .memory import by_example
 
 CARDINALITY = ('constant', 'per_position')
 
@@ -128,7 +129,7 @@ class RelativeMaxPool(Relative):
     def _transposed(module, input, relevance):
         '''Give each maximum of a window the relevance of the output.'''
         if getattr(module, 'kernel_size', None) is not None:
-            return _credit_windows(module, input, relevance)
+            return by_example(functools.partial(_credit_windows, module), input, relevance)
         if getattr(module, 'output_size', None) is not None:
             return _credit_adaptive(input, relevance)
         # functional maximum over whole dimensions

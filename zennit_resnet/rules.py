@@ -14,6 +14,7 @@ from .block import BlockEpsilon  # noqa: F401, pylint: disable=unused-import
 from .core import SinglePass, check_choice, is_plain
 from .graph import depends_on, is_first
 from .layer import Subsampling
+from .memory import by_example
 from .relative import Relative, RelativeMaxPool  # noqa: F401, pylint: disable=unused-import
 
 FIRST_LAYER = ('zplus', 'literal', 'ones', 'zbox', 'wsquare', 'flat')
@@ -139,13 +140,15 @@ class RatioSplit(Split):
     def shares(self, *addends):
         '''Share of the magnitudes.'''
         addends = [elem if elem.dtype == torch.float64 else elem.float() for elem in addends]
-        magnitudes = [elem.abs() for elem in addends]
-        total = magnitudes.pop()
-        for elem in magnitudes:
-            total = total.add_(elem) if total.shape == elem.shape else total + elem
-        # everything is in place where possible, as this is limited by memory
-        shares = [elem.div_(total) if total.shape == elem.shape else elem / total for elem in magnitudes]
-        return [elem.nan_to_num_(1 / len(addends)) for elem in shares]
+        return [by_example(self._share, elem, *addends) for elem in addends[:-1]]
+
+    @staticmethod
+    def _share(addend, *addends):
+        '''Share of one of the addends.'''
+        total = addends[0].abs()
+        for elem in addends[1:]:
+            total = total.add_(elem.abs()) if total.shape == elem.shape else total + elem.abs()
+        return (addend.abs() / total).nan_to_num_(1 / len(addends))
 
 
 class SymmetricSplit(Split):
@@ -153,6 +156,13 @@ class SymmetricSplit(Split):
     def shares(self, *addends):
         '''Equal shares.'''
         return [1 / len(addends)] * (len(addends) - 1)
+
+    @staticmethod
+    def _divide(relevance, shares):
+        if len(shares) > 1:
+            return Split._divide(relevance, shares)
+        # both halves are the same
+        return (relevance * shares[0],) * 2
 
 
 class ResidualOnly(Split):
@@ -309,9 +319,11 @@ class ZPlus(SinglePass):
             lower = inputs[0] * gradients[0] if weight is None else gradients[0].mul_(inputs[0])
             for elem, grad in zip(inputs[1:], gradients[1:]):
                 lower.addcmul_(elem, grad)
+            if lower.shape != input.shape:
+                lower = lower.unflatten(1, (-1, input.shape[1])).sum(1)
         if dead is not None:
             lower += self._spread(module, input, relevance * dead)
-        if first and isinstance(module, Convolution) and not isinstance(module, ConvolutionTranspose):
+        if first and _is_plain_convolution(module):
             # filters of few taps may have no weight of a sign at some positions, which can not be levelled
             lower = self._smooth_lower(module, lower)
         return (lower,)
@@ -340,6 +352,10 @@ class ZPlus(SinglePass):
         if self.coverage == 'even' and isinstance(module, Convolution):
             # each pair by itself, so that a sample does not depend on whether others in its batch have negative values
             pairs = [(elem, windows.even_weight(module, weight)) for elem, weight in pairs]
+        if len(pairs) > 1 and _is_plain_convolution(module) and module.groups == 1:
+            # a single convolution of more channels is faster than one after the other
+            inputs, weights = zip(*pairs)
+            pairs = [(torch.cat(inputs, 1), torch.cat(weights, 1))]
         return pairs
 
     def _pairs(self, module, input, variant, is_negative):
@@ -418,3 +434,7 @@ class ZPlus(SinglePass):
         '''Smooth the relevance of the input of overlapping windows with a stride.'''
         stride = windows.overlapping_stride(module, relevance.ndim - 2) if self.coverage == 'even' else None
         return relevance if stride is None else windows.smooth(relevance, stride)
+
+
+def _is_plain_convolution(module):
+    return isinstance(module, Convolution) and not isinstance(module, ConvolutionTranspose)

@@ -184,16 +184,22 @@ def smooth(relevance, stride):
     for dim, step in enumerate(stride, 2):
         if step == 1:
             continue
-        ramp = torch.arange(1, step + 1)
-        kernel = torch.cat([ramp, ramp[:-1].flip(0)]).to(relevance) / step ** 2
         length = relevance.shape[dim]
-        # the filter as a matrix, of which the rows of positions at the border sum to less
-        matrix = sum(
-            torch.diag(kernel.new_full((length - abs(shift),), float(kernel[step - 1 + shift])), shift)
-            for shift in range(1 - step, step) if abs(shift) < length
-        )
-        matrix = matrix / matrix.sum(1, keepdim=True)
-        relevance = torch.movedim(torch.movedim(relevance, dim, -1) @ matrix, -1, dim)
+        shifts = [shift for shift in range(1 - step, step) if abs(shift) < length]
+        # positions at the border have fewer neighbours
+        places = torch.arange(length, device=relevance.device)
+        total = sum(
+            (step - abs(shift)) * ((places + shift >= 0) & (places + shift < length)) for shift in shifts
+        ).to(relevance)
+        weight = total.reciprocal().view(-1, *(1,) * (relevance.ndim - dim - 1))
+        result = relevance * (weight * step)
+        for shift in shifts:
+            if shift:
+                start, size = max(-shift, 0), length - abs(shift)
+                result.narrow(dim, start + shift, size).addcmul_(
+                    relevance.narrow(dim, start, size), weight.narrow(0, start, size), value=step - abs(shift)
+                )
+        relevance = result
     return relevance
 
 
