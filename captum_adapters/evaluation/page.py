@@ -28,7 +28,7 @@ from captum_adapters.metrics.plots import GRID_POINTS, LINE_STYLES, plot_curves
 from zennit_resnet.image import draw_comparison, draw_overlay
 
 if TYPE_CHECKING:
-    from captum_adapters.evaluation.report import Report
+    from captum_adapters.evaluation.contents import Report
 
 # Methods with examples
 MONTAGE = 8

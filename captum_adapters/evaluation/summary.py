@@ -1,9 +1,9 @@
-"""Records of runs put together: groups, rows, means, and what to be wary of."""
+"""Records of runs put together: groups, rows and means."""
 
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
@@ -12,7 +12,6 @@ from captum_adapters.evaluation.controls import CONTROLS
 from captum_adapters.evaluation.measures import COLUMNS, Column
 from captum_adapters.evaluation.methods import base_of, group_of
 from captum_adapters.evaluation.records import Record, Run, SampleRecord
-from captum_adapters.evaluation.tables import format_number
 from captum_adapters.metrics.statistics import bootstrap_interval
 
 PROTOCOLS = {
@@ -25,8 +24,6 @@ PROTOCOLS = {
 COMPARABLE = ("model", "weights_hash", "transform", "classes", "options", "dtype")
 # Of comparable runs, records of a method are put together if they agree in these
 SAME = ("versions", "device", "cross")
-# Share of tied pixels above which it matters how they are treated
-TIED_SHARE = 0.05
 # Items that are named in a sentence
 NAMED = 5
 
@@ -151,6 +148,12 @@ def describe(value: Any, limit: int = 60) -> str:
     else:
         text = str(value)
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def list_some(items: Sequence[str]) -> str:
+    """The first items, and how many others there are."""
+    more = f" and {len(items) - NAMED} more" if len(items) > NAMED else ""
+    return ", ".join(items[:NAMED]) + more
 
 
 def _differences(first: Run, second: Run, keys: Sequence[str]) -> str:
@@ -370,7 +373,7 @@ def build_rows(
             both = f"{folders[id(first)]} and {folders[id(other)]} differ in {what}"
             apart.setdefault(both, []).append(method)
     messages += [
-        f"{both}: methods of both are shown for each, {_list(names)}."
+        f"{both}: methods of both are shown for each, {list_some(names)}."
         for both, names in apart.items()
     ]
     repeated = Counter(method for _, method, _ in found)
@@ -396,157 +399,3 @@ def build_rows(
         rows,
         key=lambda row: (row.group, row.control, position.get(base_of(row.method), 0)),
     )
-
-
-def find_gaps(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
-    """Sentences on what is missing."""
-    for index, group in enumerate(groups):
-        for run, name in zip(group.runs, folder_names(group.runs)):
-            yield from (f"{name}: {message}" for message in run.messages)
-            total = settings_of(run).get("samples")
-            if isinstance(total, int) and len(run.samples) < total:
-                yield (
-                    f"{name} is not complete: {len(run.samples)} of {total} samples are"
-                    " evaluated."
-                )
-            if not run.records:
-                yield f"{name} has no records."
-        left_out = sum(sample.problem is not None for sample in group.samples.values())
-        if left_out:
-            yield (
-                f"{left_out} of {len(group.samples)} samples of {group.name} are left out,"
-                " for the reasons under Problems."
-            )
-        members = [row for row in rows if row.group == index]
-        if len({tuple(row.records) for row in members}) > 1:
-            most = max(len(row.records) for row in members)
-            fewer = [
-                f"{row.name} {len(row.records)}"
-                for row in members
-                if len(row.records) < most
-            ]
-            listed = f" ({_list(fewer)} of {most})" if fewer else ""
-            yield (
-                f"Methods of {group.name} are not evaluated on the same examples{listed}."
-                " Means are over those of each method, comparisons over those that all have"
-                " in common."
-            )
-        own = [row.name for row in members if base_of(row.method) == "abn"]
-        if own and len(members) > len(own):
-            yield f"{', '.join(own)}: explained and measured with its own network."
-
-
-# -- warnings --------------------------------------------------------------------------
-
-
-def _ranking(rows: Sequence[Row], name: str) -> list[Row]:
-    """Rows from best to worst."""
-    return sorted(rows, key=lambda row: (-sign_of(name) * row.mean(name), row.name))
-
-
-def _list(items: Sequence[str]) -> str:
-    """The first items, and how many others there are."""
-    more = f" and {len(items) - NAMED} more" if len(items) > NAMED else ""
-    return ", ".join(items[:NAMED]) + more
-
-
-def _warn_controls(rows: Sequence[Row], name: str) -> Iterator[str]:
-    """Where maps that do not explain anything are better than methods."""
-    sign = sign_of(name)
-    methods = [
-        row
-        for row in _ranking(rows, name)
-        if not row.control and name in row.statistics
-    ]
-    parts = []
-    for control in rows:
-        mean = control.mean(name)
-        beaten = [row for row in methods if sign * mean > sign * row.mean(name)]
-        if control.control and beaten:
-            parts.append(
-                f"{control.name} ({format_number(mean)}) is better than {len(beaten)} of"
-                f" {len(methods)} methods, up to {beaten[0].name}"
-                f" ({format_number(beaten[0].mean(name))})"
-            )
-    if parts:
-        yield f"Controls in {column_of(name).title}, {protocol_of(name)}: {'; '.join(parts)}."
-
-
-def _warn_ties(rows: Sequence[Row], published: str, ours: str) -> Iterator[str]:
-    """What pixels of the same value gain by entering at once."""
-    for row in rows:
-        share, gap = row.mean("tied_share"), row.mean(published) - row.mean(ours)
-        if share > TIED_SHARE and not math.isnan(gap):
-            yield (
-                f"{row.name}: {100 * share:.1f} % of pixels are tied with others, and"
-                f" {column_of(published).title} is {format_number(row.mean(published))} by"
-                f" the {protocol_of(published)}, {format_number(row.mean(ours))} by our"
-                f" protocol, a difference of {format_number(gap)}."
-            )
-
-
-def _warn_ranks(rows: Sequence[Row], published: str, ours: str) -> Iterator[str]:
-    """Where methods change their order by the protocol."""
-    methods = [
-        row
-        for row in rows
-        if not row.control and published in row.statistics and ours in row.statistics
-    ]
-    before = [row.name for row in _ranking(methods, ours)]
-    after = [row.name for row in _ranking(methods, published)]
-    moves = [(before.index(name) + 1, after.index(name) + 1, name) for name in after]
-    moves = [move for move in moves if move[0] != move[1]]
-    if moves:
-        moves.sort(key=lambda move: -abs(move[0] - move[1]))
-        listed = _list([f"{name} from {old} to {new}" for old, new, name in moves])
-        yield (
-            f"{len(moves)} of {len(methods)} methods change their rank in"
-            f" {column_of(published).title} from our protocol to the"
-            f" {protocol_of(published)}: {listed}."
-        )
-
-
-def _warn_suffixes(rows: Sequence[Row], published: str, ours: str) -> Iterator[str]:
-    """Where post-processing gains by a published protocol only."""
-    for row in rows:
-        for other in rows:
-            if not row.method.startswith(f"{other.method}+"):
-                continue
-            means = [
-                item.mean(name) for name in (published, ours) for item in (row, other)
-            ]
-            if means[0] > means[1] and means[2] <= means[3]:
-                new, old, own, former = map(format_number, means)
-                yield (
-                    f"{row.name} is better than {other.name} in"
-                    f" {column_of(published).title} by the {protocol_of(published)} ({new}"
-                    f" and {old}), but not by our protocol ({own} and {former})."
-                )
-
-
-def find_warnings(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
-    """What a reader may take for better than it is."""
-    names = [name for name in COLUMNS if any(name in row.statistics for row in rows)]
-    # published protocols first
-    names.sort(key=lambda name: counterpart_of(name) is None)
-    for index in range(len(groups)):
-        members = [row for row in rows if row.group == index]
-        for name in names:
-            ours = counterpart_of(name)
-            # insertion and deletion are summed up in their difference
-            if sign_of(name) and not name.startswith(
-                ("insertion", "deletion", "id_norm")
-            ):
-                yield from _warn_controls(members, name)
-            if name.startswith("id") and ours in names:
-                if column_of(name).protocol == "keio":
-                    yield from _warn_ties(members, name, ours)
-                yield from _warn_ranks(members, name, ours)
-                yield from _warn_suffixes(members, name, ours)
-        for row in members:
-            if row.mean("negative") > 0:
-                share = 100 * row.mean("negative")
-                yield (
-                    f"{row.name}: {share:.1f} % of its maps have no positive value, of which"
-                    " the top pixels are the least negative ones."
-                )
