@@ -55,10 +55,10 @@ def main():
                 str(PHOTOS), folder, tuple(args.methods.split(',')), tuple(args.metrics.split(',')), limit=args.limit,
                 batch_size=args.batch, step=args.step, amp=args.amp, controls=False,
             ), Process(), True)
-            loop.prepare()
+            computation = loop.prepare()
             # without it in the time, as it happens once
-            loop.prepare = lambda: None
-            log = loop.forward = Log(loop.forward)
+            loop.prepare = lambda computation=computation: computation
+            log = computation.forward = Log(computation.forward)
             begin = clock()
             loop.run()
             evaluated = clock() - begin
@@ -72,7 +72,7 @@ def main():
             for batch in batches:
                 with torch.no_grad():
                     output = loop.classifier.model(batch)
-                for explainer in loop.explainers.values():
+                for explainer in computation.explainers.values():
                     explainer.attribute(batch, output.argmax(1), [''] * len(batch))
             with torch.no_grad():
                 for size in log.sizes:

@@ -25,9 +25,9 @@ from captum_adapters.evaluation import (
     Method,
     Process,
     RunError,
+    blocks,
     evaluate,
     read_run,
-    runner,
 )
 from captum_adapters.evaluation.measures import NAMES
 from captum_adapters.evaluation.methods import Context, group_of, names
@@ -161,7 +161,7 @@ def test_processes(assets, whole, tmp_path, world):
 
 def test_resume(assets, whole, tmp_path, monkeypatch):
     '''After an error, the same call computes what is missing, also with another number of processes.'''
-    original, calls = runner.measure, []
+    original, calls = blocks.measure, []
 
     def interrupted(*args):
         calls.append(args)
@@ -169,15 +169,15 @@ def test_resume(assets, whole, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return original(*args)
 
-    monkeypatch.setattr(runner, 'measure', interrupted)
+    monkeypatch.setattr(blocks, 'measure', interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(assets, tmp_path / 'run')
     part = read_run(tmp_path / 'run')
     # each method of a block of four samples, but the one that was interrupted
     assert len(part.records) == 11 * 4
-    monkeypatch.setattr(runner, 'measure', original)
+    monkeypatch.setattr(blocks, 'measure', original)
     for rank in range(2):
-        monkeypatch.setattr(runner, 'measure', lambda *args: calls.append(args) or original(*args))
+        monkeypatch.setattr(blocks, 'measure', lambda *args: calls.append(args) or original(*args))
         progress = evaluate(setting(assets, tmp_path / 'run'), process=Process(rank, 2), quiet=True)
     assert len(calls) == 12 + 3 * 7 - 11
     assert progress.done == progress.total == 12 * 7

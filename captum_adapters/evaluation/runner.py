@@ -13,18 +13,15 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from captum_adapters.evaluation.blocks import Computation
 from captum_adapters.evaluation.controls import CONTROLS
 from captum_adapters.evaluation.datasets import (
     Images,
@@ -33,10 +30,8 @@ from captum_adapters.evaluation.datasets import (
     collate,
     read_samples,
 )
-from captum_adapters.evaluation.measures import Batch, MetricSettings, measure
-from captum_adapters.evaluation.methods import Context, Method
+from captum_adapters.evaluation.methods import Method
 from captum_adapters.evaluation.records import (
-    Record,
     RunError,
     SampleRecord,
     Writer,
@@ -44,17 +39,9 @@ from captum_adapters.evaluation.records import (
     read_done,
     read_times,
 )
-from captum_adapters.evaluation.settings import (
-    Evaluation,
-    adapt,
-    check,
-    describe,
-    load_other,
-)
+from captum_adapters.evaluation.settings import Evaluation, check, describe
 from zennit_resnet.models import load_classifier
 
-# side of the pictures and heatmaps that are kept for the report
-PICTURE = 112
 # records are committed after a method at the latest, if as many seconds have passed
 COMMIT_SECONDS = 5.0
 
@@ -138,10 +125,7 @@ def evaluate(
     """
     process = Process.current() if process is None else process
     loop = Loop(evaluation, process, quiet)
-    if dry_run:
-        return loop.estimate()
-    loop.run()
-    return loop.progress()
+    return loop.estimate() if dry_run else loop.run()
 
 
 class Loop:
@@ -176,8 +160,6 @@ class Loop:
         for message in self.data.messages:
             self.say(message)
         self.folder = Path(evaluation.out)
-        # methods that can be used with the network
-        self.worked: set[str] = set()
         self.settings = describe(
             self.evaluation, self.classifier, self.data, self.device.type
         )
@@ -190,14 +172,10 @@ class Loop:
 
     # -- what is left
 
-    def progress(self) -> Progress:
-        """What remains of the whole run."""
-        skipped, done, _ = read_done(self.folder, self.fingerprint)
-        return self._count(skipped, done, 0.0)
-
     def _count(
-        self, skipped: set[str], done: set[tuple[str, str]], seconds: float
+        self, skipped: set[str], done: set[tuple[str, str]], seconds: float = 0.0
     ) -> Progress:
+        """What remains of the whole run."""
         names = [sample.name for sample in self.data.samples]
         total = len(names) * len(self.methods)
         kept = sum(
@@ -236,7 +214,7 @@ class Loop:
 
     def _time(self, names: Sequence[str]) -> dict[str, tuple[float, float]]:
         """Time methods on one image."""
-        self.prepare()
+        computation = self.prepare()
         loaded = Images(self.data.samples, self.classifier.transform)
         for number in range(len(loaded)):
             item = loaded[number]
@@ -244,24 +222,23 @@ class Loop:
                 break
         else:
             return {name: (0.0, 0.0) for name in names}
-        block = self._block([number], [item])
+        block = computation.block([self.data.samples[number]], [item])
         times = {}
         for method in self.methods:
             if method.text in names:
-                record = self._explain(method, block, [0], False)[0]
+                record = computation.explain(method, block, [0], False)[0]
                 times[method.text] = (record.seconds, record.metric_seconds)
         return times
 
     # -- the loop
 
-    def run(self) -> None:
+    def run(self) -> Progress:
         """Compute all records of this process that are not there yet."""
         evaluation, process = self.evaluation, self.process
         open_run(self.folder, self.settings)
         skipped, done, messages = read_done(self.folder, self.fingerprint)
         for message in messages:
             self.say(message)
-        self.worked.update(method for _, method in done)
         size = evaluation.batch_size
         every = range(0, len(self.data.samples), size)
         blocks = []
@@ -282,8 +259,9 @@ class Loop:
             for method in self.methods
         )
         if not blocks:
-            return
-        self.prepare()
+            return self._count(skipped, done)
+        computation = self.prepare()
+        computation.worked.update(method for _, method in done)
         writer = Writer(self.folder, process.rank, self.fingerprint)
         for message in writer.messages:
             self.say(message)
@@ -292,13 +270,18 @@ class Loop:
                 for numbers, batch in zip(blocks, self._load(blocks)):
                     process.check()
                     items = [Loaded(*fields) for fields in zip(*batch)]
-                    self._evaluate_block(numbers, items, writer, done, bar)
+                    self._evaluate_block(
+                        computation, numbers, items, writer, done, bar
+                    )
                     writer.commit()
         finally:
             # everything that was added is complete
             with contextlib.suppress(RunError):
                 writer.commit()
             writer.close()
+        # other processes may have written as well
+        skipped, done, _ = read_done(self.folder, self.fingerprint)
+        return self._count(skipped, done)
 
     def _bar(self, count: int, known: int) -> "tqdm[Any]":
         """Progress bar, or plain lines if there is no terminal."""
@@ -318,74 +301,11 @@ class Loop:
             smoothing=0.05,
         )
 
-    def prepare(self) -> None:
+    def prepare(self) -> Computation:
         """Bring everything that costs time or memory to the device."""
-        evaluation = self.evaluation
-        model = self.classifier.model.to(self.device)
-        if evaluation.channels_last:
-            model.to(memory_format=torch.channels_last)
-        self.forward = self._forward(model)
-        context = Context(
-            self.classifier,
-            evaluation.initial,
-            evaluation.forward_batch,
-            self.device,
-            self.forward,
-            self._autocast,
+        return Computation(
+            self.evaluation, self.classifier, self.methods, self.device
         )
-        self.explainers = {
-            method.text: method.create(context) for method in self.methods
-        }
-        self.forwards = {
-            name: self._forward(explainer.network)
-            for name, explainer in self.explainers.items()
-            if explainer.network is not None
-        }
-        black = self.classifier.bounds()[0].to(self.device)
-        others = {}
-        for text in evaluation.cross:
-            name, other = load_other(text)
-            other.model.to(self.device)
-            others[name] = (self._forward(other.model), adapt(self.classifier, other))
-        self.metric_settings = MetricSettings(
-            evaluation.step,
-            evaluation.percents,
-            evaluation.rank_by,
-            black if evaluation.fill == "black" else torch.zeros_like(black),
-            evaluation.forward_batch,
-            others,
-        )
-
-    def _forward(self, model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
-        """The network for metrics."""
-        if self.evaluation.channels_last:
-            model.to(memory_format=torch.channels_last)
-        size = self.evaluation.forward_batch
-
-        def forward(images: Tensor) -> Tensor:
-            with self._autocast():
-                return model(images)
-
-        if not self.evaluation.compile:
-            return forward
-        # weights do not change, so batch normalization and casts are computed once
-        freezing: Any = {"freezing": self.device.type == "cpu"}
-        network = torch.compile(forward, dynamic=False, options=freezing)
-
-        def padded(images: Tensor) -> Tensor:
-            # compiled once for all sizes
-            if len(images) >= size:
-                return network(images)
-            padding = images.new_zeros(size - len(images), *images.shape[1:])
-            return network(torch.cat([images, padding]))[: len(images)]
-
-        return padded
-
-    def _autocast(self) -> torch.autocast:
-        """Half precision, if that is chosen."""
-        amp = self.evaluation.amp
-        dtype = None if amp is None else getattr(torch, amp)
-        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
     def _load(self, blocks: list[list[int]]) -> Iterator[LoadedBatch]:
         """Read the images of blocks, in other processes if there are workers."""
@@ -399,52 +319,9 @@ class Loop:
             )
         )
 
-    def _block(self, numbers: Sequence[int], items: Sequence[Loaded]) -> "_Block":
-        """Images that can be used, with what the network says about them."""
-        samples = [self.data.samples[number] for number in numbers]
-        problems = {
-            sample.name: sample.problem or item.problem
-            for sample, item in zip(samples, items)
-            if item.image is None or sample.problem is not None
-        }
-        valid = [
-            row for row, sample in enumerate(samples) if sample.name not in problems
-        ]
-        if not valid:
-            return _Block([], [], problems)
-        tensors = [items[row].image for row in valid]
-        images = torch.stack([image for image in tensors if image is not None])
-        images = images.to(self.device)
-        if self.evaluation.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        with torch.no_grad():
-            output = self.classifier.model(images)
-        prediction = output.argmax(1)
-        labels = [samples[row].label for row in valid]
-        given = torch.tensor([-1 if label is None else label for label in labels])
-        given = given.to(self.device)
-        given = given.where(given >= 0, prediction)
-        explained = given if self.evaluation.explain == "label" else prediction
-        scored = given if self.evaluation.score == "label" else explained
-        published = given if self.evaluation.published == "label" else explained
-        height, width = images.shape[2:]
-        masks = [items[row].mask for row in valid]
-        empty = torch.zeros(height, width, dtype=torch.bool)
-        stacked = torch.stack([empty if mask is None else mask for mask in masks])
-        return _Block(
-            valid,
-            [samples[row].name for row in valid],
-            problems,
-            images,
-            output,
-            explained,
-            scored,
-            published,
-            stacked.to(self.device),
-        )
-
     def _evaluate_block(
         self,
+        computation: Computation,
         numbers: Sequence[int],
         items: Sequence[Loaded],
         writer: Writer,
@@ -452,8 +329,8 @@ class Loop:
         bar: "tqdm[Any]",
     ) -> None:
         """Compute what is missing of a block."""
-        block = self._block(numbers, items)
         samples = [self.data.samples[number] for number in numbers]
+        block = computation.block(samples, items)
         for row, (number, sample, item) in enumerate(zip(numbers, samples, items)):
             if sample.name in block.problems:
                 writer.add_sample(
@@ -480,7 +357,7 @@ class Loop:
                     int(block.output[place].argmax()),
                     float(block.output[place].double().softmax(0)[explained]),
                     notes=tuple(notes),
-                    picture=self._picture(block.images[place])
+                    picture=computation.picture(block.images[place])
                     if number < self.evaluation.pictures
                     else None,
                 )
@@ -496,123 +373,12 @@ class Loop:
                 continue
             self.process.check()
             heatmaps = numbers[0] < self.evaluation.pictures
-            for record in self._explain(method, block, rows, heatmaps):
+            for record in computation.explain(method, block, rows, heatmaps):
                 writer.add(record)
             if time.monotonic() - committed > COMMIT_SECONDS:
                 writer.commit()
                 committed = time.monotonic()
             bar.update(len(rows))
-
-    def _explain(
-        self, method: Method, block: "_Block", rows: list[int], heatmaps: bool
-    ) -> list[Record]:
-        """Explain some images of a block by a method, and measure that."""
-        select = slice(None) if len(rows) == len(block.names) else rows
-        images = block.images[select]
-        names = [block.names[row] for row in rows]
-        explainer = self.explainers[method.text]
-        self._synchronize()
-        begin = time.perf_counter()
-        try:
-            maps, total, initial = explainer(
-                images, block.explained[select], block.output[select], names
-            )
-        except torch.cuda.OutOfMemoryError as error:
-            raise RunError(
-                f"{method.text} is out of memory: use a --batch-size below {len(rows)},"
-                " or a smaller --forward-batch"
-            ) from error
-        except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            if method.text not in self.worked:
-                raise RunError(
-                    f"{method.text} fails on {names[0]} ({reason}): leave it out of"
-                    " --methods, or change its options"
-                ) from error
-            if len(rows) == 1:
-                return [Record(names[0], method.text, reason, {}, {})]
-            # one image may be the reason
-            return [
-                self._explain(method, block, [row], heatmaps)[0] for row in rows
-            ]
-        self.worked.add(method.text)
-        self._synchronize()
-        middle = time.perf_counter()
-        finite = maps.flatten(1).isfinite().all(1)
-        kept = finite.nonzero()[:, 0]
-        results: list[tuple[dict[str, float], dict[str, np.ndarray]]] = []
-        if len(kept):
-            every = len(kept) == len(maps)
-            part = slice(None) if every else kept
-            batch = Batch(
-                images[part],
-                block.scored[select][part],
-                block.published[select][part],
-                block.masks[select][part],
-            )
-            with torch.no_grad():
-                results = measure(
-                    self.evaluation.metrics,
-                    self.forwards.get(method.text, self.forward),
-                    batch,
-                    maps[part],
-                    self.metric_settings,
-                    None if total is None else total[part],
-                    None if initial is None else initial[part],
-                )
-        self._synchronize()
-        seconds = (middle - begin) / len(rows)
-        metric_seconds = (time.perf_counter() - middle) / len(rows)
-        records, found = [], iter(results)
-        for row, name in enumerate(names):
-            problem: Optional[str] = "the map has NaN or infinity"
-            heatmap: Optional[np.ndarray] = None
-            values: dict[str, float] = {}
-            curves: dict[str, np.ndarray] = {}
-            if bool(finite[row]):
-                problem, (values, curves) = None, next(found)
-                heatmap = _thumbnail(maps[row]) if heatmaps else None
-            records.append(
-                Record(
-                    name,
-                    method.text,
-                    problem,
-                    values,
-                    curves,
-                    heatmap,
-                    seconds,
-                    metric_seconds,
-                )
-            )
-        return records
-
-    def _synchronize(self) -> None:
-        """Wait for the device, such that times are what they say."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def _picture(self, image: Tensor) -> bytes:
-        """What the network sees, as a small JPEG."""
-        picture = Image.fromarray(self.classifier.photo(image))
-        picture.thumbnail((PICTURE, PICTURE))
-        buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=80)
-        return buffer.getvalue()
-
-
-@dataclass
-class _Block:
-    """Images of a block that can be used."""
-
-    valid: list[int]
-    names: list[str]
-    problems: dict[str, Optional[str]]
-    images: Tensor = field(default_factory=lambda: torch.empty(0))
-    output: Tensor = field(default_factory=lambda: torch.empty(0))
-    explained: Tensor = field(default_factory=lambda: torch.empty(0))
-    scored: Tensor = field(default_factory=lambda: torch.empty(0))
-    published: Tensor = field(default_factory=lambda: torch.empty(0))
-    masks: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 class _Lines(io.TextIOBase):
@@ -643,14 +409,3 @@ def _device(name: Optional[str], process: Process) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {name!r} cannot be used: try --device cpu") from error
     return device
-
-
-def _thumbnail(heatmap: Tensor) -> np.ndarray:
-    """A small map in 8 bit, of which zero stays zero."""
-    values = heatmap[None, None].detach().float()
-    size = (min(PICTURE, heatmap.shape[0]), min(PICTURE, heatmap.shape[1]))
-    # magnitudes at the limit of the range would overflow when they are averaged
-    values = values / values.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
-    values = F.adaptive_avg_pool2d(values, size)[0, 0]
-    values = values / values.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
-    return (values * 127).round().to(torch.int8).cpu().numpy()
