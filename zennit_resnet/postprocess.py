@@ -9,14 +9,22 @@ import warnings
 from operator import index
 from typing import NamedTuple
 
-import cv2
-import numpy as np
 import torch
-from torch.nn import functional
 
-CONTOURS = ('largest_area', 'largest_filled', 'first')
+from .regions import (
+    binarize,
+    check_choice,
+    check_heatmap,
+    component_of_maximum,
+    expand_heatmap,
+    largest_component,
+    largest_contour,
+    reduce_heatmap,
+    to_double,
+    to_type_of,
+)
+
 COMPONENTS = ('area', 'max_value')
-EXPANSIONS = {'bilinear': {'mode': 'bilinear', 'align_corners': False}, 'nearest': {'mode': 'nearest'}}
 OUTSIDE = ('zero', 'minimum')
 
 
@@ -78,45 +86,6 @@ class AttentionErrors(NamedTuple):
     insufficient: torch.Tensor
     over: torch.Tensor
     wrong: torch.Tensor
-
-
-def _check_heatmap(heatmap):
-    '''Get heatmaps of a floating point type, or raise a ValueError if they are not finite (batch, height, width).'''
-    if heatmap.ndim != 3:
-        raise ValueError(
-            f'Heatmaps must be of shape (batch, height, width), but the shape is {tuple(heatmap.shape)}!'
-            + (' Use sum_channels first.' if heatmap.ndim == 4 else '')
-        )
-    if heatmap.is_complex():
-        raise ValueError(f'Heatmaps must be real, but their type is {heatmap.dtype}!')
-    if not heatmap.is_floating_point():
-        heatmap = heatmap.to(torch.get_default_dtype())
-    finite = heatmap.isfinite().flatten(1).all(1)
-    if not finite.all():
-        raise ValueError(f'Heatmap {int(finite.int().argmin())} of {len(heatmap)} contains NaN or infinite values!')
-    return heatmap
-
-
-def _check_choice(name, value, choices):
-    '''Raise a ValueError if an argument is not one of the choices.'''
-    if value not in choices:
-        raise ValueError(f'{name}={value!r} is unknown: choose one of {", ".join(map(repr, choices))}!')
-
-
-def _to_double(heatmap):
-    '''Check heatmaps, and convert them to double precision on the CPU.'''
-    heatmap = _check_heatmap(heatmap)
-    if 0 in heatmap.shape[1:]:
-        raise ValueError(f'Heatmaps of shape {tuple(heatmap.shape)} have no pixels!')
-    # not every device has double precision
-    return heatmap.detach().cpu().double()
-
-
-def _to_type_of(result, heatmap):
-    '''Convert a result to the device and type of the heatmaps it belongs to.'''
-    dtype = heatmap.dtype if heatmap.is_floating_point() else torch.get_default_dtype()
-    # the type first, since not every device has double precision
-    return result.to(dtype).to(heatmap.device)
 
 
 def sum_channels(relevance):
@@ -184,7 +153,7 @@ def heat_quantization(heatmap, levels=8):
     levels = index(levels)
     if levels < 2:
         raise ValueError(f'Heat quantization needs at least 2 levels, but got levels={levels}!')
-    heatmap = _check_heatmap(heatmap)
+    heatmap = check_heatmap(heatmap)
     if heatmap.numel() == 0:
         return heatmap.clone()
 
@@ -201,255 +170,6 @@ def heat_quantization(heatmap, levels=8):
     return edges.gather(1, level).to(heatmap.dtype).view(heatmap.shape)
 
 
-def reduce_heatmap(heatmap, size=28):
-    '''Reduce heatmaps by area averaging (Doublet et al. 2024, Section 3.2, which does not say how it reduces).
-
-    Each cell becomes the mean of the area that it covers, with pixels on its border counted in part. So the map's mean
-    stays what it was. A map that is smaller than ``size`` is enlarged by the same definition.
-
-    Parameters
-    ----------
-    heatmap: :py:obj:`torch.Tensor`
-        Heatmaps of shape (batch, height, width).
-    size: int or tuple[int, int], optional
-        Height and width to reduce to, or one number for both. Default is 28 as in the paper.
-
-    Returns
-    -------
-    :py:obj:`torch.Tensor`
-        Reduced heatmaps of shape ``(batch, *size)``.
-
-    Raises
-    ------
-    ValueError
-        If ``heatmap`` does not have three axes, is complex, is not finite, or has no pixels, or if ``size`` is not
-        positive.
-    TypeError
-        If ``size`` is not of integers.
-    '''
-    height, width = (index(side) for side in (size if isinstance(size, (tuple, list)) else (size, size)))
-    if min(height, width) < 1:
-        raise ValueError(f'Heatmaps cannot be reduced to size={size}: it must be positive!')
-    values = _to_double(heatmap)
-    rows, columns = _area_weights(values.shape[1], height), _area_weights(values.shape[2], width)
-    return _to_type_of(rows @ values @ columns.T, heatmap)
-
-
-def _area_weights(length, size):
-    '''Share of each of ``length`` pixels in each of ``size`` cells of the same total length, (size, length).'''
-    # in units of which a pixel has ``size`` and a cell has ``length``, so that the overlaps are exact
-    cells, pixels = torch.arange(size)[:, None] * length, torch.arange(length) * size
-    overlap = torch.minimum(cells + length, pixels + size) - torch.maximum(cells, pixels)
-    return overlap.clamp(min=0).double() / length
-
-
-def expand_heatmap(heatmap, size, expand='bilinear'):
-    '''Expand reduced heatmaps to the size of the image (Doublet et al. 2024, Section 3.2, which leaves open how).
-
-    Parameters
-    ----------
-    heatmap: :py:obj:`torch.Tensor`
-        Heatmaps of shape (batch, height, width).
-    size: tuple[int, int]
-        Height and width to expand to.
-    expand: str, optional
-        Either ``'bilinear'`` (default), with pixels at the centers of their area and without extrapolation at the
-        border, or ``'nearest'``, which rounds positions down, as OpenCV does.
-
-    Returns
-    -------
-    :py:obj:`torch.Tensor`
-        Heatmaps of shape ``(batch, *size)``.
-
-    Raises
-    ------
-    ValueError
-        If ``heatmap`` does not have three axes, is complex, is not finite, or has no pixels, or if ``expand`` is
-        unknown.
-    '''
-    _check_choice('expand', expand, EXPANSIONS)
-    values = _to_double(heatmap)[:, None]
-    return _to_type_of(functional.interpolate(values, tuple(size), **EXPANSIONS[expand])[:, 0], heatmap)
-
-
-def binarize(heatmap, threshold='mean'):
-    '''Find the pixels of which the value is strictly above a threshold.
-
-    Doublet et al. 2024 do not say how they binarize. The mean is what code of the same group compares with.
-
-    Parameters
-    ----------
-    heatmap: :py:obj:`torch.Tensor`
-        Heatmaps of shape (batch, height, width).
-    threshold: str, float or callable, optional
-        Either ``'mean'`` (default) for the mean of each map, a number, or a function from heatmaps of shape (batch,
-        height, width) and type float64 to the threshold of each, of shape (batch,). A constant map has nothing above
-        its mean.
-
-    Returns
-    -------
-    :py:obj:`torch.Tensor`
-        Boolean masks of shape (batch, height, width).
-
-    Raises
-    ------
-    ValueError
-        If ``heatmap`` does not have three axes, is complex, is not finite, or has no pixels, or if ``threshold`` is
-        unknown, not finite, or not of shape (batch,).
-    '''
-    values = _to_double(heatmap)
-    flat = values.flatten(1)
-    if isinstance(threshold, str):
-        _check_choice('threshold', threshold, ('mean',))
-        # rounding must neither put the mean of a constant map below its values, nor tear equal values apart
-        constant = flat.amax(1) - flat.amin(1) <= 1e-12 * flat.abs().amax(1)
-        limit = torch.where(constant, math.inf, flat.mean(1))
-    else:
-        limit = torch.as_tensor(threshold(values) if callable(threshold) else threshold, dtype=torch.float64).cpu()
-        if not limit.isfinite().all():
-            raise ValueError(f'threshold={threshold} is not finite: choose a number or \'mean\'!')
-        if limit.shape != () and limit.shape != values.shape[:1]:
-            raise ValueError(f'The threshold must be of shape {tuple(values.shape[:1])}, but is {tuple(limit.shape)}!')
-    return (flat > limit.expand(len(flat))[:, None]).view(values.shape).to(heatmap.device)
-
-
-def _map_masks(function, mask):
-    '''Apply a function from uint8 to uint8 or bool arrays of shape (height, width) to each mask of a batch.'''
-    if mask.ndim != 3:
-        raise ValueError(f'Masks must be of shape (batch, height, width), but the shape is {tuple(mask.shape)}!')
-    if 0 in mask.shape:
-        return mask.bool()
-    masks = (mask != 0).to('cpu', torch.uint8).contiguous().numpy()
-    return torch.from_numpy(np.stack([function(array) for array in masks])).bool().to(mask.device)
-
-
-def largest_component(mask, connectivity=8):
-    '''Find the connected component with the most pixels (Doublet et al. 2024, Section 3.2).
-
-    Parameters
-    ----------
-    mask: :py:obj:`torch.Tensor`
-        Masks of shape (batch, height, width), where all but zero belongs to a component.
-    connectivity: int, optional
-        With 8 (default), pixels that touch at a corner are connected, with 4 they are not. The paper leaves it open.
-
-    Returns
-    -------
-    :py:obj:`torch.Tensor`
-        Boolean masks of shape (batch, height, width). Of several components of the same size, it is the one that comes
-        first in row-major order. All false if there is none.
-
-    Raises
-    ------
-    ValueError
-        If ``mask`` does not have three axes, or ``connectivity`` is neither 4 nor 8.
-    '''
-    _check_choice('connectivity', connectivity, (4, 8))
-
-    def choose(array):
-        '''The component of a single mask.'''
-        count, labels = cv2.connectedComponents(array, connectivity=connectivity)
-        if count == 1:
-            return array
-        sizes = np.bincount(labels.ravel())[1:]
-        largest = 1 + np.flatnonzero(sizes == sizes.max())
-        # labels are not in the order of pixels
-        first = np.isin(labels, largest).argmax()
-        return labels == labels.flat[first]
-
-    return _map_masks(choose, mask)
-
-
-def component_of_maximum(heatmap, mask, connectivity=8):
-    '''Find the connected component that holds the largest value of a heatmap, as code by authors of the paper does.
-
-    Parameters
-    ----------
-    heatmap: :py:obj:`torch.Tensor`
-        Heatmaps of shape (batch, height, width). Of several largest values, the first in row-major order counts.
-    mask: :py:obj:`torch.Tensor`
-        Masks of shape (batch, height, width), where all but zero belongs to a component.
-    connectivity: int, optional
-        With 8 (default), pixels that touch at a corner are connected, with 4 they are not.
-
-    Returns
-    -------
-    :py:obj:`torch.Tensor`
-        Boolean masks of shape (batch, height, width). Where the largest value is outside the mask, this is all that
-        is outside, as in that code.
-
-    Raises
-    ------
-    ValueError
-        If the shapes differ, if ``heatmap`` is not valid, or if ``connectivity`` is neither 4 nor 8.
-    '''
-    _check_choice('connectivity', connectivity, (4, 8))
-    values = _to_double(heatmap)
-    if mask.shape != values.shape:
-        raise ValueError(f'Heatmaps are of shape {tuple(values.shape)}, but masks of shape {tuple(mask.shape)}!')
-    maxima = iter(values.flatten(1).argmax(1).tolist())
-
-    def choose(array):
-        '''The component of a single mask.'''
-        _, labels = cv2.connectedComponents(array, connectivity=connectivity)
-        return labels == labels.flat[next(maxima)]
-
-    return _map_masks(choose, mask)
-
-
-def largest_contour(mask, choice='largest_area'):
-    '''Find the interior of the largest external contour (Doublet et al. 2024, Section 3.2).
-
-    The paper neither says what makes a contour the largest, nor whether it is filled. Only a filled contour makes sense
-    to keep relevance in, so that holes of the region belong to it. Contours connect pixels that touch at a corner, and
-    those inside of holes are not external.
-
-    Parameters
-    ----------
-    mask: :py:obj:`torch.Tensor`
-        Masks of shape (batch, height, width), where all but zero is inside of a contour.
-    choice: str, optional
-        With ``'largest_area'`` (default), it is the polygon through the centers of the border's pixels of which the
-        area (OpenCV's ``contourArea``) is the largest. It is zero for lines, however long they are. With
-        ``'largest_filled'``, it is the contour that has the most pixels when it is filled. With ``'first'``, it is
-        the one that OpenCV's ``findContours`` returns first, as the authors' slides can be read. Its position is
-        arbitrary, and OpenCV does not document it.
-
-    Returns
-    -------
-    :py:obj:`torch.Tensor`
-        Boolean masks of shape (batch, height, width). Of several largest contours, it is the one that comes first in
-        row-major order. All false if there is none.
-
-    Raises
-    ------
-    ValueError
-        If ``mask`` does not have three axes, or ``choice`` is unknown.
-    '''
-    _check_choice('contour', choice, CONTOURS)
-
-    def fill(array, contour):
-        '''The interior of a contour, with the contour itself.'''
-        return cv2.drawContours(np.zeros_like(array), [contour], -1, 1, cv2.FILLED)
-
-    def choose(array):
-        '''The contour of a single mask.'''
-        contours, _ = cv2.findContours(array, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-        if not contours:
-            return array
-        if choice == 'first':
-            return fill(array, contours[0])
-        # by (row, column) of the first pixel
-        contours = sorted(contours, key=lambda contour: min((row, col) for col, row in contour[:, 0].tolist()))
-        areas = {
-            'largest_area': lambda: [cv2.contourArea(contour) for contour in contours],
-            'largest_filled': lambda: [fill(array, contour).sum() for contour in contours],
-        }[choice]()
-        return fill(array, contours[int(np.argmax(areas))])
-
-    return _map_masks(choose, mask)
-
-
 def c1c(
     heatmap, size=28, threshold='mean', select='area', connectivity=8, expand='bilinear', outside='zero',
     return_masks=False
@@ -461,18 +181,19 @@ def c1c(
     heatmap: :py:obj:`torch.Tensor`
         Heatmaps of shape (batch, height, width). Each is processed on its own. They are not modified.
     size: int or tuple[int, int], optional
-        Size to reduce heatmaps to. Default is 28. See :py:func:`reduce_heatmap`.
+        Size to reduce heatmaps to. Default is 28. See :py:func:`~zennit_resnet.regions.reduce_heatmap`.
     threshold: str, float or callable, optional
-        What is above it may belong to the component. Default is ``'mean'``. See :py:func:`binarize`.
+        What is above it may belong to the component. Default is ``'mean'``. See
+        :py:func:`~zennit_resnet.regions.binarize`.
     select: str, optional
         With ``'area'`` (default, as the paper describes it), it is the component with the most pixels. With
         ``'max_value'`` (as in code of the same group), it is the one that holds the largest value, or the whole map if
         nothing is above the threshold. That code also triples the values inside, which has no effect on pictures or
         rankings, and is left out.
     connectivity: int, optional
-        Either 8 (default) or 4. See :py:func:`largest_component`.
+        Either 8 (default) or 4. See :py:func:`~zennit_resnet.regions.largest_component`.
     expand: str, optional
-        Either ``'bilinear'`` (default) or ``'nearest'``. See :py:func:`expand_heatmap`.
+        Either ``'bilinear'`` (default) or ``'nearest'``. See :py:func:`~zennit_resnet.regions.expand_heatmap`.
     outside: str, optional
         What values outside the component become. With ``'zero'`` (default), pixels outside outrank negative relevance
         inside, if heatmaps are ranked afterwards. With ``'minimum'``, they become the lowest value of the reduced map,
@@ -501,8 +222,8 @@ def c1c(
     :py:obj:`EmptyMaskWarning`
         If nothing is left of a heatmap, unless ``return_masks``.
     '''
-    _check_choice('select', select, COMPONENTS)
-    reduced = reduce_heatmap(_to_double(heatmap), size)
+    check_choice('select', select, COMPONENTS)
+    reduced = reduce_heatmap(to_double(heatmap), size)
     binary = binarize(reduced, threshold)
     if select == 'area':
         component = largest_component(binary, connectivity)
@@ -535,17 +256,19 @@ def c3(
     heatmap: :py:obj:`torch.Tensor`
         Heatmaps of shape (batch, height, width). Each is processed on its own. They are not modified.
     size: int or tuple[int, int], optional
-        Size to reduce heatmaps to. Default is 28 as in the paper. See :py:func:`reduce_heatmap`.
+        Size to reduce heatmaps to. Default is 28 as in the paper. See :py:func:`~zennit_resnet.regions.reduce_heatmap`.
     threshold: str, float or callable, optional
-        What is above it may belong to the contour. Default is ``'mean'``. See :py:func:`binarize`.
+        What is above it may belong to the contour. Default is ``'mean'``. See
+        :py:func:`~zennit_resnet.regions.binarize`.
     component_threshold: str, float or callable, optional
         What is above it may belong to the component. Default is None, which is ``threshold``.
     contour: str, optional
-        Either ``'largest_area'`` (default), ``'largest_filled'`` or ``'first'``. See :py:func:`largest_contour`.
+        Either ``'largest_area'`` (default), ``'largest_filled'`` or ``'first'``. See
+        :py:func:`~zennit_resnet.regions.largest_contour`.
     connectivity: int, optional
-        Either 8 (default) or 4. See :py:func:`largest_component`.
+        Either 8 (default) or 4. See :py:func:`~zennit_resnet.regions.largest_component`.
     expand: str, optional
-        Either ``'bilinear'`` (default) or ``'nearest'``. See :py:func:`expand_heatmap`.
+        Either ``'bilinear'`` (default) or ``'nearest'``. See :py:func:`~zennit_resnet.regions.expand_heatmap`.
     outside: str, optional
         What values outside both masks become. With ``'zero'`` (default, Eq. (4)), pixels outside outrank negative
         relevance inside, if heatmaps are ranked afterwards. With ``'minimum'``, they become the lowest value of the
@@ -574,7 +297,7 @@ def c3(
     :py:obj:`EmptyMaskWarning`
         If nothing is left of a heatmap, unless ``return_masks``.
     '''
-    reduced = reduce_heatmap(_to_double(heatmap), size)
+    reduced = reduce_heatmap(to_double(heatmap), size)
     contour = largest_contour(binarize(reduced, threshold), contour)
     binary = binarize(reduced, threshold if component_threshold is None else component_threshold)
     component = largest_component(binary, connectivity)
@@ -583,14 +306,14 @@ def c3(
 
 def _keep(heatmap, reduced, contour, component, expand, outside, return_masks):
     '''Keep what is inside of both masks, expand it, and tell which maps are empty.'''
-    _check_choice('outside', outside, OUTSIDE)
+    check_choice('outside', outside, OUTSIDE)
     mask = component if contour is None else contour & component
     empty = ~mask.flatten(1).any(1)
     rest = 0. if outside == 'zero' else reduced.amin((1, 2), keepdim=True)
-    result = _to_type_of(expand_heatmap(torch.where(mask, reduced, rest), heatmap.shape[1:], expand), heatmap)
+    result = to_type_of(expand_heatmap(torch.where(mask, reduced, rest), heatmap.shape[1:], expand), heatmap)
     if return_masks:
         masks = (None if each is None else each.to(heatmap.device) for each in (contour, component, mask, empty))
-        return Choice(result, _to_type_of(reduced, heatmap), *masks)
+        return Choice(result, to_type_of(reduced, heatmap), *masks)
     if empty.any():
         numbers = ', '.join(map(str, empty.nonzero()[:, 0].tolist()))
         warnings.warn(
@@ -704,7 +427,8 @@ def attention_errors(heatmap, mask, threshold='mean', coverage=0.5, precision=0.
     mask: :py:obj:`torch.Tensor`
         Masks of shape (batch, height, width), where all but zero belongs to the object.
     threshold: str, float or callable, optional
-        What is above it is attended. Default is ``'mean'``, as for :py:func:`c3`. See :py:func:`binarize`.
+        What is above it is attended. Default is ``'mean'``, as for :py:func:`c3`. See
+        :py:func:`~zennit_resnet.regions.binarize`.
     coverage: float, optional
         Share of the object that is enough. Default is 0.5.
     precision: float, optional

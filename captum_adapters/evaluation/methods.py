@@ -12,20 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module
 from zennit.composites import COMPOSITES
-from zennit.torchvision import ResNetCanonizer
 
 from captum_adapters.attr import CompositeAttribution
 from captum_adapters.evaluation.baselines import OPTIONS, OTHERS, Context, Function
 from captum_adapters.evaluation.controls import CONTROLS
 from zennit_resnet.attribution import VALUES, initial_relevance
 from zennit_resnet.classic import SETTINGS, ClassicLRP
-from zennit_resnet.composites import with_splitting
+from zennit_resnet.methods import (
+    LEVELS,
+    POSTPROCESSING,
+    SPLITTING,
+    create_composite,
+    is_own,
+)
 from zennit_resnet.postprocess import EmptyMaskWarning, c1c, c3, heat_quantization
-from zennit_resnet.rules import RatioSplit, SymmetricSplit
-
-SPLITTING = ("ratio", "symmetric", "zennit")
-POSTPROCESSING = ("quantize", "c1c", "c3")
-LEVELS = 8
 
 
 class Explained(NamedTuple):
@@ -142,17 +142,12 @@ def base_of(text: str) -> str:
     return re.split("[:+]", text)[0]
 
 
-def _is_own(name: str) -> bool:
-    """Whether a composite is one of this project's."""
-    return COMPOSITES[name].__module__.startswith("zennit_resnet")
-
-
 def group_of(text: str) -> str:
     """Group of a method by its name: `"ours"`, `"baseline"` or `"control"`."""
     base = base_of(text)
     if base in CONTROLS:
         return "control"
-    own = base in COMPOSITES and _is_own(base)
+    own = base in COMPOSITES and is_own(base)
     split = any(suffix in ("ratio", "symmetric") for suffix in text.split("+")[1:])
     return "ours" if own or split else "baseline"
 
@@ -273,7 +268,7 @@ class Explainer:
 
 def names() -> list[str]:
     """Names of all methods, without options and suffixes."""
-    own = [name for name in COMPOSITES if _is_own(name)]
+    own = [name for name in COMPOSITES if is_own(name)]
     others = [name for name in COMPOSITES if name not in own]
     return [*own, *SETTINGS, *others, *OTHERS, *CONTROLS]
 
@@ -296,7 +291,7 @@ def _parse_options(text: str, options: str) -> dict[str, Any]:
 
 def _can_split(base: str) -> bool:
     """Whether a splitting can be added to a composite."""
-    return base in SETTINGS or (base in COMPOSITES and not _is_own(base))
+    return base in SETTINGS or (base in COMPOSITES and not is_own(base))
 
 
 def _check_options(method: Method) -> None:
@@ -362,10 +357,4 @@ def _composite(method: Method, context: Context) -> Any:
     if _needs_bounds(method):
         low, high = (bound.to(context.device) for bound in context.classifier.bounds())
         options.update(low=low, high=high)
-    if method.splitting == "zennit":
-        options["canonizers"] = [ResNetCanonizer()]
-    composite = COMPOSITES[method.base](**options)
-    if method.splitting in ("ratio", "symmetric"):
-        split = {"ratio": RatioSplit, "symmetric": SymmetricSplit}[method.splitting]
-        composite = with_splitting(composite, split())
-    return composite
+    return create_composite(method.base, method.splitting or "none", **options)
