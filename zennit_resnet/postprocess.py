@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import torch
 
+from .core import check_choice
 from .regions import (
     binarize,
-    check_choice,
     check_heatmap,
     component_of_maximum,
     expand_heatmap,

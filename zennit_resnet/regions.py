@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from .core import check_choice
+
 CONTOURS = ('largest_area', 'largest_filled', 'first')
 EXPANSIONS = {'bilinear': {'mode': 'bilinear', 'align_corners': False}, 'nearest': {'mode': 'nearest'}}
 
@@ -29,12 +31,6 @@ def check_heatmap(heatmap):
     if not finite.all():
         raise ValueError(f'Heatmap {int(finite.int().argmin())} of {len(heatmap)} contains NaN or infinite values!')
     return heatmap
-
-
-def check_choice(name, value, choices):
-    '''Raise a ValueError if an argument is not one of the choices.'''
-    if value not in choices:
-        raise ValueError(f'{name}={value!r} is unknown: choose one of {", ".join(map(repr, choices))}!')
 
 
 def to_double(heatmap):
