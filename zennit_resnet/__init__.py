@@ -4,7 +4,7 @@ from .canonizers import ResidualCanonizer, UnsupportedOperation
 from .composites import BlockLRP, RelativeLRP, ResNetLRP, with_splitting
 from .rules import BlockEpsilon, RatioSplit, Relative, RelativeMaxPool, ResidualOnly, SymmetricSplit, ZPlus
 
-__version__ = '0.1.0.dev0'
+__version__ = '0.1.0'
 
 __all__ = [
     'BlockEpsilon',
