@@ -5,7 +5,6 @@ import warnings
 import weakref
 
 import torch
-from torch.overrides import TorchFunctionMode
 from zennit.canonizers import Canonizer
 from zennit.core import Composite, Hook, RemovableHandleList
 from zennit.types import Activation as ActivationType
@@ -14,6 +13,7 @@ from zennit.types import MaxPool as MaxPoolType
 
 from .block import note_addition
 from .graph import is_sigmoid, walk
+from .inplace import Watch, forget, note_copy, settle
 from .layer import (
     Activation,
     Addition,
@@ -121,6 +121,9 @@ class ResidualCanonizer(Canonizer):
     ValueError
         If ``batch_norm`` is neither ``'pass'`` nor ``'merge'``.
     '''
+    # whether the gradient is the rule of all functions
+    is_gradient = False
+
     def __init__(self, batch_norm='pass', strict=True):
         if batch_norm not in ('pass', 'merge'):
             raise ValueError(f'batch_norm={batch_norm!r} is not one of \'pass\', \'merge\'!')
@@ -164,7 +167,7 @@ class ResidualCanonizer(Canonizer):
         self.context = self.paused = None
         self.standins = {}
         self.local = _Local()
-        self.interception = _Interception(self)
+        self.interception = _Interception(self, self.is_gradient)
         # zennit 1.0.0 replaces parameters of layers with new objects when its rules run
         self.parameters = {module: dict(module._parameters) for module in self.names}
         self.trainable = [param for param in root_module.parameters() if param.requires_grad]
@@ -205,9 +208,11 @@ class ResidualCanonizer(Canonizer):
             self.local.counts, self.local.seen = {}, set()
             self._start()
             self.interception.__enter__()
+        settle(args)
         # what is inside of a module with a rule must have its own gradient, also if the rule runs it again
         opaque = _is_opaque(module) or (stack[-1].opaque if stack else self._is_inside_opaque(module))
-        stack.append(_Call(module, opaque, self.local.counts.setdefault(module, {})))
+        changes = args[0] if args and getattr(module, 'inplace', False) is True else None
+        stack.append(_Call(module, opaque, self.local.counts.setdefault(module, {}), changes))
 
     def _is_inside_opaque(self, module):
         path = self.names.get(module, '').split('.')
@@ -220,6 +225,11 @@ class ResidualCanonizer(Canonizer):
         if not stack or stack[-1].module is not module:
             return
         call = stack.pop()
+        if call.changes is not None:
+            note_copy(call.changes, output)
+        if not stack:
+            settle(output)
+            forget()
         carriers = carriers_of((output,))
         if not call.opaque:
             self._guard(call, carriers)
@@ -487,6 +497,8 @@ class BlockCanonizer(ResidualCanonizer):
     A block is a module which adds two tensors that depend on the input in its own forward. No function is replaced, as
     the rule takes the gradient of whatever a block computes.
     '''
+    is_gradient = True
+
     def intercept(self, func, args, kwargs):
         '''Note additions.'''
         stack = self.local.__dict__.get('stack')
@@ -511,14 +523,16 @@ HANDLERS = {
 }
 
 
-class _Interception(TorchFunctionMode):
+class _Interception(Watch):
     '''Hand all functions on tensors over to the canonizer.'''
-    def __init__(self, canonizer):
+    def __init__(self, canonizer, is_gradient):
         super().__init__()
         self.canonizer = canonizer
+        self.is_gradient = is_gradient
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return self.canonizer.intercept(func, args, kwargs or {})
+    def run(self, func, args, kwargs):
+        '''Run a function, through a module that stands for it if it is an operation on relevance.'''
+        return self.canonizer.intercept(func, args, kwargs)
 
 
 class _Local(threading.local):
@@ -528,11 +542,15 @@ class _Local(threading.local):
 
 
 class _Call:
-    '''A call of a module, with the number of operations of each kind in all of its calls so far.'''
-    def __init__(self, module, opaque, counts):
+    '''A call of a module, with the number of operations of each kind in all of its calls so far.
+
+    It is known which tensor an activation changes in place, as rules may give it a copy.
+    '''
+    def __init__(self, module, opaque, counts, changes=None):
         self.module = module
         self.opaque = opaque
         self.counts = counts
+        self.changes = changes
 
 
 class _Function:

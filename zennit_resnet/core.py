@@ -1,11 +1,13 @@
 '''Base class of rules that replace the gradient of a layer.'''
 import copy
 import threading
+from contextlib import nullcontext
 
 import torch
 from torch._C import DisableTorchFunction
 from zennit.core import Hook, RemovableHandle, RemovableHandleList
 
+from .inplace import keep_version
 from .layer import Operation
 
 _PLAIN = (
@@ -173,7 +175,9 @@ class SinglePass(Hook):
             if isinstance(module, Operation):
                 # it takes over other settings in the next call
                 module = copy.copy(module)
-            first = _Propagate.apply(self, module, stored, [first], inplace, *carriers)
+            # what the layer has changed in place was counted already
+            with nullcontext() if inplace is None else keep_version(first):
+                first = _Propagate.apply(self, module, stored, [first], inplace, *carriers)
         # functions such as the maximum along a dimension return tuples with names
         return type(output)((first, *output[1:])) if isinstance(output, tuple) else first
 
