@@ -1,11 +1,13 @@
 '''A residual block as one layer (Doublet et al., C3-LRP).'''
 import copy
+import sys
 import threading
 
 import torch
 from torch._C import DisableTorchFunction
 from zennit.core import Hook, RemovableHandle, RemovableHandleList, Stabilizer
 
+from .core import is_running
 from .inplace import Kept, is_watched, replace, settle
 
 _CALLS = threading.local()
@@ -13,9 +15,10 @@ _CALLS = threading.local()
 
 class _Call:
     '''A call of a module with a :py:class:`BlockEpsilon` rule, which is one layer unless it is part of another.'''
-    def __init__(self, rule, module):
+    def __init__(self, rule, module, frame=None):
         self.rule = rule
         self.module = module
+        self.frame = frame
         self.is_layer = True
         self.has_addition = False
         self.inner = []
@@ -153,6 +156,12 @@ class BlockEpsilon(Hook):
             module.register_forward_hook(self._post_forward, always_call=True),
         ])
 
+    def remove(self):
+        '''When removing hooks, forget calls that were interrupted.'''
+        stack = _CALLS.__dict__.get('stack', [])
+        stack[:] = [call for call in stack if call.rule is not self]
+        super().remove()
+
     def divide(self, relevance, output):
         '''Divide relevance by the stabilized output.
 
@@ -203,8 +212,10 @@ class BlockEpsilon(Hook):
 
     def _pre_forward(self, module, args):
         with DisableTorchFunction():
-            call = _Call(self, module)
-            _CALLS.__dict__.setdefault('stack', []).append(call)
+            call, stack = _Call(self, module, sys._getframe(1)), _CALLS.__dict__.setdefault('stack', [])
+            while stack and not is_running(stack[-1].frame):
+                stack.pop()
+            stack.append(call)
             if not self.active or not torch.is_grad_enabled():
                 return None
             if self.form == 'gradient':

@@ -12,6 +12,7 @@ from zennit.types import AvgPool, BatchNorm, Linear
 from zennit.types import MaxPool as MaxPoolType
 
 from .block import note_addition
+from .core import is_running
 from .graph import is_sigmoid, walk
 from .inplace import Watch, forget, note_copy, settle
 from .layer import (
@@ -180,10 +181,8 @@ class ResidualCanonizer(Canonizer):
 
     def remove(self):
         '''Leave the network as it was found.'''
-        if self.local.__dict__.get('stack'):
-            # an exception which is not an error, such as an interrupt by the keyboard, skips all hooks
-            self.local.stack.clear()
-            self.interception.__exit__(None, None, None)
+        self._recover()
+        self.interception.leave()
         self.handles.remove()
         self.merge.remove()
         if self in REGISTERED:
@@ -203,16 +202,34 @@ class ResidualCanonizer(Canonizer):
     # -- which module runs ---------------------------------------------------------------------------------------------
 
     def _enter(self, module, args):
-        stack = self.local.__dict__.setdefault('stack', [])
+        self.local.__dict__.setdefault('stack', [])
+        stack = self._stack()
         if not stack:
             self.local.counts, self.local.seen = {}, set()
+            self.local.is_grad_enabled = torch.is_grad_enabled()
+            forget()
             self._start()
-            self.interception.__enter__()
+            self.interception.enter()
         settle(args)
         # what is inside of a module with a rule must have its own gradient, also if the rule runs it again
         opaque = _is_opaque(module) or (stack[-1].opaque if stack else self._is_inside_opaque(module))
         changes = args[0] if args and getattr(module, 'inplace', False) is True else None
-        stack.append(_Call(module, opaque, self.local.counts.setdefault(module, {}), changes))
+        stack.append(_Call(module, opaque, self.local.counts.setdefault(module, {}), changes, sys._getframe(1)))
+
+    def _recover(self):
+        '''Forget a forward pass that was interrupted by an exception for which PyTorch runs no hooks.'''
+        stack = self.local.__dict__.get('stack')
+        if stack:
+            stack.clear()
+            forget()
+            torch.set_grad_enabled(self.local.is_grad_enabled)
+
+    def _stack(self):
+        '''Calls of modules that are running.'''
+        stack = self.local.__dict__.get('stack')
+        if stack and not is_running(stack[-1].frame):
+            self._recover()
+        return stack
 
     def _is_inside_opaque(self, module):
         path = self.names.get(module, '').split('.')
@@ -234,7 +251,7 @@ class ResidualCanonizer(Canonizer):
         if not call.opaque:
             self._guard(call, carriers)
         if not stack:
-            self.interception.__exit__(None, None, None)
+            self.interception.leave()
             # nodes keep the tensors of the forward pass
             self.local.seen = set()
             self._finish(carriers)
@@ -308,7 +325,7 @@ class ResidualCanonizer(Canonizer):
             If there is no rule for the function.
         '''
         name = getattr(func, '__name__', str(func))
-        stack = self.local.__dict__.get('stack')
+        stack = self._stack()
         if not stack or stack[-1].opaque or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         if name in TRANSPARENT and name != '__getitem__':
@@ -501,7 +518,7 @@ class BlockCanonizer(ResidualCanonizer):
 
     def intercept(self, func, args, kwargs):
         '''Note additions.'''
-        stack = self.local.__dict__.get('stack')
+        stack = self._stack()
         if stack and getattr(func, '__name__', '') in ADDITIONS and len(carriers_of((args, kwargs))) == 2:
             note_addition(stack[-1].module)
         return func(*args, **kwargs)
@@ -546,11 +563,13 @@ class _Call:
 
     It is known which tensor an activation changes in place, as rules may give it a copy.
     '''
-    def __init__(self, module, opaque, counts, changes=None):
+    # pylint: disable=too-many-arguments
+    def __init__(self, module, opaque, counts, changes, frame):
         self.module = module
         self.opaque = opaque
         self.counts = counts
         self.changes = changes
+        self.frame = frame
 
 
 class _Function:

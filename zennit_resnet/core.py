@@ -1,5 +1,6 @@
 '''Base class of rules that replace the gradient of a layer.'''
 import copy
+import sys
 import threading
 from contextlib import nullcontext
 
@@ -20,6 +21,18 @@ def check_choice(name, value, choices):
     '''Raise a ValueError which names the argument, its value and the choices, if the value is not among them.'''
     if value not in choices:
         raise ValueError(f'{name}={value!r} is not one of {", ".join(map(repr, choices))}!')
+
+
+def is_running(frame):
+    '''Whether a frame is among those that are executed, and not one that an interrupt has left without running hooks.
+
+    PyTorch runs no hooks for exceptions that are not errors, such as a KeyboardInterrupt.
+    '''
+    current = sys._getframe(1)
+    while current is not None and current is not frame:
+        current = current.f_back
+    return current is not None
+
 
 class _Propagate(torch.autograd.Function):
     '''Give the output of a layer a backward function which is the layer's rule.'''
@@ -135,6 +148,9 @@ class SinglePass(Hook):
 
     def _pre_forward(self, module, args, kwargs):
         '''Keep the inputs that carry relevance, and let the layer build no graph.'''
+        if self._pending.pop(threading.get_ident(), None) is not None:
+            # an interrupt has skipped the forward hook
+            torch.set_grad_enabled(True)
         with DisableTorchFunction():
             carriers = [
                 elem for elem in (*args, *kwargs.values()) if isinstance(elem, torch.Tensor) and elem.requires_grad

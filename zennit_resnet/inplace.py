@@ -5,7 +5,7 @@ import weakref
 import torch
 from torch._C import DisableTorchFunction
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter as keep_version
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 # Functions after which each entry is the same as before, or has a gradient of zero (but may have relevance).
 CLIPPING = frozenset('relu relu_ relu6 hardtanh hardtanh_ clamp_ clip_ clamp_min_ clamp_max_ threshold_'.split())
@@ -111,6 +111,19 @@ class Watch(TorchFunctionMode):
     '''Sees all functions on tensors, and takes care of those that change a tensor.'''
     # whether relevance of activations is their gradient
     is_gradient = False
+
+    def enter(self):
+        '''Begin, unless an interrupt has skipped the end.'''
+        if self not in _get_current_function_mode_stack():
+            _push_mode(self)
+
+    def leave(self):
+        '''End, wherever it is among other modes.'''
+        others = []
+        while self in _get_current_function_mode_stack():
+            others.append(_pop_mode())
+        for mode in reversed(others[:-1]):
+            _push_mode(mode)
 
     def run(self, func, args, kwargs):
         '''Run a function.'''
