@@ -51,6 +51,7 @@ from captum_adapters.evaluation.settings import (
     describe,
     load_other,
 )
+from zennit_resnet.messages import one_line
 from zennit_resnet.models import load_classifier
 
 # side of the pictures and heatmaps that are kept for the report
@@ -186,7 +187,7 @@ class Loop:
     def say(self, text: str) -> None:
         """Print a line beside the progress bar."""
         if not self.quiet:
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(one_line(text), file=sys.stderr)
 
     # -- what is left
 
