@@ -12,7 +12,7 @@ from zennit.types import AvgPool, BatchNorm, Linear
 from zennit.types import MaxPool as MaxPoolType
 
 from .block import note_addition
-from .core import is_running
+from .core import Eager, is_running
 from .graph import is_sigmoid, walk
 from .inplace import Watch, forget, note_copy, settle
 from .layer import (
@@ -158,7 +158,13 @@ class ResidualCanonizer(Canonizer):
             The network.
         composite: :py:obj:`zennit.core.Composite`, optional
             The composite to ask for the rules of operations. Without, additions are split by ratio.
+
+        Raises
+        ------
+        TypeError
+            If rules can not be attached to a module, as it is a ScriptModule or runs replicas on several devices.
         '''
+        self.eager = Eager(root_module)
         self.composite = None if composite is None else weakref.ref(composite)
         self.root = root_module
         self.names = {module: name for name, module in root_module.named_modules()}
@@ -193,6 +199,7 @@ class ResidualCanonizer(Canonizer):
             module._parameters.update(parameters)
         for param in self.trainable:
             param.requires_grad_(True)
+        self.eager.remove()
         self.standins, self.trainable, self.parameters, self.names = {}, [], {}, {}
 
     def copy(self):

@@ -34,6 +34,54 @@ def is_running(frame):
     return current is not None
 
 
+class Eager:
+    '''Has all modules of a network run in Python, where rules can be attached to them.
+
+    Modules that were compiled, by :py:func:`torch.compile` or :py:meth:`torch.nn.Module.compile`, run as before until
+    this is removed.
+
+    Parameters
+    ----------
+    root_module: :py:obj:`torch.nn.Module`
+        The network.
+
+    Raises
+    ------
+    TypeError
+        If a module is a ScriptModule, or runs replicas on several devices.
+    '''
+    def __init__(self, root_module):
+        self.replaced = []
+        for name, module in root_module.named_modules():
+            label = f'{name or "The model"} ({type(module).__name__})'
+            if isinstance(module, torch.jit.ScriptModule):
+                raise TypeError(
+                    f'{label} is a ScriptModule, to which no rules can be attached: use the module it was made from.'
+                )
+            if isinstance(module, torch.nn.DataParallel) and len(module.device_ids) > 1:
+                raise TypeError(
+                    f'{label} runs replicas of its module on several devices, to which no rules are attached: use the '
+                    'module inside, which is its attribute \'module\'.'
+                )
+        for module in root_module.modules():
+            original = module._modules.get('_orig_mod')
+            if original is not None and 'forward' in vars(module):
+                self._replace(module, 'forward', original.__call__)
+            if vars(module).get('_compiled_call_impl') is not None:
+                self._replace(module, '_compiled_call_impl', None)
+
+    def _replace(self, module, key, value):
+        # compiled modules hand attributes on to the module inside
+        self.replaced.append((vars(module), key, vars(module)[key]))
+        vars(module)[key] = value
+
+    def remove(self):
+        '''Leave all modules as they were found.'''
+        while self.replaced:
+            attributes, key, value = self.replaced.pop()
+            attributes[key] = value
+
+
 class _Propagate(torch.autograd.Function):
     '''Give the output of a layer a backward function which is the layer's rule.'''
     # pylint: disable=abstract-method,arguments-differ,too-many-arguments
