@@ -230,23 +230,24 @@ class BlockEpsilon(Hook):
             # the module raised before this rule's hook was reached
             return None
         call = stack.pop()
+        # it is part of the graph, and must not keep what refers to the graph
+        call.frame, inputs, call.inputs = None, call.inputs, []
         call.is_layer = self.active and (call.has_addition if self.is_block is None else self.is_block)
         if call.is_layer:
             for inner in call.inner:
                 inner.deactivate()
         if stack:
             stack[-1].inner.extend([call, *call.inner])
-        if output is None or not torch.is_grad_enabled() or not (call.is_layer or call.inputs):
+        if output is None or not torch.is_grad_enabled() or not (call.is_layer or inputs):
             return None
         with DisableTorchFunction():
             result = leave(call, output)
-            for elem, given, version in call.inputs:
+            for elem, given, version in inputs:
                 # what the module has changed in place is an output as well
                 if elem._version != version and (call.is_layer or given is not elem):
                     replace(elem, result if given is output else leave(call, given))
                     if not is_watched():
                         settle(elem)
-            call.inputs = []
         return result
 
     def attach(self, call, output):
@@ -270,7 +271,9 @@ class GradientTimesInput(BlockEpsilon):
         if not torch.is_grad_enabled():
             return None
         with DisableTorchFunction():
-            return enter(_Call(self, module), args)
+            call = _Call(self, module)
+            given, call.inputs = enter(call, args), []
+        return given
 
     def _post_forward(self, module, args, output):
         if output is None or not torch.is_grad_enabled():
