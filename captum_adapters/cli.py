@@ -17,6 +17,7 @@ from captum_adapters.evaluation.report import summarize
 from captum_adapters.evaluation.runner import Process, evaluate
 from captum_adapters.evaluation.settings import CHOICES, Evaluation
 from zennit_resnet import __version__
+from zennit_resnet.messages import Commands, one_line, printable
 
 DEFAULTS = {item.name: item.default for item in dataclasses.fields(Evaluation)}
 
@@ -58,7 +59,7 @@ class _Percents(click.ParamType):
             self.fail(f"{value!r} is not made of numbers separated by commas")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def main() -> None:
     """Evaluate attribution methods on images, from a folder to ImageNet."""
@@ -151,7 +152,7 @@ def evaluate_command(dry_run: bool, quiet: bool, **given: Any) -> None:
             evaluation, process=process, quiet=quiet, dry_run=dry_run
         )
     except (ValueError, RunError) as error:
-        raise click.ClickException(" ".join(str(error).split())) from error
+        raise click.ClickException(one_line(error)) from error
     except KeyboardInterrupt:
         raise click.ClickException(
             "interrupted: records are kept, and the same command goes on"
@@ -168,7 +169,8 @@ def evaluate_command(dry_run: bool, quiet: bool, **given: Any) -> None:
             text += f" by {process.world} processes"
     click.echo(text)
     if not dry_run and not left:
-        click.echo(f"report: python -m captum_adapters report {evaluation.out}")
+        out = one_line(evaluation.out)
+        click.echo(f"report: python -m captum_adapters report {out}")
 
 
 @main.command("report")
@@ -233,7 +235,7 @@ def report_command(
         readable = style in ("terminal", "markdown")
         text = report.text(style) if readable else report.table(style)
     except (ValueError, RunError) as error:
-        raise click.ClickException(" ".join(str(error).split())) from error
+        raise click.ClickException(one_line(error)) from error
     if out is not None:
         try:
             paths = report.write(out)
@@ -241,8 +243,8 @@ def report_command(
             reason = error.strerror or error
             raise click.ClickException(f"cannot write to {out}: {reason}") from error
         for path in paths:
-            click.echo(f"written {path}", err=True)
-    click.echo(text)
+            click.echo(f"written {one_line(path)}", err=True)
+    click.echo(printable(text))
 
 
 def select_methods(run: Run, chosen: Collection[str]) -> Run:

@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any, Callable
 
-import torch
 from torch.nn import DataParallel, Module
 from torch.nn.parallel import DistributedDataParallel
 from zennit.composites import COMPOSITES
 from zennit.core import Composite
 
 import zennit_resnet.composites  # noqa: F401, registers composites by their names
+from zennit_resnet.core import Eager
 
 _TURN = threading.Condition()
 # Which thread uses an object, by its id, and how often
@@ -114,12 +114,7 @@ def registered(composite: Composite, module: Module) -> Iterator[None]:
                 f"{type(composite).__name__} is registered already: leave its context"
                 " first, it is registered in each call."
             )
-        for name, each in module.named_modules():
-            if isinstance(each, torch.jit.ScriptModule):
-                raise TypeError(
-                    f"{name or 'The model'} is a ScriptModule, to which no rules can be"
-                    " attached: use the module it was made from."
-                )
+        eager = Eager(module)
         # Zennit 1.0.0 leaves other parameters behind, and attributes that hide them
         found = [
             (each, dict(each._parameters), dict(each._buffers), set(vars(each)))
@@ -132,6 +127,7 @@ def registered(composite: Composite, module: Module) -> Iterator[None]:
             try:
                 composite.remove()
             finally:
+                eager.remove()
                 for each, parameters, buffers, attributes in found:
                     for key in (parameters.keys() | buffers.keys()) - attributes:
                         vars(each).pop(key, None)

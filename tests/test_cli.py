@@ -603,3 +603,21 @@ def test_embedded_network(tmp_path):
     assert abs(float(report['relevance'].split()[-1]) - 1.) < 1e-3
     assert np.load(tmp_path / 'gc_cathedral_relevance.npy').shape == (3, 224, 224)
     assert result.stderr == ''
+
+
+@pytest.mark.parametrize('command, out, code', [
+    ('compare', '{}.png', 0), ('compare', '{}.txt', 1), ('compare', 'missing {}/../file/x.png', 1),
+    ('explain', 'file/{}', 1), ('ledger', 'file/{}', 1), ('explain --model {}', 'ignored', 1),
+    ('explain --target {}', 'ignored', 1), ('explain --{}', 'ignored', 2), ('{}', 'ignored', 2),
+])
+def test_odd_names(photos, weights, tmp_path, command, out, code):
+    '''Escape sequences and line breaks in names do not reach the terminal.'''
+    odd = 'red\x1b[31m\nline\u202e'
+    (tmp_path / 'file').write_bytes(b'')
+    command, *options = (part.format(odd) for part in command.split(' '))
+    result = CliRunner().invoke(main, [
+        command, '--model', 'resnet18', *options, str(photos[0]), '--weights', str(weights),
+        '--size', str(SIZE), '--device', 'cpu', '--out', str(tmp_path / out.format(odd)),
+    ])
+    assert result.exit_code == code, result.output
+    assert all(char.isprintable() or char == '\n' for char in result.output), ascii(result.output)

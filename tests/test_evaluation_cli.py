@@ -159,3 +159,35 @@ def test_options_of_baselines(assets, tmp_path):
     assert 'ABN: abn' in result.output
     assert 'Ours: block_lrp+c3' in result.output
     assert 'epsilon' not in result.output
+
+
+ODD = 'red\x1b[31m\nline\u202e'
+
+
+def assert_printable(result, code):
+    '''Nothing but line breaks controls the terminal.'''
+    assert result.exit_code == code, result.output
+    assert all(char.isprintable() or char == '\n' for char in result.output), ascii(result.output)
+
+
+def test_odd_names(assets, tmp_path):
+    '''Escape sequences and line breaks in names do not reach the terminal, in all that is printed.'''
+    (tmp_path / ODD).mkdir()
+    for name in (f'{ODD}.png', f'broken {ODD}.png'):
+        (tmp_path / ODD / name).write_bytes(b'' if 'broken' in name else (assets / 'images' / '0.png').read_bytes())
+    out = tmp_path / f'run {ODD}'
+    options = ('--methods', 'grad_cam', '--no-controls', '--data', tmp_path / ODD)
+    result = evaluate(assets, out, *options)
+    assert_printable(result, 0)
+    assert f'report: python -m captum_adapters report {tmp_path}/run red?[31m?line?' in result.output
+    for style in ('terminal', 'markdown', 'csv', 'latex'):
+        result = call('report', out, '--format', style, '--out', tmp_path / f'report {ODD}')
+        assert_printable(result, 0)
+        if style == 'terminal':
+            assert 'broken red?[31m?line?' in ' '.join(result.output.split()), result.output
+            assert re.search(r'^written .*/report red\?\[31m\?line\?/', result.output, re.M)
+    assert_printable(evaluate(assets, out, *options, '--model', ODD), 1)
+    assert_printable(evaluate(assets, out, '--data', tmp_path / f'missing {ODD}'), 1)
+    assert_printable(call('report', tmp_path / f'missing {ODD}'), 1)
+    assert_printable(call('evaluate', '--explain', ODD), 2)
+    assert_printable(call(ODD), 2)

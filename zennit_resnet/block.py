@@ -1,11 +1,14 @@
 '''A residual block as one layer (Doublet et al., C3-LRP).'''
 import copy
+import sys
 import threading
 
 import torch
 from torch._C import DisableTorchFunction
 from zennit.core import Hook, RemovableHandle, RemovableHandleList, Stabilizer
 
+from .core import is_running
+from .inplace import Kept, is_watched, replace, settle
 from .memory import by_example
 
 _CALLS = threading.local()
@@ -13,30 +16,44 @@ _CALLS = threading.local()
 
 class _Call:
     '''A call of a module with a :py:class:`BlockEpsilon` rule, which is one layer unless it is part of another.'''
-    def __init__(self, rule, module):
+    def __init__(self, rule, module, frame=None):
         self.rule = rule
         self.module = module
+        self.frame = frame
         self.is_layer = True
         self.has_addition = False
         self.inner = []
+        # inputs with what the module was given in their place and their versions, and all that is kept
+        self.inputs, self.kept = [], []
+
+    def keep(self, tensor):
+        '''Keep the values of a tensor for as long as this may be a layer.'''
+        self.kept.append(Kept(tensor))
+        return self.kept[-1]
+
+    def deactivate(self):
+        '''This is part of another layer.'''
+        self.is_layer = False
+        for elem in self.kept:
+            elem.clear()
 
 
 class _Enter(torch.autograd.Function):
     '''Multiply with the input in the backward pass.'''
     # pylint: disable=abstract-method,arguments-differ
     @staticmethod
-    def forward(ctx, call, alias, input):
+    def forward(ctx, call, alias, input, kept):
         '''Return an alias of the input, which comes in a list, because a tensor would be returned as a view.'''
         ctx.call = call
-        ctx.save_for_backward(input)
+        # not by save_for_backward, as the module may change its input in place
+        ctx.kept = kept
         return alias[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         '''R' = z J^T (R / z').'''
-        input, = ctx.saved_tensors
-        return None, None, input * gradient if ctx.call.is_layer else gradient
+        return None, None, ctx.kept.values * gradient if ctx.call.is_layer else gradient, None
 
 
 class _Leave(torch.autograd.Function):
@@ -46,8 +63,7 @@ class _Leave(torch.autograd.Function):
     def forward(ctx, call, alias, output, denominator):
         '''Return an alias of the output.'''
         ctx.call = call
-        # not by save_for_backward, as an in-place activation may follow. It leaves what relevance depends on: entries
-        # that ReLU sets to zero receive none.
+        # not by save_for_backward, as an in-place operation may follow
         ctx.denominator = denominator
         return alias[0]
 
@@ -56,7 +72,7 @@ class _Leave(torch.autograd.Function):
     def backward(ctx, relevance):
         '''R / stab(z').'''
         if ctx.call.is_layer:
-            relevance = ctx.call.rule.divide(relevance, ctx.denominator)
+            relevance = ctx.call.rule.divide(relevance, _values(ctx.denominator))
         return None, None, relevance, None
 
 
@@ -64,10 +80,10 @@ class _Factor(torch.autograd.Function):
     '''Multiply with the factor by which relevance at the output changes, z' / stab(z'), in the backward pass.'''
     # pylint: disable=abstract-method,arguments-differ
     @staticmethod
-    def forward(ctx, call, alias, output, values, denominator):
+    def forward(ctx, call, alias, output, kept, denominator):
         '''Return an alias of the output.'''
         ctx.call = call
-        ctx.values, ctx.denominator = values, denominator
+        ctx.kept, ctx.denominator = kept, denominator
         return alias[0]
 
     @staticmethod
@@ -75,7 +91,7 @@ class _Factor(torch.autograd.Function):
     def backward(ctx, gradient):
         '''g z' / stab(z').'''
         if ctx.call.is_layer:
-            gradient = ctx.call.rule.scale(gradient, ctx.values, ctx.denominator)
+            gradient = ctx.call.rule.scale(gradient, ctx.kept.values, _values(ctx.denominator))
         return None, None, gradient, None, None
 
 
@@ -141,6 +157,12 @@ class BlockEpsilon(Hook):
             module.register_forward_hook(self._post_forward, always_call=True),
         ])
 
+    def remove(self):
+        '''When removing hooks, forget calls that were interrupted.'''
+        stack = _CALLS.__dict__.get('stack', [])
+        stack[:] = [call for call in stack if call.rule is not self]
+        super().remove()
+
     def divide(self, relevance, output):
         '''Divide relevance by the stabilized output.
 
@@ -194,9 +216,14 @@ class BlockEpsilon(Hook):
 
     def _pre_forward(self, module, args):
         with DisableTorchFunction():
-            call = _Call(self, module)
-            _CALLS.__dict__.setdefault('stack', []).append(call)
-            if not self.active or not torch.is_grad_enabled() or self.form == 'gradient':
+            call, stack = _Call(self, module, sys._getframe(1)), _CALLS.__dict__.setdefault('stack', [])
+            while stack and not is_running(stack[-1].frame):
+                stack.pop()
+            stack.append(call)
+            if not self.active or not torch.is_grad_enabled():
+                return None
+            if self.form == 'gradient':
+                call.inputs = [(elem, elem, elem._version) for elem in args if _carries(elem)]
                 return None
             return enter(call, args)
 
@@ -207,26 +234,35 @@ class BlockEpsilon(Hook):
             # the module raised before this rule's hook was reached
             return None
         call = stack.pop()
+        # it is part of the graph, and must not keep what refers to the graph
+        call.frame, inputs, call.inputs = None, call.inputs, []
         call.is_layer = self.active and (call.has_addition if self.is_block is None else self.is_block)
         if call.is_layer:
             for inner in call.inner:
-                inner.is_layer = False
+                inner.deactivate()
         if stack:
             stack[-1].inner.extend([call, *call.inner])
-        if not call.is_layer or not torch.is_grad_enabled():
+        if output is None or not torch.is_grad_enabled() or not (call.is_layer or inputs):
             return None
         with DisableTorchFunction():
-            return leave(call, output)
+            result = leave(call, output)
+            for elem, given, version in inputs:
+                # what the module has changed in place is an output as well
+                if elem._version != version and (call.is_layer or given is not elem):
+                    replace(elem, result if given is output else leave(call, given))
+                    if not is_watched():
+                        settle(elem)
+        return result
 
     def attach(self, call, output):
         '''Attach the rule to the output of a call.'''
-        values, bias = output.detach(), getattr(call.module, 'bias', None)
-        denominator = values
+        kept, bias = call.keep(output), getattr(call.module, 'bias', None)
+        denominator = kept
         if not self.with_bias and isinstance(bias, torch.Tensor):
             dims = 0 if isinstance(call.module, torch.nn.Linear) else output.ndim - 2
-            denominator = values - bias.detach().view(-1, *(1,) * dims)
+            denominator = output.detach() - bias.detach().view(-1, *(1,) * dims)
         if self.form == 'gradient':
-            return _Factor.apply(call, [output.detach()], output, values, denominator)
+            return _Factor.apply(call, [output.detach()], output, kept, denominator)
         return _Leave.apply(call, [output.detach()], output, denominator)
 
 
@@ -239,7 +275,9 @@ class GradientTimesInput(BlockEpsilon):
         if not torch.is_grad_enabled():
             return None
         with DisableTorchFunction():
-            return enter(_Call(self, module), args)
+            call = _Call(self, module)
+            given, call.inputs = enter(call, args), []
+        return given
 
     def _post_forward(self, module, args, output):
         if output is None or not torch.is_grad_enabled():
@@ -254,10 +292,16 @@ class GradientTimesInput(BlockEpsilon):
 
 def enter(call, args):
     '''Have gradients of all inputs multiplied with the inputs.'''
-    return tuple(
-        _Enter.apply(call, [elem.detach()], elem) if isinstance(elem, torch.Tensor) and elem.requires_grad else elem
-        for elem in args
-    )
+    given = []
+    for elem in args:
+        if not _carries(elem):
+            given.append(elem)
+            continue
+        # a leaf, such as the network's input, must not be changed
+        alias = elem.detach().clone() if elem.is_leaf else elem.detach()
+        given.append(_Enter.apply(call, [alias], elem, call.keep(elem)))
+        call.inputs.append((elem, given[-1], elem._version))
+    return tuple(given)
 
 
 def leave(call, output):
@@ -266,9 +310,19 @@ def leave(call, output):
         return type(output)((key, leave(call, elem)) for key, elem in output.items())
     if type(output) in (tuple, list):
         return type(output)(leave(call, elem) for elem in output)
-    if not isinstance(output, torch.Tensor) or not output.requires_grad:
+    if not call.is_layer or not _carries(output):
         return output
     return call.rule.attach(call, output)
+
+
+def _carries(value):
+    '''Whether this is a tensor that carries relevance.'''
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _values(value):
+    '''What is kept, or a tensor of its own.'''
+    return value.values if isinstance(value, Kept) else value
 
 
 def note_addition(module):

@@ -5,7 +5,6 @@ import warnings
 import weakref
 
 import torch
-from torch.overrides import TorchFunctionMode
 from zennit.canonizers import Canonizer
 from zennit.core import Composite, Hook, RemovableHandleList
 from zennit.types import Activation as ActivationType
@@ -13,7 +12,9 @@ from zennit.types import AvgPool, BatchNorm, Linear
 from zennit.types import MaxPool as MaxPoolType
 
 from .block import note_addition
+from .core import Eager, is_running
 from .graph import walk
+from .inplace import Watch, forget, note_copy, settle
 from .layer import Addition, Gate, Padding
 from .merging import BatchNormMerge
 from .operations import ADDITIONS, HANDLERS, TRANSPARENT, FunctionCall, carriers_of
@@ -68,6 +69,9 @@ class ResidualCanonizer(Canonizer):
     ValueError
         If ``batch_norm`` is neither ``'pass'`` nor ``'merge'``.
     '''
+    # whether the gradient is the rule of all functions
+    is_gradient = False
+
     def __init__(self, batch_norm='pass', strict=True):
         if batch_norm not in ('pass', 'merge'):
             raise ValueError(f'batch_norm={batch_norm!r} is not one of \'pass\', \'merge\'!')
@@ -101,7 +105,13 @@ class ResidualCanonizer(Canonizer):
             The network.
         composite: :py:obj:`zennit.core.Composite`, optional
             The composite to ask for the rules of operations. Without, additions are split by ratio.
+
+        Raises
+        ------
+        TypeError
+            If rules can not be attached to a module, as it is a ScriptModule or runs replicas on several devices.
         '''
+        self.eager = Eager(root_module)
         self.composite = None if composite is None else weakref.ref(composite)
         self.root = root_module
         self.names = {module: name for name, module in root_module.named_modules()}
@@ -111,7 +121,7 @@ class ResidualCanonizer(Canonizer):
         self.context = self.paused = None
         self.standins = {}
         self.local = _Local()
-        self.interception = _Interception(self)
+        self.interception = _Interception(self, self.is_gradient)
         # zennit 1.0.0 replaces parameters of layers with new objects when its rules run
         self.parameters = {module: dict(module._parameters) for module in self.names}
         self.trainable = [param for param in root_module.parameters() if param.requires_grad]
@@ -124,10 +134,8 @@ class ResidualCanonizer(Canonizer):
 
     def remove(self):
         '''Leave the network as it was found.'''
-        if self.local.__dict__.get('stack'):
-            # an exception which is not an error, such as an interrupt by the keyboard, skips all hooks
-            self.local.stack.clear()
-            self.interception.__exit__(None, None, None)
+        self._recover()
+        self.interception.leave()
         self.handles.remove()
         self.merge.remove()
         if self in REGISTERED:
@@ -138,6 +146,7 @@ class ResidualCanonizer(Canonizer):
             module._parameters.update(parameters)
         for param in self.trainable:
             param.requires_grad_(True)
+        self.eager.remove()
         self.standins, self.trainable, self.parameters, self.names = {}, [], {}, {}
 
     def copy(self):
@@ -147,14 +156,34 @@ class ResidualCanonizer(Canonizer):
     # -- which module runs ---------------------------------------------------------------------------------------------
 
     def _enter(self, module, args):
-        stack = self.local.__dict__.setdefault('stack', [])
+        self.local.__dict__.setdefault('stack', [])
+        stack = self._stack()
         if not stack:
             self.local.counts, self.local.seen = {}, set()
+            self.local.is_grad_enabled = torch.is_grad_enabled()
+            forget()
             self._start()
-            self.interception.__enter__()
+            self.interception.enter()
+        settle(args)
         # what is inside of a module with a rule must have its own gradient, also if the rule runs it again
         opaque = _is_opaque(module) or (stack[-1].opaque if stack else self._is_inside_opaque(module))
-        stack.append(_Call(module, opaque, self.local.counts.setdefault(module, {})))
+        changes = args[0] if args and getattr(module, 'inplace', False) is True else None
+        stack.append(_Call(module, opaque, self.local.counts.setdefault(module, {}), changes, sys._getframe(1)))
+
+    def _recover(self):
+        '''Forget a forward pass that was interrupted by an exception for which PyTorch runs no hooks.'''
+        stack = self.local.__dict__.get('stack')
+        if stack:
+            stack.clear()
+            forget()
+            torch.set_grad_enabled(self.local.is_grad_enabled)
+
+    def _stack(self):
+        '''Calls of modules that are running.'''
+        stack = self.local.__dict__.get('stack')
+        if stack and not is_running(stack[-1].frame):
+            self._recover()
+        return stack
 
     def _is_inside_opaque(self, module):
         path = self.names.get(module, '').split('.')
@@ -167,11 +196,16 @@ class ResidualCanonizer(Canonizer):
         if not stack or stack[-1].module is not module:
             return
         call = stack.pop()
+        if call.changes is not None:
+            note_copy(call.changes, output)
+        if not stack:
+            settle(output)
+            forget()
         carriers = carriers_of((output,))
         if not call.opaque:
             self._guard(call, carriers)
         if not stack:
-            self.interception.__exit__(None, None, None)
+            self.interception.leave()
             # nodes keep the tensors of the forward pass
             self.local.seen = set()
             self._finish(carriers)
@@ -245,7 +279,7 @@ class ResidualCanonizer(Canonizer):
             If there is no rule for the function.
         '''
         name = getattr(func, '__name__', str(func))
-        stack = self.local.__dict__.get('stack')
+        stack = self._stack()
         if not stack or stack[-1].opaque or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         if name in TRANSPARENT and name != '__getitem__':
@@ -386,22 +420,26 @@ class BlockCanonizer(ResidualCanonizer):
     A block is a module which adds two tensors that depend on the input in its own forward. No function is replaced, as
     the rule takes the gradient of whatever a block computes.
     '''
+    is_gradient = True
+
     def intercept(self, func, args, kwargs):
         '''Note additions.'''
-        stack = self.local.__dict__.get('stack')
+        stack = self._stack()
         if stack and getattr(func, '__name__', '') in ADDITIONS and len(carriers_of((args, kwargs))) == 2:
             note_addition(stack[-1].module)
         return func(*args, **kwargs)
 
 
-class _Interception(TorchFunctionMode):
+class _Interception(Watch):
     '''Hand all functions on tensors over to the canonizer.'''
-    def __init__(self, canonizer):
+    def __init__(self, canonizer, is_gradient):
         super().__init__()
         self.canonizer = canonizer
+        self.is_gradient = is_gradient
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return self.canonizer.intercept(func, args, kwargs or {})
+    def run(self, func, args, kwargs):
+        '''Run a function, through a module that stands for it if it is an operation on relevance.'''
+        return self.canonizer.intercept(func, args, kwargs)
 
 
 class _Local(threading.local):
@@ -411,11 +449,17 @@ class _Local(threading.local):
 
 
 class _Call:
-    '''A call of a module, with the number of operations of each kind in all of its calls so far.'''
-    def __init__(self, module, opaque, counts):
+    '''A call of a module, with the number of operations of each kind in all of its calls so far.
+
+    It is known which tensor an activation changes in place, as rules may give it a copy.
+    '''
+    # pylint: disable=too-many-arguments
+    def __init__(self, module, opaque, counts, changes, frame):
         self.module = module
         self.opaque = opaque
         self.counts = counts
+        self.changes = changes
+        self.frame = frame
 
 
 def _calling_composite():

@@ -1,6 +1,5 @@
 '''Command line, to explain what a network sees in photographs.'''
 import io
-import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from . import __version__
 from .attribution import VALUES
 from .canonizers import UnsupportedOperation
 from .image import draw_comparison, draw_heatmap, draw_overlay, read_image
+from .messages import Commands, one_line
 from .methods import INPUT_X_GRADIENT, LEVELS, POSTPROCESSING, SPLITTING, Method
 from .models import load_classifier
 
@@ -58,7 +58,7 @@ class Session:
             self.classifier = load_classifier(options['model'], options['weights'], options['size'])
             self.target = None if options['target'] is None else self.classifier.find_class(options['target'])
         except ValueError as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(one_line(error)) from error
         device = options['device'] or ('cuda' if torch.cuda.is_available() else 'cpu')
         try:
             self.device = torch.device(device)
@@ -73,7 +73,7 @@ class Session:
     def fail(self, path, reason):
         '''Print what is wrong with a photograph, to go on with the others.'''
         self.failed = True
-        tqdm.write(f'Error: {one_line(path)}: {reason}', file=sys.stderr)
+        tqdm.write(f'Error: {one_line(path)}: {one_line(reason)}', file=sys.stderr)
         self.bar.update()
 
     def batches(self):
@@ -108,7 +108,7 @@ class Session:
         try:
             yield
         except UnsupportedOperation as error:
-            raise click.ClickException(f'{method.text}: {" ".join(str(error).split())}') from error
+            raise click.ClickException(f'{method.text}: {one_line(error)}') from error
         except torch.cuda.OutOfMemoryError as error:
             raise click.ClickException(f'out of memory: use a --batch-size below {len(input)}') from error
 
@@ -194,11 +194,6 @@ def unique_stems(paths):
     return stems
 
 
-def one_line(text):
-    '''Replace line breaks and other characters that control the terminal, or can not be encoded, in a path or name.'''
-    return re.sub('[\x00-\x1f\x7f-\x9f\ud800-\udfff]', '?', str(text))
-
-
 def make_folder(folder):
     '''Make a folder with its parents if necessary.'''
     try:
@@ -208,7 +203,7 @@ def make_folder(folder):
         raise click.ClickException(f'cannot make the folder {folder} ({reason}): choose another --out') from error
 
 
-@click.group(context_settings={'help_option_names': ['-h', '--help']})
+@click.group(cls=Commands, context_settings={'help_option_names': ['-h', '--help']})
 @click.version_option(__version__)
 def main():
     '''Explain what residual networks see in photographs, with Layer-wise Relevance Propagation.'''
@@ -324,7 +319,7 @@ def compare(images, methods, show, out, **options):
             Image.fromarray(draw_comparison(rows, ['photo', *titles], captions)).save(out)
         except OSError as error:
             raise click.ClickException(f'cannot write {out}: {error.strerror or error}') from error
-        tqdm.write(f'written {out}', file=sys.stdout)
+        tqdm.write(f'written {one_line(out)}', file=sys.stdout)
         for (text, note), names in notes.items():
             which = 'all' if len(names) == len(rows) else ', '.join(map(one_line, names))
             tqdm.write(f'  {text}: {note} ({which})', file=sys.stdout)

@@ -16,6 +16,7 @@ from zennit.types import BatchNorm
 from .attribution import initial_relevance
 from .block import GradientTimesInput
 from .causes import CAUSES, precise
+from .core import Eager
 from .flow import Recorder
 from .image import plot_ledger
 
@@ -416,7 +417,7 @@ def conservation_ledger(model, input, composite=None, attr_output=None, target=N
             raise ValueError('attr_output and target exclude each other: choose one')
         attr_output = initial_relevance(target, value)
     for name, module in model.named_modules():
-        if module.training and isinstance(module, (BatchNorm, torch.nn.modules.dropout._DropoutNd)):
+        if isinstance(module, (BatchNorm, torch.nn.modules.dropout._DropoutNd)) and module.training:
             raise RuntimeError(
                 f'{name} ({type(module).__name__}) is in training mode, in which the output for one sample depends on '
                 'chance or on the other samples. Call model.eval() first.'
@@ -478,6 +479,7 @@ def _registered(model, composite):
     if composite.handles:
         yield
         return
+    eager = Eager(model)
     # Zennit's canonizers leave copies of parameters behind, and some of its rules other objects
     found = [
         (module, *map(dict, (vars(module), module._parameters, module._buffers))) for module in model.modules()
@@ -494,6 +496,7 @@ def _registered(model, composite):
             for current, before in ((module._parameters, parameters), (module._buffers, buffers)):
                 current.clear()
                 current.update(before)
+        eager.remove()
 
 
 def _check_output(output, input):

@@ -1,11 +1,14 @@
 '''Base class of rules that replace the gradient of a layer.'''
 import copy
+import sys
 import threading
+from contextlib import nullcontext
 
 import torch
 from torch._C import DisableTorchFunction
 from zennit.core import Hook, RemovableHandle, RemovableHandleList
 
+from .inplace import keep_version
 from .layer import Operation
 
 _PLAIN = (
@@ -18,6 +21,66 @@ def check_choice(name, value, choices):
     '''Raise a ValueError which names the argument, its value and the choices, if the value is not among them.'''
     if value not in choices:
         raise ValueError(f'{name}={value!r} is not one of {", ".join(map(repr, choices))}!')
+
+
+def is_running(frame):
+    '''Whether a frame is among those that are executed, and not one that an interrupt has left without running hooks.
+
+    PyTorch runs no hooks for exceptions that are not errors, such as a KeyboardInterrupt.
+    '''
+    current = sys._getframe(1)
+    while current is not None and current is not frame:
+        current = current.f_back
+    return current is not None
+
+
+class Eager:
+    '''Has all modules of a network run in Python, where rules can be attached to them.
+
+    Modules that were compiled, by :py:func:`torch.compile` or :py:meth:`torch.nn.Module.compile`, run as before until
+    this is removed.
+
+    Parameters
+    ----------
+    root_module: :py:obj:`torch.nn.Module`
+        The network.
+
+    Raises
+    ------
+    TypeError
+        If a module is a ScriptModule, or runs replicas on several devices.
+    '''
+    def __init__(self, root_module):
+        self.replaced = []
+        for name, module in root_module.named_modules():
+            label = f'{name or "The model"} ({type(module).__name__})'
+            if isinstance(module, torch.jit.ScriptModule):
+                raise TypeError(
+                    f'{label} is a ScriptModule, to which no rules can be attached: use the module it was made from.'
+                )
+            if isinstance(module, torch.nn.DataParallel) and len(module.device_ids) > 1:
+                raise TypeError(
+                    f'{label} runs replicas of its module on several devices, to which no rules are attached: use the '
+                    'module inside, which is its attribute \'module\'.'
+                )
+        for module in root_module.modules():
+            original = module._modules.get('_orig_mod')
+            if original is not None and 'forward' in vars(module):
+                self._replace(module, 'forward', original.__call__)
+            if vars(module).get('_compiled_call_impl') is not None:
+                self._replace(module, '_compiled_call_impl', None)
+
+    def _replace(self, module, key, value):
+        # compiled modules hand attributes on to the module inside
+        self.replaced.append((vars(module), key, vars(module)[key]))
+        vars(module)[key] = value
+
+    def remove(self):
+        '''Leave all modules as they were found.'''
+        while self.replaced:
+            attributes, key, value = self.replaced.pop()
+            attributes[key] = value
+
 
 class _Propagate(torch.autograd.Function):
     '''Give the output of a layer a backward function which is the layer's rule.'''
@@ -133,6 +196,9 @@ class SinglePass(Hook):
 
     def _pre_forward(self, module, args, kwargs):
         '''Keep the inputs that carry relevance, and let the layer build no graph.'''
+        if self._pending.pop(threading.get_ident(), None) is not None:
+            # an interrupt has skipped the forward hook
+            torch.set_grad_enabled(True)
         with DisableTorchFunction():
             carriers = [
                 elem for elem in (*args, *kwargs.values()) if isinstance(elem, torch.Tensor) and elem.requires_grad
@@ -173,7 +239,9 @@ class SinglePass(Hook):
             if isinstance(module, Operation):
                 # it takes over other settings in the next call
                 module = copy.copy(module)
-            first = _Propagate.apply(self, module, stored, [first], inplace, *carriers)
+            # what the layer has changed in place was counted already
+            with nullcontext() if inplace is None else keep_version(first):
+                first = _Propagate.apply(self, module, stored, [first], inplace, *carriers)
         # functions such as the maximum along a dimension return tuples with names
         return type(output)((first, *output[1:])) if isinstance(output, tuple) else first
 

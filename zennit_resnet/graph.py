@@ -6,22 +6,28 @@ from .layer import Gate
 
 SIGMOIDS = frozenset('sigmoid sigmoid_ hardsigmoid tanh tanh_ softmax'.split())
 SIGMOID_MODULES = (torch.nn.Sigmoid, torch.nn.Hardsigmoid, torch.nn.Tanh, torch.nn.Softmax)
+COPIES = ('Clone', 'ToCopy')
 MOVES = ('View', 'Expand', 'queeze', 'Permute', 'Transpose', 'Clone', 'Copy', 'Identity')
 
 
 def depends_on(tensor, source):
-    '''Whether a tensor was computed from another, by their graphs.'''
+    '''Whether a tensor was computed from another, or from what that is a copy of, by their graphs.'''
     if tensor.grad_fn is None or not source.requires_grad:
         return False
-    target = torch.autograd.graph.get_gradient_edge(source)
+    edge = torch.autograd.graph.get_gradient_edge(source)
+    target, output_nr = edge.node, edge.output_nr
+    # in-place additions need a copy of the skip connection
+    while any(key in target.name() for key in COPIES) and len(target.next_functions) == 1:
+        target, output_nr = target.next_functions[0]
     # nodes are numbered in the order of their creation, only leaves have no proper number
-    oldest = -1 if source.grad_fn is None else target.node._sequence_nr()  # pylint: disable=protected-access
+    is_leaf = 'AccumulateGrad' in target.name()
+    oldest = -1 if is_leaf else target._sequence_nr()  # pylint: disable=protected-access
     queue, seen = [tensor.grad_fn], set()
     while queue:
         for node, index in queue.pop().next_functions:
             if node is None or (node, index) in seen:
                 continue
-            if node == target.node and index == target.output_nr:
+            if node == target and index == output_nr:
                 return True
             seen.add((node, index))
             if node._sequence_nr() > oldest:  # pylint: disable=protected-access

@@ -13,6 +13,8 @@ import torchvision
 from torchvision.models import get_model, get_model_weights, list_models
 from torchvision.transforms import functional
 
+from .messages import one_line
+
 EMBEDDED = Path('examples', 'assets', 'resnet50_imagenette.safetensors')
 DEFAULT_MODEL = 'resnet50'
 DEFAULT_SIZE = 224
@@ -195,7 +197,7 @@ def _load_named(name, weights, size):
         model = get_model(name, weights=entry)
     except (OSError, RuntimeError) as error:
         raise ValueError(
-            f'cannot download the weights {weights!r} of {name} ({_one_line(error)}): use --weights with a local file'
+            f'cannot download the weights {weights!r} of {name} ({one_line(error)}): use --weights with a local file'
         ) from error
     transform = entry.transforms()
     return _classifier(model, entry.meta['categories'], transform, transform.mean, transform.std)
@@ -281,7 +283,7 @@ def _read_state(path):
                 state = {key: file.get_tensor(key) for key in keys}
                 classes = _parse_classes((file.metadata() or {}).get('classes'))
         except (OSError, SafetensorError) as error:
-            raise ValueError(f'the weights {path} are not a safetensors file ({_one_line(error)})') from error
+            raise ValueError(f'the weights {path} are not a safetensors file ({one_line(error)})') from error
     else:
         try:
             state = torch.load(path, map_location='cpu', weights_only=True)
@@ -326,8 +328,3 @@ def _suggest(text, choices):
     if similar:
         return f'did you mean {" or ".join(similar)}? Choose one of these names '
     return f'choose one of {", ".join(choices[:10])}{", …" if len(choices) > 10 else ""} '
-
-
-def _one_line(error):
-    '''The message of an exception in one line.'''
-    return ' '.join(str(error).split()) or type(error).__name__

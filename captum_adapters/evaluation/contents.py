@@ -25,6 +25,7 @@ from captum_adapters.evaluation.summary import (
 )
 from captum_adapters.evaluation.tables import Cell, Table, format_number
 from captum_adapters.metrics.statistics import Comparison
+from zennit_resnet.messages import one_line
 
 # Tables of columns that are the same by all protocols
 TOPICS = {
@@ -254,8 +255,11 @@ class Report(NamedTuple):
         rows = [
             (
                 Cell(what),
-                Cell(reason),
-                Cell(", ".join(names[:EXAMPLES]) + ", …" * (len(names) > EXAMPLES)),
+                Cell(one_line(reason)),
+                Cell(
+                    ", ".join(map(one_line, names[:EXAMPLES]))
+                    + ", …" * (len(names) > EXAMPLES)
+                ),
                 Cell(str(len(names))),
             )
             for (what, reason), names in ordered[:REASONS]

@@ -24,7 +24,6 @@ from captum_adapters.evaluation.layouts import (
     Entry,
     Listing,
     Names,
-    one_line,
     parse,
     read_csv,
     read_cub,
@@ -34,6 +33,7 @@ from captum_adapters.evaluation.layouts import (
 )
 from captum_adapters.metrics import boxes_to_masks
 from zennit_resnet.image import read_image
+from zennit_resnet.messages import one_line
 
 
 class Sample(NamedTuple):

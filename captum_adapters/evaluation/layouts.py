@@ -12,6 +12,8 @@ from xml.etree import ElementTree
 import numpy as np
 import scipy.io
 
+from zennit_resnet.messages import one_line
+
 Box = tuple[float, float, float, float]
 
 LAYOUTS = ("folder", "csv", "imagenet", "cub")
@@ -50,11 +52,6 @@ class Listing(NamedTuple):
     order: Sequence[str] = ()
     numbers: Mapping[str, int] = {}
     annotations: Optional[Path] = None
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an exception in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def recognize(root: Path, split: Optional[str]) -> str:

@@ -40,6 +40,7 @@ from captum_adapters.evaluation.records import (
     read_times,
 )
 from captum_adapters.evaluation.settings import Evaluation, check, describe
+from zennit_resnet.messages import one_line
 from zennit_resnet.models import load_classifier
 
 # records are committed after a method at the latest, if as many seconds have passed
@@ -168,7 +169,7 @@ class Loop:
     def say(self, text: str) -> None:
         """Print a line beside the progress bar."""
         if not self.quiet:
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(one_line(text), file=sys.stderr)
 
     # -- what is left
 

@@ -1,0 +1,187 @@
+'''Networks that work in place get the same relevance as those that do not.'''
+import pytest
+import torch
+from networks import randomize
+from torch import nn
+from torch.nn import functional as F
+from zennit.attribution import Gradient
+from zennit.composites import EpsilonAlpha2Beta1, EpsilonPlusFlat, LayerMapComposite
+from zennit.types import BatchNorm, Convolution
+
+from zennit_resnet import BlockEpsilon, BlockLRP, ResNetLRP, with_splitting
+from zennit_resnet.composites import RelativeLRP
+
+
+class Squeeze(nn.Module):
+    '''Squeeze and excitation.'''
+    def __init__(self, channels, inplace):
+        super().__init__()
+        self.down, self.up, self.inplace = nn.Conv2d(channels, 2, 1), nn.Conv2d(2, channels, 1), inplace
+
+    def forward(self, x):
+        '''Gate the input.'''
+        gate = torch.sigmoid(self.up(F.relu(self.down(x.mean((2, 3), keepdim=True)), self.inplace)))
+        return x.mul_(gate) if self.inplace else x * gate
+
+
+# What blocks compute, with and without working in place.
+BLOCKS = {
+    'gate': (
+        lambda m, x: m.squeeze(m.bn(m.conv(x))).add_(x),
+        lambda m, x: m.squeeze(m.bn(m.conv(x))) + x,
+    ),
+    'gate-outside': (
+        lambda m, x: m.other(m.squeeze(m.bn(m.conv(x)))),
+        lambda m, x: m.other(m.squeeze(m.bn(m.conv(x)))),
+    ),
+    'gate-not-returned': (
+        lambda m, x: (lambda h, _: m.other(h) + h)(*(lambda h: (h, m.squeeze(h)))(m.conv(x))),
+        lambda m, x: (lambda h: m.other(h) + h)(m.squeeze(m.conv(x))),
+    ),
+    'relu-not-returned': (
+        lambda m, x: (lambda h, _: m.other(h) + h)(*(lambda h: (h, m.relu(h)))(m.bn(m.conv(x)))),
+        lambda m, x: (lambda h: m.other(h) + h)(m.relu(m.bn(m.conv(x)))),
+    ),
+    'relu-first': (
+        lambda m, x: m.conv(m.relu(x)).add_(x),
+        lambda m, x: (lambda x: m.conv(x) + x)(m.relu(x)),
+    ),
+    'relu-after-use': (
+        lambda m, x: (lambda h: (lambda twice, _: m.other(twice + h))(h * 2, m.relu(h)))(m.bn(m.conv(x))),
+        lambda m, x: (lambda h: m.other(h * 2 + m.relu(h)))(m.bn(m.conv(x))),
+    ),
+    'skip': (
+        lambda m, x: m.other(m.relu(x.clone().add_(m.bn(m.conv(x))))),
+        lambda m, x: m.other(m.relu(x + m.bn(m.conv(x)))),
+    ),
+    'hardswish': (lambda m, x: m.other(m.swish(m.bn(m.conv(x)))),) * 2,
+    'chain': (
+        lambda m, x: (lambda h, _: m.other(h))(*(lambda h: (h, h.clamp_(-.1, .5).mul_(.01)))(m.conv(x))),
+        lambda m, x: m.other(m.conv(x).clamp(-.1, .5) * .01),
+    ),
+    'scale': (lambda m, x: m.other(m.conv(x).mul_(.001)), lambda m, x: m.other(m.conv(x) * .001)),
+    'divide': (
+        lambda m, x: m.other(m.relu(m.bn(m.conv(x)).div_(3).add_(.2).add_(x))),
+        lambda m, x: m.other(m.relu(m.bn(m.conv(x)) / 3 + .2 + x)),
+    ),
+    'view': (
+        lambda m, x: m.other((lambda h, _: h)(*(lambda h: (h, h.view(len(h), -1).mul_(.001)))(m.conv(x)))),
+        lambda m, x: m.other((m.conv(x).flatten(1) * .001).view_as(x)),
+    ),
+    'out': (
+        lambda m, x: m.other((lambda h: torch.mul(h.detach(), 1., out=h.detach()) * 0 + h)(m.conv(x))),
+        lambda m, x: m.other((lambda h: h.detach() * 0 + h)(m.conv(x))),
+    ),
+}
+
+
+class Block(nn.Module):
+    '''A block.'''
+    def __init__(self, name, inplace):
+        super().__init__()
+        self.conv, self.other = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.bn, self.squeeze = nn.BatchNorm2d(4), Squeeze(4, inplace)
+        self.relu, self.swish = nn.ReLU(inplace), nn.Hardswish(inplace)
+        self.function = BLOCKS[name][0 if inplace else 1]
+
+    def forward(self, x):
+        '''Run the block.'''
+        return self.function(self, x)
+
+
+class Network(nn.Module):
+    '''Two blocks, of which the outputs are scaled.'''
+    def __init__(self, name, inplace):
+        super().__init__()
+        self.inplace = inplace
+        self.stem = nn.Sequential(nn.ReLU(inplace), nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4))
+        self.blocks = nn.ModuleList([Block(name, inplace), Block(name, inplace)])
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, x):
+        '''Run the network.'''
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+            x = x.mul_(.1) if self.inplace else x * .1
+        return self.fc(x.mean((2, 3)))
+
+
+COMPOSITES = {
+    'block': BlockLRP, 'block-zero': lambda: BlockLRP(epsilon=0.), 'block-plus': lambda: BlockLRP(1e-2, 'plus'),
+    'block-large': lambda: BlockLRP(epsilon=.1), 'block-type': lambda: BlockLRP(blocks=Block),
+    'block-layers': lambda: BlockLRP(blocks=(Squeeze, nn.ReLU, Convolution, BatchNorm)),
+    'rule': lambda: LayerMapComposite([((Block, nn.Linear, Convolution, BatchNorm), BlockEpsilon())]),
+    'rule-layers': lambda: LayerMapComposite([((nn.Linear, Convolution, BatchNorm), BlockEpsilon())]),
+    'resnet': ResNetLRP, 'resnet-merge': lambda: ResNetLRP('symmetric', batch_norm='merge'),
+    'resnet-ablation': lambda: ResNetLRP(identity_skip=False),
+    'resnet-block': lambda: ResNetLRP(layer_map=[(Block, BlockEpsilon(1e-3))]),
+    'resnet-layers': lambda: ResNetLRP(layer_map=[(Convolution, BlockEpsilon(1e-3))]),
+    'relative': RelativeLRP, 'relative-pass': lambda: RelativeLRP(batch_norm='pass', normalization='l1'),
+    'splitting': lambda: with_splitting(EpsilonPlusFlat()), 'alpha-beta': lambda: with_splitting(EpsilonAlpha2Beta1()),
+}
+
+
+@pytest.mark.parametrize('composite', COMPOSITES)
+@pytest.mark.parametrize('name', BLOCKS)
+def test_twins(name, composite):
+    '''The output is bit for bit that without rules, and relevance that of the network which works out of place.'''
+    x, results = torch.randn(2, 3, 6, 6).double(), []
+    for inplace in (True, False):
+        torch.manual_seed(1)
+        model = randomize(Network(name, inplace)).double().eval()
+        expected = model(x.clone()).detach()
+        leaf = x.clone().requires_grad_()
+        with COMPOSITES[composite]().context(model):
+            output = model(leaf.clone())
+            relevance, = torch.autograd.grad(output, leaf, output.detach() * torch.eye(5)[[1, 2]])
+        assert torch.equal(output, expected) and torch.equal(leaf, x)
+        results.append(relevance)
+    scale = results[1].abs().max()
+    assert scale > 0 and (results[0] - results[1]).abs().max() < 1e-9 * scale
+
+
+@pytest.mark.parametrize('composite', [BlockLRP, lambda: LayerMapComposite([(nn.Sequential, BlockEpsilon(0.))])])
+def test_input_in_place(composite):
+    '''With the block rule, a network may even work in place on a leaf, which is not changed.'''
+    x, results = torch.randn(4, 3).double(), []
+    layer = nn.Linear(3, 2).double()
+    for inplace in (True, False):
+        input = x.clone()
+        with Gradient(model=nn.Sequential(nn.ReLU(inplace), layer), composite=composite()) as attributor:
+            results.append(attributor(input, torch.ones(4, 2))[1])
+        assert torch.equal(input, x)
+    assert torch.allclose(*results, rtol=1e-12) and results[0].any()
+
+
+@torch.jit.script
+def scale_in_place(x):
+    '''Functions of TorchScript are not seen.'''
+    return x.mul_(.5)
+
+
+def test_unseen_change():
+    '''What can not be followed is an error.'''
+    class Model(nn.Module):
+        '''A layer that is scaled by a scripted function.'''
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, x):
+            '''Run the network.'''
+            return scale_in_place(self.fc(x)).sum(1, keepdim=True)
+
+    with Gradient(model=Model(), composite=BlockLRP(layer_map=[(nn.Linear, BlockEpsilon(form='gradient'))])) as lrp:
+        with pytest.raises(RuntimeError, match=r'shape \(4, 2\) .* was changed in place .* scripted'):
+            lrp(torch.randn(4, 3), torch.ones(4, 1))
+
+
+def test_not_copied(monkeypatch):
+    '''Nothing but the network's output is copied for the sake of an in-place ReLU.'''
+    copies = []
+    monkeypatch.setattr('zennit_resnet.inplace.Kept.copy', lambda self: copies.append(tuple(self._tensor.shape)))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(64, 2))
+    with Gradient(model=model.eval(), composite=BlockLRP()) as attributor:
+        _, relevance = attributor(torch.rand(2, 3, 6, 6), torch.ones(2, 2))
+    assert copies == [(2, 2)] and relevance.abs().sum() > 0

@@ -1,0 +1,248 @@
+'''Tensors that a network changes in place while rules need them as they were, or run on a copy of them.'''
+import threading
+import weakref
+
+import torch
+from torch._C import DisableTorchFunction
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter as keep_version
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+
+# Functions after which each entry is the same as before, or has a gradient of zero (but may have relevance).
+CLIPPING = frozenset('relu relu_ relu6 hardtanh hardtanh_ clamp_ clip_ clamp_min_ clamp_max_ threshold_'.split())
+
+
+class _State(threading.local):
+    '''Tensors of a thread, by the addresses of their memory.'''
+    def __init__(self):
+        # what rules keep, of several in the same memory the last
+        self.kept = weakref.WeakValueDictionary()
+        # tensors which the network believes to be changed in place, with the tensors that took their place
+        self.replaced = {}
+
+
+_STATE = _State()
+
+
+class Kept:
+    '''Values of a tensor as they are now, for the backward pass.
+
+    They are only copied if and when the network changes them, such as by an in-place gate. Where relevance follows the
+    gradient, clipping by an in-place ReLU that is the first to use them leaves what it depends on: entries without
+    gradient receive none. Where no canonizer follows the network, they are copied at once.
+
+    Parameters
+    ----------
+    tensor: :py:obj:`torch.Tensor`
+        The tensor.
+    '''
+    def __init__(self, tensor):
+        self._tensor = tensor.detach()
+        self._version = self._tensor._version
+        self.is_used = False
+        self.previous = None
+        if is_watched():
+            self.address = _address(tensor)
+            self.previous = _STATE.kept.get(self.address)
+            _STATE.kept[self.address] = self
+        else:
+            self.copy()
+
+    @property
+    def is_changed(self):
+        '''Whether the network has changed the tensor in a way which nobody noted.'''
+        return self._tensor._version != self._version
+
+    def copy(self):
+        '''Copy the values, which are about to change.'''
+        self._tensor = self._tensor.clone()
+        self._version, self.address = self._tensor._version, None
+
+    def accept(self):
+        '''Take the values as they are now.'''
+        self._version = self._tensor._version
+
+    def clear(self):
+        '''Forget the values, which are not needed.'''
+        self._tensor = self._tensor.new_empty(0)
+        self.accept()
+        self.address = None
+
+    @property
+    def values(self):
+        '''The values.
+
+        Raises
+        ------
+        RuntimeError
+            If they were changed by something that is no function of PyTorch.
+        '''
+        if self.is_changed:
+            raise RuntimeError(
+                f'A tensor of shape {tuple(self._tensor.shape)} at the border of a block was changed in place by an '
+                'operation that can not be followed, such as a scripted function: use one that is not in place.'
+            )
+        return self._tensor
+
+
+class _Follow(torch.autograd.Function):
+    '''Have a tensor become another, as if it had been changed in place.'''
+    # pylint: disable=abstract-method,arguments-differ
+    @staticmethod
+    def forward(ctx, tensor, current):
+        '''Copy what is not in the same memory.'''
+        if tensor.data_ptr() != current.data_ptr():
+            tensor.copy_(current)
+        ctx.mark_dirty(tensor)
+        return tensor
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, relevance):
+        '''All relevance is that of the other.'''
+        return None, relevance
+
+
+def is_watched():
+    '''Whether functions on tensors are seen.'''
+    return any(isinstance(mode, Watch) for mode in _get_current_function_mode_stack())
+
+
+class Watch(TorchFunctionMode):
+    '''Sees all functions on tensors, and takes care of those that change a tensor.'''
+    # whether relevance of activations is their gradient
+    is_gradient = False
+
+    def enter(self):
+        '''Begin, unless an interrupt has skipped the end.'''
+        if self not in _get_current_function_mode_stack():
+            _push_mode(self)
+
+    def leave(self):
+        '''End, wherever it is among other modes.'''
+        others = []
+        while self in _get_current_function_mode_stack():
+            others.append(_pop_mode())
+        for mode in reversed(others[:-1]):
+            _push_mode(mode)
+
+    def run(self, func, args, kwargs):
+        '''Run a function.'''
+        return func(*args, **kwargs)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = {} if kwargs is None else kwargs
+        name = getattr(func, '__name__', '')
+        if name in ('__get__', '__set__'):
+            return self.run(func, args, kwargs)
+        settle((args, kwargs))
+        target = _changed(name, args, kwargs)
+        clipped = _use(target, (args, kwargs), self.is_gradient and name in CLIPPING) if _STATE.kept else ()
+        output = self.run(func, args, kwargs)
+        for kept in clipped:
+            kept.accept()
+        if target is not None:
+            note_copy(target, output)
+        return output
+
+
+def note_copy(tensor, output):
+    '''Note the output of something that changes a tensor in place, but which may have been run on a copy of it.
+
+    Hooks of Zennit copy the inputs of modules. Most networks go on with what was returned, so nothing is done before
+    :py:func:`settle` finds that one goes on with the original.
+
+    Parameters
+    ----------
+    tensor: :py:obj:`torch.Tensor`
+        The original.
+    output: object
+        What was returned.
+    '''
+    if all(isinstance(elem, torch.Tensor) and elem.requires_grad for elem in (tensor, output)):
+        with DisableTorchFunction():
+            if tensor.shape == output.shape and _address(tensor) != _address(output):
+                replace(tensor, output)
+
+
+def replace(tensor, current):
+    '''Note that a tensor shall become another as soon as it is used.
+
+    Parameters
+    ----------
+    tensor: :py:obj:`torch.Tensor`
+        A tensor that is believed to be changed in place.
+    current: :py:obj:`torch.Tensor`
+        The tensor that was.
+    '''
+    # a view may be the only reference to a part of another tensor
+    reference = (lambda: tensor) if tensor._is_view() else weakref.ref(tensor)
+    _STATE.replaced.setdefault(_address(tensor), []).append((reference, current))
+
+
+def settle(value):
+    '''Have tensors, which are used now, become what took their place.
+
+    Parameters
+    ----------
+    value: object
+        Nested arguments or outputs.
+    '''
+    if not _STATE.replaced:
+        return
+    with DisableTorchFunction():
+        for tensor in _tensors(value):
+            for reference, current in _STATE.replaced.pop(_address(tensor), ()):
+                original = reference()
+                if original is not None and original is not current:
+                    settle(current)
+                    with keep_version(original):
+                        _Follow.apply(original, current)
+
+
+def forget():
+    '''Forget what was noted, after a forward pass.'''
+    _STATE.replaced.clear()
+
+
+def _use(target, value, is_clipping):
+    '''Note that tensors are used, and copy what is kept of the one that changes, unless it is only clipped.'''
+    address, clipped = None if target is None else _address(target), []
+    for tensor in _tensors(value):
+        key = _address(tensor)
+        kept = _STATE.kept.get(key)
+        while kept is not None:
+            if kept.address == key:
+                if key != address:
+                    kept.is_used = True
+                elif is_clipping and not kept.is_used and not kept.is_changed:
+                    clipped.append(kept)
+                elif not kept.is_changed:
+                    kept.copy()
+            kept = kept.previous
+    return clipped
+
+
+def _changed(name, args, kwargs):
+    '''The tensor that a function changes in place, None if it does not.'''
+    target = kwargs.get('out')
+    if target is None and args and (
+        kwargs.get('inplace') or any(elem is True for elem in args) or name == '__setitem__'
+        or name.startswith('__i') or name.endswith('_') and not name.endswith('__')
+    ):
+        target = args[0]
+    return target if isinstance(target, torch.Tensor) else None
+
+
+def _tensors(value):
+    '''All tensors in nested arguments.'''
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return []
+    return [tensor for elem in value for tensor in _tensors(elem)]
+
+
+def _address(tensor):
+    return tensor.untyped_storage().data_ptr()
