@@ -339,10 +339,41 @@ def test_three_addends():
         assert_close(total(elem), total(relevance) * share, 1e-10)
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason='the first dimension of a stack is taken for the batch')
-def test_stacked_addends():
-    '''A sum of a stack along a new first dimension.'''
-    model = Function(lambda m, x: torch.stack([x, m.conv(x)]).sum(0), conv=conv(3, 3)).double()
+REORDERED = {
+    'stack': lambda m, x: torch.stack([x, m.conv(x)]).sum(0),
+    'cat': lambda m, x: sum(torch.cat([x, m.conv(x)]).chunk(2)),
+    'transpose': lambda m, x: x.transpose(0, 1).relu().transpose(0, 1) + m.conv(x),
+    'permute': lambda m, x: m.conv(x).permute(1, 0, 2, 3).relu().movedim(1, 0) + x,
+    'index': lambda m, x: x + m.conv(x[torch.arange(len(x)).flip(0)]),
+    'flip': lambda m, x: x + m.conv(x).flip(0),
+}
+
+
+@pytest.mark.parametrize('name', REORDERED)
+def test_reordered_batch(name):
+    '''Functions that move the examples of a batch are refused, and those of a single example are not.'''
+    model = Function(REORDERED[name], conv=conv(3, 3)).double()
+    plain = Function(lambda m, x: (m.conv(x).relu() if name == 'permute' else m.conv(x)) + (
+        x.relu() if name == 'transpose' else x
+    ), conv=model.conv)
+    for batch in (2, 3):
+        with pytest.raises(ValueError, match='examples.*: explain one (example )?at a time'):
+            composite_attribute(model, block_input(batch), relevance=torch.rand(batch, 3, 6, 6).double())
+    input, start = block_input(1), torch.rand(1, 3, 6, 6).double()
+    _, lower = composite_attribute(model, input, relevance=start)
+    # a sum over a dimension is a pooling and no addition
+    if name != 'stack':
+        assert_close(lower, composite_attribute(plain, input, relevance=start)[1], 1e-10)
+
+
+def test_other_dimensions():
+    '''The same functions along other dimensions leave each example what it has alone.'''
+    def forward(m, x):
+        halves = torch.stack([x, m.conv(x)], -1).unbind(-1)
+        x = torch.cat([halves[0].transpose(1, 2).mT.mT.transpose(1, 2), halves[1].flip(3)], 1)[:, [3, 0, 1, 4, 5, 2]]
+        return x[:, 1:4].permute(0, 2, 3, 1).roll(1, 2).permute(0, 3, 1, 2) + x[:, :3]
+
+    model = Function(forward, conv=conv(3, 3)).double()
     input, start = block_input(3), torch.rand(3, 3, 6, 6).double()
     _, lower = composite_attribute(model, input, relevance=start)
     for num in range(3):
@@ -402,7 +433,7 @@ def test_identity_skip_bit_for_bit():
     nn.init.zeros_(layer.weight)
     for build in (
         lambda x: x + layer(x), lambda x: layer(x).add_(x), lambda x: F.relu(layer(x) + x), lambda x: x - layer(x),
-        lambda x: x.flatten(2).view_as(x) + layer(x), lambda x: x.permute(2, 3, 0, 1).permute(2, 3, 0, 1) + layer(x),
+        lambda x: x.flatten(2).view_as(x) + layer(x), lambda x: x.permute(0, 2, 3, 1).permute(0, 3, 1, 2) + layer(x),
         lambda x: F.dropout(x, training=False).contiguous() + layer(x),
     ):
         input = torch.randn(2, 3, 4, 4).double()

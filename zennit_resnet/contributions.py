@@ -7,7 +7,7 @@ import math
 import torch
 
 from .core import SinglePass, check_choice
-from .graph import MOVES, walk
+from .graph import MOVES, moves_first, walk
 from .memory import by_example
 from .relative import Relative
 from .rules import PassThrough, SignalTakesAll, SymmetricSplit
@@ -134,6 +134,9 @@ class Contributions:
             return False
         if not roots:
             return True
+        for node in parents:
+            if self.batch_size > 1 and moves_first(node):
+                node.register_prehook(functools.partial(self._refuse, node.name()))
         pending = collections.Counter(parent for edges in parents.values() for _, parent in edges)
         is_single = sum(pending[node] for node, edges in parents.items() if not edges) == 1
         states = itertools.count(1)
@@ -204,6 +207,13 @@ class Contributions:
         return True
 
     # -- hooks ---------------------------------------------------------------------------------------------------------
+
+    def _refuse(self, name, grad_outputs):
+        '''Contributions of the batch's examples would be mixed up.'''
+        raise ValueError(
+            f'The function of {name} moves elements along the first dimension, which has the {self.batch_size} '
+            'examples for each of which contributions are rescaled: explain one example at a time.'
+        )
 
     def _begin(self, state, grad_outputs):
         '''Paths begin with all contributions of a tensor.'''
@@ -293,7 +303,7 @@ class Contributions:
         if not tensor.ndim or len(tensor) % self.batch_size:
             raise ValueError(
                 f'A tensor of shape {tuple(tensor.shape)} has not the batch of {self.batch_size} examples as its first '
-                'dimension, as it has to be where contributions are rescaled for each example.'
+                'dimension, as it has to be where contributions are rescaled for each example: explain one at a time.'
             )
         return tensor.reshape(self.batch_size, -1)
 

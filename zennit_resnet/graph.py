@@ -7,6 +7,10 @@ from .layer import Gate
 SIGMOIDS = frozenset('sigmoid sigmoid_ hardsigmoid tanh tanh_ softmax'.split())
 SIGMOID_MODULES = (torch.nn.Sigmoid, torch.nn.Hardsigmoid, torch.nn.Tanh, torch.nn.Softmax)
 COPIES = ('Clone', 'ToCopy')
+# Functions that move elements along the dimensions they name.
+REORDERS = (
+    'Stack', 'Cat', 'Unbind', 'Select', 'Slice', 'Split', 'Transpose', 'Permute', 'Flip', 'Roll', 'Index', 'TBackward'
+)
 MOVES = ('View', 'Expand', 'queeze', 'Permute', 'Transpose', 'Clone', 'Copy', 'Identity')
 
 
@@ -83,6 +87,19 @@ def walk(nodes, seen=None):
         seen.add(node)
         yield node
         queue.extend(parent for parent, _ in node.next_functions if parent is not None)
+
+
+def moves_first(node):
+    '''Whether a function of PyTorch moves elements along the first dimension, which is that of examples.'''
+    if not node.name().startswith(REORDERS):
+        return False
+    if hasattr(node, '_saved_indices'):
+        return node._saved_indices[0] is not None
+    if node.name().startswith('Permute'):
+        return node._saved_dims[0] != 0
+    # negative numbers are stored as large ones
+    dims = [getattr(node, key) for key in ('_saved_dim', '_saved_dim0', '_saved_dim1') if hasattr(node, key)]
+    return 0 in (*dims, *getattr(node, '_saved_dims', ())) or node.name().startswith('TBackward')
 
 
 def count_uses(nodes):
