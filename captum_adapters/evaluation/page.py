@@ -151,6 +151,9 @@ def _draw_panels(
         )
         for name in lines
     ]
+    # the legend must not be cut off
+    height = 0.6 + 0.17 * sum(text.count("\n") + 1 for text in texts)
+    canvas.set_figheight(max(canvas.get_figheight(), height))
     canvas.legend(
         handles=list(lines.values()),
         labels=texts,
