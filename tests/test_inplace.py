@@ -1,4 +1,6 @@
 '''Networks that work in place get the same relevance as those that do not.'''
+from importlib.metadata import version
+
 import pytest
 import torch
 from networks import randomize
@@ -122,10 +124,16 @@ COMPOSITES = {
 }
 
 
+ZENNIT_1 = version('zennit').startswith('1.')
+LOST = ('relu-not-returned', 'relu-first', 'relu-after-use')
+
+
 @pytest.mark.parametrize('composite', COMPOSITES)
 @pytest.mark.parametrize('name', BLOCKS)
 def test_twins(name, composite):
     '''The output is bit for bit that without rules, and relevance that of the network which works out of place.'''
+    if composite in ('splitting', 'alpha-beta') and name in LOST and ZENNIT_1:
+        pytest.xfail('rules of Zennit 1.0.0 lose in-place results which the network does not take from the module')
     x, results = torch.randn(2, 3, 6, 6).double(), []
     for inplace in (True, False):
         torch.manual_seed(1)

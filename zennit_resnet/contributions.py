@@ -88,6 +88,8 @@ class Contributions:
         # all by the numbers of states, of which 0 is that of the output
         self.exponents, self.sums, self.replaced = {0: torch.zeros((), dtype=torch.double)}, {}, {}
         self.batch_size, self.final = 0, 0
+        # name of a function that has moved the examples
+        self.moved = None
 
     @property
     def log_scale(self):
@@ -136,7 +138,7 @@ class Contributions:
             return True
         for node in parents:
             if self.batch_size > 1 and moves_first(node):
-                node.register_prehook(functools.partial(self._refuse, node.name()))
+                node.register_prehook(functools.partial(self._note_moved, node.name()))
         pending = collections.Counter(parent for edges in parents.values() for _, parent in edges)
         is_single = sum(pending[node] for node, edges in parents.items() if not edges) == 1
         states = itertools.count(1)
@@ -208,12 +210,9 @@ class Contributions:
 
     # -- hooks ---------------------------------------------------------------------------------------------------------
 
-    def _refuse(self, name, grad_outputs):
-        '''Contributions of the batch's examples would be mixed up.'''
-        raise ValueError(
-            f'The function of {name} moves elements along the first dimension, which has the {self.batch_size} '
-            'examples for each of which contributions are rescaled: explain one example at a time.'
-        )
+    def _note_moved(self, name, grad_outputs):
+        '''From here on, it is not known which element is of which example.'''
+        self.moved = name
 
     def _begin(self, state, grad_outputs):
         '''Paths begin with all contributions of a tensor.'''
@@ -298,6 +297,11 @@ class Contributions:
 
     def _examples(self, tensor):
         '''A tensor with one entry of its first dimension for each example, and at least one further dimension.'''
+        if self.moved is not None:
+            raise ValueError(
+                f'The function of {self.moved} moves elements along the first dimension, which has the '
+                f'{self.batch_size} examples for each of which contributions are rescaled: explain one at a time.'
+            )
         if tensor.ndim > 1 and len(tensor) == self.batch_size:
             return tensor
         if not tensor.ndim or len(tensor) % self.batch_size:
