@@ -193,3 +193,33 @@ def test_not_copied(monkeypatch):
     with Gradient(model=model.eval(), composite=BlockLRP()) as attributor:
         _, relevance = attributor(torch.rand(2, 3, 6, 6), torch.ones(2, 2))
     assert copies == [(2, 2)] and relevance.abs().sum() > 0
+
+
+FLAGS = {
+    'module': lambda m, x: m.pool(x),
+    'function': lambda m, x: F.avg_pool2d(x, 3, 1, 1, False, True),
+    'ceil_mode': lambda m, x: F.max_pool2d(x, 3, 1, 1, 1, True),
+}
+
+
+@pytest.mark.parametrize('composite', COMPOSITES)
+@pytest.mark.parametrize('name', FLAGS)
+def test_flags(name, composite):
+    '''Flags of other functions do not mean in place: what was pooled can be used again as it was.'''
+    class Pooled(nn.Module):
+        '''A pooling beside a convolution of the same input.'''
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 1)
+            self.pool = nn.AvgPool2d(3, 1, 1)
+
+        def forward(self, x):
+            '''Two branches.'''
+            x = self.first(x)
+            pooled = FLAGS[name](self, x)
+            return (self.second(x) + pooled).mean((2, 3))
+
+    model, input = Pooled().double().eval(), torch.randn(2, 3, 6, 6).double()
+    expected = model(input)
+    with COMPOSITES[composite]().context(model):
+        assert torch.equal(model(input.clone().requires_grad_()), expected)

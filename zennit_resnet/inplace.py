@@ -223,11 +223,14 @@ def _use(target, value, is_clipping):
 
 
 def _changed(name, args, kwargs):
-    '''The tensor that a function changes in place, None if it does not.'''
+    '''The tensor that a function changes in place, None if it does not.
+
+    PyTorch gives ``inplace`` by name, whatever the caller does.
+    '''
     target = kwargs.get('out')
     if target is None and args and (
-        kwargs.get('inplace') or any(elem is True for elem in args) or name == '__setitem__'
-        or name.startswith('__i') or name.endswith('_') and not name.endswith('__')
+        kwargs.get('inplace') or name == '__setitem__' or name.startswith('__i')
+        or name.endswith('_') and not name.endswith('__')
     ):
         target = args[0]
     return target if isinstance(target, torch.Tensor) else None
