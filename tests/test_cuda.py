@@ -6,6 +6,7 @@ import importlib.util
 
 import pytest
 import torch
+from PIL import Image
 from torchvision.models import resnet18
 from zennit.attribution import Gradient
 from zennit.composites import EpsilonPlus
@@ -136,7 +137,7 @@ def test_evaluation(data, device, tmp_path):
     (tmp_path / 'images').mkdir()
     for index, image in enumerate(input):
         pixels = image.clamp(0, 1).mul(255).byte().permute(1, 2, 0).numpy()
-        pytest.importorskip('PIL.Image').fromarray(pixels).save(tmp_path / 'images' / f'{index}.png')
+        Image.fromarray(pixels).save(tmp_path / 'images' / f'{index}.png')
     methods = ('resnet_lrp_ratio', 'block_lrp+c3', 'grad_cam', 'epsilon_plus+ratio', 'rise:n_masks=10', 'captum_lrp')
     evaluate(Evaluation(
         str(tmp_path / 'images'), str(tmp_path / 'run'), methods=methods, model='resnet18',

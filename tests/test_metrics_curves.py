@@ -254,11 +254,9 @@ def test_closed_form_steps():
     assert abs(result.id_score - .75) < 1e-12 and abs(result.insertion - .875) < 1e-12
 
 
-@pytest.mark.parametrize('size', [(6, 7), (7, 9), (8, 8)])
-@pytest.mark.parametrize('n_steps', [1, 5, 10, 63, 100])
-def test_negative(size, n_steps):
-    '''Insertion of a map is deletion of its negative, also where the number of pixels or of steps is odd.'''
-    model, input, heat = network(), images(height=size[0], width=size[1]), maps(height=size[0], width=size[1])
+def both_signs(heat, n_steps):
+    '''Check that insertion of a map is deletion of its negative, and return the scores of the map.'''
+    model, input = network(), images(height=heat.shape[1], width=heat.shape[2])
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         positive, negative = (
@@ -266,6 +264,14 @@ def test_negative(size, n_steps):
         )
     assert torch.allclose(positive.insertion, negative.deletion, rtol=1e-12)
     assert torch.allclose(positive.deletion, negative.insertion, rtol=1e-12)
+    return positive
+
+
+@pytest.mark.parametrize('size', [(6, 7), (7, 9), (8, 8)])
+@pytest.mark.parametrize('n_steps', [1, 5, 10, 63, 100])
+def test_negative(size, n_steps):
+    '''Insertion of a map is deletion of its negative, also where the number of pixels or of steps is odd.'''
+    positive = both_signs(maps(height=size[0], width=size[1]), n_steps)
     assert (positive.id_score.abs() > 1e-6).all() or n_steps == 1
     n_pixels = size[0] * size[1]
     middle = n_pixels % 2 == 1 and n_steps % 2 == 0 and n_steps < n_pixels
@@ -470,14 +476,7 @@ def test_ties():
 @pytest.mark.parametrize('n_steps', [5, 7, 15])
 def test_negative_ties(levels, n_steps):
     '''Insertion of a map with ties is deletion of its negative as well.'''
-    model, input, heat = network(), images(height=7, width=9), maps(levels=levels, height=7, width=9)
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        positive, negative = (
-            insertion_deletion(model, input, sign * heat, .3, 2, n_steps=n_steps) for sign in (1, -1)
-        )
-    assert torch.allclose(positive.insertion, negative.deletion, rtol=1e-12)
-    assert torch.allclose(positive.deletion, negative.insertion, rtol=1e-12)
+    both_signs(maps(levels=levels, height=7, width=9), n_steps)
 
 
 def test_few_points():

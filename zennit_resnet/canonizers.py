@@ -13,11 +13,11 @@ from zennit.types import MaxPool as MaxPoolType
 
 from .block import note_addition
 from .core import Eager, is_running
-from .graph import walk
+from .graph import carriers_of, walk
 from .inplace import Watch, forget, note_copy, settle
 from .layer import Addition, Gate, Padding
 from .merging import BatchNormMerge
-from .operations import ADDITIONS, HANDLERS, TRANSPARENT, FunctionCall, carriers_of
+from .operations import ADDITIONS, HANDLERS, TRANSPARENT, FunctionCall
 from .rules import RatioSplit, SignalTakesAll, Uncrop
 
 # Rules for operations that no composite of Zennit knows about, unless the composite in use has another for them.

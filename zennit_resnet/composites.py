@@ -6,9 +6,10 @@ from zennit.torchvision import ResNetCanonizer
 from zennit.types import Activation, AvgPool, BatchNorm, Convolution, MaxPool
 
 from .block import BlockEpsilon, GradientTimesInput
-from .canonizers import BlockCanonizer, ResidualCanonizer, carriers_of
+from .canonizers import BlockCanonizer, ResidualCanonizer
 from .contributions import Contributions
 from .core import check_choice
+from .graph import carriers_of
 from .layer import Addition, Gate, Padding, Subsampling
 from .relative import NoRule, Relative, RelativeMaxPool
 from .rules import (

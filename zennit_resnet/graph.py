@@ -14,6 +14,22 @@ REORDERS = (
 MOVES = ('View', 'Expand', 'queeze', 'Permute', 'Transpose', 'Clone', 'Copy', 'Identity')
 
 
+def tensors_of(value):
+    '''All tensors in nested arguments, in their order.'''
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return []
+    return [tensor for elem in value for tensor in tensors_of(elem)]
+
+
+def carriers_of(value):
+    '''All tensors that carry relevance in nested arguments, in their order.'''
+    return [tensor for tensor in tensors_of(value) if tensor.requires_grad]
+
+
 def depends_on(tensor, source):
     '''Whether a tensor was computed from another, or from what that is a copy of, by their graphs.'''
     if tensor.grad_fn is None or not source.requires_grad:

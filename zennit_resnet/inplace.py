@@ -7,6 +7,8 @@ from torch._C import DisableTorchFunction
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter as keep_version
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
+from .graph import tensors_of
+
 # Functions after which each entry is the same as before, or has a gradient of zero (but may have relevance).
 CLIPPING = frozenset('relu relu_ relu6 hardtanh hardtanh_ clamp_ clip_ clamp_min_ clamp_max_ threshold_'.split())
 
@@ -190,7 +192,7 @@ def settle(value):
     if not _STATE.replaced:
         return
     with DisableTorchFunction():
-        for tensor in _tensors(value):
+        for tensor in tensors_of(value):
             for reference, current in _STATE.replaced.pop(_address(tensor), ()):
                 original = reference()
                 if original is not None and original is not current:
@@ -207,7 +209,7 @@ def forget():
 def _use(target, value, is_clipping):
     '''Note that tensors are used, and copy what is kept of the one that changes, unless it is only clipped.'''
     address, clipped = None if target is None else _address(target), []
-    for tensor in _tensors(value):
+    for tensor in tensors_of(value):
         key = _address(tensor)
         kept = _STATE.kept.get(key)
         while kept is not None:
@@ -234,17 +236,6 @@ def _changed(name, args, kwargs):
     ):
         target = args[0]
     return target if isinstance(target, torch.Tensor) else None
-
-
-def _tensors(value):
-    '''All tensors in nested arguments.'''
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, (list, tuple)):
-        return []
-    return [tensor for elem in value for tensor in _tensors(elem)]
 
 
 def _address(tensor):

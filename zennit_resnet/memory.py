@@ -30,8 +30,8 @@ def by_example(function, *tensors):
     for index, parts in enumerate(zip(*(elem.split(1) for elem in tensors))):
         part = function(*parts)
         if result is None:
-            result = part.new_empty((len(first), *part.shape[1:]))
-            if first.shape == result.shape:
-                result = torch.empty_like(first, dtype=part.dtype)
+            # of the layout of the input where possible, such as channels last
+            result = (torch.empty_like(first, dtype=part.dtype) if first.shape[1:] == part.shape[1:]
+                      else part.new_empty((len(first), *part.shape[1:])))
         result[index:index + 1] = part
     return result

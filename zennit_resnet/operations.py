@@ -113,17 +113,6 @@ def _replace(value, replacements):
     return value
 
 
-def carriers_of(value):
-    '''All tensors that carry relevance in nested arguments, in their order.'''
-    if isinstance(value, torch.Tensor):
-        return [value] if value.requires_grad else []
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, (list, tuple)):
-        return []
-    return [tensor for elem in value for tensor in carriers_of(elem)]
-
-
 # -- handlers: what runs a function, given the canonizer, the call of the module, and the call of the function ---------
 
 def _add(canonizer, call, function):

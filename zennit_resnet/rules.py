@@ -140,15 +140,16 @@ class RatioSplit(Split):
     def shares(self, *addends):
         '''Share of the magnitudes.'''
         addends = [elem if elem.dtype == torch.float64 else elem.float() for elem in addends]
-        return [by_example(self._share, elem, *addends) for elem in addends[:-1]]
+        return [by_example(self._share, addends[num], *addends[:num], *addends[num + 1:])
+                for num in range(len(addends) - 1)]
 
     @staticmethod
-    def _share(addend, *addends):
-        '''Share of one of the addends.'''
-        total = addends[0].abs()
-        for elem in addends[1:]:
-            total = total.add_(elem.abs()) if total.shape == elem.shape else total + elem.abs()
-        return (addend.abs() / total).nan_to_num_(1 / len(addends))
+    def _share(*addends):
+        '''Share of the first addend.'''
+        share, total, *others = (elem.abs() for elem in torch.broadcast_tensors(*addends))
+        for elem in (*others, share):
+            total = total.add_(elem)
+        return share.div_(total).nan_to_num_(1 / len(addends))
 
 
 class SymmetricSplit(Split):
