@@ -61,6 +61,10 @@ BLOCKS = {
         lambda m, x: (lambda h, _: m.other(h))(*(lambda h: (h, h.clamp_(-.1, .5).mul_(.01)))(m.conv(x))),
         lambda m, x: m.other(m.conv(x).clamp(-.1, .5) * .01),
     ),
+    'keyword': (
+        lambda m, x: m.other((lambda h, _: h)(*(lambda h: (h, torch.clamp_(input=h, max=.1).mul_(.01)))(m.conv(x)))),
+        lambda m, x: m.other(m.conv(x).clamp(max=.1) * .01),
+    ),
     'scale': (lambda m, x: m.other(m.conv(x).mul_(.001)), lambda m, x: m.other(m.conv(x) * .001)),
     'divide': (
         lambda m, x: m.other(m.relu(m.bn(m.conv(x)).div_(3).add_(.2).add_(x))),

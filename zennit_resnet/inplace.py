@@ -230,11 +230,11 @@ def _changed(name, args, kwargs):
     PyTorch gives ``inplace`` by name, whatever the caller does.
     '''
     target = kwargs.get('out')
-    if target is None and args and (
+    if target is None and (
         kwargs.get('inplace') or name == '__setitem__' or name.startswith('__i')
         or name.endswith('_') and not name.endswith('__')
     ):
-        target = args[0]
+        target = args[0] if args else kwargs.get('input')
     return target if isinstance(target, torch.Tensor) else None
 
 
