@@ -326,7 +326,12 @@ def _values(value):
 
 
 def note_addition(module):
-    '''Note that a module which is running has added tensors.'''
+    '''Note that a module which is running adds tensors.'''
     stack = _CALLS.__dict__.get('stack', [])
     if stack and stack[-1].module is module:
-        stack[-1].has_addition = True
+        call = stack[-1]
+        call.has_addition = True
+        if call.rule.is_block is None and call.rule.active:
+            # what layers inside keep is needed no more, and must not be copied if this is in place
+            for inner in call.inner:
+                inner.deactivate()

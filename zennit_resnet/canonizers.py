@@ -256,6 +256,19 @@ class ResidualCanonizer(Canonizer):
 
     # -- what runs in it -----------------------------------------------------------------------------------------------
 
+    def look(self, func, args, kwargs):
+        '''Look at a function which is about to run, before what it changes is copied for rules that need it.
+
+        Parameters
+        ----------
+        func: callable
+            The function that was called.
+        args: tuple
+            Its positional arguments.
+        kwargs: dict
+            Its keyword arguments.
+        '''
+
     def intercept(self, func, args, kwargs):
         '''Run a function, through a module that stands for it if it is an operation on relevance.
 
@@ -422,11 +435,14 @@ class BlockCanonizer(ResidualCanonizer):
     '''
     is_gradient = True
 
-    def intercept(self, func, args, kwargs):
+    def look(self, func, args, kwargs):
         '''Note additions.'''
         stack = self._stack()
         if stack and getattr(func, '__name__', '') in ADDITIONS and len(carriers_of((args, kwargs))) == 2:
             note_addition(stack[-1].module)
+
+    def intercept(self, func, args, kwargs):
+        '''Run a function.'''
         return func(*args, **kwargs)
 
 
@@ -436,6 +452,10 @@ class _Interception(Watch):
         super().__init__()
         self.canonizer = canonizer
         self.is_gradient = is_gradient
+
+    def look(self, func, args, kwargs):
+        '''Let the canonizer look at it.'''
+        self.canonizer.look(func, args, kwargs)
 
     def run(self, func, args, kwargs):
         '''Run a function, through a module that stands for it if it is an operation on relevance.'''

@@ -127,6 +127,9 @@ class Watch(TorchFunctionMode):
         for mode in reversed(others[:-1]):
             _push_mode(mode)
 
+    def look(self, func, args, kwargs):
+        '''Look at a function which is about to run, before what it changes is copied for those that keep it.'''
+
     def run(self, func, args, kwargs):
         '''Run a function.'''
         return func(*args, **kwargs)
@@ -137,6 +140,7 @@ class Watch(TorchFunctionMode):
         if name in ('__get__', '__set__'):
             return self.run(func, args, kwargs)
         settle((args, kwargs))
+        self.look(func, args, kwargs)
         target = _changed(name, args, kwargs)
         clipped = _use(target, (args, kwargs), self.is_gradient and name in CLIPPING) if _STATE.kept else ()
         output = self.run(func, args, kwargs)
