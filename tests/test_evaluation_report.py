@@ -133,7 +133,8 @@ def test_merge():
     assert list(row(result, 'grad_cam').records) == ['000.jpg', '001.jpg', '002.jpg']
     # the problem of a sample in one run is none if it was solved in another
     assert result.groups[0].samples['001.jpg'].problem is None
-    assert result.significance[0].num_examples == 2
+    compared = [(item.method, item.num_examples) for item in result.significance[0].results]
+    assert compared == [('grad_cam', 2), ('random', 2)]
     message, = [message for message in result.messages if 'same examples' in message]
     assert 'rise 2 of 3' in message and 'grad_cam' not in message
 
@@ -201,26 +202,27 @@ def test_not_comparable():
 
 
 def test_significance():
-    '''The best baseline, exact p-values, and Holm's correction on the examples that all have.'''
+    '''The best baseline, exact p-values, and Holm's correction, each on the examples that both have.'''
     base = [0.3, 0.1, 0.2, 0.3, 0.1, 0.2]
     run = build({
         'resnet_lrp_ratio': [value + 0.5 for value in base] + [9],
-        'grad_cam': [*base, 9],
-        'score_cam+quantize8': [value - 0.05 * (number % 2) for number, value in enumerate(base)] + [9],
+        'grad_cam': [*base, math.nan],
+        'score_cam+quantize8': [value - 0.05 * (number % 2) for number, value in enumerate(base)] + [math.nan],
         'epsilon_plus+ratio': [value + 0.4 for value in base] + [9],
-        'random': [*(value - 0.2 for value in base), math.nan],
+        'random': [math.nan, *(value - 0.2 for value in base[1:]), 9],
         'gaussian': [5, 5, 5, 5, 5, 5, 5],
     })
     result = report(run)
     item, = result.significance
     # neither ours nor a control
-    assert item.baseline == 'grad_cam' and item.column == 'id' and item.num_examples == 6
+    assert item.baseline == 'grad_cam' and item.column == 'id'
     found = {entry.method: entry for entry in item.results}
     assert list(found) == ['resnet_lrp_ratio', 'score_cam+quantize8', 'epsilon_plus+ratio', 'random', 'gaussian']
     assert found['resnet_lrp_ratio'].difference == pytest.approx(0.5)
+    assert found['resnet_lrp_ratio'].num_examples == 6
     assert found['resnet_lrp_ratio'].baseline_mean == pytest.approx(0.2)
     assert found['random'].difference == pytest.approx(-0.2)
-    assert found['random'].num_examples == 6
+    assert found['random'].num_examples == 5 and found['random'].baseline_mean == pytest.approx(0.18)
     # of 64 signs, two are as extreme; a difference in three of six examples has 2 of 8
     report_exact = report(run, n_resamples=9999)
     exact = {entry.method: entry for entry in report_exact.significance[0].results}
@@ -230,8 +232,8 @@ def test_significance():
     assert [line['method'] for line in lines] == list(found) and float(lines[0]['p_holm']) == 0.15625
     assert float(lines[0]['low']) == exact['resnet_lrp_ratio'].low
     text = report_exact.text()
-    assert 'ID compared with grad_cam' in text and '6 examples that all methods have in common' in text
-    assert re.search(r'^resnet_lrp_ratio +0\.700 +0\.500 \[0\.500, 0\.500\] +0\.156$', text, re.M)
+    assert 'ID compared with grad_cam' in text and 'Paired differences to grad_cam (0.200)' in text
+    assert re.search(r'^resnet_lrp_ratio +6 +0\.700 +0\.500 \[0\.500, 0\.500\] +0\.156$', text, re.M)
 
 
 def test_baseline():
@@ -256,7 +258,13 @@ def test_baseline():
     other = report(build({'rise': {'pointing': [0.1, 0.2], 'gap': [1, 1]}, 'random': {'pointing': [0, 0]}}))
     assert other.primary == 'pointing' and any('compared by pointing' in message for message in other.messages)
     disjoint = build({'rise': [0.1, math.nan], 'random': [math.nan, 0.2]})
-    assert not report(disjoint).significance and any('No example' in message for message in report(disjoint).messages)
+    assert not report(disjoint).significance
+    assert any('random has id of no example that rise has' in message for message in report(disjoint).messages)
+    # the best of few examples
+    few = build({'rise': [0.9] + 4 * [math.nan], 'grad_cam': [0.8, 0.3, 0.3, math.nan, math.nan], 'random': 5 * [0.1],
+                 'score_cam': [0.7, 0.2, 0.2, 0.2, 0.2]})
+    assert report(few).significance[0].baseline == 'grad_cam'
+    assert report(few, baseline='rise').significance[0].results[0].num_examples == 1
 
 
 FLATTERED = {

@@ -52,8 +52,8 @@ def find_gaps(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
             listed = f" ({list_some(fewer)} of {most})" if fewer else ""
             yield (
                 f"Methods of {group.name} are not evaluated on the same examples{listed}."
-                " Means are over those of each method, comparisons over those that all have"
-                " in common."
+                " Means are over those of each method, comparisons over those that a method"
+                " and the baseline have in common."
             )
         own = [row.name for row in members if base_of(row.method) == "abn"]
         if own and len(members) > len(own):

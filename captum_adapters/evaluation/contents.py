@@ -46,14 +46,12 @@ class Significance(NamedTuple):
         group (int): Index of the group.
         column (str): Name of the score.
         baseline (str): Name of the row that others are compared with.
-        num_examples (int): Number of examples that all methods have a score of.
         results (tuple[Comparison]): The comparisons.
     """
 
     group: int
     column: str
     baseline: str
-    num_examples: int
     results: tuple[Comparison, ...]
 
 
@@ -123,6 +121,7 @@ class Report(NamedTuple):
             rows = tuple(
                 (
                     Cell(result.method),
+                    Cell(str(result.num_examples)),
                     Cell(format_number(result.mean)),
                     Cell(_interval(result.difference, result.low, result.high)),
                     Cell(
@@ -133,15 +132,15 @@ class Report(NamedTuple):
                 )
                 for result in item.results
             )
-            mean = format_number(item.results[0].baseline_mean)
+            means = {row.name: row.mean(item.column) for row in self.rows}
             found.append(
                 Table(
                     title=f"{column_of(item.column).title} compared with {item.baseline}{where}",
-                    header=("Method", "Mean", "Difference", "p (Holm)"),
+                    header=("Method", "Examples", "Mean", "Difference", "p (Holm)"),
                     sections=(("", rows),),
-                    note=f"Paired differences to {item.baseline} ({mean}) on the"
-                    f" {item.num_examples} examples that all methods have in common,"
-                    f" {100 * self.confidence:g} % bootstrap intervals, and p-values of"
+                    note=f"Paired differences to {item.baseline}"
+                    f" ({format_number(means[item.baseline])}) on the examples that both have a"
+                    f" score of, {100 * self.confidence:g} % bootstrap intervals, and p-values of"
                     f" permutation tests, corrected for {len(item.results)} comparisons.",
                 )
             )

@@ -64,6 +64,11 @@ def _choose_baseline(
                 "There is no method of others to compare with, so methods are compared with the"
                 " best control. Choose another one with --baseline."
             )
+    # the best one of few examples may be so by chance
+    most = max((row.statistics[primary].num_examples for row in candidates), default=0)
+    candidates = [
+        row for row in candidates if 2 * row.statistics[primary].num_examples >= most
+    ]
     return max(
         candidates, key=lambda row: sign_of(primary) * row.mean(primary), default=None
     )
@@ -100,24 +105,26 @@ def _compare(
                     f"Nothing to compare in {group.name}: it needs a baseline and a method."
                 )
             continue
-        scores = {row.name: row.scores(primary) for row in members}
-        common = sorted(set.intersection(*(set(values) for values in scores.values())))
-        if not common:
-            messages.append(f"No example of {group.name} has {primary} of all methods.")
+        samples = sorted(other.scores(primary))
+        scores = {}
+        for row in members:
+            values = row.scores(primary)
+            if values.keys().isdisjoint(samples):
+                messages.append(
+                    f"{row.name} has {primary} of no example that {other.name} has it of."
+                )
+                continue
+            scores[row.name] = [values.get(sample, math.nan) for sample in samples]
+        if len(scores) < 2:
             continue
         results = compare(
-            {
-                name: [values[sample] for sample in common]
-                for name, values in scores.items()
-            },
+            scores,
             other.name,
-            cluster_labels(group, common, clusters),
+            cluster_labels(group, samples, clusters),
             confidence=confidence,
             n_resamples=n_resamples,
         )
-        found.append(
-            Significance(index, primary, other.name, len(common), tuple(results))
-        )
+        found.append(Significance(index, primary, other.name, tuple(results)))
     return found
 
 
@@ -143,7 +150,7 @@ def summarize(
                 :func:`captum_adapters.evaluation.records.read_run`.
         baseline (str, optional): Name of the method that others are compared with. By
                 default, it is the best one by the primary score that is neither ours nor
-                a control.
+                a control, of those with at least half as many examples as any other.
                 Default: None
         primary (str, optional): Name of the score by which methods are compared. If
                 there is no `"id"`, it is the first one there is.
