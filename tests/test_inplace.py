@@ -6,12 +6,14 @@ import torch
 from networks import randomize
 from torch import nn
 from torch.nn import functional as F
+from torchvision.models import resnet18
 from zennit.attribution import Gradient
 from zennit.composites import EpsilonAlpha2Beta1, EpsilonPlusFlat, LayerMapComposite
 from zennit.types import BatchNorm, Convolution
 
 from zennit_resnet import BlockEpsilon, BlockLRP, ResNetLRP, with_splitting
 from zennit_resnet.composites import RelativeLRP
+from zennit_resnet.inplace import Kept, replace, settle
 
 
 class Squeeze(nn.Module):
@@ -51,6 +53,14 @@ BLOCKS = {
     'relu-after-use': (
         lambda m, x: (lambda h: (lambda twice, _: m.other(twice + h))(h * 2, m.relu(h)))(m.bn(m.conv(x))),
         lambda m, x: (lambda h: m.other(h * 2 + m.relu(h)))(m.bn(m.conv(x))),
+    ),
+    'relu-part': (
+        lambda m, x: (lambda h, _: m.other(h))(*(lambda h: (h, m.relu(h[:, :2])))(m.bn(m.conv(x)))),
+        lambda m, x: (lambda h: m.other(torch.cat([m.relu(h[:, :2]), h[:, 2:]], 1)))(m.bn(m.conv(x))),
+    ),
+    'relu-part-of-view': (
+        lambda m, x: (lambda h, _: m.other(h))(*(lambda h: (h, m.relu(h[:, :2])))(m.bn(m.conv(x))[:])),
+        lambda m, x: (lambda h: m.other(torch.cat([m.relu(h[:, :2]), h[:, 2:]], 1)))(m.bn(m.conv(x))),
     ),
     'skip': (
         lambda m, x: m.other(m.relu(x.clone().add_(m.bn(m.conv(x))))),
@@ -129,7 +139,7 @@ COMPOSITES = {
 
 
 ZENNIT_1 = version('zennit').startswith('1.')
-LOST = ('relu-not-returned', 'relu-first', 'relu-after-use')
+LOST = ('relu-not-returned', 'relu-first', 'relu-after-use', 'relu-part', 'relu-part-of-view')
 
 
 @pytest.mark.parametrize('composite', COMPOSITES)
@@ -166,6 +176,32 @@ def test_input_in_place(composite):
             results.append(attributor(input, torch.ones(4, 2))[1])
         assert torch.equal(input, x)
     assert torch.allclose(*results, rtol=1e-12) and results[0].any()
+
+
+@pytest.mark.parametrize('is_view', [False, True])
+def test_part(is_view):
+    '''A part that is replaced has the history of what took its place, the rest has its own.'''
+    source = torch.randn(2, 4, 3, requires_grad=True)
+    tensor = (source * 2)[:] if is_view else source * 2
+    expected = torch.cat([tensor[:, :2] * 3, tensor[:, 2:]], 1)
+    replace(tensor[:, :2], tensor[:, :2] * 3)
+    settle(tensor)
+    assert torch.equal(tensor, expected)
+    weights = torch.randn(2, 4, 3)
+    assert torch.equal(*(
+        torch.autograd.grad((elem * weights).sum(), source, retain_graph=True)[0] for elem in (tensor, expected)
+    ))
+
+
+def test_no_copies(monkeypatch):
+    '''Layers inside of a block keep nothing, so that the addition at its end may be in place without a copy.'''
+    copied = []
+    monkeypatch.setattr(Kept, 'copy', lambda kept: copied.append(kept.values.shape))
+    model = resnet18(num_classes=5).eval()
+    with BlockLRP().context(model):
+        output = model(torch.randn(2, 3, 32, 32).requires_grad_())
+    # what the network returns may be changed by anyone
+    assert output.requires_grad and copied == [(2, 5)]
 
 
 @torch.jit.script

@@ -1,6 +1,7 @@
 '''Tensors that a network changes in place while rules need them as they were, or run on a copy of them.'''
 import threading
 import weakref
+from contextlib import nullcontext
 
 import torch
 from torch._C import DisableTorchFunction
@@ -92,6 +93,7 @@ class _Follow(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor, current):
         '''Copy what is not in the same memory.'''
+        ctx.is_view = tensor._is_view()
         if tensor.data_ptr() != current.data_ptr():
             tensor.copy_(current)
         ctx.mark_dirty(tensor)
@@ -101,7 +103,8 @@ class _Follow(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, relevance):
         '''All relevance is that of the other.'''
-        return None, relevance
+        # with None, PyTorch would also drop that of what the view is a part of
+        return torch.zeros_like(relevance) if ctx.is_view else None, relevance
 
 
 def is_watched():
@@ -201,7 +204,11 @@ def settle(value):
                 original = reference()
                 if original is not None and original is not current:
                     settle(current)
-                    with keep_version(original):
+                    is_other = original.data_ptr() != current.data_ptr()
+                    if is_other:
+                        _use(original, original, False)
+                    # other views of the same tensor only find out by its version that its history is another
+                    with nullcontext() if is_other and original._is_view() else keep_version(original):
                         _Follow.apply(original, current)
 
 
