@@ -318,6 +318,23 @@ def test_published_class(assets, tmp_path):
     assert 0 < wrong < len(both.samples)
 
 
+def test_no_labels(assets, tmp_path):
+    '''Without a label, the prediction is explained and measured, and that is noted.'''
+    (tmp_path / 'images').mkdir()
+    for name in CLASSES:
+        shutil.copy(assets / 'images' / name / '0.png', tmp_path / 'images' / f'{name}.png')
+    options = {'methods': ('resnet_lrp_ratio',), 'controls': False, 'data': str(tmp_path / 'images')}
+    label = run(assets, tmp_path / 'label', **options, explain='label', score='label', published='label')
+    prediction = run(assets, tmp_path / 'prediction', **options)
+    for name, sample in label.samples.items():
+        assert sample.label is None and sample.target == sample.prediction
+        assert sample.notes == ('no label, so the prediction was used',)
+        assert not prediction.samples[name].notes
+    for key, record in prediction.records.items():
+        assert record.values == label.records[key].values
+    assert len(prediction.records) == 3
+
+
 def test_dry_run(assets, whole, tmp_path):
     '''A dry run says what is left, and writes nothing.'''
     before = evaluate(setting(assets, tmp_path / 'run'), process=Process(), quiet=True, dry_run=True)
