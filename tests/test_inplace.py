@@ -66,6 +66,10 @@ BLOCKS = {
         lambda m, x: m.other(m.relu(x.clone().add_(m.bn(m.conv(x))))),
         lambda m, x: m.other(m.relu(x + m.bn(m.conv(x)))),
     ),
+    'norm-after-skip': (
+        lambda m, x: m.bn(m.conv(x).add_(x)),
+        lambda m, x: m.bn(m.conv(x) + x),
+    ),
     'hardswish': (lambda m, x: m.other(m.swish(m.bn(m.conv(x)))),) * 2,
     'chain': (
         lambda m, x: (lambda h, _: m.other(h))(*(lambda h: (h, h.clamp_(-.1, .5).mul_(.01)))(m.conv(x))),

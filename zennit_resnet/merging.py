@@ -29,15 +29,18 @@ class BatchNormMerge:
     def _note_output(self, module, args, output):
         if not isinstance(output, torch.Tensor) or not output.requires_grad:
             return
-        reference, _ = self.producers.get(id(output), (lambda: None, None))
+        reference, *_ = self.producers.get(id(output), (lambda: None,))
         # a layer with a forward of its own may return the output of a functional one
         if reference() is not output:
-            self.producers[id(output)] = weakref.ref(output), module
+            self.producers[id(output)] = weakref.ref(output), _number(output), module
             self.calls[module] = self.calls.get(module, 0) + 1
 
     def _note_input(self, module, args):
-        reference, linear = self.producers.get(id(args[0]), (lambda: None, None)) if args else (lambda: None, None)
-        if args and reference() is args[0]:
+        if not args or id(args[0]) not in self.producers:
+            return
+        reference, number, linear = self.producers[id(args[0])]
+        # something else may have changed it in place, such as an addition
+        if reference() is args[0] and _number(args[0]) == number:
             self.candidates.append((args[0].grad_fn, linear, module))
 
     def fold(self, outputs):
@@ -88,6 +91,11 @@ class BatchNormMerge:
         '''Put the original parameters back, and watch no module anymore.'''
         self.unfold()
         self.handles.remove()
+
+
+def _number(tensor):
+    '''Number of the node that has computed a tensor, which no other has.'''
+    return tensor.grad_fn._sequence_nr()  # pylint: disable=protected-access
 
 
 def fold_batch_norm(linear, batch_norm):
