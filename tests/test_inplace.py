@@ -66,6 +66,10 @@ BLOCKS = {
         lambda m, x: m.other(m.relu(x.clone().add_(m.bn(m.conv(x))))),
         lambda m, x: m.other(m.relu(x + m.bn(m.conv(x)))),
     ),
+    'unused-branch': (
+        lambda m, x: (lambda h, _: h.mul_(.5))(*(lambda h: (h, m.other(h) is None))(m.conv(x))),
+        lambda m, x: m.conv(x) * .5,
+    ),
     'norm-after-skip': (
         lambda m, x: m.bn(m.conv(x).add_(x)),
         lambda m, x: m.bn(m.conv(x) + x),

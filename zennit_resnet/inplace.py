@@ -17,8 +17,8 @@ CLIPPING = frozenset('relu relu_ relu6 hardtanh hardtanh_ clamp_ clip_ clamp_min
 class _State(threading.local):
     '''Tensors of a thread, by the addresses of their memory.'''
     def __init__(self):
-        # what rules keep, of several in the same memory the last
-        self.kept = weakref.WeakValueDictionary()
+        # what rules keep in this memory, as long as they do
+        self.kept = {}
         # tensors which the network believes to be changed in place, with the tensors that took their place
         self.replaced = {}
 
@@ -42,11 +42,9 @@ class Kept:
         self._tensor = tensor.detach()
         self._version = self._tensor._version
         self.is_used = False
-        self.previous = None
         if is_watched():
             self.address = _address(tensor)
-            self.previous = _STATE.kept.get(self.address)
-            _STATE.kept[self.address] = self
+            _STATE.kept.setdefault(self.address, weakref.WeakSet()).add(self)
         else:
             self.copy()
 
@@ -215,6 +213,8 @@ def settle(value):
 def forget():
     '''Forget what was noted, after a forward pass.'''
     _STATE.replaced.clear()
+    for address in [address for address, kept in _STATE.kept.items() if not kept]:
+        del _STATE.kept[address]
 
 
 def _use(target, value, is_clipping):
@@ -222,8 +222,7 @@ def _use(target, value, is_clipping):
     address, clipped = None if target is None else _address(target), []
     for tensor in tensors_of(value):
         key = _address(tensor)
-        kept = _STATE.kept.get(key)
-        while kept is not None:
+        for kept in _STATE.kept.get(key, ()):
             if kept.address == key:
                 if key != address:
                     kept.is_used = True
@@ -231,7 +230,6 @@ def _use(target, value, is_clipping):
                     clipped.append(kept)
                 elif not kept.is_changed:
                     kept.copy()
-            kept = kept.previous
     return clipped
 
 
