@@ -70,6 +70,10 @@ BLOCKS = {
         lambda m, x: (lambda h, _: h.mul_(.5))(*(lambda h: (h, m.other(h) is None))(m.conv(x))),
         lambda m, x: m.conv(x) * .5,
     ),
+    'unused-norm': (
+        lambda m, x: m.other(m.relu((lambda h: (h, m.bn(h) is None)[0])(m.conv(x)))),
+        lambda m, x: m.other(m.relu(m.conv(x))),
+    ),
     'norm-after-skip': (
         lambda m, x: m.bn(m.conv(x).add_(x)),
         lambda m, x: m.bn(m.conv(x) + x),

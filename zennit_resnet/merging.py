@@ -25,6 +25,7 @@ class BatchNormMerge:
             self.handles.append(module.register_forward_hook(self._note_output))
         elif isinstance(module, BatchNorm) and getattr(module, 'running_mean', None) is not None:
             self.handles.append(module.register_forward_pre_hook(self._note_input, prepend=True))
+            self.handles.append(module.register_forward_hook(self._note_result))
 
     def _note_output(self, module, args, output):
         if not isinstance(output, torch.Tensor) or not output.requires_grad:
@@ -41,7 +42,11 @@ class BatchNormMerge:
         reference, number, linear = self.producers[id(args[0])]
         # something else may have changed it in place, such as an addition
         if reference() is args[0] and _number(args[0]) == number:
-            self.candidates.append((args[0].grad_fn, linear, module))
+            self.candidates.append([args[0].grad_fn, linear, module, None])
+
+    def _note_result(self, module, args, output):
+        if self.candidates and self.candidates[-1][2:] == [module, None] and isinstance(output, torch.Tensor):
+            self.candidates[-1][3] = output.grad_fn
 
     def fold(self, outputs):
         '''Put folded parameters in place after a forward pass.
@@ -53,9 +58,11 @@ class BatchNormMerge:
         '''
         candidates, calls = self.candidates, self.calls
         self.producers, self.calls, self.candidates = {}, {}, []
-        uses = count_uses([elem.grad_fn for elem in outputs]) if candidates else {}
-        for node, linear, batch_norm in candidates:
-            if uses.get(node) == 1 and calls[linear] == 1:
+        roots = [elem.grad_fn for elem in outputs]
+        uses = count_uses(roots) if candidates else {}
+        for node, linear, batch_norm, result in candidates:
+            # what the batch normalization returned may not be used
+            if uses.get(node) == 1 and calls[linear] == 1 and (result in uses or result in roots):
                 self.folded.append((linear, dict(linear._parameters)))
                 fold_batch_norm(linear, batch_norm)
 
@@ -94,8 +101,8 @@ class BatchNormMerge:
 
 
 def _number(tensor):
-    '''Number of the node that has computed a tensor, which no other has.'''
-    return tensor.grad_fn._sequence_nr()  # pylint: disable=protected-access
+    '''Number of the node that has computed a tensor, which no other has, None for leaves.'''
+    return None if tensor.grad_fn is None else tensor.grad_fn._sequence_nr()  # pylint: disable=protected-access
 
 
 def fold_batch_norm(linear, batch_norm):
