@@ -123,5 +123,6 @@ def count_uses(nodes):
     uses = {}
     for node in walk(nodes):
         for parent, _ in node.next_functions:
-            uses[parent] = uses.get(parent, 0) + 1
+            if parent is not None:
+                uses[parent] = uses.get(parent, 0) + 1
     return uses

@@ -202,11 +202,11 @@ def settle(value):
                 original = reference()
                 if original is not None and original is not current:
                     settle(current)
-                    is_other = original.data_ptr() != current.data_ptr()
-                    if is_other:
+                    is_copied = original.data_ptr() != current.data_ptr()
+                    if is_copied:
                         _use(original, original, False)
                     # other views of the same tensor only find out by its version that its history is another
-                    with nullcontext() if is_other and original._is_view() else keep_version(original):
+                    with nullcontext() if is_copied and original._is_view() else keep_version(original):
                         _Follow.apply(original, current)
 
 

@@ -148,7 +148,7 @@ class RatioSplit(Split):
         '''Share of the first addend.'''
         share, total, *others = (elem.abs() for elem in torch.broadcast_tensors(*addends))
         for elem in (*others, share):
-            total = total.add_(elem)
+            total.add_(elem)
         return share.div_(total).nan_to_num_(1 / len(addends))
 
 
