@@ -31,6 +31,14 @@ class _Call:
         self.kept.append(Kept(tensor))
         return self.kept[-1]
 
+    def decide(self):
+        '''Decide whether this is a layer, by what it has done so far. Then all inside is part of it.'''
+        is_block = self.rule.is_block
+        self.is_layer = self.rule.active and (self.has_addition if is_block is None else is_block)
+        if self.is_layer:
+            for inner in self.inner:
+                inner.deactivate()
+
     def deactivate(self):
         '''This is part of another layer.'''
         self.is_layer = False
@@ -236,10 +244,7 @@ class BlockEpsilon(Hook):
         call = stack.pop()
         # it is part of the graph, and must not keep what refers to the graph
         call.frame, inputs, call.inputs = None, call.inputs, []
-        call.is_layer = self.active and (call.has_addition if self.is_block is None else self.is_block)
-        if call.is_layer:
-            for inner in call.inner:
-                inner.deactivate()
+        call.decide()
         if stack:
             stack[-1].inner.extend([call, *call.inner])
         if output is None or not torch.is_grad_enabled() or not (call.is_layer or inputs):
@@ -329,9 +334,6 @@ def note_addition(module):
     '''Note that a module which is running adds tensors.'''
     stack = _CALLS.__dict__.get('stack', [])
     if stack and stack[-1].module is module:
-        call = stack[-1]
-        call.has_addition = True
-        if call.rule.is_block is None and call.rule.active:
-            # what layers inside keep is needed no more, and must not be copied if this is in place
-            for inner in call.inner:
-                inner.deactivate()
+        stack[-1].has_addition = True
+        # what layers inside keep may be needed no more, and is not copied if this is in place
+        stack[-1].decide()
