@@ -119,9 +119,10 @@ def moves_first(node):
 
 
 def count_uses(nodes):
-    '''How often the output of each node is used, in the graph of the given nodes.'''
+    '''How often the output of each node is used in the graph of the given nodes, which is 0 if it is only returned.'''
     uses = {}
     for node in walk(nodes):
+        uses.setdefault(node, 0)
         for parent, _ in node.next_functions:
             if parent is not None:
                 uses[parent] = uses.get(parent, 0) + 1

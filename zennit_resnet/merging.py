@@ -18,6 +18,8 @@ class BatchNormMerge:
     def __init__(self):
         self.handles = RemovableHandleList()
         self.producers, self.calls, self.candidates, self.folded = {}, {}, [], []
+        # of a batch normalization that is running
+        self.pair = None
 
     def watch(self, module):
         '''Watch a module, after its rules were registered, such that tensors are seen as other modules see them.'''
@@ -37,16 +39,18 @@ class BatchNormMerge:
             self.calls[module] = self.calls.get(module, 0) + 1
 
     def _note_input(self, module, args):
+        self.pair = None
         if not args or id(args[0]) not in self.producers:
             return
         reference, number, linear = self.producers[id(args[0])]
         # something else may have changed it in place, such as an addition
         if reference() is args[0] and _number(args[0]) == number:
-            self.candidates.append([args[0].grad_fn, linear, module, None])
+            self.pair = args[0].grad_fn, linear
 
     def _note_result(self, module, args, output):
-        if self.candidates and self.candidates[-1][2:] == [module, None] and isinstance(output, torch.Tensor):
-            self.candidates[-1][3] = output.grad_fn
+        pair, self.pair = self.pair, None
+        if pair is not None and isinstance(output, torch.Tensor):
+            self.candidates.append((*pair, module, output.grad_fn))
 
     def fold(self, outputs):
         '''Put folded parameters in place after a forward pass.
@@ -58,11 +62,10 @@ class BatchNormMerge:
         '''
         candidates, calls = self.candidates, self.calls
         self.producers, self.calls, self.candidates = {}, {}, []
-        roots = [elem.grad_fn for elem in outputs]
-        uses = count_uses(roots) if candidates else {}
+        uses = count_uses([elem.grad_fn for elem in outputs]) if candidates else {}
         for node, linear, batch_norm, result in candidates:
             # what the batch normalization returned may not be used
-            if uses.get(node) == 1 and calls[linear] == 1 and (result in uses or result in roots):
+            if uses.get(node) == 1 and calls[linear] == 1 and result in uses:
                 self.folded.append((linear, dict(linear._parameters)))
                 fold_batch_norm(linear, batch_norm)
 
