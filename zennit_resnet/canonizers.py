@@ -257,17 +257,7 @@ class ResidualCanonizer(Canonizer):
     # -- what runs in it -----------------------------------------------------------------------------------------------
 
     def look(self, func, args, kwargs):
-        '''Look at a function which is about to run, before what it changes is copied for rules that need it.
-
-        Parameters
-        ----------
-        func: callable
-            The function that was called.
-        args: tuple
-            Its positional arguments.
-        kwargs: dict
-            Its keyword arguments.
-        '''
+        '''Look at a function before :py:meth:`intercept` runs it, and what it changes is copied for rules.'''
 
     def intercept(self, func, args, kwargs):
         '''Run a function, through a module that stands for it if it is an operation on relevance.
