@@ -132,14 +132,14 @@ class Report(NamedTuple):
                 )
                 for result in item.results
             )
-            means = {row.name: row.mean(item.column) for row in self.rows}
+            baseline = next(row for row in self.rows if row.name == item.baseline)
             found.append(
                 Table(
                     title=f"{column_of(item.column).title} compared with {item.baseline}{where}",
                     header=("Method", "Examples", "Mean", "Difference", "p (Holm)"),
                     sections=(("", rows),),
                     note=f"Paired differences to {item.baseline}"
-                    f" ({format_number(means[item.baseline])}) on the examples that both have a"
+                    f" ({format_number(baseline.mean(item.column))}) on the examples that both have a"
                     f" score of, {100 * self.confidence:g} % bootstrap intervals, and p-values of"
                     f" permutation tests, corrected for {len(item.results)} comparisons.",
                 )
