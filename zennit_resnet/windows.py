@@ -1,6 +1,4 @@
 '''Convolutions and poolings as linear maps, with windows adapted to what rules need of them.'''
-import itertools
-
 import torch
 import torch.nn.functional as F
 from zennit.types import ConvolutionTranspose
@@ -152,18 +150,16 @@ def even_weight(module, weight):
     stride = [step if step <= size else 1 for step, size in zip(as_tuple(module.stride, num), weight.shape[2:])]
     if set(stride) == {1}:
         return weight
-    phases = [
-        (..., *(slice(start, None, step) for start, step in zip(starts, stride)))
-        for starts in itertools.product(*map(range, stride))
-    ]
-    sums = [weight[phase].flatten(1).sum(1).view(-1, *(1,) * (num + 1)) for phase in phases]
+    phase = torch.zeros((), dtype=torch.long, device=weight.device)
+    for step, size in zip(stride, weight.shape[2:]):
+        phase = phase.unsqueeze(-1) * step + torch.arange(size, device=weight.device) % step
+    phase = phase.flatten()
+    sums = weight.sum(1).flatten(1) @ F.one_hot(phase).to(weight)
     # filters may have no weight at some positions
-    number = sum((elem != 0).to(weight) for elem in sums).clamp(min=1)
-    total = sum(sums) / number
-    result = torch.empty_like(weight)
-    for phase, elem in zip(phases, sums):
-        result[phase] = weight[phase] * torch.where(elem != 0, total / elem.where(elem != 0, 1.), 1.)
-    return result
+    is_used = sums != 0
+    mean = sums.sum(1, keepdim=True) / is_used.sum(1, keepdim=True).clamp(min=1)
+    factor = torch.where(is_used, mean / sums.where(is_used, 1.), 1.)
+    return weight * factor[:, phase].view(-1, 1, *weight.shape[2:])
 
 
 def smooth(relevance, stride):
