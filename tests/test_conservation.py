@@ -241,8 +241,58 @@ def test_keyword():
             '''Logits.'''
             return self.linear(input=x * 1)
 
-    for composite in (None, ResNetLRP()):
-        check_sums(conservation_ledger(Keyword().double(), torch.randn(2, 4).double(), composite))
+    model, input = Keyword().double(), torch.randn(2, 4).double()
+    for composite in (None, ResNetLRP(), BlockLRP()):
+        ledger = conservation_ledger(model, input, composite)
+        check_sums(ledger)
+        assert ledger.lost_by['no_rule'].abs().max() < 1e-9
+        assert ledger.lost_by['unexplained'].abs().max() < 1e-9
+        assert not ledger.find('linear')[0].lost_by['no_rule'].any()
+    assert conservation_ledger(model, input).lost_by['bias'].abs().max() > 1e-3
+
+
+class Scale(torch.autograd.Function):
+    '''A product which computes the gradient of both factors, whatever is needed.'''
+    # pylint: disable=abstract-method,arguments-differ
+    @staticmethod
+    def forward(ctx, input, weight):
+        '''Product.'''
+        ctx.save_for_backward(input, weight)
+        return input * weight
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        '''Gradients of both.'''
+        input, weight = ctx.saved_tensors
+        return grad_output * weight, (grad_output * input).sum_to_size(weight.shape)
+
+
+class Scaled(nn.Module):
+    '''A trainable weight, of which a view enters a function with a backward of its own.'''
+    def __init__(self, shape):
+        super().__init__()
+        self.linear, self.head = nn.Linear(4, 6, bias=False), nn.Linear(6, 2, bias=False)
+        self.weight = nn.Parameter(torch.rand(6))
+        self.shape = shape
+
+    def forward(self, x):
+        '''Logits.'''
+        return self.head(Scale.apply(self.linear(x), self.weight.view(self.shape)))
+
+
+@pytest.mark.parametrize('shape', [(6,), (1, 6)])
+@pytest.mark.parametrize('batch', [1, 2])
+def test_gradients_of_parameters(shape, batch):
+    '''What goes to parameters is no relevance.'''
+    model, input = Scaled(shape).double(), torch.randn(batch, 4, dtype=torch.float64)
+    rows = []
+    for requires_grad in (True, False):
+        model.requires_grad_(requires_grad)
+        ledger = conservation_ledger(model, input, LayerMapComposite([(nn.Linear, rules.Epsilon())]), target=1)
+        check_sums(ledger)
+        rows.append([(row.label, row.arrives.tolist(), row.leaves.tolist()) for row in ledger])
+    assert rows[0] == rows[1]
+    assert len(rows[0]) == 3
 
 
 class Transposed(nn.Module):

@@ -169,6 +169,8 @@ class Recorder:
         self.handles, self.values, self.biased = {}, {}, {}
         self.nodes, self.indices, self.flows, self.notes = [], {}, [], {}
         self.input = self.output = self.seed = None
+        # nodes from which there is a path to the input
+        self.leading = set()
 
     # -- forward -------------------------------------------------------------------------------------------------------
 
@@ -177,7 +179,7 @@ class Recorder:
         '''Context in which the network is run.'''
         handles = [
             torch_module.register_module_forward_pre_hook(self._enter),
-            torch_module.register_module_forward_hook(self._note_bias),
+            torch_module.register_module_forward_hook(self._note_bias, with_kwargs=True),
         ]
         try:
             yield
@@ -215,19 +217,23 @@ class Recorder:
             with DisableTorchFunction():
                 self._keep(output)
 
-    def _note_bias(self, module, args, output):
+    def _note_bias(self, module, args, kwargs, output):
         '''Called right after the module has run. Note layers of which the bias has a share.'''
         if threading.get_ident() != self.thread or not self.stack or self.stack[-1].module is not module:
             return
+        with DisableTorchFunction():
+            # hooks that are called before a module do not get these
+            self._keep(kwargs)
         call = self.stack[-1]
         rule = next((hook for hook in call.rules if isinstance(hook, BlockEpsilon)), None)
         is_inside = any(isinstance(hook, BlockEpsilon) for elem in self.stack for hook in elem.rules)
-        if not args or not is_affine(module) or not (self.is_gradient or is_inside):
+        input = next((elem for elem in (*args, *kwargs.values()) if isinstance(elem, torch.Tensor)), None)
+        if input is None or not is_affine(module) or not (self.is_gradient or is_inside):
             return
         with DisableTorchFunction():
             if output.requires_grad:
                 edge = get_gradient_edge(output)
-                self.biased[edge.node] = edge.output_nr, module, rule, torch.zeros_like(args[0][:1])
+                self.biased[edge.node] = edge.output_nr, module, rule, torch.zeros_like(input[:1])
 
     def _mark(self, call):
         '''Operations from now on belong to a call.'''
@@ -268,7 +274,9 @@ class Recorder:
         '''
         edge = get_gradient_edge(input)
         self.input = edge.node, edge.output_nr
-        self.nodes = [node for node in walk([output.grad_fn]) if 'AccumulateGrad' not in node.name()]
+        nodes = list(walk([output.grad_fn]))
+        self.nodes = [node for node in nodes if 'AccumulateGrad' not in node.name()]
+        self.leading = _leading(nodes, edge.node)
         self.indices = {node: index for index, node in enumerate(self.nodes)}
         self.output, self.seed = output.grad_fn, self._measure(seed)
         # registered after those of rules, so what they change is changed by now
@@ -286,8 +294,8 @@ class Recorder:
         '''Measure what an operation passes on.'''
         node = self.nodes[index]
         for (parent, number), relevance in zip(node.next_functions, grad_inputs):
-            # some operations compute what nothing needs
-            if relevance is not None and parent is not None:
+            # some operations compute what nothing needs, such as gradients of parameters
+            if relevance is not None and parent in self.leading:
                 self.flows.append((index, self.indices.get(parent), self._measure_edge(relevance, (parent, number))))
         notes, layer = self.witness.take(), self._owner(index).layer()
         if layer is not None:
@@ -440,6 +448,20 @@ class Recorder:
             count[call.module] += 1
             numbers[call] = count[call.module] if total[call.module] > 1 else 0
         return names, numbers
+
+
+def _leading(nodes, target):
+    '''Nodes from which there is a path to another one, which is included.'''
+    children = collections.defaultdict(list)
+    for node in nodes:
+        for parent, _ in node.next_functions:
+            children[parent].append(node)
+    found, queue = {target}, [target]
+    while queue:
+        fresh = [node for node in children[queue.pop()] if node not in found]
+        found.update(fresh)
+        queue.extend(fresh)
+    return found
 
 
 def _function_name(node):
