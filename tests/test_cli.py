@@ -21,7 +21,7 @@ from zennit.composites import COMPOSITES, EpsilonGammaBox, EpsilonPlus
 from zennit.torchvision import ResNetCanonizer
 
 from zennit_resnet import models
-from zennit_resnet.cli import Method, main, unique_stems
+from zennit_resnet.cli import Method, main, save_picture, unique_stems
 from zennit_resnet.composites import ResNetLRP, with_splitting
 from zennit_resnet.image import draw_heatmap
 from zennit_resnet.models import load_classifier
@@ -321,6 +321,7 @@ def test_bad_images(run, photos, tmp_path):
     assert len(lines) == 3
     for line, path in zip(lines, bad):
         assert line.startswith(f'Error: {path}: ')
+    assert 'it is a folder' in lines[2]
     assert {path.name for path in out.glob('*.npy')} == {'first_relevance.npy', 'second_relevance.npy'}
 
 
@@ -348,20 +349,24 @@ def test_not_finite(run, photos, tiny, tmp_path):
     (['--method', 'epsilon_plus+half'], r"unknown suffix '\+half' of epsilon_plus.*\+ratio.*\+c3"),
     (['--method', 'epsilon_plus+ratio', '--splitting', 'ratio'], 'more than one splitting'),
     (['--method', 'epsilon_plus+c3+quantize8'], 'more than one post-processing'),
-    (['--method', 'epsilon_plus+quantize1'], 'at least 2 levels'),
+    (['--method', 'epsilon_plus+quantize1'], 'quantize1 has 1 levels: choose from 2'),
+    (['--method', 'epsilon_plus+quantize99999999999'], 'choose from 2 to 65536'),
     (['--quantize', '8', '--postprocess', 'c3'], '--postprocess c3 exclude each other'),
     (['--splitting', 'ratio'], "'ratio' cannot be added to resnet_lrp_ratio"),
     (['--target', 'curch'], "unknown class 'curch'.*church"),
     (['--target', '3'], 'class 3 .* from 0 to 2'),
     (['--target', '-1'], 'class -1 .* from 0 to 2'),
     (['--quantize', '1'], '--quantize 1'),
+    (['--quantize', '9' * 30], '--quantize 999.*65536'),
     (['--device', 'abacus'], "'abacus'"),
+    (['--device', 'meta'], "'meta'"),
     (['--model', 'resnet34'], 'do not fit the model resnet34'),
     (['--model', 'resnet50'], 'do not fit the model resnet50'),
     (['--model', 'vgg11'], 'do not fit the model vgg11.*classifier.6.weight'),
     (['--model', 'resnt18'], "unknown model 'resnt18'.*resnet18"),
     (['--weights', 'IMAGENET'], "no weights 'IMAGENET'.*IMAGENET1K_V1.*DEFAULT"),
     (['--weights', 'missing.pth'], 'no file missing.pth'),
+    (['--weights', 'x' * 300], "no weights 'xxx"),
     (['--weights', 'DEFAULT'], '--size'),
 ])
 def test_bad_options(run, photos, options, message):
@@ -371,6 +376,27 @@ def test_bad_options(run, photos, options, message):
     assert result.stdout == ''
     assert len(result.stderr.splitlines()) == 1
     assert re.search(message, result.stderr), result.stderr
+
+
+def test_rule_for_other_networks(run, photos, monkeypatch):
+    '''Rules of Zennit which fail on a network end the command with one line, ours show where.'''
+    def fail(*args):
+        raise RuntimeError('hook \'backward\' has returned an incorrect number of values\n(got 1, but expected 3)')
+
+    monkeypatch.setattr('zennit_resnet.methods.Method.attribute', fail)
+    result, _ = run('explain', photos[0], '--method', 'epsilon_plus')
+    assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1
+    assert 'epsilon_plus can not be used with this network (hook' in result.stderr
+    with pytest.raises(AssertionError, match='incorrect number of values'):
+        run('explain', photos[0])
+
+
+def test_picture_too_large(tmp_path):
+    '''A comparison that its format can not hold is written as PNG.'''
+    picture = Image.new('RGB', (1, 17000))
+    assert save_picture(picture, tmp_path / 'tall.webp') == tmp_path / 'tall.png'
+    assert [path.name for path in tmp_path.iterdir()] == ['tall.png']
+    assert save_picture(picture, tmp_path / 'tall.bmp').suffix == '.bmp'
 
 
 def test_model_needs_weights(photos):

@@ -1280,6 +1280,8 @@ def test_cli_target(run, photos):
     assert json.loads((out / 'first_ledger.json').read_text())['initial'] == [1.]
     assert 'the tolerance is 1.5' in result.stdout and '\nconserved: ' in result.stdout
     assert 'BasicBlock' in result.stdout and 'Conv2d' not in result.stdout
+    result, _ = run(photos[0], '--method', 'epsilon_plus', '--tolerance', 'inf')
+    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize('method', sorted(COMPOSITES))

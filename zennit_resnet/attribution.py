@@ -1,6 +1,8 @@
 '''What relevance starts from.'''
 import torch
 
+from .core import check_choice
+
 VALUES = ('logit', 'softmax', 'one')
 
 
@@ -29,8 +31,7 @@ def initial_relevance(target, value='logit'):
     TypeError
         If ``target`` is not made of integers.
     '''
-    if value not in VALUES:
-        raise ValueError(f'value={value!r} is not one of {", ".join(map(repr, VALUES))}!')
+    check_choice('value', value, VALUES)
     target = torch.as_tensor(target)
     if target.is_floating_point() or target.dtype == torch.bool or target.ndim > 1:
         raise TypeError(

@@ -7,7 +7,7 @@ import torch
 from torch._C import DisableTorchFunction
 from zennit.core import Hook, RemovableHandle, RemovableHandleList, Stabilizer
 
-from .core import is_running
+from .core import check_choice, is_running
 from .inplace import Kept, is_watched, replace, settle
 from .memory import by_example
 
@@ -139,10 +139,8 @@ class BlockEpsilon(Hook):
     '''
     def __init__(self, epsilon=1e-6, mode='sign', with_bias=True, form='relevance', is_block=True):
         super().__init__()
-        if mode not in ('sign', 'plus'):
-            raise ValueError(f'mode={mode!r} is not one of \'sign\', \'plus\'!')
-        if form not in ('relevance', 'gradient'):
-            raise ValueError(f'form={form!r} is not one of \'relevance\', \'gradient\'!')
+        check_choice('mode', mode, ('sign', 'plus'))
+        check_choice('form', form, ('relevance', 'gradient'))
         if not callable(epsilon) and epsilon < 0:
             raise ValueError(f'epsilon={epsilon} is negative!')
         self.epsilon = epsilon

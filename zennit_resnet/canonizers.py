@@ -12,7 +12,7 @@ from zennit.types import AvgPool, BatchNorm, Linear
 from zennit.types import MaxPool as MaxPoolType
 
 from .block import note_addition
-from .core import Eager, is_running
+from .core import Eager, check_choice, is_running
 from .graph import carriers_of, walk
 from .inplace import Watch, forget, note_copy, settle
 from .layer import Addition, Gate, Padding
@@ -73,8 +73,7 @@ class ResidualCanonizer(Canonizer):
     is_gradient = False
 
     def __init__(self, batch_norm='pass', strict=True):
-        if batch_norm not in ('pass', 'merge'):
-            raise ValueError(f'batch_norm={batch_norm!r} is not one of \'pass\', \'merge\'!')
+        check_choice('batch_norm', batch_norm, ('pass', 'merge'))
         self.batch_norm = batch_norm
         self.strict = strict
         self.handles = RemovableHandleList()

@@ -22,9 +22,9 @@ from zennit.rules import AlphaBeta, ClampMod, Epsilon, Gamma, Norm, WSquare, ZPl
 from zennit.types import Activation, AvgPool, Convolution
 
 from .composites import NORMALIZATION, SPLITTING, _Transaction, _with_canonizer
-from .core import SinglePass
+from .core import SinglePass, check_choice, is_plain
 from .layer import Addition, Gate, Padding
-from .rules import PassThrough, SignalTakesAll, Uncrop, check_choice, is_plain
+from .rules import PassThrough, SignalTakesAll, Uncrop
 
 RULES = ('lrp0', 'epsilon', 'gamma', 'alpha_beta', 'zplus', 'wsquare')
 ADDITION = ('rule', *SPLITTING, 'duplicate')

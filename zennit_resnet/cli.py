@@ -15,9 +15,11 @@ from .attribution import VALUES
 from .canonizers import UnsupportedOperation
 from .image import draw_comparison, draw_heatmap, draw_overlay, read_image
 from .messages import Commands, one_line
-from .methods import INPUT_X_GRADIENT, LEVELS, POSTPROCESSING, SPLITTING, Method
+from .methods import INPUT_X_GRADIENT, LEVELS, MAX_LEVELS, POSTPROCESSING, SPLITTING, Method, is_own
 from .models import load_classifier
 
+# Formats to write a comparison in
+PICTURES = ('.png', '.jpg', '.jpeg', '.webp', '.tif', '.tiff', '.bmp', '.gif', '.pdf')
 DEFAULT_METHODS = (
     f'resnet_lrp_ratio,resnet_lrp_symmetric,epsilon_plus_flat+zennit,epsilon_plus+zennit,{INPUT_X_GRADIENT}'
 )
@@ -47,8 +49,8 @@ class Session:
         self.batch_size = options['batch_size']
         self.failed = False
         postprocess, levels = options.get('postprocess', 'none'), options.get('quantize', 0)
-        if levels == 1:
-            raise click.ClickException('--quantize 1 leaves nothing to see: choose at least 2 levels, or 0 for none')
+        if levels == 1 or levels > MAX_LEVELS:
+            raise click.ClickException(f'--quantize {levels}: choose from 2 to {MAX_LEVELS} levels, or 0 for none')
         if levels and postprocess in ('c1c', 'c3'):
             raise click.ClickException(f'--quantize and --postprocess {postprocess} exclude each other: choose one')
         if levels:
@@ -62,6 +64,8 @@ class Session:
         device = options['device'] or ('cuda' if torch.cuda.is_available() else 'cpu')
         try:
             self.device = torch.device(device)
+            # some devices hold no values
+            torch.zeros(1, device=self.device).item()
             self.classifier.model.to(self.device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             # which one it is depends on the device and on how PyTorch was built
@@ -111,6 +115,13 @@ class Session:
             raise click.ClickException(f'{method.text}: {one_line(error)}') from error
         except torch.cuda.OutOfMemoryError as error:
             raise click.ClickException(f'out of memory: use a --batch-size below {len(input)}') from error
+        except RuntimeError as error:
+            if method.name == INPUT_X_GRADIENT or is_own(method.name):
+                raise
+            # rules of Zennit are not for all networks
+            raise click.ClickException(
+                f'{method.text} can not be used with this network ({one_line(error)}): choose another method'
+            ) from error
 
     def draw(self, photo, method, relevance):
         '''Draw the heatmap and the overlay of relevance of shape (3, height, width), with notes on both.'''
@@ -203,6 +214,17 @@ def make_folder(folder):
         raise click.ClickException(f'cannot make the folder {folder} ({reason}): choose another --out') from error
 
 
+def save_picture(picture, path):
+    '''Save a picture, as PNG if it is too large for another format, and return the path that it was saved to.'''
+    try:
+        picture.save(path)
+    except Exception:  # formats raise anything
+        path.unlink(missing_ok=True)
+        path = path.with_suffix('.png')
+        picture.save(path)
+    return path
+
+
 @click.group(cls=Commands, context_settings={'help_option_names': ['-h', '--help']})
 @click.version_option(__version__)
 def main():
@@ -278,8 +300,8 @@ def explain(images, method, splitting, out, **options):
 )
 def compare(images, methods, show, out, **options):
     '''Draw several methods side by side in one figure, one row for each photograph.'''
-    if out.suffix.lower() not in Image.registered_extensions():
-        raise click.ClickException(f'--out {out} is not a picture: choose a name that ends with .png')
+    if out.suffix.lower() not in PICTURES:
+        raise click.ClickException(f'--out {out} is not a picture: choose a name that ends with {", ".join(PICTURES)}')
     session = Session(images, [text for text in methods.split(',') if text.strip()], options)
     if not session.methods:
         raise click.ClickException('--methods is empty: name at least one')
@@ -315,8 +337,9 @@ def compare(images, methods, show, out, **options):
             session.bar.update()
     if rows:
         titles = [method.text for method in session.methods for _ in range(2 if show == 'both' else 1)]
+        picture = Image.fromarray(draw_comparison(rows, ['photo', *titles], captions))
         try:
-            Image.fromarray(draw_comparison(rows, ['photo', *titles], captions)).save(out)
+            out = save_picture(picture, out)
         except OSError as error:
             raise click.ClickException(f'cannot write {out}: {error.strerror or error}') from error
         tqdm.write(f'written {one_line(out)}', file=sys.stdout)

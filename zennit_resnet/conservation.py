@@ -159,7 +159,14 @@ class Ledger:
         -------
         list[:py:obj:`~zennit_resnet.flow.Row`]
             Rows which lose or gain anything.
+
+        Raises
+        ------
+        IndexError
+            If there is no such example.
         '''
+        example = self._index(example)
+
         def amount(row):
             lost = abs(float(row.lost[example]))
             return lost if math.isfinite(lost) else math.inf

@@ -56,6 +56,8 @@ def read_image(path):
                 return _to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise
+    except IsADirectoryError as error:
+        raise ValueError('it is a folder, name the photographs in it') from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ValueError(
             f'it has more than {Image.MAX_IMAGE_PIXELS} pixels and is refused, make it smaller first'
@@ -331,7 +333,8 @@ def plot_ledger(ledger, example=0, tolerance=1e-4):
         if np.abs(values[np.isfinite(values)]).max(initial=0) > 100:
             axis.set_yscale('symlog', linthresh=1.)
     bottom, top = lower.get_ylim()
-    lower.set_ylim(min(1.1 * bottom, -2 * tolerance), max(1.1 * top, 2 * tolerance))
+    reach = 2 * min(tolerance, 1.)
+    lower.set_ylim(min(1.1 * bottom, -reach), max(1.1 * top, reach))
     # a cause may both take and give
     handles = dict(zip(*lower.get_legend_handles_labels()[::-1]))
     if handles:

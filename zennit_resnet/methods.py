@@ -19,6 +19,8 @@ INPUT_X_GRADIENT = 'input_x_gradient'
 SPLITTING = ('ratio', 'symmetric', 'zennit')
 POSTPROCESSING = ('quantize', 'c1c', 'c3')
 LEVELS = 8
+# more than the colors of a picture can show
+MAX_LEVELS = 65536
 
 
 class Method:
@@ -61,8 +63,8 @@ class Method:
         for kind in kinds:
             if kinds.count(kind) > 1:
                 raise ValueError(f'{self.text} has more than one {kind}: choose one')
-        if self.levels < 2:
-            raise ValueError(f'{self.text} leaves nothing to see: choose at least 2 levels')
+        if not 2 <= self.levels <= MAX_LEVELS:
+            raise ValueError(f'{self.text} has {self.levels} levels: choose from 2 to {MAX_LEVELS}')
         if postprocess != 'none' and 'post-processing' not in kinds:
             self.text += f'+{postprocess}' + (str(levels) if postprocess == 'quantize' else '')
         names = [INPUT_X_GRADIENT, *COMPOSITES]

@@ -1,5 +1,6 @@
 '''Classifiers for the command line: network, weights, class names and preprocessing in one.'''
 import json
+import os
 from collections import OrderedDict
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -152,7 +153,7 @@ def load_classifier(model=None, weights=None, size=None):
     model = DEFAULT_MODEL if model is None else model
     weights = str(find_embedded()) if weights is None else weights
     path = Path(weights)
-    if path.suffix.lower() in SUFFIXES or path.is_file():
+    if path.suffix.lower() in SUFFIXES or os.path.isfile(path):
         return _load_local(model, path, DEFAULT_SIZE if size is None else size)
     return _load_named(model, weights, size)
 
@@ -269,7 +270,7 @@ def _preprocess(photo, size):
 
 def _read_state(path):
     '''Read a state dict of any precision, and the names of classes or None.'''
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ValueError(f'there is no file {path} with weights')
     classes = None
     if path.suffix.lower() == '.safetensors':

@@ -20,6 +20,7 @@ from zennit_resnet.attribution import VALUES, initial_relevance
 from zennit_resnet.classic import SETTINGS, ClassicLRP
 from zennit_resnet.methods import (
     LEVELS,
+    MAX_LEVELS,
     POSTPROCESSING,
     SPLITTING,
     create_composite,
@@ -95,10 +96,9 @@ class Method:
                 self.magnitude = True
             elif quantize:
                 levels = int(quantize[1] or LEVELS)
-                if levels < 2:
+                if not 2 <= levels <= MAX_LEVELS:
                     raise ValueError(
-                        f"{self.text}: {levels} level leaves nothing to see, choose at"
-                        " least 2"
+                        f"{self.text} has {levels} levels: choose from 2 to {MAX_LEVELS}"
                     )
                 self.postprocess.append(partial(heat_quantization, levels=levels))
             elif suffix in ("c1c", "c3"):

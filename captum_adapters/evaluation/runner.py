@@ -406,7 +406,8 @@ def _device(name: Optional[str], process: Process) -> torch.device:
             name = f"cuda:{process.local_rank % torch.cuda.device_count()}"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        # some devices hold no values
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {name!r} cannot be used: try --device cpu") from error
     return device
