@@ -361,6 +361,28 @@ def test_all_metrics(assets, tmp_path):
         assert 'cross_accuracy:resnet18' in record.curves
 
 
+def test_other_networks(assets, tmp_path):
+    '''Other networks of the same name, from files of the same name, are told apart.'''
+    cross = []
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        torch.manual_seed(number + 1)
+        torch.save(resnet18(num_classes=3).state_dict(), tmp_path / str(number) / 'net.pt')
+        cross.append(f'resnet18={tmp_path / str(number) / "net.pt"}')
+    options = {
+        'metrics': ('cross',), 'cross': tuple(cross), 'methods': ('random',), 'controls': False, 'limit': 2,
+        'percents': (50, 100),
+    }
+    result = run(assets, tmp_path / 'run', **options)
+    for record in result.records.values():
+        assert set(record.curves) == {'percents', *(f'cross_accuracy:{text}' for text in cross)}
+    shutil.copy(tmp_path / '1' / 'net.pt', tmp_path / '0' / 'net.pt')
+    with pytest.raises(RunError, match='differs in .*/0/net.pt'):
+        run(assets, tmp_path / 'run', **options)
+    with pytest.raises(ValueError, match='a network is named twice'):
+        run(assets, tmp_path / 'run', **{**options, 'cross': (cross[0], cross[0])})
+
+
 def test_pictures(assets, tmp_path):
     '''Pictures and heatmaps are kept for as many images as asked for.'''
     result = run(assets, tmp_path / 'run', methods=('random',), controls=False, pictures=4)
@@ -383,7 +405,7 @@ def test_workers(assets, whole, tmp_path):
     ({'methods': ('resnet_lrp_ratio:initial=best',)}, 'initial'),
     ({'methods': ('resnet_lrp_ratio+ratio',)}, 'splitting is for'),
     ({'methods': ('grad_cam+blur',)}, r"'\+blur'"),
-    ({'methods': ('grad_cam+quantize1',)}, 'leaves nothing'),
+    ({'methods': ('grad_cam+quantize1',)}, 'has 1 levels: choose from 2'),
     ({'methods': ('lrp_0+zennit',)}, 'classic rules'),
     ({'methods': ('abn',)}, 'abn:weights=FILE'),
     ({'metrics': ('beauty',)}, "unknown metric 'beauty'"),

@@ -169,6 +169,15 @@ def test_names():
     # files that only another method uses make no difference
     files = build({'grad_cam': [0.3, 0.4], 'abn:weights=x/abn.pt': [1, 1]}, 'c', identity={'files': {'abn.pt': '12'}})
     assert [found.name for found in report(first, files).rows] == ['grad_cam', 'rise', 'abn:weights=x/abn.pt']
+    files = build({'grad_cam': [0.3, 0.4]}, 'c', identity={'files': {'m': '12'}})
+    assert [found.name for found in report(first, files).rows] == ['grad_cam', 'rise']
+    # those of other networks do for all methods, also if their names are without folders, as in earlier runs
+    cross = [
+        build({'grad_cam': [number, 0]}, f'c{number}', identity={'cross': ['vgg16=x/vgg.pt'], 'files': {name: value}})
+        for number, (name, value) in enumerate((('vgg.pt', '12'), ('x/vgg.pt', '12'), ('x/vgg.pt', '34')))
+    ]
+    assert len(report(*cross[:2]).rows) == 1
+    assert [found.name for found in report(*cross).rows] == ['grad_cam (c0)', 'grad_cam (c2)']
 
 
 def test_not_comparable():

@@ -97,10 +97,13 @@ class Computation:
         }
         black = classifier.bounds()[0].to(device)
         others = {}
+        names = [text.partition("=")[0] for text in evaluation.cross]
         for text in evaluation.cross:
             name, other = load_other(text)
             other.model.to(device)
-            others[name] = (self._forward(other.model), adapt(classifier, other))
+            # there may be several with other weights
+            key = text if names.count(name) > 1 else name
+            others[key] = (self._forward(other.model), adapt(classifier, other))
         self.metric_settings = MetricSettings(
             evaluation.step,
             evaluation.percents,

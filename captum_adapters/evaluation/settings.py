@@ -132,6 +132,8 @@ def check(evaluation: Evaluation) -> None:
             "the metric 'cross' and other networks belong together: name them as"
             " --cross NAME=WEIGHTS"
         )
+    if len(set(evaluation.cross)) < len(evaluation.cross):
+        raise ValueError(f"a network is named twice: {', '.join(evaluation.cross)}")
 
 
 def load_other(text: str) -> tuple[str, Classifier]:
@@ -230,7 +232,7 @@ def describe(
         "methods": list(evaluation.methods),
         "metrics": list(evaluation.metrics),
         "cross": list(evaluation.cross),
-        "files": {Path(name).name: hash_file(name) for name in files},
+        "files": {name: hash_file(name) for name in files},
         "options": options,
         "device": device,
         "versions": versions(),

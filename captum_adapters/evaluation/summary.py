@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional
@@ -337,11 +338,21 @@ def _statistics(
     return statistics, int(np.isinf(table).sum())
 
 
+def _names_file(text: str, name: str) -> bool:
+    """Whether a method or another network is from a file, as `abn:weights=FILE`."""
+    # earlier runs know files without their folders
+    pattern = rf"=(?:[^,+]*/)?{re.escape(name)}(?=[,+]|$)"
+    return re.search(pattern, text) is not None
+
+
 def _way(run: Run, method: str) -> str:
     """In what way records of a method were computed."""
     settings = settings_of(run)
     files = settings.get("files") or {}
-    used = {name: value for name, value in files.items() if name in method}
+    used = [
+        [value for name, value in files.items() if _names_file(text, name)]
+        for text in (method, *(settings.get("cross") or ()))
+    ]
     return json.dumps([*(settings.get(key) for key in SAME), used], sort_keys=True)
 
 
