@@ -407,6 +407,9 @@ def test_workers(assets, whole, tmp_path):
     ({'methods': ('grad_cam+blur',)}, r"'\+blur'"),
     ({'methods': ('grad_cam+quantize1',)}, 'has 1 levels: choose from 2'),
     ({'methods': ('lrp_0+zennit',)}, 'classic rules'),
+    # Captum's, though Zennit has a composite of this name
+    ({'methods': ('guided_backprop+ratio',)}, 'splitting is for'),
+    ({'methods': ('guided_backprop:initial=logit',)}, "no option 'initial'"),
     ({'methods': ('abn',)}, 'abn:weights=FILE'),
     ({'metrics': ('beauty',)}, "unknown metric 'beauty'"),
     ({'metrics': ()}, 'there are no metrics'),
@@ -467,11 +470,11 @@ def test_groups():
     '''Methods are ours, baselines or controls.'''
     assert {name: group_of(name) for name in (
         'resnet_lrp_ratio:maxpool=average+c3', 'relative_lrp', 'block_lrp', 'epsilon_plus+ratio', 'epsilon_plus+zennit',
-        'grad_cam', 'lrp_0', 'random', 'sobel+c3',
+        'grad_cam', 'lrp_0', 'random', 'sobel+c3', 'guided_backprop+ratio',
     )} == {
         'resnet_lrp_ratio:maxpool=average+c3': 'ours', 'relative_lrp': 'ours', 'block_lrp': 'ours',
         'epsilon_plus+ratio': 'ours', 'epsilon_plus+zennit': 'baseline', 'grad_cam': 'baseline', 'lrp_0': 'baseline',
-        'random': 'control', 'sobel+c3': 'control',
+        'random': 'control', 'sobel+c3': 'control', 'guided_backprop+ratio': 'baseline',
     }
 
 

@@ -111,6 +111,7 @@ def test_list():
     '''All methods are listed.'''
     names = call('evaluate', '--list').output.split()
     assert {'resnet_lrp_ratio', 'grad_cam', 'rise', 'lrp_0', 'epsilon_plus', 'sobel', 'abn'} <= set(names)
+    assert len(set(names)) == len(names)
     for name in names:
         assert Method(name).text == name
 

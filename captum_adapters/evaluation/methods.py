@@ -79,7 +79,7 @@ class Method:
             )
         self.options = _parse_options(self.text, options)
         self.initial: Optional[str] = None
-        if self.base in COMPOSITES or self.base in SETTINGS:
+        if _is_composite(self.base) or self.base in SETTINGS:
             self.initial = self.options.pop("initial", None)
             if self.initial not in (None, *VALUES):
                 raise ValueError(
@@ -147,8 +147,10 @@ def group_of(text: str) -> str:
     base = base_of(text)
     if base in CONTROLS:
         return "control"
-    own = base in COMPOSITES and is_own(base)
-    split = any(suffix in ("ratio", "symmetric") for suffix in text.split("+")[1:])
+    own = _is_composite(base) and is_own(base)
+    split = base not in OTHERS and any(
+        suffix in ("ratio", "symmetric") for suffix in text.split("+")[1:]
+    )
     return "ours" if own or split else "baseline"
 
 
@@ -268,9 +270,16 @@ class Explainer:
 
 def names() -> list[str]:
     """Names of all methods, without options and suffixes."""
-    own = [name for name in COMPOSITES if is_own(name)]
-    others = [name for name in COMPOSITES if name not in own]
+    composites = [*filter(_is_composite, COMPOSITES)]
+    own = [name for name in composites if is_own(name)]
+    others = [name for name in composites if name not in own]
     return [*own, *SETTINGS, *others, *OTHERS, *CONTROLS]
+
+
+def _is_composite(base: str) -> bool:
+    """Whether this is a composite, and not another method that has its name."""
+    # Captum and Zennit both have guided backpropagation
+    return base in COMPOSITES and base not in OTHERS and base not in CONTROLS
 
 
 def _parse_options(text: str, options: str) -> dict[str, Any]:
@@ -291,14 +300,14 @@ def _parse_options(text: str, options: str) -> dict[str, Any]:
 
 def _can_split(base: str) -> bool:
     """Whether a splitting can be added to a composite."""
-    return base in SETTINGS or (base in COMPOSITES and not is_own(base))
+    return base in SETTINGS or (_is_composite(base) and not is_own(base))
 
 
 def _check_options(method: Method) -> None:
     """Check names and values of options, as far as that is possible without network."""
     if method.base in SETTINGS:
         accepted = {"addition", "batch_norm", "with_bias", "stabilizer"}
-    elif method.base in COMPOSITES:
+    elif _is_composite(method.base):
         accepted = set(_parameters(method.base))
         accepted -= {"canonizers", "layer_map", "first_map", "low", "high"}
     elif method.base in CONTROLS:
@@ -312,7 +321,7 @@ def _check_options(method: Method) -> None:
                 f"{method.text}: {method.base} has no option {key!r}, but"
                 f" {', '.join(sorted(accepted)) or 'none'}"
             )
-    if method.base in COMPOSITES and not _needs_bounds(method):
+    if _is_composite(method.base) and not _needs_bounds(method):
         try:
             COMPOSITES[method.base](**method.options)
         except (TypeError, ValueError) as error:
