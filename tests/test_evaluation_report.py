@@ -665,6 +665,14 @@ def test_write(tmp_path):
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in paths]
     # a report is replaced
     assert report(*runs).write(tmp_path / 'c') == again
+    # bytes in paths that are no text
+    odd = [
+        build({'grad_cam': [0.1, 0.2]}, f'odd\udcff{step}', curves=curves, options={'step': step}, data='data\udcff')
+        for step in (1, 2)
+    ]
+    report(*odd).write(tmp_path / 'd')
+    page = (tmp_path / 'd' / 'report.html').read_text(encoding='utf-8')
+    assert 'odd\\udcff1' in page and 'data?' in page
 
 
 @pytest.mark.parametrize('methods', [{}, {'grad_cam': [0.5]}, {'random': [0.5, 0.1]}, {'grad_cam': [math.nan]}])

@@ -365,13 +365,17 @@ class Report(NamedTuple):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         curves = page.draw_curves(self)
+        texts = {
+            "report.html": page.make_page(self, curves),
+            "report.md": self.text("markdown"),
+            "table.md": self.table("markdown"),
+            "table.csv": self.table("csv"),
+            "table.tex": self.table("latex"),
+            "significance.csv": self._significance_csv(),
+        }
         files: dict[str, bytes] = {
-            "report.html": page.make_page(self, curves).encode(),
-            "report.md": self.text("markdown").encode(),
-            "table.md": self.table("markdown").encode(),
-            "table.csv": self.table("csv").encode(),
-            "table.tex": self.table("latex").encode(),
-            "significance.csv": self._significance_csv().encode(),
+            # paths may have bytes that are no text
+            **{name: text.encode(errors="replace") for name, text in texts.items()},
             **{f"curves_{name}.png": figure.data for name, figure in curves.items()},
         }
         montage = page.draw_montage(self)

@@ -183,7 +183,9 @@ def folder_names(runs: Sequence[Run]) -> list[str]:
     count = 1
     while len({path[-count:] for path in paths}) < len(set(paths)):
         count += 1
-    return ["/".join(path[-count:]) for path in paths]
+    names = ["/".join(path[-count:]) for path in paths]
+    # bytes that are no text can not be drawn
+    return [name.encode(errors="backslashreplace").decode() for name in names]
 
 
 def _same_data(first: Run, second: Run) -> bool:
