@@ -20,6 +20,38 @@ class NegativeMapWarning(UserWarning):
     """A map without a positive value, of which the ranking is probably reversed."""
 
 
+def double_dtype(device: torch.device) -> torch.dtype:
+    """The most precise floating point numbers that a device has.
+
+    Args:
+
+        device (torch.device): The device.
+
+    Returns:
+        torch.dtype: :obj:`torch.float64`, or :obj:`torch.float32` on MPS.
+    """
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def at_least_single(values: Tensor) -> Tensor:
+    """Scores as numbers of which areas and means can be taken.
+
+    Args:
+
+        values (Tensor): Any real numbers, or bool.
+
+    Returns:
+        Tensor: These in double precision if they were before, else in single.
+
+    Examples::
+
+        >>> import torch
+        >>> at_least_single(torch.tensor([True, False]))
+        tensor([1., 0.])
+    """
+    return values if values.dtype in (torch.float32, torch.float64) else values.float()
+
+
 def single_tensor(value: Union[Tensor, tuple[Tensor, ...]], name: str) -> Tensor:
     """Take a tensor out of a tuple of one, as Captum's methods return it.
 
@@ -173,7 +205,8 @@ def check_baselines(
         one or that of the images.
 
     Raises:
-        ValueError: If the shape does not fit, or there are several.
+        ValueError: If the shape does not fit, there are several, or a value is none of
+                the images' integers.
         TypeError: If it is neither a number nor a tensor.
     """
     if isinstance(baselines, tuple) and len(baselines) == 1:
@@ -181,8 +214,16 @@ def check_baselines(
     if baselines is None:
         baselines = 0
     if isinstance(baselines, (int, float)):
-        return images.new_full((1, 1, 1, 1), baselines)
-    base = single_tensor(baselines, name).detach().to(images)
+        dtype = double_dtype(images.device)
+        baselines = torch.full((), baselines, dtype=dtype, device=images.device)
+    given = single_tensor(baselines, name).detach().to(images.device)
+    base = given.to(images.dtype)
+    # integers would be cut off, or wrap around
+    if not images.is_floating_point() and bool((base != given).any()):
+        raise ValueError(
+            f"{name} have values that inputs of {images.dtype} cannot have: convert the"
+            " inputs to floating point numbers."
+        )
     if base.ndim == 0:
         return base.view(1, 1, 1, 1)
     fits = base.ndim in (3, 4) and all(
@@ -423,6 +464,34 @@ def have_rows(additional_forward_args: object, batch: int) -> list[bool]:
     return [isinstance(arg, Tensor) and arg.shape[:1] == (batch,) for arg in args]
 
 
+def check_output(output: Any, count: int) -> Tensor:
+    """Check that there is an output for each image.
+
+    Args:
+
+        output (Any): What a network or a function returns.
+        count (int): Number of images.
+
+    Returns:
+        Tensor: The output, in single precision if it is in half.
+
+    Raises:
+        TypeError: If the output is not a tensor.
+        ValueError: If it has another number of rows.
+    """
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"forward_func must return a tensor, but returns {type(output).__name__}:"
+            " give a function that returns the outputs of the classes only."
+        )
+    if output.shape[:1] != (count,):
+        raise ValueError(
+            f"forward_func returns an output of shape {tuple(output.shape)} for"
+            f" {count} images, instead of one row for each."
+        )
+    return at_least_single(output) if output.is_floating_point() else output
+
+
 def forward_in_chunks(
     forward_func: Callable[..., Any],
     make_inputs: Callable[[slice], Tensor],
@@ -443,7 +512,8 @@ def forward_in_chunks(
         make_inputs (callable): A function `(part: slice) -> Tensor`, which creates the
                 images of a part of all.
         collect (callable): A function `(output: Tensor, part: slice) -> tuple[Tensor]`
-                of what shall be kept of the output.
+                of what shall be kept of the output, which is in at least single
+                precision.
         examples (Tensor): For each image, the index of the example it is derived from,
                 of shape (images,).
         batch (int): Number of examples.
@@ -487,17 +557,6 @@ def forward_in_chunks(
                     for arg, expand in zip(args, per_example)
                 ),
             )
-            if not isinstance(output, Tensor):
-                raise TypeError(
-                    "forward_func must return a tensor, but returns"
-                    f" {type(output).__name__}: give a function that returns the"
-                    " outputs of the classes only."
-                )
-            if output.shape[:1] != rows.shape:
-                raise ValueError(
-                    f"forward_func returns an output of shape {tuple(output.shape)} for"
-                    f" {len(rows)} images, instead of one row for each."
-                )
-            collected.append(collect(output, part))
+            collected.append(collect(check_output(output, len(rows)), part))
             progress.update(len(rows))
     return tuple(torch.cat(tensors) for tensors in zip(*collected))

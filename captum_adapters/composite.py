@@ -18,7 +18,7 @@ from torch.nn import Module
 from zennit.composites import BetaSmooth, DeconvNet, GuidedBackprop
 from zennit.core import Composite
 
-from captum_adapters._common import check_range, check_target, have_rows
+from captum_adapters._common import check_range, check_target, double_dtype, have_rows
 from captum_adapters.registration import create_composite, registered, unwrap
 from zennit_resnet.postprocess import c1c, c3, heat_quantization, sum_channels
 
@@ -288,7 +288,7 @@ class CompositeAttribution(GradientAttribution):
         """
         initial = output.detach().flatten()
         # sums of many terms would otherwise have a delta of their own
-        dtype = torch.float32 if output.device.type == "mps" else torch.float64
+        dtype = double_dtype(output.device)
         delta = initial.to(dtype)
         for tensor in _format_tensor_into_tuples(attributions):
             if len(tensor) != len(initial):

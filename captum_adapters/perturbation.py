@@ -18,14 +18,16 @@ from captum.log import log_usage
 from torch import Tensor
 
 from captum_adapters._common import (
+    DEFAULT_CHUNK,
+    at_least_single,
     check_evaluation,
+    check_output,
     check_target,
+    double_dtype,
     have_rows,
     select_target,
 )
 
-# Images that go through a network at once, unless there is a larger batch anyway
-DEFAULT_CHUNK = 32
 # Linear interpolation by the number of spatial dimensions
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
@@ -205,7 +207,7 @@ class RISE(PerturbationAttribution):
         ]
         index = check_target(target, batch)
         totals = [
-            image.new_zeros((batch, *image.shape[2:]), dtype=_double(image))
+            image.new_zeros((batch, *image.shape[2:]), dtype=double_dtype(image.device))
             for image in images
         ]
         covered = [torch.zeros_like(total[0]) for total in totals]
@@ -230,7 +232,7 @@ class RISE(PerturbationAttribution):
                         for arg, expand in zip(args, per_example)
                     ),
                 )
-                result = _check_output(result, count * batch)
+                result = check_output(result, count * batch)
                 scores = _target_scores(result, output, index, count, begin == 0)
                 for total, cover, mask in zip(totals, covered, masks):
                     mask = mask.to(total.dtype)
@@ -331,11 +333,6 @@ def _check_settings(
         )
 
 
-def _double(tensor: Tensor) -> torch.dtype:
-    """The most precise type of the tensor's device, of which sums have no error."""
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
-
-
 def _draw_grids(
     image: Tensor,
     n_masks: int,
@@ -346,7 +343,7 @@ def _draw_grids(
     """Which cells are visible, and by how many pixels they are shifted.
 
     Returns bool of shape (masks, *cells) and integers of shape (masks, dimensions), on
-    the CPU for whatever device.
+    the CPU for whatever device, the default one included.
     """
     size = image.shape[2:]
     cells = (grid_size,) * len(size) if isinstance(grid_size, int) else tuple(grid_size)
@@ -357,9 +354,11 @@ def _draw_grids(
             f"grid_size={grid_size!r} is neither a positive integer, nor one for each"
             f" of {len(size)} spatial dimensions of inputs."
         )
-    grids = torch.rand(n_masks, *cells, generator=generator) < probability
+    grids = torch.rand(n_masks, *cells, generator=generator, device="cpu") < probability
     shifts = [
-        torch.randint(math.ceil(length / count), (n_masks,), generator=generator)
+        torch.randint(
+            math.ceil(length / count), (n_masks,), generator=generator, device="cpu"
+        )
         for length, count in zip(size, cells)
     ]
     return grids, torch.stack(shifts, 1)
@@ -377,7 +376,7 @@ def _make_masks(grids: Tensor, shifts: Tensor, image: Tensor) -> Tensor:
             align_corners=False,
         )[:, 0]
     for dim, (side, shift) in enumerate(zip(size, shifts.unbind(1)), 1):
-        index = shift[:, None] + torch.arange(side)
+        index = shift[:, None] + torch.arange(side, device=shift.device)
         view = [len(index)] + [1] * len(size)
         view[dim] = side
         masks = masks.take_along_dim(index.view(view).to(masks.device), dim)
@@ -393,22 +392,6 @@ def _apply_masks(image: Tensor, base: Union[Tensor, float], masks: Tensor) -> Te
     return masked.flatten(0, 1)
 
 
-def _check_output(result: Any, count: int) -> Tensor:
-    """An output with one row for each image, in at least single precision."""
-    if not isinstance(result, Tensor):
-        raise TypeError(
-            f"forward_func must return a tensor, but returns {type(result).__name__}:"
-            " give a function that returns the outputs of the classes only."
-        )
-    if result.shape[:1] != (count,):
-        raise ValueError(
-            f"forward_func returns an output of shape {tuple(result.shape)} for"
-            f" {count} images, instead of one row for each."
-        )
-    half = result.dtype in (torch.float16, torch.bfloat16)
-    return result.float() if half else result
-
-
 def _target_scores(
     result: Tensor,
     output: Union[str, Callable[[Tensor], Tensor]],
@@ -418,8 +401,9 @@ def _target_scores(
 ) -> Tensor:
     """Scores of shape (masks, batch)."""
     if callable(output):
-        result = _check_output(output(result), len(result))
-    elif output == "softmax" and result.shape[1:].numel() > 1:
+        result = check_output(output(result), len(result))
+    result = at_least_single(result)
+    if output == "softmax" and result.shape[1:].numel() > 1:
         result = result.softmax(1)
     if target is not None:
         target = target.to(result.device).repeat(n_masks, *[1] * (target.ndim - 1))

@@ -11,8 +11,15 @@ from captum.attr import LayerAttribution
 from captum.log import log_usage
 from torch import Tensor
 
-from captum_adapters._common import check_target, have_rows, select_target
-from captum_adapters.perturbation import DEFAULT_CHUNK, _check_inputs, _check_output
+from captum_adapters._common import (
+    DEFAULT_CHUNK,
+    at_least_single,
+    check_output,
+    check_target,
+    have_rows,
+    select_target,
+)
+from captum_adapters.perturbation import _check_inputs
 
 
 class ScoreCAM(LayerAttribution):
@@ -190,11 +197,11 @@ class _SingleScore(torch.nn.Module):
                 for arg, row in zip(self.args, self.rows)
             ),
         )
-        result = _check_output(result, count)
+        result = check_output(result, count)
         index = self.target
         if index is not None:
             index = index.expand(count, *index.shape[1:]).to(result.device)
-        scores = select_target(result, index)
+        scores = at_least_single(select_target(result, index))
         # torch-cam would make it a map of zeros
         if bool(scores.isnan().any()):
             raise ValueError("forward_func returns NaN for a masked image.")

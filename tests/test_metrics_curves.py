@@ -504,6 +504,9 @@ def test_random_ties():
     values, order = heat.flatten(1), _perturbed.rank_pixels(heat.flatten(1), 'random', input, 0, None)[0]
     assert torch.equal(values.gather(1, order), values.sort(1, descending=True).values)
     assert torch.equal(order.sort(1).values, torch.arange(HEIGHT * WIDTH).expand(2, -1))
+    # another default device changes nothing
+    with torch.device('meta'):
+        assert torch.equal(_perturbed.rank_pixels(heat.flatten(1), 'random', input, 0, None)[0], order)
     with pytest.raises(ValueError, match='3 sample_ids for 2 examples'):
         insertion_deletion(model, input, heat, target=0, ties='random', sample_ids=[1, 2, 3])
 
@@ -532,6 +535,15 @@ def test_output():
         result = insertion_deletion(single, input, heat)
         assert torch.allclose(result.score_full, logits[:, 2])
         assert not result.insertion_classes.any()
+    # whether a class is predicted
+    hits = [
+        insertion_deletion(model, input, heat, output=lambda out: (out.argmax(1) == 1).to(dtype))
+        for dtype in (torch.float32, torch.bool, torch.int32, torch.float16)
+    ]
+    assert torch.equal(hits[0].score_full, (logits.argmax(1) == 1).float())
+    for result in hits[1:]:
+        assert result.insertion.dtype == torch.float32 and torch.equal(result.insertion_curve, hits[0].insertion_curve)
+        assert torch.equal(result.id_score, hits[0].id_score)
     with pytest.raises(ValueError, match='one row for each'):
         insertion_deletion(model, input, heat, target=1, output=lambda out: out.mean())
 
@@ -641,6 +653,13 @@ def test_baselines():
         insertion_deletion(model, input, heat, target=0, insertion_baselines=torch.zeros(3))
     with pytest.raises(TypeError, match='baselines must be a tensor, but is str'):
         insertion_deletion(model, input, heat, 'black', 0)
+    # integers would be cut off, or wrap around
+    whole = torch.full((2, 3, HEIGHT, WIDTH), 7, dtype=torch.uint8)
+    for wrong in (.7, -1, torch.tensor(-1), torch.full((3, 1, 1), 300), float('nan')):
+        with pytest.raises(ValueError, match='baselines have values that inputs of torch.uint8 cannot have'):
+            insertion_deletion(lambda x: x.double().mean((1, 2, 3)), whole, heat, wrong)
+    result = insertion_deletion(lambda x: x.double().mean((1, 2, 3)), whole, heat, 255.)
+    assert result.score_blank.tolist() == [255, 255] and result.score_full.tolist() == [7, 7]
 
 
 def test_warnings():

@@ -227,6 +227,14 @@ def test_rise_single_precision_chunks():
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+def test_rise_default_device():
+    '''Masks do not depend on the default device.'''
+    input, rise = images(), RISE(lambda x: x.mean((1, 2, 3)))
+    expected = rise.attribute(input, n_masks=10)
+    with torch.device('meta'):
+        assert torch.equal(rise.attribute(input, n_masks=10), expected)
+
+
 def test_rise_seed():
     '''Masks depend on the seed alone, and the global random state is untouched.'''
     model, input = network(), images()
@@ -284,6 +292,14 @@ def test_rise_outputs():
     torch.testing.assert_close(softmax, other)
     torch.testing.assert_close(attribute(output=lambda logits: logits.softmax(1)), softmax)
     assert not torch.allclose(attribute(output='logit'), softmax)
+    hits = [
+        RISE(model).attribute(input, n_masks=10, output=lambda logits: (logits.argmax(1) == 1).to(dtype))
+        for dtype in (torch.float64, torch.bool)
+    ]
+    assert torch.equal(*hits)
+    # of which there are probabilities, too
+    counts = RISE(lambda x: x.flatten(1).round().long()).attribute(input, 1, n_masks=10)
+    assert torch.equal(counts, RISE(lambda x: x.flatten(1).round().float()).attribute(input, 1, n_masks=10))
 
 
 def test_rise_tuples():

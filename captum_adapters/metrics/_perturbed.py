@@ -44,6 +44,8 @@ def _random_orders(
             generator=torch.Generator().manual_seed(
                 zlib.crc32(f"{seed}:{name}".encode())
             ),
+            # that of the generator, whatever the default device is
+            device="cpu",
         )
         for name in ids
     ]

@@ -6,20 +6,9 @@ from typing import Sequence, Union
 import torch
 from torch import Tensor
 
+from captum_adapters._common import double_dtype
+
 Percent = Union[int, float, Fraction]
-
-
-def double_dtype(device: torch.device) -> torch.dtype:
-    """The most precise floating point numbers that a device has.
-
-    Args:
-
-        device (torch.device): The device.
-
-    Returns:
-        torch.dtype: :obj:`torch.float64`, or :obj:`torch.float32` on MPS.
-    """
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def top_counts(percents: Sequence[Percent], total: int) -> tuple[int, ...]:

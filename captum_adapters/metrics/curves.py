@@ -11,6 +11,7 @@ from captum._utils.typing import BaselineType, TargetType
 from torch import Tensor
 
 from captum_adapters._common import (
+    at_least_single,
     check_baselines,
     check_images,
     check_range,
@@ -428,20 +429,17 @@ def _repeat(output: Tensor, batch: int) -> Tensor:
 
 def _score(result: Tensor, output: Union[str, Callable[[Tensor], Tensor]]) -> Tensor:
     """Scores of all classes, in at least single precision."""
-    if result.dtype in (torch.float16, torch.bfloat16):
-        result = result.float()
-    if not isinstance(output, str):
-        scores = output(result)
-        if not isinstance(scores, Tensor) or scores.shape[:1] != result.shape[:1]:
-            raise ValueError(
-                "output must be a function which returns a tensor with one row for each"
-                f" of {len(result)} images, but returns"
-                f" {tuple(scores.shape) if isinstance(scores, Tensor) else scores!r}."
-            )
-        return scores
-    if output == "softmax" and result.shape[1:].numel() > 1:
-        return result.softmax(1)
-    return result
+    scores = result if isinstance(output, str) else output(result)
+    if not isinstance(scores, Tensor) or scores.shape[:1] != result.shape[:1]:
+        raise ValueError(
+            "output must be a function which returns a tensor with one row for each"
+            f" of {len(result)} images, but returns"
+            f" {tuple(scores.shape) if isinstance(scores, Tensor) else scores!r}."
+        )
+    scores = at_least_single(scores)
+    if output == "softmax" and scores.shape[1:].numel() > 1:
+        return scores.softmax(1)
+    return scores
 
 
 def _area(curve: Tensor, fractions: Tensor) -> Tensor:

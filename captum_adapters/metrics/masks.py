@@ -8,6 +8,7 @@ from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from captum_adapters._common import (
+    double_dtype,
     pixel_maps,
     single_tensor,
     warn_negative_maps,
@@ -15,7 +16,6 @@ from captum_adapters._common import (
 from captum_adapters.metrics._top import (
     Percent,
     descending_order,
-    double_dtype,
     percent_tensors,
 )
 from captum_adapters.metrics.ranking import PERCENTS
