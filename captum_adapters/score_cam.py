@@ -1,6 +1,7 @@
 """Score-CAM by torch-cam, in Captum's manner."""
 
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from typing import Any, Callable, Iterator, Optional, Union
 
@@ -25,9 +26,10 @@ from captum_adapters.perturbation import _check_inputs
 class ScoreCAM(LayerAttribution):
     r"""Score-CAM: class activation maps that are weighted by scores, not gradients.
 
-    Wang et al. 2020: each channel of a layer's output, resized to the image and scaled
-    to values from 0 to 1, is a mask H. The weight of channel k is the softmax over all
-    channels of the target's output for the masked image, and the map is
+    Wang et al. 2020: each channel of a layer's output, scaled to values from 0 to 1 and
+    resized to the image (the paper resizes first), is a mask H. The weight of channel k
+    is the softmax over all channels of the target's output for the masked image, and
+    the map is
 
     .. math::
         L = \mathrm{ReLU}\Big(\sum_k w_k A_k\Big), \quad
@@ -151,8 +153,11 @@ class ScoreCAM(LayerAttribution):
                 extractor = self._library.ScoreCAM(
                     network, self.layer, batch_size=perturbations_per_eval
                 )
+                # called after torch-cam's hook
+                copying = partial(_copy_activation, extractor)
                 with extractor:
-                    network(image)
+                    with self.layer.register_forward_hook(copying):
+                        network(image)
                     if extractor.hook_a[0] is None:
                         raise ValueError(
                             f"The layer {type(self.layer).__name__} is not used by"
@@ -191,7 +196,8 @@ class _SingleScore(torch.nn.Module):
         """Output of shape (images, 1)."""
         count = len(images)
         result = self.forward_func(
-            images,
+            # which may be changed in place
+            images.clone(),
             *(
                 arg if row is None else arg[row : row + 1].expand(count, *arg.shape[1:])
                 for arg, row in zip(self.args, self.rows)
@@ -230,6 +236,11 @@ class _SingleScore(torch.nn.Module):
             yield
         finally:
             handle.remove()
+
+
+def _copy_activation(extractor: Any, *_: Any) -> None:
+    """Copy what torch-cam keeps, as the network may change its layer's output."""
+    extractor.hook_a[0] = extractor.hook_a[0].clone()
 
 
 @contextmanager

@@ -568,6 +568,32 @@ def test_score_cam_functions():
     assert torch.equal(several.attribute(input, [(1, 1), (3, 0)])[1], plain[1])
 
 
+class InPlace(torch.nn.Module):
+    '''A network that may normalize its input, and rectify the layer's output, in place.'''
+    def __init__(self, inplace):
+        super().__init__()
+        self.inplace = inplace
+        self.conv = torch.nn.Conv2d(3, 6, 3, stride=2, padding=1)
+        self.linear = torch.nn.Linear(6, 5)
+
+    def forward(self, x):
+        '''Logits.'''
+        x = x.sub_(0.5).mul_(2) if self.inplace else (x - 0.5) * 2
+        return self.linear(torch.nn.functional.relu(self.conv(x), self.inplace).mean((2, 3)))
+
+
+@pytest.mark.usefixtures('torchcam')
+def test_score_cam_inplace():
+    '''What is changed in place later is neither the map's layer nor the image.'''
+    plain, inplace, input = randomize(InPlace(False)).double(), InPlace(True).double(), images(2)
+    inplace.load_state_dict(plain.state_dict())
+    original = input.clone()
+    expected = ScoreCAM(plain, plain.conv).attribute(input, [1, 3], perturbations_per_eval=4)
+    result = ScoreCAM(inplace, inplace.conv).attribute(input, [1, 3], perturbations_per_eval=4)
+    torch.testing.assert_close(result, expected)
+    assert expected.any() and torch.equal(input, original)
+
+
 @pytest.mark.usefixtures('torchcam')
 @pytest.mark.parametrize('fails', [False, True])
 def test_score_cam_side_effects(fails):
