@@ -183,6 +183,18 @@ def test_reference(network, batch, unit, absolute, reference):
         assert torch.equal(network(kept).argmax(1), result.predictions[:, position])
 
 
+def test_labels(network, batch):
+    '''Labels may be tuples of one index, as in Captum.'''
+    images, maps, labels = batch
+    for function in (pixel_accuracy, cross_model_accuracy):
+        expected = function(network, images, maps, target=labels)
+        for target in (labels[:, None], [(int(label),) for label in labels]):
+            result = function(network, images, maps, target=target)
+            assert all(torch.equal(*pair) for pair in zip(result, expected))
+        result = function(network, images, maps, target=(3,))
+        assert torch.equal(result.correct, function(network, images, maps, target=3).correct)
+
+
 def test_map_shapes(network, batch):
     '''Maps of pixels with, and without channels, in tuples, and of another size.'''
     images, maps, labels = batch

@@ -12,6 +12,7 @@ from captum_adapters._common import (
     check_images,
     check_range,
     check_target,
+    double_dtype,
     forward_in_chunks,
     pixel_maps,
     single_tensor,
@@ -20,7 +21,6 @@ from captum_adapters._common import (
 from captum_adapters.metrics._top import (
     Percent,
     descending_ranks,
-    double_dtype,
     percent_tensors,
     top_counts,
 )
@@ -156,7 +156,8 @@ def _accuracy(
             " the batch, which have no predicted class."
         )
     table = predictions.to(images.device).view(len(distinct), batch)
-    compared = table[distinct.index(total)] if labels is None else labels
+    # Captum's tuples have given labels of shape (batch, 1)
+    compared = table[distinct.index(total)] if labels is None else labels.reshape(batch)
     selected = table[[distinct.index(count) for count in counts]].t().contiguous()
     correct = selected == compared[:, None]
     sizes = percent_tensors(percents, total, images.device)
@@ -370,7 +371,7 @@ def cross_model_accuracy(
 
     Whether two networks decide by the same pixels: network B (`forward_func`) sees only
     the p % of each image that are most relevant to network A (`attributions`), as in
-    section 5.3 and figure 22 of R-LRP by Nyiri & Gibaru The rest is as for
+    section 5.3 and figure 22 of R-LRP by Nyiri & Gibaru. The rest is as for
     :func:`pixel_accuracy`.
 
     Networks often differ in their preprocessing. There are two ways to deal with it:
