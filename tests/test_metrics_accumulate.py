@@ -139,6 +139,21 @@ def test_image_sizes():
     assert result.percents.tolist() == [10, 50]
 
 
+def test_curve_sizes():
+    '''Images whose curves have another number of points are refused, and results so far are kept.'''
+    metric, other = accumulate.InsertionDeletionMetric(), accumulate.InsertionDeletionMetric()
+    small, large, even = (torch.rand(1, 1, size, size) for size in (15, 16, 18))
+    for number, images in enumerate((large, even)):
+        metric.update([number], lambda x: x.mean((1, 2, 3)), images, images)
+    with pytest.raises(ValueError, match='Curves have 101 and 102 points.*resize'):
+        metric.update([2], lambda x: x.mean((1, 2, 3)), small, small)
+    assert metric.compute().scores.insertion_curve.shape == (2, 101)
+    other.update([3], lambda x: x.mean((1, 2, 3)), small, small)
+    other.merge_state(metric)
+    with pytest.raises(ValueError, match='Curves have 101 and 102 points'):
+        other.compute()
+
+
 def test_errors():
     '''Identities that do not fit, and unknown options.'''
     metric = accumulate.ConservationGapMetric()
@@ -176,6 +191,11 @@ def evaluate_shard(rank, path):
             results[name, setup] = result.sample_ids, result.scores
             # own results are left for further batches
             assert not isinstance(metric.sample_ids, torch.Tensor)
+    # curves of another number of points than those of the other process
+    metric, images = accumulate.InsertionDeletionMetric(), torch.rand(1, 3, 15 + rank, 15 + rank)
+    metric.update([rank], model, images, images, target=0)
+    with pytest.raises(ValueError, match='Curves have 101 and 102 points'):
+        metric.compute()
     torch.save(results, Path(path) / f'{rank}.pt')
     torch.distributed.destroy_process_group()
 

@@ -70,7 +70,23 @@ def _gather(tensor: Tensor, group: Optional[Any] = None) -> list[Tensor]:
     """
     gathered: list[Any] = [None] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(gathered, tensor.detach().cpu(), group)
-    return [other.to(tensor.device) for other in gathered if other.numel()] or [tensor]
+    tensors = [other.to(tensor.device) for other in gathered if other.numel()]
+    _check_points(tensors)
+    return tensors or [tensor]
+
+
+def _check_points(tensors: Sequence[Tensor]) -> None:
+    """Refuse rows of different lengths, which only curves can have.
+
+    Shorter curves are not padded, since points are equally far apart in protocols.
+    """
+    lengths = sorted({tensor.shape[1] for tensor in tensors if tensor.ndim > 1})
+    if len(lengths) > 1:
+        raise ValueError(
+            f"Curves have {' and '.join(map(str, lengths))} points, as their number"
+            " depends on the size of the images: resize images to one size, or use one"
+            " metric for each size."
+        )
 
 
 class _PerExample(Metric, Generic[Result]):
@@ -121,9 +137,12 @@ class _PerExample(Metric, Generic[Result]):
                 f"There are {len(ids)} sample_ids for {batch} examples: give one for"
                 " each."
             )
-        for name, value in zip(self.fields, rows):
+        values = dict(zip(self.fields, rows))
+        for name, value in values.items():
             if name in SHARED:
-                value = value.expand(batch, -1)
+                values[name] = value.expand(batch, -1)
+            _check_points([*getattr(self, name)[-1:], values[name]])
+        for name, value in values.items():
             getattr(self, name).append(value.to(self.device))
         states = self.sample_ids
         assert isinstance(states, list)
@@ -146,7 +165,10 @@ class _PerExample(Metric, Generic[Result]):
         order = order[first]
         values = []
         for name in self.fields:
-            value = dim_zero_cat(getattr(self, name))[order]
+            states = getattr(self, name)
+            # those of forward and merge_state are not checked before
+            _check_points(states if isinstance(states, list) else [states])
+            value = dim_zero_cat(states)[order]
             # numbers of pixels depend on the size of images, which may differ
             if name in SHARED and bool((value == value[0]).all()):
                 value = value[0]
@@ -156,6 +178,10 @@ class _PerExample(Metric, Generic[Result]):
 
 class InsertionDeletionMetric(_PerExample[InsertionDeletion]):
     """:func:`captum_adapters.metrics.insertion_deletion` over a data set.
+
+    All curves must have the same number of points, which depends on the number of
+    pixels: by default, there are 101 for an even number, and 102 for an odd one. Resize
+    images to one size, or use one metric for each size.
 
     Args:
 
@@ -202,6 +228,10 @@ class InsertionDeletionMetric(_PerExample[InsertionDeletion]):
             additional_forward_args (Any, optional): Further arguments of
                     `forward_func`.
                     Default: None
+
+        Raises:
+            ValueError: As the function, or if curves have another number of points than
+                    those before.
         """
         self._append(
             sample_ids,
