@@ -196,6 +196,12 @@ def test_effects():
     same = one([1., 2.], [1., 2.])
     assert same.rank_biserial == same.difference == 0 and math.isnan(same.effect_size)
     assert same.low == same.high == 0
+    # the same difference, but for rounding
+    others = np.random.default_rng(0).random(30)
+    for scale in (1., 1e6):
+        constant = one(scale * others + 0.1, scale * others)
+        assert constant.difference == pytest.approx(0.1) and math.isnan(constant.effect_size)
+        assert one(scale * others * 1.001, scale * others).effect_size < 3
 
 
 def test_swap(rng):

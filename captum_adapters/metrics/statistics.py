@@ -53,7 +53,7 @@ class Comparison(NamedTuple):
         low (float): Lower end of the confidence interval of the difference.
         high (float): Upper end of the confidence interval of the difference.
         effect_size (float): Mean of the paired differences in units of their standard
-                deviation.
+                deviation. NaN if all differences are the same, or there is only one.
         rank_biserial (float): Sum of the signed ranks of the differences divided by its
                 largest possible value, from -1 (always lower) to 1 (always higher).
         p_value (float): Two-sided p-value of the test, for this comparison alone.
@@ -364,8 +364,10 @@ def _compare_pair(
         mean, other_mean = float(scores.mean()), float(others.mean())
         difference = float(differences.mean())
         deviation = float(differences.std(ddof=1)) if count > 1 else math.nan
-        # the same difference everywhere has no standard deviation to compare with
-        effect = difference / deviation if deviation > 0 else math.nan
+        # the same difference everywhere, but for the scores' rounding, has no standard
+        # deviation to compare with
+        rounding = 1e-12 * max(np.abs(scores).max(), np.abs(others).max())
+        effect = difference / deviation if deviation > rounding else math.nan
     low, high = _interval(differences, index, confidence, n_resamples, seed, "bca")
     ranks = _signed_ranks(differences)
     weight = np.abs(ranks).sum()
