@@ -89,7 +89,8 @@ def explain(
     Returns:
         numpy.ndarray: Attributions of shape (batch, 1, ...), or of the inputs' shape if
         channels are kept or there are none, in the model's precision, at least single.
-        Those of layers are resized to the inputs with linear interpolation.
+        Those of layers are resized to the inputs with linear interpolation. Class
+        activation maps have a single channel in any case.
 
     Warns:
         NegativeMapWarning: If a map varies, but has no positive value.
@@ -315,7 +316,12 @@ def _fit(
             "The method returns several tensors, but Quantus takes a single one: choose"
             " one layer, and no convergence delta."
         )
-    if attributions.ndim != inputs.ndim or len(attributions) != len(inputs):
+    # maps of layers are resized, but neither their units nor channels are the inputs'
+    fits = attributions.ndim == inputs.ndim and len(attributions) == len(inputs)
+    if fits and (inputs.ndim == 2 or reduce is None):
+        channels = (inputs.shape[1],) if inputs.ndim == 2 else (1, inputs.shape[1])
+        fits = attributions.shape[1] in channels
+    if not fits:
         raise ValueError(
             f"Attributions of shape {tuple(attributions.shape)} do not fit inputs of"
             f" shape {tuple(inputs.shape)}."

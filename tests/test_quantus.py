@@ -159,6 +159,9 @@ def test_layers():
         explain(model, arrays(), TARGETS, 'LayerRelevance', layer=name),
         F.interpolate(relevance, (9, 11), mode='bilinear').numpy(), rtol=1e-4, atol=1e-5
     )
+    # a class activation map has no channels to keep
+    result = explain(model, arrays(), TARGETS, 'LayerGradCam', layer=name, reduce=None)
+    assert result.shape == (3, 1, 9, 11)
     # methods of this package know operations by name
     relevance = LayerRelevance(model, 'addition').attribute(tensors(), target=TARGETS.tolist()).sum(1, True)
     np.testing.assert_allclose(
@@ -303,6 +306,9 @@ def test_side_effects():
     ({'targets': np.array([0., 1., 2.])}, TypeError, 'float64'),
     ({'device': 'meta'}, ValueError, "device='meta', but the model is on cpu"),
     ({'method': lambda model: LayerActivation(model, model.linear)}, ValueError, r'shape \(3, 5\) do not fit'),
+    ({'method': 'LayerRelevance', 'layer': 'conv', 'reduce': None}, ValueError, r'shape \(3, 2, 2, 2\) do not fit'),
+    ({'model': torch.nn.Sequential(torch.nn.Linear(4, 7), torch.nn.Linear(7, 5)), 'inputs': np.ones((3, 4)),
+      'method': 'LayerRelevance', 'layer': '0'}, ValueError, r'shape \(3, 7\) do not fit inputs of shape \(3, 4\)'),
 ])
 def test_errors(kwargs, error, message):
     '''Errors name what is wrong.'''
