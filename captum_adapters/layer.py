@@ -356,8 +356,15 @@ class _Recorder:
         if not isinstance(key, str):
             return "."
         names = [name for name, _ in self.root.named_modules() if name]
-        similar = get_close_matches(key, names) or names
-        return f", as there is none: did you mean {' or '.join(map(repr, similar))}?"
+        # names are those within wrappers
+        bare = re.sub(r"^(module\.|_orig_mod\.)+", "", key)
+        similar = [bare] if bare in names else get_close_matches(key, names)
+        if similar:
+            question = f"did you mean {' or '.join(map(repr, similar))}?"
+        else:
+            more = ", ..." if len(names) > 8 else ""
+            question = f"choose from {', '.join(map(repr, names[:8]))}{more}"
+        return f", as there is none: {question}"
 
     def _name(self, key: Union[Module, str]) -> str:
         return key if isinstance(key, str) else self.paths[key]

@@ -372,7 +372,7 @@ def test_operations():
     assert not any('addition' in name for name, _ in model.named_modules())
     with pytest.raises(ValueError, match="'aditon' did not run, as there is none: did you mean 'addition"):
         LayerRelevance(model, 'aditon').attribute(x, target=1)
-    with pytest.raises(ValueError, match="'addition' did not run, as there is none: did you mean 'stem' or 'relu'"):
+    with pytest.raises(ValueError, match=r"'addition' did not run, as there is none: choose from 'stem', .*, \.\.\.$"):
         LayerRelevance(model, 'addition', BlockLRP()).attribute(x, target=1)
 
 
@@ -438,6 +438,10 @@ def test_bad_calls():
     for layer, error, message in (
         (torch.nn.ReLU(), ValueError, 'layer ReLU is not part of the model UserNetwork'),
         ('stem.weight', ValueError, '\'stem.weight\' did not run'),
+        # of a wrapped network, of which names begin after the wrapper's
+        ('module.stem', ValueError, "as there is none: did you mean 'stem'\\?$"),
+        ('module.addition', ValueError, "did you mean 'addition'\\?$"),
+        ('?', ValueError, "as there is none: choose from 'stem', "),
     ):
         with pytest.raises(error, match=message):
             LayerRelevance(model, layer).attribute(x, target=1)
