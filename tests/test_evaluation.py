@@ -261,6 +261,36 @@ def test_problems(assets, tmp_path):
     assert (progress.done, progress.total, progress.skipped) == (30, 30, 3)
 
 
+@pytest.mark.parametrize('world', [1, 3])
+def test_read_again(assets, whole, tmp_path, world):
+    '''Images that could not be read, as a disk was missing, are tried at the next start, by whichever process.'''
+    images = tmp_path / 'images'
+    shutil.copytree(assets / 'images', images)
+    options = {'data': str(images), 'layout': 'folder'}
+    missing = [images / 'circle' / '1.png', images / 'stripes' / '0.png']
+    original = blocks.Computation.block
+
+    def block(*args):
+        for path in missing:
+            path.unlink(missing_ok=True)
+        return original(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks.Computation, 'block', block)
+        part = run(assets, tmp_path / 'run', **options)
+    # the first block was read before
+    assert {name for name, sample in part.samples.items() if sample.problem} == {'stripes/0.png'}
+    for path in missing:
+        shutil.copy(assets / path.relative_to(tmp_path), path)
+    before = evaluate(setting(assets, tmp_path / 'run', **options), process=Process(), quiet=True, dry_run=True)
+    assert (before.done, before.skipped) == (11 * 7, 0)
+    for rank in range(world):
+        progress = evaluate(setting(assets, tmp_path / 'run', **options), process=Process(rank, world), quiet=True)
+    assert (progress.done, progress.total, progress.skipped) == (12 * 7, 12 * 7, 0)
+    again = read_run(tmp_path / 'run')
+    assert again.samples == whole.samples and list(again.records) == list(whole.records)
+
+
 def test_not_finite(assets, tmp_path, monkeypatch):
     '''Maps with NaN or infinity are recorded as a problem of the method, and others of the batch are measured.'''
     original = CompositeAttribution.attribute

@@ -103,6 +103,7 @@ def test_replace(folder):
     assert run.records['x.png', 'a'].seconds == 2.
     assert run.samples['x.png'].problem is None
     assert run.samples['y.png'].problem == 'missing'
+    assert read_done(folder, KEY)[0] == {'y.png'}
 
 
 def test_commit(folder):

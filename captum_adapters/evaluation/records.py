@@ -462,8 +462,10 @@ def read_done(
         method of all records, and messages about files.
     """
     messages: list[str] = []
-    problems = "samples WHERE problem IS NOT NULL"
-    skipped = {row[0] for row in _rows(folder, fingerprint, "sample", problems, [])}
+    columns = "sample, problem IS NULL"
+    rows = [*_rows(folder, fingerprint, columns, "samples", [])]
+    # another process may have been able to read it
+    skipped = {name for name, _ in rows} - {name for name, sound in rows if sound}
     # whole rows, as of damaged files more keys than rows can be read
     done = {row[:2] for row in _rows(folder, fingerprint, "*", "records", messages)}
     return skipped, done, messages

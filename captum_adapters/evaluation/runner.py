@@ -12,8 +12,9 @@ import io
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -186,6 +187,24 @@ class Loop:
         )
         return Progress(total, kept, seconds, sum(name in skipped for name in names))
 
+    def _read_done(
+        self, numbers: Iterable[int]
+    ) -> tuple[set[str], set[tuple[str, str]]]:
+        """Samples that are left out and records that there are.
+
+        Of these samples, those that could not be read are tried again, as the reason
+        may have been that a disk was missing.
+        """
+        skipped, done, messages = read_done(self.folder, self.fingerprint)
+        for message in messages:
+            self.say(message)
+        loaded = Images(self.data.samples, self.classifier.transform)
+        for number in numbers:
+            name = self.data.samples[number].name
+            if name in skipped and loaded[number].problem is None:
+                skipped.remove(name)
+        return skipped, done
+
     def estimate(self) -> Progress:
         """What remains, and how long it takes, without writing anything."""
         skipped: set[str] = set()
@@ -193,10 +212,8 @@ class Loop:
         times: dict[str, tuple[float, float]] = {}
         if (self.folder / "settings.json").exists():
             open_run(self.folder, self.settings)
-            skipped, done, messages = read_done(self.folder, self.fingerprint)
+            skipped, done = self._read_done(range(len(self.data.samples)))
             times = read_times(self.folder, self.fingerprint)
-            for message in messages:
-                self.say(message)
         rest = {
             method.text: sum(
                 sample.name not in skipped and (sample.name, method.text) not in done
@@ -237,21 +254,21 @@ class Loop:
         """Compute all records of this process that are not there yet."""
         evaluation, process = self.evaluation, self.process
         open_run(self.folder, self.settings)
-        skipped, done, messages = read_done(self.folder, self.fingerprint)
-        for message in messages:
-            self.say(message)
+        every = [*range(len(self.data.samples))]
         size = evaluation.batch_size
-        every = range(0, len(self.data.samples), size)
-        blocks = []
-        for begin in every[process.rank :: process.world]:
-            numbers = list(range(begin, min(begin + size, len(self.data.samples))))
+        starts = every[::size][process.rank :: process.world]
+        own = [every[start : start + size] for start in starts]
+        skipped, done = self._read_done(chain.from_iterable(own))
+        blocks = [
+            numbers
+            for numbers in own
             if any(
                 self.data.samples[number].name not in skipped
                 and (self.data.samples[number].name, method.text) not in done
                 for number in numbers
                 for method in self.methods
-            ):
-                blocks.append(numbers)
+            )
+        ]
         count = sum(map(len, blocks)) * len(self.methods)
         known = sum(
             (self.data.samples[number].name, method.text) in done
@@ -334,11 +351,12 @@ class Loop:
         block = computation.block(samples, items)
         for row, (number, sample, item) in enumerate(zip(numbers, samples, items)):
             if sample.name in block.problems:
-                writer.add_sample(
-                    SampleRecord(
-                        sample.name, sample.label, problem=block.problems[sample.name]
+                problem = block.problems[sample.name]
+                # nothing is missing if it could be read when that was computed
+                if any((sample.name, method.text) not in done for method in self.methods):
+                    writer.add_sample(
+                        SampleRecord(sample.name, sample.label, problem=problem)
                     )
-                )
                 bar.update(len(self.methods))
                 continue
             place = block.valid.index(row)
