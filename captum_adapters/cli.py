@@ -229,6 +229,11 @@ def report_command(
         results = [read_run(run) for run in runs]
         chosen = {name for preset in presets or () for name in preset.rows}
         chosen.update(methods or ())
+        evaluated = {method: None for run in results for _, method in run.records}
+        for name in methods or ():
+            if not any(stands_for(method, name) for method in evaluated):
+                known = ", ".join(evaluated) or "no method"
+                raise ValueError(f"there are no records of {name!r}, but of {known}")
         if chosen:
             results = [select_methods(run, chosen) for run in results]
         report = summarize(results, presets=presets, **options)
@@ -259,12 +264,16 @@ def select_methods(run: Run, chosen: Collection[str]) -> Run:
     Returns:
         Run: The run without the others.
     """
+    listed = [*(run.settings.get("methods") or ())]
     kept = {
-        text: text in CONTROLS or any(stands_for(text, name) for name in chosen)
-        for text in {method for _, method in run.records}
+        text
+        for text in {*listed, *(method for _, method in run.records)}
+        if text in CONTROLS or any(stands_for(text, name) for name in chosen)
     }
-    records = {key: record for key, record in run.records.items() if kept[key[1]]}
-    return run._replace(records=records)
+    records = {key: record for key, record in run.records.items() if key[1] in kept}
+    # such that others are not missed
+    methods = [text for text in listed if text in kept]
+    return run._replace(records=records, settings={**run.settings, "methods": methods})
 
 
 def make_evaluation(given: dict[str, Any]) -> Evaluation:

@@ -70,6 +70,10 @@ def test_evaluate_and_report(assets, tmp_path):
     # some methods only, with the controls
     part = call('report', tmp_path / 'run', '--methods', 'grad_cam', '--format', 'csv').output
     assert 'grad_cam' in part and 'sobel' in part and 'resnet_lrp_ratio' not in part
+    typo = call('report', tmp_path / 'run', '--methods', 'grad_cam,grad_camera')
+    assert typo.exit_code == 1
+    assert typo.output.startswith("Error: there are no records of 'grad_camera', but of constant, gaussian, grad_cam, ")
+    assert 'has no records of' not in call('report', tmp_path / 'run', '--methods', 'grad_cam').output
     preset = call('report', tmp_path / 'run', '--preset', 'lrp-for-resnet-table1').output
     assert 'Grad-CAM: grad_cam' in preset and 'quantize4' not in preset
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from captum_adapters.cli import select_methods
 from captum_adapters.evaluation import page as page_module
 from captum_adapters.evaluation import report as report_module
 from captum_adapters.evaluation import tables
@@ -502,6 +503,22 @@ def test_problems():
     rows = report(build({'rise': [0.1]}, samples=many)).problems()[0].sections[0][1]
     assert len(rows) == 21 and [cell.text for cell in rows[-1]] == ['others', '10 other reasons', '', '10']
     assert not report(build({'rise': [0.1]})).problems()
+
+
+def test_gaps():
+    '''What is missing is said of each run by its name, samples as well as methods.'''
+    methods = ['grad_cam', 'rise', 'random']
+    first = build({'grad_cam': [0.1, 0.2]}, 'a/run', methods=methods)
+    second = build({'grad_cam': [0.1]}, 'b/run', methods=methods[:1], options={'step': 100})
+    runs = [run._replace(settings={**run.settings, 'samples': 9}) for run in (first, second)]
+    assert report(*runs).messages[:3] == (
+        'a/run is not complete: 2 of 9 samples are evaluated.', 'a/run has no records of rise, random.',
+        'b/run is not complete: 1 of 9 samples are evaluated.',
+    )
+    part = select_methods(first, {'grad_cam', 'lime'})
+    assert [message for message in report(part).messages if 'no records' in message] == [
+        'run has no records of random.'
+    ]
 
 
 def curves(number):

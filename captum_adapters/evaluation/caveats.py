@@ -24,8 +24,11 @@ TIED_SHARE = 0.05
 
 def find_gaps(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
     """Sentences on what is missing."""
+    runs = [run for group in groups for run in group.runs]
+    names = dict(zip(map(id, runs), folder_names(runs)))
     for index, group in enumerate(groups):
-        for run, name in zip(group.runs, folder_names(group.runs)):
+        for run in group.runs:
+            name = names[id(run)]
             yield from (f"{name}: {message}" for message in run.messages)
             total = settings_of(run).get("samples")
             if isinstance(total, int) and len(run.samples) < total:
@@ -33,8 +36,13 @@ def find_gaps(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
                     f"{name} is not complete: {len(run.samples)} of {total} samples are"
                     " evaluated."
                 )
+            evaluated = {method for _, method in run.records}
+            listed = settings_of(run).get("methods") or ()
+            missing = [method for method in listed if method not in evaluated]
             if not run.records:
                 yield f"{name} has no records."
+            elif missing:
+                yield f"{name} has no records of {list_some(missing)}."
         left_out = sum(sample.problem is not None for sample in group.samples.values())
         if left_out:
             yield (
