@@ -140,6 +140,25 @@ def test_merge():
     assert 'rise 2 of 3' in message and 'grad_cam' not in message
 
 
+def test_merge_samples():
+    '''Runs that explain other classes of the same examples are warned of, and what is noted in any is kept.'''
+    first = build({'grad_cam': [0.1, 0.2, 0.3]}, 'one')
+    known = [*first.samples.values()]
+    other = [known[0]._replace(label=None, notes=('no label',)), known[1]._replace(label=None, target=0), known[2]]
+    second = build({'rise': [0.3, 0.5, 0.6]}, 'two', samples={sample.sample: sample for sample in other})
+    result = report(first, second)
+    assert result.warnings[:2] == (
+        'The runs of one + two differ in the explained class of 1 of 3 examples (001.jpg), so methods of different runs'
+        ' are not compared on the same grounds there.',
+        'The runs of one + two differ in the label of 2 of 3 examples (000.jpg, 001.jpg), so methods of different runs'
+        ' are not compared on the same grounds there.',
+    )
+    assert result.groups[0].samples['000.jpg'] == known[0]._replace(notes=('no label',))
+    # one that could not be read in a run has no class there
+    broken = {'000.jpg': SampleRecord('000.jpg', problem='?')}
+    assert not report(first, build({'rise': [0.3, 0.5, 0.6]}, 'two', samples=broken)).warnings
+
+
 def test_merge_metrics():
     '''Scores of further metrics are added; of those that contradict, the first are used, and they are counted.'''
     first = build({'grad_cam': {'id': [0.1, 0.2, math.nan]}}, 'one', metrics=['insertion_deletion'])

@@ -20,6 +20,12 @@ from captum_adapters.evaluation.tables import format_number
 
 # Share of tied pixels above which it matters how they are treated
 TIED_SHARE = 0.05
+# What runs on the same data have in common, and what it is called
+SAMPLE_FIELDS = {
+    "target": "explained class",
+    "label": "label",
+    "prediction": "predicted class",
+}
 
 
 def find_gaps(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
@@ -147,8 +153,27 @@ def _warn_suffixes(rows: Sequence[Row], published: str, ours: str) -> Iterator[s
                 )
 
 
+def _warn_samples(group: Group) -> Iterator[str]:
+    """Where runs that are put together are not about the same classes."""
+    for field, title in SAMPLE_FIELDS.items():
+        found: dict[str, set[object]] = {}
+        for run in group.runs:
+            for name, sample in run.samples.items():
+                if sample.problem is None:
+                    found.setdefault(name, set()).add(getattr(sample, field))
+        differing = [name for name, values in found.items() if len(values) > 1]
+        if differing:
+            yield (
+                f"The runs of {group.name} differ in the {title} of {len(differing)} of"
+                f" {len(found)} examples ({list_some(differing)}), so methods of different"
+                " runs are not compared on the same grounds there."
+            )
+
+
 def find_warnings(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
     """What a reader may take for better than it is."""
+    for group in groups:
+        yield from _warn_samples(group)
     names = [name for name in COLUMNS if any(name in row.statistics for row in rows)]
     # published protocols first
     names.sort(key=lambda name: counterpart_of(name) is None)

@@ -204,6 +204,9 @@ def _merge_samples(runs: Sequence[Run]) -> dict[str, SampleRecord]:
             known = samples.get(name)
             if known is None or (known.problem is not None and sample.problem is None):
                 samples[name] = sample
+            elif sample.problem is None:
+                notes = dict.fromkeys([*known.notes, *sample.notes])
+                samples[name] = known._replace(notes=tuple(notes))
     return dict(sorted(samples.items()))
 
 
