@@ -28,6 +28,7 @@ from captum_adapters.evaluation import (
     blocks,
     evaluate,
     read_run,
+    summarize,
 )
 from captum_adapters.evaluation.measures import NAMES
 from captum_adapters.evaluation.methods import Context, group_of, names
@@ -348,6 +349,19 @@ def test_published_class(assets, tmp_path):
     assert 0 < wrong < len(both.samples)
 
 
+def test_same_data(assets, tmp_path, monkeypatch):
+    '''Folders of the same relative path in different places are different data.'''
+    for name in CLASSES[:2]:
+        shutil.copytree(assets / 'images' / name, tmp_path / name / 'photos')
+    runs = []
+    for name, data, limit in (('circle', 'photos', 2), ('square', 'photos', 2), ('circle', '../circle/photos/', 3)):
+        monkeypatch.chdir(tmp_path / name)
+        out = tmp_path / f'run {len(runs)}'
+        runs.append(run(assets, out, data=data, methods=('random',), controls=False, limit=limit))
+    groups = summarize(runs, n_resamples=99).groups
+    assert [[run.folder.name for run in group.runs] for group in groups] == [['run 0', 'run 2'], ['run 1']]
+
+
 def test_no_labels(assets, tmp_path):
     '''Without a label, the prediction is explained and measured, and that is noted.'''
     (tmp_path / 'images').mkdir()
@@ -612,6 +626,7 @@ def test_settings_are_json(whole):
     '''Settings can be read by other programs.'''
     settings = json.loads((whole.folder / 'settings.json').read_text())
     assert settings == whole.settings
+    assert settings['data'] == os.path.abspath(settings['evaluation']['data'])
     assert settings['classes'] == [f'class {number}' for number in range(3)]
     assert settings['options']['step'] == 1024
     assert settings['versions']['torch'] == torch.__version__.split('+')[0] or '+' in settings['versions']['torch']

@@ -126,6 +126,7 @@ def test_merge():
     further = build({'grad_cam': [9, 9, 0.6], 'random': [0, 0, 0.3]}, 'two', manifest='m2')
     further = further._replace(records={key: value for key, value in further.records.items() if key[0] == '002.jpg'})
     broken = {'001.jpg': SampleRecord('001.jpg', problem='?')}
+    assert len(report(first, build({'rise': [0.3]}, 'two', manifest='m2', data='./data/')).groups) == 1
     elsewhere = build({'rise': [0.3, 0.5]}, 'three', data='/mnt/data', samples=broken)
     result = report(first, further, elsewhere)
     assert len(result.groups) == 1 and result.groups[0].name == 'one + two + three'

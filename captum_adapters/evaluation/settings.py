@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -243,7 +244,7 @@ def describe(
     return {
         "fingerprint": fingerprint(identity),
         "identity": identity,
-        "data": str(evaluation.data),
+        "data": os.path.abspath(evaluation.data),
         "layout": data.layout,
         "samples": len(data.samples),
         "manifest": identity["manifest"],

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -193,7 +194,9 @@ def _same_data(first: Run, second: Run) -> bool:
     old, new = settings_of(first), settings_of(second)
     if old.get("manifest") is not None and old["manifest"] == new.get("manifest"):
         return True
-    return all(old.get(key) == new.get(key) for key in ("data", "layout"))
+    # earlier runs have the path as it was typed
+    places = [os.path.normpath(values.get("data") or "") for values in (old, new)]
+    return places[0] == places[1] and old.get("layout") == new.get("layout")
 
 
 def _merge_samples(runs: Sequence[Run]) -> dict[str, SampleRecord]:
