@@ -119,8 +119,10 @@ def _add(canonizer, call, function):
     left, right = function.operands()
     factors = [1, function.kwargs.get('alpha', 1)]
     if 'sub' in function.name:
-        # x - y is the sum of x and -y, other - x of -x and other
-        factors[0 if function.name in ('__rsub__', 'rsub') else 1] *= -1
+        # x - alpha y is the sum of x and -alpha y, other - alpha x of -alpha x and other
+        factors[1] *= -1
+        if function.name in ('__rsub__', 'rsub'):
+            factors.reverse()
     if len(function.carriers) == 2:
         return canonizer.run(call, Addition, function, factors=None if factors == [1, 1] else tuple(factors))
     if factors[0 if left is function.carriers[0] else 1] == 1:

@@ -42,7 +42,7 @@ class SignalTakesAll(SinglePass):
     '''All relevance of a product follows the signal, the gate counts as a constant (Arras et al. 2017).'''
     def propagate(self, module, stored, relevance):
         '''Pass relevance on to the signal only.'''
-        return (*(None,) * module.signal, relevance)
+        return (relevance,)
 
 
 class Uncrop(SinglePass):
@@ -210,7 +210,8 @@ class ZPlus(SinglePass):
         that is zero up to rounding (less than the machine precision times the mean of the layer and sample) are treated
         by ``dead_units`` anyway.
     first_layer: str, optional
-        Contributions to the first layer, i.e. to layers that no convolution or linear layer precedes. With weights w,
+        Contributions to the first layer, i.e. to layers that no convolution or linear layer with a rule of this package
+        precedes. With weights w,
         and w+ and w- their positive and negative parts: ``'zplus'`` (default) (w h)+; ``'literal'`` w+ h as printed,
         even where h < 0 (denominators may vanish); ``'ones'`` w+ (the published code: the input is replaced by ones);
         ``'zbox'`` w h - w+ low - w- high = w+ (h - low) + w- (h - high); ``'wsquare'`` w^2; ``'flat'`` 1.
@@ -229,7 +230,7 @@ class ZPlus(SinglePass):
     maxpool: str, optional
         ``'winner'`` (default) lets the first maximum take all, ``'average'`` uses an average pooling with the kernel,
         stride and padding of the max pooling, ``'avg2x2'`` an average over 2 x 2 with stride 2 for every max pooling
-        (the published code).
+        (the published code), which must halve its input.
     coverage: str, optional
         Windows with a stride read some positions more often than others (a kernel of 3 with stride 2 every other one
         twice), which leaves a fine lattice in the heatmap. ``'literal'`` (default) keeps it. ``'even'`` scales the
@@ -278,17 +279,18 @@ class ZPlus(SinglePass):
         if not isinstance(module, MaxPool) or (self.maxpool, self.dead_units) != ('winner', 'spread'):
             return super().register(module)
         if self.coverage == 'even':
-            handles.append(module.register_forward_pre_hook(self._smooth))
+            handles.append(module.register_forward_pre_hook(self._smooth, with_kwargs=True))
         return handles
 
-    def _smooth(self, module, args):
+    def _smooth(self, module, args, kwargs):
         '''Smooth the relevance of the input.'''
-        input, stride = args[0], windows.overlapping_stride(module, args[0].ndim - 2)
+        input = args[0] if args else kwargs['input']
+        stride = windows.overlapping_stride(module, input.ndim - 2)
         if stride is None or not (self.active and input.requires_grad and torch.is_grad_enabled()):
             return None
         input = input.view_as(input)
         input.register_hook(lambda relevance: windows.smooth(relevance, stride))
-        return (input, *args[1:])
+        return ((input, *args[1:]), kwargs) if args else (args, {**kwargs, 'input': input})
 
     def store(self, module, *inputs):
         '''Keep the input, whether this is a first layer, and whether the input is known to be non-negative.'''
@@ -304,14 +306,20 @@ class ZPlus(SinglePass):
         if isinstance(module, MaxPool) and self.maxpool == 'winner':
             return (self._winner(module, input, relevance),)
         variant = self.first_layer if first else 'zplus'
-        is_negative = variant == 'zplus' and not is_relu and bool(input.amin() < 0)
+        # also if an example has NaN, which is none of the others' business
+        is_negative = variant == 'zplus' and not is_relu and not bool(input.amin() >= 0)
 
         inputs, outputs = [], []
         with torch.enable_grad():
             for elem, weight in self._contributions(module, input, variant, is_negative):
                 inputs.append(elem.detach().requires_grad_())
-                outputs.append(self._linear(module, inputs[-1], weight))
+                outputs.append(self._linear(module, inputs[-1], weight, relevance.shape[2:]))
         denominator = outputs[0].detach()
+        if denominator.shape != relevance.shape:
+            raise ValueError(
+                f'maxpool={self.maxpool!r} makes an output of shape {tuple(denominator.shape)} of a max pooling with '
+                f'one of {tuple(relevance.shape)} ({module}): use \'winner\'.'
+            )
         for elem in outputs[1:]:
             denominator = denominator + elem.detach()
         share, dead = self._share(relevance, denominator, variant == 'literal')
@@ -388,15 +396,15 @@ class ZPlus(SinglePass):
     def _bound(value, input):
         return torch.as_tensor(value).to(input).expand_as(input)
 
-    def _linear(self, module, input, weight):
-        '''The layer as a linear map of an input, with a weight (None for poolings), and without bias.'''
+    def _linear(self, module, input, weight, shape):
+        '''The layer as a linear map of an input to an output of a spatial shape, with a weight (None for poolings).'''
         if isinstance(module, torch.nn.Linear):
             return F.linear(input, weight)
         if isinstance(module, Convolution):
-            return windows.convolve(module, input, weight, self.projection == 'spread')
+            return windows.convolve(module, input, weight, shape, self.projection == 'spread')
         if isinstance(module, MaxPool):
             if self.maxpool == 'avg2x2':
-                return F.avg_pool2d(input, 2, 2)
+                return windows.AVG_POOL[input.ndim - 2](input, 2, 2)
             return windows.average(module, input, self.coverage == 'even')
         if isinstance(module, Subsampling):
             return windows.pool_cells(input, module.steps)
@@ -406,7 +414,7 @@ class ZPlus(SinglePass):
         '''Share the relevance of dead units evenly over their inputs.'''
         if isinstance(module, torch.nn.Linear):
             return (relevance.sum(-1, keepdim=True) / input.shape[-1]).expand_as(input)
-        ones, weight = torch.ones_like(input), None
+        ones, weight, shape = torch.ones_like(input), None, relevance.shape[2:]
         if isinstance(module, Convolution):
             # all channels of a group are treated alike, so one of each is enough
             kernel = module.weight.shape[2:]
@@ -416,7 +424,7 @@ class ZPlus(SinglePass):
             weight = torch.ones(module.groups, 1, *kernel).to(relevance)
         with torch.enable_grad():
             ones.requires_grad_()
-            output = self._linear(module, ones, weight)
+            output = self._linear(module, ones, weight, shape)
         lower, = torch.autograd.grad(output, ones, torch.nan_to_num(relevance / output.detach(), 0., 0., 0.))
         if isinstance(module, Convolution):
             in_channels = input.shape[1] // module.groups

@@ -5,7 +5,7 @@ from zennit.types import ConvolutionTranspose
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
-_AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
 def as_tuple(value, num):
@@ -14,7 +14,7 @@ def as_tuple(value, num):
     return value * num if len(value) == 1 else value
 
 
-def convolve(module, input, weight, spread=False):
+def convolve(module, input, weight, shape, spread=False):
     '''Convolve as a module does, with another weight and without bias.
 
     Parameters
@@ -25,6 +25,8 @@ def convolve(module, input, weight, spread=False):
         Input of shape (batch, channels, *spatial).
     weight: :py:obj:`torch.Tensor`
         Weight of the spatial shape of the module's weight.
+    shape: tuple[int, ...]
+        Spatial shape of the module's output, which for a transposed convolution with a stride is one of several.
     spread: bool, optional
         Whether strides beyond the kernel take in whole stride cells: a kernel of one reads the average of its cell, and
         each tap of a larger kernel reads the average of its part of the cell.
@@ -35,11 +37,14 @@ def convolve(module, input, weight, spread=False):
         The output, of the spatial shape of the module's output.
     '''
     num = weight.ndim - 2
-    if isinstance(module, ConvolutionTranspose):
-        return _CONV_TRANSPOSE[num](
-            input, weight, None, module.stride, module.padding, module.output_padding, module.groups, module.dilation
-        )
     stride, dilation = as_tuple(module.stride, num), as_tuple(module.dilation, num)
+    if isinstance(module, ConvolutionTranspose):
+        pads = as_tuple(module.padding, num)
+        output_padding = [
+            out - (length - 1) * step + 2 * pad - (size - 1) * dil - 1 for out, length, step, pad, size, dil
+            in zip(shape, input.shape[2:], stride, pads, weight.shape[2:], dilation)
+        ]
+        return _CONV_TRANSPOSE[num](input, weight, None, stride, pads, output_padding, module.groups, dilation)
     padding = module.padding if isinstance(module.padding, str) else as_tuple(module.padding, num)
     if module.padding_mode != 'zeros':
         # pylint: disable=protected-access
@@ -51,10 +56,6 @@ def convolve(module, input, weight, spread=False):
         return _CONV[num](input, weight, None, stride, padding, dilation, module.groups)
     if any(padding):
         input = F.pad(input, [value for value in reversed(padding) for _ in range(2)])
-    shape = [
-        (length - (size - 1) * dil - 1) // step + 1
-        for length, size, dil, step in zip(input.shape[2:], kernel, dilation, stride)
-    ]
     cells = tuple(step if step > size == 1 else 1 for step, size in zip(stride, kernel))
     input = pool_cells(input, cells)
     stride = tuple(step // cell for step, cell in zip(stride, cells))
@@ -81,7 +82,7 @@ def pool_cells(input, cells):
     cells = tuple(min(cell, length) for cell, length in zip(cells, input.shape[2:]))
     if all(cell == 1 for cell in cells):
         return input
-    return _AVG_POOL[len(cells)](input, cells, cells, ceil_mode=True, count_include_pad=False)
+    return AVG_POOL[len(cells)](input, cells, cells, ceil_mode=True, count_include_pad=False)
 
 
 def average(module, input, even=False):
@@ -113,7 +114,7 @@ def average(module, input, even=False):
         kernel = as_tuple(module.kernel_size, num)
         weight = even_weight(module, torch.ones(input.shape[1], 1, *kernel).to(input))
         return _CONV[num](input, weight, None, module.stride, module.padding, 1, input.shape[1])
-    return _AVG_POOL[num](input, module.kernel_size, module.stride, module.padding, module.ceil_mode)
+    return AVG_POOL[num](input, module.kernel_size, module.stride, module.padding, module.ceil_mode)
 
 
 def overlapping_stride(module, num):
