@@ -2,6 +2,7 @@
 import weakref
 
 import torch
+from torch.nn.utils.parametrize import is_parametrized
 from zennit.core import RemovableHandleList
 from zennit.types import BatchNorm, ConvolutionTranspose, Linear
 
@@ -66,7 +67,7 @@ class BatchNormMerge:
         for node, linear, batch_norm, result in candidates:
             # what the batch normalization returned may not be used
             if uses.get(node) == 1 and calls[linear] == 1 and result in uses:
-                self.folded.append((linear, dict(linear._parameters)))
+                self.folded.append((linear, _weights(linear)))
                 fold_batch_norm(linear, batch_norm)
 
     def pause(self):
@@ -77,7 +78,7 @@ class BatchNormMerge:
         list of tuple
             Layers with their original and their folded parameters, to put these back in place with :py:meth:`resume`.
         '''
-        folded = [(linear, original, dict(linear._parameters)) for linear, original in self.folded]
+        folded = [(linear, original, _weights(linear)) for linear, original in self.folded]
         self.unfold()
         return folded
 
@@ -86,16 +87,13 @@ class BatchNormMerge:
         self.unfold()
         for linear, original, parameters in folded:
             self.folded.append((linear, original))
-            linear._parameters.clear()
-            linear._parameters.update(parameters)
+            _restore(linear, parameters)
 
     def unfold(self):
         '''Put the original parameters back, for a forward pass.'''
         self.producers, self.calls, self.candidates = {}, {}, []
         while self.folded:
-            linear, parameters = self.folded.pop()
-            linear._parameters.clear()
-            linear._parameters.update(parameters)
+            _restore(*self.folded.pop())
 
     def remove(self):
         '''Put the original parameters back, and watch no module anymore.'''
@@ -108,6 +106,19 @@ def _number(tensor):
     return None if tensor.grad_fn is None else tensor.grad_fn._sequence_nr()  # pylint: disable=protected-access
 
 
+def _weights(linear):
+    '''Parameters, and weights that are computed from them before each call, as of pruned layers.'''
+    return dict(linear._parameters), {key: vars(linear)[key] for key in ('weight', 'bias') if key in vars(linear)}
+
+
+def _restore(linear, weights):
+    '''Put back what :py:func:`_weights` has returned.'''
+    parameters, computed = weights
+    linear._parameters.clear()
+    linear._parameters.update(parameters)
+    vars(linear).update(computed)
+
+
 def fold_batch_norm(linear, batch_norm):
     '''Replace the parameters of a linear layer with those of it and the batch normalization after it.
 
@@ -117,7 +128,17 @@ def fold_batch_norm(linear, batch_norm):
         A linear layer or convolution.
     batch_norm: :py:obj:`torch.nn.Module`
         A batch normalization with running statistics.
+
+    Raises
+    ------
+    TypeError
+        If a parameter of the linear layer is parametrized.
     '''
+    if is_parametrized(linear):
+        raise TypeError(
+            f'Batch normalization can not be folded into a {type(linear).__name__}: use batch_norm=\'pass\', or '
+            'torch.nn.utils.parametrize.remove_parametrizations first.'
+        )
     with torch.no_grad():
         scale = (batch_norm.running_var + batch_norm.eps) ** -.5
         if batch_norm.weight is not None:
@@ -134,4 +155,7 @@ def fold_batch_norm(linear, batch_norm):
             bias = bias + batch_norm.bias
     dtype = linear.weight.dtype
     for key, value in (('weight', weight), ('bias', bias)):
-        linear._parameters[key] = torch.nn.Parameter(value.to(dtype), requires_grad=False)
+        if key in vars(linear):
+            vars(linear)[key] = value.to(dtype)
+        else:
+            linear._parameters[key] = torch.nn.Parameter(value.to(dtype), requires_grad=False)
