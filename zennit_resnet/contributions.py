@@ -86,7 +86,7 @@ class Contributions:
         check_choice('normalization', normalization, NORMALIZATION)
         self.normalization = normalization
         # all by the numbers of states, of which 0 is that of the output
-        self.exponents, self.sums, self.replaced = {0: torch.zeros((), dtype=torch.double)}, {}, {}
+        self.exponents, self.sums, self.replaced = {0: torch.zeros((), dtype=torch.double, device='cpu')}, {}, {}
         self.batch_size, self.final = 0, 0
         # name of a function that has moved the examples
         self.moved = None
@@ -121,6 +121,11 @@ class Contributions:
         -------
         bool
             Whether there is anything to follow: not if other rules for layers took the place of these.
+
+        Raises
+        ------
+        TypeError
+            If the network runs in float16.
         '''
         roots = [elem.grad_fn for elem in outputs if elem.grad_fn is not None]
         self.batch_size = len(outputs[0]) if outputs else 0
@@ -137,6 +142,12 @@ class Contributions:
         if not roots:
             return True
         for node in parents:
+            # before PyTorch 2.5, not all nodes tell
+            if any(elem.dtype == torch.float16 for elem in (*outputs, *getattr(node, '_input_metadata', ()))):
+                raise TypeError(
+                    'Contributions are products of all activations along a path, for which float16 has not the range: '
+                    'run the network in bfloat16 or float32.'
+                )
             if self.batch_size > 1 and moves_first(node):
                 node.register_prehook(functools.partial(self._note_moved, node.name()))
         pending = collections.Counter(parent for edges in parents.values() for _, parent in edges)
