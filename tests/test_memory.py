@@ -31,7 +31,9 @@ def test_by_example(calls, memory_format):
     assert result.dtype == torch.float64 and torch.equal(result, first.double().sum((2, 3)))
 
 
-@pytest.mark.parametrize('shapes', [[(5, 3), (1, 3)], [(5, 3), (3,)], [(1, 3), (1, 3)], [(0, 3), (0, 3)], [(), ()]])
+@pytest.mark.parametrize('shapes', [
+    [(5, 5, 3), (5, 3)], [(5, 3), (1, 3)], [(5, 3), (3,)], [(1, 3), (1, 3)], [(0, 3), (0, 3)], [(), ()],
+])
 def test_by_example_whole(calls, shapes):
     '''What is broadcast along the batch, or is a single example, or none, is not taken apart.'''
     tensors = [torch.randn(shape) for shape in shapes]

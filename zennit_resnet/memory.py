@@ -23,7 +23,8 @@ def by_example(function, *tensors):
     :py:obj:`torch.Tensor`
         What the function returns for the tensors.
     '''
-    first, lengths = tensors[0], {elem.shape[:1] for elem in tensors}
+    # tensors of fewer dimensions are broadcast along that of the examples
+    first, lengths = tensors[0], {(elem.ndim, *elem.shape[:1]) for elem in tensors}
     if first.device.type != 'cpu' or first.numel() < LARGE or len(lengths) > 1 or first.shape[:1].numel() < 2:
         return function(*tensors)
     result = None
