@@ -8,6 +8,7 @@ from torch._C import DisableTorchFunction
 from zennit.core import Hook, RemovableHandle, RemovableHandleList, Stabilizer
 
 from .core import check_choice, is_running
+from .graph import carriers_of, map_tensors
 from .inplace import Kept, is_watched, replace, settle
 from .memory import by_example
 
@@ -30,6 +31,20 @@ class _Call:
         '''Keep the values of a tensor for as long as this may be a layer.'''
         self.kept.append(Kept(tensor))
         return self.kept[-1]
+
+    def enter(self, tensor):
+        '''Have the gradient of an input multiplied with it.'''
+        if not tensor.requires_grad:
+            return tensor
+        # a leaf, such as the network's input, must not be changed
+        alias = tensor.detach().clone() if tensor.is_leaf else tensor.detach()
+        given = _Enter.apply(self, [alias], tensor, self.keep(tensor))
+        self.inputs.append((tensor, given, tensor._version))
+        return given
+
+    def leave(self, tensor):
+        '''Attach the rule to an output.'''
+        return self.rule.attach(self, tensor) if self.is_layer and tensor.requires_grad else tensor
 
     def decide(self):
         '''Decide whether this is a layer, by what it has done so far. Then all inside is part of it.'''
@@ -159,7 +174,7 @@ class BlockEpsilon(Hook):
         '''Register this instance to the supplied module.'''
         return RemovableHandleList([
             RemovableHandle(self),
-            module.register_forward_pre_hook(self._pre_forward),
+            module.register_forward_pre_hook(self._pre_forward, with_kwargs=True),
             module.register_forward_hook(self._post_forward, always_call=True),
         ])
 
@@ -220,7 +235,7 @@ class BlockEpsilon(Hook):
         factor = output.abs()
         return factor.div_(factor + self.epsilon).mul_(gradient)
 
-    def _pre_forward(self, module, args):
+    def _pre_forward(self, module, args, kwargs):
         with DisableTorchFunction():
             call, stack = _Call(self, module, sys._getframe(1)), _CALLS.__dict__.setdefault('stack', [])
             while stack and not is_running(stack[-1].frame):
@@ -229,9 +244,9 @@ class BlockEpsilon(Hook):
             if not self.active or not torch.is_grad_enabled():
                 return None
             if self.form == 'gradient':
-                call.inputs = [(elem, elem, elem._version) for elem in args if _carries(elem)]
+                call.inputs = [(elem, elem, elem._version) for elem in carriers_of((args, kwargs))]
                 return None
-            return enter(call, args)
+            return map_tensors(call.enter, (args, kwargs))
 
     # pylint: disable=unused-argument
     def _post_forward(self, module, args, output):
@@ -248,11 +263,11 @@ class BlockEpsilon(Hook):
         if output is None or not torch.is_grad_enabled() or not (call.is_layer or inputs):
             return None
         with DisableTorchFunction():
-            result = leave(call, output)
+            result = map_tensors(call.leave, output)
             for elem, given, version in inputs:
                 # what the module has changed in place is an output as well
                 if elem._version != version and (call.is_layer or given is not elem):
-                    replace(elem, result if given is output else leave(call, given))
+                    replace(elem, result if given is output else call.leave(given))
                     if not is_watched():
                         settle(elem)
         return result
@@ -274,53 +289,23 @@ class GradientTimesInput(BlockEpsilon):
     def __init__(self):
         super().__init__(epsilon=0.)
 
-    def _pre_forward(self, module, args):
-        if not torch.is_grad_enabled():
+    def _pre_forward(self, module, args, kwargs):
+        if not self.active or not torch.is_grad_enabled():
             return None
         with DisableTorchFunction():
             call = _Call(self, module)
-            given, call.inputs = enter(call, args), []
+            given, call.inputs = map_tensors(call.enter, (args, kwargs)), []
         return given
 
     def _post_forward(self, module, args, output):
-        if output is None or not torch.is_grad_enabled():
+        if output is None or not self.active or not torch.is_grad_enabled():
             return None
         with DisableTorchFunction():
-            return leave(_Call(self, module), output)
+            return map_tensors(_Call(self, module).leave, output)
 
     def copy(self):
         '''Return a copy of this hook.'''
         return type(self)()
-
-
-def enter(call, args):
-    '''Have gradients of all inputs multiplied with the inputs.'''
-    given = []
-    for elem in args:
-        if not _carries(elem):
-            given.append(elem)
-            continue
-        # a leaf, such as the network's input, must not be changed
-        alias = elem.detach().clone() if elem.is_leaf else elem.detach()
-        given.append(_Enter.apply(call, [alias], elem, call.keep(elem)))
-        call.inputs.append((elem, given[-1], elem._version))
-    return tuple(given)
-
-
-def leave(call, output):
-    '''Attach the rule to all outputs that carry relevance.'''
-    if isinstance(output, dict):
-        return type(output)((key, leave(call, elem)) for key, elem in output.items())
-    if type(output) in (tuple, list):
-        return type(output)(leave(call, elem) for elem in output)
-    if not call.is_layer or not _carries(output):
-        return output
-    return call.rule.attach(call, output)
-
-
-def _carries(value):
-    '''Whether this is a tensor that carries relevance.'''
-    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def _values(value):

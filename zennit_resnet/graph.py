@@ -1,4 +1,7 @@
 '''Questions on how tensors were computed, answered by their graphs.'''
+import copy
+import dataclasses
+
 import torch
 from zennit.types import Convolution
 
@@ -18,11 +21,38 @@ def tensors_of(value):
     '''All tensors in nested arguments, in their order.'''
     if isinstance(value, torch.Tensor):
         return [value]
+    return [tensor for elem in _elements(value).values() for tensor in tensors_of(elem)]
+
+
+def map_tensors(function, value):
+    '''Replace all tensors in nested arguments by a function of them. What has none of another value is not copied.'''
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    elements = _elements(value)
+    mapped = {key: map_tensors(function, elem) for key, elem in elements.items()}
+    if all(mapped[key] is elem for key, elem in elements.items()):
+        return value
+    if isinstance(value, tuple):
+        return type(value)._make(mapped.values()) if hasattr(value, '_make') else type(value)(mapped.values())
+    result = copy.copy(value)
+    for key, elem in mapped.items():
+        if isinstance(value, (dict, list)):
+            result[key] = elem
+        else:
+            # it may be frozen
+            object.__setattr__(result, key, elem)
+    return result
+
+
+def _elements(value):
+    '''Elements of a container by their keys, empty for anything else.'''
     if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, (list, tuple)):
-        return []
-    return [tensor for elem in value for tensor in tensors_of(elem)]
+        return value
+    if isinstance(value, (list, tuple)):
+        return dict(enumerate(value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return {}
 
 
 def carriers_of(value):
