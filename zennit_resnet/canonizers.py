@@ -160,6 +160,7 @@ class ResidualCanonizer(Canonizer):
         if not stack:
             self.local.counts, self.local.seen = {}, set()
             self.local.is_grad_enabled = torch.is_grad_enabled()
+            self.local.is_active = self._is_active()
             forget()
             self._start()
             self.interception.enter()
@@ -201,7 +202,7 @@ class ResidualCanonizer(Canonizer):
             settle(output)
             forget()
         carriers = carriers_of((output,))
-        if not call.opaque:
+        if not call.opaque and self.local.is_active:
             self._guard(call, carriers)
         if not stack:
             self.interception.leave()
@@ -282,7 +283,7 @@ class ResidualCanonizer(Canonizer):
         '''
         name = getattr(func, '__name__', str(func))
         stack = self._stack()
-        if not stack or stack[-1].opaque or not torch.is_grad_enabled():
+        if not stack or stack[-1].opaque or not self.local.is_active or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         if name in TRANSPARENT and name != '__getitem__':
             return func(*args, **kwargs)
@@ -341,6 +342,11 @@ class ResidualCanonizer(Canonizer):
             source = getattr(node, '_forward_cls', None)
             if source is not None and not source.__module__.startswith(('zennit', 'torch.nn.')):
                 node.register_prehook(self._check(call, source.__qualname__, 'it has a backward function of its own'))
+
+    def _is_active(self):
+        composite = self._composite()
+        hooks = () if composite is None else composite.hook_refs
+        return not hooks or any(hook.active for hook in hooks)
 
     def _composite(self):
         return None if self.composite is None else self.composite()
@@ -493,4 +499,5 @@ def _is_opaque(module):
         isinstance(module, COVERED)
         and not isinstance(module, torch.nn.MultiheadAttention)
         and type(module).__module__.startswith('torch.nn.')
+        and 'forward' not in vars(module)
     )

@@ -305,7 +305,7 @@ class RelativeLRP(_Transaction, LayerMapComposite):
         self.handles.append(module.register_forward_hook(self._follow, with_kwargs=True))
 
     def _follow(self, module, args, kwargs, output):
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and any(hook.active for hook in self.hook_refs):
             contributions = Contributions(self.normalization)
             # of nested contexts, the rules of the innermost are in use
             if contributions.watch(carriers_of(output), carriers_of((args, kwargs)), self.hook_refs):

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import torch
 from torch._C import DisableTorchFunction
+from torch.utils.checkpoint import CheckpointError
 from zennit.core import Hook, RemovableHandle, RemovableHandleList
 
 from .inplace import keep_version
@@ -92,7 +93,9 @@ class _Propagate(torch.autograd.Function):
         ctx.module = module
         ctx.shapes = [elem.shape for elem in inputs]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*stored)
+        # the last one is only there to be counted: if checkpointing runs a function again outside of all modules, where
+        # it is not intercepted, other tensors must not be taken for these
+        ctx.save_for_backward(*stored, torch.empty(0))
         if inplace is not None:
             ctx.mark_dirty(inputs[inplace])
             return inputs[inplace]
@@ -116,7 +119,14 @@ class _Propagate(torch.autograd.Function):
             )
         if relevance.dtype in (torch.float16, torch.bfloat16):
             relevance = relevance.float()
-        stored = [elem.to(relevance.dtype) if elem.is_floating_point() else elem for elem in ctx.saved_tensors]
+        try:
+            stored = ctx.saved_tensors[:-1]
+        except CheckpointError as error:
+            raise RuntimeError(
+                'Checkpointing ran a part of the network again, of which not all operations can be followed: '
+                'checkpoint modules instead of functions, or turn it off.'
+            ) from error
+        stored = [elem.to(relevance.dtype) if elem.is_floating_point() else elem for elem in stored]
         with torch.autocast(relevance.device.type, enabled=False):
             lower = ctx.rule.propagate(ctx.module, stored, relevance)
         # inputs may have been broadcast to the shape of the output, and the last ones may receive nothing
@@ -187,12 +197,18 @@ class SinglePass(Hook):
 
     def register(self, module):
         '''Register this instance to the supplied module.'''
-        return RemovableHandleList([
+        hooks = module._forward_pre_hooks
+        others = [key for key, hook in hooks.items() if isinstance(getattr(hook, '__self__', None), Hook)]
+        handles = RemovableHandleList([
             RemovableHandle(self),
-            # the rules of the innermost of nested contexts come first, the others find nothing left to do
-            module.register_forward_pre_hook(self._pre_forward, with_kwargs=True, prepend=True),
-            module.register_forward_hook(self._post_forward, always_call=True),
+            module.register_forward_pre_hook(self._pre_forward, with_kwargs=True),
+            module.register_forward_hook(self._post_forward, with_kwargs=True, always_call=True),
         ])
+        for key in others:
+            # the rules of the innermost of nested contexts come first, the others find nothing left to do. Hooks of the
+            # user, which may change the input, come before
+            hooks.move_to_end(key)
+        return handles
 
     def _pre_forward(self, module, args, kwargs):
         '''Keep the inputs that carry relevance, and let the layer build no graph.'''
@@ -211,8 +227,7 @@ class SinglePass(Hook):
             self._pending[threading.get_ident()] = carriers, versions, stored
             torch.set_grad_enabled(False)
 
-    # pylint: disable=unused-argument
-    def _post_forward(self, module, args, output):
+    def _post_forward(self, module, args, kwargs, output):
         '''Attach the output to the inputs by the rule.'''
         pending = self._pending.pop(threading.get_ident(), None)
         if pending is None:
@@ -223,6 +238,12 @@ class SinglePass(Hook):
             return None
         carriers, versions, stored = pending
         with DisableTorchFunction():
+            given = {id(elem) for elem in (*args, *kwargs.values())}
+            if any(id(elem) not in given for elem in carriers):
+                raise RuntimeError(
+                    f'A forward pre-hook of {type(module).__name__} changes the input after {type(self).__name__} has '
+                    'seen it: register the hook before the composite.'
+                )
             first = output[0] if isinstance(output, tuple) else output
             if not isinstance(first, torch.Tensor) or not first.is_floating_point():
                 raise TypeError(
@@ -251,6 +272,8 @@ def is_plain(module):
     base = next((base for base in _PLAIN if isinstance(module, base)), None)
     if base is None or hasattr(module, 'set_call'):
         return True
+    if 'forward' in vars(module):
+        return False
     # pylint: disable=protected-access
     return type(module).forward is base.forward and (
         not hasattr(base, '_conv_forward') or type(module)._conv_forward is base._conv_forward

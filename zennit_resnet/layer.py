@@ -73,18 +73,8 @@ class Addition(Operation):
 
 
 class Gate(Operation):
-    '''Product of a signal with a gate (squeeze-and-excitation), or with a constant (layer scale).
-
-    Attributes
-    ----------
-    signal: int
-        Index of the signal among the factors that carry relevance.
-    '''
+    '''Product of a signal, its only input, with a gate (squeeze-and-excitation) or a constant (layer scale).'''
     label = 'gate'
-
-    def __init__(self, name='mul'):
-        super().__init__(name)
-        self.signal = 0
 
 
 class Concatenation(Operation):
@@ -165,6 +155,8 @@ class FunctionalLinear(Operation):
         **settings: dict
             Further arguments by their names (``stride``, ``padding``, ...), which become attributes of the module.
         '''
+        # a copy of this module, which belongs to an earlier call, keeps the parameters of that
+        self._parameters = type(self._parameters)()
         for key, value in (('weight', weight), ('bias', bias)):
             if value is not None and not isinstance(value, torch.nn.Parameter):
                 value = torch.nn.Parameter(value.detach(), requires_grad=False)
