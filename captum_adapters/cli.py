@@ -1,6 +1,7 @@
 """Command line: evaluate attribution methods on a data set, and report the results."""
 
 import dataclasses
+import shlex
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Callable, Optional
@@ -169,7 +170,7 @@ def evaluate_command(dry_run: bool, quiet: bool, **given: Any) -> None:
             text += f" by {process.world} processes"
     click.echo(text)
     if not dry_run and not left:
-        out = one_line(evaluation.out)
+        out = one_line(shlex.quote(evaluation.out))
         click.echo(f"report: python -m captum_adapters report {out}")
 
 

@@ -1,5 +1,8 @@
 '''Tests for the command line of the evaluation.'''
 import re
+import shlex
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -76,6 +79,19 @@ def test_evaluate_and_report(assets, tmp_path):
     assert 'has no records of' not in call('report', tmp_path / 'run', '--methods', 'grad_cam').output
     preset = call('report', tmp_path / 'run', '--preset', 'lrp-for-resnet-table1').output
     assert 'Grad-CAM: grad_cam' in preset and 'quantize4' not in preset
+
+
+def test_command(assets, tmp_path):
+    '''The command is kept such that it can be given again, and none if it was another program.'''
+    args = [
+        '--data', assets / 'images', '--out', tmp_path / 'a run', '--model', 'resnet18', '--weights', assets / 'net.pt',
+        '--size', 64, '--methods', 'random', '--no-controls', '--step', 2048, '--device', 'cpu',
+    ]
+    command = [sys.executable, '-m', 'captum_adapters', 'evaluate', *map(str, args)]
+    subprocess.run(command, check=True, capture_output=True)
+    assert shlex.split(read_run(tmp_path / 'a run').settings['command']) == ['python', *command[1:]]
+    call('evaluate', *args, '--out', tmp_path / 'other')
+    assert read_run(tmp_path / 'other').settings['command'] is None
 
 
 def test_quiet(assets, tmp_path):
@@ -184,7 +200,7 @@ def test_odd_names(assets, tmp_path):
     options = ('--methods', 'grad_cam', '--no-controls', '--data', tmp_path / ODD)
     result = evaluate(assets, out, *options)
     assert_printable(result, 0)
-    assert f'report: python -m captum_adapters report {tmp_path}/run red?[31m?line?' in result.output
+    assert f"report: python -m captum_adapters report '{tmp_path}/run red?[31m?line?'" in result.output
     for style in ('terminal', 'markdown', 'csv', 'latex'):
         result = call('report', out, '--format', style, '--out', tmp_path / f'report {ODD}')
         assert_printable(result, 0)

@@ -234,7 +234,7 @@ class Computation:
             if method.text not in self.worked:
                 raise RunError(
                     f"{method.text} fails on {names[0]} ({reason}): leave it out of"
-                    " --methods, or change its options"
+                    " --methods or change its options, and choose another --out"
                 ) from error
             if len(rows) == 1:
                 return [Record(names[0], method.text, reason, {}, {})]

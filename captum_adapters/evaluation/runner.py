@@ -253,6 +253,10 @@ class Loop:
     def run(self) -> Progress:
         """Compute all records of this process that are not there yet."""
         evaluation, process = self.evaluation, self.process
+        computation = None
+        if not (self.folder / "settings.json").exists():
+            # what can not be prepared leaves no run that the next one differs from
+            computation = self.prepare()
         open_run(self.folder, self.settings)
         every = [*range(len(self.data.samples))]
         size = evaluation.batch_size
@@ -278,7 +282,7 @@ class Loop:
         )
         if not blocks:
             return self._count(skipped, done)
-        computation = self.prepare()
+        computation = computation or self.prepare()
         computation.worked.update(method for _, method in done)
         writer = Writer(self.folder, process.rank, self.fingerprint)
         for message in writer.messages:

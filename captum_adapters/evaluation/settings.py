@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -258,9 +259,17 @@ def describe(
         "preset": list(evaluation.preset),
         "dtype": evaluation.amp or "float32",
         "versions": identity["versions"],
-        "command": " ".join(["python -m captum_adapters", *sys.argv[1:]]),
+        "command": _command(),
         "evaluation": asdict(evaluation),
     }
+
+
+def _command() -> Optional[str]:
+    """The command that was given, `None` if it is another program that evaluates."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None or spec.name != "captum_adapters.__main__":
+        return None
+    return shlex.join(["python", "-m", "captum_adapters", *sys.argv[1:]])
 
 
 def _describe_transform(classifier: Classifier) -> str:
