@@ -434,6 +434,10 @@ def test_latex():
         ' & $-$0.5 [$-$1.0, --] \\\\'
     )
     assert '\\caption{ID $\\uparrow$ 10 \\%.' in text and text.isascii()
+    greek = tables.RENDERERS['latex'](tables.Table('LRP-αβ (2, −1)', ('Method',), (('', ()),)))
+    assert '\\caption{LRP-$\\alpha$$\\beta$ (2, $-$1).' in greek
+    for preset in PRESETS.values():
+        assert report(build({'grad_cam': [0.1]}), presets=[preset]).table('latex').isascii()
     for part in ('table', 'tabular'):
         assert text.count(f'\\begin{{{part}}}') == text.count(f'\\end{{{part}}}') == 1
 
