@@ -38,7 +38,8 @@ class _List(click.ParamType):
                 parts[-1] += f",{part}"
             else:
                 parts.append(part)
-        return tuple(part.strip() for part in parts if part.strip())
+        found = tuple(part.strip() for part in parts if part.strip())
+        return found or self.fail(f"there are no names in {value!r}")
 
 
 def _is_option(text: str) -> bool:
@@ -306,7 +307,11 @@ def make_evaluation(given: dict[str, Any]) -> Evaluation:
                 " run them one by one"
             )
         fields = {**names, **preset.options}
-    if fields and given.get("methods", ("",))[0].startswith("+"):
+    if given.get("methods", ("",))[0].startswith("+"):
+        if not fields:
+            raise ValueError(
+                f"{given['methods'][0]} is for what a preset has besides: name a --preset"
+            )
         fields["methods"] += tuple(name.lstrip("+") for name in given.pop("methods"))
     return Evaluation(**{**fields, **given})
 

@@ -325,6 +325,8 @@ def test_failure(assets, tmp_path, monkeypatch):
     message = r'resnet_lrp_ratio fails on circle/0.png \(RuntimeError: a strange image\): .*, and choose another --out'
     with pytest.raises(RunError, match=message):
         run(assets, tmp_path / 'first', **options)
+    with pytest.raises(RunError, match='gaussian:sigma=0 fails .*sigma=0 is not positive'):
+        run(assets, tmp_path / 'gaussian', methods=('gaussian:sigma=0',), controls=False)
     with Image.open(assets / 'images' / 'square' / '2.png') as image:
         bad = load_classifier('resnet18', str(assets / 'net.pt'), SIZE).transform(image)
     result = run(assets, tmp_path / 'later', **options)
@@ -390,6 +392,17 @@ def test_dry_run(assets, whole, tmp_path):
     assert (after.total, after.done, after.seconds) == (84, 84, 0)
 
 
+def test_no_masks(assets, tmp_path, capsys):
+    '''It is said at the start that metrics of masks are not defined.'''
+    options = {'methods': ('random',), 'controls': False, 'metrics': ('conservation', 'pointing')}
+    evaluate(setting(assets, tmp_path / 'run', **options), process=Process(), dry_run=True)
+    assert 'no masks or boxes in' in capsys.readouterr().err
+    (tmp_path / 'boxes.csv').write_text(f"image,x0,y0,x1,y1\n{assets / 'images' / 'circle' / '0.png'},1,1,9,9\n")
+    options = {**options, 'data': str(tmp_path / 'boxes.csv'), 'metrics': ('pointing',)}
+    evaluate(setting(assets, tmp_path / 'run', **options), process=Process(), dry_run=True)
+    assert 'no masks or boxes in' not in capsys.readouterr().err
+
+
 def test_all_metrics(assets, tmp_path):
     '''All metrics fill columns that are known, and curves with their positions.'''
     result = run(
@@ -442,6 +455,7 @@ def test_workers(assets, whole, tmp_path):
 
 @pytest.mark.parametrize('options, message', [
     ({'methods': ('grad_camera',)}, "unknown method 'grad_camera'"),
+    ({'methods': ('grad_cam', '+rise')}, r"unknown method '\+rise'"),
     ({'methods': ()}, 'there are no methods'),
     ({'methods': ('grad_cam', 'grad_cam')}, 'named twice'),
     ({'methods': ('grad_cam:relu',)}, "option 'relu'"),
@@ -462,6 +476,10 @@ def test_workers(assets, whole, tmp_path):
     ({'metrics': ('cross',)}, 'belong together'),
     ({'explain': 'truth'}, "explain='truth'"),
     ({'step': 0}, 'step=0'),
+    ({'pictures': -3}, 'pictures=-3'),
+    ({'percents': (10, 200)}, 'unlike 200'),
+    ({'percents': (0, 10)}, 'unlike 0'),
+    ({'metrics': ('pointing', 'distance')}, 'no masks or boxes in .*, which the metrics pointing, distance need'),
     ({'batch_size': 0}, 'batch_size=0'),
     ({'device': 'abacus'}, "device 'abacus'"),
     ({'data': 'nowhere'}, 'nowhere'),

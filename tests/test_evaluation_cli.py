@@ -105,6 +105,8 @@ def test_quiet(assets, tmp_path):
     (('--metrics', 'beauty'), "unknown metric 'beauty'"),
     (('--preset', 'table3'), 'table3'),
     (('--percents', '1,many'), 'not made of numbers'),
+    (('--methods', ','), "no names in ','"),
+    (('--methods', '+grad_cam'), '+grad_cam is for what a preset has besides'),
     (('--explain', 'truth'), 'truth'),
     (('--preset', 'c3-lrp-table1', '--preset', 'r-lrp-fig25'), 'differ in their protocol'),
     (('--limit', '0'), '0'),

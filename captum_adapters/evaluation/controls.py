@@ -45,6 +45,8 @@ def _gaussian(
     sigma: float = 0.25,
 ) -> Tensor:
     """A Gaussian in the centre, with a standard deviation in sides of the image."""
+    if not sigma > 0:
+        raise ValueError(f"sigma={sigma} is not positive")
     rows, columns = (
         torch.exp(-((torch.linspace(-0.5, 0.5, size) / sigma) ** 2) / 2)
         for size in images.shape[2:]

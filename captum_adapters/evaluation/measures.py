@@ -349,6 +349,8 @@ METRICS: dict[str, Callable[[Forward, Batch, Tensor, MetricSettings], Scores]] =
 # conservation is measured on relevance before any post-processing, by whom computes it
 NAMES = (*METRICS, "conservation")
 DEFAULT = ("insertion_deletion", "conservation")
+# not defined without a mask
+MASKED = ("pointing", "distance")
 
 
 def check_metrics(names: Sequence[str]) -> None:

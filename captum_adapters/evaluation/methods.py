@@ -75,7 +75,8 @@ class Method:
         self.base, _, options = head.partition(":")
         if self.base not in names():
             raise ValueError(
-                f"unknown method {self.base!r}: choose among {', '.join(names())}"
+                f"unknown method {self.base or self.text!r}: choose among"
+                f" {', '.join(names())}"
             )
         self.options = _parse_options(self.text, options)
         self.initial: Optional[str] = None

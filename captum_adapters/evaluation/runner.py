@@ -31,6 +31,7 @@ from captum_adapters.evaluation.datasets import (
     collate,
     read_samples,
 )
+from captum_adapters.evaluation.measures import MASKED
 from captum_adapters.evaluation.methods import Method
 from captum_adapters.evaluation.records import (
     RunError,
@@ -161,6 +162,7 @@ class Loop:
         )
         for message in self.data.messages:
             self.say(message)
+        self._check_masks()
         self.folder = Path(evaluation.out)
         self.settings = describe(
             self.evaluation, self.classifier, self.data, self.device.type
@@ -171,6 +173,17 @@ class Loop:
         """Print a line beside the progress bar."""
         if not self.quiet:
             tqdm.write(one_line(text), file=sys.stderr)
+
+    def _check_masks(self) -> None:
+        """Say if there is no mask for metrics that need one."""
+        metrics = self.evaluation.metrics
+        needed = [name for name in MASKED if name in metrics]
+        if not needed or any(sample.mask or sample.boxes for sample in self.data.samples):
+            return
+        reason = f"there are no masks or boxes in {self.evaluation.data}"
+        if len(needed) == len(metrics):
+            raise ValueError(f"{reason}, which the metrics {', '.join(needed)} need")
+        self.say(f"{reason}, so there are no scores {', '.join(needed)}")
 
     # -- what is left
 

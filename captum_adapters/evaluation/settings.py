@@ -129,6 +129,12 @@ def check(evaluation: Evaluation) -> None:
     for name in ("step", "batch_size", "forward_batch"):
         if getattr(evaluation, name) < 1:
             raise ValueError(f"{name}={getattr(evaluation, name)} is not positive")
+    for name in ("workers", "pictures"):
+        if getattr(evaluation, name) < 0:
+            raise ValueError(f"{name}={getattr(evaluation, name)} is negative")
+    for percent in evaluation.percents:
+        if not 0 < percent <= 100:
+            raise ValueError(f"percents are above 0 and up to 100, unlike {percent:g}")
     if ("cross" in evaluation.metrics) != bool(evaluation.cross):
         raise ValueError(
             "the metric 'cross' and other networks belong together: name them as"
