@@ -12,6 +12,7 @@ PHOTOS = Path(__file__).parent / 'assets' / 'photos'
 
 def main(folder=PHOTOS, out='evaluation', limit=8, size=None):
     '''Evaluate methods on some photographs.'''
+    size = None if size is None else int(size)
     evaluation = Evaluation(
         data=str(folder),
         out=f'{out}/run',
