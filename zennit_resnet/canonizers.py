@@ -12,7 +12,7 @@ from zennit.types import AvgPool, BatchNorm, Linear
 from zennit.types import MaxPool as MaxPoolType
 
 from .block import note_addition
-from .core import Eager, check_choice, is_running
+from .core import Eager, check_choice, is_active, is_running
 from .graph import carriers_of, walk
 from .inplace import Watch, forget, note_copy, settle
 from .layer import Addition, Gate, Padding
@@ -160,7 +160,8 @@ class ResidualCanonizer(Canonizer):
         if not stack:
             self.local.counts, self.local.seen = {}, set()
             self.local.is_grad_enabled = torch.is_grad_enabled()
-            self.local.is_active = self._is_active()
+            composite = self._composite()
+            self.local.is_active = composite is None or is_active(composite)
             forget()
             self._start()
             self.interception.enter()
@@ -342,11 +343,6 @@ class ResidualCanonizer(Canonizer):
             source = getattr(node, '_forward_cls', None)
             if source is not None and not source.__module__.startswith(('zennit', 'torch.nn.')):
                 node.register_prehook(self._check(call, source.__qualname__, 'it has a backward function of its own'))
-
-    def _is_active(self):
-        composite = self._composite()
-        hooks = () if composite is None else composite.hook_refs
-        return not hooks or any(hook.active for hook in hooks)
 
     def _composite(self):
         return None if self.composite is None else self.composite()

@@ -8,7 +8,7 @@ from zennit.types import Activation, AvgPool, BatchNorm, Convolution, MaxPool
 from .block import BlockEpsilon, GradientTimesInput
 from .canonizers import BlockCanonizer, ResidualCanonizer
 from .contributions import Contributions
-from .core import check_choice
+from .core import check_choice, is_active
 from .graph import carriers_of
 from .layer import Addition, Gate, Padding, Subsampling
 from .relative import NoRule, Relative, RelativeMaxPool
@@ -305,7 +305,7 @@ class RelativeLRP(_Transaction, LayerMapComposite):
         self.handles.append(module.register_forward_hook(self._follow, with_kwargs=True))
 
     def _follow(self, module, args, kwargs, output):
-        if torch.is_grad_enabled() and any(hook.active for hook in self.hook_refs):
+        if torch.is_grad_enabled() and is_active(self):
             contributions = Contributions(self.normalization)
             # of nested contexts, the rules of the innermost are in use
             if contributions.watch(carriers_of(output), carriers_of((args, kwargs)), self.hook_refs):

@@ -24,6 +24,11 @@ def check_choice(name, value, choices):
         raise ValueError(f'{name}={value!r} is not one of {", ".join(map(repr, choices))}!')
 
 
+def is_active(composite):
+    '''Whether any rule of a composite, or the lack of any, counts.'''
+    return not composite.hook_refs or any(hook.active for hook in composite.hook_refs)
+
+
 def is_running(frame):
     '''Whether a frame is among those that are executed, and not one that an interrupt has left without running hooks.
 
