@@ -214,12 +214,11 @@ def check_baselines(
     if baselines is None:
         baselines = 0
     if isinstance(baselines, (int, float)):
-        dtype = double_dtype(images.device)
-        baselines = torch.full((), baselines, dtype=dtype, device=images.device)
-    given = single_tensor(baselines, name).detach().to(images.device)
-    base = given.to(images.dtype)
+        baselines = torch.tensor(baselines, dtype=torch.float64, device="cpu")
+    given = single_tensor(baselines, name).detach()
+    base = given.to(images)
     # integers would be cut off, or wrap around
-    if not images.is_floating_point() and bool((base != given).any()):
+    if not images.is_floating_point() and bool((base.to(given.device) != given).any()):
         raise ValueError(
             f"{name} have values that inputs of {images.dtype} cannot have: convert the"
             " inputs to floating point numbers."
