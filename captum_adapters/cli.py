@@ -237,7 +237,9 @@ def report_command(
                 known = ", ".join(evaluated) or "no method"
                 raise ValueError(f"there are no records of {name!r}, but of {known}")
         if chosen:
-            results = [select_methods(run, chosen) for run in results]
+            selected = [select_methods(run, chosen) for run in results]
+            # runs of other methods have nothing to say
+            results = [run for run in selected if run.records] or selected
         report = summarize(results, presets=presets, **options)
         readable = style in ("terminal", "markdown")
         text = report.text(style) if readable else report.table(style)

@@ -94,6 +94,18 @@ def test_command(assets, tmp_path):
     assert read_run(tmp_path / 'other').settings['command'] is None
 
 
+def test_report_of_chosen_methods(assets, tmp_path):
+    '''Runs of methods that are not chosen are left out, and do not lack records.'''
+    names = 'grad_cam', 'gradient'
+    for name in names:
+        call(
+            'evaluate', '--data', assets / 'images', '--out', tmp_path / name, '--model', 'resnet18', '--weights',
+            assets / 'net.pt', '--size', 64, '--methods', name, '--no-controls', '--step', 2048, '--device', 'cpu',
+        )
+    report = call('report', *(tmp_path / name for name in names), '--methods', 'gradient').output
+    assert 'gradient' in report and 'grad_cam' not in report and 'records' not in report
+
+
 def test_quiet(assets, tmp_path):
     '''Nothing is printed.'''
     result = evaluate(assets, tmp_path / 'run', '--methods', 'grad_cam', '--no-controls', '--quiet')
