@@ -367,6 +367,31 @@ def test_inactive(create):
     torch.testing.assert_close(actual, expected)
 
 
+@all_composites
+@pytest.mark.parametrize('outside', COMPOSITES.values(), ids=COMPOSITES)
+def test_nested(outside, create):
+    '''The innermost of nested contexts counts, and the other one after it.'''
+    class Pooled(nn.Module):
+        '''A network with a max pooling, of which the rule may be the gradient.'''
+        def __init__(self):
+            super().__init__()
+            self.pool, self.net = nn.MaxPool2d(3, 2, 1), network()
+
+        def forward(self, x):
+            '''Logits.'''
+            return self.net(self.pool(x))
+
+    model = Pooled().eval()
+    expected, outer = explain(model, create(), size=16), outside()
+    with outer.context(model):
+        if outside is COMPOSITES['zennit'] and create not in (outside, BlockLRP):
+            with pytest.raises(RuntimeError, match='Conv2d has the rule .* already'):
+                create().register(model)
+        else:
+            check(explain(model, create(), size=16), expected)
+    check(explain(model, outside(), size=16), explain(model, outer, size=16))
+
+
 # -- batches -----------------------------------------------------------------------------------------------------------
 
 def test_nan_in_batch():

@@ -114,8 +114,13 @@ class ResidualCanonizer(Canonizer):
         self.composite = None if composite is None else weakref.ref(composite)
         self.root = root_module
         self.names = {module: name for name, module in root_module.named_modules()}
+        self.suspended = []
         for other in self._overlapping():
             other.merge.unfold()
+            composite = other._composite()
+            self.suspended += [] if composite is None else [hook for hook in composite.hook_refs if hook.active]
+        for hook in self.suspended:
+            hook.active = False
         REGISTERED.append(self)
         self.context = self.paused = None
         self.standins = {}
@@ -139,6 +144,8 @@ class ResidualCanonizer(Canonizer):
         self.merge.remove()
         if self in REGISTERED:
             REGISTERED.remove(self)
+        for hook in self.suspended:
+            hook.active = True
         self._detach()
         for module, parameters in self.parameters.items():
             module._parameters.clear()
@@ -146,7 +153,7 @@ class ResidualCanonizer(Canonizer):
         for param in self.trainable:
             param.requires_grad_(True)
         self.eager.remove()
-        self.standins, self.trainable, self.parameters, self.names = {}, [], {}, {}
+        self.standins, self.trainable, self.suspended, self.parameters, self.names = {}, [], [], {}, {}
 
     def copy(self):
         '''Return a copy of this canonizer.'''
@@ -489,7 +496,8 @@ def _calling_composite():
 
 def _is_opaque(module):
     '''Whether what happens inside a module is covered by a rule of the module itself.'''
-    if any(isinstance(getattr(hook, '__self__', None), Hook) for hook in module._forward_pre_hooks.values()):
+    owners = (getattr(hook, '__self__', None) for hook in module._forward_pre_hooks.values())
+    if any(isinstance(owner, Hook) and owner.active for owner in owners):
         return True
     return (
         isinstance(module, COVERED)

@@ -119,8 +119,9 @@ class _Propagate(torch.autograd.Function):
             return (None,) * (5 + len(ctx.shapes))
         if not ctx.rule.active:
             raise RuntimeError(
-                f'{type(ctx.rule).__name__} of {type(ctx.module).__name__} is inactive. Single-pass rules replace the '
-                'gradient of their layer and have none to fall back to: run the forward pass while they are inactive.'
+                f'{type(ctx.rule).__name__} of {type(ctx.module).__name__} is inactive, or another composite is in '
+                'use for the network. Single-pass rules replace the gradient of their layer and have none to fall back '
+                'to: run the forward pass in the context of the backward pass.'
             )
         if relevance.dtype in (torch.float16, torch.bfloat16):
             relevance = relevance.float()
@@ -201,9 +202,22 @@ class SinglePass(Hook):
         super().remove()
 
     def register(self, module):
-        '''Register this instance to the supplied module.'''
+        '''Register this instance to the supplied module.
+
+        Raises
+        ------
+        RuntimeError
+            If the module has a rule of Zennit already.
+        '''
         hooks = module._forward_pre_hooks
-        others = [key for key, hook in hooks.items() if isinstance(getattr(hook, '__self__', None), Hook)]
+        owners = {key: getattr(hook, '__self__', None) for key, hook in hooks.items()}
+        others = {key: owner for key, owner in owners.items() if isinstance(owner, Hook)}
+        for owner in others.values():
+            if not isinstance(owner, SinglePass) and not type(owner).__module__.startswith(__package__):
+                raise RuntimeError(
+                    f'{type(module).__name__} has the rule {type(owner).__name__} already, within which no rule of '
+                    f'{__package__} can be used: leave the context of that rule first.'
+                )
         handles = RemovableHandleList([
             RemovableHandle(self),
             module.register_forward_pre_hook(self._pre_forward, with_kwargs=True),
