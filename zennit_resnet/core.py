@@ -209,25 +209,20 @@ class SinglePass(Hook):
         RuntimeError
             If the module has a rule of Zennit already.
         '''
-        hooks = module._forward_pre_hooks
-        owners = {key: getattr(hook, '__self__', None) for key, hook in hooks.items()}
-        others = {key: owner for key, owner in owners.items() if isinstance(owner, Hook)}
-        for owner in others.values():
-            if not isinstance(owner, SinglePass) and not type(owner).__module__.startswith(__package__):
+        for hook in module._forward_pre_hooks.values():
+            owner = getattr(hook, '__self__', None)
+            is_own = isinstance(owner, SinglePass) or type(owner).__module__.startswith(__package__)
+            if isinstance(owner, Hook) and not is_own:
                 raise RuntimeError(
                     f'{type(module).__name__} has the rule {type(owner).__name__} already, within which no rule of '
                     f'{__package__} can be used: leave the context of that rule first.'
                 )
-        handles = RemovableHandleList([
+        return RemovableHandleList([
             RemovableHandle(self),
+            # after hooks of the user, which may change the input
             module.register_forward_pre_hook(self._pre_forward, with_kwargs=True),
             module.register_forward_hook(self._post_forward, with_kwargs=True, always_call=True),
         ])
-        for key in others:
-            # the rules of the innermost of nested contexts come first, the others find nothing left to do. Hooks of the
-            # user, which may change the input, come before
-            hooks.move_to_end(key)
-        return handles
 
     def _pre_forward(self, module, args, kwargs):
         '''Keep the inputs that carry relevance, and let the layer build no graph.'''
