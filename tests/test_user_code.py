@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 from zennit.composites import EpsilonPlusFlat, LayerMapComposite
 
-from zennit_resnet import BlockLRP, RelativeLRP, ResNetLRP, with_splitting
+from zennit_resnet import BlockLRP, RelativeLRP, ResNetLRP, UnsupportedOperation, with_splitting
 from zennit_resnet.layer import Addition
 from zennit_resnet.rules import BlockEpsilon, RatioSplit
 
@@ -252,6 +252,22 @@ def test_weights_of_earlier_call():
         model(input, 1)
         actual, = torch.autograd.grad(output, input, output.detach())
     assert torch.equal(actual, expected)
+
+
+def test_hidden_network():
+    '''Weights that the network does not know of are named as the reason.'''
+    class Wrapper(nn.Module):
+        '''A network in a list.'''
+        def __init__(self):
+            super().__init__()
+            self.nets = [network()]
+
+        def forward(self, x):
+            '''Logits.'''
+            return self.nets[0](x)
+
+    with pytest.raises(UnsupportedOperation, match='no parameters of the network that was given'):
+        explain(Wrapper().eval(), ResNetLRP())
 
 
 # -- arguments and outputs ---------------------------------------------------------------------------------------------

@@ -208,8 +208,13 @@ def _linear(canonizer, call, function):
     names = ('input', 'weight', 'bias')
     settings = () if function.name == 'linear' else ('stride', 'padding', 'dilation', 'groups')
     given = dict(zip(names + settings, function.args), **function.kwargs)
-    if len(function.carriers) > 1 or given['input'] is not function.carriers[0]:
-        return canonizer.refuse(call, function, 'its weights do')
+    weights = [elem for elem in function.carriers if elem is not given['input']]
+    if weights:
+        is_hidden = any(elem.is_leaf for elem in weights)
+        return canonizer.refuse(call, function, (
+            'its weights require a gradient, but are no parameters of the network that was given' if is_hidden
+            else 'its weights do'
+        ))
     standin = canonizer.stand_in(call, CONVOLUTIONS.get(function.name, FullyConnected), function.name)
     defaults = {'stride': 1, 'padding': 0, 'dilation': 1, 'groups': 1}
     standin.padding_mode = 'zeros'
