@@ -104,6 +104,21 @@ def test_compiled_function(create):
 
 
 @pytest.mark.skipif(not hasattr(torch.compiler, 'set_stance'), reason='PyTorch has no stance of the compiler')
+@all_composites
+def test_network_in_compiled_function(create):
+    '''A function around the network may be compiled, before the composite is registered or after.'''
+    model = network()
+    compiled = torch.compile(lambda input: model(input) * 1, backend='eager')
+    expected = explain(model, create())
+    check(explain(model, create(), lambda model, input: compiled(input)), expected)
+
+    def late(model, input):
+        return torch.compile(lambda input: model(input) * 1, backend='eager')(input)
+
+    check(explain(model, create(), late), expected)
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, 'set_stance'), reason='PyTorch has no stance of the compiler')
 def test_compiled_function_in_threads():
     '''The setting of the compiler is for all threads: it ends with the last one.'''
     calls = []

@@ -223,6 +223,7 @@ class ResidualCanonizer(Canonizer):
         self.paused = self.merge.pause() if torch._C._current_graph_task_id() != -1 else None
         self.merge.unfold()
         self._detach()
+        self.eager.pause_compiler()
         if torch.is_grad_enabled():
             self._check_evaluation()
         if self.context is None:

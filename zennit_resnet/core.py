@@ -40,11 +40,39 @@ def is_running(frame):
     return current is not None
 
 
+class _Compiler:
+    '''Has functions that were compiled run in Python, as long as anyone needs that.
+
+    PyTorch has a single setting for all functions and threads, and none before version 2.6.
+    '''
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.users, self.stance = set(), None
+
+    def pause(self, user):
+        '''Run functions in Python for a user, and at least those of which the compiler is loaded by now.'''
+        with self.lock:
+            self.users.add(user)
+            if self.stance is None and 'torch._dynamo' in sys.modules and hasattr(torch.compiler, 'set_stance'):
+                self.stance = torch.compiler.set_stance('force_eager')
+
+    def resume(self, user):
+        '''Run functions as before, unless there are other users.'''
+        with self.lock:
+            self.users.discard(user)
+            if not self.users and self.stance is not None:
+                self.stance.__exit__(None, None, None)
+                self.stance = None
+
+
+_COMPILER = _Compiler()
+
+
 class Eager:
     '''Has all modules of a network run in Python, where rules can be attached to them.
 
     Modules that were compiled, by :py:func:`torch.compile` or :py:meth:`torch.nn.Module.compile`, run as before until
-    this is removed.
+    this is removed. So do functions that were compiled, which may be inside of the network or around it.
 
     Parameters
     ----------
@@ -75,6 +103,11 @@ class Eager:
                 self._replace(module, 'forward', original.__call__)
             if vars(module).get('_compiled_call_impl') is not None:
                 self._replace(module, '_compiled_call_impl', None)
+        self.pause_compiler()
+
+    def pause_compiler(self):
+        '''Have functions run in Python, also if nothing had been compiled before.'''
+        _COMPILER.pause(self)
 
     def _replace(self, module, key, value):
         # compiled modules hand attributes on to the module inside
@@ -86,6 +119,7 @@ class Eager:
         while self.replaced:
             attributes, key, value = self.replaced.pop()
             attributes[key] = value
+        _COMPILER.resume(self)
 
 
 class _Propagate(torch.autograd.Function):

@@ -1,5 +1,4 @@
 '''Tensors that a network changes in place while rules need them as they were, or run on a copy of them.'''
-import sys
 import threading
 import weakref
 from contextlib import nullcontext
@@ -111,35 +110,6 @@ def is_watched():
     return any(isinstance(mode, Watch) for mode in _get_current_function_mode_stack())
 
 
-class _EagerFunctions:
-    '''Has compiled functions run in Python, where they are seen, as long as any thread watches them.
-
-    PyTorch has a single setting for all threads. Before version 2.6, it has none.
-    '''
-    def __init__(self):
-        self.lock = threading.Lock()
-        self.count, self.stance = 0, None
-
-    def enter(self):
-        '''Begin.'''
-        with self.lock:
-            self.count += 1
-            # without, nothing is compiled
-            if self.stance is None and 'torch._dynamo' in sys.modules and hasattr(torch.compiler, 'set_stance'):
-                self.stance = torch.compiler.set_stance('force_eager')
-
-    def leave(self):
-        '''End.'''
-        with self.lock:
-            self.count -= 1
-            if not self.count and self.stance is not None:
-                self.stance.__exit__(None, None, None)
-                self.stance = None
-
-
-_EAGER = _EagerFunctions()
-
-
 class Watch(TorchFunctionMode):
     '''Sees all functions on tensors, and takes care of those that change a tensor.'''
     # whether relevance of activations is their gradient
@@ -149,7 +119,6 @@ class Watch(TorchFunctionMode):
         '''Begin, unless an interrupt has skipped the end.'''
         if self not in _get_current_function_mode_stack():
             _push_mode(self)
-            _EAGER.enter()
 
     def leave(self):
         '''End, wherever it is among other modes.'''
@@ -158,8 +127,6 @@ class Watch(TorchFunctionMode):
             others.append(_pop_mode())
         for mode in reversed(others[:-1]):
             _push_mode(mode)
-        if others:
-            _EAGER.leave()
 
     def look(self, func, args, kwargs):
         '''Look at a function which is about to run, before what it changes is copied for those that keep it.'''
