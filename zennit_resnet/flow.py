@@ -1,6 +1,7 @@
 '''Flow of relevance through the graph of a forward pass, measured without any influence on it.'''
 import collections
 import functools
+import inspect
 import re
 import threading
 from bisect import bisect_right
@@ -177,10 +178,13 @@ class Recorder:
     @contextmanager
     def watch(self):
         '''Context in which the network is run.'''
-        handles = [
-            torch_module.register_module_forward_pre_hook(self._enter),
-            torch_module.register_module_forward_hook(self._note_bias, with_kwargs=True),
-        ]
+        register, note = torch_module.register_module_forward_hook, self._note_bias
+        if 'with_kwargs' in inspect.signature(register).parameters:
+            note = register(note, with_kwargs=True)
+        else:
+            # PyTorch 2.4 does not give these to hooks for all modules
+            note = register(lambda module, args, output: self._note_bias(module, args, {}, output))
+        handles = [torch_module.register_module_forward_pre_hook(self._enter), note]
         try:
             yield
         finally:

@@ -143,6 +143,10 @@ def moves_first(node):
         return node._saved_indices[0] is not None
     if node.name().startswith('Permute'):
         return node._saved_dims[0] != 0
+    if node.name().startswith('Slice') and node._saved_step == 1 and not node._saved_start:
+        # before PyTorch 2.5, there is one for each colon of an index
+        if node._saved_end is None or node._saved_end >= node._saved_self_sym_sizes[node._saved_dim]:
+            return False
     # negative numbers are stored as large ones
     dims = [getattr(node, key) for key in ('_saved_dim', '_saved_dim0', '_saved_dim1') if hasattr(node, key)]
     return 0 in (*dims, *getattr(node, '_saved_dims', ())) or node.name().startswith('TBackward')
