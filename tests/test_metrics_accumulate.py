@@ -180,6 +180,11 @@ def evaluate_shard(rank, path):
     torch.distributed.init_process_group(
         'gloo', init_method=f'file://{path}/store', rank=rank, world_size=2, timeout=timedelta(minutes=2)
     )
+    # curves of another number of points than those of the other process
+    metric, images = accumulate.InsertionDeletionMetric(), torch.rand(1, 3, 15 + rank, 15 + rank)
+    metric.update([rank], model, images, images, target=0)
+    with pytest.raises(ValueError, match='Curves have 101 and 102 points'):
+        metric.compute()
     results = {}
     for name, (kind, options, _) in CASES.items():
         for setup, shards in (('shards', ([0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9, 0])), ('empty', (range(11), []))):
@@ -191,11 +196,6 @@ def evaluate_shard(rank, path):
             results[name, setup] = result.sample_ids, result.scores
             # own results are left for further batches
             assert not isinstance(metric.sample_ids, torch.Tensor)
-    # curves of another number of points than those of the other process
-    metric, images = accumulate.InsertionDeletionMetric(), torch.rand(1, 3, 15 + rank, 15 + rank)
-    metric.update([rank], model, images, images, target=0)
-    with pytest.raises(ValueError, match='Curves have 101 and 102 points'):
-        metric.compute()
     torch.save(results, Path(path) / f'{rank}.pt')
     torch.distributed.destroy_process_group()
 
