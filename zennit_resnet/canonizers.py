@@ -6,13 +6,13 @@ import weakref
 
 import torch
 from zennit.canonizers import Canonizer
-from zennit.core import Composite, Hook, RemovableHandleList
+from zennit.core import Composite, RemovableHandleList
 from zennit.types import Activation as ActivationType
 from zennit.types import AvgPool, BatchNorm, Linear
 from zennit.types import MaxPool as MaxPoolType
 
 from .block import note_addition
-from .core import Eager, check_choice, is_active, is_running
+from .core import Eager, check_choice, is_active, is_running, rules_among
 from .graph import carriers_of, walk
 from .inplace import Watch, forget, note_copy, settle
 from .layer import Addition, Gate, Padding
@@ -497,8 +497,7 @@ def _calling_composite():
 
 def _is_opaque(module):
     '''Whether what happens inside a module is covered by a rule of the module itself.'''
-    owners = (getattr(hook, '__self__', None) for hook in module._forward_pre_hooks.values())
-    if any(isinstance(owner, Hook) and owner.active for owner in owners):
+    if any(rule.active for rule in rules_among(module._forward_pre_hooks)):
         return True
     return (
         isinstance(module, COVERED)

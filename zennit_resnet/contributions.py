@@ -141,13 +141,14 @@ class Contributions:
             return False
         if not roots:
             return True
+        # in PyTorch 2.4, not all nodes tell
+        results = [elem for node in parents for elem in getattr(node, '_input_metadata', ())]
+        if any(elem.dtype == torch.float16 for elem in (*outputs, *results)):
+            raise TypeError(
+                'Contributions are products of all activations along a path, for which float16 has not the range: '
+                'run the network in bfloat16 or float32.'
+            )
         for node in parents:
-            # before PyTorch 2.5, not all nodes tell
-            if any(elem.dtype == torch.float16 for elem in (*outputs, *getattr(node, '_input_metadata', ()))):
-                raise TypeError(
-                    'Contributions are products of all activations along a path, for which float16 has not the range: '
-                    'run the network in bfloat16 or float32.'
-                )
             if self.batch_size > 1 and moves_first(node):
                 node.register_prehook(functools.partial(self._note_moved, node.name()))
         pending = collections.Counter(parent for edges in parents.values() for _, parent in edges)

@@ -29,6 +29,12 @@ def is_active(composite):
     return not composite.hook_refs or any(hook.active for hook in composite.hook_refs)
 
 
+def rules_among(hooks):
+    '''Rules that the hooks of a module, ``(id: hook)``, belong to.'''
+    owners = (getattr(hook, '__self__', None) for hook in hooks.values())
+    return [owner for owner in owners if isinstance(owner, Hook)]
+
+
 def is_running(frame):
     '''Whether a frame is among those that are executed, and not one that an interrupt has left without running hooks.
 
@@ -243,12 +249,10 @@ class SinglePass(Hook):
         RuntimeError
             If the module has a rule of Zennit already.
         '''
-        for hook in module._forward_pre_hooks.values():
-            owner = getattr(hook, '__self__', None)
-            is_own = isinstance(owner, SinglePass) or type(owner).__module__.startswith(__package__)
-            if isinstance(owner, Hook) and not is_own:
+        for rule in rules_among(module._forward_pre_hooks):
+            if not isinstance(rule, SinglePass) and not type(rule).__module__.startswith(__package__):
                 raise RuntimeError(
-                    f'{type(module).__name__} has the rule {type(owner).__name__} already, within which no rule of '
+                    f'{type(module).__name__} has the rule {type(rule).__name__} already, within which no rule of '
                     f'{__package__} can be used: leave the context of that rule first.'
                 )
         return RemovableHandleList([

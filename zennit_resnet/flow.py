@@ -16,7 +16,7 @@ from zennit.core import Hook
 
 from .block import BlockEpsilon, GradientTimesInput
 from .causes import CAUSES, Note, Witness, is_affine, precise
-from .core import SinglePass
+from .core import SinglePass, rules_among
 from .graph import walk
 
 
@@ -198,11 +198,8 @@ class Recorder:
         if threading.get_ident() != self.thread or not (self.stack or module is self.model):
             return
         with DisableTorchFunction():
-            owners = [getattr(hook, '__self__', None) for hook in (
-                *module._forward_pre_hooks.values(), *module._forward_hooks.values()
-            )]
-            rules = [hook for hook in dict.fromkeys(elem for elem in owners if isinstance(elem, Hook))
-                     if hook in self.composite.hook_refs]
+            found = rules_among(module._forward_pre_hooks) + rules_among(module._forward_hooks)
+            rules = [hook for hook in dict.fromkeys(found) if hook in self.composite.hook_refs]
             call = Call(module, self.stack[-1] if self.stack else None, rules)
             for hook in rules:
                 self.witness.watch(hook, module)

@@ -144,7 +144,7 @@ def moves_first(node):
     if node.name().startswith('Permute'):
         return node._saved_dims[0] != 0
     if node.name().startswith('Slice') and node._saved_step == 1 and not node._saved_start:
-        # before PyTorch 2.5, there is one for each colon of an index
+        # PyTorch 2.4 has one for each colon of an index
         if node._saved_end is None or node._saved_end >= node._saved_self_sym_sizes[node._saved_dim]:
             return False
     # negative numbers are stored as large ones

@@ -211,10 +211,10 @@ class ZPlus(SinglePass):
         by ``dead_units`` anyway.
     first_layer: str, optional
         Contributions to the first layer, i.e. to layers that no convolution or linear layer with a rule of this package
-        precedes. With weights w,
-        and w+ and w- their positive and negative parts: ``'zplus'`` (default) (w h)+; ``'literal'`` w+ h as printed,
-        even where h < 0 (denominators may vanish); ``'ones'`` w+ (the published code: the input is replaced by ones);
-        ``'zbox'`` w h - w+ low - w- high = w+ (h - low) + w- (h - high); ``'wsquare'`` w^2; ``'flat'`` 1.
+        precedes. With weights w, and w+ and w- their positive and negative parts: ``'zplus'`` (default) (w h)+;
+        ``'literal'`` w+ h as printed, even where h < 0 (denominators may vanish); ``'ones'`` w+ (the published code:
+        the input is replaced by ones); ``'zbox'`` w h - w+ low - w- high = w+ (h - low) + w- (h - high); ``'wsquare'``
+        w^2; ``'flat'`` 1.
     low: :py:obj:`torch.Tensor` or float, optional
         Lowest possible input values for ``'zbox'``, which can be broadcast to the input.
     high: :py:obj:`torch.Tensor` or float, optional
@@ -315,11 +315,6 @@ class ZPlus(SinglePass):
                 inputs.append(elem.detach().requires_grad_())
                 outputs.append(self._linear(module, inputs[-1], weight, relevance.shape[2:]))
         denominator = outputs[0].detach()
-        if denominator.shape != relevance.shape:
-            raise ValueError(
-                f'maxpool={self.maxpool!r} makes an output of shape {tuple(denominator.shape)} of a max pooling with '
-                f'one of {tuple(relevance.shape)} ({module}): use \'winner\'.'
-            )
         for elem in outputs[1:]:
             denominator = denominator + elem.detach()
         share, dead = self._share(relevance, denominator, variant == 'literal')
@@ -403,9 +398,16 @@ class ZPlus(SinglePass):
         if isinstance(module, Convolution):
             return windows.convolve(module, input, weight, shape, self.projection == 'spread')
         if isinstance(module, MaxPool):
-            if self.maxpool == 'avg2x2':
-                return windows.AVG_POOL[input.ndim - 2](input, 2, 2)
-            return windows.average(module, input, self.coverage == 'even')
+            if self.maxpool == 'average':
+                output = windows.average(module, input, self.coverage == 'even')
+            else:
+                output = windows.AVG_POOL[input.ndim - 2](input, 2, 2)
+            if output.shape[2:] != shape:
+                raise ValueError(
+                    f'maxpool={self.maxpool!r} makes an output of size {tuple(output.shape[2:])} of a max pooling with '
+                    f'one of {tuple(shape)} ({module}): use \'winner\'.'
+                )
+            return output
         if isinstance(module, Subsampling):
             return windows.pool_cells(input, module.steps)
         return module.forward(input)
