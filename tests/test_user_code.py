@@ -27,6 +27,10 @@ COMPOSITES = {
 }
 all_composites = pytest.mark.parametrize('create', COMPOSITES.values(), ids=COMPOSITES)
 
+needs_stance = pytest.mark.skipif(
+    not hasattr(torch.compiler, 'set_stance'), reason='PyTorch has no stance of the compiler'
+)
+
 Tuple = namedtuple('Tuple', 'logits extra')
 
 
@@ -80,16 +84,22 @@ def double(x):
     return F.gelu(x) * 2
 
 
-@pytest.mark.skipif(not hasattr(torch.compiler, 'set_stance'), reason='PyTorch has no stance of the compiler')
-@all_composites
-def test_compiled_function(create):
-    '''Functions that were compiled run in Python, where they are seen, and compiled afterwards.'''
+def counting_backend():
+    '''A compiler which changes nothing, and a list with an entry for each graph that it has compiled.'''
     calls = []
 
     def backend(graph, inputs):
         calls.append(len(inputs))
         return graph.forward
 
+    return backend, calls
+
+
+@needs_stance
+@all_composites
+def test_compiled_function(create):
+    '''Functions that were compiled run in Python, where they are seen, and compiled afterwards.'''
+    backend, calls = counting_backend()
     compiled = torch.compile(double, backend=backend)
     check(explain(network(act=compiled), create()), explain(network(act=double), create()))
     assert not calls
@@ -103,7 +113,7 @@ def test_compiled_function(create):
     assert len(calls) == count + 1
 
 
-@pytest.mark.skipif(not hasattr(torch.compiler, 'set_stance'), reason='PyTorch has no stance of the compiler')
+@needs_stance
 @all_composites
 def test_network_in_compiled_function(create):
     '''A function around the network may be compiled, before the composite is registered or after.'''
@@ -118,15 +128,10 @@ def test_network_in_compiled_function(create):
     check(explain(model, create(), late), expected)
 
 
-@pytest.mark.skipif(not hasattr(torch.compiler, 'set_stance'), reason='PyTorch has no stance of the compiler')
+@needs_stance
 def test_compiled_function_in_threads():
     '''The setting of the compiler is for all threads: it ends with the last one.'''
-    calls = []
-
-    def backend(graph, inputs):
-        calls.append(len(inputs))
-        return graph.forward
-
+    backend, calls = counting_backend()
     compiled = torch.compile(double, backend=backend)
     first, second = threading.Event(), threading.Event()
 
