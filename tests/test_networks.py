@@ -27,7 +27,7 @@ from zennit_resnet import (
     with_splitting,
 )
 from zennit_resnet.layer import Addition, Concatenation, Gate, Operation, Subsampling
-from zennit_resnet.rules import Split
+from zennit_resnet.rules import SignalTakesAll, Split
 
 # -- whole networks ----------------------------------------------------------------------------------------------------
 
@@ -602,6 +602,87 @@ def test_gate_of_same_size(sigmoid):
         assert lower[1] is None or not lower[1].any()
 
 
+GATES = {
+    'shifted': lambda g: 1 + g.sigmoid(),
+    'complement': lambda g: 1 - g.sigmoid(),
+    'negative': lambda g: -g.sigmoid(),
+    'interpolated': lambda g: F.interpolate(F.avg_pool2d(g, 2).sigmoid(), size=g.shape[2:]),
+    'upsampled': lambda g: torch.nn.Upsample(scale_factor=2, mode='bilinear')(F.avg_pool2d(g, 2).sigmoid()),
+    'averaged': lambda g: F.avg_pool2d(g.sigmoid(), 3, 1, 1),
+    'averaged by module': lambda g: torch.nn.AvgPool2d(3, 1, 1)(torch.nn.Sigmoid()(g)),
+    'dilated': lambda g: F.max_pool2d(g.sigmoid(), 3, 1, 1),
+    'mean of channels': lambda g: g.sigmoid().mean(1, keepdim=True).expand_as(g),
+    'chunk': lambda g: torch.cat((g, g), 1).sigmoid().chunk(2, 1)[0],
+    'slice': lambda g: torch.cat((g, g), 1).sigmoid()[:, 2:6],
+    'concatenated': lambda g: torch.cat((g[:, :2].sigmoid(), g[:, 2:].tanh()), 1),
+    'flipped': lambda g: g.sigmoid().flip(3),
+    'product': lambda g: g.sigmoid() * (2 * g).sigmoid(),
+    'mean': lambda g: (g.sigmoid() + (2 * g).sigmoid()) / 2,
+    'hard concrete': lambda g: (1.2 * g.sigmoid() - .1).clamp(0, 1),
+    'bottleneck attention': lambda g: 1 + (g * g.flip(1)).sigmoid(),
+    'relu6': lambda g: F.relu6(g + 3) / 6,
+    'relu6 by module': lambda g: torch.nn.ReLU6()(g + 3) / 6,
+    'clamp': lambda g: (g + 3).clamp(0, 6) / 6,
+    'clamp at one': lambda g: torch.clamp(g * .2 + .5, min=0, max=1),
+    'hardtanh': lambda g: F.hardtanh(g / 6 + .5, 0, 1),
+    'hardsigmoid': F.hardsigmoid,
+}
+
+
+@pytest.mark.parametrize('build', [ResNetLRP, lambda: with_splitting(EpsilonPlus())], ids=('ResNetLRP', 'EpsilonPlus'))
+@pytest.mark.parametrize('name', GATES)
+def test_gate_made_of_sigmoids(name, build):
+    '''Whatever was computed from sigmoids alone is a gate, in any order of the factors.'''
+    gate = GATES[name]
+    for function in (lambda m, a, g: a * gate(g), lambda m, a, g: gate(g) * a):
+        _, relevance, lower, _ = propagate(Function(function), pair(), build())
+        assert close(lower[0], relevance)
+        assert lower[1] is None or not lower[1].any()
+
+
+@pytest.mark.parametrize('gate', [
+    F.relu, F.relu6, F.gelu, torch.exp, lambda g: g + 3, lambda g: (g + 3).clamp(min=0), lambda g: g.sigmoid().exp(),
+    lambda g: g.sigmoid() + g, F.logsigmoid, lambda g: F.conv2d(g.sigmoid(), torch.ones(4, 4, 1, 1).double()),
+])
+def test_no_gate(gate):
+    '''What may be anything is no gate.'''
+    with pytest.raises(UnsupportedOperation, match='ambiguous'):
+        propagate(Function(lambda m, a, g: a * gate(g)), pair())
+
+
+def test_tanh_and_sigmoid():
+    '''Of the product of both, the tanh is the signal, as in long short-term memories.'''
+    for function in (lambda m, a, g: a.tanh() * g.sigmoid(), lambda m, a, g: g.sigmoid() * a.tanh()):
+        _, relevance, lower, _ = propagate(Function(function), pair())
+        assert close(lower[0], relevance)
+        assert lower[1] is None or not lower[1].any()
+
+
+@pytest.mark.parametrize('rule, share', [(SymmetricSplit(), .5), (SignalTakesAll(), 1.)])
+def test_product_in_a_module(rule, share):
+    '''Products of users which are modules can have a rule of several inputs.'''
+    class Product(torch.nn.Module):
+        '''Product of two signals.'''
+        def forward(self, left, right):
+            '''Multiply them.'''
+            return left * right
+
+    model = Function(lambda m, a, g: m.product(a, g), product=Product())
+    _, relevance, lower, _ = propagate(model, pair(), ResNetLRP(layer_map=[(Product, rule)]))
+    assert close(lower[0], relevance * share)
+    assert close(lower[1], relevance * (1 - share)) if share < 1 else lower[1] is None
+
+
+@pytest.mark.parametrize('dim', [1, -1])
+@pytest.mark.parametrize('function', [
+    lambda m, x: F.glu(x, m.unit.dim), lambda m, x: F.glu(input=x, dim=m.unit.dim), lambda m, x: m.unit(x),
+])
+def test_gated_linear_unit(function, dim):
+    '''The first half receives all, the other one nothing.'''
+    _, relevance, lower, _ = propagate(Function(function, unit=torch.nn.GLU(dim)), pair()[:1])
+    assert close(lower[0], torch.cat((relevance, torch.zeros_like(relevance)), dim))
+
+
 def test_layer_scale():
     '''Relevance passes multiplication by constants.'''
     model = Function(lambda m, x: x * m.scale * 2 / 3, scale=torch.nn.Parameter(torch.randn(4, 1, 1)))
@@ -683,6 +764,7 @@ FUNCTIONAL = {
     'hardtanh': (lambda m, x: F.hardtanh(x), torch.nn.Hardtanh()),
     'clamp': (lambda m, x: x.clamp(min=0), torch.nn.ReLU()),
     'swish': (lambda m, x: x * torch.sigmoid(x), torch.nn.SiLU()),
+    'hardswish': (lambda m, x: x * F.relu6(x + 3) / 6, torch.nn.Hardswish()),
     'avg_pool2d': (lambda m, x: F.avg_pool2d(x, 2), torch.nn.AvgPool2d(2)),
     'avg_pool2d-padded': (
         lambda m, x: F.avg_pool2d(x, 3, 2, 1, False, False), torch.nn.AvgPool2d(3, 2, 1, False, False)

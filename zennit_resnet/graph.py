@@ -3,18 +3,23 @@ import copy
 import dataclasses
 
 import torch
-from zennit.types import Convolution
+from zennit.types import Activation, AvgPool, Convolution, MaxPool
 
-from .layer import Gate
+from .layer import Addition, Concatenation, Gate
 
-SIGMOIDS = frozenset('sigmoid sigmoid_ hardsigmoid tanh tanh_ softmax'.split())
-SIGMOID_MODULES = (torch.nn.Sigmoid, torch.nn.Hardsigmoid, torch.nn.Tanh, torch.nn.Softmax)
+SIGMOIDS = frozenset('sigmoid sigmoid_ hardsigmoid softmax'.split())
+SIGMOID_MODULES = (torch.nn.Sigmoid, torch.nn.Hardsigmoid, torch.nn.Softmax)
+TANHS = frozenset('tanh tanh_'.split())
 COPIES = ('Clone', 'ToCopy')
 # Functions that move elements along the dimensions they name.
 REORDERS = (
     'Stack', 'Cat', 'Unbind', 'Select', 'Slice', 'Split', 'Transpose', 'Permute', 'Flip', 'Roll', 'Index', 'TBackward'
 )
 MOVES = ('View', 'Expand', 'queeze', 'Permute', 'Transpose', 'Clone', 'Copy', 'Identity')
+# Functions, and modules in place of them, of which the output is a gate if all that they are given is one.
+SHIFTS, SCALES = ('Add', 'Sub', 'Rsub'), ('Mul', 'Div', 'Neg')
+AVERAGES, CLIPS = ('Pool', 'Upsample', 'Mean', 'Sum'), ('Clamp', 'Hardtanh', 'Relu')
+COMBINES = (Addition, Concatenation, Gate, Activation, AvgPool, MaxPool, torch.nn.Upsample)
 
 
 def tensors_of(value):
@@ -92,22 +97,69 @@ def is_first(input):
     )
 
 
-def is_sigmoid(tensor):
-    '''Whether a tensor comes out of a sigmoid, by its graph.'''
-    node = tensor.grad_fn
-    while node is not None:
-        module = getattr(node, 'module', None)
-        if isinstance(module, SIGMOID_MODULES) or getattr(module, 'name', None) in SIGMOIDS:
-            return True
-        name = node.name()
-        if any(key in name for key in ('Sigmoid', 'Tanh', 'Softmax')):
-            return True
-        # look through functions which only move elements, and scaling by constants
-        parents = [parent for parent, _ in node.next_functions if parent is not None]
-        if len(parents) != 1 or not (any(key in name for key in MOVES) or isinstance(module, Gate)):
+def is_gate(tensor, with_tanh=True):
+    '''Whether a tensor was computed from outputs of sigmoids alone, without any layer in between, by its graph.'''
+    queue, seen = [tensor.grad_fn], set()
+    while queue:
+        node = queue.pop()
+        if node in seen or _is_sigmoid(node, with_tanh):
+            continue
+        if node is None or not _combines(node):
             return False
-        node = parents[0]
-    return False
+        seen.add(node)
+        queue.extend(_parents(node))
+    return True
+
+
+def _is_sigmoid(node, with_tanh):
+    '''Whether a function is a sigmoid, which may be one that networks write as a shift, clipped on both sides.'''
+    if node is None:
+        return False
+    module, name = getattr(node, 'module', None), node.name()
+    function = getattr(module, 'name', None)
+    if isinstance(module, torch.nn.Tanh) or function in TANHS or name.startswith('Tanh'):
+        return with_tanh
+    if isinstance(module, SIGMOID_MODULES) or function in SIGMOIDS or name.startswith(('Sigm', 'Hardsigm', 'Softmax')):
+        return True
+    if not _clips(node, module):
+        return False
+    lower = _parents(node)
+    while len(lower) == 1 and _scales(lower[0]):
+        lower = _parents(lower[0])
+    return len(lower) == 1 and _stem(lower[0]) in SHIFTS and len(_parents(lower[0])) == 1
+
+
+def _clips(node, module):
+    '''Whether a function clips its input on both sides.'''
+    if isinstance(module, (torch.nn.ReLU6, torch.nn.Hardtanh)) or 'Hardtanh' in node.name():
+        return True
+    if 'Clamp' in node.name():
+        return getattr(node, '_saved_min', None) is not None and getattr(node, '_saved_max', None) is not None
+    return getattr(module, 'is_clipped', False)
+
+
+def _scales(node):
+    '''Whether a function moves or scales what it is given.'''
+    stem = _stem(node)
+    return isinstance(getattr(node, 'module', None), Gate) or stem in SCALES or any(key in stem for key in MOVES)
+
+
+def _combines(node):
+    '''Whether a function moves, averages, scales, clips or adds up what it is given.'''
+    stem = _stem(node)
+    return (
+        isinstance(getattr(node, 'module', None), COMBINES) or _scales(node) or stem in SHIFTS
+        or stem.startswith(REORDERS) or any(key in stem for key in AVERAGES + CLIPS)
+    ) and bool(_parents(node))
+
+
+def _stem(node):
+    '''Name of a function of PyTorch without what it has in common with all others.'''
+    return node.name().split('Backward')[0]
+
+
+def _parents(node):
+    return [parent for parent, _ in node.next_functions if parent is not None]
 
 
 def walk(nodes, seen=None):

@@ -113,8 +113,15 @@ class Subsampling(Operation):
 
 
 class Activation(Operation, torch.nn.ReLU):
-    '''Functional element-wise activation.'''
+    '''Functional element-wise activation.
+
+    Attributes
+    ----------
+    is_clipped: bool
+        Whether its values have bounds on both sides.
+    '''
     label = 'activation'
+    is_clipped = False
 
 
 class Normalization(Operation, torch.nn.BatchNorm2d):

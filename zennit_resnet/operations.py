@@ -3,7 +3,7 @@ from functools import partial
 
 import torch
 
-from .graph import is_sigmoid
+from .graph import is_gate
 from .layer import (
     Activation,
     Addition,
@@ -44,6 +44,7 @@ ACTIVATIONS = frozenset('''
     softshrink threshold threshold_ clamp clamp_ clip clip_ clamp_min clamp_min_ clamp_max clamp_max_ neg neg_ negative
     __neg__
 '''.split())
+CLIPPED = frozenset('relu6 hardtanh hardtanh_'.split())
 NORMALIZATIONS = frozenset(
     'batch_norm layer_norm group_norm instance_norm rms_norm local_response_norm normalize'.split()
 )
@@ -142,7 +143,7 @@ def _multiply(canonizer, call, function):
     if signal is None:
         return canonizer.refuse(call, function, (
             f'which factor is the signal and which the gate is ambiguous: shapes {tuple(left.shape)} and '
-            f'{tuple(right.shape)}, none or both from a sigmoid'
+            f'{tuple(right.shape)}, and none or both were computed from sigmoids alone'
         ))
     # the gate counts as a constant, what computes it is not visited in the backward pass
     return canonizer.run(call, Gate, function.keep((left, right)[signal]))
@@ -151,7 +152,23 @@ def _multiply(canonizer, call, function):
 def _unary(canonizer, call, function, kind):
     if len(function.carriers) > 1:
         return canonizer.refuse(call, function, 'more than one of its arguments does')
+    if kind is Activation:
+        given = dict(zip(('input', 'min', 'max'), function.args), **function.kwargs)
+        is_clipped = given.get('min') is not None and given.get('max') is not None
+        return canonizer.run(call, kind, function, is_clipped=is_clipped or function.name in CLIPPED)
     return canonizer.run(call, kind, function)
+
+
+def _gated_unit(canonizer, call, function):
+    given = dict(zip(('input', 'dim'), function.args), **function.kwargs)
+    dim = given.get('dim', -1)
+    signal, gate = given['input'].chunk(2, dim)
+    gate = gate.detach()
+
+    def unit(signal):
+        return function.func(torch.cat((signal, gate), dim), dim)
+
+    return canonizer.run(call, Gate, FunctionCall(unit, function.name, (signal,), {}, [signal]))
 
 
 def _pool(canonizer, call, function, kind):
@@ -238,8 +255,12 @@ def _find_signal(left, right):
     '''Index of the signal among two factors, None if ambiguous.'''
     if left.numel() != right.numel():
         return 0 if left.numel() > right.numel() else 1
-    is_gate = [is_sigmoid(elem) for elem in (left, right)]
-    return is_gate.index(False) if is_gate.count(True) == 1 else None
+    # of the product of both, which LSTMs have, a tanh is the signal
+    for with_tanh in (True, False):
+        gates = [is_gate(elem, with_tanh) for elem in (left, right)]
+        if gates.count(True) == 1:
+            return gates.index(False)
+    return None
 
 
 def _spatial_steps(tensor, index):
@@ -267,5 +288,6 @@ HANDLERS = {
     **dict.fromkeys(CONCATENATIONS, _concatenate),
     **dict.fromkeys((*CONVOLUTIONS, 'linear'), _linear),
     '__getitem__': _index,
+    'glu': _gated_unit,
     'pad': _pad,
 }

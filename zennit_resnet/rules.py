@@ -122,7 +122,8 @@ class Split(SinglePass):
 
     def store(self, module, *inputs):
         '''Compute the shares, as an in-place addition overwrites its first addend.'''
-        factors = module.factors or (1,) * len(inputs)
+        # modules of users have none
+        factors = getattr(module, 'factors', None) or (1,) * len(inputs)
         inputs = [elem if factor == 1 else elem * factor for elem, factor in zip(inputs, factors)]
         return tuple(torch.as_tensor(share, dtype=None if isinstance(share, torch.Tensor) else torch.float64)
                      for share in self.shares(*inputs))
