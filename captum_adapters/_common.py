@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from captum._utils.common import _format_additional_forward_args
 from captum._utils.typing import BaselineType, TargetType
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 from tqdm import tqdm
+
+from zennit_resnet.core import varies
 
 # Images that go through a network at once, unless there is a larger batch anyway
 DEFAULT_CHUNK = 32
@@ -434,12 +434,13 @@ def check_evaluation(forward_func: Callable[..., Any]) -> None:
         None
 
     Raises:
-        ValueError: If it is a module with batch norm or dropout in training mode.
+        ValueError: If it is a module with batch norm, dropout or stochastic depth in
+                training mode.
     """
     if not isinstance(forward_func, torch.nn.Module):
         return
     for name, module in forward_func.named_modules():
-        if module.training and isinstance(module, (_BatchNorm, _DropoutNd)):
+        if varies(module):
             raise ValueError(
                 f"forward_func's {name or 'module'} ({type(module).__name__}) is in"
                 " training mode, in which results depend on the rest of the batch or"

@@ -1,4 +1,6 @@
 '''Networks of torchvision, timm and users, and the operations that they are made of.'''
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -131,6 +133,49 @@ def test_merge(name):
         with Gradient(model=model, composite=ResNetLRP(batch_norm=batch_norm)) as attributor:
             results.append(attributor(input, initial_relevance([1, 2], 'one'))[1])
     assert float((results[0] - results[1]).abs().max()) > 1e-3 * float(results[0].abs().max())
+
+
+class Merging(torch.nn.Module):
+    '''A convolution and batch normalizations, which a function combines.'''
+    def __init__(self, function):
+        super().__init__()
+        # before the convolution, as definitions say nothing of the order of calls
+        self.norm, self.other = torch.nn.BatchNorm2d(4), torch.nn.BatchNorm2d(4)
+        self.first, self.conv = torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(4, 4, 3, padding=1)
+        self.head, self.function = torch.nn.Linear(4, 3), function
+
+    def forward(self, x):
+        '''Logits.'''
+        return self.head(self.function(self, self.first(x).relu()).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize('function, is_merged', [
+    pytest.param(lambda m, x: m.norm(m.conv(x)), True, id='once'),
+    pytest.param(lambda m, x: (lambda y: m.norm(y) + y)(m.conv(x)), False, id='output has two uses'),
+    pytest.param(lambda m, x: m.norm(m.conv(x)) + m.other(m.conv(2 * x)), False, id='layer is called twice'),
+    pytest.param(lambda m, x: m.conv(m.norm(x)), False, id='before a convolution'),
+    pytest.param(lambda m, x: m.norm(torch.cat((m.conv(x)[:, :2], x[:, :2]), 1)), False, id='after a concatenation'),
+    pytest.param(lambda m, x: m.norm(m.conv(x).relu()), False, id='after an activation'),
+])
+def test_merged_weights(function, is_merged):
+    '''Batch normalization is folded into the layer before it if that has no other use, and passed otherwise.'''
+    torch.manual_seed(0)
+    model, input = prepare(Merging(function)), images(8)
+    relevance = []
+    for batch_norm in ('merge', 'pass'):
+        with Gradient(model=model, composite=ResNetLRP(batch_norm=batch_norm)) as attributor:
+            relevance.append(attributor(input, initial_relevance([1, 2], 'one'))[1])
+    if not is_merged:
+        assert torch.equal(*relevance)
+        return
+    assert not close(*relevance)
+    folded = copy.deepcopy(model)
+    scale = model.norm.weight / (model.norm.running_var + model.norm.eps).sqrt()
+    folded.conv.weight.data = model.conv.weight.data * scale.detach()[:, None, None, None]
+    folded.conv.bias.data = ((model.conv.bias - model.norm.running_mean) * scale + model.norm.bias).detach()
+    folded.norm = torch.nn.Identity()
+    with Gradient(model=folded, composite=ResNetLRP()) as attributor:
+        assert close(relevance[0], attributor(input, initial_relevance([1, 2], 'one'))[1])
 
 
 @pytest.mark.parametrize('name', [

@@ -12,7 +12,9 @@ from networks import randomize
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
+from torchvision.ops import StochasticDepth
 from zennit.composites import EpsilonPlusFlat, LayerMapComposite
+from zennit.rules import Epsilon
 
 from zennit_resnet import BlockLRP, RelativeLRP, ResNetLRP, UnsupportedOperation, with_splitting
 from zennit_resnet.layer import Addition
@@ -492,3 +494,104 @@ def test_relative_in_float16(autocast):
     with RelativeLRP().context(model), torch.autocast('cpu', torch.float16, enabled=autocast):
         with pytest.raises(TypeError, match='bfloat16 or float32'):
             model(input)
+
+
+# -- training, and functions that can not be looked into ---------------------------------------------------------------
+
+class DropPath(nn.Identity):
+    '''Stochastic depth, as many networks have a class of this name.'''
+
+
+STATISTICS = torch.zeros(4), torch.ones(4)
+TRAINED = {
+    'dropout': lambda x: F.dropout(x),
+    'dropout by keyword': lambda x: F.dropout(x, training=True, p=.1),
+    'torch.dropout': lambda x: torch.dropout(x, .5, True),
+    'dropout2d': F.dropout2d,
+    'alpha_dropout': lambda x: F.alpha_dropout(x, .5, True),
+    'rrelu': lambda x: F.rrelu(x, training=True),
+    'batch_norm': lambda x: F.batch_norm(x, *STATISTICS, training=True),
+}
+NOT_TRAINED = {
+    'dropout': lambda x: F.dropout(x, training=False),
+    'dropout of nothing': lambda x: F.dropout(x, 0.),
+    'alpha_dropout': F.alpha_dropout,
+    'rrelu': F.rrelu,
+    'batch_norm': lambda x: F.batch_norm(x, *STATISTICS),
+    'normalization of another kind': lambda x: F.batch_norm(x.flatten(0, 1)[None], None, None, training=True)[0].view_as(x),
+}
+
+
+@all_composites
+@pytest.mark.parametrize('name', TRAINED)
+def test_function_in_training(create, name):
+    '''Functions that are called for training are random, or mix samples, whatever mode the network is in.'''
+    with pytest.raises(RuntimeError, match=r"The model \(Net\) calls '\w+' for training"):
+        explain(network(act=TRAINED[name]), create())
+
+
+@pytest.mark.parametrize('name', NOT_TRAINED)
+def test_function_not_in_training(name):
+    '''The same functions are no error in evaluation.'''
+    assert bool(explain(network(act=NOT_TRAINED[name]), ResNetLRP()).isfinite().all())
+
+
+@pytest.mark.parametrize('module', [StochasticDepth(.5, 'row'), DropPath(), nn.RReLU(), nn.Dropout2d()])
+@all_composites
+def test_module_in_training(create, module):
+    '''So are modules, in training mode only.'''
+    model = network()
+    model.act = module
+    model.act.train()
+    with pytest.raises(RuntimeError, match=rf'act \({type(module).__name__}\) is in training mode'):
+        explain(model, create())
+    model.act.eval()
+    explain(model, create())
+
+
+@torch.jit.script
+def scripted_sum(x, y):
+    '''An addition which can not be intercepted.'''
+    return x + y
+
+
+class Sum(nn.Module):
+    '''A module with an addition which can not be intercepted.'''
+    def forward(self, x):
+        '''Add something.'''
+        return scripted_sum(x, x.relu())
+
+
+HIDDEN = {'scripted': scripted_sum, 'mapped': torch.vmap(torch.add)}
+
+
+@pytest.mark.parametrize('create', [
+    ResNetLRP, RelativeLRP, lambda: with_splitting(EpsilonPlusFlat())
+], ids=['ratio', 'relative', 'zennit'])
+@pytest.mark.parametrize('name', HIDDEN)
+def test_hidden_addition(create, name):
+    '''Additions within scripted and mapped functions would double relevance.'''
+    model = network(act=lambda x: HIDDEN[name](x, F.relu(x)))
+    # scripted functions are optimized after some calls
+    for _ in range(3):
+        with pytest.raises(UnsupportedOperation, match='scripted or mapped function'):
+            explain(model, create())
+    assert not model._forward_hooks
+
+
+@pytest.mark.parametrize('name', HIDDEN)
+def test_hidden_addition_behind(name):
+    '''They are found behind modules that have a rule as well.'''
+    model = network(act=lambda x: model.last(HIDDEN[name](x, F.relu(x))))
+    model.last = nn.Conv2d(4, 4, 1)
+    with pytest.raises(UnsupportedOperation, match='scripted or mapped function'):
+        explain(model, with_splitting(EpsilonPlusFlat()))
+
+
+def test_hidden_addition_with_rule():
+    '''What happens within a module that has a rule is its own business, and in composites of gradients, all is.'''
+    model = network()
+    model.act = Sum()
+    composite = with_splitting(LayerMapComposite([(Sum, Epsilon())]))
+    assert bool(explain(model, composite).isfinite().all())
+    assert bool(explain(model, BlockLRP()).isfinite().all())

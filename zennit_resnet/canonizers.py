@@ -12,12 +12,12 @@ from zennit.types import AvgPool, BatchNorm, Linear
 from zennit.types import MaxPool as MaxPoolType
 
 from .block import note_addition
-from .core import Eager, check_choice, is_active, is_running, rules_among
-from .graph import carriers_of, walk
+from .core import Eager, check_choice, check_evaluation, is_active, is_running, rules_among
+from .graph import carriers_of, nodes_of, walk
 from .inplace import Watch, forget, note_copy, settle
 from .layer import Addition, Gate, Padding
 from .merging import BatchNormMerge
-from .operations import ADDITIONS, HANDLERS, TRANSPARENT, FunctionCall
+from .operations import ADDITIONS, HANDLERS, TRANSPARENT, FunctionCall, is_arithmetic, is_training
 from .rules import RatioSplit, SignalTakesAll, Uncrop
 
 # Rules for operations that no composite of Zennit knows about, unless the composite in use has another for them.
@@ -165,7 +165,7 @@ class ResidualCanonizer(Canonizer):
         self.local.__dict__.setdefault('stack', [])
         stack = self._stack()
         if not stack:
-            self.local.counts, self.local.seen = {}, set()
+            self.local.counts, self.local.seen, self.local.known = {}, set(), set()
             self.local.is_grad_enabled = torch.is_grad_enabled()
             composite = self._composite()
             self.local.is_active = composite is None or is_active(composite)
@@ -176,7 +176,9 @@ class ResidualCanonizer(Canonizer):
         # what is inside of a module with a rule must have its own gradient, also if the rule runs it again
         opaque = _is_opaque(module) or (stack[-1].opaque if stack else self._is_inside_opaque(module))
         changes = args[0] if args and getattr(module, 'inplace', False) is True else None
-        stack.append(_Call(module, opaque, self.local.counts.setdefault(module, {}), changes, sys._getframe(1)))
+        carriers = carriers_of(args) if opaque else ()
+        begin = nodes_of(carriers) if carriers else None
+        stack.append(_Call(module, opaque, self.local.counts.setdefault(module, {}), changes, begin, sys._getframe(1)))
 
     def _recover(self):
         '''Forget a forward pass that was interrupted by an exception for which PyTorch runs no hooks.'''
@@ -210,12 +212,15 @@ class ResidualCanonizer(Canonizer):
             settle(output)
             forget()
         carriers = carriers_of((output,))
-        if not call.opaque and self.local.is_active:
-            self._guard(call, carriers)
+        if self.local.is_active:
+            if not call.opaque:
+                self._guard(call, carriers)
+            elif stack and not stack[-1].opaque:
+                self._note(carriers, call.begin)
         if not stack:
             self.interception.leave()
             # nodes keep the tensors of the forward pass
-            self.local.seen = set()
+            self.local.seen, self.local.known = set(), set()
             self._finish(carriers)
 
     def _start(self):
@@ -225,7 +230,7 @@ class ResidualCanonizer(Canonizer):
         self._detach()
         self.eager.pause_compiler()
         if torch.is_grad_enabled():
-            self._check_evaluation()
+            check_evaluation(self.root)
         if self.context is None:
             if self.batch_norm == 'merge':
                 for module in self.names:
@@ -255,18 +260,33 @@ class ResidualCanonizer(Canonizer):
         for owner, name, _ in self.standins.values():
             owner._modules.pop(name, None)
 
-    def _check_evaluation(self):
-        for module, name in self.names.items():
-            if module.training and isinstance(module, (BatchNorm, torch.nn.modules.dropout._DropoutNd)):
-                raise RuntimeError(
-                    f'{name} ({type(module).__name__}) is in training mode, in which the output for one sample depends '
-                    'on chance or on the other samples. Call model.eval() first.'
-                )
-
     # -- what runs in it -----------------------------------------------------------------------------------------------
 
     def look(self, func, args, kwargs):
-        '''Look at a function before :py:meth:`intercept` runs it, and what it changes is copied for rules.'''
+        '''Look at a function before :py:meth:`intercept` runs it, and what it changes is copied for rules.
+
+        Parameters
+        ----------
+        func: callable
+            The function that was called.
+        args: tuple
+            Its positional arguments.
+        kwargs: dict
+            Its keyword arguments.
+
+        Raises
+        ------
+        RuntimeError
+            If what it returns depends on chance or on other samples, as it is called for training.
+        '''
+        stack = self._stack()
+        if stack and self.local.is_active and torch.is_grad_enabled() and is_training(func, args, kwargs):
+            module = stack[-1].module
+            raise RuntimeError(
+                f'{self.names.get(module) or "The model"} ({type(module).__name__}) calls \'{func.__name__}\' for '
+                'training, by which the output for one sample depends on chance or on the other samples. Have it called '
+                'with training=self.training, and call model.eval() first.'
+            )
 
     def intercept(self, func, args, kwargs):
         '''Run a function, through a module that stands for it if it is an operation on relevance.
@@ -321,7 +341,9 @@ class ResidualCanonizer(Canonizer):
         object
             What the function returns.
         '''
+        begin = nodes_of(function.carriers)
         output, check = function(), self._check(call, function.name, reason)
+        self._note(carriers_of((output,)), begin)
         for carrier in carriers_of((output,)):
             carrier.register_hook(check)
         return output
@@ -346,11 +368,21 @@ class ResidualCanonizer(Canonizer):
         return check
 
     def _guard(self, call, outputs):
-        '''Custom autograd functions are not intercepted. Relevance must not reach them.'''
+        '''Custom autograd functions, scripted and mapped ones are not intercepted. Relevance must not reach them.'''
         for node in walk([elem.grad_fn for elem in outputs], self.local.seen):
             source = getattr(node, '_forward_cls', None)
+            if node in self.local.known:
+                continue
             if source is not None and not source.__module__.startswith(('zennit', 'torch.nn.')):
                 node.register_prehook(self._check(call, source.__qualname__, 'it has a backward function of its own'))
+            elif is_arithmetic(node):
+                name = node.name().rpartition('::')[2]
+                node.register_prehook(self._check(call, name, 'it runs in a scripted or mapped function'))
+
+    def _note(self, outputs, begin):
+        '''Do not guard what lies between outputs and the nodes of all inputs that they were computed from.'''
+        if begin is not None:
+            self.local.known.update(walk([elem.grad_fn for elem in outputs], set(begin)))
 
     def _composite(self):
         return None if self.composite is None else self.composite()
@@ -389,6 +421,13 @@ class ResidualCanonizer(Canonizer):
         standin.name = name
         return standin
 
+    def run_standin(self, standin, *carriers):
+        '''Run a stand-in on tensors that carry relevance. What happens inside of it is known.'''
+        begin = nodes_of(carriers)
+        output = standin(*carriers)
+        self._note(carriers_of((output,)), begin)
+        return output
+
     def _hook(self, name, standin):
         composite = self._composite()
         template = None if composite is None else composite.module_map(self.context, name, standin)
@@ -423,7 +462,7 @@ class ResidualCanonizer(Canonizer):
         for key, value in settings.items():
             setattr(standin, key, value)
         standin.function = function.rebind()
-        return standin(*function.carriers)
+        return self.run_standin(standin, *function.carriers)
 
 
 class BlockCanonizer(ResidualCanonizer):
@@ -436,6 +475,7 @@ class BlockCanonizer(ResidualCanonizer):
 
     def look(self, func, args, kwargs):
         '''Note additions.'''
+        super().look(func, args, kwargs)
         stack = self._stack()
         if stack and getattr(func, '__name__', '') in ADDITIONS and len(carriers_of((args, kwargs))) == 2:
             note_addition(stack[-1].module)
@@ -470,14 +510,16 @@ class _Local(threading.local):
 class _Call:
     '''A call of a module, with the number of operations of each kind in all of its calls so far.
 
-    It is known which tensor an activation changes in place, as rules may give it a copy.
+    It is known which tensor an activation changes in place, as rules may give it a copy, and from which nodes of the
+    graph a module begins that a rule covers.
     '''
     # pylint: disable=too-many-arguments
-    def __init__(self, module, opaque, counts, changes, frame):
+    def __init__(self, module, opaque, counts, changes, begin, frame):
         self.module = module
         self.opaque = opaque
         self.counts = counts
         self.changes = changes
+        self.begin = begin
         self.frame = frame
 
 

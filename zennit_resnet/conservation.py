@@ -11,12 +11,11 @@ from contextlib import contextmanager
 
 import torch
 from zennit.core import Composite
-from zennit.types import BatchNorm
 
 from .attribution import initial_relevance
 from .block import GradientTimesInput
 from .causes import CAUSES, precise
-from .core import Eager
+from .core import Eager, check_evaluation
 from .flow import Recorder
 from .image import plot_ledger
 
@@ -423,12 +422,7 @@ def conservation_ledger(model, input, composite=None, attr_output=None, target=N
         if attr_output is not None:
             raise ValueError('attr_output and target exclude each other: choose one')
         attr_output = initial_relevance(target, value)
-    for name, module in model.named_modules():
-        if isinstance(module, (BatchNorm, torch.nn.modules.dropout._DropoutNd)) and module.training:
-            raise RuntimeError(
-                f'{name} ({type(module).__name__}) is in training mode, in which the output for one sample depends on '
-                'chance or on the other samples. Call model.eval() first.'
-            )
+    check_evaluation(model)
     with _registered(model, composite), torch.enable_grad():
         recorder = Recorder(model, composite, len(input))
         try:

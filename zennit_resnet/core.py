@@ -8,6 +8,7 @@ import torch
 from torch._C import DisableTorchFunction
 from torch.utils.checkpoint import CheckpointError
 from zennit.core import Hook, RemovableHandle, RemovableHandleList
+from zennit.types import BatchNorm
 
 from .inplace import keep_version
 from .layer import Operation
@@ -27,6 +28,31 @@ def check_choice(name, value, choices):
 def is_active(composite):
     '''Whether any rule of a composite, or the lack of any, counts.'''
     return not composite.hook_refs or any(hook.active for hook in composite.hook_refs)
+
+
+def varies(module):
+    '''Whether the output of a module for a sample depends on chance or on other samples, as it is in training mode.'''
+    kinds = (BatchNorm, torch.nn.modules.dropout._DropoutNd, torch.nn.RReLU)  # pylint: disable=protected-access
+    # stochastic depth is a module of torchvision, timm, and many networks
+    return module.training and (
+        isinstance(module, kinds) or type(module).__name__.startswith(('Drop', 'StochasticDepth'))
+    )
+
+
+def check_evaluation(model):
+    '''Raise a RuntimeError which names the module if the output of any depends on chance or on other samples.
+
+    Parameters
+    ----------
+    model: :py:obj:`torch.nn.Module`
+        The network.
+    '''
+    for name, module in model.named_modules():
+        if varies(module):
+            raise RuntimeError(
+                f'{name or "The model"} ({type(module).__name__}) is in training mode, in which the output for one '
+                'sample depends on chance or on the other samples. Call model.eval() first.'
+            )
 
 
 def rules_among(hooks):

@@ -65,6 +65,11 @@ def carriers_of(value):
     return [tensor for tensor in tensors_of(value) if tensor.requires_grad]
 
 
+def nodes_of(tensors):
+    '''The nodes at which tensors came out of a graph, without leaves.'''
+    return {tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None}
+
+
 def depends_on(tensor, source):
     '''Whether a tensor was computed from another, or from what that is a copy of, by their graphs.'''
     if tensor.grad_fn is None or not source.requires_grad:

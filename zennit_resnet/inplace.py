@@ -248,4 +248,8 @@ def _changed(name, args, kwargs):
 
 
 def _address(tensor):
-    return tensor.untyped_storage().data_ptr()
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except NotImplementedError:
+        # within torch.vmap, tensors have no storage of their own
+        return id(tensor)
