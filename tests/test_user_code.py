@@ -518,7 +518,9 @@ NOT_TRAINED = {
     'alpha_dropout': F.alpha_dropout,
     'rrelu': F.rrelu,
     'batch_norm': lambda x: F.batch_norm(x, *STATISTICS),
-    'normalization of another kind': lambda x: F.batch_norm(x.flatten(0, 1)[None], None, None, training=True)[0].view_as(x),
+    'normalization of another kind': (
+        lambda x: F.batch_norm(x.flatten(0, 1)[None], None, None, training=True)[0].view_as(x)
+    ),
 }
 
 

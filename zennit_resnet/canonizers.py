@@ -284,8 +284,8 @@ class ResidualCanonizer(Canonizer):
             module = stack[-1].module
             raise RuntimeError(
                 f'{self.names.get(module) or "The model"} ({type(module).__name__}) calls \'{func.__name__}\' for '
-                'training, by which the output for one sample depends on chance or on the other samples. Have it called '
-                'with training=self.training, and call model.eval() first.'
+                'training, by which the output for one sample depends on chance or on the other samples. Have it '
+                'called with training=self.training, and call model.eval() first.'
             )
 
     def intercept(self, func, args, kwargs):

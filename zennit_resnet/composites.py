@@ -65,7 +65,8 @@ class _Transaction:
 class ResNetLRP(_Transaction, LayerMapComposite):
     '''LRP for ResNet (Otsuki et al. 2024): relevance splitting at skip connections, and the z+ rule everywhere else.
 
-    Relevance is conserved: whatever the network, the input relevance sums to the initial relevance.
+    Relevance is conserved: but for concatenation with constants and the like, the input relevance sums to the initial
+    relevance, whatever the network.
 
     Parameters
     ----------

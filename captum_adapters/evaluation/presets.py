@@ -61,7 +61,8 @@ PRESETS: dict[str, Preset] = {
         "LRP for ResNet (Otsuki et al. 2024), Table 1, ImageNet",
         f"{KEIO} LRP [Bach 15] is Captum's, which finds no additions in torchvision's"
         " networks; Zennit's EpsilonPlus with its canonizer is added. The method is run"
-        " as in the text, as in the published code, and with our defaults.",
+        " as in the text (but for the first layer and dead units), as in the published"
+        " code (but for its stabilizer), and with our defaults.",
         {
             "captum_lrp": "LRP",
             "epsilon_plus+zennit": "not in the paper",

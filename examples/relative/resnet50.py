@@ -57,8 +57,9 @@ def main(parser):
         })
         maps[rule, with_bias, addition] = relevance[0]
     write_table(args.out / 'range', f'Range of the classic rules on {name}', rows, [
-        f'Medians over {len(images)} photographs. Magnitudes are those of a computation in double precision. Maps with '
-        'NaN or infinity are those of single precision. The correlation is that between the ranks of pixels in both.',
+        f'Medians (of an even number, the lower one) over {len(images)} photographs. Magnitudes are those of a '
+        'computation in double precision. Maps with NaN or infinity are those of single precision. The correlation is '
+        'that between the ranks of pixels in both.',
     ])
     draw_range(args.out / 'range.png', photos[0], maps, [rule for rule in DRAWN if rule in rules])
 
