@@ -72,7 +72,9 @@ def main():
             for batch in batches:
                 with torch.no_grad():
                     output = loop.classifier.model(batch)
-                for explainer in computation.explainers.values():
+                # methods that only differ in their post-processing have attributions in common
+                distinct = {each.method.attribution: each for each in computation.explainers.values()}
+                for explainer in distinct.values():
                     explainer.attribute(batch, output.argmax(1), [''] * len(batch))
             with torch.no_grad():
                 for size in log.sizes:

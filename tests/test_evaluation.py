@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -31,7 +32,8 @@ from captum_adapters.evaluation import (
     summarize,
 )
 from captum_adapters.evaluation.measures import NAMES
-from captum_adapters.evaluation.methods import Context, group_of, names
+from captum_adapters.evaluation.methods import Context, Explainer, group_of, names
+from captum_adapters.evaluation.records import read_times
 from captum_adapters.metrics import insertion_deletion
 from zennit_resnet.models import load_classifier
 from zennit_resnet.postprocess import heat_quantization
@@ -290,6 +292,83 @@ def test_read_again(assets, whole, tmp_path, world):
     assert (progress.done, progress.total, progress.skipped) == (12 * 7, 12 * 7, 0)
     again = read_run(tmp_path / 'run')
     assert again.samples == whole.samples and list(again.records) == list(whole.records)
+
+
+def test_shared_maps(assets, tmp_path, monkeypatch):
+    '''Methods that only differ in their post-processing share attributions, and have the records of each alone.'''
+    (tmp_path / 'images').mkdir()
+    for number in range(5):
+        source = assets / 'images' / CLASSES[number % 3] / f'{number // 3}.png'
+        shutil.copy(source, tmp_path / 'images' / f'{number}.png')
+    families = (
+        ('resnet_lrp_ratio+abs+c3', 'resnet_lrp_ratio', 'resnet_lrp_ratio+quantize8'),
+        ('epsilon_plus_flat+ratio',), ('epsilon_plus_flat+abs',),
+        ('rise:n_masks=8', 'rise:n_masks=8+c3'), ('random+c3', 'random'),
+    )
+    methods = tuple(name for family in families for name in family)
+    passes, used, pause = [], [], 0.06
+    original, create = Explainer.attribute, blocks.Computation.block
+
+    def attribute(self, images, targets, names):
+        passes.append(self.method.attribution)
+        if self.method.base == 'resnet_lrp_ratio' and '4.png' in names:
+            raise RuntimeError('a strange image')
+        if self.method.base == 'rise':
+            time.sleep(pause)
+        return original(self, images, targets, names)
+
+    def block(*args):
+        used.append(create(*args))
+        return used[-1]
+
+    monkeypatch.setattr(Explainer, 'attribute', attribute)
+    monkeypatch.setattr(blocks.Computation, 'block', block)
+    options = {'data': str(tmp_path / 'images'), 'controls': False, 'batch_size': 3, 'step': 2048}
+    together = run(assets, tmp_path / 'run', methods=methods, **options)
+    # the image of the second block that fails is found by each method for itself
+    assert {name: passes.count(name) for name in passes} == {
+        'resnet_lrp_ratio': 1 + 3 * 3, 'epsilon_plus_flat+ratio': 2, 'epsilon_plus_flat': 2, 'rise:n_masks=8': 2,
+        'random': 2,
+    }
+    assert [each.attributed for each in used] == [{}, {}]
+    # as it costs alone
+    assert min(record.seconds for (_, name), record in together.records.items() if name[:4] == 'rise') >= pause / 3
+
+    alone = {}
+    for name in methods:
+        alone.update(run(assets, tmp_path / name, methods=(name,), **options).records)
+    assert_same(together._replace(records=dict(sorted(alone.items()))), together)
+    for rank in range(2):
+        evaluate(setting(assets, tmp_path / 'two', methods=methods, **options), process=Process(rank, 2), quiet=True)
+    assert_same(read_run(tmp_path / 'two'), together)
+
+    # a method that is missing alone computes its own maps, and so it does for other images than the one before it
+    def forget(*names, sample='%'):
+        for name in names:
+            connection = sqlite3.connect(tmp_path / 'run' / 'records-00000.sqlite')
+            with connection:
+                connection.execute('DELETE FROM records WHERE method = ? AND sample LIKE ?', (name, sample))
+            connection.close()
+
+    forget('rise:n_masks=8+c3', 'random', 'resnet_lrp_ratio+quantize8')
+    forget('resnet_lrp_ratio', sample='1.png')
+    passes.clear()
+    again = run(assets, tmp_path / 'run', methods=methods, **options)
+    assert {name: passes.count(name) for name in passes} == {
+        'resnet_lrp_ratio': 2 + 3, 'rise:n_masks=8': 2, 'random': 2
+    }
+    assert again.records.keys() == together.records.keys()
+    for result in (again, together):
+        # computed without the others of its block
+        result.records.pop(('1.png', 'resnet_lrp_ratio'))
+    assert_same(again, together)
+
+    # shared time counts once in the estimate
+    forget(*families[3], sample='0.png')
+    times = read_times(tmp_path / 'run', again.settings['fingerprint'])
+    left = evaluate(setting(assets, tmp_path / 'run', methods=methods, **options), process=Process(), dry_run=True)
+    costs = [times[name] for name in families[3]]
+    assert left.seconds == pytest.approx(sum(map(sum, costs)) - min(cost[0] for cost in costs))
 
 
 def test_not_finite(assets, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import io
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Callable, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -15,13 +15,28 @@ from torch import Tensor
 from captum_adapters.evaluation.baselines import Context
 from captum_adapters.evaluation.datasets import Loaded, Sample
 from captum_adapters.evaluation.measures import Batch, MetricSettings, measure
-from captum_adapters.evaluation.methods import Method
+from captum_adapters.evaluation.methods import Explained, Method
 from captum_adapters.evaluation.records import Record, RunError
 from captum_adapters.evaluation.settings import Evaluation, adapt, load_other
 from zennit_resnet.models import Classifier
 
 # side of the pictures and heatmaps that are kept for the report
 PICTURE = 112
+
+
+class Attributed(NamedTuple):
+    """Maps of a block before post-processing.
+
+    Attributes:
+
+        rows (list[int]): Images of the block that went through the network together.
+        explained (Explained): Their maps.
+        seconds (float): Time that these took.
+    """
+
+    rows: list[int]
+    explained: Explained
+    seconds: float
 
 
 @dataclass
@@ -39,6 +54,8 @@ class Block:
         scored (Tensor): Class whose score is measured, of shape (n,).
         published (Tensor): The same for published protocols, of shape (n,).
         masks (Tensor): Bool of shape (n, height, width), empty where there is none.
+        attributed (dict): Maps that methods still to come have in common, by
+                :attr:`Method.attribution`.
     """
 
     valid: list[int]
@@ -50,6 +67,7 @@ class Block:
     scored: Tensor = field(default_factory=lambda: torch.empty(0))
     published: Tensor = field(default_factory=lambda: torch.empty(0))
     masks: Tensor = field(default_factory=lambda: torch.empty(0))
+    attributed: dict[str, Attributed] = field(default_factory=dict)
 
 
 class Computation:
@@ -90,6 +108,8 @@ class Computation:
         self.explainers = {
             method.text: method.create(context) for method in methods
         }
+        # the last of the methods that have attributions in common
+        self.last = {method.attribution: method.text for method in methods}
         self.forwards = {
             name: self._forward(explainer.network)
             for name, explainer in self.explainers.items()
@@ -201,6 +221,9 @@ class Computation:
     ) -> list[Record]:
         """Explain some images of a block by a method, and measure that.
 
+        Methods that only differ in their post-processing share the maps before it. The
+        time of these counts for each of them, as if it was the only one.
+
         Args:
 
             method (Method): The method.
@@ -217,12 +240,11 @@ class Computation:
         select = slice(None) if len(rows) == len(block.names) else rows
         images = block.images[select]
         names = [block.names[row] for row in rows]
-        explainer = self.explainers[method.text]
-        self._synchronize()
-        begin = time.perf_counter()
         try:
-            maps, total, initial = explainer(
-                images, block.explained[select], block.output[select], names
+            attributed = self._attribute(method, block, rows)
+            begin = time.perf_counter()
+            maps, total, initial = self.explainers[method.text].process(
+                attributed.explained
             )
         except torch.cuda.OutOfMemoryError as error:
             raise RunError(
@@ -266,7 +288,7 @@ class Computation:
                     None if initial is None else initial[part],
                 )
         self._synchronize()
-        seconds = (middle - begin) / len(rows)
+        seconds = (attributed.seconds + middle - begin) / len(rows)
         metric_seconds = (time.perf_counter() - middle) / len(rows)
         records, found = [], iter(results)
         for row, name in enumerate(names):
@@ -290,6 +312,26 @@ class Computation:
                 )
             )
         return records
+
+    def _attribute(self, method: Method, block: Block, rows: list[int]) -> Attributed:
+        """Maps before post-processing, of this method or one before it."""
+        found = block.attributed.pop(method.attribution, None)
+        # the last digits may depend on which images are computed together
+        if found is None or found.rows != rows:
+            select = slice(None) if len(rows) == len(block.names) else rows
+            self._synchronize()
+            begin = time.perf_counter()
+            explained = self.explainers[method.text].explain(
+                block.images[select],
+                block.explained[select],
+                block.output[select],
+                [block.names[row] for row in rows],
+            )
+            self._synchronize()
+            found = Attributed(rows, explained, time.perf_counter() - begin)
+        if self.last[method.attribution] != method.text:
+            block.attributed[method.attribution] = found
+        return found
 
     def _synchronize(self) -> None:
         """Wait for the device, such that times are what they say."""

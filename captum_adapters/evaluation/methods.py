@@ -66,6 +66,8 @@ class Method:
 
         text (str): The name.
         base (str): The name without options and suffixes.
+        attribution (str): The name without post-processing, which is the same for methods
+                that have their attributions in common.
         group (str): `"ours"`, `"baseline"` or `"control"`.
     """
 
@@ -115,6 +117,9 @@ class Method:
                 f"{self.text}: splitting is for composites of Zennit and classic rules,"
                 f" not for {self.base}"
             )
+        self.attribution = head
+        if self.splitting is not None:
+            self.attribution += f"+{self.splitting}"
         _check_options(self)
 
     @property
@@ -232,7 +237,7 @@ class Explainer:
         output: Tensor,
         names: Sequence[str],
     ) -> Explained:
-        """Compute maps.
+        """Compute maps, and post-process them.
 
         Args:
 
@@ -244,6 +249,19 @@ class Explainer:
         Returns:
             Explained: The maps, which may not be finite.
         """
+        return self.process(self.explain(images, targets, output, names))
+
+    def explain(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        output: Tensor,
+        names: Sequence[str],
+    ) -> Explained:
+        """Compute maps before any post-processing, with the arguments of a call.
+
+        They are the same for all methods that only differ in their post-processing.
+        """
         attributions = self.attribute(images, targets, names)
         total = initial = None
         if self._initial is not None:
@@ -254,6 +272,11 @@ class Explainer:
             maps = F.interpolate(
                 maps[:, None], images.shape[2:], mode="bilinear", align_corners=False
             )[:, 0]
+        return Explained(maps, total, initial)
+
+    def process(self, explained: Explained) -> Explained:
+        """Post-process maps, which are left as they are."""
+        maps = explained.maps
         if self.method.magnitude:
             maps = maps.abs()
         finite = maps.flatten(1).isfinite().all(1)[:, None, None]
@@ -263,7 +286,7 @@ class Explainer:
             for function in self.method.postprocess:
                 # what is not finite can not be processed, and the caller reports it
                 maps = function(maps.where(finite, 0)).where(finite, maps)
-        return Explained(maps, total, initial)
+        return explained._replace(maps=maps)
 
 
 # -- by name ---------------------------------------------------------------------------

@@ -12,7 +12,8 @@ import io
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -241,7 +242,23 @@ class Loop:
         seconds = sum(
             count * sum(times[name]) for name, count in rest.items() if count
         )
-        return self._count(skipped, done, seconds)
+        return self._count(skipped, done, seconds - self._shared(rest, times))
+
+    def _shared(
+        self, rest: Mapping[str, int], times: Mapping[str, tuple[float, float]]
+    ) -> float:
+        """Time of attributions that are computed once for several methods."""
+        groups: dict[str, list[str]] = defaultdict(list)
+        for method in self.methods:
+            if rest[method.text]:
+                groups[method.attribution].append(method.text)
+        seconds = 0.0
+        for names in groups.values():
+            counts = [rest[name] for name in names]
+            # that of the one with the least post-processing
+            shared = min(times[name][0] for name in names)
+            seconds += (sum(counts) - max(counts)) * shared
+        return seconds
 
     def _time(self, names: Sequence[str]) -> dict[str, tuple[float, float]]:
         """Time methods on one image."""
