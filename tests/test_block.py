@@ -224,3 +224,10 @@ def test_errors_and_registration():
         BlockEpsilon(epsilon=-1)
     with pytest.raises(TypeError, match='blocks=3'):
         BlockLRP(blocks=3)
+    with pytest.raises(TypeError, match='layer1.0'):
+        BlockLRP(blocks=('layer1.0',))
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+    with pytest.raises(ValueError, match=r"no module 'layer1.9' in the Sequential, .* '0', '1'"):
+        with BlockLRP(blocks=['1', 'layer1.9']).context(model):
+            raise AssertionError('there is no such block')
+    assert not model._forward_pre_hooks

@@ -432,6 +432,16 @@ def test_nested(outside, create):
 
 # -- batches -----------------------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize('create', [ResNetLRP, lambda: ResNetLRP('symmetric', first_layer='ones')])
+def test_empty_batch(create):
+    '''No images have no relevance, as they have no gradient.'''
+    model, input = network(), torch.zeros(0, 3, 8, 8, requires_grad=True)
+    with create().context(model):
+        output = model(input)
+        relevance, = torch.autograd.grad(output, input, torch.ones_like(output))
+    assert relevance.shape == input.shape
+
+
 def test_nan_in_batch():
     '''An image of NaN does not change the relevance of others.'''
     model, input = network(), torch.randn(2, 3, 8, 8)

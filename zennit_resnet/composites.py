@@ -347,13 +347,17 @@ class BlockLRP(_Transaction, Composite):
     ------
     TypeError
         If ``blocks`` is none of the above.
+    ValueError
+        When it is registered, if the network has no module of a name in ``blocks``.
     '''
     propagates = 'gradient'
 
     def __init__(self, epsilon=1e-6, mode='sign', blocks=None, layer_map=None, canonizers=None):
         is_types = isinstance(blocks, type) or isinstance(blocks, tuple)
         is_names = isinstance(blocks, (list, set))
-        if blocks is not None and not is_types and not is_names and not callable(blocks):
+        if isinstance(blocks, tuple) and not all(isinstance(elem, type) for elem in blocks) or (
+            blocks is not None and not is_types and not is_names and not callable(blocks)
+        ):
             raise TypeError(f'blocks={blocks!r} is not a type, a tuple of types, a list of names or a predicate!')
         self.blocks = blocks
         self.find_block = (
@@ -371,6 +375,29 @@ class BlockLRP(_Transaction, Composite):
         ]
         canonizers = [] if canonizers is None else list(canonizers)
         super().__init__(module_map=self.mapping, canonizers=[*canonizers, BlockCanonizer()])
+
+    def register(self, module):
+        '''Apply all canonizers and register all hooks to a module and its children.
+
+        Parameters
+        ----------
+        module: :py:obj:`torch.nn.Module`
+            The module.
+
+        Raises
+        ------
+        ValueError
+            If the module has no children of the names that were given as ``blocks``.
+        '''
+        if isinstance(self.blocks, (list, set)):
+            names = dict(module.named_modules())
+            missing = sorted(name for name in self.blocks if name not in names)
+            if missing:
+                raise ValueError(
+                    f'blocks: there is no module {missing[0]!r} in the {type(module).__name__}, its modules are named '
+                    f'as in {", ".join(repr(name) for name in list(names)[1:4])}, ... (model.named_modules())'
+                )
+        super().register(module)
 
     # pylint: disable=unused-argument
     def mapping(self, ctx, name, module):

@@ -199,6 +199,9 @@ class _Propagate(torch.autograd.Function):
                 'checkpoint modules instead of functions, or turn it off.'
             ) from error
         stored = [elem.to(relevance.dtype) if elem.is_floating_point() else elem for elem in stored]
+        if not relevance.numel():
+            # an empty batch
+            return None, None, None, None, None, *(relevance.new_zeros(shape) for shape in ctx.shapes)
         with torch.autocast(relevance.device.type, enabled=False):
             lower = ctx.rule.propagate(ctx.module, stored, relevance)
         # inputs may have been broadcast to the shape of the output, and the last ones may receive nothing

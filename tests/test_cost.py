@@ -1,0 +1,40 @@
+'''What explanations cost, by the number of multiplications: times are for benchmarks.'''
+import pytest
+import torch
+from test_networks import build_torchvision
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from zennit.attribution import Gradient
+
+from zennit_resnet import BlockLRP, RelativeLRP, ResNetLRP, initial_relevance
+
+
+class Counter(TorchDispatchMode):
+    '''Counts the operations of convolutions and matrix products.'''
+    def __init__(self):
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=output)
+        return output
+
+
+@pytest.mark.parametrize('name', ['resnet50', 'vgg16_bn'])
+def test_operations(name):
+    '''Ratio and symmetric splitting need three convolutions where a gradient needs two, the others no more than it.'''
+    model, flops = build_torchvision(name).eval(), {}
+    for label, composite in {
+        'gradient': None, 'ratio': ResNetLRP(), 'symmetric': ResNetLRP('symmetric'), 'relative': RelativeLRP(),
+        'block': BlockLRP(),
+    }.items():
+        with Counter() as counter, Gradient(model=model, composite=composite) as attributor:
+            attributor(torch.randn(1, 3, 64, 64), initial_relevance(0))
+        flops[label] = counter.flops
+    ratios = {label: count / flops['gradient'] for label, count in flops.items()}
+    assert flops['gradient'] > 0
+    assert ratios['ratio'] <= 1.55 and ratios['symmetric'] <= 1.55
+    assert ratios['relative'] <= 1.001 and ratios['block'] <= 1.001
