@@ -84,10 +84,11 @@ def main():
                 continue
         model, images, plain = build(name)
         found = {label: explain(model, images, plain, create()) for label, create in COMPOSITES.items()}
-        texts = set(found.values())
-        result = ', '.join(f'{label}: {text}' for label, text in found.items() if text) if len(texts) > 1 else texts.pop()
-        results[result or 'conserved'] += 1
-        print(f'{name:40} {images.shape[-1]:4} {result or "conserved"}', flush=True)
+        result = found['ratio'] or 'conserved'
+        if len(set(found.values())) > 1:
+            result = ', '.join(f'{label}: {text or "conserved"}' for label, text in found.items())
+        results[result] += 1
+        print(f'{name:40} {images.shape[-1]:4} {result}', flush=True)
     print('\n'.join(f'{count:5} {result}' for result, count in results.most_common()))
 
 
