@@ -30,6 +30,14 @@ from zennit_resnet.messages import one_line
 # Tables of columns that are the same by all protocols
 TOPICS = {
     "Top pixels": ("accuracy", "cross_accuracy", "pointing", "distance"),
+    "Attention": (
+        "attention_coverage",
+        "attention_precision",
+        "attention_correct",
+        "attention_insufficient",
+        "attention_over",
+        "attention_wrong",
+    ),
     "Ties": ("tied_share", "distinct_levels", "negative"),
     "Conservation": ("gap", "relevance_sum", "initial"),
 }

@@ -22,6 +22,7 @@ from captum_adapters.metrics import (
 )
 from captum_adapters.metrics._perturbed import count_grid
 from captum_adapters.metrics.ranking import PERCENTS
+from zennit_resnet.postprocess import attention_errors
 
 
 class Column(NamedTuple):
@@ -93,6 +94,37 @@ COLUMNS: dict[str, Column] = {
     ),
     "distance_chance": Column(
         "Mean distance", None, "default", "Mean distance of all pixels to the mask."
+    ),
+    "attention_coverage": Column(
+        "Covered",
+        None,
+        "default",
+        "Share of the object that is attended: where the map is above its mean.",
+    ),
+    "attention_precision": Column(
+        "Focused", None, "default", "Share of what is attended that is on the object."
+    ),
+    "attention_correct": Column(
+        "Correct",
+        "higher",
+        "default",
+        "Share of images where half of the object is attended, and half of what is"
+        " attended is on the object.",
+    ),
+    "attention_insufficient": Column(
+        "Insufficient",
+        None,
+        "default",
+        "Share of images where only the first is not so: too little is attended.",
+    ),
+    "attention_over": Column(
+        "Over",
+        None,
+        "default",
+        "Share of images where only the second is not so: too much is attended.",
+    ),
+    "attention_wrong": Column(
+        "Wrong", None, "default", "Share of images where neither is so."
     ),
     "gap": Column(
         "Gap",
@@ -337,6 +369,21 @@ def _distance(
     )
 
 
+def _attention(
+    forward: Forward, batch: Batch, maps: Tensor, settings: MetricSettings
+) -> Scores:
+    """Types of errors of what is attended."""
+    result = attention_errors(maps, batch.masks)._asdict()
+    missing = result["coverage"].isnan()
+    return Scores(
+        {
+            f"attention_{name}": value.double().masked_fill(missing, math.nan)
+            for name, value in result.items()
+        },
+        {},
+    )
+
+
 METRICS: dict[str, Callable[[Forward, Batch, Tensor, MetricSettings], Scores]] = {
     "insertion_deletion": _insertion_deletion,
     "rise": _published("rise"),
@@ -345,12 +392,13 @@ METRICS: dict[str, Callable[[Forward, Batch, Tensor, MetricSettings], Scores]] =
     "cross": _cross,
     "pointing": _pointing,
     "distance": _distance,
+    "attention": _attention,
 }
 # conservation is measured on relevance before any post-processing, by whom computes it
 NAMES = (*METRICS, "conservation")
 DEFAULT = ("insertion_deletion", "conservation")
 # not defined without a mask
-MASKED = ("pointing", "distance")
+MASKED = ("pointing", "distance", "attention")
 
 
 def check_metrics(names: Sequence[str]) -> None:
