@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -29,6 +30,7 @@ from captum_adapters.evaluation import (
     blocks,
     evaluate,
     read_run,
+    runner,
     summarize,
 )
 from captum_adapters.evaluation.measures import NAMES
@@ -469,6 +471,108 @@ def test_dry_run(assets, whole, tmp_path):
     assert before.seconds > 0
     after = evaluate(setting(assets, whole.folder), process=Process(), quiet=True, dry_run=True)
     assert (after.total, after.done, after.seconds) == (84, 84, 0)
+
+
+def test_compile(assets, whole, tmp_path, monkeypatch):
+    '''The network is compiled for metrics if that is chosen, with batches of one size, which changes no record.'''
+    compiled, sizes = [], []
+
+    def compile(function, **options):
+        compiled.append(options)
+
+        def network(images):
+            sizes.append(len(images))
+            return function(images)
+
+        return network
+
+    monkeypatch.setattr(torch, 'compile', compile)
+    options = {'methods': ('random',), 'controls': False, 'limit': 2}
+    run(assets, tmp_path / 'run', **options)
+    assert not compiled
+    result = run(assets, tmp_path / 'compiled', **options, compile=True)
+    assert compiled == [{'dynamic': False, 'options': {'freezing': True}}]
+    assert set(sizes) == {16}
+    assert len(result.records) == 2
+    for key, record in result.records.items():
+        assert list(record.values) == list(whole.records[key].values)
+        for name, value in record.values.items():
+            assert value == pytest.approx(whole.records[key].values[name], abs=1e-5), name
+
+
+def test_progress(assets, tmp_path, monkeypatch, capsys):
+    '''Off a terminal, progress is plain lines with rate and remaining time, of the first process alone.'''
+    monkeypatch.setattr(runner, 'LINE_SECONDS', 0.)
+    options = {'methods': ('random',), 'metrics': ('conservation',), 'controls': False, 'limit': 6, 'batch_size': 1}
+    evaluate(setting(assets, tmp_path / 'run', **options), process=Process(1, 2))
+    assert capsys.readouterr().err == ''
+    evaluate(setting(assets, tmp_path / 'run', **options), process=Process(0, 2))
+    error = capsys.readouterr().err
+    assert '\r' not in error
+    number = r'[\d.]+ ?'
+    lines = re.findall(
+        rf'^maps by 1 of 2: .*\| ([1-3])/3 \[[\d:]+<[\d:]+, +{number}(?:map/s|s/map)\]$', error, re.MULTILINE
+    )
+    assert lines[:2] == ['1', '2'] and lines[-1] == '3', error
+    evaluate(setting(assets, tmp_path / 'quiet', **options), process=Process(), quiet=True)
+    assert capsys.readouterr().err == ''
+
+
+@pytest.mark.parametrize('seconds', [0., math.inf])
+def test_commit_seconds(assets, tmp_path, monkeypatch, seconds):
+    '''What took long is committed before the next method of the same images starts.'''
+    monkeypatch.setattr(runner, 'COMMIT_SECONDS', seconds)
+    original, found = Explainer.attribute, []
+
+    def attribute(self, *args):
+        if self.method.base == 'constant':
+            found.extend(read_run(tmp_path / 'run').records)
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    monkeypatch.setattr(Explainer, 'attribute', attribute)
+    options = {'methods': ('random', 'constant'), 'metrics': ('conservation',), 'controls': False, 'limit': 2}
+    with pytest.raises(KeyboardInterrupt):
+        run(assets, tmp_path / 'run', **options)
+    assert {method for _, method in found} == ({'random'} if seconds == 0 else set())
+    # at the end, whatever is complete is committed anyway
+    assert {method for _, method in read_run(tmp_path / 'run').records} == {'random'}
+
+
+def test_attention(assets, tmp_path):
+    '''Maps are sorted by the attention that they pay to the object, as 0 or 1 for each image with a mask.'''
+    images = tmp_path / 'images'
+    shutil.copytree(assets / 'images' / 'circle', images)
+    mask = np.zeros((SIZE, SIZE), dtype=np.uint8)
+    for name, side in (('center', 32), ('corner', 8)):
+        mask[:] = 0
+        start = (SIZE - side) // 2 if name == 'center' else 0
+        mask[start:start + side, start:start + side] = 255
+        Image.fromarray(mask).save(images / f'{name}.png')
+    (images / 'manifest.csv').write_text('image,mask\n0.png,center.png\n1.png,corner.png\n2.png,\n')
+    result = run(
+        assets, tmp_path / 'run', data=str(images / 'manifest.csv'), methods=('gaussian:sigma=0.1', 'constant'),
+        metrics=('attention',), controls=False,
+    )
+    types = ('correct', 'insufficient', 'over', 'wrong')
+
+    def found(image, method):
+        values = result.records[image, method].values
+        return [name for name in types if values[f'attention_{name}'] == 1]
+
+    assert found('0.png', 'gaussian:sigma=0.1') == ['correct']
+    assert found('1.png', 'gaussian:sigma=0.1') == ['wrong']
+    assert found('0.png', 'constant') == found('1.png', 'constant') == ['insufficient']
+    values = result.records['0.png', 'gaussian:sigma=0.1'].values
+    heatmap = result.records['0.png', 'gaussian:sigma=0.1'].heatmap / 127
+    attended = heatmap > heatmap.mean()
+    inside = attended[16:48, 16:48].sum()
+    assert values['attention_coverage'] == pytest.approx(inside / 32 ** 2, abs=0.05)
+    assert values['attention_precision'] == pytest.approx(inside / attended.sum(), abs=0.05)
+    without = result.records['2.png', 'constant'].values
+    assert all(math.isnan(without[f'attention_{name}']) for name in (*types, 'coverage', 'precision'))
+    table = summarize([result], n_resamples=99).table('markdown')
+    assert '## Attention' in table and 'Insertion' not in table
 
 
 def test_no_masks(assets, tmp_path, capsys):

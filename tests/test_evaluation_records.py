@@ -241,6 +241,24 @@ def test_read_only(folder):
         folder.chmod(0o700)
 
 
+def test_read_only_file(folder, monkeypatch):
+    '''So is a file that can not be written, also for root, and it is not taken for a damaged one.'''
+    write(folder, record('a'))
+    connect = sqlite3.connect
+
+    def read_only(path, **options):
+        return connect(f'{path.as_uri()}?mode=ro', uri=True, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite3, 'connect', read_only)
+        message = r'cannot write to .*run \(attempt to write a readonly database\): what was written before is kept'
+        with pytest.raises(RunError, match=message) as info:
+            Writer(folder, 0, KEY)
+    assert '\n' not in str(info.value)
+    assert [path.name for path in folder.glob('*.sqlite')] == ['records-00000.sqlite']
+    assert list(read_run(folder).records) == [('a', 'a')]
+
+
 def test_not_writable(tmp_path):
     '''A folder that can not be made is an error.'''
     (tmp_path / 'file').write_text('')

@@ -48,6 +48,8 @@ from zennit_resnet.models import load_classifier
 
 # records are committed after a method at the latest, if as many seconds have passed
 COMMIT_SECONDS = 5.0
+# at least between two lines of progress, if there is no terminal
+LINE_SECONDS = 60.0
 
 
 class Process(NamedTuple):
@@ -345,7 +347,7 @@ class Loop:
             unit="map",
             desc=f"maps{others}",
             disable=self.quiet,
-            mininterval=0.1 if terminal else 60.0,
+            mininterval=0.1 if terminal else LINE_SECONDS,
             maxinterval=10.0 if terminal else 600.0,
             ascii=None if terminal else True,
             # a new line for each state instead of overwriting the last one
