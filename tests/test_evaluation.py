@@ -1,4 +1,5 @@
 '''Tests for the evaluation of methods on a data set: its loop, processes, resuming, methods and metrics.'''
+import importlib.metadata
 import io
 import json
 import math
@@ -192,7 +193,7 @@ def test_resume(assets, whole, tmp_path, monkeypatch):
     assert len(calls) == 12 + 3 * 7 - 11
 
 
-def test_other_run(assets, whole, tmp_path):
+def test_other_run(assets, whole, tmp_path, monkeypatch):
     '''A folder with another run is refused, with what differs.'''
     folder = tmp_path / 'run'
     shutil.copytree(whole.folder, folder)
@@ -223,6 +224,14 @@ def test_other_run(assets, whole, tmp_path):
     shutil.copy(assets / 'images' / 'circle' / '0.png', images / 'circle' / '00.png')
     with pytest.raises(RunError, match='differs in manifest'):
         run(assets, folder, data=str(images))
+    version, load = importlib.metadata.version, runner.load_classifier
+    with monkeypatch.context() as patch, pytest.raises(RunError, match=r'differs in torch \(.*, now 0\.4\)'):
+        patch.setattr(importlib.metadata, 'version', lambda name: '0.4' if name == 'torch' else version(name))
+        run(assets, folder)
+    with monkeypatch.context() as patch, pytest.raises(RunError, match=r'differs in mean \(0\.48.*, now 0\.5, 0\.5'):
+        mean = torch.full((3, 1, 1), 0.5)
+        patch.setattr(runner, 'load_classifier', lambda *args: load(*args)._replace(mean=mean))
+        run(assets, folder)
     assert sorted((path.name, path.stat().st_mtime_ns) for path in folder.iterdir()) == before
     # how it is computed, and where the data is, does not matter
     shutil.copytree(assets / 'images', tmp_path / 'moved')
