@@ -482,6 +482,27 @@ def test_dry_run(assets, whole, tmp_path):
     assert (after.total, after.done, after.seconds) == (84, 84, 0)
 
 
+@pytest.mark.parametrize('amp, channels_last', [(None, True), ('bfloat16', False), ('bfloat16', True)])
+def test_precision(assets, tmp_path, monkeypatch, amp, channels_last):
+    '''Passes of metrics and RISE are in the precision that is chosen, others in single, all in the memory format.'''
+    seen, original = [], torch.nn.Conv2d._conv_forward
+
+    def convolve(self, *args):
+        output = original(self, *args)
+        if self.in_channels == 3:
+            seen.append((output.dtype, output.is_contiguous(memory_format=torch.channels_last)))
+        return output
+
+    monkeypatch.setattr(torch.nn.Conv2d, '_conv_forward', convolve)
+    run(
+        assets, tmp_path / 'run', methods=('input_x_gradient', 'rise:n_masks=8'), controls=False, limit=1, step=4096,
+        amp=amp, channels_last=channels_last,
+    )
+    # after a check at loading: prediction and gradient; then metrics of the first method, RISE, and its metrics
+    single, chosen = (torch.float32, channels_last), (getattr(torch, amp or 'float32'), channels_last)
+    assert seen[1:] == [single, single, chosen, chosen, chosen]
+
+
 def test_compile(assets, whole, tmp_path, monkeypatch):
     '''The network is compiled for metrics if that is chosen, with batches of one size, which changes no record.'''
     compiled, sizes = [], []
