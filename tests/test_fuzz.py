@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 from test_properties import PROFILE
-from torchvision.models import resnet18
+from torchvision.models import get_model, get_model_weights, resnet18
 
 from zennit_resnet.cli import main
 from zennit_resnet.image import read_image
@@ -569,6 +569,67 @@ def test_damaged_weights(tmp_path_factory, kind, how):
         load_classifier(SMALL_MODEL, path, SIZE)
     assert_one_line(str(info.value))
     assert not (folder / 'marker').exists()
+
+
+@pytest.fixture(name='checkpoints')
+def fixture_checkpoints(tmp_path, monkeypatch):
+    '''Where torchvision looks for weights before it downloads them, which it can not.'''
+    monkeypatch.setattr(torch.hub, '_hub_dir', None)
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
+    monkeypatch.setattr('torch.hub.download_url_to_file', lambda *args, **kwargs: pytest.fail('it is not found'))
+    folder = tmp_path / 'torch' / 'hub' / 'checkpoints'
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_bad_named_weights(checkpoints, tmp_path):
+    '''No code is run of a file in the place of a download, and one line tells to delete what is not as it should be.'''
+    path, marker = checkpoints / 'resnet18-f37072fd.pth', tmp_path / 'marker'
+    state, bad = resnet18().state_dict(), Malicious(marker)
+    odd = resnet18().state_dict()
+    odd._metadata = 3
+    unsafe, other, misfit = 'loaded safely', 'not a state dict', 'do not fit the model resnet18'
+    files = [
+        (saved({**state, 'w': bad}), unsafe), (saved({'w': bad}, _use_new_zipfile_serialization=False), unsafe),
+        (pickle.dumps(bad), unsafe), (b'', unsafe), (saved(state)[:999], unsafe), (saved([bad]), unsafe),
+        (saved(3), other), (saved({**state, 'w': 3}), other), (saved({'w': torch.ones(2)}), misfit),
+        (saved({**state, 'fc.bias': torch.ones(4)}), misfit), (saved(odd), misfit),
+        (saved({'w': torch.ones(1).expand(10 ** 12)}), 'no dense tensor'),
+    ]
+    for content, message in files:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message) as info, warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            load_classifier('resnet18', 'IMAGENET1K_V1')
+        assert_one_line(str(info.value))
+        assert str(path) in str(info.value) and 'delete this file' in str(info.value)
+        assert not marker.exists()
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'densenet121', 'googlenet'])
+def test_named_weights(checkpoints, name):
+    '''Networks are those of torchvision, with whatever comes with their weights.'''
+    torch.manual_seed(0)
+    entry = get_model_weights(name).DEFAULT
+    kwargs = {'init_weights': False, 'aux_logits': True} if name == 'googlenet' else {}
+    # densenets were written with other keys
+    state = {
+        re.sub(r'(denselayer\d+\.(?:norm|conv))', r'\1.', key): value
+        for key, value in get_model(name, **kwargs).state_dict().items() if 'num_batches' not in key
+    }
+    torch.save(state, checkpoints / Path(entry.url).name)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        expected = get_model(name, weights=entry).eval()
+        classifier = load_classifier(name, 'DEFAULT')
+    assert str(classifier.model) == str(expected) and classifier.classes == entry.meta['categories']
+    weights = classifier.model.state_dict()
+    assert weights.keys() == expected.state_dict().keys()
+    assert all(torch.equal(weights[key], value) for key, value in expected.state_dict().items())
+    for key in ('aux_logits', 'transform_input'):
+        assert getattr(classifier.model, key, None) == getattr(expected, key, None)
+    # nothing of torchvision has changed
+    assert get_model_weights(name).DEFAULT is entry and 'get_state_dict' not in vars(entry)
 
 
 def test_infinite_weights(run, good, tmp_path, tiny):

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlparse
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ DEFAULT_SIZE = 224
 SUFFIXES = ('.pt', '.pth', '.safetensors')
 LARGEST_VIEW = 2 ** 30
 SAVE = 'save them with torch.save(model.state_dict(), path)'
+AGAIN = 'delete this file, and it is downloaded again'
 # Keys under which training scripts commonly store the state dict beside other things
 WRAPPERS = ('state_dict', 'model_state_dict', 'model')
 # These have auxiliary classifiers, which only the state dict knows, and warn unless told about their initialization
@@ -194,12 +196,24 @@ def _load_named(name, weights, size):
         raise ValueError(f'--size is for local weights, but the weights {weights!r} bring their own preprocessing')
     if not entry.meta.get('categories'):
         raise ValueError(f'the weights {weights!r} of {name} cannot classify: choose others')
+    path = Path(torch.hub.get_dir(), 'checkpoints', os.path.basename(urlparse(entry.url).path))
     try:
-        model = get_model(name, weights=entry)
-    except (OSError, RuntimeError) as error:
+        # by default, torchvision runs whatever code is in the file
+        state = entry.get_state_dict(map_location='cpu', check_hash=True, weights_only=True)
+    except Exception as error:  # anything may be raised for anything in the file
+        if path.exists() and not isinstance(error, OSError):
+            raise ValueError(f'the weights {path} are not a state dict that can be loaded safely: {AGAIN}') from error
         raise ValueError(
             f'cannot download the weights {weights!r} of {name} ({one_line(error)}): use --weights with a local file'
         ) from error
+    _check_state(path, state, AGAIN)
+    # a copy of the entry, since builders know what else changes with the weights, but would load them by themselves
+    loaded = object.__new__(type(entry))
+    vars(loaded).update(vars(entry), get_state_dict=lambda **kwargs: state)
+    try:
+        model = get_model(name, weights=loaded)
+    except Exception as error:
+        raise ValueError(f'the weights {path} do not fit the model {name}: {AGAIN}') from error
     transform = entry.transforms()
     return _classifier(model, entry.meta['categories'], transform, transform.mean, transform.std)
 
@@ -295,19 +309,26 @@ def _read_state(path):
     for key in WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
+    _check_state(path, state, SAVE)
+    # torch.nn.DataParallel puts a prefix before each key
+    return {key.removeprefix('module.'): value for key, value in state.items()}, classes
+
+
+def _check_state(path, state, advice):
+    '''Refuse what is not a state dict of numbers.'''
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
     ):
-        raise ValueError(f'the weights {path} are not a state dict: {SAVE}')
+        raise ValueError(f'the weights {path} are not a state dict: {advice}')
     for key, value in state.items():
         # views of a few numbers may pretend to be of any size, more than the memory can hold
         if (value.layout != torch.strided or value.is_quantized or value.is_complex() or value.is_meta
                 or value.nbytes > max(value.untyped_storage().nbytes(), LARGEST_VIEW)):
-            raise ValueError(f'the weights {path} hold {key} in a form that is no dense tensor of real numbers: {SAVE}')
+            raise ValueError(
+                f'the weights {path} hold {key} in a form that is no dense tensor of real numbers: {advice}'
+            )
         if value.is_floating_point() and value.float().isnan().any():
             raise ValueError(f'the weights {path} are broken: {key} holds NaN')
-    # torch.nn.DataParallel puts a prefix before each key
-    return {key.removeprefix('module.'): value for key, value in state.items()}, classes
 
 
 def _parse_classes(text):
