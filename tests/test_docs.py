@@ -1,8 +1,11 @@
-'''All code in the documentation runs, all links lead somewhere, and the reference is complete.'''
+'''All code in the documentation runs, commands and links are right, and the reference is complete.'''
 import importlib
 import re
+import shlex
+from contextlib import suppress
 from pathlib import Path
 
+import click
 import pytest
 from zennit.composites import COMPOSITES
 
@@ -10,10 +13,29 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / 'docs'
 PAGES = sorted(path for path in [ROOT / 'README.md', *DOCS.glob('**/*.md')] if '_build' not in path.parts)
 TEXTS = {path: path.read_text(encoding='utf-8') for path in PAGES}
-BLOCK = re.compile(r'^```python\n(.*?)^```$', re.S | re.M)
+BLOCK = re.compile(r'^```(?:python|py)\n(.*?)^```$', re.S | re.M)
+SHELL = re.compile(r'^```(?:sh|bash|shell|console)\n(.*?)^```$', re.S | re.M)
+COMMAND = re.compile(r'(?:python|torchrun .*?) -m (zennit_resnet|captum_adapters) (.*)')
 BLOCKS = [
     pytest.param(match.group(1), id=f'{path.relative_to(ROOT).as_posix()}-{num}')
     for path, text in TEXTS.items() for num, match in enumerate(BLOCK.finditer(text))
+]
+
+
+def commands(block):
+    '''Packages and arguments of all commands of this project in a block for the shell.'''
+    block = re.sub(r'\\\n *', '', block)
+    variables = dict(re.findall(r'^(\w+)="([^"]*)"$', block, re.M))
+    # of any other variable, the value is no option
+    block = re.sub(r'\$\{.*?\}|\$(\w+)', lambda match: variables.get(match.group(1), 'value'), block)
+    for package, line in COMMAND.findall(block):
+        # a command may itself be in quotes
+        yield package, shlex.split(line.rstrip("'"), comments=True)
+
+
+COMMANDS = [
+    pytest.param(*found, id=f'{path.relative_to(ROOT).as_posix()}-{" ".join(found[1])}')
+    for path, text in TEXTS.items() for block in SHELL.findall(text) for found in commands(block)
 ]
 PACKAGES = (
     'zennit_resnet', 'captum_adapters.attr', 'captum_adapters.abn', 'captum_adapters.metrics',
@@ -30,7 +52,8 @@ def page_id(path):
 @pytest.mark.parametrize('block', BLOCKS)
 def test_block(block, tmp_path, monkeypatch):
     '''Each block is complete. Those for optional packages are skipped without them.'''
-    for name in re.findall('^ *(?:import|from) (quantus|torchmetrics|torchcam|timm)', block, re.M):
+    optional = r'^ *(?:import|from) (quantus|torchmetrics|torchcam|timm|captum\.insights\.\w+)'
+    for name in re.findall(optional, block, re.M):
         pytest.importorskip(name)
     # blocks may write files, and register composites
     monkeypatch.chdir(tmp_path)
@@ -46,9 +69,19 @@ def test_block(block, tmp_path, monkeypatch):
 @pytest.mark.parametrize('path', PAGES, ids=page_id)
 def test_all_blocks_run(path):
     '''No block of Python is written such that it is not found above.'''
-    written = re.findall(r'^[ >]*(?:```+|~~~+) *(?:\{[\w-]+\} *)?(?:python|pycon|ipython)', TEXTS[path], re.M | re.I)
+    written = re.findall(r'^[ >]*(?:```+|~~~+) *(?:\{[\w-]+\} *)?(?:py|ipy)', TEXTS[path], re.M | re.I)
     assert len(written) == len(BLOCK.findall(TEXTS[path]))
     assert not re.search(r'^ *>>> ', TEXTS[path], re.M)
+
+
+@pytest.mark.parametrize('package, args', COMMANDS)
+def test_command(package, args):
+    '''Commands have all options that they are given, with values of the right types.'''
+    main = importlib.import_module(f'{package}.cli').main
+    # what --help and --list end with
+    with suppress(click.exceptions.Exit), click.Context(main) as context:
+        name, command, args = main.resolve_command(context, args)
+        command.make_context(name, args, context)
 
 
 @pytest.mark.parametrize('path', PAGES, ids=page_id)
