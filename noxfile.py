@@ -28,11 +28,16 @@ FOREIGN = ('examples/', 'docs/', 'benchmarks/', 'tests/', '.npz', '.safetensors'
 @nox.parametrize('zennit', ZENNITS)
 def tests(session, zennit):
     '''Run the tests, with each Python and each line of Zennit.'''
+    skip_unsupported(session, zennit)
+    session.install('-e', '.[test]', f'zennit=={zennit}')
+    session.run('python', '-m', 'pytest', '-n', 'auto', *session.posargs, env=QUIET)
+
+
+def skip_unsupported(session, zennit):
+    '''Skip a session if its Python is too old for this line of Zennit.'''
     version = session.run('python', '-c', 'import sys; print(*sys.version_info[:3])', silent=True)
     if zennit == '1.0.0' and tuple(map(int, version.split())) < FIRST:
         session.skip(f'Zennit {zennit} needs Python {".".join(map(str, FIRST))}')
-    session.install('-e', '.[test]', f'zennit=={zennit}')
-    session.run('python', '-m', 'pytest', '-n', 'auto', *session.posargs, env=QUIET)
 
 
 @nox.session(python='3.10')
@@ -74,31 +79,23 @@ def coverage(session):
 
 @nox.session
 def build(session):
-    '''Build wheel and sdist, and use the wheel in an environment that has nothing else.'''
-    dist, folder = Path(session.create_tmp()) / 'dist', Path(session.create_tmp()) / 'elsewhere'
-    for path in (dist, folder):
-        shutil.rmtree(path, ignore_errors=True)
-    folder.mkdir(parents=True)
+    '''Build wheel and sdist, and check what is in them.'''
+    dist = session.cache_dir / 'dist'
+    shutil.rmtree(dist, ignore_errors=True)
     session.install('build', 'twine')
     session.run('python', '-m', 'build', '--outdir', str(dist))
-    (wheel,), (sdist,) = dist.glob('*.whl'), dist.glob('*.tar.gz')
+    wheel, sdist = find_archives(session)
     session.run('twine', 'check', '--strict', str(wheel), str(sdist))
     check_contents(session, wheel, sdist)
 
-    session.install(f'{wheel}[examples]')
-    # an environment that is used again may have an older build of the same version
-    session.install('--force-reinstall', '--no-deps', str(wheel))
-    # elsewhere, as the checkout would be imported in its own folder
-    with session.chdir(folder):
-        code = 'import captum_adapters.attr, captum_adapters.evaluation, captum_adapters.metrics as last; print(last)'
-        if 'site-packages' not in session.run('python', '-c', code, silent=True):
-            session.error('this is not the wheel')
-        session.run('python', '-m', 'zennit_resnet', '--version')
-        session.run('python', '-m', 'captum_adapters', '--help', silent=True)
-        weights, photo = ASSETS / 'resnet50_imagenette.safetensors', ASSETS / 'photos' / 'gc_cathedral.jpg'
-        session.run('python', '-m', 'zennit_resnet', 'explain', str(photo), '--weights', str(weights), '--out', '.')
-        if not list(Path().glob('gc_cathedral*.png')):
-            session.error('there is no heatmap')
+
+def find_archives(session):
+    '''Wheel and sdist of the last build.'''
+    dist = (session.cache_dir / 'dist').resolve()
+    archives = [path for suffix in ('*.whl', '*.tar.gz') for path in dist.glob(suffix)]
+    if len(archives) != 2:
+        session.error(f'there is no wheel and sdist in {dist}: run nox -s build first')
+    return archives
 
 
 def check_contents(session, wheel, sdist):
@@ -120,8 +117,42 @@ def check_contents(session, wheel, sdist):
             session.error(f'{kind}: missing {sorted(missing)}, foreign {sorted(foreign)}')
 
 
+@nox.session(python=PYTHONS)
+@nox.parametrize('zennit', ZENNITS)
+def smoke(session, zennit):
+    '''Use what was built in environments that have nothing else, with each Python and each line of Zennit.'''
+    skip_unsupported(session, zennit)
+    wheel, sdist = find_archives(session)
+    # what is built from the sdist is the same for both lines of Zennit
+    for archive in (wheel, sdist) if zennit == ZENNITS[0] else (wheel,):
+        session.install(f'{archive}[examples]', f'zennit=={zennit}')
+        # an environment that is used again may have an older build of the same version, and so may pip's cache
+        session.install('--force-reinstall', '--no-deps', '--no-cache-dir', str(archive))
+        use(session)
+
+
+def use(session):
+    '''Import the packages, and explain a photograph.'''
+    folder = Path(session.create_tmp()) / 'elsewhere'
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    # elsewhere, as the checkout would be imported in its own folder
+    with session.chdir(folder):
+        code = 'import captum_adapters.attr, captum_adapters.evaluation, captum_adapters.metrics as last; print(last)'
+        if 'site-packages' not in session.run('python', '-c', code, silent=True):
+            session.error('this is not what was installed')
+        session.run('python', '-m', 'zennit_resnet', '--version')
+        session.run('python', '-m', 'captum_adapters', '--help', silent=True)
+        weights, photo = ASSETS / 'resnet50_imagenette.safetensors', ASSETS / 'photos' / 'gc_cathedral.jpg'
+        session.run('python', '-m', 'zennit_resnet', 'explain', str(photo), '--weights', str(weights), '--out', '.')
+        if not list(Path().glob('gc_cathedral*.png')):
+            session.error('there is no heatmap')
+
+
 @nox.session(venv_backend='none')
 def verify(session):
     '''Run everything that a machine can check: style, types, documentation, archives, and tests with coverage.'''
-    for name in ('lint', 'types', 'docs', 'build', 'coverage'):
+    # of a name, only the first session would be run
+    smokes = [f"smoke-{python}(zennit='{zennit}')" for python in PYTHONS for zennit in ZENNITS]
+    for name in ('lint', 'types', 'docs', 'build', *smokes, 'coverage'):
         session.notify(name)
