@@ -42,7 +42,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize('name', (*PICTURES, 'own_resnet', 'evaluate_folder'))
+@pytest.mark.parametrize('name', (*PICTURES, 'own_resnet', 'evaluate_folder', 'quantus_metrics'))
 def test_one_screen(name):
     '''Examples are of one screen.'''
     lines = (FOLDER / f'{name}.py').read_text(encoding='utf-8').splitlines()
@@ -117,6 +117,21 @@ def test_evaluate_folder(folder, capsys):
     assert all(name in output for name in ('resnet_lrp_ratio', 'grad_cam', 'constant', 'Deletion', 'our protocol'))
     assert 'written evaluation/report.html' in output
     assert 'data:image/png;base64,' in (folder / 'evaluation' / 'report.html').read_text(encoding='utf-8')
+
+
+def test_quantus_metrics(capsys):
+    '''There is a row for each method and metric, and gradients depend on the class more than relevance.'''
+    pytest.importorskip('quantus')
+    module = load('quantus_metrics')
+    run('quantus_metrics', runs=4, pixels=500)
+    output = capsys.readouterr().out
+    rows = re.findall(r'^(\S.*?) +(faithfulness correlation|random logit) +(\S+) ± (\S+)$', output, re.M)
+    assert [row[0] for row in rows[::2]] == [row[0] for row in rows[1::2]] == list(module.METHODS)
+    scores = {row[:2]: float(row[2]) for row in rows}
+    assert len(scores) == 2 * len(module.METHODS) and all(-1 <= value <= 1 for value in scores.values())
+    assert all(0 <= float(row[3]) < 1 for row in rows)
+    first, second, third, *gradients = (scores[name, 'random logit'] for name in module.METHODS)
+    assert max(gradients) < min(first, second, third)
 
 
 def test_gallery(monkeypatch):
