@@ -1,5 +1,6 @@
 '''Tests for the conservation ledger.'''
 import csv
+import doctest
 import gc
 import inspect
 import json
@@ -35,7 +36,7 @@ from zennit.composites import (
 from zennit.core import BasicHook, Composite
 from zennit.torchvision import ResNetCanonizer
 
-from zennit_resnet import initial_relevance
+from zennit_resnet import conservation, initial_relevance
 from zennit_resnet.block import BlockEpsilon
 from zennit_resnet.canonizers import UnsupportedOperation
 from zennit_resnet.causes import CAUSES
@@ -1309,3 +1310,11 @@ def test_cli_errors(run, photos, tmp_path):
     (tmp_path / 'taken' / 'first_ledger.csv').mkdir(parents=True)
     result, _ = run(photos[0], '--out', tmp_path / 'taken')
     assert result.exit_code == 1 and 'cannot write' in result.stderr
+
+
+def test_docstrings():
+    '''All examples run, one of each function.'''
+    result = doctest.testmod(conservation)
+    assert not result.failed
+    for function in (conservation_ledger, assert_conserved):
+        assert '>>> ' in function.__doc__

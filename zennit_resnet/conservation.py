@@ -405,6 +405,22 @@ def conservation_ledger(model, input, composite=None, attr_output=None, target=N
         the output has not the input's number of examples, or if it does not depend on the input.
     RuntimeError
         If batch normalization or dropout is in training mode.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> from zennit.composites import EpsilonPlus
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)).eval()
+    >>> for parameter in model.parameters():
+    ...     _ = nn.init.ones_(parameter)
+    >>> ledger = conservation_ledger(model, torch.ones(1, 2), EpsilonPlus())
+    >>> for row in ledger:
+    ...     print(f'{row.name} {row.type}: {row.arrives.item():.2f} arrives, {row.leaves.item():.2f} leaves')
+    2 Linear: 10.00 arrives, 9.00 leaves
+    1 ReLU: 9.00 arrives, 9.00 leaves
+    0 Linear: 9.00 arrives, 6.00 leaves
+    >>> print(f'gap {ledger.gap.item():.2f}, lost by biases {ledger.lost_by["bias"].item():.2f}')
+    gap -0.40, lost by biases 4.00
     '''
     # pylint: disable=too-many-arguments
     if not isinstance(model, torch.nn.Module):
@@ -467,6 +483,17 @@ def assert_conserved(
     ------
     AssertionError
         If relevance is not conserved. The message names the worst layers, and the causes.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> from zennit_resnet.composites import ResNetLRP
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)).eval()
+    >>> for parameter in model.parameters():
+    ...     _ = nn.init.ones_(parameter)
+    >>> ledger = assert_conserved(model, torch.ones(1, 2), ResNetLRP())
+    >>> print(f'{ledger.initial.item():.2f} at the output, {ledger.final.item():.2f} at the input')
+    10.00 at the output, 10.00 at the input
     '''
     # pylint: disable=too-many-arguments
     ledger = conservation_ledger(model, input, composite, attr_output, target, value)
