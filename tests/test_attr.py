@@ -26,7 +26,7 @@ from zennit.types import Activation
 
 import captum_adapters.attr
 import captum_adapters.composite
-from captum_adapters.attr import C3LRP, CompositeAttribution, RelativeLRP, ResNetLRP
+from captum_adapters.attr import C3LRP, RISE, CompositeAttribution, RelativeLRP, ResNetLRP, ScoreCAM
 from captum_adapters.registration import exclusive, parts_of, unwrap
 from zennit_resnet import UnsupportedOperation, composites, initial_relevance, with_splitting
 from zennit_resnet.postprocess import c1c, c3, heat_quantization, sum_channels
@@ -982,23 +982,41 @@ class Small(torch.nn.Module):
         return self.head((self.conv(x) + x).mean((2, 3)))
 
 
-@each_method
-def test_memory(method):
-    '''Nothing accumulates over 500 calls.'''
+def assert_nothing_is_accumulated(attribute):
+    '''Memory and objects are those of before after 500 calls.'''
     try:
         resident()
     except OSError:
         pytest.skip('resident memory is not known here')
-    model, x = Small(), torch.randn(1, 3, 8, 8)
-    instance = method(model)
     for _ in range(50):
-        instance.attribute(x, target=1)
+        attribute()
     gc.collect()
     before, objects = resident(), len(gc.get_objects())
     for _ in range(500):
-        instance.attribute(x, target=1)
+        attribute()
     gc.collect()
     assert resident() - before < 20 and len(gc.get_objects()) - objects < 500
+
+
+@each_method
+def test_memory(method):
+    '''Nothing accumulates over 500 calls.'''
+    assert_nothing_is_accumulated(partial(method(Small()).attribute, torch.randn(1, 3, 8, 8), target=1))
+
+
+@pytest.mark.parametrize('name', ['RISE', 'ScoreCAM'])
+def test_memory_of_perturbations(name):
+    '''Nothing accumulates over 500 calls with 8 masks each.'''
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(8 * 6 * 6, 2)
+    ).eval()
+    if name == 'RISE':
+        attribute = partial(RISE(model).attribute, n_masks=8, grid_size=2)
+    else:
+        pytest.importorskip('torchcam')
+        # a mask for each channel
+        attribute = ScoreCAM(model, model[1]).attribute
+    assert_nothing_is_accumulated(partial(attribute, torch.rand(1, 3, 8, 8), target=1))
 
 
 def test_nothing_is_kept():
