@@ -34,7 +34,8 @@ def varies(module):
     '''Whether the output of a module for a sample depends on chance or on other samples, as it is in training mode.'''
     kinds = (BatchNorm, torch.nn.modules.dropout._DropoutNd, torch.nn.RReLU)  # pylint: disable=protected-access
     # stochastic depth is a module of torchvision, timm, and many networks
-    return module.training and (
+    # frozen modules of torch.jit have no mode
+    return getattr(module, 'training', False) and (
         isinstance(module, kinds) or type(module).__name__.startswith(('Drop', 'StochasticDepth'))
     )
 
