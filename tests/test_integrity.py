@@ -19,6 +19,7 @@ from zennit_resnet import (
     initial_relevance,
     with_splitting,
 )
+from zennit_resnet.core import _COMPILER
 from zennit_resnet.layer import Addition, Operation
 
 COMPOSITES = {
@@ -43,7 +44,9 @@ def clean_state():
     for _ in modes:
         torch.overrides._pop_mode()
     torch.set_grad_enabled(True)
-    assert not modes and is_enabled
+    waiting = set(_COMPILER.users)
+    _COMPILER.users.clear()
+    assert not modes and is_enabled and not waiting
 
 
 def assert_global_state():

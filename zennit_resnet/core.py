@@ -118,7 +118,7 @@ class Eager:
         If a module is a ScriptModule, or runs replicas on several devices.
     '''
     def __init__(self, root_module):
-        self.replaced = []
+        self.replaced, self.is_copy = [], False
         for name, module in root_module.named_modules():
             label = f'{name or "The model"} ({type(module).__name__})'
             if isinstance(module, torch.jit.ScriptModule):
@@ -138,9 +138,16 @@ class Eager:
                 self._replace(module, '_compiled_call_impl', None)
         self.pause_compiler()
 
+    def __deepcopy__(self, memo):
+        '''Copy of a network within the context, which nobody removes, and for which nothing shall be paused.'''
+        duplicate = copy.copy(self)
+        duplicate.replaced, duplicate.is_copy = [], True
+        return duplicate
+
     def pause_compiler(self):
         '''Have functions run in Python, also if nothing had been compiled before.'''
-        _COMPILER.pause(self)
+        if not self.is_copy:
+            _COMPILER.pause(self)
 
     def _replace(self, module, key, value):
         # compiled modules hand attributes on to the module inside
