@@ -13,11 +13,11 @@ from zennit.types import MaxPool as MaxPoolType
 
 from .block import note_addition
 from .core import Eager, check_choice, check_evaluation, is_active, is_running, rules_among
-from .graph import carriers_of, nodes_of, walk
+from .graph import carriers_of, is_arithmetic, nodes_of, walk
 from .inplace import Watch, forget, note_copy, settle
 from .layer import Addition, Gate, Padding
 from .merging import BatchNormMerge
-from .operations import ADDITIONS, HANDLERS, TRANSPARENT, FunctionCall, is_arithmetic, is_training
+from .operations import ADDITIONS, HANDLERS, TRANSPARENT, FunctionCall, is_training
 from .rules import RatioSplit, SignalTakesAll, Uncrop
 
 # Rules for operations that no composite of Zennit knows about, unless the composite in use has another for them.
@@ -176,7 +176,7 @@ class ResidualCanonizer(Canonizer):
         # what is inside of a module with a rule must have its own gradient, also if the rule runs it again
         opaque = _is_opaque(module) or (stack[-1].opaque if stack else self._is_inside_opaque(module))
         changes = args[0] if args and getattr(module, 'inplace', False) is True else None
-        carriers = carriers_of(args) if opaque else ()
+        carriers = carriers_of(args) if opaque and stack and not stack[-1].opaque else ()
         begin = nodes_of(carriers) if carriers else None
         stack.append(_Call(module, opaque, self.local.counts.setdefault(module, {}), changes, begin, sys._getframe(1)))
 
@@ -215,7 +215,7 @@ class ResidualCanonizer(Canonizer):
         if self.local.is_active:
             if not call.opaque:
                 self._guard(call, carriers)
-            elif stack and not stack[-1].opaque:
+            elif call.begin is not None:
                 self._note(carriers, call.begin)
         if not stack:
             self.interception.leave()
@@ -279,8 +279,10 @@ class ResidualCanonizer(Canonizer):
         RuntimeError
             If what it returns depends on chance or on other samples, as it is called for training.
         '''
+        if not is_training(func, args, kwargs):
+            return
         stack = self._stack()
-        if stack and self.local.is_active and torch.is_grad_enabled() and is_training(func, args, kwargs):
+        if stack and self.local.is_active and torch.is_grad_enabled():
             module = stack[-1].module
             raise RuntimeError(
                 f'{self.names.get(module) or "The model"} ({type(module).__name__}) calls \'{func.__name__}\' for '
@@ -341,9 +343,7 @@ class ResidualCanonizer(Canonizer):
         object
             What the function returns.
         '''
-        begin = nodes_of(function.carriers)
-        output, check = function(), self._check(call, function.name, reason)
-        self._note(carriers_of((output,)), begin)
+        output, check = self.run_known(function, function.carriers), self._check(call, function.name, reason)
         for carrier in carriers_of((output,)):
             carrier.register_hook(check)
         return output
@@ -381,8 +381,7 @@ class ResidualCanonizer(Canonizer):
 
     def _note(self, outputs, begin):
         '''Do not guard what lies between outputs and the nodes of all inputs that they were computed from.'''
-        if begin is not None:
-            self.local.known.update(walk([elem.grad_fn for elem in outputs], set(begin)))
+        self.local.known.update(walk([elem.grad_fn for elem in outputs], set(begin)))
 
     def _composite(self):
         return None if self.composite is None else self.composite()
@@ -421,10 +420,10 @@ class ResidualCanonizer(Canonizer):
         standin.name = name
         return standin
 
-    def run_standin(self, standin, *carriers):
-        '''Run a stand-in on tensors that carry relevance. What happens inside of it is known.'''
+    def run_known(self, function, carriers):
+        '''Run a function, inside of which nothing has to be guarded, of tensors that carry relevance.'''
         begin = nodes_of(carriers)
-        output = standin(*carriers)
+        output = function()
         self._note(carriers_of((output,)), begin)
         return output
 
@@ -462,7 +461,7 @@ class ResidualCanonizer(Canonizer):
         for key, value in settings.items():
             setattr(standin, key, value)
         standin.function = function.rebind()
-        return self.run_standin(standin, *function.carriers)
+        return self.run_known(lambda: standin(*function.carriers), function.carriers)
 
 
 class BlockCanonizer(ResidualCanonizer):

@@ -353,11 +353,9 @@ class BlockLRP(_Transaction, Composite):
     propagates = 'gradient'
 
     def __init__(self, epsilon=1e-6, mode='sign', blocks=None, layer_map=None, canonizers=None):
-        is_types = isinstance(blocks, type) or isinstance(blocks, tuple)
+        is_types = all(isinstance(elem, type) for elem in (blocks if isinstance(blocks, tuple) else (blocks,)))
         is_names = isinstance(blocks, (list, set))
-        if isinstance(blocks, tuple) and not all(isinstance(elem, type) for elem in blocks) or (
-            blocks is not None and not is_types and not is_names and not callable(blocks)
-        ):
+        if blocks is not None and not is_types and not is_names and not callable(blocks):
             raise TypeError(f'blocks={blocks!r} is not a type, a tuple of types, a list of names or a predicate!')
         self.blocks = blocks
         self.find_block = (

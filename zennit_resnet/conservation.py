@@ -404,7 +404,7 @@ def conservation_ledger(model, input, composite=None, attr_output=None, target=N
         If ``attr_output`` and ``target`` are both given, if the initial relevance has not the shape of the output, if
         the output has not the input's number of examples, or if it does not depend on the input.
     RuntimeError
-        If batch normalization or dropout is in training mode.
+        If batch normalization, dropout or stochastic depth is in training mode.
 
     Examples
     --------

@@ -20,6 +20,8 @@ MOVES = ('View', 'Expand', 'queeze', 'Permute', 'Transpose', 'Clone', 'Copy', 'I
 SHIFTS, SCALES = ('Add', 'Sub', 'Rsub'), ('Mul', 'Div', 'Neg')
 AVERAGES, CLIPS = ('Pool', 'Upsample', 'Mean', 'Sum'), ('Clamp', 'Hardtanh', 'Relu')
 COMBINES = (Addition, Concatenation, Gate, Activation, AvgPool, MaxPool, torch.nn.Upsample)
+# Functions of several tensors.
+ARITHMETIC = frozenset('Add Sub Rsub Mul Div Addcmul Addcdiv Lerp Where Bmm Mm Mv Dot Baddbmm Addmm Addbmm'.split())
 
 
 def tensors_of(value):
@@ -104,22 +106,27 @@ def is_first(input):
 
 def is_gate(tensor, with_tanh=True):
     '''Whether a tensor was computed from outputs of sigmoids alone, without any layer in between, by its graph.'''
+    if tensor.grad_fn is None:
+        return False
     queue, seen = [tensor.grad_fn], set()
     while queue:
         node = queue.pop()
         if node in seen or _is_sigmoid(node, with_tanh):
             continue
-        if node is None or not _combines(node):
+        if not _combines(node):
             return False
         seen.add(node)
         queue.extend(_parents(node))
     return True
 
 
+def is_arithmetic(node):
+    '''Whether a function computes something from several tensors, which the canonizer should have intercepted.'''
+    return 'DifferentiableGraph' in node.name() or _stem(node) in ARITHMETIC and len(_parents(node)) > 1
+
+
 def _is_sigmoid(node, with_tanh):
     '''Whether a function is a sigmoid, which may be one that networks write as a shift, clipped on both sides.'''
-    if node is None:
-        return False
     module, name = getattr(node, 'module', None), node.name()
     function = getattr(module, 'name', None)
     if isinstance(module, torch.nn.Tanh) or function in TANHS or name.startswith('Tanh'):
@@ -189,7 +196,7 @@ def walk(nodes, seen=None):
             continue
         seen.add(node)
         yield node
-        queue.extend(parent for parent, _ in node.next_functions if parent is not None)
+        queue.extend(_parents(node))
 
 
 def moves_first(node):
@@ -214,7 +221,6 @@ def count_uses(nodes):
     uses = {}
     for node in walk(nodes):
         uses.setdefault(node, 0)
-        for parent, _ in node.next_functions:
-            if parent is not None:
-                uses[parent] = uses.get(parent, 0) + 1
+        for parent in _parents(node):
+            uses[parent] = uses.get(parent, 0) + 1
     return uses

@@ -57,12 +57,8 @@ MAXIMA = frozenset('''
     max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool1d_with_indices
     adaptive_max_pool2d_with_indices adaptive_max_pool3d_with_indices
 '''.split())
-# Functions of several tensors by the names of their nodes.
-ARITHMETIC = frozenset('Add Sub Rsub Mul Div Addcmul Addcdiv Lerp Where Bmm Mm Mv Dot Baddbmm Addmm Addbmm'.split())
 CONCATENATIONS = frozenset('cat concat concatenate stack hstack vstack dstack column_stack'.split())
 CONVOLUTIONS = {'conv1d': Convolution1d, 'conv2d': Convolution2d, 'conv3d': Convolution3d}
-
-
 # Functions which are random or mix samples in training, with the position of the flag, and what it is by default.
 TRAINING = {
     **dict.fromkeys(('dropout', 'dropout1d', 'dropout2d', 'dropout3d'), (2, True)),
@@ -84,14 +80,6 @@ def is_training(func, args, kwargs):
         return given.get(1, kwargs.get('p', .5)) > 0
     # without statistics, it may be a normalization of another kind, of a tensor that was reshaped for it
     return name != 'batch_norm' or given.get(1, kwargs.get('running_mean')) is not None
-
-
-def is_arithmetic(node):
-    '''Whether a function in a graph computes something from several tensors, which should have been intercepted.'''
-    name = node.name()
-    if 'DifferentiableGraph' in name:
-        return True
-    return name.split('Backward')[0] in ARITHMETIC and sum(parent is not None for parent, _ in node.next_functions) > 1
 
 
 class FunctionCall:
@@ -272,7 +260,7 @@ def _linear(canonizer, call, function):
         function.func, given['weight'], given.get('bias'),
         **{key: given.get(key, defaults[key]) for key in settings},
     )
-    return canonizer.run_standin(standin, given['input'])
+    return canonizer.run_known(lambda: standin(given['input']), [given['input']])
 
 
 def _pool_arguments(name):

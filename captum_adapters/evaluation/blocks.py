@@ -241,7 +241,7 @@ class Computation:
         images = block.images[select]
         names = [block.names[row] for row in rows]
         try:
-            attributed = self._attribute(method, block, rows)
+            attributed = self._attribute(method, block, rows, images)
             begin = time.perf_counter()
             maps, total, initial = self.explainers[method.text].process(
                 attributed.explained
@@ -313,18 +313,19 @@ class Computation:
             )
         return records
 
-    def _attribute(self, method: Method, block: Block, rows: list[int]) -> Attributed:
+    def _attribute(
+        self, method: Method, block: Block, rows: list[int], images: Tensor
+    ) -> Attributed:
         """Maps before post-processing, of this method or one before it."""
         found = block.attributed.pop(method.attribution, None)
         # the last digits may depend on which images are computed together
         if found is None or found.rows != rows:
-            select = slice(None) if len(rows) == len(block.names) else rows
             self._synchronize()
             begin = time.perf_counter()
             explained = self.explainers[method.text].explain(
-                block.images[select],
-                block.explained[select],
-                block.output[select],
+                images,
+                block.explained[rows],
+                block.output[rows],
                 [block.names[row] for row in rows],
             )
             self._synchronize()
