@@ -369,7 +369,7 @@ class ResidualCanonizer(Canonizer):
 
     def _guard(self, call, outputs):
         '''Custom autograd functions, scripted and mapped ones are not intercepted. Relevance must not reach them.'''
-        for node in walk([elem.grad_fn for elem in outputs], self.local.seen):
+        for node in walk(nodes_of(outputs), self.local.seen):
             source = getattr(node, '_forward_cls', None)
             if node in self.local.known:
                 continue
@@ -381,7 +381,7 @@ class ResidualCanonizer(Canonizer):
 
     def _note(self, outputs, begin):
         '''Do not guard what lies between outputs and the nodes of all inputs that they were computed from.'''
-        self.local.known.update(walk([elem.grad_fn for elem in outputs], set(begin)))
+        self.local.known.update(walk(nodes_of(outputs), set(begin)))
 
     def _composite(self):
         return None if self.composite is None else self.composite()
@@ -541,8 +541,8 @@ def _is_opaque(module):
     if any(rule.active for rule in rules_among(module._forward_pre_hooks)):
         return True
     return (
-        isinstance(module, COVERED)
-        and not isinstance(module, torch.nn.MultiheadAttention)
-        and type(module).__module__.startswith('torch.nn.')
+        type(module).__module__.startswith('torch.nn.')
         and 'forward' not in vars(module)
+        and isinstance(module, COVERED)
+        and not isinstance(module, torch.nn.MultiheadAttention)
     )

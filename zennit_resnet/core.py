@@ -210,10 +210,12 @@ class _Propagate(torch.autograd.Function):
         if not relevance.numel():
             # an empty batch
             return None, None, None, None, None, *(relevance.new_zeros(shape) for shape in ctx.shapes)
-        with torch.autocast(relevance.device.type, enabled=False):
+        device = relevance.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             lower = ctx.rule.propagate(ctx.module, stored, relevance)
         # inputs may have been broadcast to the shape of the output, and the last ones may receive nothing
-        lower = [elem if elem is None else elem.sum_to_size(shape) for elem, shape in zip(lower, ctx.shapes)]
+        lower = [elem if elem is None or elem.shape == shape else elem.sum_to_size(shape)
+                 for elem, shape in zip(lower, ctx.shapes)]
         return None, None, None, None, None, *lower, *(None,) * (len(ctx.shapes) - len(lower))
 
 
@@ -321,12 +323,12 @@ class SinglePass(Hook):
         pending = self._pending.pop(threading.get_ident(), None)
         if pending is None:
             return None
-        torch.set_grad_enabled(True)
-        if output is None:
-            # the layer raised
-            return None
         carriers, versions, stored = pending
         with DisableTorchFunction():
+            torch.set_grad_enabled(True)
+            if output is None:
+                # the layer raised
+                return None
             given = {id(elem) for elem in (*args, *kwargs.values())}
             if any(id(elem) not in given for elem in carriers):
                 raise RuntimeError(

@@ -3,6 +3,7 @@ import copy
 import dataclasses
 
 import torch
+from torch._C import DisableTorchFunction
 from zennit.types import Activation, AvgPool, Convolution, MaxPool
 
 from .layer import Addition, Concatenation, Gate
@@ -28,7 +29,8 @@ def tensors_of(value):
     '''All tensors in nested arguments, in their order.'''
     if isinstance(value, torch.Tensor):
         return [value]
-    return [tensor for elem in _elements(value).values() for tensor in tensors_of(elem)]
+    elements = value if isinstance(value, (list, tuple)) else _elements(value).values()
+    return [tensor for elem in elements for tensor in tensors_of(elem)]
 
 
 def map_tensors(function, value):
@@ -64,12 +66,15 @@ def _elements(value):
 
 def carriers_of(value):
     '''All tensors that carry relevance in nested arguments, in their order.'''
-    return [tensor for tensor in tensors_of(value) if tensor.requires_grad]
+    # while functions are seen, attributes are as well, which takes longer than anything else here
+    with DisableTorchFunction():
+        return [tensor for tensor in tensors_of(value) if tensor.requires_grad]
 
 
 def nodes_of(tensors):
     '''The nodes at which tensors came out of a graph, without leaves.'''
-    return {tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None}
+    with DisableTorchFunction():
+        return {tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None}
 
 
 def depends_on(tensor, source):

@@ -165,10 +165,12 @@ def note_copy(tensor, output):
     output: object
         What was returned.
     '''
-    if all(isinstance(elem, torch.Tensor) and elem.requires_grad for elem in (tensor, output)):
-        with DisableTorchFunction():
-            if tensor.shape == output.shape and _address(tensor) != _address(output):
-                replace(tensor, output)
+    with DisableTorchFunction():
+        if (
+            all(isinstance(elem, torch.Tensor) and elem.requires_grad for elem in (tensor, output))
+            and tensor.shape == output.shape and _address(tensor) != _address(output)
+        ):
+            replace(tensor, output)
 
 
 def replace(tensor, current):
