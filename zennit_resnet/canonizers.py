@@ -12,7 +12,7 @@ from zennit.types import AvgPool, BatchNorm, Linear
 from zennit.types import MaxPool as MaxPoolType
 
 from .block import note_addition
-from .core import Eager, check_choice, check_evaluation, is_active, is_running, rules_among
+from .core import Eager, SinglePass, check_choice, check_evaluation, is_active, is_running, rules_among
 from .graph import carriers_of, is_arithmetic, nodes_of, walk
 from .inplace import Watch, forget, note_copy, settle
 from .layer import Addition, Gate, Padding
@@ -123,7 +123,7 @@ class ResidualCanonizer(Canonizer):
             hook.active = False
         REGISTERED.append(self)
         self.context = self.paused = None
-        self.standins = {}
+        self.standins, self.leaves = {}, {}
         self.local = _Local()
         self.interception = _Interception(self, self.is_gradient)
         # zennit 1.0.0 replaces parameters of layers with new objects when its rules run
@@ -154,6 +154,7 @@ class ResidualCanonizer(Canonizer):
             param.requires_grad_(True)
         self.eager.remove()
         self.standins, self.trainable, self.suspended, self.parameters, self.names = {}, [], [], {}, {}
+        self.leaves = {}
 
     def copy(self):
         '''Return a copy of this canonizer.'''
@@ -162,6 +163,11 @@ class ResidualCanonizer(Canonizer):
     # -- which module runs ---------------------------------------------------------------------------------------------
 
     def _enter(self, module, args):
+        rule = self.leaves.get(module)
+        if rule is not None and rule.active and self.local.__dict__.get('stack'):
+            # it runs without gradients, so that nothing inside is an operation on relevance
+            settle(args)
+            return
         self.local.__dict__.setdefault('stack', [])
         stack = self._stack()
         if not stack:
@@ -241,6 +247,8 @@ class ResidualCanonizer(Canonizer):
             if composite is not None:
                 for module, name in self.names.items():
                     composite.module_map(self.context, name, module)
+            self.leaves = {module: _single_pass(module) for module in self.names
+                           if module is not self.root and not module._modules}
 
     def _overlapping(self):
         '''Other canonizers in use for the same modules.'''
@@ -534,6 +542,12 @@ def _calling_composite():
             return caller
         frame = frame.f_back
     return None
+
+
+def _single_pass(module):
+    '''The rule within which a module runs without gradients, None if there is none.'''
+    return next((hook.__self__ for hook in module._forward_pre_hooks.values()
+                 if getattr(hook, '__func__', None) is SinglePass._pre_forward and hook.__self__.active), None)
 
 
 def _is_opaque(module):

@@ -16,12 +16,11 @@ except for the alpha-beta rule of any sign. Where Zennit's rules differ from the
 import math
 
 import torch
-from zennit.composites import LayerMapComposite
 from zennit.core import BasicHook, Hook, Stabilizer
 from zennit.rules import AlphaBeta, ClampMod, Epsilon, Gamma, Norm, WSquare, ZPlus, zero_bias
 from zennit.types import Activation, AvgPool, Convolution
 
-from .composites import NORMALIZATION, SPLITTING, _Transaction, _with_canonizer
+from .composites import NORMALIZATION, SPLITTING, _LayerMap, _with_canonizer
 from .core import SinglePass, check_choice, is_plain
 from .layer import Addition, Gate, Padding
 from .rules import PassThrough, SignalTakesAll, Uncrop
@@ -157,7 +156,7 @@ class Duplicate(SinglePass):
         return (relevance,) * int(stored[0])
 
 
-class ClassicLRP(_Transaction, LayerMapComposite):
+class ClassicLRP(_LayerMap):
     '''One of the classic rules of LRP for all linear layers and convolutions of a network.
 
     Relevance passes activations and normalizations. Average poolings share it in proportion to their inputs (Zennit's

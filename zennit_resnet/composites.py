@@ -62,7 +62,32 @@ class _Transaction:
             raise
 
 
-class ResNetLRP(_Transaction, LayerMapComposite):
+class _LayerMap(_Transaction, LayerMapComposite):
+    '''Composites with a rule for each type of module.'''
+    def mapping(self, ctx, name, module):
+        '''Get the appropriate hook given a mapping from module types to hooks.
+
+        Parameters
+        ----------
+        ctx: dict
+            A context dictionary, which keeps what was found.
+        name: str
+            Name of the module.
+        module: :py:obj:`torch.nn.Module`
+            Instance of the module to find a hook for.
+
+        Returns
+        -------
+        :py:obj:`Hook` or None
+            The hook found, or None if no applicable hook was found.
+        '''
+        kind = type(module)
+        if kind not in ctx:
+            ctx[kind] = super().mapping(ctx, name, module)
+        return ctx[kind]
+
+
+class ResNetLRP(_LayerMap):
     '''LRP for ResNet (Otsuki et al. 2024): relevance splitting at skip connections, and the z+ rule everywhere else.
 
     Relevance is conserved: but for concatenation with constants and the like, the input relevance sums to the initial
@@ -228,7 +253,7 @@ def with_splitting(composite, rule=None):
 
 
 @register_composite('relative_lrp')
-class RelativeLRP(_Transaction, LayerMapComposite):
+class RelativeLRP(_LayerMap):
     '''Relative LRP (Nyiri & Gibaru, R-LRP): contributions without any division by activations.
 
     Every layer multiplies with its input. Contributions are not conserved, and only their ratios within one example
@@ -419,7 +444,10 @@ class BlockLRP(_Transaction, Composite):
             return GradientTimesInput()
         if self.find_block is not None and self.find_block(name, module):
             return self.block_rule
-        hook = next((hook for types, hook in self.layer_map if isinstance(module, types)), None)
+        kind = type(module)
+        if kind not in ctx:
+            ctx[kind] = next((hook for types, hook in self.layer_map if isinstance(module, types)), None)
+        hook = ctx[kind]
         if hook is None and self.find_block is None and not type(module).__module__.startswith('torch.nn.'):
             return self.any_rule
         return hook

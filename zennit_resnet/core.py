@@ -5,7 +5,7 @@ import threading
 from contextlib import nullcontext
 
 import torch
-from torch._C import DisableTorchFunction
+from torch._C import DisableTorchFunction, _set_grad_enabled
 from torch.utils.checkpoint import CheckpointError
 from zennit.core import Hook, RemovableHandle, RemovableHandleList
 from zennit.types import BatchNorm
@@ -185,38 +185,46 @@ class _Propagate(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, relevance):
-        '''Let the rule distribute the relevance.'''
-        if relevance is None:
-            # the output is used for something that receives no relevance, such as a gate
-            return (None,) * (5 + len(ctx.shapes))
-        if not ctx.rule.active:
-            raise RuntimeError(
-                f'{type(ctx.rule).__name__} of {type(ctx.module).__name__} is inactive, or another composite is in '
-                'use for the network. Single-pass rules replace the gradient of their layer and have none to fall back '
-                'to: run the forward pass in the context of the backward pass.'
-            )
-        if relevance.dtype in (torch.float16, torch.bfloat16):
-            relevance = relevance.float()
-        try:
-            stored = ctx.saved_tensors[:-1]
-        except CheckpointError as error:
-            raise RuntimeError(
-                'Checkpointing ran a part of the network again, of which not all operations can be followed: '
-                'checkpoint modules instead of functions, or turn it off.'
-            ) from error
-        stored = [elem.to(relevance.dtype) if elem.is_floating_point() else elem for elem in stored]
-        if not relevance.numel():
-            # an empty batch
-            return None, None, None, None, None, *(relevance.new_zeros(shape) for shape in ctx.shapes)
-        device = relevance.device.type
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-            lower = ctx.rule.propagate(ctx.module, stored, relevance)
-        # inputs may have been broadcast to the shape of the output, and the last ones may receive nothing
-        lower = [elem if elem is None or elem.shape == shape else elem.sum_to_size(shape)
-                 for elem, shape in zip(lower, ctx.shapes)]
-        return None, None, None, None, None, *lower, *(None,) * (len(ctx.shapes) - len(lower))
+        '''Let the rule distribute the relevance, of which there is no derivative.'''
+        # only asked for where a derivative may be, as it takes longer than many rules
+        return _once(ctx, relevance) if torch.is_grad_enabled() else _propagate(ctx, relevance)
+
+
+def _propagate(ctx, relevance):
+    '''Let the rule of a node distribute relevance.'''
+    if relevance is None:
+        # the output is used for something that receives no relevance, such as a gate
+        return (None,) * (5 + len(ctx.shapes))
+    if not ctx.rule.active:
+        raise RuntimeError(
+            f'{type(ctx.rule).__name__} of {type(ctx.module).__name__} is inactive, or another composite is in '
+            'use for the network. Single-pass rules replace the gradient of their layer and have none to fall back '
+            'to: run the forward pass in the context of the backward pass.'
+        )
+    if relevance.dtype in (torch.float16, torch.bfloat16):
+        relevance = relevance.float()
+    try:
+        stored = ctx.saved_tensors[:-1]
+    except CheckpointError as error:
+        raise RuntimeError(
+            'Checkpointing ran a part of the network again, of which not all operations can be followed: '
+            'checkpoint modules instead of functions, or turn it off.'
+        ) from error
+    stored = [elem.to(relevance.dtype) if elem.is_floating_point() else elem for elem in stored]
+    if not relevance.numel():
+        # an empty batch
+        return None, None, None, None, None, *(relevance.new_zeros(shape) for shape in ctx.shapes)
+    device = relevance.device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        lower = ctx.rule.propagate(ctx.module, stored, relevance)
+    # inputs may have been broadcast to the shape of the output, and the last ones may receive nothing
+    lower = [elem if elem is None or elem.shape == shape else elem.sum_to_size(shape)
+             for elem, shape in zip(lower, ctx.shapes)]
+    return None, None, None, None, None, *lower, *(None,) * (len(ctx.shapes) - len(lower))
+
+
+_once = torch.autograd.function.once_differentiable(_propagate)
 
 
 class SinglePass(Hook):
@@ -303,20 +311,23 @@ class SinglePass(Hook):
 
     def _pre_forward(self, module, args, kwargs):
         '''Keep the inputs that carry relevance, and let the layer build no graph.'''
-        if self._pending.pop(threading.get_ident(), None) is not None:
-            # an interrupt has skipped the forward hook
-            torch.set_grad_enabled(True)
         with DisableTorchFunction():
+            if self._pending.pop(threading.get_ident(), None) is not None:
+                # an interrupt has skipped the forward hook
+                _set_grad_enabled(True)
             carriers = [
                 elem for elem in (*args, *kwargs.values()) if isinstance(elem, torch.Tensor) and elem.requires_grad
             ]
             if not carriers or not self.active or not torch.is_grad_enabled():
                 return
-            with torch.no_grad():
+            _set_grad_enabled(False)
+            try:
                 stored = self.store(module, *carriers)
+            except BaseException:
+                _set_grad_enabled(True)
+                raise
             versions = [elem._version for elem in carriers]  # pylint: disable=protected-access
             self._pending[threading.get_ident()] = carriers, versions, stored
-            torch.set_grad_enabled(False)
 
     def _post_forward(self, module, args, kwargs, output):
         '''Attach the output to the inputs by the rule.'''
@@ -325,7 +336,7 @@ class SinglePass(Hook):
             return None
         carriers, versions, stored = pending
         with DisableTorchFunction():
-            torch.set_grad_enabled(True)
+            _set_grad_enabled(True)
             if output is None:
                 # the layer raised
                 return None

@@ -27,10 +27,18 @@ ARITHMETIC = frozenset('Add Sub Rsub Mul Div Addcmul Addcdiv Lerp Where Bmm Mm M
 
 def tensors_of(value):
     '''All tensors in nested arguments, in their order.'''
+    found = []
+    _collect(value, found)
+    return found
+
+
+def _collect(value, found):
     if isinstance(value, torch.Tensor):
-        return [value]
-    elements = value if isinstance(value, (list, tuple)) else _elements(value).values()
-    return [tensor for elem in elements for tensor in tensors_of(elem)]
+        found.append(value)
+    # what most arguments are, first
+    elif value is not None and not isinstance(value, (int, float, str)):
+        for elem in value if isinstance(value, (list, tuple)) else _elements(value).values():
+            _collect(elem, found)
 
 
 def map_tensors(function, value):

@@ -4,6 +4,8 @@ All rules here run in a single pass: the layer's own graph is replaced with a fu
 nothing is computed that the rule does not need. Equations are those of Otsuki et al. 2024 (Layer-Wise Relevance
 Propagation for ResNet) unless said otherwise.
 '''
+import functools
+
 import torch
 import torch.nn.functional as F
 from zennit.core import RemovableHandle, RemovableHandleList, Stabilizer
@@ -310,22 +312,21 @@ class ZPlus(SinglePass):
         # also if an example has NaN, which is none of the others' business
         is_negative = variant == 'zplus' and not is_relu and not bool(input.amin() >= 0)
 
-        inputs, outputs = [], []
-        with torch.enable_grad():
-            for elem, weight in self._contributions(module, input, variant, is_negative):
-                inputs.append(elem.detach().requires_grad_())
-                outputs.append(self._linear(module, inputs[-1], weight, relevance.shape[2:]))
-        denominator = outputs[0].detach()
+        pairs = self._contributions(module, input, variant, is_negative)
+        outputs, transposes = zip(*(self._map(module, *pair, relevance.shape[2:]) for pair in pairs))
+        denominator = outputs[0]
         for elem in outputs[1:]:
-            denominator = denominator + elem.detach()
+            denominator = denominator + elem
         share, dead = self._share(relevance, denominator, variant == 'literal')
-        gradients = torch.autograd.grad(outputs, inputs, [share] * len(outputs))
-        with torch.no_grad():
-            lower = inputs[0] * gradients[0] if weight is None else gradients[0].mul_(inputs[0])
-            for elem, grad in zip(inputs[1:], gradients[1:]):
+        lower = None
+        for (elem, weight), transpose in zip(pairs, transposes):
+            grad = transpose(share)
+            if lower is None:
+                lower = elem * grad if weight is None else grad.mul_(elem)
+            else:
                 lower.addcmul_(elem, grad)
-            if lower.shape != input.shape:
-                lower = lower.unflatten(1, (-1, input.shape[1])).sum(1)
+        if lower.shape != input.shape:
+            lower = lower.unflatten(1, (-1, input.shape[1])).sum(1)
         if dead is not None:
             lower += self._spread(module, input, relevance * dead)
         if first and _is_plain_convolution(module):
@@ -391,6 +392,18 @@ class ZPlus(SinglePass):
     @staticmethod
     def _bound(value, input):
         return torch.as_tensor(value).to(input).expand_as(input)
+
+    def _map(self, module, input, weight, shape):
+        '''The output of :py:meth:`_linear`, and the transposed linear map as a function.'''
+        if isinstance(module, torch.nn.Linear):
+            return F.linear(input, weight), lambda output: output @ weight
+        if isinstance(module, Convolution) and not (self.projection == 'spread' and windows.is_sparse(module)):
+            output = windows.convolve(module, input, weight, shape)
+            return output, functools.partial(windows.convolve_transposed, module, input, weight)
+        with torch.enable_grad():
+            leaf = input.detach().requires_grad_()
+            result = self._linear(module, leaf, weight, shape)
+        return result.detach(), lambda output: torch.autograd.grad(result, leaf, output)[0]
 
     def _linear(self, module, input, weight, shape):
         '''The layer as a linear map of an input to an output of a spatial shape, with a weight (None for poolings).'''

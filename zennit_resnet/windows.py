@@ -51,8 +51,7 @@ def convolve(module, input, weight, shape, spread=False):
         input = F.pad(input, module._reversed_padding_repeated_twice, mode=module.padding_mode)
         padding = (0,) * num
     kernel = tuple(weight.shape[2:])
-    # padding by name is for a stride of one only
-    if not spread or isinstance(padding, str) or all(step <= size for step, size in zip(stride, kernel)):
+    if not spread or not is_sparse(module):
         return _CONV[num](input, weight, None, stride, padding, dilation, module.groups)
     if any(padding):
         input = F.pad(input, [value for value in reversed(padding) for _ in range(2)])
@@ -74,6 +73,15 @@ def convolve(module, input, weight, shape, spread=False):
     output = _CONV[num](input, weight, None, stride, 0, dilation, module.groups)
     # pooling includes incomplete cells at the border, of which the convolution may read none
     return output[(..., *(slice(length) for length in shape))]
+
+
+def is_sparse(module):
+    '''Whether the stride of a convolution exceeds its kernel, such that it reads only some of the positions.'''
+    stride = as_tuple(module.stride, module.weight.ndim - 2)
+    # padding by name is for a stride of one only
+    return not isinstance(module, ConvolutionTranspose) and not isinstance(module.padding, str) and any(
+        step > size for step, size in zip(stride, module.weight.shape[2:])
+    )
 
 
 def pool_cells(input, cells):
@@ -130,7 +138,7 @@ def overlapping_stride(module, num):
 
 
 def even_weight(module, weight):
-    '''Scale a weight such that a window with a stride gives all positions modulo the stride the same total weight.
+    '''Scale a weight in place, so that windows with a stride give all positions modulo it the same total weight.
 
     Parameters
     ----------
@@ -142,7 +150,7 @@ def even_weight(module, weight):
     Returns
     -------
     :py:obj:`torch.Tensor`
-        Weight of the same shape and sum for each filter. It is unchanged if the stride is one, or larger than the
+        The weight, with the same sum for each filter. It is unchanged if the stride is one, or larger than the
         kernel. Positions at which a filter has no weight can not be given any.
     '''
     num = weight.ndim - 2
@@ -160,7 +168,7 @@ def even_weight(module, weight):
     is_used = sums != 0
     mean = sums.sum(1, keepdim=True) / is_used.sum(1, keepdim=True).clamp(min=1)
     factor = torch.where(is_used, mean / sums.where(is_used, 1.), 1.)
-    return weight * factor[:, phase].view(-1, 1, *weight.shape[2:])
+    return weight.mul_(factor[:, phase].view(-1, 1, *weight.shape[2:]))
 
 
 def smooth(relevance, stride):
