@@ -397,9 +397,13 @@ class ZPlus(SinglePass):
         '''The output of :py:meth:`_linear`, and the transposed linear map as a function.'''
         if isinstance(module, torch.nn.Linear):
             return F.linear(input, weight), lambda output: output @ weight
-        if isinstance(module, Convolution) and not (self.projection == 'spread' and windows.is_sparse(module)):
-            output = windows.convolve(module, input, weight, shape)
-            return output, functools.partial(windows.convolve_transposed, module, input, weight)
+        if isinstance(module, Convolution):
+            if self.projection == 'literal' or not windows.is_sparse(module):
+                output = windows.convolve(module, input, weight, shape)
+                return output, functools.partial(windows.convolve_transposed, module, input, weight)
+            cells = windows.whole_cells(module, input)
+            if cells is not None:
+                return windows.convolve_cells(module, input, weight, cells)
         with torch.enable_grad():
             leaf = input.detach().requires_grad_()
             result = self._linear(module, leaf, weight, shape)
