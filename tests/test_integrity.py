@@ -3,6 +3,7 @@ import copy
 import io
 import pickle
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from zennit_resnet import (
     ResidualCanonizer,
     ResNetLRP,
     SymmetricSplit,
+    ZPlus,
     initial_relevance,
     with_splitting,
 )
@@ -420,17 +422,52 @@ def test_context_of_part():
     snapshot.check()
 
 
-def test_several_forwards_before_backward():
+@pytest.mark.parametrize('name', ['pass', 'merge'])
+def test_several_forwards_before_backward(name):
     '''State belongs to a call: the order of backward passes does not matter.'''
     model, inputs = build_model(), [images(), images(size=(16, 40)), images(3)]
-    expected = [attribute(model, ResNetLRP(), elem) for elem in inputs]
-    with ResNetLRP().context(model):
+    expected = [attribute(model, COMPOSITES[name](), elem) for elem in inputs]
+    with COMPOSITES[name]().context(model):
         inputs = [elem.clone().requires_grad_() for elem in inputs]
         outputs = [model(elem) for elem in inputs]
         for num in (1, 2, 0):
             start = initial_relevance(1, 'one')(outputs[num])
             actual, = torch.autograd.grad(outputs[num], inputs[num], start, retain_graph=True)
             assert torch.equal(actual, expected[num])
+
+
+def test_folded_weights(monkeypatch):
+    '''Only while a rule runs, its layer has folded weights, also after an error and outside of the context.'''
+    model, input = build_model(name='resnet18'), images().requires_grad_()
+    snapshot, expected = Snapshot(model), attribute(model, COMPOSITES['merge'](), input)
+    original = {name: param.clone() for name, param in model.named_parameters()}
+    folded, propagate = set(), ZPlus.propagate
+
+    def changed():
+        return {name for name, param in model.named_parameters()
+                if name not in original or not torch.equal(param, original[name])}
+
+    def spy(rule, module, *args):
+        folded.update(changed())
+        assert len(changed()) <= 2
+        if error is not None and len(folded) > 20:
+            raise error
+        return propagate(rule, module, *args)
+
+    monkeypatch.setattr(ZPlus, 'propagate', spy)
+    with COMPOSITES['merge']().context(model):
+        output = model(input)
+        for error in (ZeroDivisionError(), None):
+            assert not changed()
+            with pytest.raises(ZeroDivisionError) if error is not None else nullcontext():
+                relevance, = torch.autograd.grad(output, input, initial_relevance(1, 'one')(output), retain_graph=True)
+        assert torch.equal(relevance, expected)
+        assert not changed()
+    # weights and the biases that there are none of otherwise
+    assert len(folded) == 40
+    relevance, = torch.autograd.grad(output, input, initial_relevance(1, 'one')(output))
+    assert torch.equal(relevance, expected)
+    snapshot.check()
 
 
 def test_threads():

@@ -751,7 +751,7 @@ def test_even_weight(kernel, stride, groups):
     '''The weights of each filter sum to the same at all positions modulo the stride, and to the same as before.'''
     module = torch.nn.Conv2d(4, 6, kernel, stride, groups=groups).double()
     weight = torch.rand_like(module.weight)
-    scaled = windows.even_weight(module, weight)
+    scaled = windows.even_weight(module, weight.clone())
     phases = torch.stack([
         scaled[:, :, row::stride[0], col::stride[1]].sum((1, 2, 3))
         for row, col in itertools.product(*map(range, stride))
@@ -764,8 +764,31 @@ def test_even_weight_empty_phase():
     '''Positions without weight receive none, nor do filters without any weight break.'''
     module = torch.nn.Conv1d(1, 2, 4, 2).double()
     weight = torch.tensor([[[1., 0., 3., 0.]], [[0., 0., 0., 0.]]], dtype=torch.float64)
-    scaled = windows.even_weight(module, weight)
+    scaled = windows.even_weight(module, weight.clone())
     assert torch.equal(scaled, weight)
+
+
+@pytest.mark.parametrize('kind, stride, size, is_whole', [
+    (torch.nn.Conv1d, (3,), (9,), True), (torch.nn.Conv2d, (2, 2), (6, 8), True),
+    (torch.nn.Conv2d, (1, 3), (5, 6), True), (torch.nn.Conv3d, (2, 1, 2), (4, 3, 2), True),
+    (torch.nn.Conv2d, (2, 2), (6, 7), False),
+])
+@pytest.mark.parametrize('groups', [1, 2])
+def test_convolve_cells(kind, stride, size, is_whole, groups):
+    '''Averages of whole cells are the same as by average pooling, and so is the transposed map.'''
+    module = kind(4, 6, 1, stride, groups=groups).double()
+    input = torch.randn(2, 4, *size, dtype=torch.float64, requires_grad=True)
+    assert windows.is_sparse(module)
+    assert windows.whole_cells(module, input) == (stride if is_whole else None)
+    padded = kind(4, 6, 1, stride, padding=1)
+    assert windows.whole_cells(padded, input) is None
+    if is_whole:
+        shape = [length // step for length, step in zip(size, stride)]
+        expected = windows.convolve(module, input, module.weight, shape, spread=True)
+        output, transpose = windows.convolve_cells(module, input.detach(), module.weight.detach(), stride)
+        assert_close(output, expected)
+        upper = torch.randn_like(output)
+        assert_close(transpose(upper), torch.autograd.grad(expected, input, upper)[0])
 
 
 @pytest.mark.parametrize('size', [(12, 15), (7, 5), (2, 3), (1, 1)])

@@ -58,8 +58,8 @@ class ResidualCanonizer(Canonizer):
     batch_norm: str, optional
         ``'pass'`` (default) leaves batch normalization alone, relevance passes it. With ``'merge'``, rules see the
         linear layer before it with the batch normalization folded into its weights (not if its output has other uses).
-        The folded weights are in place between forward passes, which is when rules use them, and the forward pass still
-        runs with the original ones.
+        The folded weights are in place while a single-pass rule runs, for other rules between forward passes, and the
+        forward pass still runs with the original ones.
     strict: bool, optional
         If ``True`` (default), an operation without a rule raises :py:class:`UnsupportedOperation`. If ``False``, it
         warns, and the gradient takes the place of the rule.

@@ -171,6 +171,8 @@ class _Propagate(torch.autograd.Function):
         ctx.rule = rule
         ctx.module = module
         ctx.shapes = [elem.shape for elem in inputs]
+        # in which the rule runs
+        ctx.context = nullcontext
         ctx.set_materialize_grads(False)
         # the last one is only there to be counted: if checkpointing runs a function again outside of all modules, where
         # it is not intercepted, other tensors must not be taken for these
@@ -216,7 +218,8 @@ def _propagate(ctx, relevance):
         # an empty batch
         return None, None, None, None, None, *(relevance.new_zeros(shape) for shape in ctx.shapes)
     device = relevance.device.type
-    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+    autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    with autocast, ctx.context():
         lower = ctx.rule.propagate(ctx.module, stored, relevance)
     # inputs may have been broadcast to the shape of the output, and the last ones may receive nothing
     lower = [elem if elem is None or elem.shape == shape else elem.sum_to_size(shape)

@@ -1,4 +1,5 @@
 '''Folding batch normalizations into the linear layers before them, by data flow.'''
+import contextlib
 import functools
 import weakref
 
@@ -24,7 +25,6 @@ class BatchNormMerge:
     '''
     def __init__(self):
         self.handles = RemovableHandleList()
-        self.is_removed = False
         self.producers, self.calls, self.candidates, self.folded = {}, {}, [], []
         # of a batch normalization that is running
         self.pair = None
@@ -86,27 +86,10 @@ class BatchNormMerge:
             _check_foldable(linear)
             if isinstance(getattr(node, 'rule', None), SinglePass):
                 # of a stand-in for a function, the node has the copy that belongs to this call
-                node.register_prehook(functools.partial(self._begin, node.rule, node.module, batch_norm))
-                node.register_hook(functools.partial(self._end, node.module))
+                node.context = functools.partial(_folded, node.module, batch_norm)
             else:
-                self._fold(linear, batch_norm)
-
-    def _fold(self, linear, batch_norm):
-        self.folded.append((linear, _weights(linear)))
-        fold_batch_norm(linear, batch_norm)
-
-    def _begin(self, rule, linear, batch_norm, grad_outputs):
-        '''Put folded parameters in place for a rule, unless it can not run anymore.'''
-        if rule.active and not self.is_removed:
-            self._end(linear)
-            self._fold(linear, batch_norm)
-
-    def _end(self, linear, *gradients):
-        '''Put the original parameters of a layer back.'''
-        for module, weights in self.folded:
-            if module is linear:
-                _restore(linear, weights)
-        self.folded = [entry for entry in self.folded if entry[0] is not linear]
+                self.folded.append((linear, _weights(linear)))
+                fold_batch_norm(linear, batch_norm)
 
     def pause(self):
         '''Put the original parameters back, to run a part of the network again during the backward pass.
@@ -135,7 +118,6 @@ class BatchNormMerge:
 
     def remove(self):
         '''Put the original parameters back, and watch no module anymore.'''
-        self.is_removed = True
         self.unfold()
         self.handles.remove()
 
@@ -156,6 +138,17 @@ def _restore(linear, weights):
     linear._parameters.clear()
     linear._parameters.update(parameters)
     vars(linear).update(computed)
+
+
+@contextlib.contextmanager
+def _folded(linear, batch_norm):
+    '''Have folded parameters in place.'''
+    weights = _weights(linear)
+    fold_batch_norm(linear, batch_norm)
+    try:
+        yield
+    finally:
+        _restore(linear, weights)
 
 
 def _check_foldable(linear):
