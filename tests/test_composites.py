@@ -4,20 +4,35 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import zennit.composites
 import zennit.rules
 from torchvision.models import resnet50
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.transforms import functional
 from zennit.attribution import Gradient, IntegratedGradients, SmoothGrad
-from zennit.composites import COMPOSITES, EpsilonPlus
+from zennit.composites import COMPOSITES, EpsilonPlus, NameLayerMapComposite
 from zennit.core import Composite, Hook
 from zennit.torchvision import ResNetCanonizer
 
+from zennit_resnet.attribution import initial_relevance
 from zennit_resnet.canonizers import ResidualCanonizer
 from zennit_resnet.composites import ResNetLRP, SplittingComposite, with_splitting
+from zennit_resnet.core import SinglePass
 from zennit_resnet.image import read_image
-from zennit_resnet.layer import Addition
+from zennit_resnet.layer import (
+    Activation,
+    Addition,
+    AveragePool,
+    Concatenation,
+    Convolution2d,
+    FullyConnected,
+    Gate,
+    MaxPool,
+    Normalization,
+    Padding,
+    Subsampling,
+)
 from zennit_resnet.rules import PassThrough, RatioSplit, ResidualOnly, SymmetricSplit, ZPlus
 
 ASSETS = Path(__file__).parent.parent / 'examples' / 'assets'
@@ -595,3 +610,54 @@ def test_rule_runs_module_again(is_module):
         for composite in (EpsilonPlus(), with_splitting(EpsilonPlus()))
     ]
     torch.testing.assert_close(relevance[1], relevance[0])
+
+
+class Stop(SinglePass):
+    '''Relevance ends here.'''
+    def store(self, module, *inputs):
+        '''Keep the shapes.'''
+        return inputs
+
+    def propagate(self, module, stored, relevance):
+        '''Nothing.'''
+        return tuple(map(torch.zeros_like, stored))
+
+
+class Functions(torch.nn.Module):
+    '''Each kind of operation as a function.'''
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 1)
+        self.mean, self.var = torch.nn.Parameter(torch.zeros(4)), torch.nn.Parameter(torch.ones(4))
+        self.weight, self.head = torch.nn.Parameter(torch.rand(4, 4, 3, 3)), torch.nn.Parameter(torch.rand(5, 12))
+
+    def forward(self, x):
+        '''Logits.'''
+        x = F.relu(F.batch_norm(self.conv(x), self.mean, self.var))
+        x = F.conv2d(F.max_pool2d(x, 2), self.weight, padding=1) + F.max_pool2d(x, 2)
+        x = x * torch.sigmoid(x[:, :1])
+        x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 1, 1))
+        x = torch.cat((x, 2 * x), 1)
+        return F.linear(F.avg_pool2d(x, 2).flatten(1), self.head)
+
+
+@pytest.mark.parametrize('kind', [
+    Activation, Addition, AveragePool, Concatenation, Convolution2d, FullyConnected, Gate, MaxPool, Normalization,
+    Padding, Subsampling,
+], ids=lambda kind: kind.label)
+def test_maps(kind):
+    '''Name maps and layer maps give rules to operations of every kind.'''
+    torch.manual_seed(0)
+    model, input, base = Functions().double().eval(), torch.rand(2, 3, 8, 8, dtype=torch.float64), ResNetLRP()
+    relevance = {}
+    for key, composite in {
+        'plain': base,
+        'name': NameLayerMapComposite([([kind.label], Stop())], base.layer_map, canonizers=[ResidualCanonizer()]),
+        'type': ResNetLRP(layer_map=[(kind, Stop())]),
+    }.items():
+        with Gradient(model=model, composite=composite) as attributor:
+            relevance[key] = attributor(input, initial_relevance([1, 2]))[1]
+            assert isinstance(dict(model.named_modules())[kind.label], kind)
+    assert bool(relevance['plain'].any())
+    assert not torch.allclose(relevance['name'], relevance['plain'])
+    assert not torch.allclose(relevance['type'], relevance['plain'])
