@@ -10,7 +10,7 @@ import torch
 import zennit.rules
 from torch.nn import functional as F
 
-from zennit_resnet import windows
+from zennit_resnet import rules, windows
 from zennit_resnet.layer import Addition, Gate, Padding, Subsampling
 from zennit_resnet.rules import PassThrough, RatioSplit, ResidualOnly, SignalTakesAll, SymmetricSplit, Uncrop, ZPlus
 
@@ -766,6 +766,24 @@ def test_even_weight_empty_phase():
     weight = torch.tensor([[[1., 0., 3., 0.]], [[0., 0., 0., 0.]]], dtype=torch.float64)
     scaled = windows.even_weight(module, weight.clone())
     assert torch.equal(scaled, weight)
+
+
+@pytest.mark.parametrize('first_layer', ['zplus', 'ones', 'wsquare', 'flat'])
+def test_large_linear(monkeypatch, first_layer):
+    '''A large weight is used in parts.'''
+    module, input = torch.nn.Linear(300, 70).double(), make_input((4, 300), 'signed')
+    rule = ZPlus(first_layer=first_layer)
+    _, relevance, expected = attribute(rule, module, input)
+    sizes, linear = [], F.linear
+
+    def spy(input, weight, bias=None):
+        sizes.extend([len(weight)] if bias is None else [])
+        return linear(input, weight, bias)
+
+    monkeypatch.setattr(rules, 'LARGE', 10000)
+    monkeypatch.setattr(rules.F, 'linear', spy)
+    assert_close(attribute(rule, copy.deepcopy(module), input, relevance=relevance)[2], expected)
+    assert sizes[:3] == [33, 33, 4]
 
 
 @pytest.mark.parametrize('kind, stride, size, is_whole', [

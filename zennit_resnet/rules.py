@@ -16,7 +16,7 @@ from .block import BlockEpsilon  # noqa: F401, pylint: disable=unused-import
 from .core import SinglePass, check_choice, is_plain
 from .graph import depends_on, is_first
 from .layer import Subsampling
-from .memory import by_example
+from .memory import LARGE, by_example
 from .relative import Relative, RelativeMaxPool  # noqa: F401, pylint: disable=unused-import
 
 FIRST_LAYER = ('zplus', 'literal', 'ones', 'zbox', 'wsquare', 'flat')
@@ -355,7 +355,13 @@ class ZPlus(SinglePass):
     def _contributions(self, module, input, variant, is_negative):
         '''Pairs of inputs and weights (None for poolings) of which the products are the contributions.'''
         pairs = self._pairs(module, input, variant, is_negative)
-        if self.coverage == 'even' and isinstance(module, Convolution):
+        if not isinstance(module, (Convolution, torch.nn.Linear)):
+            return pairs
+        weight = module.weight.detach().to(input.dtype)
+        if isinstance(module, torch.nn.Linear):
+            return [(elem, _Rows(weight, part)) for elem, part in pairs]
+        pairs = [(elem, part(weight)) for elem, part in pairs]
+        if self.coverage == 'even':
             # each pair by itself, so that a sample does not depend on whether others in its batch have negative values
             pairs = [(elem, windows.even_weight(module, weight)) for elem, weight in pairs]
         if len(pairs) > 1 and _is_plain_convolution(module) and module.groups == 1:
@@ -365,6 +371,7 @@ class ZPlus(SinglePass):
         return pairs
 
     def _pairs(self, module, input, variant, is_negative):
+        '''Pairs of inputs and the parts of the weight, as functions of it, that they are multiplied with.'''
         if not isinstance(module, (Convolution, torch.nn.Linear)):
             if variant == 'zplus':
                 return [(input.clamp(min=0) if is_negative else input, None)]
@@ -372,22 +379,15 @@ class ZPlus(SinglePass):
                 return [(input, None)]
             return [(input - self._bound(self.low, input) if variant == 'zbox' else torch.ones_like(input), None)]
 
-        weight = module.weight.detach().to(input.dtype)
-        if variant == 'zplus':
-            if is_negative:
-                return [(input.clamp(min=0), weight.clamp(min=0)), (input.clamp(max=0), weight.clamp(max=0))]
-            return [(input, weight.clamp(min=0))]
+        positive, negative = functools.partial(torch.clamp, min=0), functools.partial(torch.clamp, max=0)
+        if variant == 'zplus' and is_negative:
+            return [(input.clamp(min=0), positive), (input.clamp(max=0), negative)]
+        if variant in ('zplus', 'literal'):
+            return [(input, positive)]
         if variant == 'zbox':
-            return [
-                (input - self._bound(self.low, input), weight.clamp(min=0)),
-                (input - self._bound(self.high, input), weight.clamp(max=0)),
-            ]
-        if variant == 'literal':
-            return [(input, weight.clamp(min=0))]
-        weight = {
-            'ones': lambda: weight.clamp(min=0), 'wsquare': lambda: weight ** 2, 'flat': lambda: torch.ones_like(weight)
-        }[variant]()
-        return [(torch.ones_like(input), weight)]
+            return [(input - self._bound(self.low, input), positive), (input - self._bound(self.high, input), negative)]
+        part = {'ones': positive, 'wsquare': torch.square, 'flat': torch.ones_like}[variant]
+        return [(torch.ones_like(input), part)]
 
     @staticmethod
     def _bound(value, input):
@@ -396,7 +396,7 @@ class ZPlus(SinglePass):
     def _map(self, module, input, weight, shape):
         '''The output of :py:meth:`_linear`, and the transposed linear map as a function.'''
         if isinstance(module, torch.nn.Linear):
-            return F.linear(input, weight), lambda output: output @ weight
+            return weight.map(input), weight.transpose
         if isinstance(module, Convolution):
             if self.projection == 'literal' or not windows.is_sparse(module):
                 output = windows.convolve(module, input, weight, shape)
@@ -410,9 +410,7 @@ class ZPlus(SinglePass):
         return result.detach(), lambda output: torch.autograd.grad(result, leaf, output)[0]
 
     def _linear(self, module, input, weight, shape):
-        '''The layer as a linear map of an input to an output of a spatial shape, with a weight (None for poolings).'''
-        if isinstance(module, torch.nn.Linear):
-            return F.linear(input, weight)
+        '''A convolution or pooling as a linear map of an input to an output of a spatial shape, with another weight.'''
         if isinstance(module, Convolution):
             return windows.convolve(module, input, weight, shape, self.projection == 'spread')
         if isinstance(module, MaxPool):
@@ -463,6 +461,26 @@ class ZPlus(SinglePass):
         '''Smooth the relevance of the input of overlapping windows with a stride.'''
         stride = windows.overlapping_stride(module, relevance.ndim - 2) if self.coverage == 'even' else None
         return relevance if stride is None else windows.smooth(relevance, stride)
+
+
+class _Rows:
+    '''Part of the weight of a fully connected layer, computed for some outputs at a time: it may take most memory.'''
+    def __init__(self, weight, part):
+        self.weights = weight.split(max(LARGE // max(weight.shape[1], 1), 1))
+        self.part = part
+
+    def map(self, input):
+        '''The linear map.'''
+        outputs = [F.linear(input, self.part(elem)) for elem in self.weights]
+        return torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
+
+    def transpose(self, output):
+        '''The transposed linear map.'''
+        parts = output.split([len(elem) for elem in self.weights], -1)
+        lower = parts[0] @ self.part(self.weights[0])
+        for part, weight in zip(parts[1:], self.weights[1:]):
+            lower += part @ self.part(weight)
+        return lower
 
 
 def _is_plain_convolution(module):
