@@ -11,6 +11,7 @@ import zennit.rules
 from torch.nn import functional as F
 
 from zennit_resnet import rules, windows
+from zennit_resnet.core import SinglePass
 from zennit_resnet.layer import Addition, Gate, Padding, Subsampling
 from zennit_resnet.rules import PassThrough, RatioSplit, ResidualOnly, SignalTakesAll, SymmetricSplit, Uncrop, ZPlus
 
@@ -1396,3 +1397,18 @@ def test_needs_tensor():
     with pytest.raises(TypeError, match='PassThrough.*Gate'):
         attribute(PassThrough(), module, torch.ones(1))
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize('part', [None, 'shape'])
+def test_input_without_relevance(part):
+    '''Rules may leave out an input, and give relevance of the shape of a broadcast one.'''
+    class Second(SinglePass):
+        '''The second input takes all.'''
+        def propagate(self, module, stored, relevance):
+            '''Leave out the first.'''
+            return (None if part is None else torch.zeros_like(relevance)), relevance
+
+    first, second = torch.rand(2, 3, 4), torch.rand(1, 4)
+    _, relevance, *lower = attribute(Second(), Addition(), first, second)
+    assert lower[0] is None if part is None else not lower[0].any()
+    assert_close(lower[1], relevance.sum((0, 1))[None])
