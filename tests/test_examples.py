@@ -42,7 +42,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize('name', (*PICTURES, 'own_resnet', 'evaluate_folder', 'quantus_metrics'))
+@pytest.mark.parametrize('name', (*PICTURES, 'own_resnet', 'evaluate_folder', 'quantus_metrics', 'stabilizer'))
 def test_one_screen(name):
     '''Examples are of one screen.'''
     lines = (FOLDER / f'{name}.py').read_text(encoding='utf-8').splitlines()
@@ -98,6 +98,14 @@ def test_layer_relevance(folder, capsys):
     assert list(sums) == ['layer4', 'layer3', 'layer2', 'layer1', 'pixels']
     assert all(float(total) == pytest.approx(1, abs=1e-4) for total in sums.values())
     check_picture(folder, 'layer_relevance')
+
+
+def test_stabilizer(capsys):
+    '''Without a stabilizer, BlockLRP is Gradient x Input, and less so with a larger one.'''
+    run('stabilizer')
+    cosines = [cosine for cosine, in floats(r'lowest cosine ([-.\d]+)', capsys.readouterr().out)]
+    assert len(cosines) == 7 and cosines[0] > 1 - 1e-6
+    assert cosines == sorted(cosines, reverse=True) and cosines[-1] < .5
 
 
 def test_compare_checkpoints(folder, capsys):
