@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchvision
 from networks import UserNetwork, randomize
+from torch.utils.checkpoint import checkpoint
 from zennit.attribution import Gradient
 from zennit.composites import EpsilonAlpha2Beta1, EpsilonPlus, EpsilonPlusFlat
 from zennit.core import Hook
@@ -467,6 +468,28 @@ def test_folded_weights(monkeypatch):
     assert len(folded) == 40
     relevance, = torch.autograd.grad(output, input, initial_relevance(1, 'one')(output))
     assert torch.equal(relevance, expected)
+    snapshot.check()
+
+
+@pytest.mark.parametrize('name', ['merge', 'canonizer'])
+def test_checkpointing(name):
+    '''A part that runs again in the backward pass does so with its own weights, and rules with the folded ones.'''
+    class Checkpointed(torch.nn.Module):
+        '''A module of which activations are not kept.'''
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, x):
+            '''Run the module.'''
+            return checkpoint(self.module, x, use_reentrant=False)
+
+    model, input = build_model(name='resnet18'), images()
+    expected = attribute(model, COMPOSITES[name](), input)
+    model.layer1, model.layer3 = Checkpointed(model.layer1), Checkpointed(model.layer3)
+    snapshot = Snapshot(model)
+    actual = attribute(model, COMPOSITES[name](), input)
+    assert float((actual - expected).abs().max()) < 1e-12 * float(expected.abs().max())
     snapshot.check()
 
 

@@ -602,6 +602,26 @@ def test_closed_form_merge():
     assert float((passed - actual).abs().max()) > 1e-3 * float(actual.abs().max())
 
 
+@pytest.mark.parametrize('groups', [1, 2])
+def test_merge_transposed(groups):
+    '''Batch normalization is folded into a transposed convolution, of which the weight has its outputs second.'''
+    conv, norm = nn.ConvTranspose2d(4, 6, 3, groups=groups, bias=False), nn.BatchNorm2d(6)
+    norm.running_mean.normal_(), norm.running_var.uniform_(.5, 2), norm.weight.data.normal_(), norm.bias.data.normal_()
+    head = nn.Sequential(nn.Tanh(), nn.Flatten(), nn.Linear(6 * 36, 3))
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), conv, norm, *head).double().eval()
+    folded = nn.ConvTranspose2d(4, 6, 3, groups=groups).double()
+    scale = norm.weight.data / (norm.running_var + norm.eps).sqrt()
+    for channel in range(4):
+        for output in range(6 // groups):
+            index = channel * groups // 4 * (6 // groups) + output
+            folded.weight.data[channel, output] = conv.weight.data[channel, output] * scale[index]
+    folded.bias.data = norm.bias.data - norm.running_mean * scale
+    input = torch.randn(2, 4, 4, 4).double()
+    reference = nn.Sequential(model[0], folded, *head)
+    assert_close(reference(input).detach(), model(input).detach(), 1e-12)
+    assert_close(explain(model, input)[0], explain(reference, input)[0], 1e-12)
+
+
 @both_cardinalities
 def test_permuted_inputs(cardinality):
     '''Permuting inputs along with weights permutes contributions: pixels of a dense network, channels, and sides.'''
