@@ -148,10 +148,7 @@ def convolve_cells(module, input, weight, cells):
     pooled = functools.reduce(torch.Tensor.add_, parts[2:], parts[0] + parts[1]).div_(size)
 
     def transpose(output):
-        lower = torch.ops.aten.convolution_backward(
-            output, pooled, weight, None, (1,) * num, (0,) * num, (1,) * num, False, (0,) * num, module.groups,
-            (True, False, False),
-        )[0].div_(size)
+        lower = _gradient(output, pooled, weight, (1,) * num, (0,) * num, (1,) * num, module.groups).div_(size)
         for dim in reversed(range(num)):
             lower = lower.repeat_interleave(cells[dim], dim + 2)
         return lower
@@ -304,20 +301,23 @@ def convolve_transposed(module, input, weight, output):
         # an output padding beyond the stride, which a dilation allows, has further positions
         return lower[(..., *(slice(length) for length in input.shape[2:]))]
 
-    def transpose(input, padding):
-        return torch.ops.aten.convolution_backward(
-            output, input, weight, None, stride, padding, dilation, False, (0,) * num, module.groups,
-            (True, False, False),
-        )[0]
-
     pads = _pads(module, weight)
     if module.padding_mode == 'zeros' and all(left == right for left, right in pads):
-        return transpose(input, [left for left, _ in pads])
+        return _gradient(output, input, weight, stride, [left for left, _ in pads], dilation, module.groups)
     mode = 'constant' if module.padding_mode == 'zeros' else module.padding_mode
     with torch.enable_grad():
         input = input.detach().requires_grad_()
         padded = F.pad(input, [value for pair in reversed(pads) for value in pair], mode=mode)
-    return torch.autograd.grad(padded, input, transpose(padded.detach(), (0,) * num))[0]
+    lower = _gradient(output, padded.detach(), weight, stride, (0,) * num, dilation, module.groups)
+    return torch.autograd.grad(padded, input, lower)[0]
+
+
+# pylint: disable=too-many-arguments
+def _gradient(output, input, weight, stride, padding, dilation, groups):
+    '''Gradient of a convolution by its input, of which the values are not used.'''
+    return torch.ops.aten.convolution_backward(
+        output, input, weight, None, stride, padding, dilation, False, (0,) * len(stride), groups, (True, False, False),
+    )[0]
 
 
 def count_uses(module, input, output):
