@@ -11,6 +11,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from click.testing import CliRunner
@@ -309,7 +310,7 @@ def odd_images():
     half = Image.new('RGBA', size, (0, 0, 0, 128))
     rows = [
         ('cmyk.jpg', image.convert('CMYK'), {}, COLOR), ('cmyk.tif', image.convert('CMYK'), {}, COLOR),
-        ('progressive.jpg', image, {'progressive': True}, COLOR), ('ycbcr.tif', image.convert('YCbCr'), {}, COLOR),
+        ('progressive.jpg', image, {'progressive': True}, COLOR),
         ('palette.png', palette, {}, COLOR), ('palette.gif', palette, {}, COLOR), ('palette.bmp', palette, {}, COLOR),
         ('transparent.png', palette, {'transparency': palette.getpixel((0, 0))}, (255, 255, 255)),
         ('transparent.gif', palette, {'transparency': palette.getpixel((0, 0))}, (255, 255, 255)),
@@ -334,6 +335,9 @@ def odd_images():
     ]
     if 'JPEG2000' in Image.SAVE:
         rows.append(('photo.jp2', image, {}, COLOR))
+    if int(PIL.__version__.split('.', 1)[0]) >= 13:
+        # which Pillow 12, the last one for Python 3.10, writes but can not read
+        rows.append(('ycbcr.tif', image.convert('YCbCr'), {}, COLOR))
     return rows
 
 
