@@ -1,18 +1,15 @@
 '''Canonizers which make the operations of residual networks visible to rules.'''
 import sys
-import threading
 import warnings
 import weakref
 
 import torch
 from zennit.canonizers import Canonizer
 from zennit.core import Composite, RemovableHandleList
-from zennit.types import Activation as ActivationType
-from zennit.types import AvgPool, BatchNorm, Linear
-from zennit.types import MaxPool as MaxPoolType
 
 from .block import note_addition
-from .core import Eager, SinglePass, check_choice, check_evaluation, is_active, is_running, rules_among
+from .calls import Call, Local, is_opaque, single_pass
+from .core import Eager, check_choice, check_evaluation, is_active, is_running
 from .graph import carriers_of, is_arithmetic, nodes_of, walk
 from .inplace import Watch, forget, note_copy, settle
 from .layer import Addition, Gate, Padding
@@ -25,12 +22,6 @@ DEFAULT_RULES = (
     (Addition, RatioSplit()),
     (Gate, SignalTakesAll()),
     (Padding, Uncrop()),
-)
-
-# Modules of which the composite was asked already, and of which the gradient is the rule if it has none.
-COVERED = (
-    Linear, BatchNorm, ActivationType, AvgPool, MaxPoolType, torch.nn.Identity, torch.nn.Flatten, torch.nn.Unflatten,
-    torch.nn.modules.dropout._DropoutNd, torch.nn.PixelShuffle,  # pylint: disable=protected-access
 )
 
 # All canonizers in use, of nested contexts the innermost last.
@@ -124,7 +115,7 @@ class ResidualCanonizer(Canonizer):
         REGISTERED.append(self)
         self.context = self.paused = None
         self.standins, self.leaves = {}, {}
-        self.local = _Local()
+        self.local = Local()
         self.interception = _Interception(self, self.is_gradient)
         # zennit 1.0.0 replaces parameters of layers with new objects when its rules run
         self.parameters = {module: dict(module._parameters) for module in self.names}
@@ -180,11 +171,11 @@ class ResidualCanonizer(Canonizer):
             self.interception.enter()
         settle(args)
         # what is inside of a module with a rule must have its own gradient, also if the rule runs it again
-        opaque = _is_opaque(module) or (stack[-1].opaque if stack else self._is_inside_opaque(module))
+        opaque = is_opaque(module) or (stack[-1].opaque if stack else self._is_inside_opaque(module))
         changes = args[0] if args and getattr(module, 'inplace', False) is True else None
         carriers = carriers_of(args) if opaque and stack and not stack[-1].opaque else ()
         begin = nodes_of(carriers) if carriers else None
-        stack.append(_Call(module, opaque, self.local.counts.setdefault(module, {}), changes, begin, sys._getframe(1)))
+        stack.append(Call(module, opaque, self.local.counts.setdefault(module, {}), changes, begin, sys._getframe(1)))
 
     def _recover(self):
         '''Forget a forward pass that was interrupted by an exception for which PyTorch runs no hooks.'''
@@ -204,7 +195,7 @@ class ResidualCanonizer(Canonizer):
     def _is_inside_opaque(self, module):
         path = self.names.get(module, '').split('.')
         above = {'.'.join(path[:num]) for num in range(1, len(path))}
-        return any(name in above and _is_opaque(parent) for parent, name in self.names.items()) if above else False
+        return any(name in above and is_opaque(parent) for parent, name in self.names.items()) if above else False
 
     def _leave(self, module, args, output):
         stack = self.local.__dict__.get('stack')
@@ -247,7 +238,7 @@ class ResidualCanonizer(Canonizer):
             if composite is not None:
                 for module, name in self.names.items():
                     composite.module_map(self.context, name, module)
-            self.leaves = {module: _single_pass(module) for module in self.names
+            self.leaves = {module: single_pass(module) for module in self.names
                            if module is not self.root and not module._modules}
 
     def _overlapping(self):
@@ -508,28 +499,6 @@ class _Interception(Watch):
         return self.canonizer.intercept(func, args, kwargs)
 
 
-class _Local(threading.local):
-    '''State of a thread, of which nothing is copied.'''
-    def __deepcopy__(self, memo):
-        return _Local()
-
-
-class _Call:
-    '''A call of a module, with the number of operations of each kind in all of its calls so far.
-
-    It is known which tensor an activation changes in place, as rules may give it a copy, and from which nodes of the
-    graph a module begins that a rule covers.
-    '''
-    # pylint: disable=too-many-arguments
-    def __init__(self, module, opaque, counts, changes, begin, frame):
-        self.module = module
-        self.opaque = opaque
-        self.counts = counts
-        self.changes = changes
-        self.begin = begin
-        self.frame = frame
-
-
 def _calling_composite():
     '''The composite that is being registered.
 
@@ -542,21 +511,3 @@ def _calling_composite():
             return caller
         frame = frame.f_back
     return None
-
-
-def _single_pass(module):
-    '''The rule within which a module runs without gradients, None if there is none.'''
-    return next((hook.__self__ for hook in module._forward_pre_hooks.values()
-                 if getattr(hook, '__func__', None) is SinglePass._pre_forward and hook.__self__.active), None)
-
-
-def _is_opaque(module):
-    '''Whether what happens inside a module is covered by a rule of the module itself.'''
-    if any(rule.active for rule in rules_among(module._forward_pre_hooks)):
-        return True
-    return (
-        type(module).__module__.startswith('torch.nn.')
-        and 'forward' not in vars(module)
-        and isinstance(module, COVERED)
-        and not isinstance(module, torch.nn.MultiheadAttention)
-    )

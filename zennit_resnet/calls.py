@@ -1,0 +1,53 @@
+'''Calls of modules that are running, and whether their rules cover what happens inside.'''
+import threading
+
+import torch
+from zennit.types import Activation, AvgPool, BatchNorm, Linear, MaxPool
+
+from .core import SinglePass, rules_among
+
+# Modules of which the composite was asked already, and of which the gradient is the rule if it has none.
+COVERED = (
+    Linear, BatchNorm, Activation, AvgPool, MaxPool, torch.nn.Identity, torch.nn.Flatten, torch.nn.Unflatten,
+    torch.nn.modules.dropout._DropoutNd, torch.nn.PixelShuffle,  # pylint: disable=protected-access
+)
+
+
+class Local(threading.local):
+    '''State of a thread, of which nothing is copied.'''
+    def __deepcopy__(self, memo):
+        return Local()
+
+
+class Call:
+    '''A call of a module, with the number of operations of each kind in all of its calls so far.
+
+    It is known which tensor an activation changes in place, as rules may give it a copy, and from which nodes of the
+    graph a module begins that a rule covers.
+    '''
+    # pylint: disable=too-many-arguments
+    def __init__(self, module, opaque, counts, changes, begin, frame):
+        self.module = module
+        self.opaque = opaque
+        self.counts = counts
+        self.changes = changes
+        self.begin = begin
+        self.frame = frame
+
+
+def single_pass(module):
+    '''The rule within which a module runs without gradients, None if there is none.'''
+    return next((hook.__self__ for hook in module._forward_pre_hooks.values()
+                 if getattr(hook, '__func__', None) is SinglePass._pre_forward and hook.__self__.active), None)
+
+
+def is_opaque(module):
+    '''Whether what happens inside a module is covered by a rule of the module itself.'''
+    if any(rule.active for rule in rules_among(module._forward_pre_hooks)):
+        return True
+    return (
+        type(module).__module__.startswith('torch.nn.')
+        and 'forward' not in vars(module)
+        and isinstance(module, COVERED)
+        and not isinstance(module, torch.nn.MultiheadAttention)
+    )
