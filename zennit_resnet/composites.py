@@ -339,7 +339,7 @@ class RelativeLRP(_LayerMap):
 
 
 @register_composite('block_lrp')
-class BlockLRP(_Transaction, Composite):
+class BlockLRP(_LayerMap):
     '''Propagation of C3-LRP (Doublet et al.): residual blocks, and layers outside of them, as one layer each, Eq. (1).
 
     In the backward pass, gradients are relevance divided by the activation, until the network's input is reached.
@@ -392,12 +392,12 @@ class BlockLRP(_Transaction, Composite):
         settings = {'epsilon': epsilon, 'mode': mode, 'form': 'gradient'}
         self.block_rule = BlockEpsilon(**settings)
         self.any_rule = BlockEpsilon(**settings, is_block=None)
-        self.layer_map = ([] if layer_map is None else list(layer_map)) + [
+        layer_map = ([] if layer_map is None else list(layer_map)) + [
             (torch.nn.Linear, BlockEpsilon(**settings, with_bias=False)),
             ((Convolution, BatchNorm, AvgPool, MaxPool), self.block_rule),
         ]
         canonizers = [] if canonizers is None else list(canonizers)
-        super().__init__(module_map=self.mapping, canonizers=[*canonizers, BlockCanonizer()])
+        super().__init__(layer_map=layer_map, canonizers=[*canonizers, BlockCanonizer()])
 
     def register(self, module):
         '''Apply all canonizers and register all hooks to a module and its children.
@@ -444,10 +444,7 @@ class BlockLRP(_Transaction, Composite):
             return GradientTimesInput()
         if self.find_block is not None and self.find_block(name, module):
             return self.block_rule
-        kind = type(module)
-        if kind not in ctx:
-            ctx[kind] = next((hook for types, hook in self.layer_map if isinstance(module, types)), None)
-        hook = ctx[kind]
+        hook = super().mapping(ctx, name, module)
         if hook is None and self.find_block is None and not type(module).__module__.startswith('torch.nn.'):
             return self.any_rule
         return hook
