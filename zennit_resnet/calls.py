@@ -5,6 +5,7 @@ import torch
 from zennit.types import Activation, AvgPool, BatchNorm, Linear, MaxPool
 
 from .core import SinglePass, rules_among
+from .weights import is_plain
 
 # Modules of which the composite was asked already, and of which the gradient is the rule if it has none.
 COVERED = (
@@ -26,12 +27,13 @@ class Call:
     graph a module begins that a rule covers.
     '''
     # pylint: disable=too-many-arguments
-    def __init__(self, module, opaque, counts, changes, begin, frame):
+    def __init__(self, module, opaque, counts, changes, begin, weights, frame):
         self.module = module
         self.opaque = opaque
         self.counts = counts
         self.changes = changes
         self.begin = begin
+        self.weights = weights
         self.frame = frame
 
 
@@ -46,8 +48,7 @@ def is_opaque(module):
     if any(rule.active for rule in rules_among(module._forward_pre_hooks)):
         return True
     return (
-        type(module).__module__.startswith('torch.nn.')
-        and 'forward' not in vars(module)
-        and isinstance(module, COVERED)
+        isinstance(module, COVERED)
+        and is_plain(module)
         and not isinstance(module, torch.nn.MultiheadAttention)
     )

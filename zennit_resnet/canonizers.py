@@ -1,21 +1,25 @@
 '''Canonizers which make the operations of residual networks visible to rules.'''
+import gc
 import sys
 import warnings
 import weakref
 
 import torch
+from torch._C import DisableTorchFunction
 from zennit.canonizers import Canonizer
 from zennit.core import Composite, RemovableHandleList
+from zennit.types import Linear
 
-from .block import note_addition
+from .block import BlockEpsilon, note_addition
 from .calls import Call, Local, is_opaque, single_pass
-from .core import Eager, check_choice, check_evaluation, is_active, is_running
+from .core import Eager, SinglePass, check_choice, check_evaluation, is_active, is_running, rules_among
 from .graph import carriers_of, is_arithmetic, nodes_of, walk
-from .inplace import Watch, forget, note_copy, settle
+from .inplace import Watch, forget, note_copy, note_weight, settle
 from .layer import Addition, Gate, Padding
 from .merging import BatchNormMerge
 from .operations import ADDITIONS, HANDLERS, TRANSPARENT, FunctionCall, is_training
 from .rules import RatioSplit, SignalTakesAll, Uncrop
+from .weights import UsedWeights
 
 # Rules for operations that no composite of Zennit knows about, unless the composite in use has another for them.
 DEFAULT_RULES = (
@@ -26,6 +30,8 @@ DEFAULT_RULES = (
 
 # All canonizers in use, of nested contexts the innermost last.
 REGISTERED = []
+# Composites of Zennit that were registered while they were in use.
+REPLACED = weakref.WeakSet()
 
 
 class UnsupportedOperation(RuntimeError):
@@ -82,8 +88,12 @@ class ResidualCanonizer(Canonizer):
         list of :py:obj:`ResidualCanonizer`
             A list of the single instance that was registered.
         '''
+        composite = _calling_composite()
+        if composite in REPLACED:
+            REPLACED.discard(composite)
+            raise RuntimeError(_in_use(composite))
         instance = self.copy()
-        instance.register(root_module, _calling_composite())
+        instance.register(root_module, composite)
         return [instance]
 
     def register(self, root_module, composite=None):
@@ -101,10 +111,17 @@ class ResidualCanonizer(Canonizer):
         TypeError
             If rules can not be attached to a module, as it is a ScriptModule or runs replicas on several devices.
         '''
-        self.eager = Eager(root_module)
-        self.composite = None if composite is None else weakref.ref(composite)
-        self.root = root_module
         self.names = {module: name for name, module in root_module.named_modules()}
+        if self._overlapping():
+            # a composite that was lost while it was registered undoes that, once it is collected
+            gc.collect()
+        self.eager = Eager(root_module)
+        self.composite, self.finalizer = None, None
+        if composite is not None:
+            self.composite = weakref.ref(composite)
+            self.finalizer = weakref.finalize(composite, _undo, composite.handles, type(composite).__name__)
+            self.finalizer.atexit = False
+        self.root = root_module
         self.suspended = []
         for other in self._overlapping():
             other.merge.unfold()
@@ -114,7 +131,8 @@ class ResidualCanonizer(Canonizer):
             hook.active = False
         REGISTERED.append(self)
         self.context = self.paused = None
-        self.standins, self.leaves = {}, {}
+        # weights of the modules that ran, to be the same if checkpointing runs them again
+        self.standins, self.leaves, self.used = {}, {}, {}
         self.local = Local()
         self.interception = _Interception(self, self.is_gradient)
         # zennit 1.0.0 replaces parameters of layers with new objects when its rules run
@@ -131,6 +149,10 @@ class ResidualCanonizer(Canonizer):
         '''Leave the network as it was found.'''
         self._recover()
         self.interception.leave()
+        if self.finalizer is not None:
+            self.finalizer.detach()
+        if self.names and self._is_replaced():
+            REPLACED.add(self._composite())
         self.handles.remove()
         self.merge.remove()
         if self in REGISTERED:
@@ -145,7 +167,7 @@ class ResidualCanonizer(Canonizer):
             param.requires_grad_(True)
         self.eager.remove()
         self.standins, self.trainable, self.suspended, self.parameters, self.names = {}, [], [], {}, {}
-        self.leaves = {}
+        self.leaves, self.used = {}, {}
 
     def copy(self):
         '''Return a copy of this canonizer.'''
@@ -157,25 +179,46 @@ class ResidualCanonizer(Canonizer):
         rule = self.leaves.get(module)
         if rule is not None and rule.active and self.local.__dict__.get('stack'):
             # it runs without gradients, so that nothing inside is an operation on relevance
+            self.local.leaf = module
             settle(args)
+            self._note_weights(module)
             return
         self.local.__dict__.setdefault('stack', [])
         stack = self._stack()
         if not stack:
             self.local.counts, self.local.seen, self.local.known = {}, set(), set()
             self.local.is_grad_enabled = torch.is_grad_enabled()
+            self.local.leaf = None
             composite = self._composite()
             self.local.is_active = composite is None or is_active(composite)
             forget()
-            self._start()
+            self._start(args)
             self.interception.enter()
         settle(args)
+        weights = self._note_weights(module)
         # what is inside of a module with a rule must have its own gradient, also if the rule runs it again
         opaque = is_opaque(module) or (stack[-1].opaque if stack else self._is_inside_opaque(module))
         changes = args[0] if args and getattr(module, 'inplace', False) is True else None
         carriers = carriers_of(args) if opaque and stack and not stack[-1].opaque else ()
         begin = nodes_of(carriers) if carriers else None
-        stack.append(Call(module, opaque, self.local.counts.setdefault(module, {}), changes, begin, sys._getframe(1)))
+        counts = self.local.counts.setdefault(module, {})
+        stack.append(Call(module, opaque, counts, changes, begin, weights, sys._getframe(1)))
+
+    def _note_weights(self, module):
+        '''Note which weights a module has, or compare them if checkpointing runs it again in the backward pass.'''
+        if not module._parameters and not module._buffers or not self.local.is_active:
+            return None
+        with DisableTorchFunction():
+            weights, before = UsedWeights(module), self.used.get(module)
+            if self.paused is None:
+                if before is None or before[-1].found != weights.found:
+                    self.used[module] = [*(before or ()), weights]
+            elif before is not None and not any(elem.is_current() for elem in before):
+                raise RuntimeError(
+                    f'Checkpointing runs {self._label(module)} again in the backward pass, with other weights than in '
+                    'the forward pass: have them in place until the backward pass is done, or turn checkpointing off.'
+                )
+        return weights
 
     def _recover(self):
         '''Forget a forward pass that was interrupted by an exception for which PyTorch runs no hooks.'''
@@ -198,6 +241,7 @@ class ResidualCanonizer(Canonizer):
         return any(name in above and is_opaque(parent) for parent, name in self.names.items()) if above else False
 
     def _leave(self, module, args, output):
+        self.local.leaf = None
         stack = self.local.__dict__.get('stack')
         # this is called for exceptions before the module was entered as well
         if not stack or stack[-1].module is not module:
@@ -210,6 +254,8 @@ class ResidualCanonizer(Canonizer):
             forget()
         carriers = carriers_of((output,))
         if self.local.is_active:
+            if call.weights is not None and call.opaque and carriers:
+                self._watch_weights(call, carriers)
             if not call.opaque:
                 self._guard(call, carriers)
             elif call.begin is not None:
@@ -220,12 +266,35 @@ class ResidualCanonizer(Canonizer):
             self.local.seen, self.local.known = set(), set()
             self._finish(carriers)
 
-    def _start(self):
+    def _watch_weights(self, call, carriers):
+        '''Have an error if a rule that reads weights from the module, as those of Zennit, finds others later.'''
+        if not isinstance(call.module, Linear):
+            return
+        for tensor in call.module._parameters.values():
+            if tensor is not None:
+                note_weight(tensor, call.weights)
+        rules = rules_among(call.module._forward_pre_hooks)
+        if any(rule.active and not isinstance(rule, (SinglePass, BlockEpsilon)) for rule in rules):
+            weights = self.checked[call.module] = UsedWeights(call.module)
+            for node in nodes_of(carriers):
+                node.register_prehook(weights.check)
+
+    def _start(self, args):
+        if self not in REGISTERED:
+            if torch.is_grad_enabled() and carriers_of(args):
+                raise RuntimeError(
+                    f'The {type(self.root).__name__} is a copy that was made within the context of a composite, whose '
+                    'hooks it has without being registered: copy the network outside of the context.'
+                )
+            self.paused = None
+            return
         # checkpointing runs parts of the network again in the backward pass, for which all folded weights remain
         self.paused = self.merge.pause() if torch._C._current_graph_task_id() != -1 else None
         self.merge.unfold()
         self._detach()
         self.eager.pause_compiler()
+        if self.paused is None:
+            self.used, self.checked = {}, {}
         if torch.is_grad_enabled():
             check_evaluation(self.root)
         if self.context is None:
@@ -241,15 +310,30 @@ class ResidualCanonizer(Canonizer):
             self.leaves = {module: single_pass(module) for module in self.names
                            if module is not self.root and not module._modules}
 
+    def _label(self, module):
+        '''Name and type of a module.'''
+        return f'{self.names.get(module) or "The model"} ({type(module).__name__})'
+
+    def _is_replaced(self):
+        '''Whether Zennit removes the composite because it is registered for another network, without asking.'''
+        frame = sys._getframe(1)
+        while frame is not None and frame.f_code is not Composite.remove.__code__:
+            frame = frame.f_back
+        return frame is not None and frame.f_back.f_code is Composite.register.__code__
+
     def _overlapping(self):
         '''Other canonizers in use for the same modules.'''
         return [other for other in REGISTERED if other is not self and not self.names.keys().isdisjoint(other.names)]
 
     def _finish(self, carriers):
+        if self not in REGISTERED:
+            return
         if self.paused is not None:
             self.merge.resume(self.paused)
         elif all(REGISTERED.index(other) < REGISTERED.index(self) for other in self._overlapping()):
-            self.merge.fold(carriers)
+            for linear in self.merge.fold(carriers):
+                if linear in self.checked:
+                    self.checked[linear].renew()
         self.paused = None
         for owner, name, standin in self.standins.values():
             owner._modules[name] = standin
@@ -281,12 +365,15 @@ class ResidualCanonizer(Canonizer):
         if not is_training(func, args, kwargs):
             return
         stack = self._stack()
-        if stack and self.local.is_active and torch.is_grad_enabled():
-            module = stack[-1].module
+        if not stack or not self.local.is_active or not (torch.is_grad_enabled() or self.local.leaf is not None):
+            return
+        if carriers_of((args, kwargs)):
+            module = self.local.leaf or stack[-1].module
             raise RuntimeError(
-                f'{self.names.get(module) or "The model"} ({type(module).__name__}) calls \'{func.__name__}\' for '
-                'training, by which the output for one sample depends on chance or on the other samples. Have it '
-                'called with training=self.training, and call model.eval() first.'
+                f'{self._label(module)} calls \'{func.__name__}\' for training or without running statistics, by which '
+                'the output for one sample depends on chance or on the other samples of the batch. Have it called with '
+                'training=self.training and call model.eval() first, or explain one sample at a time if it has no '
+                'running statistics.'
             )
 
     def intercept(self, func, args, kwargs):
@@ -497,6 +584,23 @@ class _Interception(Watch):
     def run(self, func, args, kwargs):
         '''Run a function, through a module that stands for it if it is an operation on relevance.'''
         return self.canonizer.intercept(func, args, kwargs)
+
+
+def _in_use(composite):
+    return (
+        f'{type(composite).__name__} was registered while it was in use for a network. One instance is for one network '
+        'at a time: leave its context first, or call its remove(), or use another instance.'
+    )
+
+
+def _undo(handles, name):
+    '''Leave the network of a composite that was lost as it was found.'''
+    if handles:
+        handles.remove()
+        warnings.warn(
+            f'A {name} was lost while it was registered. The network is as it was before, so that its gradients are no '
+            'relevance: keep the composite for as long as it is needed, or use its context.', stacklevel=2
+        )
 
 
 def _calling_composite():

@@ -21,7 +21,7 @@ from zennit.rules import AlphaBeta, ClampMod, Epsilon, Gamma, Norm, WSquare, ZPl
 from zennit.types import Activation, AvgPool, Convolution
 
 from .composites import NORMALIZATION, SPLITTING, _LayerMap, _with_canonizer
-from .core import SinglePass, check_choice, is_plain
+from .core import SinglePass, check_choice
 from .layer import Addition, Gate, Padding
 from .rules import PassThrough, SignalTakesAll, Uncrop
 
@@ -234,7 +234,7 @@ class ClassicLRP(_LayerMap):
         split = {
             'rule': lambda: LinearSum(linear), 'duplicate': Duplicate, **SPLITTING,
         }[addition]()
-        layer_map = ([] if layer_map is None else list(layer_map)) + [
+        rules = [
             (Addition, split),
             (Gate, SignalTakesAll()),
             (Padding, Uncrop()),
@@ -243,26 +243,4 @@ class ClassicLRP(_LayerMap):
             (AvgPool, Norm(stabilizer)),
             ((Convolution, torch.nn.Linear), linear),
         ]
-        self.linear = linear
-        super().__init__(layer_map=layer_map, canonizers=_with_canonizer(canonizers, batch_norm))
-
-    def mapping(self, ctx, name, module):
-        '''Get the hook of a module.
-
-        Parameters
-        ----------
-        ctx: dict
-            A context dictionary to keep track of previously registered hooks.
-        name: str
-            Name of the module.
-        module: :py:obj:`torch.nn.Module`
-            Instance of the module to find a hook for.
-
-        Returns
-        -------
-        :py:obj:`Hook` or None
-            The hook found, or None if no applicable hook was found.
-        '''
-        hook = super().mapping(ctx, name, module)
-        # the canonizer looks inside of layers with a forward of their own, and finds the functional convolution
-        return None if hook is self.linear and not is_plain(module) else hook
+        super().__init__(layer_map, rules, _with_canonizer(canonizers, batch_norm))

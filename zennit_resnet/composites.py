@@ -1,12 +1,15 @@
 '''Composites for residual networks, registered by name in Zennit's ``COMPOSITES``.'''
+import weakref
+
 import torch
+from torch.nn.utils.parametrize import type_before_parametrizations
 from zennit.composites import LayerMapComposite, register_composite
 from zennit.core import Composite, Hook
 from zennit.torchvision import ResNetCanonizer
 from zennit.types import Activation, AvgPool, BatchNorm, Convolution, MaxPool
 
 from .block import BlockEpsilon, GradientTimesInput
-from .canonizers import BlockCanonizer, ResidualCanonizer
+from .canonizers import BlockCanonizer, ResidualCanonizer, _in_use
 from .contributions import Contributions
 from .core import check_choice, is_active
 from .graph import carriers_of
@@ -21,6 +24,7 @@ from .rules import (
     Uncrop,
     ZPlus,
 )
+from .weights import is_plain
 
 SPLITTING = {'ratio': RatioSplit, 'symmetric': SymmetricSplit}
 
@@ -46,7 +50,16 @@ def _with_canonizer(canonizers, batch_norm='pass'):
 
 
 class _Transaction:
-    '''Composites which leave nothing behind if they can not be registered.'''
+    '''Composites which leave nothing behind if they can not be registered, or are lost.'''
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # without a reference to itself, a composite is collected as soon as it is lost, and undoes what it did
+        del self.module_map
+
+    def module_map(self, ctx, name, module):
+        '''See :py:meth:`mapping`.'''
+        return self.mapping(ctx, name, module)
+
     def register(self, module):
         '''Apply all canonizers and register all hooks to a module and its children.
 
@@ -54,7 +67,14 @@ class _Transaction:
         ----------
         module: :py:obj:`torch.nn.Module`
             The module.
+
+        Raises
+        ------
+        RuntimeError
+            If it is in use for a network already.
         '''
+        if self.handles:
+            raise RuntimeError(_in_use(self))
         try:
             super().register(module)
         except BaseException:
@@ -63,7 +83,16 @@ class _Transaction:
 
 
 class _LayerMap(_Transaction, LayerMapComposite):
-    '''Composites with a rule for each type of module.'''
+    '''Composites with a rule for each type of module.
+
+    Rules of the composite itself are for modules that compute what their type in torch.nn does. Rules that are given
+    are for all modules of their types.
+    '''
+    def __init__(self, layer_map, rules, canonizers):
+        given = [] if layer_map is None else list(layer_map)
+        self.rules = rules
+        super().__init__(layer_map=given + rules, canonizers=canonizers)
+
     def mapping(self, ctx, name, module):
         '''Get the appropriate hook given a mapping from module types to hooks.
 
@@ -81,9 +110,10 @@ class _LayerMap(_Transaction, LayerMapComposite):
         :py:obj:`Hook` or None
             The hook found, or None if no applicable hook was found.
         '''
-        kind = type(module)
+        kind = type(module), is_plain(module)
         if kind not in ctx:
-            ctx[kind] = super().mapping(ctx, name, module)
+            layer_map = self.layer_map if kind[1] else self.layer_map[:len(self.layer_map) - len(self.rules)]
+            ctx[kind] = next((rule for types, rule in layer_map if isinstance(module, types)), None)
         return ctx[kind]
 
 
@@ -159,7 +189,7 @@ class ResNetLRP(_LayerMap):
             dead_units=dead_units, maxpool=maxpool,
             coverage={'spread': 'even'}.get(projection, 'literal') if coverage is None else coverage,
         )
-        layer_map = ([] if layer_map is None else list(layer_map)) + [
+        rules = [
             (Addition, rule if identity_skip else ResidualOnly(rule)),
             (Gate, SignalTakesAll()),
             (Padding, Uncrop()),
@@ -168,8 +198,8 @@ class ResNetLRP(_LayerMap):
             ((Convolution, torch.nn.Linear, AvgPool, MaxPool), zplus),
         ]
         if projection == 'spread':
-            layer_map.append((Subsampling, zplus))
-        super().__init__(layer_map=layer_map, canonizers=_with_canonizer(canonizers, batch_norm))
+            rules.append((Subsampling, zplus))
+        super().__init__(layer_map, rules, _with_canonizer(canonizers, batch_norm))
 
 
 @register_composite('resnet_lrp_ratio')
@@ -297,7 +327,7 @@ class RelativeLRP(_LayerMap):
     ):
         self.normalization = normalization
         self.contributions = Contributions(normalization)
-        layer_map = ([] if layer_map is None else list(layer_map)) + [
+        rules = [
             (Addition, SymmetricSplit()),
             (Gate, SignalTakesAll()),
             # what is added by padding has no contribution, the gradient removes it
@@ -307,7 +337,7 @@ class RelativeLRP(_LayerMap):
             (MaxPool, RelativeMaxPool(cardinality)),
             ((Convolution, torch.nn.Linear, AvgPool), Relative(cardinality)),
         ]
-        super().__init__(layer_map=layer_map, canonizers=_with_canonizer(canonizers, batch_norm))
+        super().__init__(layer_map, rules, _with_canonizer(canonizers, batch_norm))
 
     @property
     def log_scale(self):
@@ -328,7 +358,14 @@ class RelativeLRP(_LayerMap):
             The module.
         '''
         super().register(module)
-        self.handles.append(module.register_forward_hook(self._follow, with_kwargs=True))
+        follow = weakref.WeakMethod(self._follow)
+
+        def hook(*args):
+            '''Does not keep the composite.'''
+            if follow() is not None:
+                follow()(*args)
+
+        self.handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
     def _follow(self, module, args, kwargs, output):
         if torch.is_grad_enabled() and is_active(self):
@@ -392,12 +429,12 @@ class BlockLRP(_LayerMap):
         settings = {'epsilon': epsilon, 'mode': mode, 'form': 'gradient'}
         self.block_rule = BlockEpsilon(**settings)
         self.any_rule = BlockEpsilon(**settings, is_block=None)
-        layer_map = ([] if layer_map is None else list(layer_map)) + [
+        rules = [
             (torch.nn.Linear, BlockEpsilon(**settings, with_bias=False)),
             ((Convolution, BatchNorm, AvgPool, MaxPool), self.block_rule),
         ]
         canonizers = [] if canonizers is None else list(canonizers)
-        super().__init__(layer_map=layer_map, canonizers=[*canonizers, BlockCanonizer()])
+        super().__init__(layer_map, rules, [*canonizers, BlockCanonizer()])
 
     def register(self, module):
         '''Apply all canonizers and register all hooks to a module and its children.
@@ -445,6 +482,7 @@ class BlockLRP(_LayerMap):
         if self.find_block is not None and self.find_block(name, module):
             return self.block_rule
         hook = super().mapping(ctx, name, module)
-        if hook is None and self.find_block is None and not type(module).__module__.startswith('torch.nn.'):
+        kind = type_before_parametrizations(module)
+        if hook is None and self.find_block is None and not kind.__module__.startswith('torch.nn.'):
             return self.any_rule
         return hook

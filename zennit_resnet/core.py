@@ -12,11 +12,7 @@ from zennit.types import BatchNorm
 
 from .inplace import keep_version
 from .layer import Operation
-
-_PLAIN = (
-    torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d,
-    torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d,
-)
+from .weights import UsedModule
 
 
 def check_choice(name, value, choices):
@@ -162,14 +158,19 @@ class Eager:
         _COMPILER.resume(self)
 
 
+# Arguments of the function below before the inputs.
+_NUM_SETTINGS = 6
+
+
 class _Propagate(torch.autograd.Function):
     '''Give the output of a layer a backward function which is the layer's rule.'''
     # pylint: disable=abstract-method,arguments-differ,too-many-arguments
     @staticmethod
-    def forward(ctx, rule, module, stored, output, inplace, *inputs):
+    def forward(ctx, rule, module, weights, stored, output, inplace, *inputs):
         '''Return the output, which comes in a list, because a tensor argument would be returned as a view.'''
         ctx.rule = rule
         ctx.module = module
+        ctx.weights = weights
         ctx.shapes = [elem.shape for elem in inputs]
         # in which the rule runs
         ctx.context = nullcontext
@@ -197,7 +198,7 @@ def _propagate(ctx, relevance):
     '''Let the rule of a node distribute relevance.'''
     if relevance is None:
         # the output is used for something that receives no relevance, such as a gate
-        return (None,) * (5 + len(ctx.shapes))
+        return (None,) * (_NUM_SETTINGS + len(ctx.shapes))
     if not ctx.rule.active:
         raise RuntimeError(
             f'{type(ctx.rule).__name__} of {type(ctx.module).__name__} is inactive, or another composite is in '
@@ -206,6 +207,8 @@ def _propagate(ctx, relevance):
         )
     if relevance.dtype in (torch.float16, torch.bfloat16):
         relevance = relevance.float()
+    if ctx.weights is not None:
+        ctx.weights.check()
     try:
         stored = ctx.saved_tensors[:-1]
     except CheckpointError as error:
@@ -216,7 +219,7 @@ def _propagate(ctx, relevance):
     stored = [elem.to(relevance.dtype) if elem.is_floating_point() else elem for elem in stored]
     if not relevance.numel():
         # an empty batch
-        return None, None, None, None, None, *(relevance.new_zeros(shape) for shape in ctx.shapes)
+        return (*(None,) * _NUM_SETTINGS, *(relevance.new_zeros(shape) for shape in ctx.shapes))
     device = relevance.device.type
     autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
     with autocast, ctx.context():
@@ -224,10 +227,23 @@ def _propagate(ctx, relevance):
     # inputs may have been broadcast to the shape of the output, and the last ones may receive nothing
     lower = [elem if elem is None or elem.shape == shape else elem.sum_to_size(shape)
              for elem, shape in zip(lower, ctx.shapes)]
-    return None, None, None, None, None, *lower, *(None,) * (len(ctx.shapes) - len(lower))
+    return (*(None,) * _NUM_SETTINGS, *lower, *(None,) * (len(ctx.shapes) - len(lower)))
 
 
 _once = torch.autograd.function.once_differentiable(_propagate)
+
+
+class _Pending:
+    '''What is kept of a call of a layer while it runs.'''
+    def __init__(self, module, carriers):
+        self.module, self.carriers = module, carriers
+        self.versions = [elem._version for elem in carriers]  # pylint: disable=protected-access
+        self.stored = self.used = None
+
+    def finish(self):
+        '''The layer has run, or an error came before that.'''
+        if self.used is not None:
+            self.used.finish(self.module)
 
 
 class SinglePass(Hook):
@@ -236,6 +252,9 @@ class SinglePass(Hook):
     The layer's forward runs as it is, but without gradients. Its output is then given a backward function that calls
     :py:meth:`propagate`. State is kept for each call and not for each module, so a module may be called several times.
     '''
+    # whether the rule reads weights of the layer, or runs it again
+    reads_layer = True
+
     def __init__(self):
         super().__init__()
         self._pending = {}
@@ -263,7 +282,7 @@ class SinglePass(Hook):
         Parameters
         ----------
         module: :py:obj:`torch.nn.Module`
-            The layer.
+            A copy of the layer, with the weights it had when it was called.
         stored: list of :py:obj:`torch.Tensor`
             What :py:meth:`store` returned, in the precision of ``relevance``.
         relevance: :py:obj:`torch.Tensor`
@@ -285,11 +304,16 @@ class SinglePass(Hook):
 
     def remove(self):
         '''When removing hooks, remove all references to stored tensors.'''
-        if self._pending.pop(threading.get_ident(), None) is not None:
-            # an interrupt has skipped the forward hook
-            torch.set_grad_enabled(True)
+        self._recover()
         self._pending.clear()
         super().remove()
+
+    def _recover(self):
+        '''Undo what a call has left behind if an interrupt has skipped the forward hook.'''
+        pending = self._pending.pop(threading.get_ident(), None)
+        if pending is not None:
+            _set_grad_enabled(True)
+            pending.finish()
 
     def register(self, module):
         '''Register this instance to the supplied module.
@@ -309,37 +333,38 @@ class SinglePass(Hook):
             RemovableHandle(self),
             # after hooks of the user, which may change the input
             module.register_forward_pre_hook(self._pre_forward, with_kwargs=True),
-            module.register_forward_hook(self._post_forward, with_kwargs=True, always_call=True),
+            # before them, so that they see an output with a graph, and what they do to it is not the layer's
+            module.register_forward_hook(self._post_forward, with_kwargs=True, always_call=True, prepend=True),
         ])
 
     def _pre_forward(self, module, args, kwargs):
         '''Keep the inputs that carry relevance, and let the layer build no graph.'''
         with DisableTorchFunction():
-            if self._pending.pop(threading.get_ident(), None) is not None:
-                # an interrupt has skipped the forward hook
-                _set_grad_enabled(True)
+            self._recover()
             carriers = [
                 elem for elem in (*args, *kwargs.values()) if isinstance(elem, torch.Tensor) and elem.requires_grad
             ]
             if not carriers or not self.active or not torch.is_grad_enabled():
                 return
             _set_grad_enabled(False)
+            pending = self._pending[threading.get_ident()] = _Pending(module, carriers)
             try:
-                stored = self.store(module, *carriers)
+                if self.reads_layer:
+                    pending.used = UsedModule(module)
+                pending.stored = self.store(module, *carriers)
             except BaseException:
-                _set_grad_enabled(True)
+                self._recover()
                 raise
-            versions = [elem._version for elem in carriers]  # pylint: disable=protected-access
-            self._pending[threading.get_ident()] = carriers, versions, stored
 
     def _post_forward(self, module, args, kwargs, output):
         '''Attach the output to the inputs by the rule.'''
         pending = self._pending.pop(threading.get_ident(), None)
         if pending is None:
             return None
-        carriers, versions, stored = pending
+        carriers = pending.carriers
         with DisableTorchFunction():
             _set_grad_enabled(True)
+            pending.finish()
             if output is None:
                 # the layer raised
                 return None
@@ -356,30 +381,22 @@ class SinglePass(Hook):
                     f'{type(module).__name__} returned {type(first).__name__}!'
                 )
             inplace = next((index for index, elem in enumerate(carriers) if elem is first), None)
-            if inplace is not None and first._version == versions[inplace]:  # pylint: disable=protected-access
+            if inplace is not None and first._version == pending.versions[inplace]:  # pylint: disable=protected-access
                 # the layer is the identity
                 return None
             if first._is_view():  # pylint: disable=protected-access
                 # views that were made without gradients can not be modified in-place
                 first = first.detach()
-            if isinstance(module, Operation):
+            if pending.used is not None:
+                module = pending.used.module
+            elif isinstance(module, Operation):
                 # it takes over other settings in the next call
                 module = copy.copy(module)
             # what the layer has changed in place was counted already
             with nullcontext() if inplace is None else keep_version(first):
-                first = _Propagate.apply(self, module, stored, [first], inplace, *carriers)
+                first = _Propagate.apply(
+                    self, module, pending.used, pending.stored, [first], inplace, *carriers
+                )
         # functions such as the maximum along a dimension return tuples with names
         return type(output)((first, *output[1:])) if isinstance(output, tuple) else first
 
-
-def is_plain(module):
-    '''Whether a linear layer or convolution computes what its class in torch.nn does.'''
-    base = next((base for base in _PLAIN if isinstance(module, base)), None)
-    if base is None or hasattr(module, 'set_call'):
-        return True
-    if 'forward' in vars(module):
-        return False
-    # pylint: disable=protected-access
-    return type(module).forward is base.forward and (
-        not hasattr(base, '_conv_forward') or type(module)._conv_forward is base._conv_forward
-    )

@@ -21,6 +21,8 @@ class _State(threading.local):
         self.kept = {}
         # tensors which the network believes to be changed in place, with the tensors that took their place
         self.replaced = {}
+        # who reads weights in this memory in the backward pass
+        self.weights = {}
 
 
 _STATE = _State()
@@ -43,7 +45,7 @@ class Kept:
         self._version = self._tensor._version
         self.is_used = False
         if is_watched():
-            self.address = _address(tensor)
+            self.address = address_of(tensor)
             _STATE.kept.setdefault(self.address, weakref.WeakSet()).add(self)
         else:
             self.copy()
@@ -143,6 +145,8 @@ class Watch(TorchFunctionMode):
         settle((args, kwargs))
         self.look(func, args, kwargs)
         target = _changed(name, args, kwargs)
+        if _STATE.weights and (target is not None or name.startswith('_foreach')):
+            _preserve(args[:1] if target is None else target)
         clipped = _use(target, (args, kwargs), self.is_gradient and name in CLIPPING) if _STATE.kept else ()
         output = self.run(func, args, kwargs)
         for kept in clipped:
@@ -168,7 +172,7 @@ def note_copy(tensor, output):
     with DisableTorchFunction():
         if (
             all(isinstance(elem, torch.Tensor) and elem.requires_grad for elem in (tensor, output))
-            and tensor.shape == output.shape and _address(tensor) != _address(output)
+            and tensor.shape == output.shape and address_of(tensor) != address_of(output)
         ):
             replace(tensor, output)
 
@@ -185,7 +189,7 @@ def replace(tensor, current):
     '''
     # a view may be the only reference to a part of another tensor
     reference = (lambda: tensor) if tensor._is_view() else weakref.ref(tensor)
-    _STATE.replaced.setdefault(_address(tensor), []).append((reference, current))
+    _STATE.replaced.setdefault(address_of(tensor), []).append((reference, current))
 
 
 def settle(value):
@@ -200,7 +204,7 @@ def settle(value):
         return
     with DisableTorchFunction():
         for tensor in tensors_of(value):
-            for reference, current in _STATE.replaced.pop(_address(tensor), ()):
+            for reference, current in _STATE.replaced.pop(address_of(tensor), ()):
                 original = reference()
                 if original is not None and original is not current:
                     settle(current)
@@ -215,15 +219,31 @@ def settle(value):
 def forget():
     '''Forget what was noted, after a forward pass.'''
     _STATE.replaced.clear()
+    _STATE.weights.clear()
     for address in [address for address, kept in _STATE.kept.items() if not kept]:
         del _STATE.kept[address]
 
 
+def note_weight(tensor, reader):
+    '''Have ``reader.preserve(address)`` called before the network changes a weight in place, while it runs.'''
+    if is_watched():
+        _STATE.weights.setdefault(address_of(tensor), []).append(reader)
+
+
+def _preserve(value):
+    '''Tell those who read weights that these are about to change.'''
+    with DisableTorchFunction():
+        for tensor in tensors_of(value):
+            address = address_of(tensor)
+            for reader in _STATE.weights.get(address, ()):
+                reader.preserve(address)
+
+
 def _use(target, value, is_clipping):
     '''Note that tensors are used, and copy what is kept of the one that changes, unless it is only clipped.'''
-    address, clipped = None if target is None else _address(target), []
+    address, clipped = None if target is None else address_of(target), []
     for tensor in tensors_of(value):
-        key = _address(tensor)
+        key = address_of(tensor)
         for kept in _STATE.kept.get(key, ()):
             if kept.address == key:
                 if key != address:
@@ -249,7 +269,8 @@ def _changed(name, args, kwargs):
     return target if isinstance(target, torch.Tensor) else None
 
 
-def _address(tensor):
+def address_of(tensor):
+    '''Address of the memory of a tensor, which all of its views have in common.'''
     try:
         return tensor.untyped_storage().data_ptr()
     except NotImplementedError:

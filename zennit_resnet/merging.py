@@ -9,8 +9,10 @@ from torch.nn.utils.parametrize import is_parametrized
 from zennit.core import RemovableHandleList
 from zennit.types import BatchNorm, ConvolutionTranspose, Linear
 
-from .core import SinglePass
+from .core import SinglePass, rules_among
 from .graph import count_uses, nodes_of
+from .layer import Normalization
+from .weights import UsedModule, UsedWeights, is_plain
 
 
 class BatchNormMerge:
@@ -33,8 +35,8 @@ class BatchNormMerge:
         '''Watch a module, after its rules were registered, such that tensors are seen as other modules see them.'''
         if isinstance(module, Linear):
             self.handles.append(module.register_forward_hook(self._note_output))
-        elif isinstance(module, BatchNorm) and getattr(module, 'running_mean', None) is not None:
-            self.handles.append(module.register_forward_pre_hook(self._note_input, prepend=True))
+        elif isinstance(module, Normalization) or _has_statistics(module):
+            self.handles.append(module.register_forward_pre_hook(self._note_input, with_kwargs=True, prepend=True))
             self.handles.append(module.register_forward_hook(self._note_result))
 
     def _note_output(self, module, args, output):
@@ -42,26 +44,43 @@ class BatchNormMerge:
             if not isinstance(output, torch.Tensor) or not output.requires_grad:
                 return
             reference, *_ = self.producers.get(id(output), (lambda: None,))
-            # a layer with a forward of its own may return the output of a functional one
-            if reference() is not output:
-                self.producers[id(output)] = weakref.ref(output), _number(output), module
+            # a layer with a forward of its own may return the output of a functional one, or do more than that
+            if reference() is output:
+                return
+            has_single_pass = hasattr(output.grad_fn, 'rule')
+            if isinstance(output.grad_fn.module, Linear) if has_single_pass else (
+                is_plain(module) or rules_among(module._forward_pre_hooks)
+            ):
+                # the node of a single-pass rule has the weights of its call
+                used = None if has_single_pass else UsedWeights(module)
+                self.producers[id(output)] = weakref.ref(output), _number(output), module, used
                 self.calls[module] = self.calls.get(module, 0) + 1
 
-    def _note_input(self, module, args):
+    def _note_input(self, module, args, kwargs):
         self.pair = None
-        if not args or id(args[0]) not in self.producers:
+        input = next((elem for elem in (*args, *kwargs.values()) if id(elem) in self.producers), None)
+        if input is None or not _has_statistics(module):
             return
-        reference, number, linear = self.producers[id(args[0])]
+        reference, number, linear, used = self.producers[id(input)]
         with DisableTorchFunction():
             # something else may have changed it in place, such as an addition
-            if reference() is args[0] and _number(args[0]) == number:
-                self.pair = args[0].grad_fn, linear
+            if reference() is input and _number(input) == number:
+                batch_norm = UsedModule(module)
+                batch_norm.finish(module)
+                self.pair = input, input.grad_fn, linear, used, batch_norm
 
     def _note_result(self, module, args, output):
         pair, self.pair = self.pair, None
-        if pair is not None and isinstance(output, torch.Tensor):
-            with DisableTorchFunction():
-                self.candidates.append((*pair, module, output.grad_fn))
+        if pair is None or not isinstance(output, torch.Tensor):
+            return
+        input, node, linear, used, batch_norm = pair
+        with DisableTorchFunction():
+            # a normalization may be made of others, of which the inner one is found first
+            if all(node is not candidate[0] for candidate in self.candidates) and (
+                isinstance(module, (BatchNorm, Normalization)) and is_plain(module)
+                or _is_affine(batch_norm.module, input, output)
+            ):
+                self.candidates.append((node, linear, used, batch_norm, output.grad_fn))
 
     def fold(self, outputs):
         '''Put folded parameters in place after a forward pass, or have that done when a rule uses them.
@@ -71,6 +90,11 @@ class BatchNormMerge:
         outputs: list of :py:obj:`torch.Tensor`
             The outputs of the forward pass that carry relevance.
 
+        Returns
+        -------
+        list of :py:obj:`torch.nn.Module`
+            Layers with other parameters now.
+
         Raises
         ------
         TypeError
@@ -79,17 +103,20 @@ class BatchNormMerge:
         candidates, calls = self.candidates, self.calls
         self.producers, self.calls, self.candidates = {}, {}, []
         uses = count_uses(nodes_of(outputs)) if candidates else {}
-        for node, linear, batch_norm, result in candidates:
+        for node, linear, used, batch_norm, result in candidates:
             # what the batch normalization returned may not be used
             if uses.get(node) != 1 or calls[linear] != 1 or result not in uses:
                 continue
-            _check_foldable(linear)
             if isinstance(getattr(node, 'rule', None), SinglePass):
-                # of a stand-in for a function, the node has the copy that belongs to this call
+                # the node has a copy of the layer
                 node.context = functools.partial(_folded, node.module, batch_norm)
             else:
+                _check_foldable(linear)
+                used.check()
+                batch_norm.check()
                 self.folded.append((linear, _weights(linear)))
-                fold_batch_norm(linear, batch_norm)
+                fold_batch_norm(linear, batch_norm.module)
+        return [linear for linear, _ in self.folded]
 
     def pause(self):
         '''Put the original parameters back, to run a part of the network again during the backward pass.
@@ -122,6 +149,32 @@ class BatchNormMerge:
         self.handles.remove()
 
 
+def _has_statistics(module):
+    '''Whether a module has running statistics, as batch normalization and its frozen variants do.'''
+    return all(isinstance(getattr(module, key, None), torch.Tensor) for key in ('running_mean', 'running_var'))
+
+
+def _is_affine(batch_norm, input, output):
+    '''Whether what a module of any class returned is what batch normalization with its attributes returns.'''
+    if input.ndim < 2 or input.shape != output.shape or not len(input):
+        return False
+    shape = (1, -1, *(1,) * (input.ndim - 2))
+    with torch.no_grad():
+        mean, scale = batch_norm.running_mean.view(shape), _scale(batch_norm).view(shape)
+        # one example is enough
+        expected, actual = (input[:1] - mean) * scale, output[:1]
+        if getattr(batch_norm, 'bias', None) is not None:
+            expected = expected + batch_norm.bias.view(shape)
+    tolerance = 1e3 * torch.finfo(actual.dtype).eps * max(float(actual.abs().amax()), 1.)
+    return bool(((expected - actual).abs() <= tolerance).all())
+
+
+def _scale(batch_norm):
+    '''Factors of batch normalization by running statistics, of shape (channels,).'''
+    scale = (batch_norm.running_var + getattr(batch_norm, 'eps', 0.)) ** -.5
+    return scale if getattr(batch_norm, 'weight', None) is None else scale * batch_norm.weight
+
+
 def _number(tensor):
     '''Number of the node that has computed a tensor, which no other has, None for leaves.'''
     return None if tensor.grad_fn is None else tensor.grad_fn._sequence_nr()  # pylint: disable=protected-access
@@ -143,8 +196,9 @@ def _restore(linear, weights):
 @contextlib.contextmanager
 def _folded(linear, batch_norm):
     '''Have folded parameters in place.'''
+    batch_norm.check()
     weights = _weights(linear)
-    fold_batch_norm(linear, batch_norm)
+    fold_batch_norm(linear, batch_norm.module)
     try:
         yield
     finally:
@@ -170,9 +224,7 @@ def fold_batch_norm(linear, batch_norm):
         A batch normalization with running statistics.
     '''
     with torch.no_grad():
-        scale = (batch_norm.running_var + batch_norm.eps) ** -.5
-        if batch_norm.weight is not None:
-            scale = scale * batch_norm.weight
+        scale = _scale(batch_norm)
         weight = linear.weight
         if isinstance(linear, ConvolutionTranspose):
             shape = (linear.groups, weight.shape[0] // linear.groups, *weight.shape[1:])
@@ -181,7 +233,7 @@ def fold_batch_norm(linear, batch_norm):
             weight = weight * scale.view(-1, *(1,) * (weight.ndim - 1))
         bias = -batch_norm.running_mean if linear.bias is None else linear.bias - batch_norm.running_mean
         bias = bias * scale
-        if batch_norm.bias is not None:
+        if getattr(batch_norm, 'bias', None) is not None:
             bias = bias + batch_norm.bias
     dtype = linear.weight.dtype
     for key, value in (('weight', weight), ('bias', bias)):

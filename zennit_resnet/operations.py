@@ -2,6 +2,7 @@
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 from .graph import is_gate
 from .layer import (
@@ -78,8 +79,11 @@ def is_training(func, args, kwargs):
         return False
     if 'dropout' in name:
         return given.get(1, kwargs.get('p', .5)) > 0
-    # without statistics, it may be a normalization of another kind, of a tensor that was reshaped for it
-    return name != 'batch_norm' or given.get(1, kwargs.get('running_mean')) is not None
+    if name != 'batch_norm':
+        return True
+    given = _batch_norm_arguments(func, args, kwargs)
+    # without statistics, it may be a normalization of another kind, of a tensor that was reshaped to have no examples
+    return given.get('running_mean') is not None or len(given['input']) > 1
 
 
 class FunctionCall:
@@ -178,6 +182,24 @@ def _unary(canonizer, call, function, kind):
         is_clipped = given.get('min') is not None and given.get('max') is not None
         return canonizer.run(call, kind, function, is_clipped=is_clipped or function.name in CLIPPED)
     return canonizer.run(call, kind, function)
+
+
+def _batch_norm(canonizer, call, function):
+    given = _batch_norm_arguments(function.func, function.args, function.kwargs)
+    if len(function.carriers) > 1:
+        return canonizer.refuse(call, function, 'more than one of its arguments does')
+    # for those who fold it
+    settings = {key: None if given.get(key) is None else given[key].detach()
+                for key in ('running_mean', 'running_var', 'weight', 'bias')}
+    return canonizer.run(call, Normalization, function, eps=given.get('eps', 1e-5), **settings)
+
+
+def _batch_norm_arguments(func, args, kwargs):
+    '''Arguments of a batch normalization by their names. That of torch has them in another order.'''
+    names = 'running_mean', 'running_var', 'weight', 'bias'
+    if func is not F.batch_norm:
+        names = names[2:] + names[:2]
+    return dict(zip(('input', *names, 'training', 'momentum', 'eps'), args), **kwargs)
 
 
 def _gated_unit(canonizer, call, function):
@@ -309,6 +331,7 @@ HANDLERS = {
     **dict.fromkeys(CONCATENATIONS, _concatenate),
     **dict.fromkeys((*CONVOLUTIONS, 'linear'), _linear),
     '__getitem__': _index,
+    'batch_norm': _batch_norm,
     'glu': _gated_unit,
     'pad': _pad,
 }

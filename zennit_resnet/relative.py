@@ -15,9 +15,10 @@ from zennit.core import Hook, RemovableHandle, RemovableHandleList
 from zennit.types import Convolution, ConvolutionTranspose
 
 from . import windows
-from .core import SinglePass, check_choice, is_plain
+from .core import SinglePass, check_choice
 from .layer import Operation
 from .memory import by_example
+from .weights import is_plain
 
 CARDINALITY = ('constant', 'per_position')
 

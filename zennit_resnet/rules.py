@@ -13,11 +13,12 @@ from zennit.types import Convolution, ConvolutionTranspose, MaxPool
 
 from . import windows
 from .block import BlockEpsilon  # noqa: F401, pylint: disable=unused-import
-from .core import SinglePass, check_choice, is_plain
+from .core import SinglePass, check_choice
 from .graph import depends_on, is_first
 from .layer import Subsampling
 from .memory import LARGE, by_example
 from .relative import Relative, RelativeMaxPool  # noqa: F401, pylint: disable=unused-import
+from .weights import is_plain
 
 FIRST_LAYER = ('zplus', 'literal', 'ones', 'zbox', 'wsquare', 'flat')
 PROJECTION = ('spread', 'literal')
@@ -29,6 +30,8 @@ COVERAGE = ('literal', 'even')
 
 class PassThrough(SinglePass):
     '''Relevance passes element-wise activations and normalizations unchanged: R' = R.'''
+    reads_layer = False
+
     def store(self, module, *inputs):
         '''Nothing but the layer's input is needed, and only one input can receive the relevance.'''
         if len(inputs) != 1:
@@ -42,6 +45,8 @@ class PassThrough(SinglePass):
 
 class SignalTakesAll(SinglePass):
     '''All relevance of a product follows the signal, the gate counts as a constant (Arras et al. 2017).'''
+    reads_layer = False
+
     def propagate(self, module, stored, relevance):
         '''Pass relevance on to the signal only.'''
         return (relevance,)
@@ -82,6 +87,8 @@ class Split(SinglePass):
 
     Relevance R of the sum is divided into one part for each addend. The parts sum to R element by element, Eq. (4).
     '''
+    reads_layer = False
+
     def shares(self, *addends):
         '''Compute the share of each addend but the last, which receives what the others leave.
 
