@@ -13,12 +13,13 @@ from zennit.types import Linear
 from .block import BlockEpsilon, note_addition
 from .calls import Call, Local, is_opaque, single_pass
 from .core import Eager, SinglePass, check_choice, check_evaluation, is_active, is_running, rules_among
-from .graph import carriers_of, is_arithmetic, nodes_of, walk
+from .functions import FunctionCall
+from .graph import carriers_of, is_arithmetic, name_of, nodes_of, walk
 from .inplace import Watch, forget, note_copy, note_weight, settle
-from .layer import Addition, Gate, Padding
+from .layer import Addition, Filling, Gate, LinearMap, Padding, Reduction
 from .merging import BatchNormMerge
-from .operations import ADDITIONS, HANDLERS, TRANSPARENT, FunctionCall, is_training
-from .rules import RatioSplit, SignalTakesAll, Uncrop
+from .operations import ADDITIONS, TRANSPARENT, handle, is_training
+from .rules import Proportional, RatioSplit, Refill, SignalTakesAll, Uncrop
 from .weights import UsedWeights
 
 # Rules for operations that no composite of Zennit knows about, unless the composite in use has another for them.
@@ -26,6 +27,8 @@ DEFAULT_RULES = (
     (Addition, RatioSplit()),
     (Gate, SignalTakesAll()),
     (Padding, Uncrop()),
+    (Filling, Refill()),
+    (Reduction, Proportional()),
 )
 
 # All canonizers in use, of nested contexts the innermost last.
@@ -398,7 +401,7 @@ class ResidualCanonizer(Canonizer):
         UnsupportedOperation
             If there is no rule for the function.
         '''
-        name = getattr(func, '__name__', str(func))
+        name = name_of(func)
         stack = self._stack()
         if not stack or stack[-1].opaque or not self.local.is_active or not torch.is_grad_enabled():
             return func(*args, **kwargs)
@@ -407,10 +410,7 @@ class ResidualCanonizer(Canonizer):
         carriers = carriers_of((args, kwargs))
         if not carriers:
             return func(*args, **kwargs)
-        function = FunctionCall(func, name, args, kwargs, carriers)
-        if name in HANDLERS:
-            return HANDLERS[name](self, stack[-1], function)
-        return self.refuse(stack[-1], function, 'no rule covers it')
+        return handle(self, stack[-1], FunctionCall(func, name, args, kwargs, carriers))
 
     def refuse(self, call, function, reason):
         '''Run a function which relevance must not reach. What computes a gate may be anything.
@@ -500,7 +500,7 @@ class ResidualCanonizer(Canonizer):
             self.standins[key] = call.module, label, standin
             prefix = self.names.get(call.module, '')
             self._hook(f'{prefix}.{label}' if prefix else label, standin)
-            if self.batch_norm == 'merge':
+            if self.batch_norm == 'merge' and kind is not LinearMap:
                 self.merge.watch(standin)
         standin = self.standins[key][2]
         standin.name = name

@@ -13,7 +13,7 @@ from .canonizers import BlockCanonizer, ResidualCanonizer, _in_use
 from .contributions import Contributions
 from .core import check_choice, is_active
 from .graph import carriers_of
-from .layer import Addition, Gate, Padding, Subsampling
+from .layer import Addition, Filling, Gate, Padding, Subsampling
 from .relative import NoRule, Relative, RelativeMaxPool
 from .rules import (
     PassThrough,
@@ -331,7 +331,7 @@ class RelativeLRP(_LayerMap):
             (Addition, SymmetricSplit()),
             (Gate, SignalTakesAll()),
             # what is added by padding has no contribution, the gradient removes it
-            (Padding, NoRule()),
+            ((Padding, Filling), NoRule()),
             (torch.nn.MultiheadAttention, None),
             ((Activation, *NORMALIZATION), PassThrough()),
             (MaxPool, RelativeMaxPool(cardinality)),

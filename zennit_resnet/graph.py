@@ -6,23 +6,34 @@ import torch
 from torch._C import DisableTorchFunction
 from zennit.types import Activation, AvgPool, Convolution, MaxPool
 
-from .layer import Addition, Concatenation, Gate
+from .layer import Addition, Concatenation, Filling, Gate
 
-SIGMOIDS = frozenset('sigmoid sigmoid_ hardsigmoid softmax'.split())
+# An exponential is a factor which is positive like a sigmoid.
+SIGMOIDS = frozenset('sigmoid sigmoid_ hardsigmoid softmax special_expit expit exp exp_ special_softmax'.split())
 SIGMOID_MODULES = (torch.nn.Sigmoid, torch.nn.Hardsigmoid, torch.nn.Softmax)
 TANHS = frozenset('tanh tanh_'.split())
 COPIES = ('Clone', 'ToCopy')
 # Functions that move elements along the dimensions they name.
 REORDERS = (
-    'Stack', 'Cat', 'Unbind', 'Select', 'Slice', 'Split', 'Transpose', 'Permute', 'Flip', 'Roll', 'Index', 'TBackward'
+    'Stack', 'Cat', 'Unbind', 'Select', 'Slice', 'Split', 'Transpose', 'Permute', 'Flip', 'Roll', 'Index', 'TBackward',
+    'Gather', 'Scatter', 'Topk', 'Sort', 'Kthvalue', 'Median', 'Nanmedian', 'Mode', 'Cummax', 'Cummin', 'Diagonal',
 )
+# Functions that do so regardless of dimensions.
+SCATTERS = ('MaskedSelect', 'MaskedScatter', 'Take', 'Put')
 MOVES = ('View', 'Expand', 'queeze', 'Permute', 'Transpose', 'Clone', 'Copy', 'Identity')
 # Functions, and modules in place of them, of which the output is a gate if all that they are given is one.
 SHIFTS, SCALES = ('Add', 'Sub', 'Rsub'), ('Mul', 'Div', 'Neg')
-AVERAGES, CLIPS = ('Pool', 'Upsample', 'Mean', 'Sum'), ('Clamp', 'Hardtanh', 'Relu')
-COMBINES = (Addition, Concatenation, Gate, Activation, AvgPool, MaxPool, torch.nn.Upsample)
+AVERAGES = ('Pool', 'Upsample', 'Mean', 'Sum')
+CLIPS = ('Clamp', 'Hardtanh', 'Relu', 'Where', 'Masked', 'Maximum', 'Minimum')
+COMBINES = (Addition, Concatenation, Filling, Gate, Activation, AvgPool, MaxPool, torch.nn.Upsample)
 # Functions of several tensors.
 ARITHMETIC = frozenset('Add Sub Rsub Mul Div Addcmul Addcdiv Lerp Where Bmm Mm Mv Dot Baddbmm Addmm Addbmm'.split())
+
+
+def name_of(function):
+    '''Name of a function, without that of an overload, which those of exported networks have (``add.Tensor``).'''
+    name = getattr(function, '__name__', None)
+    return str(function) if name is None else name.partition('.')[0]
 
 
 def tensors_of(value):
@@ -215,8 +226,8 @@ def walk(nodes, seen=None):
 def moves_first(node):
     '''Whether a function of PyTorch moves elements along the first dimension, which is that of examples.'''
     if not node.name().startswith(REORDERS):
-        return False
-    if hasattr(node, '_saved_indices'):
+        return node.name().startswith(SCATTERS)
+    if isinstance(getattr(node, '_saved_indices', None), (list, tuple)):
         return node._saved_indices[0] is not None
     if node.name().startswith('Permute'):
         return node._saved_dims[0] != 0

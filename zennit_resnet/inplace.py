@@ -8,7 +8,7 @@ from torch._C import DisableTorchFunction
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter as keep_version
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from .graph import tensors_of
+from .graph import name_of, tensors_of
 
 # Functions after which each entry is the same as before, or has a gradient of zero (but may have relevance).
 CLIPPING = frozenset('relu relu_ relu6 hardtanh hardtanh_ clamp_ clip_ clamp_min_ clamp_max_ threshold_'.split())
@@ -139,7 +139,7 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = {} if kwargs is None else kwargs
-        name = getattr(func, '__name__', '')
+        name = name_of(func)
         if name in ('__get__', '__set__'):
             return self.run(func, args, kwargs)
         settle((args, kwargs))

@@ -5,6 +5,9 @@ Additive skip connections, gates, functional activations and poolings have no mo
 Zennit knows a module type for the same operation, the stand-in is a subclass of it, so that the layer maps of existing
 composites match.
 '''
+import itertools
+import math
+
 import torch
 
 
@@ -97,6 +100,11 @@ class Padding(Operation):
         self.amounts = {}
 
 
+class Filling(Operation):
+    '''Elements of a tensor among constants: ``masked_fill``, ``where`` with a constant, max unpooling, ...'''
+    label = 'filling'
+
+
 class Subsampling(Operation):
     '''Indexing with a step, such as ``x[:, :, ::2, ::2]`` in the parameter-free shortcuts of CIFAR networks.
 
@@ -138,6 +146,85 @@ class Normalization(Operation, torch.nn.BatchNorm2d):
 class AveragePool(Operation, torch.nn.AvgPool2d):
     '''Functional average over positions, or any other linear map with non-negative weights (sum, interpolation).'''
     label = 'average_pool'
+
+
+class NonNegativeMap(AveragePool):
+    '''Linear map with non-negative weights over any dimensions (sampling, attention pooling, cumulative sums).
+
+    Attributes
+    ----------
+    examples: :py:obj:`torch.Tensor` or None
+        The example that each entry of the output's first dimension belongs to, if the first dimension is another one.
+    '''
+    label = 'nonnegative_map'
+    examples = None
+
+
+class Signed:
+    '''Linear map with weights of both signs, other than convolutions and fully connected layers.'''
+    def linear(self, input, part):
+        '''The linear map without constants, and with a function of its weights in their place.
+
+        Parameters
+        ----------
+        input: :py:obj:`torch.Tensor`
+            Input of the shape of the call.
+        part: callable
+            Function of the weights, element by element.
+
+        Returns
+        -------
+        :py:obj:`torch.Tensor`
+            The output, of the shape of the call.
+        '''
+        raise NotImplementedError()
+
+
+class Resampling(Signed, AveragePool):
+    '''Interpolation with weights of both signs (bicubic).
+
+    Attributes
+    ----------
+    matrices: list of :py:obj:`torch.Tensor`
+        The map of each spatial dimension, of shape (output length, input length).
+    '''
+    label = 'resampling'
+
+    def __init__(self, name='interpolate'):
+        super().__init__(name)
+        self.matrices = []
+
+    def linear(self, input, part):
+        '''Products of weights of each dimension are positive if an even number of these is negative.'''
+        total, dims = 0., range(input.ndim - len(self.matrices), input.ndim)
+        for signs in itertools.product((1., -1.), repeat=len(self.matrices)):
+            factor = float(part(torch.tensor(math.prod(signs))))
+            if factor:
+                term = input
+                for sign, dim, matrix in zip(signs, dims, self.matrices):
+                    matrix = (sign * matrix.to(input.dtype)).clamp(min=0)
+                    term = (matrix @ term.transpose(dim, -2)).transpose(dim, -2) if dim < input.ndim - 1 else (
+                        term @ matrix.T
+                    )
+                total = total + factor * term
+        return total
+
+
+class Reduction(Operation):
+    '''Function over dimensions that is no average of them, but to which each element adds something (norm, std).
+
+    Attributes
+    ----------
+    amounts: callable
+        What elements add, as a function ``(input) -> amounts`` with no negative values.
+    dims: tuple[int, ...]
+        Dimensions over which the function goes.
+    '''
+    label = 'reduction'
+
+    def __init__(self, name='norm'):
+        super().__init__(name)
+        self.amounts, self.dims = None, ()
 
 
 class MaxPool(Operation, torch.nn.MaxPool2d):
@@ -191,3 +278,52 @@ class Convolution2d(FunctionalLinear, torch.nn.Conv2d):
 class Convolution3d(FunctionalLinear, torch.nn.Conv3d):
     '''Call of :py:func:`torch.nn.functional.conv3d`.'''
     label = 'convolution'
+
+
+class ConvolutionTranspose1d(FunctionalLinear, torch.nn.ConvTranspose1d):
+    '''Call of :py:func:`torch.nn.functional.conv_transpose1d`.'''
+    label = 'convolution'
+
+
+class ConvolutionTranspose2d(FunctionalLinear, torch.nn.ConvTranspose2d):
+    '''Call of :py:func:`torch.nn.functional.conv_transpose2d`.'''
+    label = 'convolution'
+
+
+class ConvolutionTranspose3d(FunctionalLinear, torch.nn.ConvTranspose3d):
+    '''Call of :py:func:`torch.nn.functional.conv_transpose3d`.'''
+    label = 'convolution'
+
+
+class LinearMap(Signed, FunctionalLinear, torch.nn.Linear):
+    '''Any other product of a tensor and a constant (``einsum``, ``bmm``, ``deform_conv2d``), which is its weight.
+
+    Attributes
+    ----------
+    product: callable
+        The product, a function ``(input, weight) -> output`` that is linear in both, and has no weights of its own with
+        a negative sign.
+    '''
+    label = 'linear'
+    product = None
+
+    def set_product(self, product, weight, original):
+        '''Take over a call.
+
+        Parameters
+        ----------
+        product: callable
+            The product, see the attributes.
+        weight: :py:obj:`torch.Tensor`
+            The constant.
+        original: callable
+            The function that was called, ``(input) -> output``, which runs unless a rule has replaced the weight.
+        '''
+        self.product = product
+        self.set_call(None, weight, None)
+        weight = self.weight
+        self.function = lambda input: original(input) if self.weight is weight else product(input, self.weight)
+
+    def linear(self, input, part):
+        '''The product with a function of the weight.'''
+        return self.product(input, part(self.weight.detach().to(input.dtype)))

@@ -4,7 +4,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from .graph import is_gate
+from . import moves, products
+from .functions import FunctionCall
 from .layer import (
     Activation,
     Addition,
@@ -13,6 +14,9 @@ from .layer import (
     Convolution1d,
     Convolution2d,
     Convolution3d,
+    ConvolutionTranspose1d,
+    ConvolutionTranspose2d,
+    ConvolutionTranspose3d,
     FullyConnected,
     Gate,
     MaxPool,
@@ -21,15 +25,23 @@ from .layer import (
     Subsampling,
 )
 
-# Functions which move elements or are the identity in evaluation, so that the gradient is the exact rule.
+# Functions which move or select elements or are the identity in evaluation, so that the gradient is the exact rule.
 TRANSPARENT = frozenset('''
     view view_as reshape reshape_as flatten unflatten ravel permute transpose t swapaxes swapdims movedim moveaxis
-    adjoint squeeze squeeze_ unsqueeze unsqueeze_ contiguous clone __getitem__ __setitem__ copy_ chunk split
+    adjoint squeeze squeeze_ unsqueeze unsqueeze_ contiguous clone __getitem__ copy_ chunk split
     tensor_split unbind narrow select index_select gather take_along_dim expand expand_as repeat repeat_interleave
-    tile roll flip rot90 broadcast_to broadcast_tensors unfold as_strided pixel_shuffle pixel_unshuffle
+    tile roll flip rot90 broadcast_to broadcast_tensors as_strided pixel_shuffle pixel_unshuffle
     channel_shuffle to type type_as float double half bfloat16 cuda cpu detach detach_ requires_grad_ __get__ __set__
-    retain_grad register_hook dropout dropout_ dropout1d dropout2d dropout3d alpha_dropout feature_dropout
-    feature_alpha_dropout maximum minimum fmax fmin
+    retain_grad register_hook dropout dropout_ dropout1d dropout2d dropout3d alpha_dropout alpha_dropout_
+    feature_dropout feature_dropout_ feature_alpha_dropout feature_alpha_dropout_
+    swapaxes_ swapdims_ transpose_ t_ fliplr flipud split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk
+    dsplit hsplit vsplit diagonal linalg_diagonal narrow_copy atleast_1d atleast_2d atleast_3d meshgrid cartesian_prod
+    combinations as_tensor asarray positive __pos__ nan_to_num nan_to_num_ resolve_conj resolve_neg conj conj_physical
+    conj_physical_ real native_channel_shuffle fft_fftshift fft_ifftshift pin_memory _to_copy _unsafe_view alias
+    lift_fresh view_copy permute_copy transpose_copy t_copy squeeze_copy unsqueeze_copy select_copy slice_copy
+    split_copy split_with_sizes_copy expand_copy unbind_copy unfold_copy diagonal_copy alias_copy detach_copy
+    topk sort msort kthvalue median nanmedian mode cummax cummin aminmax masked_select take fractional_max_pool2d
+    fractional_max_pool3d fractional_max_pool2d_with_indices fractional_max_pool3d_with_indices
 '''.split())
 
 ADDITIONS = frozenset('''
@@ -37,29 +49,65 @@ ADDITIONS = frozenset('''
 '''.split())
 PRODUCTS = frozenset('''
     mul mul_ multiply multiply_ __mul__ __rmul__ __imul__
-    div div_ divide divide_ true_divide true_divide_ __truediv__ __itruediv__ __div__ __idiv__
+    div div_ divide divide_ true_divide true_divide_ __truediv__ __itruediv__ __div__ __idiv__ __rdiv__ __rtruediv__
 '''.split())
 ACTIVATIONS = frozenset('''
     relu relu_ relu6 leaky_relu leaky_relu_ rrelu rrelu_ prelu elu elu_ selu selu_ celu celu_ gelu silu mish hardtanh
     hardtanh_ hardswish hardsigmoid sigmoid sigmoid_ tanh tanh_ softplus softsign logsigmoid tanhshrink hardshrink
     softshrink threshold threshold_ clamp clamp_ clip clip_ clamp_min clamp_min_ clamp_max clamp_max_ neg neg_ negative
-    __neg__
+    __neg__ mish_ silu_ hardswish_ hardsigmoid_ log_sigmoid _threshold fake_quantize_per_tensor_affine
+    fake_quantize_per_channel_affine
 '''.split())
+# Functions of each element, with a form in place, and some of them in torch.special.
+ELEMENT_WISE = '''
+    abs absolute square pow float_power sqrt rsqrt reciprocal exp exp2 expm1 log log1p log2 log10 sin cos tan asin acos
+    atan arcsin arccos arctan sinh cosh asinh acosh atanh arcsinh arccosh arctanh erf erfc erfinv sinc logit lgamma
+    digamma polygamma mvlgamma i0 igamma igammac round floor ceil trunc fix frac sign sgn fmod remainder floor_divide
+    hypot atan2 arctan2 copysign ldexp xlogy deg2rad rad2deg nextafter
+'''.split()
+SPECIAL = '''
+    airy_ai bessel_j0 bessel_j1 bessel_y0 bessel_y1 digamma entr erf erfc erfcx erfinv exp2 expit expm1 gammainc
+    gammaincc gammaln i0 i0e i1 i1e log1p log_ndtr logit modified_bessel_i0 modified_bessel_i1 modified_bessel_k0
+    modified_bessel_k1 multigammaln ndtr ndtri polygamma psi round scaled_modified_bessel_k0 scaled_modified_bessel_k1
+    sinc spherical_bessel_j0 xlog1py xlogy zeta
+'''.split()
+ACTIVATIONS |= {
+    *ELEMENT_WISE, *(f'{name}_' for name in ELEMENT_WISE), *(f'special_{name}' for name in SPECIAL),
+    *'__abs__ __pow__ __rpow__ __ipow__ __mod__ __imod__ __rmod__ __floordiv__ __ifloordiv__ __rfloordiv__'.split(),
+    'logaddexp', 'logaddexp2',
+}
+# The largest or smallest of two tensors, which clip a tensor if the other is a constant.
+EXTREMA = frozenset('maximum minimum fmax fmin max min amin'.split())
 CLIPPED = frozenset('relu6 hardtanh hardtanh_'.split())
 NORMALIZATIONS = frozenset(
     'batch_norm layer_norm group_norm instance_norm rms_norm local_response_norm normalize'.split()
 )
 AVERAGES = frozenset('''
     avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d mean sum
-    interpolate upsample
+    _adaptive_avg_pool2d _adaptive_avg_pool3d
+'''.split())
+INTERPOLATIONS = frozenset('''
+    interpolate upsample upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d
+    _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_trilinear3d
+    _upsample_bilinear2d_aa upsample_bicubic2d _upsample_bicubic2d_aa
 '''.split())
 MAXIMA = frozenset('''
-    max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d amax max
+    max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d amax
     max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool1d_with_indices
     adaptive_max_pool2d_with_indices adaptive_max_pool3d_with_indices
 '''.split())
-CONCATENATIONS = frozenset('cat concat concatenate stack hstack vstack dstack column_stack'.split())
-CONVOLUTIONS = {'conv1d': Convolution1d, 'conv2d': Convolution2d, 'conv3d': Convolution3d}
+CONCATENATIONS = frozenset('cat concat concatenate stack hstack vstack dstack column_stack row_stack'.split())
+CONVOLUTIONS = {
+    'conv1d': Convolution1d, 'conv2d': Convolution2d, 'conv3d': Convolution3d,
+    'conv_transpose1d': ConvolutionTranspose1d, 'conv_transpose2d': ConvolutionTranspose2d,
+    'conv_transpose3d': ConvolutionTranspose3d,
+}
+# Settings of convolutions, in the order of the arguments.
+SETTINGS = {
+    'linear': (), 'conv': ('stride', 'padding', 'dilation', 'groups'),
+    'conv_transpose': ('stride', 'padding', 'output_padding', 'groups', 'dilation'),
+}
+COMPLEX_FUNCTIONS = frozenset('view_as_complex complex polar stft istft linalg_eig cfloat cdouble chalf'.split())
 # Functions which are random or mix samples in training, with the position of the flag, and what it is by default.
 TRAINING = {
     **dict.fromkeys(('dropout', 'dropout1d', 'dropout2d', 'dropout3d'), (2, True)),
@@ -86,63 +134,12 @@ def is_training(func, args, kwargs):
     return given.get('running_mean') is not None or len(given['input']) > 1
 
 
-class FunctionCall:
-    '''A function call with its arguments.'''
-    # pylint: disable=too-many-arguments
-    def __init__(self, func, name, args, kwargs, carriers):
-        self.func = func
-        self.name = name
-        self.args = args
-        self.kwargs = kwargs
-        self.carriers = carriers
-
-    def __call__(self):
-        return self.func(*self.args, **self.kwargs)
-
-    def operands(self):
-        '''Both operands of a binary operator.'''
-        given = dict(zip(('input', 'other'), self.args), **self.kwargs)
-        return given['input'], given['other']
-
-    def keep(self, carrier):
-        '''The call with all tensors but one as constants.'''
-        constants = {id(elem): elem.detach() for elem in self.carriers if elem is not carrier}
-        args, kwargs = _replace(self.args, constants), _replace(self.kwargs, constants)
-        return FunctionCall(self.func, self.name, args, kwargs, [carrier])
-
-    def rebind(self):
-        '''The call as a function of the tensors that carry relevance, without a reference to any of them.'''
-        func = self.func
-        slots = {id(elem): _Slot(num) for num, elem in enumerate(self.carriers)}
-        args, kwargs = _replace(self.args, slots), _replace(self.kwargs, slots)
-
-        def function(*tensors):
-            return func(*_replace(args, tensors), **_replace(kwargs, tensors))
-
-        return function
-
-
-class _Slot(int):
-    '''Place of a tensor in the arguments of a call.'''
-
-
-def _replace(value, replacements):
-    '''Replace tensors by slots according to their id, or slots by tensors, in nested arguments.'''
-    if isinstance(value, torch.Tensor):
-        return replacements.get(id(value), value) if isinstance(replacements, dict) else value
-    if isinstance(value, _Slot):
-        return replacements[value]
-    if isinstance(value, dict):
-        return {key: _replace(elem, replacements) for key, elem in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_replace(elem, replacements) for elem in value)
-    return value
-
-
 # -- handlers: what runs a function, given the canonizer, the call of the module, and the call of the function ---------
 
 def _add(canonizer, call, function):
     left, right = function.operands()
+    if products.is_complex(left, right):
+        return canonizer.refuse(call, function, products.COMPLEX)
     factors = [1, function.kwargs.get('alpha', 1)]
     if 'sub' in function.name:
         # x - alpha y is the sum of x and -alpha y, other - alpha x of -alpha x and other
@@ -157,30 +154,15 @@ def _add(canonizer, call, function):
     return canonizer.run(call, Gate, function)
 
 
-def _multiply(canonizer, call, function):
-    left, right = function.operands()
-    is_division = 'div' in function.name
-    if len(function.carriers) == 1:
-        if is_division and right is function.carriers[0]:
-            return canonizer.refuse(call, function, 'the divisor is the only one that does')
-        return canonizer.run(call, Gate, function)
-    signal = 0 if is_division else _find_signal(left, right)
-    if signal is None:
-        return canonizer.refuse(call, function, (
-            f'which factor is the signal and which the gate is ambiguous: shapes {tuple(left.shape)} and '
-            f'{tuple(right.shape)}, and none or both were computed from sigmoids alone'
-        ))
-    # the gate counts as a constant, what computes it is not visited in the backward pass
-    return canonizer.run(call, Gate, function.keep((left, right)[signal]))
-
-
 def _unary(canonizer, call, function, kind):
     if len(function.carriers) > 1:
         return canonizer.refuse(call, function, 'more than one of its arguments does')
     if kind is Activation:
-        given = dict(zip(('input', 'min', 'max'), function.args), **function.kwargs)
+        given = function.bind('input', 'min', 'max')
         is_clipped = given.get('min') is not None and given.get('max') is not None
-        return canonizer.run(call, kind, function, is_clipped=is_clipped or function.name in CLIPPED)
+        return products.run_on(
+            canonizer, call, kind, function, function.carriers[0], is_clipped=is_clipped or function.name in CLIPPED
+        )
     return canonizer.run(call, kind, function)
 
 
@@ -214,11 +196,22 @@ def _gated_unit(canonizer, call, function):
     return canonizer.run(call, Gate, FunctionCall(unit, function.name, (signal,), {}, [signal]))
 
 
-def _pool(canonizer, call, function, kind):
-    given = dict(zip(_pool_arguments(function.name), function.args), **function.kwargs)
+def _extremum(canonizer, call, function):
+    given = function.bind('input', 'dim')
     if isinstance(given.get('dim', given.get('other')), torch.Tensor):
-        # torch.max of two tensors is their maximum, of which the gradient is the rule
-        return function()
+        # the gradient of the maximum of two tensors is the rule, that with a constant is clipped by it
+        return function() if len(function.carriers) > 1 else _unary(canonizer, call, function, Activation)
+    if function.name == 'max':
+        return _pool(canonizer, call, function, MaxPool)
+    tensors = moves.branches(function)
+    return function() if tensors is None else moves.reduce_branches(canonizer, call, function, tensors)
+
+
+def _pool(canonizer, call, function, kind):
+    given = function.bind(*_pool_arguments(function.name))
+    tensors = None if 'pool' in function.name else moves.branches(function)
+    if tensors is not None:
+        return moves.reduce_branches(canonizer, call, function, tensors)
     windows = dict.fromkeys(('kernel_size', 'output_size', 'stride', 'dim'))
     windows.update(padding=0, dilation=1, ceil_mode=False)
     windows.update((key, value) for key, value in given.items() if key in windows)
@@ -229,11 +222,14 @@ def _pool(canonizer, call, function, kind):
 
 
 def _concatenate(canonizer, call, function):
-    given = dict(zip(('tensors', 'dim'), function.args), **function.kwargs)
-    tensors, dim = given['tensors'], given.get('dim', given.get('axis', 0))
+    given = function.bind('tensors', 'dim')
+    tensors, dim = given['tensors'], given.get('dim', 0)
     is_padded = function.name in ('cat', 'concat', 'concatenate') and len(function.carriers) == 1
     if not is_padded or len(tensors) < 2 or any(bool(elem.any()) for elem in tensors if not elem.requires_grad):
-        return canonizer.run(call, Concatenation, function)
+        output = canonizer.run(call, Concatenation, function)
+        if function.name in ('stack', 'cat', 'concat', 'concatenate'):
+            moves.note_stacked(output, tensors, dim, function.name == 'stack')
+        return output
     # concatenation with zeros, as some shortcuts have it
     position = next(num for num, elem in enumerate(tensors) if elem is function.carriers[0])
     lengths = [elem.shape[dim] for elem in tensors]
@@ -265,9 +261,8 @@ def _index(canonizer, call, function):
 
 
 def _linear(canonizer, call, function):
-    names = ('input', 'weight', 'bias')
-    settings = () if function.name == 'linear' else ('stride', 'padding', 'dilation', 'groups')
-    given = dict(zip(names + settings, function.args), **function.kwargs)
+    settings = SETTINGS[function.name.rstrip('123d')]
+    given = function.bind('input', 'weight', 'bias', *settings)
     weights = [elem for elem in function.carriers if elem is not given['input']]
     if weights:
         is_hidden = any(elem.is_leaf for elem in weights)
@@ -276,13 +271,38 @@ def _linear(canonizer, call, function):
             else 'its weights do'
         ))
     standin = canonizer.stand_in(call, CONVOLUTIONS.get(function.name, FullyConnected), function.name)
-    defaults = {'stride': 1, 'padding': 0, 'dilation': 1, 'groups': 1}
+    defaults = {'stride': 1, 'padding': 0, 'output_padding': 0, 'dilation': 1, 'groups': 1}
     standin.padding_mode = 'zeros'
     standin.set_call(
         function.func, given['weight'], given.get('bias'),
         **{key: given.get(key, defaults[key]) for key in settings},
     )
     return canonizer.run_known(lambda: standin(given['input']), [given['input']])
+
+
+def _convolution(canonizer, call, function):
+    given = function.bind(
+        'input', 'weight', 'bias', 'stride', 'padding', 'dilation', 'transposed', 'output_padding', 'groups'
+    )
+    is_transposed, func = given.pop('transposed'), function.func
+    if not is_transposed:
+        del given['output_padding']
+
+    def convolution(input, weight, bias, stride, padding, dilation, groups, output_padding=(0,)):
+        return func(input, weight, bias, stride, padding, dilation, is_transposed, output_padding, groups)
+
+    name = f'conv{"_transpose" * is_transposed}{given["weight"].ndim - 2}d'
+    return _linear(canonizer, call, FunctionCall(convolution, name, (), given, function.carriers))
+
+
+def _slice(canonizer, call, function):
+    given = {'dim': 0, 'start': None, 'end': None, 'step': 1, **function.bind('input', 'dim', 'start', 'end', 'step')}
+    input = given['input']
+    index = [slice(None)] * input.ndim
+    end = None if given['end'] is None or given['end'] >= input.shape[given['dim']] else given['end']
+    index[given['dim']] = slice(given['start'], end, given['step'])
+    steps = _spatial_steps(input, tuple(index)) if given['step'] != 1 else ()
+    return canonizer.run(call, Subsampling, function, steps=steps) if steps else function()
 
 
 def _pool_arguments(name):
@@ -292,18 +312,6 @@ def _pool_arguments(name):
     if 'pool' not in name:
         return 'input', 'dim'
     return 'input', 'kernel_size', 'stride', 'padding', *(('dilation',) if 'max' in name else ()), 'ceil_mode'
-
-
-def _find_signal(left, right):
-    '''Index of the signal among two factors, None if ambiguous.'''
-    if left.numel() != right.numel():
-        return 0 if left.numel() > right.numel() else 1
-    # of the product of both, which LSTMs have, a tanh is the signal
-    for with_tanh in (True, False):
-        gates = [is_gate(elem, with_tanh) for elem in (left, right)]
-        if gates.count(True) == 1:
-            return gates.index(False)
-    return None
 
 
 def _spatial_steps(tensor, index):
@@ -321,17 +329,80 @@ def _spatial_steps(tensor, index):
 
 HANDLERS = {
     **dict.fromkeys(ADDITIONS, _add),
-    **dict.fromkeys(PRODUCTS, _multiply),
+    **dict.fromkeys(PRODUCTS, products.multiply),
     **{name: partial(_unary, kind=kind) for names, kind in (
-        (ACTIVATIONS, Activation), (NORMALIZATIONS, Normalization), (('addcmul',), Gate),
+        (ACTIVATIONS, Activation), (NORMALIZATIONS, Normalization),
     ) for name in names},
     **{name: partial(_pool, kind=kind) for names, kind in (
         (AVERAGES, AveragePool), (MAXIMA, MaxPool),
     ) for name in names},
+    **dict.fromkeys(EXTREMA, _extremum),
+    **dict.fromkeys(INTERPOLATIONS, products.interpolate),
     **dict.fromkeys(CONCATENATIONS, _concatenate),
     **dict.fromkeys((*CONVOLUTIONS, 'linear'), _linear),
+    **dict.fromkeys(products.CONTRACTIONS, products.contract),
+    **dict.fromkeys(products.ADDED_PRODUCTS, products.add_product),
+    **dict.fromkeys((f'{name}_' for name in products.ADDED_PRODUCTS), products.add_product),
+    **dict.fromkeys(('addcmul', 'addcmul_', 'addcdiv', 'addcdiv_'), products.addcmul),
+    **dict.fromkeys(('lerp', 'lerp_'), products.lerp),
+    **dict.fromkeys(('lp_pool1d', 'lp_pool2d', 'lp_pool3d'), products.lp_pool),
+    **dict.fromkeys(('dist', 'pairwise_distance'), products.distance),
+    **dict.fromkeys(moves.PLACEMENTS, moves.place),
+    **dict.fromkeys(moves.SUMS, moves.add_up),
+    **dict.fromkeys(moves.SUMS_AT_PLACES, moves.add_at),
+    **dict.fromkeys(moves.SAMPLES, moves.sample),
+    **dict.fromkeys(('std', 'var', 'std_mean', 'var_mean'), moves.deviation),
+    **dict.fromkeys(('norm', 'linalg_norm', 'linalg_vector_norm', 'linalg_matrix_norm', 'frobenius_norm'), moves.norm),
+    **dict.fromkeys(('logsumexp', 'special_logsumexp'), moves.log_sum_exp),
+    **dict.fromkeys(('quantile', 'nanquantile'), moves.quantile),
+    **dict.fromkeys(('unfold', 'im2col'), moves.unfold),
+    **dict.fromkeys(('chain_matmul', 'linalg_multi_dot'), products.multi_dot),
+    'affine_grid': products.affine_grid,
+    'bilinear': products.bilinear,
+    'convolution': _convolution,
+    'cosine_similarity': products.cosine_similarity,
+    'deform_conv2d': products.deformable,
+    'diff': products.diff,
+    'einsum': products.einsum,
+    'roi_pool': moves.pool_regions,
     '__getitem__': _index,
     'batch_norm': _batch_norm,
+    '__setitem__': moves.assign,
+    'slice': _slice,
     'glu': _gated_unit,
     'pad': _pad,
+    'constant_pad_nd': _pad,
 }
+
+
+def handle(canonizer, call, function):
+    '''Run a function on tensors that carry relevance.
+
+    Parameters
+    ----------
+    canonizer: :py:obj:`zennit_resnet.canonizers.ResidualCanonizer`
+        The canonizer.
+    call: object
+        The call of the module that runs the function.
+    function: :py:obj:`zennit_resnet.functions.FunctionCall`
+        The function with its arguments.
+
+    Returns
+    -------
+    object
+        What the function returns.
+    '''
+    target = function.kwargs.get('out')
+    if isinstance(target, torch.Tensor):
+        # stand-ins build no graph for it, and PyTorch does not either
+        kwargs = {key: elem for key, elem in function.kwargs.items() if key != 'out'}
+        output = handle(canonizer, call, FunctionCall(
+            function.func, function.name, function.args, kwargs, function.carriers
+        ))
+        return (target if target.shape == output.shape else target.resize_(output.shape)).copy_(output)
+    is_complex = function.name.startswith('fft_') or function.name in COMPLEX_FUNCTIONS
+    if is_complex or products.is_complex(*function.carriers):
+        return canonizer.refuse(call, function, products.COMPLEX)
+    if function.name in HANDLERS:
+        return HANDLERS[function.name](canonizer, call, function)
+    return canonizer.refuse(call, function, 'no rule covers it')

@@ -16,7 +16,7 @@ from zennit.types import Convolution, ConvolutionTranspose
 
 from . import windows
 from .core import SinglePass, check_choice
-from .layer import Operation
+from .layer import LinearMap, NonNegativeMap, Operation
 from .memory import by_example
 from .weights import is_plain
 
@@ -69,6 +69,8 @@ class Relative(SinglePass):
     def propagate(self, module, stored, relevance):
         '''Compute Eq. (8) or (12).'''
         input, = stored
+        if isinstance(module, (LinearMap, NonNegativeMap)) and len(input) > 1:
+            _check_examples(module, input)
         num_outputs = math.prod(relevance.shape[1:])
         fan_in, cardinality = self._connections(module, input, relevance)
         if isinstance(fan_in, torch.Tensor):
@@ -80,11 +82,20 @@ class Relative(SinglePass):
         else:
             constant *= cardinality
         # one step instead of two, and in place, as this is limited by memory
-        out = lower if isinstance(module, (Convolution, torch.nn.Linear)) else None
+        is_new = isinstance(module, (Convolution, torch.nn.Linear)) and not isinstance(module, LinearMap)
+        out = lower if is_new else None
         return (torch.addcmul(lower.new_zeros(()), lower, input, value=constant, out=out),)
 
     def _connections(self, module, input, relevance):
         '''Number M of inputs of each output, and Card(J_i), as numbers or tensors that can be broadcast.'''
+        if isinstance(module, LinearMap):
+            # the same product of ones counts them
+            with torch.enable_grad():
+                ones = torch.ones_like(input).requires_grad_()
+                output = module.linear(ones, torch.ones_like)
+            counts, = torch.autograd.grad(output.sum(), ones)
+            per_position = self.cardinality == 'per_position'
+            return float(output.detach().max()), counts if per_position else float(counts.max())
         if isinstance(module, torch.nn.Linear):
             return module.weight.shape[1], module.weight.shape[0]
         num, per_position = input.ndim - 2, self.cardinality == 'per_position'
@@ -110,12 +121,14 @@ class Relative(SinglePass):
     @staticmethod
     def _transposed(module, input, relevance):
         '''The layer's transposed linear map.'''
-        if isinstance(module, torch.nn.Linear):
+        if isinstance(module, torch.nn.Linear) and not isinstance(module, LinearMap):
             return relevance @ module.weight.detach().to(relevance.dtype)
         if not isinstance(module, Convolution):
             with torch.enable_grad():
                 input = input.detach().requires_grad_()
-                output = module.forward(input)
+                output = module.linear(input, torch.Tensor.clone) if isinstance(module, LinearMap) else (
+                    module.forward(input)
+                )
             return torch.autograd.grad(output, input, relevance)[0]
         return windows.convolve_transposed(module, input, module.weight.detach().to(relevance.dtype), relevance)
 
@@ -136,6 +149,19 @@ class RelativeMaxPool(Relative):
         # functional maximum over whole dimensions
         maximum = input.amax(() if module.dim is None else module.dim, keepdim=True)
         return relevance.reshape(maximum.shape) * (input == maximum)
+
+
+def _check_examples(module, input):
+    '''Raise a ValueError if a linear map does not keep the first dimension, which has the examples.'''
+    with torch.no_grad():
+        probe = torch.zeros_like(input)
+        probe[0] = 1
+        output = module.linear(probe, torch.ones_like) if isinstance(module, LinearMap) else module.forward(probe)
+    if len(output) != len(input) or bool(output[1:].any()):
+        raise ValueError(
+            f'{module.name!r} moves or adds up elements along the first dimension, which has the {len(input)} examples '
+            'for each of which contributions are rescaled: explain one at a time.'
+        )
 
 
 def _credit_windows(module, input, relevance):

@@ -15,7 +15,7 @@ from . import windows
 from .block import BlockEpsilon  # noqa: F401, pylint: disable=unused-import
 from .core import SinglePass, check_choice
 from .graph import depends_on, is_first
-from .layer import Subsampling
+from .layer import NonNegativeMap, Signed, Subsampling
 from .memory import LARGE, by_example
 from .relative import Relative, RelativeMaxPool  # noqa: F401, pylint: disable=unused-import
 from .weights import is_plain
@@ -80,6 +80,68 @@ class Uncrop(SinglePass):
                 (max(-before, 0), max(-after, 0)) if num == dim else (0, 0)
             )])
         return (relevance,)
+
+
+class Refill(SinglePass):
+    '''Relevance of zeros that were put in place of elements goes back evenly to the elements that were kept.
+
+    Elements that were kept receive their own relevance, as the gradient has it. That of constants which are zero is
+    shared among all elements of the same example that were kept, or among all of its elements if none was. Constants
+    which are not zero keep their part, as concatenated ones do.
+    '''
+    def store(self, module, *inputs):
+        '''Keep the input, of which the order may decide what is kept.'''
+        input, = inputs
+        return (input,)
+
+    def propagate(self, module, stored, relevance):
+        '''Take the gradient, and share what arrives at zeros.'''
+        input, = stored
+        with torch.enable_grad():
+            leaf = input.detach().requires_grad_()
+            output = module.forward(leaf)
+        lower, = torch.autograd.grad(output, leaf, relevance, retain_graph=True)
+        with torch.no_grad():
+            zeros = module.forward(torch.zeros_like(input))
+            is_zero = (zeros == 0) & (module.forward(torch.ones_like(input)) == zeros)
+        lost = relevance.where(is_zero, 0.)
+        if not bool(lost.any()):
+            return (lower,)
+        kept = (torch.autograd.grad(output, leaf, torch.ones_like(output))[0] != 0).to(lower)
+        return (lower + _share_evenly(lost, kept),)
+
+
+class Proportional(SinglePass):
+    '''Elements receive relevance in proportion to what they add to a norm, a deviation, ...: R' = R a_i / sum_k a_k.
+
+    If no element adds anything, all receive equal parts.
+    '''
+    def store(self, module, *inputs):
+        '''Keep the input.'''
+        input, = inputs
+        return (input,)
+
+    def propagate(self, module, stored, relevance):
+        '''Share relevance by the amounts.'''
+        amounts = module.amounts(stored[0])
+        total = amounts.sum(module.dims, keepdim=True)
+        shares = torch.where(total == 0, total.numel() / amounts.numel(), amounts / total)
+        return (relevance.reshape(total.shape) * shares,)
+
+
+def _share_evenly(lost, kept, examples=None):
+    '''Share relevance evenly among elements that are marked with one, of the same example if there is one for each.'''
+    if examples is None and lost.ndim and kept.ndim and len(lost) == len(kept):
+        examples = torch.arange(len(kept), device=kept.device)
+    if examples is None:
+        lost, kept, shape = lost.reshape(1, -1), kept.reshape(1, -1), kept.shape
+        examples = torch.zeros(1, dtype=torch.long, device=kept.device)
+    else:
+        lost, kept, shape = lost.flatten(1), kept.flatten(1), kept.shape
+    counts = kept.sum(1, keepdim=True)
+    kept = torch.where(counts == 0, 1., kept)
+    total = lost.new_zeros(len(kept)).index_add(0, examples, lost.sum(1))
+    return (total[:, None] * kept / kept.sum(1, keepdim=True)).reshape(shape)
 
 
 class Split(SinglePass):
@@ -329,7 +391,7 @@ class ZPlus(SinglePass):
         for (elem, weight), transpose in zip(pairs, transposes):
             grad = transpose(share)
             if lower is None:
-                lower = elem * grad if weight is None else grad.mul_(elem)
+                lower = elem * grad if weight is None or callable(weight) else grad.mul_(elem)
             else:
                 lower.addcmul_(elem, grad)
         if lower.shape != input.shape:
@@ -345,9 +407,10 @@ class ZPlus(SinglePass):
         '''Compute R / z in the place of z, and which units are dead, None if nothing is to be spread of them.'''
         dims = tuple(range(1, denominator.ndim))
         magnitude = denominator.abs() if is_signed else denominator
-        resolution = magnitude.mean(dims, keepdim=True) * torch.finfo(denominator.dtype).eps
+        # without dimensions, these would be the mean and minimum of all examples
+        resolution = (magnitude.mean(dims, keepdim=True) if dims else magnitude) * torch.finfo(denominator.dtype).eps
         dead = None
-        if bool((magnitude.amin(dims, keepdim=True) <= resolution).any()):
+        if bool(((magnitude.amin(dims, keepdim=True) if dims else magnitude) <= resolution).any()):
             dead = magnitude <= resolution
         if self.stabilizer is not None:
             denominator = self.stabilizer(denominator)
@@ -362,7 +425,7 @@ class ZPlus(SinglePass):
     def _contributions(self, module, input, variant, is_negative):
         '''Pairs of inputs and weights (None for poolings) of which the products are the contributions.'''
         pairs = self._pairs(module, input, variant, is_negative)
-        if not isinstance(module, (Convolution, torch.nn.Linear)):
+        if isinstance(module, Signed) or not isinstance(module, (Convolution, torch.nn.Linear)):
             return pairs
         weight = module.weight.detach().to(input.dtype)
         if isinstance(module, torch.nn.Linear):
@@ -379,7 +442,7 @@ class ZPlus(SinglePass):
 
     def _pairs(self, module, input, variant, is_negative):
         '''Pairs of inputs and the parts of the weight, as functions of it, that they are multiplied with.'''
-        if not isinstance(module, (Convolution, torch.nn.Linear)):
+        if not isinstance(module, (Convolution, torch.nn.Linear, Signed)):
             if variant == 'zplus':
                 return [(input.clamp(min=0) if is_negative else input, None)]
             if variant == 'literal':
@@ -402,7 +465,7 @@ class ZPlus(SinglePass):
 
     def _map(self, module, input, weight, shape):
         '''The output of :py:meth:`_linear`, and the transposed linear map as a function.'''
-        if isinstance(module, torch.nn.Linear):
+        if isinstance(module, torch.nn.Linear) and not isinstance(module, Signed):
             return weight.map(input), weight.transpose
         if isinstance(module, Convolution):
             if self.projection == 'literal' or not windows.is_sparse(module):
@@ -433,11 +496,13 @@ class ZPlus(SinglePass):
             return output
         if isinstance(module, Subsampling):
             return windows.pool_cells(input, module.steps)
+        if isinstance(module, Signed):
+            return module.linear(input, torch.ones_like if weight is None else weight)
         return module.forward(input)
 
     def _spread(self, module, input, relevance):
         '''Share the relevance of dead units evenly over their inputs.'''
-        if isinstance(module, torch.nn.Linear):
+        if isinstance(module, torch.nn.Linear) and not isinstance(module, Signed):
             return (relevance.sum(-1, keepdim=True) / input.shape[-1]).expand_as(input)
         ones, weight, shape = torch.ones_like(input), None, relevance.shape[2:]
         if isinstance(module, Convolution):
@@ -454,6 +519,11 @@ class ZPlus(SinglePass):
         if isinstance(module, Convolution):
             in_channels = input.shape[1] // module.groups
             lower = (lower / in_channels).unsqueeze(2).expand(-1, -1, in_channels, *lower.shape[2:])
+        elif isinstance(module, (NonNegativeMap, Signed)):
+            # places outside of the image read nothing
+            lost = relevance.where(output == 0, 0.)
+            if bool(lost.any()):
+                lower = lower + _share_evenly(lost, torch.ones_like(input), getattr(module, 'examples', None))
         return lower.reshape(input.shape)
 
     def _winner(self, module, input, relevance):
