@@ -1,10 +1,11 @@
 '''Composites for residual networks, registered by name in Zennit's ``COMPOSITES``.'''
 import torch
 from zennit.composites import LayerMapComposite, register_composite
-from zennit.core import Composite, Hook
+from zennit.core import Composite
 from zennit.torchvision import ResNetCanonizer
 from zennit.types import Activation, AvgPool, BatchNorm, Convolution, MaxPool
 
+from .arguments import Described, check_canonizers, check_flag, check_layer_map, check_module, check_rule, describe
 from .block import BlockEpsilon, GradientTimesInput
 from .canonizers import BlockCanonizer, ResidualCanonizer
 from .contributions import Contributions
@@ -36,7 +37,7 @@ def _with_canonizer(canonizers, batch_norm='pass'):
 
     Zennit's ``ResNetCanonizer`` would take the additions of torchvision's blocks away from ours, so ours replaces it.
     '''
-    canonizers = [] if canonizers is None else list(canonizers)
+    canonizers = check_canonizers(canonizers)
     if any(isinstance(elem, ResNetCanonizer) for elem in canonizers):
         batch_norm = 'merge'
         canonizers = [elem for elem in canonizers if not isinstance(elem, ResNetCanonizer)]
@@ -45,7 +46,7 @@ def _with_canonizer(canonizers, batch_norm='pass'):
     return canonizers
 
 
-class _Transaction:
+class _Transaction(Described):
     '''Composites which leave nothing behind if they can not be registered.'''
     def register(self, module):
         '''Apply all canonizers and register all hooks to a module and its children.
@@ -54,7 +55,13 @@ class _Transaction:
         ----------
         module: :py:obj:`torch.nn.Module`
             The module.
+
+        Raises
+        ------
+        TypeError
+            If it is not a module.
         '''
+        check_module(module)
         try:
             super().register(module)
         except BaseException:
@@ -64,6 +71,17 @@ class _Transaction:
 
 class _LayerMap(_Transaction, LayerMapComposite):
     '''Composites with a rule for each type of module.'''
+    def __repr__(self):
+        return describe(self, given=self.given)
+
+    def keep(self, layer_map, canonizers, **options):
+        '''Keep the constructor's arguments as attributes, and get the layer map of the user as a list.'''
+        vars(self).update(options)
+        # the attributes of these names have what the composite adds as well
+        self.given = {'layer_map': check_layer_map(layer_map), 'canonizers': check_canonizers(canonizers)}
+        self.given = {name: value or None for name, value in self.given.items()}
+        return self.given['layer_map'] or []
+
     def mapping(self, ctx, name, module):
         '''Get the appropriate hook given a mapping from module types to hooks.
 
@@ -125,15 +143,19 @@ class ResNetLRP(_LayerMap):
         the ``layer_map`` defined by the composite.
     canonizers: list[:py:class:`zennit.canonizers.Canonizer`], optional
         List of canonizer instances to be applied before applying hooks. The composite adds its own.
-    low: :py:obj:`torch.Tensor` or float, optional
-        Lowest possible input values for ``first_layer='zbox'``.
-    high: :py:obj:`torch.Tensor` or float, optional
-        Highest possible input values for ``first_layer='zbox'``.
+    low: :py:obj:`torch.Tensor`, sequence of float or float, optional
+        Lowest possible input values for ``first_layer='zbox'``, one for all or one for each channel.
+    high: :py:obj:`torch.Tensor`, sequence of float or float, optional
+        Highest possible input values for ``first_layer='zbox'``, likewise.
 
     Raises
     ------
     ValueError
-        If an argument is not one of its choices, or if ``low`` and ``high`` are missing for ``first_layer='zbox'``.
+        If an argument is not one of its choices, if ``stabilizer`` is negative or not finite, if ``low`` and ``high``
+        are missing for ``first_layer='zbox'`` or given without it, or if ``low`` is above ``high``. In the forward
+        pass, if an input is outside of them.
+    TypeError
+        If an argument is of another type.
     '''
     # pylint: disable=too-many-arguments
     def __init__(
@@ -153,13 +175,18 @@ class ResNetLRP(_LayerMap):
         coverage=None,
     ):
         check_choice('splitting', splitting, tuple(SPLITTING))
+        check_flag('identity_skip', identity_skip)
         rule = SPLITTING[splitting]()
         zplus = ZPlus(
             stabilizer=stabilizer, first_layer=first_layer, low=low, high=high, projection=projection,
             dead_units=dead_units, maxpool=maxpool,
             coverage={'spread': 'even'}.get(projection, 'literal') if coverage is None else coverage,
         )
-        layer_map = ([] if layer_map is None else list(layer_map)) + [
+        layer_map = self.keep(
+            layer_map, canonizers, splitting=splitting, identity_skip=identity_skip, batch_norm=batch_norm,
+            first_layer=first_layer, low=low, high=high, projection=projection, dead_units=dead_units, maxpool=maxpool,
+            coverage=zplus.coverage, stabilizer=stabilizer,
+        ) + [
             (Addition, rule if identity_skip else ResidualOnly(rule)),
             (Gate, SignalTakesAll()),
             (Padding, Uncrop()),
@@ -197,6 +224,8 @@ class SplittingComposite(_Transaction, Composite):
         The rule for additions.
     '''
     def __init__(self, composite, rule):
+        check_rule('composite', composite, Composite)
+        check_rule('rule', rule)
         self.composite = composite
         self.rule = rule
         super().__init__(module_map=self.mapping, canonizers=_with_canonizer(composite.canonizers))
@@ -244,12 +273,7 @@ def with_splitting(composite, rule=None):
     TypeError
         If ``composite`` is not a composite (but for instance the class of one), or ``rule`` is not a hook.
     '''
-    if not isinstance(composite, Composite):
-        raise TypeError(f'with_splitting needs an instance of a composite, but got {composite!r}!')
-    rule = RatioSplit() if rule is None else rule
-    if not isinstance(rule, Hook):
-        raise TypeError(f'rule={rule!r} is not a hook, use for instance RatioSplit() or SymmetricSplit()!')
-    return SplittingComposite(composite, rule)
+    return SplittingComposite(composite, RatioSplit() if rule is None else rule)
 
 
 @register_composite('relative_lrp')
@@ -295,9 +319,10 @@ class RelativeLRP(_LayerMap):
     def __init__(
         self, cardinality='constant', normalization='signed', batch_norm='merge', layer_map=None, canonizers=None
     ):
-        self.normalization = normalization
         self.contributions = Contributions(normalization)
-        layer_map = ([] if layer_map is None else list(layer_map)) + [
+        layer_map = self.keep(
+            layer_map, canonizers, cardinality=cardinality, normalization=normalization, batch_norm=batch_norm,
+        ) + [
             (Addition, SymmetricSplit()),
             (Gate, SignalTakesAll()),
             # what is added by padding has no contribution, the gradient removes it
@@ -392,12 +417,11 @@ class BlockLRP(_LayerMap):
         settings = {'epsilon': epsilon, 'mode': mode, 'form': 'gradient'}
         self.block_rule = BlockEpsilon(**settings)
         self.any_rule = BlockEpsilon(**settings, is_block=None)
-        layer_map = ([] if layer_map is None else list(layer_map)) + [
+        layer_map = self.keep(layer_map, canonizers, epsilon=epsilon, mode=mode) + [
             (torch.nn.Linear, BlockEpsilon(**settings, with_bias=False)),
             ((Convolution, BatchNorm, AvgPool, MaxPool), self.block_rule),
         ]
-        canonizers = [] if canonizers is None else list(canonizers)
-        super().__init__(layer_map=layer_map, canonizers=[*canonizers, BlockCanonizer()])
+        super().__init__(layer_map=layer_map, canonizers=[*check_canonizers(canonizers), BlockCanonizer()])
 
     def register(self, module):
         '''Apply all canonizers and register all hooks to a module and its children.
@@ -412,6 +436,7 @@ class BlockLRP(_LayerMap):
         ValueError
             If the module has no children of the names that were given as ``blocks``.
         '''
+        check_module(module)
         if isinstance(self.blocks, (list, set)):
             names = dict(module.named_modules())
             missing = sorted(name for name in self.blocks if name not in names)
