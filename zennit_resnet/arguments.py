@@ -1,9 +1,10 @@
 '''Checks of arguments, one for each kind, and how objects show the arguments that they were created with.'''
+import functools
 import inspect
 import math
 import re
 from contextlib import contextmanager
-from numbers import Integral, Real
+from numbers import Real
 
 import numpy as np
 import torch
@@ -39,13 +40,6 @@ def check_number(name, value, minimum=-math.inf, maximum=math.inf):
     if not minimum <= value <= maximum:
         bounds = [f'{sign} {bound:g}' for sign, bound in (('>=', minimum), ('<=', maximum)) if math.isfinite(bound)]
         raise ValueError(f'{name}={value!r} is out of range: choose a number {" and ".join(bounds)}!')
-
-
-def check_integer(name, value, minimum=-math.inf, maximum=math.inf):
-    '''Raise a TypeError unless an argument is an integer, and a ValueError unless it is within a range.'''
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f'{name}={value!r} is not an integer!')
-    check_number(name, value, minimum, maximum)
 
 
 def check_flag(name, value):
@@ -308,6 +302,70 @@ def check_inside(input, low, high, dtypes=()):
             )
 
 
+# -- heatmaps ----------------------------------------------------------------------------------------------------------
+
+def takes_maps(*names, single=True):
+    '''Have a function of batches of tensors also take NumPy arrays, and single maps of shape (height, width).
+
+    What it returns is of the same kind: arrays for arrays, and without the first axis for single maps.
+
+    Parameters
+    ----------
+    *names: tuple of str
+        Names of the arguments which are maps.
+    single: bool, optional
+        Whether an argument with two axes is a single map.
+
+    Returns
+    -------
+    callable
+        A decorator for functions.
+    '''
+    def decorate(function):
+        '''Decorate a function.'''
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def wrapper(*args, **kwargs):
+            bound = signature.bind(*args, **kwargs)
+            given = [bound.arguments[name] for name in names]
+            maps = [as_map(*elem) for elem in zip(names, given)]
+            is_single = single and all(elem.ndim == 2 for elem in maps)
+            bound.arguments.update(
+                (name, elem[None] if single and elem.ndim == 2 else elem) for name, elem in zip(names, maps)
+            )
+            result = function(*bound.args, **bound.kwargs)
+            return _restore(result, is_single, any(isinstance(elem, np.ndarray) for elem in given))
+
+        return wrapper
+
+    return decorate
+
+
+def as_map(name, value):
+    '''Get a tensor of a tensor or a NumPy array, which is copied, or raise a TypeError which names the argument.'''
+    if isinstance(value, torch.Tensor):
+        return value
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f'{name} must be a tensor or a NumPy array, but is {type(value).__name__}!')
+    try:
+        return torch.from_numpy(value.copy())
+    except TypeError as error:
+        raise TypeError(f'{name} must be an array of numbers, but is of type {value.dtype}!') from error
+
+
+def _restore(value, is_single, is_array):
+    '''Results of the kind of the arguments, also in named tuples and dicts.'''
+    if isinstance(value, torch.Tensor):
+        value = value[0] if is_single else value
+        return value.numpy() if is_array else value
+    if isinstance(value, tuple):
+        return type(value)(*(_restore(elem, is_single, is_array) for elem in value))
+    if isinstance(value, dict):
+        return {key: _restore(elem, is_single, is_array) for key, elem in value.items()}
+    return value
+
+
 # -- what is shown -----------------------------------------------------------------------------------------------------
 
 def show(value):
@@ -323,8 +381,9 @@ def show(value):
         text = f'[{text}]' if isinstance(value, list) else f'({text}{"," * (len(value) == 1)})'
     elif isinstance(value, type) or inspect.isroutine(value):
         text = value.__name__
-    elif isinstance(value, Hook) and type(value).__repr__ is object.__repr__:
-        text = describe(value)
+    elif type(value).__repr__ is object.__repr__:
+        # rules and composites of Zennit do not show theirs
+        text = f'{type(value).__name__}(...)'
     else:
         text = repr(value)
     return ' '.join(text.split())

@@ -1,5 +1,6 @@
 '''What relevance starts from.'''
 import dataclasses
+import sys
 from collections.abc import Mapping
 
 import torch
@@ -44,7 +45,7 @@ def check_key(key):
         )
 
 
-def select_output(output, key=None, remedy='explain SelectOutput(model, {}) in place of the model'):
+def select_output(output, key=None, remedy='SelectOutput(model, {}) in place of the model'):
     '''Pick the tensor to explain from what a network returns.
 
     Parameters
@@ -199,6 +200,13 @@ def initial_relevance(target, value='logit', output=None):
 
     def attr_output(result):
         '''Compute the relevance at the output.'''
+        # the caller takes the gradient of all that the network has returned, after this
+        is_zennit = sys._getframe(1).f_globals.get('__name__') == 'zennit.attribution'
+        if output is not None and is_zennit and not isinstance(result, torch.Tensor):
+            raise TypeError(
+                f'Zennit\'s attributors take the gradient of all that the network returns, which is '
+                f'{type(result).__name__}: give them SelectOutput(model, {show(output)}), and no output here.'
+            )
         result = select_output(result, output)
         if result.ndim not in (1, 2):
             raise ValueError(

@@ -7,6 +7,7 @@ import torch
 from zennit.canonizers import Canonizer
 from zennit.core import Composite, RemovableHandleList
 
+from .arguments import Described, check_flag
 from .block import note_addition
 from .calls import Call, Local, is_opaque, single_pass
 from .core import Eager, check_choice, check_evaluation, is_active, is_running
@@ -32,7 +33,7 @@ class UnsupportedOperation(RuntimeError):
     '''A network uses an operation on relevance for which there is no rule.'''
 
 
-class ResidualCanonizer(Canonizer):
+class ResidualCanonizer(Described, Canonizer):
     '''Canonizer for residual networks of any source.
 
     Additions, gates, activations, poolings and other operations that a network writes as functions are found while its
@@ -65,6 +66,7 @@ class ResidualCanonizer(Canonizer):
 
     def __init__(self, batch_norm='pass', strict=True):
         check_choice('batch_norm', batch_norm, ('pass', 'merge'))
+        check_flag('strict', strict)
         self.batch_norm = batch_norm
         self.strict = strict
         self.handles = RemovableHandleList()
