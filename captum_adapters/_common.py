@@ -10,6 +10,7 @@ from captum._utils.typing import BaselineType, TargetType
 from torch import Tensor
 from tqdm import tqdm
 
+from zennit_resnet.attribution import select_output
 from zennit_resnet.core import varies
 
 # Images that go through a network at once, unless there is a larger batch anyway
@@ -276,7 +277,10 @@ def warn_negative_maps(maps: Tensor, stacklevel: int = 3) -> None:
 
 
 def check_target(
-    target: TargetType, batch: int, device: Union[None, str, torch.device] = None
+    target: TargetType,
+    batch: int,
+    device: Union[None, str, torch.device] = None,
+    allow_negative: bool = False,
 ) -> Optional[Tensor]:
     """Give each example a target of its own.
 
@@ -289,6 +293,9 @@ def check_target(
         batch (int): Number of examples.
         device (str or torch.device, optional): Device of the result.
                 Default: None
+        allow_negative (bool, optional): Whether a single index or tuple may count from
+                the last class, as in Captum.
+                Default: False
 
     Returns:
         Tensor or None: Indices of shape (batch,), or (batch, output dimensions - 1) for
@@ -323,7 +330,10 @@ def check_target(
             f"target of shape {tuple(torch.as_tensor(target).shape)} is neither one for"
             f" all nor one for each of {batch} examples."
         )
-    if bool((index < 0).any()):
+    # Captum refuses it for one index for each example, which may come from a data set
+    is_single = not isinstance(target, list) and torch.as_tensor(target).numel() == 1
+    is_tuple = isinstance(target, tuple) or index.ndim == 2
+    if bool((index < 0).any()) and not (allow_negative and (is_single or is_tuple)):
         raise ValueError(f"target={target} has a negative index.")
     return index.to(device, torch.long)
 
@@ -359,7 +369,7 @@ def check_range(output: Tensor, target: Optional[Tensor]) -> None:
             f"{': give target=None' if not sizes else ''}."
         )
     for dim, size in enumerate(sizes):
-        wrong = index[:, dim][index[:, dim] >= size]
+        wrong = index[:, dim][(index[:, dim] >= size) | (index[:, dim] < -size)]
         if len(wrong):
             raise ValueError(
                 f"target {int(wrong[0])} is out of range for {size}"
@@ -479,11 +489,9 @@ def check_output(output: Any, count: int) -> Tensor:
         TypeError: If the output is not a tensor.
         ValueError: If it has another number of rows.
     """
-    if not isinstance(output, Tensor):
-        raise TypeError(
-            f"forward_func must return a tensor, but returns {type(output).__name__}:"
-            " give a function that returns the outputs of the classes only."
-        )
+    output = select_output(
+        output, remedy="give lambda images: model(images){access} as forward_func"
+    )
     if output.shape[:1] != (count,):
         raise ValueError(
             f"forward_func returns an output of shape {tuple(output.shape)} for"

@@ -4,6 +4,7 @@ LRP of residual networks by the composites of :mod:`zennit_resnet.composites`, i
 Captum's manner. The classes for layers and of other methods are listed here as well.
 """
 
+from collections.abc import Sequence
 from typing import Any, Callable, Optional, Union
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from captum_adapters.composite import (
 )
 from captum_adapters.layer import LayerRelevance
 from captum_adapters.perturbation import RISE
+from captum_adapters.registration import Output
 from captum_adapters.score_cam import ScoreCAM
 
 __all__ = [
@@ -77,9 +79,10 @@ class ResNetLRP(CompositeAttribution):
                 Default: None
         canonizers (list, optional): Further canonizers of Zennit.
                 Default: None
-        low (Tensor or float, optional): Lowest possible input, for `"zbox"`.
+        low (Tensor, sequence or float, optional): Lowest possible input, for `"zbox"`,
+                one for all or one for each channel.
                 Default: None
-        high (Tensor or float, optional): Highest possible input, for `"zbox"`.
+        high (Tensor, sequence or float, optional): Highest possible input, likewise.
                 Default: None
         coverage (str, optional): Propagation through overlapping windows with a stride,
                 `"even"` or `"literal"`, which leaves a fine lattice.
@@ -90,6 +93,9 @@ class ResNetLRP(CompositeAttribution):
         postprocess (str or callable, optional): Post-processing of heatmaps, see
                 :class:`CompositeAttribution`. The paper's is `"heat_quantization"`,
                 which does not conserve relevance.
+                Default: None
+        output (str, int or callable, optional): Which of several outputs to explain, see
+                :class:`CompositeAttribution`.
                 Default: None
 
     Raises:
@@ -123,12 +129,13 @@ class ResNetLRP(CompositeAttribution):
         stabilizer: Stabilizer = 0.0,
         layer_map: Optional[LayerMap] = None,
         canonizers: Optional[list[Any]] = None,
-        low: Union[None, float, Tensor] = None,
-        high: Union[None, float, Tensor] = None,
+        low: Union[None, float, Sequence[float], Tensor] = None,
+        high: Union[None, float, Sequence[float], Tensor] = None,
         coverage: Optional[str] = None,
         *,
         initial_relevance: InitialRelevance = "logit",
         postprocess: Postprocess = None,
+        output: Output = None,
     ) -> None:
         composite = composites.ResNetLRP(
             splitting=splitting,
@@ -145,7 +152,7 @@ class ResNetLRP(CompositeAttribution):
             high=high,
             coverage=coverage,
         )
-        super().__init__(model, composite, initial_relevance, postprocess)
+        super().__init__(model, composite, initial_relevance, postprocess, output)
 
 
 class RelativeLRP(CompositeAttribution):
@@ -181,6 +188,9 @@ class RelativeLRP(CompositeAttribution):
         postprocess (str or callable, optional): Post-processing of heatmaps, see
                 :class:`CompositeAttribution`.
                 Default: None
+        output (str, int or callable, optional): Which of several outputs to explain, see
+                :class:`CompositeAttribution`.
+                Default: None
 
     Raises:
         TypeError: If `model` is not a module.
@@ -209,6 +219,7 @@ class RelativeLRP(CompositeAttribution):
         *,
         initial_relevance: InitialRelevance = "logit",
         postprocess: Postprocess = None,
+        output: Output = None,
     ) -> None:
         composite = composites.RelativeLRP(
             cardinality=cardinality,
@@ -217,7 +228,7 @@ class RelativeLRP(CompositeAttribution):
             layer_map=layer_map,
             canonizers=canonizers,
         )
-        super().__init__(model, composite, initial_relevance, postprocess)
+        super().__init__(model, composite, initial_relevance, postprocess, output)
 
 
 class C3LRP(CompositeAttribution):
@@ -254,6 +265,9 @@ class C3LRP(CompositeAttribution):
         initial_relevance (str or callable, optional): What the target starts with, see
                 :class:`CompositeAttribution`.
                 Default: `"logit"`
+        output (str, int or callable, optional): Which of several outputs to explain, see
+                :class:`CompositeAttribution`.
+                Default: None
 
     Raises:
         TypeError: If `model` is not a module, or `blocks` is none of the above.
@@ -285,6 +299,7 @@ class C3LRP(CompositeAttribution):
         *,
         postprocess: Postprocess = "c3",
         initial_relevance: InitialRelevance = "logit",
+        output: Output = None,
     ) -> None:
         composite = composites.BlockLRP(
             epsilon=epsilon,
@@ -293,4 +308,4 @@ class C3LRP(CompositeAttribution):
             layer_map=layer_map,
             canonizers=canonizers,
         )
-        super().__init__(model, composite, initial_relevance, postprocess)
+        super().__init__(model, composite, initial_relevance, postprocess, output)

@@ -1,5 +1,6 @@
 """Captum attributions by Zennit composites."""
 
+import copy
 import typing
 from typing import Any, Callable, Literal, NamedTuple, Optional, Union
 
@@ -19,7 +20,14 @@ from zennit.composites import BetaSmooth, DeconvNet, GuidedBackprop
 from zennit.core import Composite
 
 from captum_adapters._common import check_range, check_target, double_dtype, have_rows
-from captum_adapters.registration import create_composite, registered, unwrap
+from captum_adapters.registration import (
+    Output,
+    create_composite,
+    registered,
+    unwrap,
+)
+from zennit_resnet.arguments import check_flag, check_precision, describe
+from zennit_resnet.attribution import check_key, select_output
 from zennit_resnet.postprocess import c1c, c3, heat_quantization, sum_channels
 
 InitialRelevance = Union[str, Callable[[Tensor], Tensor]]
@@ -93,9 +101,15 @@ class CompositeAttribution(GradientAttribution):
                 attributions receive equal parts of what it returns, so that their sum
                 is the heatmap. For images only.
                 Default: None
+        output (str, int or callable, optional): For models that return several outputs,
+                in a dict, tuple, dataclass and the like: the key, index or name of the
+                tensor to explain, or a function of what the model returns. Rules apply
+                to what the function does, such as a mean over positions.
+                Default: None, for models that return a tensor
 
     Raises:
-        TypeError: If `model` is not a module, or `composite` not a composite.
+        TypeError: If `model` is not a module, `composite` not a composite, or `output`
+                none of the above.
         ValueError: If a name is unknown.
 
     Examples::
@@ -118,7 +132,9 @@ class CompositeAttribution(GradientAttribution):
         composite: Union[Composite, type, str] = "resnet_lrp_ratio",
         initial_relevance: InitialRelevance = "logit",
         postprocess: Postprocess = None,
+        output: Output = None,
     ) -> None:
+        check_key(output)
         if not isinstance(model, Module):
             raise TypeError(
                 "Rules are attached to modules, so the model must be a torch.nn.Module,"
@@ -141,6 +157,28 @@ class CompositeAttribution(GradientAttribution):
         self.composite = create_composite(composite)
         self.initial_relevance = initial_relevance
         self.postprocess = postprocess
+        self.output = output
+
+    def __repr__(self) -> str:
+        return describe(
+            self, ("model", "composite", "initial_relevance", "postprocess", "output")
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            f"{type(self).__name__} cannot be pickled, as rules hold functions: pickle"
+            " the model, and create the object anew with it."
+        )
+
+    def __copy__(self) -> "CompositeAttribution":
+        duplicate = type(self).__new__(type(self))
+        duplicate.__dict__.update(vars(self))
+        return duplicate
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CompositeAttribution":
+        duplicate = memo[id(self)] = type(self).__new__(type(self))
+        duplicate.__dict__.update(copy.deepcopy(vars(self), memo))
+        return duplicate
 
     @classmethod
     def get_name(cls) -> str:
@@ -242,6 +280,7 @@ class CompositeAttribution(GradientAttribution):
             >>> bool((delta.abs() < 1e-3 * net(images)[[0, 1], [3, 7]].abs()).all())
             True
         """
+        check_flag("return_convergence_delta", return_convergence_delta)
         (relevance,), initial = self._explain(
             inputs, target, additional_forward_args, internal_batch_size, _run
         )
@@ -250,6 +289,9 @@ class CompositeAttribution(GradientAttribution):
         if return_convergence_delta:
             return attributions, self.compute_convergence_delta(relevance, initial)
         return attributions
+
+    # whether inputs may be integers, as for embeddings
+    _takes_integers = False
 
     def attribute_future(self) -> None:
         """This method is not implemented."""
@@ -309,9 +351,9 @@ class CompositeAttribution(GradientAttribution):
         run: Run,
     ) -> tuple[list[tuple[Tensor, ...]], Tensor]:
         """Relevance at one or several layers, and initial relevance (batch,)."""
-        tensors = _check_inputs(inputs)
+        tensors = _check_inputs(inputs, None if self._takes_integers else self.model)
         batch = len(tensors[0])
-        index = check_target(target, batch)
+        index = check_target(target, batch, allow_negative=True)
         args = _format_additional_forward_args(additional_forward_args) or ()
         divided = have_rows(additional_forward_args, batch)
         size = batch if internal_batch_size is None else internal_batch_size
@@ -351,14 +393,18 @@ class CompositeAttribution(GradientAttribution):
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            registered(self.composite, module),
+            registered(self.composite, module, self.output),
         ):
             # a graph can not be made of tensors which inference mode has created
-            leaves = tuple(_as_constant(elem).requires_grad_() for elem in tensors)
+            leaves = tuple(
+                _as_constant(elem).requires_grad_(elem.is_floating_point())
+                for elem in tensors
+            )
             args = tuple(
                 _as_constant(arg) if isinstance(arg, Tensor) else arg for arg in args
             )
-            output, layers = run(module, forward, leaves, args)
+            with check_precision(module, *leaves):
+                output, layers = run(module, forward, leaves, args)
             seed = self._seed(output, index, len(leaves[0]))
             edges = [
                 place.edge
@@ -382,11 +428,9 @@ class CompositeAttribution(GradientAttribution):
 
     def _seed(self, output: Any, index: Optional[Tensor], batch: int) -> Tensor:
         """Initial relevance of the shape of the output."""
-        if not isinstance(output, Tensor):
-            raise TypeError(
-                f"The model must return a tensor, but returns {type(output).__name__}:"
-                " put it into a module which returns the tensor to explain."
-            )
+        output = select_output(
+            output, remedy=f"{type(self).__name__}(model, ..., output={{}})"
+        )
         if not output.requires_grad:
             raise ValueError(
                 "The output does not depend on the inputs by operations that have a"
@@ -468,8 +512,10 @@ def _run(
     return output, [tuple(Place(leaf, leaf) for leaf in leaves)]
 
 
-def _check_inputs(inputs: Union[Tensor, tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """Inputs as a tuple of tensors which can have relevance."""
+def _check_inputs(
+    inputs: Union[Tensor, tuple[Tensor, ...]], model: Optional[Module] = None
+) -> tuple[Tensor, ...]:
+    """Inputs as a tuple of tensors, which can have relevance if there is a model."""
     given = inputs if isinstance(inputs, tuple) else (inputs,)
     for tensor in given:
         if not isinstance(tensor, Tensor):
@@ -477,10 +523,18 @@ def _check_inputs(inputs: Union[Tensor, tuple[Tensor, ...]]) -> tuple[Tensor, ..
                 "inputs must be a tensor or a tuple of tensors, but there is"
                 f" {type(tensor).__name__}."
             )
-        if not tensor.is_floating_point():
+        if model is not None and not tensor.is_floating_point():
+            kinds = (torch.nn.Embedding, torch.nn.EmbeddingBag)
+            names = [
+                name
+                for name, module in unwrap(model)[0].named_modules()
+                if isinstance(module, kinds)
+            ]
+            layer = repr(names[0]) if names else "layer"
             raise TypeError(
-                f"inputs of {tensor.dtype} can not have relevance: give integers as"
-                " additional_forward_args, or explain their embeddings."
+                f"inputs of {tensor.dtype} can not have relevance: explain the output"
+                f" of the layer that they enter, with LayerRelevance(model, {layer}), or"
+                " give them as additional_forward_args."
             )
     if not given or any(
         tensor.ndim == 0 or len(tensor) != len(given[0]) or not len(tensor)

@@ -23,8 +23,10 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from zennit.core import Composite
 
 from captum_adapters.composite import CompositeAttribution, InitialRelevance, Place
+from captum_adapters.registration import Output
+from zennit_resnet.arguments import check_flag, describe
 from zennit_resnet.canonizers import ResidualCanonizer
-from zennit_resnet.graph import walk
+from zennit_resnet.graph import map_tensors, walk
 from zennit_resnet.layer import Operation
 
 Layer = Union[Module, str]
@@ -60,6 +62,9 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
         initial_relevance (str or callable, optional): See
                 :class:`CompositeAttribution`.
                 Default: `"logit"`
+        output (str, int or callable, optional): Which of several outputs to explain,
+                see :class:`CompositeAttribution`.
+                Default: None
 
     Raises:
         TypeError: If `model` is not a module, `composite` not a composite, or a layer
@@ -87,6 +92,7 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
         layer: Union[Layer, list[Layer]],
         composite: Union[Composite, type, str] = "resnet_lrp_ratio",
         initial_relevance: InitialRelevance = "logit",
+        output: Output = None,
     ) -> None:
         for each in layer if isinstance(layer, list) else [layer]:
             if not isinstance(each, (Module, str)):
@@ -94,10 +100,18 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
                     f"layer={each!r} is neither a module nor the name of one. Several"
                     " layers must be in a list."
                 )
-        CompositeAttribution.__init__(self, model, composite, initial_relevance)
+        CompositeAttribution.__init__(
+            self, model, composite, initial_relevance, output=output
+        )
         LayerAttribution.__init__(
             self, model, layer, getattr(model, "device_ids", None)
         )
+
+    def __repr__(self) -> str:
+        names = ("model", "layer", "composite", "initial_relevance", "output")
+        return describe(self, names)
+
+    _takes_integers = True
 
     @log_usage()
     def attribute(
@@ -113,7 +127,9 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
         Args:
 
             inputs (Tensor or tuple[Tensor]): Inputs of shape (batch, ...), as for
-                    :meth:`CompositeAttribution.attribute`.
+                    :meth:`CompositeAttribution.attribute`, or integers, such as the
+                    indices of words: the layer may be the embedding that they enter, or
+                    any behind it.
             target (int, tuple, Tensor, or list, optional): Output to explain, as for
                     :meth:`CompositeAttribution.attribute`.
                     Default: None
@@ -165,6 +181,8 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
             >>> torch.allclose(total, net(images)[:, 3], rtol=1e-3)
             True
         """
+        check_flag("return_convergence_delta", return_convergence_delta)
+        check_flag("attribute_to_layer_input", attribute_to_layer_input)
         layers, initial = self._explain(
             inputs,
             target,
@@ -192,6 +210,7 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
         # the model may be wrapped
         given = [module if each is self.model else each for each in given]
         recorder = _Recorder(module, self.composite, given, of_input, len(leaves[0]))
+        recorder.begins = not all(leaf.requires_grad for leaf in leaves)
         with recorder.watch():
             output = forward(*(leaf.clone() for leaf in leaves), *args)
         return output, recorder.result(output)
@@ -226,6 +245,8 @@ class _Recorder:
         self.batch = batch
         self.is_gradient = getattr(composite, "propagates", "relevance") == "gradient"
         self.thread = threading.get_ident()
+        # whether graphs begin at layers, as integers can not require gradients
+        self.begins = False
         # a module may have several names
         self.names = dict(root.named_modules(remove_duplicate=False))
         self.paths = {module: name for name, module in root.named_modules()}
@@ -272,14 +293,14 @@ class _Recorder:
                         return f"{prefix}.{name}" if prefix else name
         return module
 
-    def _enter(self, module: Module, args: tuple[Any, ...]) -> None:
+    def _enter(self, module: Module, args: tuple[Any, ...]) -> Any:
         """Called before all other hooks of a module."""
         # this is called for modules of other threads, too
         if threading.get_ident() != self.thread:
-            return
+            return None
         key = self._key(module)
         if key not in self.calls:
-            return
+            return None
         if not torch.is_grad_enabled():
             raise RuntimeError(
                 f"There is no relevance of {self._name(key)!r}, as it runs without"
@@ -292,24 +313,43 @@ class _Recorder:
         call = _Call(_get_sequence_nr())
         self.calls[key].append(call)
         if self.of_input:
+            args = self._begin(args)
             call.places = self._places(key, args)
+        return args
 
-    def _leave(self, module: Module, args: tuple[Any, ...], output: Any) -> None:
+    def _begin(self, value: Any) -> Any:
+        """Have a graph begin at those tensors that are not part of one."""
+        if not self.begins:
+            return value
+
+        def begin(tensor: Tensor) -> Tensor:
+            if tensor.requires_grad or not tensor.is_floating_point():
+                return tensor
+            # which may be changed in place
+            return tensor.detach().requires_grad_().clone()
+
+        with DisableTorchFunction():
+            return map_tensors(begin, value)
+
+    def _leave(self, module: Module, args: tuple[Any, ...], output: Any) -> Any:
         """Called after all other hooks of a module."""
         if threading.get_ident() != self.thread:
-            return
+            return None
         key = self._key(module)
         call = self.calls[key][-1]
+        if not self.of_input:
+            output = self._begin(output)
         call.end = _get_sequence_nr()
         places = self._places(key, output)
         if not self.of_input:
             call.places = places
-            return
+            return output
         returned = set(map(_source, places))
         call.places = tuple(
             place if _source(place) in returned else place._replace(parts=[])
             for place in call.places
         )
+        return None
 
     def _places(self, key: Union[Module, str], value: Any) -> tuple[Place, ...]:
         """Where the relevance of tensors arrives."""

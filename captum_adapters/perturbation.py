@@ -205,7 +205,7 @@ class RISE(PerturbationAttribution):
             _draw_grids(image, n_masks, grid_size, probability, generator)
             for image in images
         ]
-        index = check_target(target, batch)
+        index = check_target(target, batch, allow_negative=True)
         totals = [
             image.new_zeros((batch, *image.shape[2:]), dtype=double_dtype(image.device))
             for image in images

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import Any, Callable
+from typing import Any, Callable, Optional, Union
 
 from torch.nn import DataParallel, Module
 from torch.nn.parallel import DistributedDataParallel
@@ -13,7 +13,11 @@ from zennit.composites import COMPOSITES
 from zennit.core import Composite
 
 import zennit_resnet.composites  # noqa: F401, registers composites by their names
+from zennit_resnet.attribution import select_output
 from zennit_resnet.core import Eager
+
+# What picks the tensor to explain from what a model returns
+Output = Union[None, str, int, Callable[[Any], Any]]
 
 _TURN = threading.Condition()
 # Which thread uses an object, by its id, and how often
@@ -106,8 +110,13 @@ def exclusive(*objects: object) -> Iterator[None]:
 
 
 @contextmanager
-def registered(composite: Composite, module: Module) -> Iterator[None]:
-    """Have rules attached, and leave no trace of them."""
+def registered(
+    composite: Composite, module: Module, output: Output = None
+) -> Iterator[None]:
+    """Have rules attached, and leave no trace of them.
+
+    The module then returns the chosen output only. Rules apply to how it is chosen.
+    """
     with exclusive(composite, *parts_of(module)):
         if composite.handles:
             raise RuntimeError(
@@ -120,13 +129,23 @@ def registered(composite: Composite, module: Module) -> Iterator[None]:
             (each, dict(each._parameters), dict(each._buffers), set(vars(each)))
             for each in module.modules()
         ]
+        own: Optional[Any] = vars(module).get("forward")
         try:
+            if output is not None:
+                forward = module.forward
+                vars(module)["forward"] = lambda *args, **kwargs: select_output(
+                    forward(*args, **kwargs), output
+                )
             composite.register(module)
             yield
         finally:
             try:
                 composite.remove()
             finally:
+                if own is not None:
+                    vars(module)["forward"] = own
+                elif output is not None:
+                    vars(module).pop("forward", None)
                 eager.remove()
                 for each, parameters, buffers, attributes in found:
                     for key in (parameters.keys() | buffers.keys()) - attributes:

@@ -137,7 +137,7 @@ class ScoreCAM(LayerAttribution):
                 f"perturbations_per_eval={perturbations_per_eval} is not positive."
             )
         batch = len(images[0])
-        index = check_target(target, batch)
+        index = check_target(target, batch, allow_negative=True)
         args = _format_additional_forward_args(additional_forward_args) or ()
         per_example = have_rows(additional_forward_args, batch)
         maps = []

@@ -1,5 +1,5 @@
 '''Layer-wise Relevance Propagation for residual networks, for Zennit.'''
-from .attribution import initial_relevance
+from .attribution import SelectOutput, initial_relevance
 from .canonizers import ResidualCanonizer, UnsupportedOperation
 from .composites import BlockLRP, RelativeLRP, ResNetLRP, with_splitting
 from .rules import BlockEpsilon, RatioSplit, Relative, RelativeMaxPool, ResidualOnly, SymmetricSplit, ZPlus
@@ -16,6 +16,7 @@ __all__ = [
     'ResNetLRP',
     'ResidualCanonizer',
     'ResidualOnly',
+    'SelectOutput',
     'SymmetricSplit',
     'UnsupportedOperation',
     'ZPlus',

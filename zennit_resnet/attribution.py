@@ -1,58 +1,261 @@
 '''What relevance starts from.'''
+import dataclasses
+import sys
+from collections.abc import Mapping
+
 import torch
 
+from .arguments import check_module, show
 from .core import check_choice
 
 VALUES = ('logit', 'softmax', 'one')
+# Names of the output to explain in libraries that return several, in the order in which to suggest one
+LIKELY = ('logits', 'out', 'output', 'prediction', 'pred')
 
 
-def initial_relevance(target, value='logit'):
+def parts_of(output):
+    '''Get the parts of what a network returns by their keys, fields, attributes or indices.
+
+    Parameters
+    ----------
+    output: object
+        A dict, tuple, list, dataclass, or any object with attributes.
+
+    Returns
+    -------
+    dict
+        The parts, empty if there are none.
+    '''
+    if isinstance(output, Mapping):
+        return dict(output)
+    if isinstance(output, (tuple, list)):
+        return dict(zip(getattr(output, '_fields', range(len(output))), output))
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        return {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
+    return {key: value for key, value in getattr(output, '__dict__', {}).items() if not key.startswith('_')}
+
+
+def check_key(key):
+    '''Raise a TypeError unless an argument can pick the output to explain, see :py:func:`select_output`.'''
+    if key is not None and (isinstance(key, (bool, float, type, torch.Tensor)) or not (
+        isinstance(key, (str, int)) or callable(key)
+    )):
+        raise TypeError(
+            f'output={key!r} does not say which output to explain: it must be a key, index, name or function!'
+        )
+
+
+def select_output(output, key=None, remedy='SelectOutput(model, {}) in place of the model'):
+    '''Pick the tensor to explain from what a network returns.
+
+    Parameters
+    ----------
+    output: object
+        A tensor, or a dict, tuple, list, namedtuple, dataclass, ``ModelOutput`` or any object with attributes.
+    key: str, int or callable, optional
+        The key, index or name of the tensor, or a function ``(output) -> tensor``. Not for a network that returns a
+        tensor, unless it is a function.
+    remedy: str, optional
+        What to do if there is no key, for the message: a format string for the key and ``access`` to it.
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor`
+        The tensor.
+
+    Raises
+    ------
+    TypeError
+        If it is not a tensor. The message names the keys that there are.
+    ValueError
+        If there is no such key.
+    '''
+    parts = {} if isinstance(output, torch.Tensor) else parts_of(output)
+    names = ', '.join(map(repr, parts))
+    label = f'The network returns {type(output).__name__}' + (f' with {names}' if parts else '')
+    if callable(key):
+        picked = key(output)
+        if not isinstance(picked, torch.Tensor):
+            raise TypeError(f'output must return the tensor to explain, but returns {type(picked).__name__}. {label}.')
+        return picked
+    if isinstance(output, torch.Tensor):
+        if key is not None:
+            raise TypeError(f'The network returns a tensor, of which output={key!r} is no part: leave it out.')
+        return output
+    if key is None:
+        tensors = [name for name, value in parts.items() if isinstance(value, torch.Tensor)]
+        likely = [name for name in LIKELY if name in tensors] or tensors
+        advice = remedy.format(repr(likely[0]) if likely else 'lambda output: ...', access=_access(output, *likely[:1]))
+        raise TypeError(f'{label} instead of a tensor. Choose what to explain: {advice}.')
+    if key in parts:
+        picked = parts[key]
+    elif isinstance(key, int) and -len(parts) <= key < len(parts) and not (
+        isinstance(output, Mapping) and any(isinstance(name, int) for name in parts)
+    ):
+        picked = list(parts.values())[key]
+    elif isinstance(key, str) and hasattr(output, key) and not isinstance(output, Mapping):
+        # properties and slots
+        picked = getattr(output, key)
+    else:
+        raise ValueError(f'{label}, but not with output={key!r}.')
+    if not isinstance(picked, torch.Tensor):
+        raise TypeError(
+            f'output={key!r} picks {type(picked).__name__} instead of a tensor: give a function of what the network '
+            f'returns, such as lambda output: output[{key!r}][0]. {label}.'
+        )
+    return picked
+
+
+def _access(output, key=...):
+    '''The Python code that gets a part of an output.'''
+    is_field = isinstance(key, str) and not isinstance(output, Mapping)
+    return f'.{key}' if is_field else '[...]' if key is ... else f'[{key!r}]'
+
+
+class SelectOutput(torch.nn.Module):
+    '''A network that returns one tensor of what another network returns, which may be a dict, tuple or dataclass.
+
+    This is for all that needs a network with a tensor as output, such as Zennit's ``Gradient``. The other network is
+    the attribute ``model``, so names of modules begin with ``'model.'`` wherever they are used. Rules apply to a
+    function that picks a tensor as well, such as one that averages a map of logits.
+
+    Parameters
+    ----------
+    model: :py:obj:`torch.nn.Module`
+        The network.
+    output: str, int or callable
+        The key, index or name of the tensor, or a function ``(output) -> tensor``.
+
+    Raises
+    ------
+    TypeError
+        If ``model`` is not a module, or ``output`` is none of these. In the forward pass, if what is picked is no
+        tensor.
+    ValueError
+        In the forward pass, if there is no such output.
+
+    Examples
+    --------
+    >>> from zennit.attribution import Gradient
+    >>> from zennit_resnet import ResNetLRP, initial_relevance
+    >>> class Network(torch.nn.Linear):
+    ...     def forward(self, input):
+    ...         return {'logits': super().forward(input)}
+    >>> model = SelectOutput(Network(4, 3).eval(), 'logits')
+    >>> output, relevance = Gradient(model, ResNetLRP())(torch.rand(2, 4), initial_relevance(1))
+    >>> output.shape, relevance.shape
+    (torch.Size([2, 3]), torch.Size([2, 4]))
+    '''
+    def __init__(self, model, output):
+        check_module(model)
+        check_key(output)
+        super().__init__()
+        self.model, self.output = model, output
+        self.training = model.training
+
+    def forward(self, *args, **kwargs):
+        '''Run the network, and pick the tensor.'''
+        return select_output(self.model(*args, **kwargs), self.output)
+
+    def extra_repr(self):
+        '''What is picked.'''
+        return f'output={show(self.output)}'
+
+
+def initial_relevance(target, value='logit', output=None):
     '''Create a function that gives the relevance at the output, to be used as ``attr_output`` of Zennit's attributors.
 
     Relevance starts at the target only: it is a one-hot vector times a value.
 
     Parameters
     ----------
-    target: int, sequence of int or :py:obj:`torch.Tensor`
-        Index of the class to explain, one for all samples, or one for each sample of the batch.
+    target: int, sequence of int, :py:obj:`torch.Tensor` or None
+        Index of the class to explain, one for all samples, or one for each sample of the batch. As in Captum, a single
+        one may be negative to count from the last class. None for networks with a single output.
     value: str, optional
         ``'logit'`` (default) for the target's output, ``'softmax'`` for its probability, ``'one'`` for one.
+    output: str, int or callable, optional
+        For networks that return several outputs, in a dict, tuple, dataclass and the like: the key, index or name of
+        the one to explain, or a function of what the network returns. The relevance is that of this tensor. Zennit's
+        attributors take gradients of all that the network returns, so give them
+        :py:class:`SelectOutput` ``(model, output)`` as a network instead.
 
     Returns
     -------
     callable
-        A function ``(output: (batch, classes)) -> (batch, classes)``. It raises a ValueError if the number of targets
-        is not the batch size, and an IndexError for a target outside the classes.
+        A function ``(output: (batch, classes)) -> (batch, classes)``, or ``(batch,) -> (batch,)`` for a single output.
+        It raises a ValueError if the number of targets is not the batch size, an IndexError for a target outside the
+        classes, and a TypeError if it is not given a tensor, which names the outputs that there are.
 
     Raises
     ------
     ValueError
         If ``value`` is unknown.
     TypeError
-        If ``target`` is not made of integers.
+        If ``target`` is not made of integers, or ``output`` is none of the above.
     '''
     check_choice('value', value, VALUES)
-    target = torch.as_tensor(target)
-    if target.is_floating_point() or target.dtype == torch.bool or target.ndim > 1:
-        raise TypeError(
-            f'Targets are class indices, one for all samples or one for each, not {target.dtype} of shape '
-            f'{tuple(target.shape)}!'
-        )
+    check_key(output)
+    target = _as_target(target)
 
-    def attr_output(output):
+    def attr_output(result):
         '''Compute the relevance at the output.'''
-        if output.ndim != 2:
-            raise ValueError(f'The output must be of shape (batch, classes), but is {tuple(output.shape)}!')
-        index = target.to(output.device, torch.long)
-        if index.ndim == 1 and len(index) != len(output):
-            raise ValueError(f'There are {len(index)} targets for a batch of {len(output)}!')
-        if bool(((index < 0) | (index >= output.shape[1])).any()):
-            raise IndexError(f'Target {index.tolist()} is not among the {output.shape[1]} classes!')
-        index = index.expand(len(output))[:, None]
-        output = output.detach()
+        # the caller takes the gradient of all that the network has returned, after this
+        is_zennit = sys._getframe(1).f_globals.get('__name__') == 'zennit.attribution'
+        if output is not None and is_zennit and not isinstance(result, torch.Tensor):
+            raise TypeError(
+                f'Zennit\'s attributors take the gradient of all that the network returns, which is '
+                f'{type(result).__name__}: give them SelectOutput(model, {show(output)}), and no output here.'
+            )
+        result = select_output(result, output)
+        if result.ndim not in (1, 2):
+            raise ValueError(
+                f'The output must be of shape (batch, classes) or (batch,), but is {tuple(result.shape)}. Of a map of '
+                'logits, explain for instance SelectOutput(model, lambda output: output.mean((2, 3))).'
+            )
+        logits = result.detach().reshape(len(result), -1)
+        index = _index(target, logits)
         # relevance is kept in at least single precision
-        output = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
-        values = {'logit': lambda: output, 'softmax': lambda: output.softmax(1), 'one': lambda: torch.ones_like(output)}
-        return torch.zeros_like(output).scatter_(1, index, values[value]().gather(1, index))
+        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        if value == 'softmax' and logits.shape[1] == 1:
+            raise ValueError(
+                f'value=\'softmax\' is for several classes, but the output is of shape {tuple(result.shape)}: use '
+                '\'logit\'.'
+            )
+        values = {'logit': lambda: logits, 'softmax': lambda: logits.softmax(1), 'one': lambda: torch.ones_like(logits)}
+        relevance = torch.zeros_like(logits).scatter_(1, index, values[value]().gather(1, index))
+        return relevance.reshape(result.shape)
 
     return attr_output
+
+
+def _as_target(target):
+    '''Targets as a tensor of integers, or None.'''
+    if target is None:
+        return None
+    try:
+        indices = torch.as_tensor(target)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f'target={target!r} is not made of class indices!') from error
+    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool or indices.ndim > 1:
+        raise TypeError(
+            f'Targets are class indices, one for all samples or one for each, not {indices.dtype} of shape '
+            f'{tuple(indices.shape)}!'
+        )
+    return indices
+
+
+def _index(target, logits):
+    '''Index of the class for each example, of shape (batch, 1).'''
+    num, classes = logits.shape
+    if target is None:
+        if classes != 1:
+            raise ValueError(f'target=None is for a single output, but there are {classes} classes: choose one!')
+        target = torch.zeros((), dtype=torch.long)
+    index = target.to(logits.device, torch.long)
+    if index.ndim == 1 and len(index) != num:
+        raise ValueError(f'There are {len(index)} targets for a batch of {num}!')
+    lowest = 0 if index.ndim else -classes
+    if bool(((index < lowest) | (index >= classes)).any()):
+        raise IndexError(f'Target {index.tolist()} is not among the {classes} classes!')
+    return (index % classes).expand(num)[:, None]

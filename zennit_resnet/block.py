@@ -7,6 +7,7 @@ import torch
 from torch._C import DisableTorchFunction
 from zennit.core import Hook, RemovableHandle, RemovableHandleList, Stabilizer
 
+from .arguments import Described, check_flag, check_stabilizer
 from .core import check_choice, is_running
 from .graph import carriers_of, map_tensors
 from .inplace import Kept, is_watched, replace, settle
@@ -118,7 +119,7 @@ class _Factor(torch.autograd.Function):
         return None, None, gradient, None, None
 
 
-class BlockEpsilon(Hook):
+class BlockEpsilon(Described, Hook):
     '''A module as one layer, Eq. (1) of C3-LRP: R' = z J^T (R / stab(z')), with input z, output z' and Jacobian J.
 
     The Jacobian's product is the module's own gradient, so there is no second pass through it: relevance is divided by
@@ -150,15 +151,18 @@ class BlockEpsilon(Hook):
     Raises
     ------
     ValueError
-        If ``mode`` or ``form`` is unknown, or ``epsilon`` is negative.
+        If ``mode`` or ``form`` is unknown, or ``epsilon`` is negative or not finite.
+    TypeError
+        If ``epsilon`` is neither a number nor a function, or ``with_bias`` or ``is_block`` is no bool.
     '''
     def __init__(self, epsilon=1e-6, mode='sign', with_bias=True, form='relevance', is_block=True):
         super().__init__()
         check_choice('mode', mode, ('sign', 'plus'))
         check_choice('form', form, ('relevance', 'gradient'))
-        if not callable(epsilon) and epsilon < 0:
-            raise ValueError(f'epsilon={epsilon} is negative!')
-        self.epsilon = epsilon
+        check_flag('with_bias', with_bias)
+        if is_block is not None:
+            check_flag('is_block', is_block)
+        self.epsilon = check_stabilizer('epsilon', epsilon)
         self.mode = mode
         self.with_bias = with_bias
         self.form = form

@@ -10,6 +10,7 @@ from zennit.canonizers import Canonizer
 from zennit.core import Composite, RemovableHandleList
 from zennit.types import Linear
 
+from .arguments import Described, check_flag
 from .block import BlockEpsilon, note_addition
 from .calls import Call, Local, is_opaque, single_pass
 from .core import Eager, SinglePass, check_choice, check_evaluation, is_active, is_running, rules_among
@@ -41,7 +42,7 @@ class UnsupportedOperation(RuntimeError):
     '''A network uses an operation on relevance for which there is no rule.'''
 
 
-class ResidualCanonizer(Canonizer):
+class ResidualCanonizer(Described, Canonizer):
     '''Canonizer for residual networks of any source.
 
     Additions, gates, activations, poolings and other operations that a network writes as functions are found while its
@@ -74,6 +75,7 @@ class ResidualCanonizer(Canonizer):
 
     def __init__(self, batch_norm='pass', strict=True):
         check_choice('batch_norm', batch_norm, ('pass', 'merge'))
+        check_flag('strict', strict)
         self.batch_norm = batch_norm
         self.strict = strict
         self.handles = RemovableHandleList()

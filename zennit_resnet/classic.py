@@ -16,10 +16,11 @@ except for the alpha-beta rule of any sign. Where Zennit's rules differ from the
 import math
 
 import torch
-from zennit.core import BasicHook, Hook, Stabilizer
+from zennit.core import BasicHook, Stabilizer
 from zennit.rules import AlphaBeta, ClampMod, Epsilon, Gamma, Norm, WSquare, ZPlus, zero_bias
 from zennit.types import Activation, AvgPool, Convolution
 
+from .arguments import Described, check_flag, check_number, check_rule, check_stabilizer
 from .composites import NORMALIZATION, SPLITTING, _LayerMap, _with_canonizer
 from .core import SinglePass, check_choice
 from .layer import Addition, Gate, Padding
@@ -59,7 +60,7 @@ def drop_zero(denominator):
     return denominator.masked_fill(denominator.abs() < torch.finfo(denominator.dtype).tiny, torch.inf)
 
 
-class SignedAlphaBeta(BasicHook):
+class SignedAlphaBeta(Described, BasicHook):
     '''The alpha-beta rule of Eq. (5), for alpha + beta = 1 with any signs, such as alpha = beta = 0.5.
 
     R'_i = sum_j (alpha (w_ij x_i)+ / sum_k (w_kj x_k)+ + beta (w_ij x_i)- / sum_k (w_kj x_k)-) R_j. Relevance is
@@ -81,12 +82,17 @@ class SignedAlphaBeta(BasicHook):
     Raises
     ------
     ValueError
-        If alpha and beta do not sum to one.
+        If alpha and beta do not sum to one, or a number is not finite.
+    TypeError
+        If an argument is not a number.
     '''
     def __init__(self, alpha=0.5, beta=0.5, stabilizer=1e-6, zero_params=None):
+        check_number('alpha', alpha)
+        check_number('beta', beta)
         if not math.isclose(alpha + beta, 1., abs_tol=1e-9):
             raise ValueError(f'alpha={alpha} and beta={beta} do not sum to one!')
-        stabilizer_fn = Stabilizer.ensure(stabilizer)
+        self.alpha, self.beta, self.stabilizer, self.zero_params = alpha, beta, stabilizer, zero_params
+        stabilizer_fn = Stabilizer.ensure(check_stabilizer('stabilizer', stabilizer))
         first, second = {'zero_params': zero_params}, {'zero_params': zero_bias(zero_params)}
         super().__init__(
             # positive inputs times positive weights, negative times negative, positive times negative, ...
@@ -120,8 +126,7 @@ class LinearSum(SinglePass):
         If ``rule`` is not a hook.
     '''
     def __init__(self, rule):
-        if not isinstance(rule, Hook):
-            raise TypeError(f'rule={rule!r} is not a hook, use for instance zennit.rules.Epsilon()!')
+        check_rule('rule', rule)
         super().__init__()
         self.rule = rule
 
@@ -199,7 +204,10 @@ class ClassicLRP(_LayerMap):
     Raises
     ------
     ValueError
-        If an argument is not one of its choices, or if alpha and beta do not sum to one.
+        If an argument is not one of its choices, if a number is out of range or not finite, or if alpha and beta do
+        not sum to one.
+    TypeError
+        If an argument is of another type.
     '''
     # pylint: disable=too-many-arguments
     def __init__(
@@ -218,6 +226,11 @@ class ClassicLRP(_LayerMap):
     ):
         check_choice('rule', rule, RULES)
         check_choice('addition', addition, ADDITION)
+        epsilon, stabilizer = check_stabilizer('epsilon', epsilon), check_stabilizer('stabilizer', stabilizer)
+        check_number('gamma', gamma, 0)
+        check_number('alpha', alpha)
+        check_number('beta', beta)
+        check_flag('with_bias', with_bias)
         settings = {'zero_params': None if with_bias else 'bias'}
         stabilized = {'stabilizer': stabilizer, **settings}
         if rule == 'alpha_beta' and alpha - (-beta) == 1. and alpha >= 0. >= beta:
@@ -234,7 +247,10 @@ class ClassicLRP(_LayerMap):
         split = {
             'rule': lambda: LinearSum(linear), 'duplicate': Duplicate, **SPLITTING,
         }[addition]()
-        rules = [
+        layer_map = self.keep(
+            layer_map, canonizers, rule=rule, epsilon=epsilon, gamma=gamma, alpha=alpha, beta=beta, with_bias=with_bias,
+            addition=addition, batch_norm=batch_norm, stabilizer=stabilizer,
+        ) + [
             (Addition, split),
             (Gate, SignalTakesAll()),
             (Padding, Uncrop()),
@@ -243,4 +259,4 @@ class ClassicLRP(_LayerMap):
             (AvgPool, Norm(stabilizer)),
             ((Convolution, torch.nn.Linear), linear),
         ]
-        super().__init__(layer_map, rules, _with_canonizer(canonizers, batch_norm))
+        super().__init__(layer_map=layer_map, canonizers=_with_canonizer(canonizers, batch_norm))

@@ -4,10 +4,11 @@ import weakref
 import torch
 from torch.nn.utils.parametrize import type_before_parametrizations
 from zennit.composites import LayerMapComposite, register_composite
-from zennit.core import Composite, Hook
+from zennit.core import Composite
 from zennit.torchvision import ResNetCanonizer
 from zennit.types import Activation, AvgPool, BatchNorm, Convolution, MaxPool
 
+from .arguments import Described, check_canonizers, check_flag, check_layer_map, check_module, check_rule, describe
 from .block import BlockEpsilon, GradientTimesInput
 from .canonizers import BlockCanonizer, ResidualCanonizer, _in_use
 from .contributions import Contributions
@@ -40,7 +41,7 @@ def _with_canonizer(canonizers, batch_norm='pass'):
 
     Zennit's ``ResNetCanonizer`` would take the additions of torchvision's blocks away from ours, so ours replaces it.
     '''
-    canonizers = [] if canonizers is None else list(canonizers)
+    canonizers = check_canonizers(canonizers)
     if any(isinstance(elem, ResNetCanonizer) for elem in canonizers):
         batch_norm = 'merge'
         canonizers = [elem for elem in canonizers if not isinstance(elem, ResNetCanonizer)]
@@ -49,7 +50,7 @@ def _with_canonizer(canonizers, batch_norm='pass'):
     return canonizers
 
 
-class _Transaction:
+class _Transaction(Described):
     '''Composites which leave nothing behind if they can not be registered, or are lost.'''
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -70,9 +71,12 @@ class _Transaction:
 
         Raises
         ------
+        TypeError
+            If it is not a module.
         RuntimeError
             If it is in use for a network already.
         '''
+        check_module(module)
         if self.handles:
             raise RuntimeError(_in_use(self))
         try:
@@ -88,10 +92,16 @@ class _LayerMap(_Transaction, LayerMapComposite):
     Rules of the composite itself are for modules that compute what their type in torch.nn does. Rules that are given
     are for all modules of their types.
     '''
-    def __init__(self, layer_map, rules, canonizers):
-        given = [] if layer_map is None else list(layer_map)
-        self.rules = rules
-        super().__init__(layer_map=given + rules, canonizers=canonizers)
+    def __repr__(self):
+        return describe(self, given=self.given)
+
+    def keep(self, layer_map, canonizers, **options):
+        '''Keep the constructor's arguments as attributes, and get the layer map of the user as a list.'''
+        vars(self).update(options)
+        # the attributes of these names have what the composite adds as well
+        self.given = {'layer_map': check_layer_map(layer_map), 'canonizers': check_canonizers(canonizers)}
+        self.given = {name: value or None for name, value in self.given.items()}
+        return self.given['layer_map'] or []
 
     def mapping(self, ctx, name, module):
         '''Get the appropriate hook given a mapping from module types to hooks.
@@ -112,7 +122,7 @@ class _LayerMap(_Transaction, LayerMapComposite):
         '''
         kind = type(module), is_plain(module)
         if kind not in ctx:
-            layer_map = self.layer_map if kind[1] else self.layer_map[:len(self.layer_map) - len(self.rules)]
+            layer_map = self.layer_map if kind[1] else self.given['layer_map'] or []
             ctx[kind] = next((rule for types, rule in layer_map if isinstance(module, types)), None)
         return ctx[kind]
 
@@ -155,15 +165,19 @@ class ResNetLRP(_LayerMap):
         the ``layer_map`` defined by the composite.
     canonizers: list[:py:class:`zennit.canonizers.Canonizer`], optional
         List of canonizer instances to be applied before applying hooks. The composite adds its own.
-    low: :py:obj:`torch.Tensor` or float, optional
-        Lowest possible input values for ``first_layer='zbox'``.
-    high: :py:obj:`torch.Tensor` or float, optional
-        Highest possible input values for ``first_layer='zbox'``.
+    low: :py:obj:`torch.Tensor`, sequence of float or float, optional
+        Lowest possible input values for ``first_layer='zbox'``, one for all or one for each channel.
+    high: :py:obj:`torch.Tensor`, sequence of float or float, optional
+        Highest possible input values for ``first_layer='zbox'``, likewise.
 
     Raises
     ------
     ValueError
-        If an argument is not one of its choices, or if ``low`` and ``high`` are missing for ``first_layer='zbox'``.
+        If an argument is not one of its choices, if ``stabilizer`` is negative or not finite, if ``low`` and ``high``
+        are missing for ``first_layer='zbox'`` or given without it, or if ``low`` is above ``high``. In the forward
+        pass, if an input is outside of them.
+    TypeError
+        If an argument is of another type.
     '''
     # pylint: disable=too-many-arguments
     def __init__(
@@ -183,13 +197,18 @@ class ResNetLRP(_LayerMap):
         coverage=None,
     ):
         check_choice('splitting', splitting, tuple(SPLITTING))
+        check_flag('identity_skip', identity_skip)
         rule = SPLITTING[splitting]()
         zplus = ZPlus(
             stabilizer=stabilizer, first_layer=first_layer, low=low, high=high, projection=projection,
             dead_units=dead_units, maxpool=maxpool,
             coverage={'spread': 'even'}.get(projection, 'literal') if coverage is None else coverage,
         )
-        rules = [
+        layer_map = self.keep(
+            layer_map, canonizers, splitting=splitting, identity_skip=identity_skip, batch_norm=batch_norm,
+            first_layer=first_layer, low=low, high=high, projection=projection, dead_units=dead_units, maxpool=maxpool,
+            coverage=zplus.coverage, stabilizer=stabilizer,
+        ) + [
             (Addition, rule if identity_skip else ResidualOnly(rule)),
             (Gate, SignalTakesAll()),
             (Padding, Uncrop()),
@@ -198,8 +217,8 @@ class ResNetLRP(_LayerMap):
             ((Convolution, torch.nn.Linear, AvgPool, MaxPool), zplus),
         ]
         if projection == 'spread':
-            rules.append((Subsampling, zplus))
-        super().__init__(layer_map, rules, _with_canonizer(canonizers, batch_norm))
+            layer_map.append((Subsampling, zplus))
+        super().__init__(layer_map=layer_map, canonizers=_with_canonizer(canonizers, batch_norm))
 
 
 @register_composite('resnet_lrp_ratio')
@@ -227,6 +246,8 @@ class SplittingComposite(_Transaction, Composite):
         The rule for additions.
     '''
     def __init__(self, composite, rule):
+        check_rule('composite', composite, Composite)
+        check_rule('rule', rule)
         self.composite = composite
         self.rule = rule
         super().__init__(module_map=self.mapping, canonizers=_with_canonizer(composite.canonizers))
@@ -274,12 +295,7 @@ def with_splitting(composite, rule=None):
     TypeError
         If ``composite`` is not a composite (but for instance the class of one), or ``rule`` is not a hook.
     '''
-    if not isinstance(composite, Composite):
-        raise TypeError(f'with_splitting needs an instance of a composite, but got {composite!r}!')
-    rule = RatioSplit() if rule is None else rule
-    if not isinstance(rule, Hook):
-        raise TypeError(f'rule={rule!r} is not a hook, use for instance RatioSplit() or SymmetricSplit()!')
-    return SplittingComposite(composite, rule)
+    return SplittingComposite(composite, RatioSplit() if rule is None else rule)
 
 
 @register_composite('relative_lrp')
@@ -325,9 +341,10 @@ class RelativeLRP(_LayerMap):
     def __init__(
         self, cardinality='constant', normalization='signed', batch_norm='merge', layer_map=None, canonizers=None
     ):
-        self.normalization = normalization
         self.contributions = Contributions(normalization)
-        rules = [
+        layer_map = self.keep(
+            layer_map, canonizers, cardinality=cardinality, normalization=normalization, batch_norm=batch_norm,
+        ) + [
             (Addition, SymmetricSplit()),
             (Gate, SignalTakesAll()),
             # what is added by padding has no contribution, the gradient removes it
@@ -337,7 +354,7 @@ class RelativeLRP(_LayerMap):
             (MaxPool, RelativeMaxPool(cardinality)),
             ((Convolution, torch.nn.Linear, AvgPool), Relative(cardinality)),
         ]
-        super().__init__(layer_map, rules, _with_canonizer(canonizers, batch_norm))
+        super().__init__(layer_map=layer_map, canonizers=_with_canonizer(canonizers, batch_norm))
 
     @property
     def log_scale(self):
@@ -429,12 +446,11 @@ class BlockLRP(_LayerMap):
         settings = {'epsilon': epsilon, 'mode': mode, 'form': 'gradient'}
         self.block_rule = BlockEpsilon(**settings)
         self.any_rule = BlockEpsilon(**settings, is_block=None)
-        rules = [
+        layer_map = self.keep(layer_map, canonizers, epsilon=epsilon, mode=mode) + [
             (torch.nn.Linear, BlockEpsilon(**settings, with_bias=False)),
             ((Convolution, BatchNorm, AvgPool, MaxPool), self.block_rule),
         ]
-        canonizers = [] if canonizers is None else list(canonizers)
-        super().__init__(layer_map, rules, [*canonizers, BlockCanonizer()])
+        super().__init__(layer_map=layer_map, canonizers=[*check_canonizers(canonizers), BlockCanonizer()])
 
     def register(self, module):
         '''Apply all canonizers and register all hooks to a module and its children.
@@ -449,6 +465,7 @@ class BlockLRP(_LayerMap):
         ValueError
             If the module has no children of the names that were given as ``blocks``.
         '''
+        check_module(module)
         if isinstance(self.blocks, (list, set)):
             names = dict(module.named_modules())
             missing = sorted(name for name in self.blocks if name not in names)

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 import torch
 from zennit.core import Composite
 
-from .attribution import initial_relevance
+from .arguments import check_flag, check_module, check_number, check_precision, check_rule, show
+from .attribution import initial_relevance, select_output
 from .block import GradientTimesInput
 from .causes import CAUSES, precise
 from .core import Eager, check_evaluation
@@ -49,15 +50,25 @@ class Ledger:
         Output of the network.
     relevance: :py:obj:`torch.Tensor`
         Relevance of the input, of its shape.
+    composite: str or None
+        The composite and its options, as text.
     '''
     # pylint: disable=too-many-arguments
-    def __init__(self, rows, blocks, initial, scale, final, output, relevance):
+    def __init__(self, rows, blocks, initial, scale, final, output, relevance, composite=None):
+        self.composite = composite
         self.rows, self.blocks = rows, blocks
         self.initial, self.scale, self.final = initial, scale, final
         self.output, self.relevance = output, relevance
 
     def __iter__(self):
         return iter(self.rows)
+
+    def __repr__(self):
+        gaps = self.gap.tolist()
+        more = f', ... ({len(gaps)} examples)' if len(gaps) > 4 else ''
+        gap = ', '.join(f'{value:+.1e}' for value in gaps[:4]) + more
+        return (f'{type(self).__name__}(composite={self.composite}, {len(self.rows)} rows, {len(self.blocks)} blocks, '
+                f'gap [{gap}])')
 
     def __len__(self):
         return len(self.rows)
@@ -119,7 +130,7 @@ class Ledger:
         rows, blocks = ([row.example(index) for row in rows] for rows in (self.rows, self.blocks))
         return Ledger(rows, blocks, *(
             elem[index:][:1] for elem in (self.initial, self.scale, self.final, self.output, self.relevance)
-        ))
+        ), self.composite)
 
     def deviation(self, layers=True):
         '''Largest deviation from conservation, relative to the initial relevance.
@@ -187,6 +198,8 @@ class Ledger:
         AssertionError
             If relevance is not conserved. The message names the worst layers, and the causes.
         '''
+        check_number('tolerance', tolerance, 0)
+        check_flag('layers', layers)
         bad = (~(self.deviation(layers) <= tolerance)).nonzero()[:, 0].tolist()
         if bad:
             others = f' (and {len(bad) - 1} more)' if len(bad) > 1 else ''
@@ -217,6 +230,8 @@ class Ledger:
         str
             The table, with a summary below.
         '''
+        check_number('tolerance', tolerance, 0)
+        check_flag('blocks', blocks)
         index = self._index(example)
         scale = float(self.scale[index])
         threshold = tolerance * scale
@@ -300,6 +315,7 @@ class Ledger:
         :py:obj:`matplotlib.figure.Figure`
             The figure, of which ``savefig(path)`` writes a file.
         '''
+        check_number('tolerance', tolerance, 0)
         return plot_ledger(self, self._index(example), tolerance)
 
     def records(self):
@@ -423,15 +439,22 @@ def conservation_ledger(model, input, composite=None, attr_output=None, target=N
     gap -0.40, lost by biases 4.00
     '''
     # pylint: disable=too-many-arguments
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f'model={model!r} is not a module!')
-    if not isinstance(input, torch.Tensor) or not input.is_floating_point() or not input.numel():
-        raise TypeError(f'The input must be a tensor of floating point numbers and not empty, but is {input!r}!')
+    check_module(model)
+    if not isinstance(input, torch.Tensor) or not input.numel():
+        raise TypeError(
+            'The input must be a tensor of floating point numbers and not empty, but is '
+            f'{f"of shape {tuple(input.shape)}" if isinstance(input, torch.Tensor) else repr(input)}!'
+        )
+    if not input.is_floating_point():
+        raise TypeError(
+            f'The input is of {input.dtype}, and integers have no relevance: convert images with input.float(), or '
+            'follow the network from its embedding on, given the output of that.'
+        )
+    name = 'input times gradient' if composite is None else show(composite)
     if composite is None:
         composite = Composite(module_map=lambda ctx, name, module: None if name else GradientTimesInput())
         composite.propagates = 'gradient'
-    if not isinstance(composite, Composite):
-        raise TypeError(f'composite={composite!r} is not an instance of a composite!')
+    check_rule('composite', composite, Composite)
     if target is None:
         attr_output = torch.Tensor.detach if attr_output is None else attr_output
     else:
@@ -443,7 +466,7 @@ def conservation_ledger(model, input, composite=None, attr_output=None, target=N
         recorder = Recorder(model, composite, len(input))
         try:
             input = input.detach().requires_grad_()
-            with recorder.watch():
+            with recorder.watch(), check_precision(model, input):
                 output = model(input)
             _check_output(output, input)
             seed = attr_output(output) if callable(attr_output) else attr_output
@@ -458,7 +481,7 @@ def conservation_ledger(model, input, composite=None, attr_output=None, target=N
             recorder.witness.leave()
     initial, final = (precise(elem.detach()).cpu().reshape(len(input), -1) for elem in (seed, relevance))
     return Ledger(
-        rows, blocks, initial.sum(1), initial.abs().sum(1), final.sum(1), output.detach(), relevance.detach()
+        rows, blocks, initial.sum(1), initial.abs().sum(1), final.sum(1), output.detach(), relevance.detach(), name
     )
 
 
@@ -528,8 +551,7 @@ def _registered(model, composite):
 
 
 def _check_output(output, input):
-    if not isinstance(output, torch.Tensor):
-        raise TypeError(f'The network must return a tensor, but it returned {type(output).__name__}!')
+    select_output(output)
     if output.grad_fn is None:
         raise ValueError('The output does not depend on the input by operations with a gradient!')
     if not output.ndim or len(output) != len(input):

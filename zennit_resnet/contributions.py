@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from .arguments import check_number
 from .core import SinglePass, check_choice
 from .graph import MOVES, moves_first, walk
 from .memory import by_example
@@ -42,8 +43,16 @@ def branch_factor(begin, end, normalization='signed', tolerance=TOLERANCE):
         Factor of shape (batch,), zero for a branch without contributions.
     replaced: :py:obj:`torch.Tensor`
         Where the ratio of the sums of magnitudes took the place of that of the sums, of shape (batch,).
+
+    Raises
+    ------
+    ValueError
+        If ``normalization`` is unknown, or ``tolerance`` is negative or not finite.
+    TypeError
+        If ``tolerance`` is not a number.
     '''
     check_choice('normalization', normalization, NORMALIZATION)
+    check_number('tolerance', tolerance, 0)
     (total, magnitude), (end_total, end_magnitude) = begin, end
     is_empty = magnitude == 0
     factor = end_magnitude / torch.where(is_empty, 1., magnitude)

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import CheckpointError
 from zennit.core import Hook, RemovableHandle, RemovableHandleList
 from zennit.types import BatchNorm
 
+from .arguments import Described
 from .inplace import keep_version
 from .layer import Operation
 from .weights import UsedModule
@@ -246,7 +247,7 @@ class _Pending:
             self.used.finish(self.module)
 
 
-class SinglePass(Hook):
+class SinglePass(Described, Hook):
     '''Base class of rules that replace the gradient of a layer.
 
     The layer's forward runs as it is, but without gradients. Its output is then given a backward function that calls

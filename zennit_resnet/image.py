@@ -2,8 +2,12 @@
 import warnings
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from zennit.image import get_cmap
+from zennit.cmap import ColorMap
+from zennit.image import CMAPS, get_cmap
+
+from .arguments import check_number
 
 # Zennit's map of black for zero, red to white for positive, and blue to cyan for negative values
 HEATMAP_CMAP = 'coldnhot'
@@ -87,9 +91,20 @@ def _to_rgb(image):
 
 def _check_heatmap(heatmap):
     '''Get a heatmap as a float64 array, or raise a ValueError if it is not a finite array of shape (height, width).'''
-    heatmap = np.asarray(heatmap, dtype=np.float64)
+    if isinstance(heatmap, torch.Tensor):
+        # numpy has no bfloat16
+        heatmap = heatmap.detach().cpu()
+        heatmap = heatmap.float() if heatmap.dtype == torch.bfloat16 else heatmap
+    heatmap = np.asarray(heatmap)
+    if not np.isrealobj(heatmap) or heatmap.dtype.kind not in 'fiub':
+        raise TypeError(f'A heatmap must be of real numbers, but is of type {heatmap.dtype}!')
+    heatmap = heatmap.astype(np.float64)
+    shape = heatmap.shape
+    while heatmap.ndim > 2 and len(heatmap) == 1:
+        heatmap = heatmap[0]
     if heatmap.ndim != 2 or heatmap.size == 0:
-        raise ValueError(f'A heatmap must be of shape (height, width), but is {heatmap.shape}!')
+        advice = ': draw one after the other, of relevance with channels the sum of them' if len(shape) > 2 else ''
+        raise ValueError(f'A heatmap must be of shape (height, width), but is {shape}{advice}!')
     if not np.isfinite(heatmap).all():
         raise ValueError('The heatmap contains NaN or infinite values!')
     return heatmap
@@ -97,7 +112,7 @@ def _check_heatmap(heatmap):
 
 def _check_picture(picture, name='A picture'):
     '''Get a picture as an array, or raise a ValueError if it is not 8-bit RGB of shape (height, width, 3).'''
-    picture = np.asarray(picture)
+    picture = np.asarray(picture.detach().cpu() if isinstance(picture, torch.Tensor) else picture)
     if picture.ndim != 3 or picture.shape[2] != 3 or picture.size == 0:
         raise ValueError(f'{name} must be of shape (height, width, 3), but is {picture.shape}!')
     if picture.dtype != np.uint8:
@@ -107,8 +122,9 @@ def _check_picture(picture, name='A picture'):
 
 def _scale(heatmap, percentile):
     '''Divide by a percentile of the magnitudes, and clip to [-1, 1].'''
-    if not 0 < percentile <= 100:
-        raise ValueError(f'percentile={percentile} is not above 0 and at most 100!')
+    check_number('percentile', percentile, 0, 100)
+    if not percentile:
+        raise ValueError(f'percentile={percentile} leaves no range of colors: it must be above 0!')
     bound = np.percentile(np.abs(heatmap), percentile)
     if bound == 0:
         # fewer pixels are relevant than the percentile leaves out
@@ -121,6 +137,19 @@ def _to_uint8(picture):
     return (picture * 255).round().clip(0, 255).astype(np.uint8)
 
 
+def _color(scaled, cmap):
+    '''Map values in [-1, 1] to colors, or raise an error which names color maps that there are.'''
+    if not isinstance(cmap, (str, ColorMap)):
+        raise TypeError(f'cmap={cmap!r} is neither the name of a color map of Zennit nor one of its color maps!')
+    try:
+        return get_cmap(cmap)((scaled + 1) / 2)
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(
+            f'cmap={cmap!r} is no color map of Zennit: choose one of {", ".join(map(repr, CMAPS))}, or colors in '
+            'hexadecimal notation such as \'00f,fff,f00\'.'
+        ) from error
+
+
 def draw_heatmap(heatmap, percentile=99.5, cmap=HEATMAP_CMAP):
     '''Draw a heatmap in color.
 
@@ -129,8 +158,8 @@ def draw_heatmap(heatmap, percentile=99.5, cmap=HEATMAP_CMAP):
 
     Parameters
     ----------
-    heatmap: :py:obj:`numpy.ndarray`
-        Heatmap of shape (height, width).
+    heatmap: :py:obj:`numpy.ndarray` or :py:obj:`torch.Tensor`
+        Heatmap of shape (height, width), or with further axes of size one before.
     percentile: float, optional
         The color range ends at this percentile of the magnitudes. With 100 it ends at the largest, and a single bright
         pixel may make all others vanish. Default is 99.5.
@@ -146,11 +175,14 @@ def draw_heatmap(heatmap, percentile=99.5, cmap=HEATMAP_CMAP):
     Raises
     ------
     ValueError
-        If ``heatmap`` is not of shape (height, width) or not finite, or if ``percentile`` is not in (0, 100].
+        If ``heatmap`` is not of shape (height, width) or not finite, if ``percentile`` is not in (0, 100], or if there
+        is no such color map.
+    TypeError
+        If ``heatmap`` is not of real numbers, or another argument of a wrong type.
     '''
     scaled = _scale(_check_heatmap(heatmap), percentile)
     # the color map is called instead of using zennit.image.imgify, whose palettes recent versions of Pillow reject
-    return _to_uint8(get_cmap(cmap)((scaled + 1) / 2))
+    return _to_uint8(_color(scaled, cmap))
 
 
 def draw_overlay(photo, heatmap, percentile=99.5, opacity=0.9, cmap=OVERLAY_CMAP):
@@ -164,8 +196,8 @@ def draw_overlay(photo, heatmap, percentile=99.5, opacity=0.9, cmap=OVERLAY_CMAP
     ----------
     photo: :py:obj:`numpy.ndarray`
         Photograph of shape (height, width, 3) and type uint8.
-    heatmap: :py:obj:`numpy.ndarray`
-        Heatmap of shape (height, width).
+    heatmap: :py:obj:`numpy.ndarray` or :py:obj:`torch.Tensor`
+        Heatmap of shape (height, width), or with further axes of size one before.
     percentile: float, optional
         Colors end at this percentile of the magnitudes, see :py:func:`draw_heatmap`. Default is 99.5.
     opacity: float, optional
@@ -190,13 +222,12 @@ def draw_overlay(photo, heatmap, percentile=99.5, opacity=0.9, cmap=OVERLAY_CMAP
             f'Photograph and heatmap must be of the same height and width, but are of shape {photo.shape} and '
             f'{heatmap.shape}!'
         )
-    if not 0 <= opacity <= 1:
-        raise ValueError(f'opacity={opacity} is not between 0 and 1!')
+    check_number('opacity', opacity, 0, 1)
     scaled = _scale(heatmap, percentile)
     alpha = opacity * np.abs(scaled)[..., None]
     # brightness as in ITU-R BT.601
     gray = (photo @ np.array([0.299, 0.587, 0.114]) / 255)[..., None]
-    return _to_uint8((1 - alpha) * gray + alpha * get_cmap(cmap)((scaled + 1) / 2))
+    return _to_uint8((1 - alpha) * gray + alpha * _color(scaled, cmap))
 
 
 def draw_comparison(rows, titles, captions=None, scale=1):
@@ -232,8 +263,9 @@ def draw_comparison(rows, titles, captions=None, scale=1):
             raise ValueError(f'There are {len(titles)} titles, but {len(row)} pictures in row {num}!')
     if captions is not None and len(captions) != len(rows):
         raise ValueError(f'There are {len(captions)} captions for {len(rows)} rows!')
-    if scale < 1 or int(scale) != scale:
-        raise ValueError(f'scale={scale} is not a positive integer!')
+    check_number('scale', scale, 1)
+    if int(scale) != scale:
+        raise ValueError(f'scale={scale} is not an integer!')
     scale = int(scale)
     rows = [
         [_check_picture(tile, f'Picture {col} of row {num}').repeat(scale, 0).repeat(scale, 1)

@@ -3,6 +3,9 @@
 Heatmaps may be on any device and of any type. Results are on the same device, and of the same type (integers become the
 default floating point type). The choice of contour and component computes in double precision on the CPU, and does not
 propagate gradients.
+
+All functions take batches of tensors, but also NumPy arrays and single maps of shape (height, width): what they return
+then are arrays, and has no first axis.
 '''
 import math
 import warnings
@@ -11,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from .arguments import check_flag, check_number, takes_maps
 from .core import check_choice
 from .regions import (
     binarize,
@@ -88,6 +92,7 @@ class AttentionErrors(NamedTuple):
     wrong: torch.Tensor
 
 
+@takes_maps('relevance', single=False)
 def sum_channels(relevance):
     '''Sum relevance over channels to get heatmaps.
 
@@ -112,10 +117,12 @@ def sum_channels(relevance):
     if relevance.ndim != 4:
         raise ValueError(
             f'Relevance must be of shape (batch, channels, height, width), but is {tuple(relevance.shape)}!'
+            + (' Use relevance[None] for a single example.' if relevance.ndim == 3 else '')
         )
     return relevance.sum(1)
 
 
+@takes_maps('heatmap')
 def heat_quantization(heatmap, levels=8):
     '''Lower each value of a heatmap to the nearest of a few evenly spaced levels (Otsuki et al. 2024, Section 3.4).
 
@@ -170,6 +177,7 @@ def heat_quantization(heatmap, levels=8):
     return edges.gather(1, level).to(heatmap.dtype).view(heatmap.shape)
 
 
+@takes_maps('heatmap')
 def c1c(
     heatmap, size=28, threshold='mean', select='area', connectivity=8, expand='bilinear', outside='zero',
     return_masks=False
@@ -232,6 +240,7 @@ def c1c(
     return _keep(heatmap, reduced, None, component, expand, outside, return_masks)
 
 
+@takes_maps('heatmap')
 def c3(
     heatmap, size=28, threshold='mean', component_threshold=None, contour='largest_area', connectivity=8,
     expand='bilinear', outside='zero', return_masks=False
@@ -307,6 +316,7 @@ def c3(
 def _keep(heatmap, reduced, contour, component, expand, outside, return_masks):
     '''Keep what is inside of both masks, expand it, and tell which maps are empty.'''
     check_choice('outside', outside, OUTSIDE)
+    check_flag('return_masks', return_masks)
     mask = component if contour is None else contour & component
     empty = ~mask.flatten(1).any(1)
     rest = 0. if outside == 'zero' else reduced.amin((1, 2), keepdim=True)
@@ -319,11 +329,12 @@ def _keep(heatmap, reduced, contour, component, expand, outside, return_masks):
         warnings.warn(
             f'Nothing is left of {int(empty.sum())} of {len(empty)} heatmaps ({numbers}): they are constant, or '
             'nothing is above the thresholds or common to both masks. Use return_masks=True to get flags instead.',
-            EmptyMaskWarning, stacklevel=3
+            EmptyMaskWarning, stacklevel=4
         )
     return result
 
 
+@takes_maps('contour', 'component')
 def mask_cases(contour, component):
     '''Find out how often the two masks of :py:func:`c3` agree.
 
@@ -364,6 +375,7 @@ def mask_cases(contour, component):
     return {name: int(flags.sum()) / len(flags) for name, flags in cases.items()}
 
 
+@takes_maps('heatmap')
 def ablation(heatmap, **options):
     '''Post-process heatmaps as in the ablation of Doublet et al. 2024, Table 2, which leaves out C³ or replaces it.
 
@@ -400,6 +412,7 @@ def ablation(heatmap, **options):
     return {'none': heatmap, 'c1c': component, 'c3': chosen.heatmap}, mask_cases(chosen.contour, chosen.component)
 
 
+@takes_maps('heatmap', 'mask')
 def attention_errors(heatmap, mask, threshold='mean', coverage=0.5, precision=0.5):
     '''Tell the types of errors of explanations apart, given where the object is.
 
@@ -446,8 +459,7 @@ def attention_errors(heatmap, mask, threshold='mean', coverage=0.5, precision=0.
         If the shapes differ, if ``heatmap`` is not valid, or if an argument is unknown or out of range.
     '''
     for name, value in (('coverage', coverage), ('precision', precision)):
-        if not 0 <= value <= 1:
-            raise ValueError(f'{name}={value} is not between 0 and 1!')
+        check_number(name, value, 0, 1)
     attended = binarize(heatmap, threshold).cpu().flatten(1)
     if mask.shape != heatmap.shape:
         raise ValueError(f'Heatmaps are of shape {tuple(heatmap.shape)}, but masks of shape {tuple(mask.shape)}!')

@@ -1,6 +1,7 @@
 '''Regions of heatmaps: the steps of the choice of contour and component in :py:mod:`zennit_resnet.postprocess`.
 
-All compute in double precision on the CPU, and do not propagate gradients.
+All compute in double precision on the CPU, and do not propagate gradients. They also take single maps and NumPy arrays, as
+:py:mod:`zennit_resnet.postprocess` does.
 '''
 import math
 from operator import index
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from .arguments import takes_maps
 from .core import check_choice
 
 CONTOURS = ('largest_area', 'largest_filled', 'first')
@@ -49,6 +51,7 @@ def to_type_of(result, heatmap):
     return result.to(dtype).to(heatmap.device)
 
 
+@takes_maps('heatmap')
 def reduce_heatmap(heatmap, size=28):
     '''Reduce heatmaps by area averaging (Doublet et al. 2024, Section 3.2, which does not say how it reduces).
 
@@ -91,6 +94,7 @@ def _area_weights(length, size):
     return overlap.clamp(min=0).double() / length
 
 
+@takes_maps('heatmap')
 def expand_heatmap(heatmap, size, expand='bilinear'):
     '''Expand reduced heatmaps to the size of the image (Doublet et al. 2024, Section 3.2, which leaves open how).
 
@@ -120,6 +124,7 @@ def expand_heatmap(heatmap, size, expand='bilinear'):
     return to_type_of(functional.interpolate(values, tuple(size), **EXPANSIONS[expand])[:, 0], heatmap)
 
 
+@takes_maps('heatmap')
 def binarize(heatmap, threshold='mean'):
     '''Find the pixels of which the value is strictly above a threshold.
 
@@ -171,6 +176,7 @@ def _map_masks(function, mask):
     return torch.from_numpy(np.stack([function(array) for array in masks])).bool().to(mask.device)
 
 
+@takes_maps('mask')
 def largest_component(mask, connectivity=8):
     '''Find the connected component with the most pixels (Doublet et al. 2024, Section 3.2).
 
@@ -208,6 +214,7 @@ def largest_component(mask, connectivity=8):
     return _map_masks(choose, mask)
 
 
+@takes_maps('heatmap', 'mask')
 def component_of_maximum(heatmap, mask, connectivity=8):
     '''Find the connected component that holds the largest value of a heatmap, as code by authors of the paper does.
 
@@ -245,6 +252,7 @@ def component_of_maximum(heatmap, mask, connectivity=8):
     return _map_masks(choose, mask)
 
 
+@takes_maps('mask')
 def largest_contour(mask, choice='largest_area'):
     '''Find the interior of the largest external contour (Doublet et al. 2024, Section 3.2).
 

@@ -15,6 +15,7 @@ from zennit.core import Hook, RemovableHandle, RemovableHandleList
 from zennit.types import Convolution, ConvolutionTranspose
 
 from . import windows
+from .arguments import Described
 from .core import SinglePass, check_choice
 from .layer import LinearMap, NonNegativeMap, Operation
 from .memory import by_example
@@ -204,7 +205,7 @@ def _credit_adaptive(input, relevance):
     return lower
 
 
-class NoRule(Hook):
+class NoRule(Described, Hook):
     '''Leaves the gradient as it is, where the composite of a canonizer has to name a rule.'''
     def register(self, module):
         '''Register nothing to the supplied module.'''

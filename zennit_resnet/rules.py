@@ -12,6 +12,14 @@ from zennit.core import RemovableHandle, RemovableHandleList, Stabilizer
 from zennit.types import Convolution, ConvolutionTranspose, MaxPool
 
 from . import windows
+from .arguments import (
+    as_bound,
+    check_bounds,
+    check_inside,
+    check_rule,
+    check_stabilizer,
+    spread_bound,
+)
 from .block import BlockEpsilon  # noqa: F401, pylint: disable=unused-import
 from .core import SinglePass, check_choice
 from .graph import depends_on, is_first
@@ -248,10 +256,16 @@ class ResidualOnly(Split):
     ----------
     rule: :py:obj:`Split`, optional
         The rule for additions without identity skip connection, and among several residual branches.
+
+    Raises
+    ------
+    TypeError
+        If ``rule`` is not an instance of a :py:obj:`Split`.
     '''
     def __init__(self, rule=None):
         super().__init__()
         self.rule = RatioSplit() if rule is None else rule
+        check_rule('rule', self.rule, Split)
 
     def shares(self, *addends):
         '''Share of the residual branches.'''
@@ -287,10 +301,13 @@ class ZPlus(SinglePass):
         ``'literal'`` w+ h as printed, even where h < 0 (denominators may vanish); ``'ones'`` w+ (the published code:
         the input is replaced by ones); ``'zbox'`` w h - w+ low - w- high = w+ (h - low) + w- (h - high); ``'wsquare'``
         w^2; ``'flat'`` 1.
-    low: :py:obj:`torch.Tensor` or float, optional
-        Lowest possible input values for ``'zbox'``, which can be broadcast to the input.
-    high: :py:obj:`torch.Tensor` or float, optional
-        Highest possible input values for ``'zbox'``, which can be broadcast to the input.
+    low: :py:obj:`torch.Tensor`, sequence of float or float, optional
+        Lowest possible input values for ``'zbox'``, and only for this: one for all, one for each channel (a sequence or
+        a tensor with one dimension; for linear layers the last dimension of the input has the channels), or a tensor
+        that can be broadcast to the input.
+    high: :py:obj:`torch.Tensor`, sequence of float or float, optional
+        Highest possible input values for ``'zbox'``, likewise. It is an error if an input of the first layer is outside
+        of ``low`` and ``high`` by more than rounding (a thousandth of the range between them).
     projection: str, optional
         Convolutions whose stride exceeds their kernel, such as the 1 x 1 projections of stride 2 in skip connections,
         read only some of the positions. ``'literal'`` propagates to these only, which leaves a lattice of dots in the
@@ -308,6 +325,14 @@ class ZPlus(SinglePass):
         twice), which leaves a fine lattice in the heatmap. ``'literal'`` (default) keeps it. ``'even'`` scales the
         weights of each filter such that they sum to the same for all positions modulo the stride, and smoothes
         relevance below a max pooling and below the first convolution with a binomial filter. Both conserve relevance.
+
+    Raises
+    ------
+    ValueError
+        If an argument is not one of its choices, if ``stabilizer`` is negative or not finite, if ``low`` and ``high``
+        are missing for ``'zbox'`` or given without it, or if ``low`` is above ``high``.
+    TypeError
+        If ``stabilizer``, ``low`` or ``high`` is not of numbers.
     '''
     # pylint: disable=too-many-arguments
     def __init__(
@@ -332,10 +357,19 @@ class ZPlus(SinglePass):
                 'first_layer=\'zbox\' needs the lowest and highest possible input values, low and high: for an input '
                 'normalized with mean and std, low=(0 - mean) / std and high=(1 - mean) / std.'
             )
+        if first_layer != 'zbox' and not (low is None and high is None):
+            raise ValueError(
+                f'low={low!r} and high={high!r} are for first_layer=\'zbox\', but first_layer={first_layer!r}: leave '
+                'them out, or choose \'zbox\'.'
+            )
+        stabilizer = check_stabilizer('stabilizer', stabilizer)
         self.stabilizer = None if stabilizer == 0 else Stabilizer.ensure(stabilizer)
         self.first_layer = first_layer
-        self.low = low
-        self.high = high
+        self.low, self.high = (
+            None if value is None else as_bound(name, value) for name, value in (('low', low), ('high', high))
+        )
+        if self.low is not None:
+            check_bounds(self.low, self.high)
         self.projection = projection
         self.dead_units = dead_units
         self.maxpool = maxpool
@@ -368,6 +402,9 @@ class ZPlus(SinglePass):
         '''Keep the input, whether this is a first layer, and whether the input is known to be non-negative.'''
         input, = inputs
         first = is_first(input)
+        if first and self.first_layer == 'zbox':
+            bounds = [self._bound(name, module, input) for name in ('low', 'high')]
+            check_inside(input, *bounds, (self.low.dtype, self.high.dtype))
         source = getattr(input.grad_fn, 'module', None)
         is_relu = type(source) in (torch.nn.ReLU, torch.nn.ReLU6) or getattr(source, 'name', '') in RELU
         return input, torch.tensor([first, is_relu])
@@ -447,7 +484,7 @@ class ZPlus(SinglePass):
                 return [(input.clamp(min=0) if is_negative else input, None)]
             if variant == 'literal':
                 return [(input, None)]
-            return [(input - self._bound(self.low, input) if variant == 'zbox' else torch.ones_like(input), None)]
+            return [(input - self._bound('low', module, input) if variant == 'zbox' else torch.ones_like(input), None)]
 
         positive, negative = functools.partial(torch.clamp, min=0), functools.partial(torch.clamp, max=0)
         if variant == 'zplus' and is_negative:
@@ -455,13 +492,19 @@ class ZPlus(SinglePass):
         if variant in ('zplus', 'literal'):
             return [(input, positive)]
         if variant == 'zbox':
-            return [(input - self._bound(self.low, input), positive), (input - self._bound(self.high, input), negative)]
+            low, high = (self._bound(name, module, input) for name in ('low', 'high'))
+            return [(input - low, positive), (input - high, negative)]
         part = {'ones': positive, 'wsquare': torch.square, 'flat': torch.ones_like}[variant]
         return [(torch.ones_like(input), part)]
 
-    @staticmethod
-    def _bound(value, input):
-        return torch.as_tensor(value).to(input).expand_as(input)
+    def _bound(self, name, module, input):
+        '''A bound which can be broadcast to the input.'''
+        dim = 1
+        if isinstance(module, torch.nn.Linear):
+            dim = -1
+        elif isinstance(module, Convolution):
+            dim = 1 - module.weight.ndim
+        return spread_bound(name, getattr(self, name), input, dim)
 
     def _map(self, module, input, weight, shape):
         '''The output of :py:meth:`_linear`, and the transposed linear map as a function.'''

@@ -1,0 +1,425 @@
+'''Checks of arguments, one for each kind, and how objects show the arguments that they were created with.'''
+import functools
+import inspect
+import math
+import re
+from contextlib import contextmanager
+from numbers import Real
+
+import numpy as np
+import torch
+from zennit.canonizers import Canonizer
+from zennit.core import Hook, Stabilizer
+
+
+def check_number(name, value, minimum=-math.inf, maximum=math.inf):
+    '''Raise an error which names an argument and its value, unless it is a finite number within a range.
+
+    Parameters
+    ----------
+    name: str
+        Name of the argument.
+    value: object
+        Its value.
+    minimum: float, optional
+        The lowest value that is allowed.
+    maximum: float, optional
+        The highest value that is allowed.
+
+    Raises
+    ------
+    TypeError
+        If it is not a number, such as a string, a bool or None.
+    ValueError
+        If it is NaN, infinite or out of range.
+    '''
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f'{name}={value!r} is not a number!')
+    if not math.isfinite(value):
+        raise ValueError(f'{name}={value!r} is not finite!')
+    if not minimum <= value <= maximum:
+        bounds = [f'{sign} {bound:g}' for sign, bound in (('>=', minimum), ('<=', maximum)) if math.isfinite(bound)]
+        raise ValueError(f'{name}={value!r} is out of range: choose a number {" and ".join(bounds)}!')
+
+
+def check_flag(name, value):
+    '''Raise a TypeError which names an argument and its value, unless it is True or False.'''
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f'{name}={value!r} is neither True nor False!')
+
+
+def check_stabilizer(name, value):
+    '''Get a stabilizer, which must be a finite number that is not negative, or a function of denominators.
+
+    Returns
+    -------
+    float or callable
+        The number or the function.
+
+    Raises
+    ------
+    TypeError
+        If it is neither a number nor a function, or the class of a stabilizer instead of an instance.
+    ValueError
+        If it is NaN, infinite or negative.
+    '''
+    if isinstance(value, Stabilizer):
+        check_number(f'{name}.epsilon', value.epsilon, 0)
+    if callable(value) and not isinstance(value, type):
+        return value
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f'{name}={value!r} is neither a number nor a function of denominators!')
+    check_number(name, value, 0)
+    return float(value)
+
+
+def check_rule(name, value, kind=Hook):
+    '''Raise a TypeError unless an argument is an instance of a rule.'''
+    if not isinstance(value, kind):
+        remedy = f'give an instance, such as {value.__name__}()' if isinstance(value, type) else 'give an instance'
+        raise TypeError(f'{name}={value!r} is not a {kind.__name__}: {remedy}!')
+
+
+def check_module(value):
+    '''Raise a TypeError unless rules can be attached to a model, which must be a module.'''
+    if not isinstance(value, torch.nn.Module):
+        raise TypeError(
+            f'Rules are attached to modules, so the model must be a torch.nn.Module, but it is {value!r}: put '
+            'functions into the forward of one.'
+        )
+
+
+@contextmanager
+def check_precision(model, *inputs):
+    '''Explain errors of a forward pass of which the reason is that inputs are of another precision than the model.
+
+    Raises
+    ------
+    TypeError
+        In place of a RuntimeError about types, if all parameters have one which an input does not have.
+    '''
+    try:
+        yield
+    except RuntimeError as error:
+        types = {param.dtype for param in model.parameters() if param.is_floating_point()}
+        other = next((elem.dtype for elem in inputs if elem.is_floating_point() and elem.dtype not in types), None)
+        if len(types) == 1 and other is not None and re.search('dtype|scalar type|should be the same', str(error)):
+            raise TypeError(
+                f'The input is of {other}, but the parameters of the model are of {types.copy().pop()}: convert one of '
+                f'them, for instance with input.to({types.pop()}).'
+            ) from error
+        raise
+
+
+def check_layer_map(layer_map):
+    '''Get a layer map as a list.
+
+    Parameters
+    ----------
+    layer_map: list[tuple[tuple[type, ...], Hook or None]] or None
+        Pairs of a type of modules, or a tuple of types, and a hook.
+
+    Returns
+    -------
+    list
+        A copy, empty for None.
+
+    Raises
+    ------
+    TypeError
+        If it has not this form. The message names the entry.
+    '''
+    if layer_map is None:
+        return []
+    if isinstance(layer_map, (str, dict)) or not hasattr(layer_map, '__iter__'):
+        raise TypeError(f'layer_map={layer_map!r} is not a list of pairs (type, hook)!')
+    layer_map = list(layer_map)
+    for num, entry in enumerate(layer_map):
+        label = f'layer_map[{num}]={entry!r}'
+        if not isinstance(entry, (tuple, list)) or len(entry) != 2:
+            raise TypeError(f'{label} is not a pair (type, hook), or (tuple of types, hook)!')
+        types, hook = entry
+        if not _are_types(types):
+            raise TypeError(
+                f'{label} must begin with a type of modules or a tuple of types, such as torch.nn.Conv2d, but begins '
+                f'with {types!r}!' + (' Rules by the name of modules are for zennit.composites.NameMapComposite.'
+                                      if isinstance(types, str) else '')
+            )
+        if hook is not None:
+            check_rule(f'layer_map[{num}][1]', hook)
+    return layer_map
+
+
+def _are_types(value):
+    '''Whether a value can be asked for by isinstance: a type, or tuples of types.'''
+    return all(map(_are_types, value)) if isinstance(value, tuple) else isinstance(value, type)
+
+
+def check_canonizers(canonizers):
+    '''Get canonizers as a list, empty for None, or raise a TypeError which names what is not an instance of one.'''
+    if canonizers is None:
+        return []
+    if isinstance(canonizers, str) or not hasattr(canonizers, '__iter__'):
+        raise TypeError(f'canonizers={canonizers!r} is not a list of canonizers!')
+    canonizers = list(canonizers)
+    for num, canonizer in enumerate(canonizers):
+        if not isinstance(canonizer, Canonizer):
+            remedy = f': give an instance, {canonizer.__name__}()' if isinstance(canonizer, type) else ''
+            raise TypeError(f'canonizers[{num}]={canonizer!r} is not an instance of a canonizer{remedy}!')
+    return canonizers
+
+
+# -- input bounds ------------------------------------------------------------------------------------------------------
+
+# Share of the range by which inputs may be outside, a quarter of the step of 8-bit images
+MARGIN = 1e-3
+
+
+def as_bound(name, value):
+    '''Get the bound of an input as a tensor.
+
+    Parameters
+    ----------
+    name: str
+        Name of the argument.
+    value: float, sequence of float or :py:obj:`torch.Tensor`
+        One for all, one for each channel (a sequence or a tensor with one dimension), or a tensor that can be broadcast
+        to the input.
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor`
+        The bound, of the same shape.
+
+    Raises
+    ------
+    TypeError
+        If it is not made of numbers.
+    ValueError
+        If it is NaN or infinite anywhere, or empty.
+    '''
+    if not isinstance(value, torch.Tensor):
+        if not isinstance(value, (list, tuple, np.ndarray)):
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise TypeError(f'{name}={value!r} is neither a number nor numbers!')
+        try:
+            # python's numbers in the precision of python
+            value = torch.as_tensor(np.asarray(value, dtype=getattr(value, 'dtype', np.float64)))
+        except (TypeError, ValueError) as error:
+            raise TypeError(f'{name}={value!r} is not made of numbers!') from error
+    if value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f'{name} must be made of real numbers, but is of {value.dtype}!')
+    if not value.numel() or not bool(value.isfinite().all()):
+        raise ValueError(f'{name}={value.tolist()} is empty or not finite!')
+    return value.detach()
+
+
+def check_bounds(low, high):
+    '''Raise a ValueError if the lowest input is above the highest anywhere, as far as it is known without the input.'''
+    if low.ndim and high.ndim and 1 in (low.ndim, high.ndim) and low.ndim != high.ndim:
+        # channels, and what is broadcast: see spread_bound
+        return
+    try:
+        low, high = torch.broadcast_tensors(low.cpu().double(), high.cpu().double())
+    except RuntimeError:
+        raise ValueError(
+            f'low of shape {tuple(low.shape)} and high of shape {tuple(high.shape)} cannot be broadcast!'
+        ) from None
+    wrong = low > high
+    if bool(wrong.any()):
+        raise ValueError(
+            f'low={float(low[wrong][0]):g} is above high={float(high[wrong][0]):g}: exchange them, low is the lowest '
+            'possible input and high the highest!'
+        )
+
+
+def spread_bound(name, value, input, dim):
+    '''Broadcast a bound to an input.
+
+    Parameters
+    ----------
+    name: str
+        Name of the argument.
+    value: :py:obj:`torch.Tensor`
+        The bound, see :py:func:`as_bound`.
+    input: :py:obj:`torch.Tensor`
+        The input.
+    dim: int
+        Dimension of channels, to which bounds with one dimension belong.
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor`
+        The bound of the input's device and type, which can be broadcast to it.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit.
+    '''
+    bound = value.to(input)
+    if bound.ndim == 1 and len(bound) > 1:
+        bound = bound.view(-1, *(1,) * ((-1 - dim) % input.ndim))
+    fits = bound.ndim <= input.ndim and all(
+        size in (1, expected) for size, expected in zip(reversed(bound.shape), reversed(input.shape))
+    )
+    if not fits:
+        raise ValueError(
+            f'{name} of shape {tuple(value.shape)} does not fit the input of shape {tuple(input.shape)}: give a '
+            f'number, one for each of {input.shape[dim]} channels, or a tensor that can be broadcast.'
+        )
+    return bound
+
+
+def check_inside(input, low, high, dtypes=()):
+    '''Raise a ValueError which says by how much, if an input is outside of its bounds.
+
+    Parameters
+    ----------
+    input: :py:obj:`torch.Tensor`
+        The input.
+    low: :py:obj:`torch.Tensor`
+        Lowest possible input, which can be broadcast to it.
+    high: :py:obj:`torch.Tensor`
+        Highest possible input, which can be broadcast to it.
+    dtypes: iterable of :py:obj:`torch.dtype`, optional
+        Other types in which input and bounds were rounded.
+    '''
+    check_bounds(low, high)
+    digits = max(torch.finfo(dtype).eps for dtype in (input.dtype, *dtypes) if dtype.is_floating_point)
+    largest = torch.maximum(low.abs().amax(), high.abs().amax())
+    margin = torch.maximum(MARGIN * (high - low), 4 * digits * largest)
+    for bound, excess, side in ((low, low - input, 'below low'), (high, input - high, 'above high')):
+        # what is NaN stays NaN, which everyone can see
+        wrong = excess > margin
+        if bool(wrong.any()):
+            index = excess.where(wrong, -math.inf).argmax()
+            amount, limit = (float(elem.expand_as(excess).flatten()[index]) for elem in (excess, bound))
+            raise ValueError(
+                f'The input of the first layer is {amount:g} {side}={limit:g}. For first_layer=\'zbox\', low and high '
+                'must be the lowest and highest possible input: for an input normalized with mean and std, '
+                'low=(0 - mean) / std and high=(1 - mean) / std.'
+            )
+
+
+# -- heatmaps ----------------------------------------------------------------------------------------------------------
+
+def takes_maps(*names, single=True):
+    '''Have a function of batches of tensors also take NumPy arrays, and single maps of shape (height, width).
+
+    What it returns is of the same kind: arrays for arrays, and without the first axis for single maps.
+
+    Parameters
+    ----------
+    *names: tuple of str
+        Names of the arguments which are maps.
+    single: bool, optional
+        Whether an argument with two axes is a single map.
+
+    Returns
+    -------
+    callable
+        A decorator for functions.
+    '''
+    def decorate(function):
+        '''Decorate a function.'''
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def wrapper(*args, **kwargs):
+            bound = signature.bind(*args, **kwargs)
+            given = [bound.arguments[name] for name in names]
+            maps = [as_map(*elem) for elem in zip(names, given)]
+            is_single = single and all(elem.ndim == 2 for elem in maps)
+            bound.arguments.update(
+                (name, elem[None] if single and elem.ndim == 2 else elem) for name, elem in zip(names, maps)
+            )
+            result = function(*bound.args, **bound.kwargs)
+            return _restore(result, is_single, any(isinstance(elem, np.ndarray) for elem in given))
+
+        return wrapper
+
+    return decorate
+
+
+def as_map(name, value):
+    '''Get a tensor of a tensor or a NumPy array, which is copied, or raise a TypeError which names the argument.'''
+    if isinstance(value, torch.Tensor):
+        return value
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f'{name} must be a tensor or a NumPy array, but is {type(value).__name__}!')
+    try:
+        return torch.from_numpy(value.copy())
+    except TypeError as error:
+        raise TypeError(f'{name} must be an array of numbers, but is of type {value.dtype}!') from error
+
+
+def _restore(value, is_single, is_array):
+    '''Results of the kind of the arguments, also in named tuples and dicts.'''
+    if isinstance(value, torch.Tensor):
+        value = value[0] if is_single else value
+        return value.numpy() if is_array else value
+    if isinstance(value, tuple):
+        return type(value)(*(_restore(elem, is_single, is_array) for elem in value))
+    if isinstance(value, dict):
+        return {key: _restore(elem, is_single, is_array) for key, elem in value.items()}
+    return value
+
+
+# -- what is shown -----------------------------------------------------------------------------------------------------
+
+def show(value):
+    '''Text for the value of an option, of one line.'''
+    if isinstance(value, torch.Tensor):
+        text = repr(value.tolist()) if value.numel() <= 8 else f'tensor of shape {tuple(value.shape)}'
+    elif isinstance(value, Stabilizer):
+        text = repr(value.epsilon) if not (value.clip or value.norm_scale) else describe(value)
+    elif isinstance(value, torch.nn.Module):
+        text = type(value).__name__
+    elif isinstance(value, (list, tuple)):
+        text = ', '.join(map(show, value))
+        text = f'[{text}]' if isinstance(value, list) else f'({text}{"," * (len(value) == 1)})'
+    elif isinstance(value, type) or inspect.isroutine(value):
+        text = value.__name__
+    elif type(value).__repr__ is object.__repr__:
+        # rules and composites of Zennit do not show theirs
+        text = f'{type(value).__name__}(...)'
+    else:
+        text = repr(value)
+    return ' '.join(text.split())
+
+
+def describe(instance, names=None, given=()):
+    '''Text which shows an object as the call that creates it.
+
+    Parameters
+    ----------
+    instance: object
+        The object, of which attributes have the names of the constructor's arguments.
+    names: iterable of str, optional
+        The arguments. By default, they are read from the signature of the first class with explicit ones.
+    given: dict, optional
+        Values of arguments which are not those of the attributes.
+
+    Returns
+    -------
+    str
+        The name of its class, and those arguments that are not None.
+    '''
+    if names is None:
+        for kind in type(instance).__mro__:
+            parameters = inspect.signature(kind.__init__).parameters if '__init__' in vars(kind) else {}
+            if parameters and all(param.kind not in (param.VAR_KEYWORD, param.VAR_POSITIONAL)
+                                  for param in parameters.values()):
+                break
+        names = list(parameters)[1:]
+    # rules of Zennit keep no arguments, and a copy may keep none either
+    values = {**{name: getattr(instance, name, None) for name in names}, **dict(given)}
+    text = ', '.join(f'{name}={show(value)}' for name, value in values.items() if value is not None)
+    return f'{type(instance).__name__}({text})'
+
+
+class Described:
+    '''Objects which show the arguments that they were created with.'''
+    def __repr__(self):
+        return describe(self)
