@@ -207,6 +207,11 @@ def initial_relevance(target, value='logit', output=None):
                 f'Zennit\'s attributors take the gradient of all that the network returns, which is '
                 f'{type(result).__name__}: give them SelectOutput(model, {show(output)}), and no output here.'
             )
+        if is_zennit and not torch.is_grad_enabled():
+            raise RuntimeError(
+                'Relevance is propagated by autograd: leave torch.no_grad() or torch.inference_mode(), within which '
+                'the attributor is called.'
+            )
         result = select_output(result, output)
         if result.ndim not in (1, 2):
             raise ValueError(

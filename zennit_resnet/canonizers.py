@@ -15,7 +15,7 @@ from .block import BlockEpsilon, note_addition
 from .calls import Call, Local, is_opaque, single_pass
 from .core import Eager, SinglePass, check_choice, check_evaluation, is_active, is_running, rules_among
 from .functions import FunctionCall
-from .graph import carriers_of, is_arithmetic, name_of, nodes_of, walk
+from .graph import carriers_of, end_of, is_arithmetic, name_of, nodes_of, tensors_of, walk
 from .inplace import Watch, forget, note_copy, note_weight, settle
 from .layer import Addition, Filling, Gate, LinearMap, Padding, Reduction
 from .merging import BatchNormMerge
@@ -36,6 +36,18 @@ DEFAULT_RULES = (
 REGISTERED = []
 # Composites of Zennit that were registered while they were in use.
 REPLACED = weakref.WeakSet()
+
+
+# Functions of PyTorch with a backward function of their own that change nothing, such as that of backward hooks.
+IDENTITIES = frozenset(['BackwardHookFunction'])
+# What to do about functions for which a layer map is the wrong remedy.
+REMEDIES = {
+    'softmax': (
+        'explain the logits, with a network that returns what its softmax is computed from. Relevance only passes a '
+        'softmax that is the output of the network'
+    ),
+    'CheckpointFunction': 'checkpoint with use_reentrant=False, or turn checkpointing off',
+}
 
 
 class UnsupportedOperation(RuntimeError):
@@ -191,7 +203,7 @@ class ResidualCanonizer(Described, Canonizer):
         self.local.__dict__.setdefault('stack', [])
         stack = self._stack()
         if not stack:
-            self.local.counts, self.local.seen, self.local.known = {}, set(), set()
+            self.local.counts, self.local.seen, self.local.known, self.local.softmaxes = {}, set(), set(), {}
             self.local.is_grad_enabled = torch.is_grad_enabled()
             self.local.leaf = None
             composite = self._composite()
@@ -258,6 +270,11 @@ class ResidualCanonizer(Described, Canonizer):
             settle(output)
             forget()
         carriers = carriers_of((output,))
+        if not stack and self.local.is_active and self.local.is_grad_enabled:
+            # also attributes of objects of any class
+            carriers = carriers or carriers_of(vars(output) if hasattr(output, '__dict__') else ())
+            self._check_output(args, output, carriers)
+            self._follow_softmaxes(carriers)
         if self.local.is_active:
             if call.weights is not None and call.opaque and carriers:
                 self._watch_weights(call, carriers)
@@ -270,6 +287,16 @@ class ResidualCanonizer(Described, Canonizer):
             # nodes keep the tensors of the forward pass
             self.local.seen, self.local.known = set(), set()
             self._finish(carriers)
+
+    def _check_output(self, args, output, carriers):
+        '''Raise a RuntimeError if the input requires a gradient, but no output depends on it.'''
+        tensors = tensors_of(output)
+        if carriers_of(args) and not carriers and any(elem.is_floating_point() for elem in tensors):
+            raise RuntimeError(
+                f'The output of the {type(self.root).__name__} has no gradient: the network runs under torch.no_grad() '
+                'as frozen parts often do, or detaches what it computes. Freeze parameters with requires_grad_(False) '
+                'instead, which relevance passes.'
+            )
 
     def _watch_weights(self, call, carriers):
         '''Have an error if a rule that reads weights from the module, as those of Zennit, finds others later.'''
@@ -302,6 +329,7 @@ class ResidualCanonizer(Described, Canonizer):
             self.used, self.checked = {}, {}
         if torch.is_grad_enabled():
             check_evaluation(self.root)
+            self._check_rules()
         if self.context is None:
             if self.batch_norm == 'merge':
                 for module in self.names:
@@ -325,6 +353,23 @@ class ResidualCanonizer(Described, Canonizer):
         while frame is not None and frame.f_code is not Composite.remove.__code__:
             frame = frame.f_back
         return frame is not None and frame.f_back.f_code is Composite.register.__code__
+
+    def _check_rules(self):
+        '''Raise a RuntimeError if a composite of Zennit was registered within the context of this one.'''
+        composite = self._composite()
+        known = () if composite is None else composite.hook_refs
+        for module in self.names:
+            # that of this canonizer, and one of the composite
+            if len(module._forward_pre_hooks) > 2:
+                rules = [rule for rule in rules_among(module._forward_pre_hooks) if rule.active]
+                foreign = [rule for rule in rules
+                           if rule not in known and not isinstance(rule, (SinglePass, BlockEpsilon))]
+                if foreign and len(rules) > len(foreign):
+                    raise RuntimeError(
+                        f'{self._label(module)} was given the rule {type(foreign[0]).__name__} of another composite '
+                        f'within the context of {type(composite).__name__}: leave that first. To combine both, use '
+                        'with_splitting or a layer map.'
+                    )
 
     def _overlapping(self):
         '''Other canonizers in use for the same modules.'''
@@ -436,15 +481,59 @@ class ResidualCanonizer(Described, Canonizer):
             carrier.register_hook(check)
         return output
 
+    def pass_at_end(self, call, function):
+        '''Run a softmax, which passes relevance to the logits it was computed from if it is the output of the network.
+
+        Parameters
+        ----------
+        call: object
+            The call of the module that runs the function.
+        function: :py:obj:`zennit_resnet.operations.FunctionCall`
+            The function with its arguments.
+
+        Returns
+        -------
+        :py:obj:`torch.Tensor`
+            What the function returns.
+        '''
+        output = self.run_known(function, function.carriers)
+        with DisableTorchFunction():
+            if output.requires_grad:
+                self.local.softmaxes[output.grad_fn] = self._check(call, function.name, 'it is not the output')
+        return output
+
+    def _follow_softmaxes(self, outputs):
+        '''Let those pass relevance which are what the network returns, and have an error of all others.'''
+        at_end = {end_of(node) for node in nodes_of(outputs)}
+        for node, check in self.local.softmaxes.items():
+            if node in at_end and not self.is_gradient:
+                node.register_prehook(_explain_logits)
+                node.register_hook(lambda lower, relevance: (relevance[0], *lower[1:]))
+            elif node in at_end or not self.is_gradient:
+                node.register_prehook(check)
+        self.local.softmaxes = {}
+
     def _check(self, call, name, reason):
         '''A backward hook which raises or warns if there is any relevance.'''
         path = self.names.get(call.module) or 'the model'
-        message = (
-            f'{path} ({type(call.module).__name__}) uses \'{name}\' on tensors that carry '
-            f'relevance, and {reason}. Put it in a module and give that a rule in the layer map of the composite, or '
-            'use ResidualCanonizer(strict=False) to have its gradient instead.'
-        )
-        strict = self.strict
+        where = f'{path} ({type(call.module).__name__}) uses \'{name}\' on tensors that carry relevance'
+        remedy = next((text for key, text in REMEDIES.items() if key in name), None)
+        if remedy is not None:
+            message = f'{where}: {remedy}.'
+        else:
+            kind = type(call.module).__name__
+            remedy_of_module = 'Put it in a module and give that a rule in the layer map of the composite'
+            if call.module is not self.root and not call.module._modules and not call.module._parameters:
+                remedy_of_module = (
+                    f'If it is an activation, layer_map=[({kind}, PassThrough())] passes relevance, otherwise give it '
+                    'another rule there'
+                )
+            message = (
+                f'{where}, and {reason}. {remedy_of_module}, or use ResidualCanonizer(strict=False) to have its '
+                'gradient instead.'
+            )
+        # the gradient of a softmax sums to zero, and that of the others is not what was asked for either
+        strict = self.strict or remedy is not None
 
         def check(relevance):
             relevance = relevance if isinstance(relevance, tuple) else (relevance,)
@@ -461,7 +550,7 @@ class ResidualCanonizer(Described, Canonizer):
             source = getattr(node, '_forward_cls', None)
             if node in self.local.known:
                 continue
-            if source is not None and not source.__module__.startswith(('zennit', 'torch.nn.')):
+            if source is not None and not source.__module__.startswith('zennit') and source.__name__ not in IDENTITIES:
                 node.register_prehook(self._check(call, source.__qualname__, 'it has a backward function of its own'))
             elif is_arithmetic(node):
                 name = node.name().rpartition('::')[2]
@@ -569,7 +658,12 @@ class BlockCanonizer(ResidualCanonizer):
 
     def intercept(self, func, args, kwargs):
         '''Run a function.'''
-        return func(*args, **kwargs)
+        stack = self._stack()
+        if not stack or 'softmax' not in name_of(func) or not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        carriers = carriers_of((args, kwargs))
+        function = FunctionCall(func, name_of(func), args, kwargs, carriers)
+        return self.pass_at_end(stack[-1], function) if carriers else function()
 
 
 class _Interception(Watch):
@@ -586,6 +680,14 @@ class _Interception(Watch):
     def run(self, func, args, kwargs):
         '''Run a function, through a module that stands for it if it is an operation on relevance.'''
         return self.canonizer.intercept(func, args, kwargs)
+
+
+def _explain_logits(relevance):
+    warnings.warn(
+        'The network ends with a softmax: what is explained are the logits that it was computed from, with the '
+        'relevance that was given for the probabilities. Those of a log-softmax are negative, so start from one there.',
+        stacklevel=2,
+    )
 
 
 def _in_use(composite):

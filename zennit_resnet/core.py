@@ -112,10 +112,16 @@ class Eager:
     Raises
     ------
     TypeError
-        If a module is a ScriptModule, or runs replicas on several devices.
+        If a module is a ScriptModule, quantized, sharded, or runs replicas on several devices.
+    RuntimeError
+        In inference mode, in which there are no gradients.
     '''
     def __init__(self, root_module):
         self.replaced, self.is_copy = [], False
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                'There is no relevance within torch.inference_mode(): leave it, torch.enable_grad() is not enough.'
+            )
         for name, module in root_module.named_modules():
             label = f'{name or "The model"} ({type(module).__name__})'
             if isinstance(module, torch.jit.ScriptModule):
@@ -126,6 +132,16 @@ class Eager:
                 raise TypeError(
                     f'{label} runs replicas of its module on several devices, to which no rules are attached: use the '
                     'module inside, which is its attribute \'module\'.'
+                )
+            if any('FSDP' in base.__name__ or 'FullySharded' in base.__name__ for base in type(module).__mro__):
+                raise TypeError(
+                    f'{label} is sharded among processes, and rules need whole weights: explain the network before '
+                    'fully_shard or FullyShardedDataParallel.'
+                )
+            if 'quantized' in type(module).__module__.split('.'):
+                raise TypeError(
+                    f'{label} is quantized, and rules need floating point numbers: explain the network before it is '
+                    'converted.'
                 )
         for module in root_module.modules():
             original = module._modules.get('_orig_mod')

@@ -144,6 +144,13 @@ def is_gate(tensor, with_tanh=True):
     return True
 
 
+def end_of(node):
+    '''The last function before an output that does more than moving elements.'''
+    while any(key in _stem(node) for key in MOVES) and len(_parents(node)) == 1 or 'Slice' in _stem(node):
+        node, = _parents(node)
+    return node
+
+
 def is_arithmetic(node):
     '''Whether a function computes something from several tensors, which the canonizer should have intercepted.'''
     return 'DifferentiableGraph' in node.name() or _stem(node) in ARITHMETIC and len(_parents(node)) > 1

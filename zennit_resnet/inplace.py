@@ -2,6 +2,7 @@
 import threading
 import weakref
 from contextlib import nullcontext
+from numbers import Number
 
 import torch
 from torch._C import DisableTorchFunction
@@ -148,7 +149,13 @@ class Watch(TorchFunctionMode):
         if _STATE.weights and (target is not None or name.startswith('_foreach')):
             _preserve(args[:1] if target is None else target)
         clipped = _use(target, (args, kwargs), self.is_gradient and name in CLIPPING) if _STATE.kept else ()
-        output = self.run(func, args, kwargs)
+        try:
+            output = self.run(func, args, kwargs)
+        except TypeError as error:
+            if name.startswith('__') and all(isinstance(elem, (torch.Tensor, Number)) for elem in args):
+                # Python would call the operands unsupported, whatever is wrong
+                raise RuntimeError(f'{name}: {error}') from error
+            raise
         for kept in clipped:
             kept.accept()
         if target is not None:
