@@ -8,6 +8,7 @@ import torch
 from torch._C import DisableTorchFunction
 from zennit.canonizers import Canonizer
 from zennit.core import Composite, RemovableHandleList
+from zennit.rules import NoMod
 from zennit.types import Linear
 
 from .arguments import Described, check_flag
@@ -276,7 +277,7 @@ class ResidualCanonizer(Described, Canonizer):
             self._check_output(args, output, carriers)
             self._follow_softmaxes(carriers)
         if self.local.is_active:
-            if call.weights is not None and call.opaque and carriers:
+            if call.weights is not None and carriers and (call.opaque or self.is_gradient):
                 self._watch_weights(call, carriers)
             if not call.opaque:
                 self._guard(call, carriers)
@@ -300,7 +301,10 @@ class ResidualCanonizer(Described, Canonizer):
 
     def _watch_weights(self, call, carriers):
         '''Have an error if a rule that reads weights from the module, as those of Zennit, finds others later.'''
-        if not isinstance(call.module, Linear):
+        if self.is_gradient:
+            for node in nodes_of(carriers):
+                node.register_prehook(call.weights.check_data)
+        elif not isinstance(call.module, Linear):
             return
         for tensor in call.module._parameters.values():
             if tensor is not None:
@@ -342,6 +346,7 @@ class ResidualCanonizer(Described, Canonizer):
                     composite.module_map(self.context, name, module)
             self.leaves = {module: single_pass(module) for module in self.names
                            if module is not self.root and not module._modules}
+            self._check_parameters()
 
     def _label(self, module):
         '''Name and type of a module.'''
@@ -353,6 +358,20 @@ class ResidualCanonizer(Described, Canonizer):
         while frame is not None and frame.f_code is not Composite.remove.__code__:
             frame = frame.f_back
         return frame is not None and frame.f_back.f_code is Composite.register.__code__
+
+    def _check_parameters(self):
+        '''Raise a RuntimeError if a rule of Zennit modifies weights that are no parameters, which it would not find.'''
+        for module in self.names:
+            if isinstance(module, Linear) and 'weight' not in module._parameters:
+                for rule in rules_among(module._forward_pre_hooks):
+                    modifiers = getattr(rule, 'param_modifiers', ())
+                    if rule.active and not all(isinstance(elem, NoMod) for elem in modifiers):
+                        raise RuntimeError(
+                            f'{self._label(module)} computes its weight (by a parametrization, weight norm or '
+                            f'pruning), and Zennit\'s {type(rule).__name__} only modifies parameters: make the weight a '
+                            'parameter (torch.nn.utils.parametrize.remove_parametrizations), or use a composite of '
+                            'this package.'
+                        )
 
     def _check_rules(self):
         '''Raise a RuntimeError if a composite of Zennit was registered within the context of this one.'''

@@ -22,8 +22,8 @@ class _State(threading.local):
         self.kept = {}
         # tensors which the network believes to be changed in place, with the tensors that took their place
         self.replaced = {}
-        # who reads weights in this memory in the backward pass
-        self.weights = {}
+        # who reads weights in this memory in the backward pass, and what sees all functions at the moment
+        self.weights, self.watches = {}, set()
 
 
 _STATE = _State()
@@ -120,11 +120,13 @@ class Watch(TorchFunctionMode):
 
     def enter(self):
         '''Begin, unless an interrupt has skipped the end.'''
+        _STATE.watches.add(self)
         if self not in _get_current_function_mode_stack():
             _push_mode(self)
 
     def leave(self):
         '''End, wherever it is among other modes.'''
+        _STATE.watches.discard(self)
         others = []
         while self in _get_current_function_mode_stack():
             others.append(_pop_mode())
@@ -233,7 +235,8 @@ def forget():
 
 def note_weight(tensor, reader):
     '''Have ``reader.preserve(address)`` called before the network changes a weight in place, while it runs.'''
-    if is_watched():
+    # also within the function that is seen at the moment
+    if _STATE.watches:
         _STATE.weights.setdefault(address_of(tensor), []).append(reader)
 
 

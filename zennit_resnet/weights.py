@@ -71,6 +71,11 @@ class UsedWeights:
         if not self.is_current():
             raise RuntimeError(_describe(self.module, 'weights were replaced or changed'))
 
+    def check_data(self, *args):
+        '''Raise a RuntimeError if one of the tensors has other ``data``, which autograd does not notice.'''
+        if any(_start(tensor) != address for tensor, address, _ in self.found):
+            raise RuntimeError(_describe(self.module, 'other data was assigned to a weight'))
+
     def renew(self):
         '''Take the weights that are in place now for those to be found later.'''
         self.found = _look(self.module)

@@ -1,0 +1,253 @@
+'''Relevance is that of the weights which the forward pass used, whatever is in place before and after it.'''
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import checkpoint
+from zennit.attribution import Gradient
+from zennit.composites import EpsilonPlus
+
+from zennit_resnet import BlockLRP, RelativeLRP, ResidualCanonizer, ResNetLRP, initial_relevance, with_splitting
+from zennit_resnet.core import SinglePass
+
+COMPOSITES = {
+    'ratio': ResNetLRP,
+    'merge': lambda: ResNetLRP('symmetric', batch_norm='merge'),
+    'relative': RelativeLRP,
+    'block': BlockLRP,
+    'splitting': lambda: with_splitting(EpsilonPlus()),
+    'splitting merge': lambda: with_splitting(EpsilonPlus(canonizers=[ResidualCanonizer(batch_norm='merge')])),
+}
+# rules that are run by this package have a copy of what they need, the others an error
+SINGLE_PASS = ('ratio', 'merge', 'relative')
+
+
+class Net(nn.Module):
+    '''A block with batch normalization, and a convolution that is a function.'''
+    def __init__(self, seed=0, checkpointed=False):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.stem, self.norm = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.branch, self.head = nn.Conv2d(6, 6, 3, padding=1), nn.Linear(6, 4)
+        self.weight, self.checkpointed = nn.Parameter(torch.randn(6, 6, 1, 1)), checkpointed
+        self.norm.running_mean.normal_(0, .3)
+        self.norm.running_var.uniform_(.5, 2)
+        self.norm.weight.data.normal_()
+
+    def forward(self, x):
+        '''Logits.'''
+        x = F.relu(self.norm(self.stem(x)))
+        x = F.relu(x + (checkpoint(self.branch, x, use_reentrant=False) if self.checkpointed else self.branch(x)))
+        return self.head(F.conv2d(x, self.weight).relu().mean((2, 3)))
+
+
+class Wrapped(nn.Module):
+    '''A network whose parameters are others only while it is called.'''
+    def __init__(self, how, checkpointed=False):
+        super().__init__()
+        self.net, self.how = Net(0, checkpointed), how
+        other = Net(1)
+        self.tensors = {name: elem.detach().clone() for name, elem in (*other.named_parameters(), *other.named_buffers())}
+
+    def forward(self, x):
+        '''Logits.'''
+        return getattr(self, self.how)(x)
+
+    def functional(self, x):
+        '''For a call, by torch.func.'''
+        return torch.func.functional_call(self.net, self.tensors, (x,))
+
+    def data(self, x):
+        '''Other data is assigned.'''
+        before = {name: elem.data for name, elem in self.net.named_parameters()}
+        for name, param in self.net.named_parameters():
+            param.data = self.tensors[name]
+        output = self.net(x)
+        for name, param in self.net.named_parameters():
+            param.data = before[name]
+        return output
+
+    def change(self, x):
+        '''They are changed in place, and changed back.'''
+        before = {name: elem.detach().clone() for name, elem in self.net.named_parameters()}
+        for name, param in self.net.named_parameters():
+            param.data += self.tensors[name] - before[name]
+        output = self.net(x)
+        for name, param in self.net.named_parameters():
+            param.data.copy_(before[name])
+        return output
+
+    def foreach(self, x):
+        '''All at once.'''
+        params = [param for _, param in self.net.named_parameters()]
+        before = [param.detach().clone() for param in params]
+        with torch.no_grad():
+            torch._foreach_copy_(params, [self.tensors[name] for name, _ in self.net.named_parameters()])
+        output = self.net(x)
+        with torch.no_grad():
+            torch._foreach_copy_(params, before)
+        return output
+
+    def replace(self, x):
+        '''There are other parameter objects.'''
+        modules = {name: (module, dict(module._parameters)) for name, module in self.net.named_modules()}
+        for prefix, (module, parameters) in modules.items():
+            for name in parameters:
+                key = f'{prefix}.{name}'.lstrip('.')
+                module._parameters[name] = nn.Parameter(self.tensors[key], requires_grad=False)
+        output = self.net(x)
+        for module, parameters in modules.values():
+            module._parameters.update(parameters)
+        return output
+
+
+def explain(model, composite):
+    '''Output and relevance of images of which some values are negative.'''
+    x = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    with Gradient(model=model.double().eval(), composite=composite) as attributor:
+        return attributor(x, initial_relevance([1, 2]))
+
+
+def reference(name, tensors):
+    '''Output and relevance of a network that has these weights at all times.'''
+    twin = nn.Module()
+    twin.net = Net()
+    twin.forward = twin.net.__call__
+    twin.net.load_state_dict(tensors)
+    return explain(twin, COMPOSITES[name]())
+
+
+@pytest.mark.parametrize('how', ['functional', 'data', 'change', 'foreach', 'replace'])
+@pytest.mark.parametrize('name', COMPOSITES)
+def test_weights_of_the_call(name, how):
+    '''The same map as with weights that stay, or an error, and the same network afterwards.'''
+    model = Wrapped(how).double()
+    model.tensors = {key: elem.double() for key, elem in model.tensors.items()}
+    if how != 'functional':
+        model.tensors.update(model.net.named_buffers())
+    before = {key: elem.clone() for key, elem in model.state_dict().items()}
+    # autograd keeps objects, so that BlockLRP is right where these are others
+    if name in SINGLE_PASS or name == 'block' and how in ('functional', 'replace'):
+        (output, relevance), (same, expected) = explain(model, COMPOSITES[name]()), reference(name, model.tensors)
+        torch.testing.assert_close(output, same, rtol=0, atol=1e-12)
+        torch.testing.assert_close(relevance, expected, rtol=1e-9, atol=1e-12)
+    else:
+        with pytest.raises(RuntimeError, match='weight'):
+            explain(model, COMPOSITES[name]())
+        return
+    after = model.state_dict()
+    assert all(torch.equal(elem, after[key]) for key, elem in before.items())
+
+
+@pytest.mark.parametrize('name', COMPOSITES)
+def test_checkpointed(name):
+    '''A part that runs again in the backward pass has to have the same weights.'''
+    state = Net().double().state_dict()
+    twin = Net(0, checkpointed=True)
+    torch.testing.assert_close(explain(twin, COMPOSITES[name]()), explain(Net(), COMPOSITES[name]()))
+    assert all(torch.equal(elem, state[key]) for key, elem in twin.state_dict().items())
+    model = Wrapped('functional', checkpointed=True).double()
+    model.tensors = {key: elem.double() for key, elem in model.tensors.items()}
+    with pytest.raises(RuntimeError, match='weights'):
+        explain(model, COMPOSITES[name]())
+
+
+@pytest.mark.parametrize('path', ['stem.weight', 'branch.weight', 'head.weight', 'weight', 'norm.running_var'])
+@pytest.mark.parametrize('name', COMPOSITES)
+def test_changed_before_the_backward_pass(name, path):
+    '''What a rule reads must not be changed in place between the passes. What it does not read may be.'''
+    model, x = Net().double().eval(), torch.rand(2, 3, 12, 12, dtype=torch.double, requires_grad=True)
+    with COMPOSITES[name]().context(model):
+        output = model(x)
+        expected, = torch.autograd.grad(output, x, initial_relevance(1)(output), retain_graph=True)
+        with torch.no_grad():
+            owner, _, key = path.rpartition('.')
+            getattr(model.get_submodule(owner), key).mul_(-1 if 'weight' in path else 2)
+        try:
+            relevance, = torch.autograd.grad(output, x, initial_relevance(1)(output))
+        except RuntimeError as error:
+            assert 'norm' not in path or name != 'ratio', error
+        else:
+            assert 'norm' in path
+            torch.testing.assert_close(relevance, expected)
+
+
+@pytest.mark.parametrize('name', SINGLE_PASS)
+def test_parametrized_at_random(name):
+    '''A weight that is computed anew whenever it is asked for is that of the call.'''
+    class Noise(nn.Module):
+        '''Another weight each time.'''
+        def forward(self, weight):
+            '''The weight with noise.'''
+            drawn.append(weight + torch.randn_like(weight))
+            return drawn[-1]
+
+    drawn, model = [], Net().double()
+    parametrize.register_parametrization(model.branch, 'weight', Noise())
+    drawn.clear()
+    relevance = explain(model, COMPOSITES[name]())[1]
+    assert len(drawn) == 1
+    twin = Net().double()
+    twin.branch.weight.data = drawn[0].detach()
+    torch.testing.assert_close(relevance, explain(twin, COMPOSITES[name]())[1])
+
+
+@pytest.mark.parametrize('norm', [parametrizations.weight_norm, parametrizations.spectral_norm, nn.utils.weight_norm])
+@pytest.mark.parametrize('name', COMPOSITES)
+def test_normalized_weights(name, norm):
+    '''Weights that are computed from others are those that are computed.'''
+    model, twin = Net().double().eval(), Net().double().eval()
+    for layer, other in ((model.branch, twin.branch), (model.head, twin.head)):
+        norm(layer)
+        layer(torch.zeros(1, 6, *(12, 12) * (layer is model.branch), dtype=torch.double))
+        other.weight.data = layer.weight.detach().clone()
+    if name.startswith('splitting'):
+        # Zennit's rules modify parameters, of which the weight is none
+        with pytest.raises(RuntimeError, match='branch.*ZPlus'):
+            explain(model, COMPOSITES[name]())
+    else:
+        torch.testing.assert_close(explain(model, COMPOSITES[name]()), explain(twin, COMPOSITES[name]()))
+
+
+def test_rule_of_a_module_with_modules():
+    '''A rule for a module with others inside, which are not copied, must find their weights again.'''
+    class Twice(nn.Module):
+        '''Two layers.'''
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            '''Both.'''
+            return self.second(self.first(x))
+
+    class Jacobian(SinglePass):
+        '''Runs the module again.'''
+        def store(self, module, *inputs):
+            '''The input.'''
+            return inputs
+
+        def propagate(self, module, stored, relevance):
+            '''Gradient times input.'''
+            with torch.enable_grad():
+                x = stored[0].detach().requires_grad_()
+                return (x * torch.autograd.grad(module.forward(x), x, relevance)[0],)
+
+    class Functional(nn.Module):
+        '''Weights that are in place for the call only.'''
+        def __init__(self):
+            super().__init__()
+            self.net, self.scale = nn.Sequential(nn.Linear(3, 4), Twice(), nn.Linear(4, 2)), 1
+
+        def forward(self, x):
+            '''Logits.'''
+            tensors = {name: self.scale * elem.detach() for name, elem in self.net.named_parameters()}
+            return torch.func.functional_call(self.net, tensors, (x,)) if self.scale != 1 else self.net(x)
+
+    model, x = Functional().eval(), torch.rand(2, 3)
+    explanation = Gradient(model, ResNetLRP(layer_map=[(Twice, Jacobian())]))(x, initial_relevance(1))
+    assert bool(explanation[1].isfinite().all())
+    model.scale = 2
+    with pytest.raises(RuntimeError, match='Linear.*weights'):
+        Gradient(model, ResNetLRP(layer_map=[(Twice, Jacobian())]))(x, initial_relevance(1))
