@@ -4,7 +4,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from .functions import FunctionCall, out_of_place, with_values, write_out
+from .functions import FunctionCall, kept, out_of_place, with_values, write_out
 from .layer import Addition, Filling, NonNegativeMap, Reduction
 
 # Elements among constants, if only one tensor carries relevance: of several, the gradient is the rule.
@@ -52,7 +52,7 @@ def assign(canonizer, call, function):
         return output
 
     placed = FunctionCall(changed, function.name, (target, value), {}, function.carriers)
-    target.copy_(canonizer.run(call, Filling, placed))
+    target.copy_(canonizer.run(call, Filling, placed.put(target, kept(target))))
 
 
 def unfold(canonizer, call, function):
@@ -216,7 +216,8 @@ def deviation(canonizer, call, function):
         return canonizer.run(call, Reduction, function, **settings)
     func = function.func
     first, second = (FunctionCall(
-        lambda *args, num=num, **kwargs: func(*args, **kwargs)[num], function.name, function.args, function.kwargs,
+        # the graph has one node for both
+        lambda *args, num=num, **kwargs: func(*args, **kwargs)[num].clone(), function.name, function.args, function.kwargs,
         [input],
     ) for num in (0, 1))
     return canonizer.run(call, Reduction, first, **settings), canonizer.run(call, NonNegativeMap, second)

@@ -266,7 +266,7 @@ def bilinear(canonizer, call, function):
     with torch.no_grad():
         exact = function()
     output = einsum(canonizer, call, product)
-    return with_values(output if given.get('bias') is None else output + given['bias'], exact)
+    return with_values(output + (0 if given.get('bias') is None else given['bias']), exact)
 
 
 def deformable(canonizer, call, function):
@@ -294,7 +294,7 @@ def affine_grid(canonizer, call, function):
     product = FunctionCall(torch.einsum, function.name, ('...k,bjk->b...j', places, theta), {}, [theta])
     with torch.no_grad():
         exact = function()
-    return with_values(einsum(canonizer, call, product), exact)
+    return with_values(einsum(canonizer, call, product) + 0, exact)
 
 
 # -- functions that can be written with sums and products --------------------------------------------------------------
