@@ -251,8 +251,14 @@ def _linear(canonizer, call, function):
     standin = canonizer.stand_in(call, CONVOLUTIONS.get(function.name, FullyConnected), function.name)
     defaults = {'stride': 1, 'padding': 0, 'output_padding': 0, 'dilation': 1, 'groups': 1}
     standin.padding_mode = 'zeros'
+    func = function.func
+    if isinstance(func, torch._ops.OpOverload):
+        # it takes lists where others take numbers
+        def func(*args, **kwargs):
+            return function.func(*args, **{key: elem for key, elem in kwargs.items() if key in given})
+
     standin.set_call(
-        function.func, given['weight'], given.get('bias'),
+        func, given['weight'], given.get('bias'),
         **{key: given.get(key, defaults[key]) for key in settings},
     )
     return canonizer.run_known(lambda: standin(given['input']), [given['input']])
