@@ -638,16 +638,16 @@ def test_training_mode():
 def test_unsupported():
     '''Operations without a rule are an error.'''
     class Model(torch.nn.Module):
-        '''Uses a sine.'''
+        '''Uses a cumulative product.'''
         def __init__(self):
             super().__init__()
             self.head = torch.nn.Linear(3, 2)
 
         def forward(self, x):
             '''Logits.'''
-            return self.head(torch.sin(x))
+            return self.head(torch.cumprod(x, 1))
 
-    with pytest.raises(UnsupportedOperation, match='sin'):
+    with pytest.raises(UnsupportedOperation, match='cumprod'):
         ResNetLRP(Model()).attribute(torch.randn(2, 3), target=1)
 
 

@@ -42,7 +42,8 @@ class FunctionCall:
     def put(self, tensor, value):
         '''The call with another tensor in the place of one.'''
         args, kwargs = (_replace(elem, {id(tensor): value}) for elem in (self.args, self.kwargs))
-        return FunctionCall(self.func, self.name, args, kwargs, [elem for elem in self.carriers if elem is not tensor])
+        carriers = [value if elem is tensor else elem for elem in self.carriers]
+        return FunctionCall(self.func, self.name, args, kwargs, [elem for elem in carriers if elem.requires_grad])
 
     def rebind(self, *tensors):
         '''The call as a function of tensors, by default those that carry relevance, without a reference to any.'''
@@ -95,9 +96,14 @@ def out_of_place(handler):
         if not function.is_inplace:
             return handler(canonizer, call, function, **settings)
         target = function.args[0] if function.args else function.kwargs['input']
-        return target.copy_(handler(canonizer, call, function.out_of_place(), **settings))
+        return target.copy_(handler(canonizer, call, function.out_of_place().put(target, kept(target)), **settings))
 
     return run
+
+
+def kept(tensor):
+    '''A tensor with the values that a tensor has before it changes in place, if a rule may need them.'''
+    return tensor.clone() if tensor.requires_grad else tensor
 
 
 def with_values(output, exact):

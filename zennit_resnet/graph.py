@@ -6,10 +6,11 @@ import torch
 from torch._C import DisableTorchFunction
 from zennit.types import Activation, AvgPool, Convolution, MaxPool
 
-from .layer import Addition, Concatenation, Filling, Gate
+from .layer import Addition, Concatenation, Filling, Gate, Operation
 
-# An exponential is a factor which is positive like a sigmoid.
-SIGMOIDS = frozenset('sigmoid sigmoid_ hardsigmoid softmax special_expit expit exp exp_ special_softmax'.split())
+SIGMOIDS = frozenset('sigmoid sigmoid_ hardsigmoid softmax special_softmax special_expit'.split())
+# Functions of which the output may be anything, whatever they are given.
+UNBOUNDED = frozenset('exp exp_ exp2 exp2_ special_exp2 __rpow__'.split())
 SIGMOID_MODULES = (torch.nn.Sigmoid, torch.nn.Hardsigmoid, torch.nn.Softmax)
 TANHS = frozenset('tanh tanh_'.split())
 COPIES = ('Clone', 'ToCopy')
@@ -27,7 +28,8 @@ AVERAGES = ('Pool', 'Upsample', 'Mean', 'Sum')
 CLIPS = ('Clamp', 'Hardtanh', 'Relu', 'Where', 'Masked', 'Maximum', 'Minimum')
 COMBINES = (Addition, Concatenation, Filling, Gate, Activation, AvgPool, MaxPool, torch.nn.Upsample)
 # Functions of several tensors.
-ARITHMETIC = frozenset('Add Sub Rsub Mul Div Addcmul Addcdiv Lerp Where Bmm Mm Mv Dot Baddbmm Addmm Addbmm'.split())
+PRODUCTS = frozenset('Bmm Mm Mv Dot Baddbmm Addmm Addbmm'.split())
+ARITHMETIC = PRODUCTS | frozenset('Add Sub Rsub Mul Div Addcmul Addcdiv Lerp Where'.split())
 
 
 def name_of(function):
@@ -123,9 +125,7 @@ def depends_on(tensor, source):
 
 def is_first(input):
     '''Whether no linear layer or convolution with a single-pass rule precedes, by the input's graph.'''
-    return not any(
-        isinstance(getattr(node, 'module', None), (Convolution, torch.nn.Linear)) for node in walk([input.grad_fn])
-    )
+    return not any(map(_is_layer, walk([input.grad_fn])))
 
 
 def is_gate(tensor, with_tanh=True):
@@ -149,6 +149,16 @@ def end_of(node):
     while any(key in _stem(node) for key in MOVES) and len(_parents(node)) == 1 or 'Slice' in _stem(node):
         node, = _parents(node)
     return node
+
+
+def is_attention(tensor):
+    '''Whether a tensor was computed from a product of two tensors over dimensions, after the last layers before it.'''
+    layers = (node for node in walk([tensor.grad_fn]) if _is_layer(node))
+    return any(_stem(node) in PRODUCTS and len(_parents(node)) > 1 for node in walk([tensor.grad_fn], set(layers)))
+
+
+def _is_layer(node):
+    return isinstance(getattr(node, 'module', None), (Convolution, torch.nn.Linear))
 
 
 def is_arithmetic(node):
@@ -189,9 +199,11 @@ def _scales(node):
 
 def _combines(node):
     '''Whether a function moves, averages, scales, clips or adds up what it is given.'''
-    stem = _stem(node)
+    stem, module = _stem(node), getattr(node, 'module', None)
+    if isinstance(module, Operation) and module.name in UNBOUNDED:
+        return False
     return (
-        isinstance(getattr(node, 'module', None), COMBINES) or _scales(node) or stem in SHIFTS
+        isinstance(module, COMBINES) or _scales(node) or stem in SHIFTS
         or stem.startswith(REORDERS) or any(key in stem for key in AVERAGES + CLIPS)
     ) and bool(_parents(node))
 
@@ -240,7 +252,9 @@ def moves_first(node):
         return node._saved_dims[0] != 0
     if node.name().startswith('Slice') and node._saved_step == 1 and not node._saved_start:
         # PyTorch 2.4 has one for each colon of an index
-        if node._saved_end is None or node._saved_end >= node._saved_self_sym_sizes[node._saved_dim]:
+        sizes = node._saved_self_sym_sizes
+        dim = next(num for num in (node._saved_dim, node._saved_dim - 2 ** 64) if num < len(sizes))
+        if node._saved_end is None or node._saved_end >= sizes[dim]:
             return False
     # negative numbers are stored as large ones
     dims = [getattr(node, key) for key in ('_saved_dim', '_saved_dim0', '_saved_dim1') if hasattr(node, key)]

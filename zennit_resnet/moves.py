@@ -4,7 +4,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from .functions import FunctionCall, out_of_place, with_values, write_out
+from .functions import FunctionCall, kept, out_of_place, with_values, write_out
 from .layer import Addition, Filling, NonNegativeMap, Reduction
 
 # Elements among constants, if only one tensor carries relevance: of several, the gradient is the rule.
@@ -52,7 +52,7 @@ def assign(canonizer, call, function):
         return output
 
     placed = FunctionCall(changed, function.name, (target, value), {}, function.carriers)
-    target.copy_(canonizer.run(call, Filling, placed))
+    target.copy_(canonizer.run(call, Filling, placed.put(target, kept(target))))
 
 
 def unfold(canonizer, call, function):
@@ -151,9 +151,11 @@ def branches(function):
     noted = getattr(input, '_stacked', None)
     if noted is None or not isinstance(dim, int) or isinstance(dim, bool) or given.get('dtype') is not None:
         return None
-    tensors, stacked, versions = noted
+    tensors, stacked, is_stack, versions = noted
     is_changed = [elem._version for elem in (input, *tensors)] != versions  # pylint: disable=protected-access
-    return None if is_changed or dim % input.ndim != stacked else tensors
+    if is_changed or dim % input.ndim != stacked:
+        return None
+    return tensors if is_stack else [elem.squeeze(stacked) for elem in tensors]
 
 
 def note_stacked(output, tensors, dim, is_stack):
@@ -161,14 +163,15 @@ def note_stacked(output, tensors, dim, is_stack):
     dim = dim % output.ndim
     if is_stack or all(elem.ndim == output.ndim and elem.shape[dim] == 1 for elem in tensors):
         versions = [elem._version for elem in (output, *tensors)]  # pylint: disable=protected-access
-        output._stacked = tuple(tensors), dim, versions
+        output._stacked = tuple(tensors), dim, is_stack, versions
 
 
 def reduce_branches(canonizer, call, function, tensors):
     '''A sum, mean or maximum of tensors that were stacked for it, as an addition or maximum of these.'''
     with torch.no_grad():
         exact = function()
-    values = exact[0] if isinstance(exact, tuple) else exact
+    result = exact[0] if isinstance(exact, tuple) else exact
+    values = result.reshape(tensors[0].shape)
     if function.name in ('sum', 'mean'):
         def total(*tensors):
             return with_values(sum(tensors[1:], tensors[0].clone()), values)
@@ -179,6 +182,7 @@ def reduce_branches(canonizer, call, function, tensors):
     else:
         choose = torch.minimum if 'min' in function.name else torch.maximum
         output = with_values(functools.reduce(choose, tensors[1:], tensors[0].clone()), values)
+    output = output.reshape(result.shape)
     return type(exact)((output, *exact[1:])) if isinstance(exact, tuple) else output
 
 
@@ -216,7 +220,8 @@ def deviation(canonizer, call, function):
         return canonizer.run(call, Reduction, function, **settings)
     func = function.func
     first, second = (FunctionCall(
-        lambda *args, num=num, **kwargs: func(*args, **kwargs)[num], function.name, function.args, function.kwargs,
+        # the graph has one node for both
+        lambda *args, num=num, **kwargs: func(*args, **kwargs)[num].clone(), function.name, function.args, function.kwargs,
         [input],
     ) for num in (0, 1))
     return canonizer.run(call, Reduction, first, **settings), canonizer.run(call, NonNegativeMap, second)

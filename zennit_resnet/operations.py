@@ -62,7 +62,7 @@ ACTIVATIONS = frozenset('''
 ELEMENT_WISE = '''
     abs absolute square pow float_power sqrt rsqrt reciprocal exp exp2 expm1 log log1p log2 log10 sin cos tan asin acos
     atan arcsin arccos arctan sinh cosh asinh acosh atanh arcsinh arccosh arctanh erf erfc erfinv sinc logit lgamma
-    digamma polygamma mvlgamma i0 igamma igammac round floor ceil trunc fix frac sign sgn fmod remainder floor_divide
+    digamma polygamma mvlgamma i0 igamma igammac round floor ceil trunc fix frac sign sgn fmod remainder
     hypot atan2 arctan2 copysign ldexp xlogy deg2rad rad2deg nextafter
 '''.split()
 SPECIAL = '''
@@ -73,7 +73,7 @@ SPECIAL = '''
 '''.split()
 ACTIVATIONS |= {
     *ELEMENT_WISE, *(f'{name}_' for name in ELEMENT_WISE), *(f'special_{name}' for name in SPECIAL),
-    *'__abs__ __pow__ __rpow__ __ipow__ __mod__ __imod__ __rmod__ __floordiv__ __ifloordiv__ __rfloordiv__'.split(),
+    *'__abs__ __pow__ __rpow__ __ipow__ __mod__ __imod__ __rmod__'.split(),
     'logaddexp', 'logaddexp2',
 }
 # The largest or smallest of two tensors, which clip a tensor if the other is a constant.
@@ -274,8 +274,14 @@ def _linear(canonizer, call, function):
     standin = canonizer.stand_in(call, CONVOLUTIONS.get(function.name, FullyConnected), function.name)
     defaults = {'stride': 1, 'padding': 0, 'output_padding': 0, 'dilation': 1, 'groups': 1}
     standin.padding_mode = 'zeros'
+    func = function.func
+    if isinstance(func, torch._ops.OpOverload):
+        # it takes lists where others take numbers
+        def func(*args, **kwargs):
+            return function.func(*args, **{key: elem for key, elem in kwargs.items() if key in given})
+
     standin.set_call(
-        function.func, given['weight'], given.get('bias'),
+        func, given['weight'], given.get('bias'),
         **{key: given.get(key, defaults[key]) for key in settings},
     )
     return canonizer.run_known(lambda: standin(given['input']), [given['input']])

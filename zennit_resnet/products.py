@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .functions import FunctionCall, out_of_place, with_values, write_out
-from .graph import is_gate
+from .graph import is_attention, is_gate
 from .layer import Activation, AveragePool, FullyConnected, Gate, LinearMap, NonNegativeMap, Resampling
 
 # Products of two tensors.
@@ -85,8 +85,17 @@ def multiply(canonizer, call, function):
             f'which factor is the signal and which the gate is ambiguous: shapes {tuple(left.shape)} and '
             f'{tuple(right.shape)}, and none or both were computed from sigmoids alone'
         ))
+    if is_division and _is_softmax(left, right):
+        function.name = 'softmax'
     # the gate counts as a constant, what computes it is not visited in the backward pass
     return run_on(canonizer, call, Gate, function, (left, right)[signal])
+
+
+def _is_softmax(left, right):
+    '''Whether exponentials are divided by their sum.'''
+    parents = () if right.grad_fn is None else [node for node, _ in right.grad_fn.next_functions]
+    name, below = (getattr(getattr(elem.grad_fn, 'module', None), 'name', '') for elem in (left, right))
+    return name in ('exp', 'exp_') and below == 'sum' and left.grad_fn in parents
 
 
 COMPLEX = 'it computes with complex numbers, which have no positive or negative parts for a rule'
@@ -110,6 +119,8 @@ def _pick(canonizer, call, function):
             f'several of its factors do (shapes {shapes}), none or all of which were computed from sigmoids or a '
             'softmax alone'
         ))
+    if any(is_attention(elem) for num, elem in enumerate(function.carriers) if num != signal):
+        return None, canonizer.refuse(call, function, 'its weights come from a product of two that do, as in attention')
     return function.keep(function.carriers[signal]), True
 
 
@@ -266,7 +277,7 @@ def bilinear(canonizer, call, function):
     with torch.no_grad():
         exact = function()
     output = einsum(canonizer, call, product)
-    return with_values(output if given.get('bias') is None else output + given['bias'], exact)
+    return with_values(output + (0 if given.get('bias') is None else given['bias']), exact)
 
 
 def deformable(canonizer, call, function):
@@ -294,7 +305,7 @@ def affine_grid(canonizer, call, function):
     product = FunctionCall(torch.einsum, function.name, ('...k,bjk->b...j', places, theta), {}, [theta])
     with torch.no_grad():
         exact = function()
-    return with_values(einsum(canonizer, call, product), exact)
+    return with_values(einsum(canonizer, call, product) + 0, exact)
 
 
 # -- functions that can be written with sums and products --------------------------------------------------------------

@@ -94,7 +94,7 @@ class Relative(SinglePass):
             with torch.enable_grad():
                 ones = torch.ones_like(input).requires_grad_()
                 output = module.linear(ones, torch.ones_like)
-            counts, = torch.autograd.grad(output.sum(), ones)
+            counts, = torch.autograd.grad(output, ones, torch.ones_like(output))
             per_position = self.cardinality == 'per_position'
             return float(output.detach().max()), counts if per_position else float(counts.max())
         if isinstance(module, torch.nn.Linear):

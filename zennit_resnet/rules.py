@@ -520,7 +520,9 @@ class ZPlus(SinglePass):
         with torch.enable_grad():
             leaf = input.detach().requires_grad_()
             result = self._linear(module, leaf, weight, shape)
-        return result.detach(), lambda output: torch.autograd.grad(result, leaf, output)[0]
+        # the gradient may need the result, in place of which relevance is divided
+        output = result.detach().clone() if isinstance(module, (NonNegativeMap, Signed)) else result.detach()
+        return output, lambda output: torch.autograd.grad(result, leaf, output)[0]
 
     def _linear(self, module, input, weight, shape):
         '''A convolution or pooling as a linear map of an input to an output of a spatial shape, with another weight.'''
