@@ -87,14 +87,14 @@ def test_number_of_targets(targets):
     assert not targets or f'{len(targets)} targets for a batch of 4' in str(info.value)
 
 
-@pytest.mark.parametrize('target', [3, -1, [0, 1, 2, 3], [0, -2, 0, 0]])
+@pytest.mark.parametrize('target', [3, -4, [0, 1, 2, 3], [0, -2, 0, 0], [-1] * 4])
 def test_target_outside_of_classes(target):
-    '''Targets count from zero, and not from the end.'''
+    '''Targets count from zero, and only a single one from the end.'''
     with pytest.raises(IndexError, match='3 classes'):
         initial_relevance(target)(OUTPUT)
 
 
-@pytest.mark.parametrize('shape', [(3,), (2, 3, 1), (2, 3, 4, 4)])
+@pytest.mark.parametrize('shape', [(), (2, 3, 1), (2, 3, 4, 4)])
 def test_output_shape(shape):
     '''Outputs of anything but classifiers give an error with their shape.'''
     with pytest.raises(ValueError, match='batch, classes') as info:

@@ -204,7 +204,7 @@ def test_linear_sum_of_factors():
 
 def test_linear_sum_needs_hook():
     '''A class is not a rule.'''
-    with pytest.raises(TypeError, match='not a hook'):
+    with pytest.raises(TypeError, match='rule=.*Epsilon'):
         LinearSum(Epsilon)
 
 

@@ -1148,9 +1148,10 @@ def test_errors():
     model, input = nn.Sequential(nn.Linear(4, 3)).double(), torch.randn(2, 4, dtype=torch.float64)
     composite = EpsilonPlus()
     for args, error, match in [
-        (('network', input, composite), TypeError, "'network' is not a module"),
+        (('network', input, composite), TypeError, "'network'"),
         ((model, [1.], composite), TypeError, 'tensor of floating point numbers'),
-        ((model, torch.ones(2, 4, dtype=torch.long), composite), TypeError, 'tensor of floating point numbers'),
+        ((model, torch.ones(2, 4, dtype=torch.long), composite), TypeError, 'int64'),
+        ((model, input.float(), composite), TypeError, 'float32.*float64'),
         ((model, input[:0], composite), TypeError, 'not empty'),
         ((model, input, EpsilonPlus), TypeError, 'not an instance of a composite'),
         ((model, input, composite, input), ValueError, r'shape \(2, 3\) of the output, but is \(2, 4\)'),
@@ -1170,7 +1171,7 @@ def test_errors():
             self.forward = function
 
     for function, error, match in [
-        (lambda x: (x * 1,), TypeError, 'returned tuple'),
+        (lambda x: (x * 1,), TypeError, 'tuple'),
         (torch.Tensor.detach, ValueError, 'does not depend on the input'),
         (torch.sum, ValueError, r'of shape \(\)'),
         (lambda x: x[:1] * 2, ValueError, r'input of shape \(2, 4\), but it is of shape \(1, 4\)'),

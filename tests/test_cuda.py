@@ -40,7 +40,7 @@ COMPOSITES = {
     'ratio': ResNetComposite,
     'symmetric': lambda: ResNetComposite(splitting='symmetric'),
     'literal': lambda: ResNetComposite(projection='literal', dead_units='drop', maxpool='avg2x2', first_layer='ones'),
-    'zbox': lambda: ResNetComposite(first_layer='zbox', low=-3., high=3., identity_skip=False),
+    'zbox': lambda: ResNetComposite(first_layer='zbox', low=-6., high=6., identity_skip=False),
     'merge': lambda: ResNetComposite(batch_norm='merge'),
     'block': BlockLRP,
     'relative': RelativeLRP,

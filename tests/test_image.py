@@ -204,7 +204,7 @@ def test_comparison_scale():
 
 
 @pytest.mark.parametrize('function, message', [
-    (lambda: draw_heatmap(np.zeros((1, 4, 5))), r'\(height, width\).*\(1, 4, 5\)'),
+    (lambda: draw_heatmap(np.zeros((3, 4, 5))), r'\(height, width\).*\(3, 4, 5\)'),
     (lambda: draw_heatmap(np.array([[0., np.nan]])), 'NaN'),
     (lambda: draw_heatmap(np.zeros((4, 5)), percentile=0), 'percentile=0'),
     (lambda: draw_overlay(np.zeros((3, 4, 5), dtype=np.uint8), np.zeros((4, 5))), r'photograph.*\(3, 4, 5\)'),

@@ -173,10 +173,11 @@ def zplus(draw, layer):
         maxpool += ['avg2x2'] * (len(kernel) == 2 and outputs == layer.relevance.shape[2:] and min(outputs) > 0)
     # denominators of the literal rule vanish where inputs are negative
     variants = ['zplus', 'ones', 'zbox', 'wsquare', 'flat'] + ['literal'] * (layer.sign != 'signed')
+    variant, bound = draw(st.sampled_from(variants)), float(layer.input.abs().max()) + 1
     return {
-        'first_layer': draw(st.sampled_from(variants)), 'projection': draw(st.sampled_from(['spread', 'literal'])),
+        'first_layer': variant, 'projection': draw(st.sampled_from(['spread', 'literal'])),
         'coverage': draw(st.sampled_from(['literal', 'even'])), 'maxpool': draw(st.sampled_from(maxpool)),
-        'low': -4., 'high': 4.,
+        **({'low': -bound, 'high': bound} if variant == 'zbox' else {}),
     }
 
 

@@ -300,8 +300,9 @@ def first_contributions(variant, module, input):
 
 def first_rule(variant, **kwargs):
     '''The rule with a variant for the first layer.'''
-    low, high = box()
-    return ZPlus(first_layer=variant, low=low, high=high, **kwargs)
+    if variant == 'zbox':
+        kwargs['low'], kwargs['high'] = box()
+    return ZPlus(first_layer=variant, **kwargs)
 
 
 @pytest.mark.parametrize('module', [
@@ -312,7 +313,7 @@ def first_rule(variant, **kwargs):
 def test_first_layer(module, variant):
     '''Each variant of the first layer has its contributions, of which the shares distribute relevance.'''
     module = copy.deepcopy(module).double()
-    input = make_input((2, 3, 6, 5), 'signed')
+    input = make_input((2, 3, 6, 5), 'signed').clamp(-1.8, 2.3)
     _, relevance, lower = attribute(first_rule(variant), module, input)
     expected = distribute(first_contributions(variant, module, input), relevance, connections(module, (3, 6, 5)))
     assert_close(lower, expected.view(input.shape), 1e-8)
@@ -339,7 +340,7 @@ def test_first_layer_linear(variant):
     '''A linear layer can be the first one as well.'''
     module = torch.nn.Linear(6, 4).double()
     input = make_input((2, 6), 'signed')
-    rule = ZPlus(first_layer=variant, low=-3., high=3.)
+    rule = ZPlus(first_layer=variant, **({'low': -3., 'high': 3.} if variant == 'zbox' else {}))
     _, relevance, lower = attribute(rule, module, input)
     weight = module.weight.detach().t()
     flat = input[:, :, None]
@@ -374,7 +375,7 @@ def test_first_layer_by_data_flow(variant):
         torch.nn.MaxPool2d(2), torch.nn.Conv2d(3, 2, 3).double(), torch.nn.Flatten(), torch.nn.Linear(8, 3).double(),
     ]
     rules = [first_rule(variant), PassThrough(), PassThrough(), ZPlus(), first_rule(variant), None, first_rule(variant)]
-    values, relevance = network_relevance(modules, rules, make_input((2, 3, 11, 11), 'signed'))
+    values, relevance = network_relevance(modules, rules, make_input((2, 3, 11, 11), 'signed').clamp(-1.8, 2.3))
     for num in (4, 6):
         assert_close(relevance[num], naive_zplus(modules[num], values[num], relevance[num + 1]))
     expected = distribute(first_contributions(variant, modules[0], values[0]), relevance[1])

@@ -12,8 +12,8 @@ from zennit.canonizers import Canonizer
 from zennit.core import Hook, Stabilizer
 
 
-def check_number(name, value, minimum=-math.inf, maximum=math.inf):
-    '''Raise an error which names an argument and its value, unless it is a finite number within a range.
+def check_number(name, value, minimum=-math.inf, maximum=math.inf, finite=True):
+    '''Raise an error which names an argument and its value, unless it is a number within a range.
 
     Parameters
     ----------
@@ -25,6 +25,8 @@ def check_number(name, value, minimum=-math.inf, maximum=math.inf):
         The lowest value that is allowed.
     maximum: float, optional
         The highest value that is allowed.
+    finite: bool, optional
+        Whether infinity is an error. NaN always is.
 
     Raises
     ------
@@ -33,10 +35,11 @@ def check_number(name, value, minimum=-math.inf, maximum=math.inf):
     ValueError
         If it is NaN, infinite or out of range.
     '''
+    # pylint: disable=too-many-arguments
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f'{name}={value!r} is not a number!')
-    if not math.isfinite(value):
-        raise ValueError(f'{name}={value!r} is not finite!')
+    if math.isnan(value) or finite and math.isinf(value):
+        raise ValueError(f'{name}={value!r} is not {"finite" if finite else "a number"}!')
     if not minimum <= value <= maximum:
         bounds = [f'{sign} {bound:g}' for sign, bound in (('>=', minimum), ('<=', maximum)) if math.isfinite(bound)]
         raise ValueError(f'{name}={value!r} is out of range: choose a number {" and ".join(bounds)}!')
@@ -76,8 +79,8 @@ def check_stabilizer(name, value):
 def check_rule(name, value, kind=Hook):
     '''Raise a TypeError unless an argument is an instance of a rule.'''
     if not isinstance(value, kind):
-        remedy = f'give an instance, such as {value.__name__}()' if isinstance(value, type) else 'give an instance'
-        raise TypeError(f'{name}={value!r} is not a {kind.__name__}: {remedy}!')
+        remedy = f', such as {value.__name__}()' if isinstance(value, type) else ''
+        raise TypeError(f'{name}={value!r} is not an instance of a {kind.__name__.lower()}: give one{remedy}!')
 
 
 def check_module(value):
@@ -360,7 +363,8 @@ def _restore(value, is_single, is_array):
         value = value[0] if is_single else value
         return value.numpy() if is_array else value
     if isinstance(value, tuple):
-        return type(value)(*(_restore(elem, is_single, is_array) for elem in value))
+        parts = [_restore(elem, is_single, is_array) for elem in value]
+        return type(value)(*parts) if hasattr(value, '_fields') else tuple(parts)
     if isinstance(value, dict):
         return {key: _restore(elem, is_single, is_array) for key, elem in value.items()}
     return value

@@ -368,8 +368,8 @@ class ResidualCanonizer(Described, Canonizer):
                     if rule.active and not all(isinstance(elem, NoMod) for elem in modifiers):
                         raise RuntimeError(
                             f'{self._label(module)} computes its weight (by a parametrization, weight norm or '
-                            f'pruning), and Zennit\'s {type(rule).__name__} only modifies parameters: make the weight a '
-                            'parameter (torch.nn.utils.parametrize.remove_parametrizations), or use a composite of '
+                            f'pruning), and Zennit\'s {type(rule).__name__} modifies parameters only: make the weight '
+                            'one (torch.nn.utils.parametrize.remove_parametrizations), or use a composite of '
                             'this package.'
                         )
 

@@ -1,5 +1,6 @@
 '''Command line, to explain what a network sees in photographs.'''
 import io
+import math
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,16 @@ PICTURES = ('.png', '.jpg', '.jpeg', '.webp', '.tif', '.tiff', '.bmp', '.gif', '
 DEFAULT_METHODS = (
     f'resnet_lrp_ratio,resnet_lrp_symmetric,epsilon_plus_flat+zennit,epsilon_plus+zennit,{INPUT_X_GRADIENT}'
 )
+
+
+class Tolerance(click.FloatRange):
+    '''A number in a range, which nan is not for Python.'''
+    def convert(self, value, param, ctx):
+        '''Parse the number.'''
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f'{value} is not a number', param, ctx)
+        return number
 
 
 class Session:
@@ -353,7 +364,7 @@ def compare(images, methods, show, out, **options):
 @common_options
 @method_options
 @click.option(
-    '--tolerance', type=click.FloatRange(min=0), default=1e-4, show_default=True,
+    '--tolerance', type=Tolerance(min=0), default=1e-4, show_default=True,
     help='Largest part of the initial relevance that a layer, or the whole network, may lose or gain.'
 )
 @click.option('--blocks', is_flag=True, help='List blocks in the place of layers.')

@@ -198,7 +198,7 @@ class Ledger:
         AssertionError
             If relevance is not conserved. The message names the worst layers, and the causes.
         '''
-        check_number('tolerance', tolerance, 0)
+        check_number('tolerance', tolerance, 0, finite=False)
         check_flag('layers', layers)
         bad = (~(self.deviation(layers) <= tolerance)).nonzero()[:, 0].tolist()
         if bad:
@@ -230,7 +230,7 @@ class Ledger:
         str
             The table, with a summary below.
         '''
-        check_number('tolerance', tolerance, 0)
+        check_number('tolerance', tolerance, 0, finite=False)
         check_flag('blocks', blocks)
         index = self._index(example)
         scale = float(self.scale[index])
@@ -315,7 +315,7 @@ class Ledger:
         :py:obj:`matplotlib.figure.Figure`
             The figure, of which ``savefig(path)`` writes a file.
         '''
-        check_number('tolerance', tolerance, 0)
+        check_number('tolerance', tolerance, 0, finite=False)
         return plot_ledger(self, self._index(example), tolerance)
 
     def records(self):

@@ -1,7 +1,7 @@
 '''Regions of heatmaps: the steps of the choice of contour and component in :py:mod:`zennit_resnet.postprocess`.
 
-All compute in double precision on the CPU, and do not propagate gradients. They also take single maps and NumPy
-arrays, as :py:mod:`zennit_resnet.postprocess` does.
+All compute in double precision on the CPU, and do not propagate gradients. They also take single maps and NumPy arrays,
+as :py:mod:`zennit_resnet.postprocess` does.
 '''
 import math
 from operator import index

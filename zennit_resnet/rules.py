@@ -365,11 +365,10 @@ class ZPlus(SinglePass):
         stabilizer = check_stabilizer('stabilizer', stabilizer)
         self.stabilizer = None if stabilizer == 0 else Stabilizer.ensure(stabilizer)
         self.first_layer = first_layer
-        self.low, self.high = (
-            None if value is None else as_bound(name, value) for name, value in (('low', low), ('high', high))
-        )
-        if self.low is not None:
-            check_bounds(self.low, self.high)
+        self.low, self.high = low, high
+        if first_layer == 'zbox':
+            self._low, self._high = as_bound('low', low), as_bound('high', high)
+            check_bounds(self._low, self._high)
         self.projection = projection
         self.dead_units = dead_units
         self.maxpool = maxpool
@@ -404,7 +403,7 @@ class ZPlus(SinglePass):
         first = is_first(input)
         if first and self.first_layer == 'zbox':
             bounds = [self._bound(name, module, input) for name in ('low', 'high')]
-            check_inside(input, *bounds, (self.low.dtype, self.high.dtype))
+            check_inside(input, *bounds, (self._low.dtype, self._high.dtype))
         source = getattr(input.grad_fn, 'module', None)
         is_relu = type(source) in (torch.nn.ReLU, torch.nn.ReLU6) or getattr(source, 'name', '') in RELU
         return input, torch.tensor([first, is_relu])
@@ -504,7 +503,7 @@ class ZPlus(SinglePass):
             dim = -1
         elif isinstance(module, Convolution):
             dim = 1 - module.weight.ndim
-        return spread_bound(name, getattr(self, name), input, dim)
+        return spread_bound(name, {'low': self._low, 'high': self._high}[name], input, dim)
 
     def _map(self, module, input, weight, shape):
         '''The output of :py:meth:`_linear`, and the transposed linear map as a function.'''

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Optional
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module
@@ -345,9 +346,17 @@ def _check_options(method: Method) -> None:
                 f"{method.text}: {method.base} has no option {key!r}, but"
                 f" {', '.join(sorted(accepted)) or 'none'}"
             )
-    if _is_composite(method.base) and not _needs_bounds(method):
+    if method.base in SETTINGS or _is_composite(method.base):
+        options = dict(method.options)
+        if method.base in SETTINGS:
+            settings: Any = SETTINGS[method.base]
+            create, options = ClassicLRP, {**settings, **options}
+        else:
+            create = COMPOSITES[method.base]
+            if _needs_bounds(method):
+                options.update(low=torch.zeros(()), high=torch.ones(()))
         try:
-            COMPOSITES[method.base](**method.options)
+            create(**options)
         except (TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{method.text}: {reason}") from error
