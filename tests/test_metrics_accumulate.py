@@ -168,7 +168,8 @@ def test_errors():
         accumulate.PixelAccuracyMetric(target=3)
     for kind, name, value in (
         (accumulate.InsertionDeletionMetric, 'step', 0), (accumulate.InsertionDeletionMetric, 'step', True),
-        (accumulate.InsertionDeletionMetric, 'n_steps', 2.5), (accumulate.InsertionDeletionMetric, 'n_steps', float('nan')),
+        (accumulate.InsertionDeletionMetric, 'n_steps', 2.5),
+        (accumulate.InsertionDeletionMetric, 'n_steps', float('nan')),
         (accumulate.PixelAccuracyMetric, 'n_orders', -1), (accumulate.PixelAccuracyMetric, 'max_examples_per_batch', 0),
         (accumulate.MaskPointingMetric, 'percents', (101,)), (accumulate.MaskDistanceMetric, 'percents', (5, -1)),
     ):

@@ -692,13 +692,17 @@ def test_warnings():
         insertion_deletion(model, input, maps(4), 0, target=0, protocol='keio', step=9)
 
 
-SCALES = {'probabilities': lambda x: x.softmax(1), 'half': lambda x: x.softmax(1).half(),
-          'bfloat16': lambda x: x.bfloat16().softmax(1), 'positions': lambda x: x[..., None].softmax(1),
-          'squared': lambda x: x.square() / x.square().sum(1, keepdim=True), 'one hot': lambda x: F.one_hot(x.argmax(1), 5)}
+SCALES = {
+    'probabilities': lambda x: x.softmax(1), 'half': lambda x: x.softmax(1).half(),
+    'bfloat16': lambda x: x.bfloat16().softmax(1), 'positions': lambda x: x[..., None].softmax(1),
+    'squared': lambda x: x.square() / x.square().sum(1, keepdim=True), 'one hot': lambda x: F.one_hot(x.argmax(1), 5),
+}
 
 
 @pytest.mark.parametrize('scale', SCALES)
-@pytest.mark.parametrize('options', [{}, {'max_examples_per_batch': 3}, {'protocol': 'keio', 'step': 7, 'baselines': 0}])
+@pytest.mark.parametrize('options', [
+    {}, {'max_examples_per_batch': 3}, {'protocol': 'keio', 'step': 7, 'baselines': 0},
+])
 def test_probabilities(scale, options):
     '''A second softmax warns once, and names what to do.'''
     model, input, heat = network(), images(4), maps(4)
@@ -709,7 +713,8 @@ def test_probabilities(scale, options):
 
 
 @pytest.mark.parametrize('outputs', [
-    lambda x: x, lambda x: x.log_softmax(1), lambda x: x.sigmoid(), lambda x: x.softmax(1)[:, :1], lambda x: x.softmax(1)[:, 0],
+    lambda x: x, lambda x: x.log_softmax(1), lambda x: x.sigmoid(), lambda x: x.softmax(1)[:, :1],
+    lambda x: x.softmax(1)[:, 0],
     lambda x: 1.02 * x.softmax(1), lambda x: x.softmax(1) - .01, lambda x: 5 * x.softmax(1), lambda x: x.abs(),
     # a single image may be anything
     lambda x: torch.cat([x[:1], x[1:].softmax(1)]), lambda x: x.softmax(1) * float('nan'),
@@ -755,7 +760,8 @@ def test_arrays():
     expected = insertion_deletion(model, input, heat, .5, [1, 2], n_steps=9)
     for inputs, attributions, baselines, target in (
         (input, heat.numpy(), .5, np.array([1, 2])), (input.numpy(), heat[:, None].numpy(), np.float32(.5), [1, 2]),
-        (input, (heat.numpy(),), np.full((1, 3, 1, 1), .5), [1, 2]), ((input.numpy(),), heat.numpy().astype('>f8'), (.5,), [1, 2]),
+        (input, (heat.numpy(),), np.full((1, 3, 1, 1), .5), [1, 2]),
+        ((input.numpy(),), heat.numpy().astype('>f8'), (.5,), [1, 2]),
         (input, heat.numpy()[:, ::-1].copy()[:, ::-1], np.full((3, 6, 7), .5), [1, 2]),
         (input.clone().requires_grad_(), heat.clone().requires_grad_(), torch.tensor(.5), [1, 2]),
     ):
@@ -764,10 +770,11 @@ def test_arrays():
     for single in (heat[0], heat[0].numpy()):
         result = insertion_deletion(model, input[:1], single, .5, 1, n_steps=9)
         assert torch.allclose(result.insertion, expected.insertion[:1], rtol=0, atol=1e-12)
-    coarse = insertion_deletion(model, input, heat.bfloat16(), .5, [1, 2], n_steps=9)
-    assert torch.equal(
-        coarse.insertion, insertion_deletion(model, input, heat.bfloat16().float().numpy(), .5, [1, 2], n_steps=9).insertion
+    half = heat.bfloat16()
+    first, second = (
+        insertion_deletion(model, input, other, .5, [1, 2], n_steps=9) for other in (half, half.double().numpy())
     )
+    assert torch.equal(first.insertion, second.insertion)
 
 
 def test_normalized():

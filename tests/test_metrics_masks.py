@@ -93,7 +93,7 @@ def test_reference(batch, absolute, normalization):
         assert float(distance.chance[index]) == pytest.approx(nearest.mean() / scale, abs=1e-12, nan_ok=True)
         assert bool(pointing.empty[index]) == bool(distance.empty[index]) == (not points)
         assert float(pointing.chance[index]) == len(points) / 63
-        for position, percent in enumerate(percents):
+        for position in range(len(percents)):
             count = int(pointing.counts[position])
             # of tied pixels, each is selected with the same probability
             selected = {
@@ -146,7 +146,8 @@ def test_full_empty_single(batch):
 
 
 @pytest.mark.parametrize('values', [
-    [3, 2, 2, 1, 2, 0], [1, 1, 1, 1, 1, 1], [0, 5, 5, 0, 0, 0], [-1, 1, -1, 2, 0, 0], [6, 5, 4, 3, 2, 1], [-0., 0., 1, 1, 2, 2],
+    [3, 2, 2, 1, 2, 0], [1, 1, 1, 1, 1, 1], [0, 5, 5, 0, 0, 0], [-1, 1, -1, 2, 0, 0], [6, 5, 4, 3, 2, 1],
+    [-0., 0., 1, 1, 2, 2],
 ])
 @pytest.mark.parametrize('absolute', [True, False])
 def test_ties_permutations(values, absolute):
@@ -224,8 +225,9 @@ def test_arrays(function, batch):
     expected = function(maps, masks, 20)
     for other_maps, other_masks in (
         (maps.numpy(), masks.numpy()), (maps, masks.numpy().astype('u1')), (maps.numpy(), masks),
-        (maps.sum(1).numpy()[:, ::-1].copy()[:, ::-1], (masks.numpy(),)), (maps.numpy().astype('>f4'), masks.float().numpy()),
-        (maps.sum(1).numpy().astype('f2'), masks.bfloat16()), (maps.clone().requires_grad_(), masks.float().requires_grad_()),
+        (maps.sum(1).numpy()[:, ::-1].copy()[:, ::-1], (masks.numpy(),)),
+        (maps.numpy().astype('>f4'), masks.float().numpy()), (maps.sum(1).numpy().astype('f2'), masks.bfloat16()),
+        (maps.clone().requires_grad_(), masks.float().requires_grad_()),
         (maps.numpy().astype(int), masks[:, None].numpy()),
     ):
         result = function(other_maps, other_masks, percents=np.array([20]))
@@ -236,12 +238,13 @@ def test_arrays(function, batch):
     function(read_only, masks)
     flat = maps[0].sum(0)
     for other_maps, other_masks in (
-        (flat, masks[0]), (flat.numpy(), masks[0].numpy()), (flat, masks[:1]), (maps[:1], masks[0]), (flat, masks[:1, None]),
-        (flat.bfloat16(), masks[0].numpy()), ((flat,), masks[0]),
+        (flat, masks[0]), (flat.numpy(), masks[0].numpy()), (flat, masks[:1]), (maps[:1], masks[0]),
+        (flat, masks[:1, None]), (flat.bfloat16(), masks[0].numpy()), ((flat,), masks[0]),
     ):
         assert torch.equal(function(other_maps, other_masks, 20)[0], expected[0][:1])
     for other_maps, other_masks, shape in (
-        (flat, masks, r'\(7, 9\)'), (maps, masks[0], r'\(7, 9\)'), (maps[0], masks[0], r'\(7, 9\).*\(3, 7, 9\)'), (flat[0], masks[0], r'\(9,\)'),
+        (flat, masks, r'\(7, 9\)'), (maps, masks[0], r'\(7, 9\)'), (maps[0], masks[0], r'\(3, 7, 9\)'),
+        (flat[0], masks[0], r'\(9,\)'),
         (torch.tensor(1.), masks[0], r'\(\)'), (flat, masks[0, 0], r'\(9,\)'),
     ):
         with pytest.raises(ValueError, match=shape):

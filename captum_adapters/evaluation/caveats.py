@@ -125,7 +125,7 @@ def _warn_top_ties(rows: Sequence[Row]) -> Iterator[str]:
         if listed and share > TIED_SHARE:
             yield (
                 f"{row.name}: {100 * share:.1f} % of pixels are tied with others, and have"
-                f" no order among these: {' and '.join(listed)}"
+                f" no order among these: {', '.join(listed)}"
                 f" {'are means' if len(listed) > 1 else 'is the mean'} over their orders,"
                 " and partly chance."
             )

@@ -69,7 +69,7 @@ COLUMNS: dict[str, Column] = {
         "higher",
         "default",
         "Share of images of which the class is found with only the top p % of pixels,"
-        " mean over p.",
+        " mean over p, and over orders of equal pixels.",
     ),
     "cross_accuracy": Column(
         "Cross accuracy",
@@ -81,7 +81,8 @@ COLUMNS: dict[str, Column] = {
         "Pointing",
         "higher",
         "default",
-        "Share of the top p % of pixels that is inside of the mask, mean over p.",
+        "Share of the top p % of pixels that is inside of the mask, mean over p, and"
+        " over orders of equal pixels.",
     ),
     "pointing_chance": Column(
         "Mask share", None, "default", "Share of the mask: pointing by chance."
@@ -91,7 +92,7 @@ COLUMNS: dict[str, Column] = {
         "lower",
         "default",
         "Mean distance of the top p % of pixels to the mask, in image diagonals, mean"
-        " over p.",
+        " over p, and over orders of equal pixels.",
     ),
     "distance_chance": Column(
         "Mean distance", None, "default", "Mean distance of all pixels to the mask."

@@ -183,10 +183,7 @@ def check_pixels(evaluation: Evaluation, size: Sequence[int]) -> None:
     steps["rise"] = PROTOCOLS["rise"].step or 1
     for name, step in steps.items():
         if name in evaluation.metrics and step > pixels:
-            raise ValueError(
-                f"step={step} of {name} is more than the pixels of {images}: give a"
-                " smaller --step, or larger images"
-            )
+            raise ValueError(f"step={step} of {name} is too large for {images}")
     if {*MASKED} & {*TOP} & {*evaluation.metrics}:
         for percent in evaluation.percents:
             if top_counts(percent, pixels) == (0,):
