@@ -1,6 +1,7 @@
 """RISE, the perturbation baseline of the papers that Captum lacks."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, Callable, Optional, Union
 
@@ -26,6 +27,12 @@ from captum_adapters._common import (
     double_dtype,
     have_rows,
     select_target,
+)
+from captum_adapters.metrics._checks import (
+    ProbabilityWarning,
+    describe_probabilities,
+    judge_outputs,
+    positive_integer,
 )
 
 # Linear interpolation by the number of spatial dimensions
@@ -139,10 +146,11 @@ class RISE(PerturbationAttribution):
                     Default: 0
             output (str or callable, optional): What the score is: `"softmax"` for the
                     probability of the target among classes (dimension 1) as in the
-                    paper, `"logit"` for what `forward_func` returns (also if these
-                    already are probabilities), or a function from the output to scores
-                    of the same number of rows, from which the target is chosen. A
-                    single output is its own score in any case.
+                    paper, `"identity"` or `"logit"` for what `forward_func` returns
+                    (also if these already are probabilities, of which `"softmax"`
+                    warns), or a function from the output to scores of the same number
+                    of rows, from which the target is chosen. A single output is its own
+                    score in any case.
                     Default: `"softmax"`
             normalization (str, optional): What sums are divided by: `"coverage"` for
                     the sum of the masks at the pixel, so that the result is the mean
@@ -216,6 +224,7 @@ class RISE(PerturbationAttribution):
             total=n_masks,
             disable=not show_progress,
         )
+        judged: list[Tensor] = []
         with torch.no_grad(), bar:
             for begin in range(0, n_masks, chunk):
                 part = slice(begin, begin + chunk)
@@ -233,12 +242,18 @@ class RISE(PerturbationAttribution):
                     ),
                 )
                 result = check_output(result, count * batch)
+                if output == "softmax" and result.shape[1:].numel() > 1:
+                    judged.append(judge_outputs(result))
                 scores = _target_scores(result, output, index, count, begin == 0)
                 for total, cover, mask in zip(totals, covered, masks):
                     mask = mask.to(total.dtype)
                     total += torch.tensordot(scores.to(total).T, mask, 1)
                     cover += mask.sum(0)
                 bar.update(count)
+        warning = describe_probabilities(judged)
+        if warning is not None:
+            # Captum's decorator is in between
+            warnings.warn(warning, ProbabilityWarning, stacklevel=3)
         for total, cover in zip(totals, covered):
             if normalization == "expected":
                 total /= probability * n_masks
@@ -319,13 +334,13 @@ def _check_settings(
     normalization: str,
 ) -> None:
     """Check arguments that do not depend on inputs."""
-    if not isinstance(n_masks, int) or n_masks < 1:
-        raise ValueError(f"n_masks={n_masks!r} is not a positive integer.")
+    positive_integer("n_masks", n_masks)
     if not 0 < probability < 1:
         raise ValueError(f"probability={probability} is not between 0 and 1.")
-    if not callable(output) and output not in ("softmax", "logit"):
+    if not callable(output) and output not in ("softmax", "identity", "logit"):
         raise ValueError(
-            f"output={output!r} is neither 'softmax' nor 'logit' nor a function."
+            f"output={output!r} is neither 'softmax' nor 'identity', 'logit' or a"
+            " function."
         )
     if normalization not in ("expected", "coverage"):
         raise ValueError(

@@ -1,6 +1,7 @@
 '''Tests for the evaluation of methods on a data set: its loop, processes, resuming, methods and metrics.'''
 import contextlib
 import importlib.metadata
+import inspect
 import io
 import json
 import math
@@ -21,6 +22,7 @@ import torch
 from PIL import Image
 from torchvision.models import resnet18
 
+from captum_adapters import metrics
 from captum_adapters.attr import CompositeAttribution
 from captum_adapters.evaluation import (
     COLUMNS,
@@ -35,7 +37,7 @@ from captum_adapters.evaluation import (
     runner,
     summarize,
 )
-from captum_adapters.evaluation.measures import NAMES
+from captum_adapters.evaluation.measures import NAMES, Batch, MetricSettings, measure
 from captum_adapters.evaluation.methods import Context, Explainer, group_of, names
 from captum_adapters.evaluation.records import read_times
 from captum_adapters.metrics import insertion_deletion
@@ -633,6 +635,51 @@ def test_all_metrics(assets, tmp_path):
         assert 'cross_accuracy:resnet18' in record.curves
 
 
+@pytest.mark.parametrize('rank_by', ['value', 'magnitude', None])
+def test_ties(rank_by):
+    '''Top pixels are the expected ones over orders of ties, of which the share is kept, without curves as well.'''
+    settings = MetricSettings(
+        percents=(1, 30), fill=torch.zeros(1, 3, 1, 1), others={'other': (lambda x: x.flatten(1), lambda x: x)},
+        **({} if rank_by is None else {'rank_by': rank_by}),
+    )
+    suffix = '' if rank_by == 'value' else '_magnitude'
+    masks = torch.zeros(2, 20, 20, dtype=torch.bool)
+    masks[0, :10], masks[1, 10:] = True, True
+    batch = Batch(torch.randn(2, 3, 20, 20), *[torch.tensor([0, 1])] * 2, masks)
+    levels = torch.ones(20, 20)
+    levels[:, 5:] = -1
+    levels[:, 0] = torch.linspace(2, 3, 20)
+    settings = settings._replace(step=50)
+    for chosen in (
+        ('pointing',), ('distance',), ('accuracy',), ('cross',), ('insertion_deletion', 'pointing', 'cross')
+    ):
+        rows = measure(chosen, lambda x: x.mean((2, 3)), batch, levels.expand(2, -1, -1), settings)
+        for values, _ in rows:
+            assert set(values) <= set(COLUMNS)
+            assert values['tied_share'] == pytest.approx(380 / 400)
+            assert values['distinct_levels'] == 22
+            assert values[f'tied_share{suffix}'] == pytest.approx(380 / 400)
+            assert ('tied_share_magnitude' in values) == (suffix != '')
+        if 'pointing' in chosen:
+            values = [values['pointing'] for values, _ in rows]
+            # of the four highest pixels, none is above; of 30 %, the rest is tied
+            shares = [0, (10 + 50) / 120], [1, 1 - 60 / 120]
+            assert values == pytest.approx([np.mean(row) for row in shares])
+    values, _ = zip(*measure(('pointing', 'distance'), None, batch, torch.ones(2, 20, 20), settings))
+    for row in values:
+        assert row['pointing'] == row['pointing_chance'] and row['distance'] == row['distance_chance']
+        assert row[f'tied_share{suffix}'] == 1
+
+
+def test_defaults():
+    '''Functions, evaluations and their settings rank by the same.'''
+    assert Evaluation('data', 'out').rank_by == MetricSettings().rank_by == 'magnitude'
+    for function in (metrics.pixel_accuracy, metrics.cross_model_accuracy, metrics.keep_top, metrics.mask_pointing,
+                     metrics.mask_distance):
+        assert inspect.signature(function).parameters['absolute'].default is True
+    assert Evaluation('data', 'out', percents=5).percents == (5,)
+
+
 def test_other_networks(assets, tmp_path):
     '''Other networks of the same name, from files of the same name, are told apart.'''
     cross = []
@@ -690,6 +737,23 @@ def test_workers(assets, whole, tmp_path):
     ({'metrics': ('cross',)}, 'belong together'),
     ({'explain': 'truth'}, "explain='truth'"),
     ({'step': 0}, 'step=0'),
+    ({'step': True}, 'step=True'),
+    ({'step': 2.5}, 'step=2.5'),
+    ({'step': math.nan}, 'step=nan'),
+    ({'step': 4097}, 'step=4097 .*4096 pixels'),
+    ({'step': 4097, 'metrics': ('conservation', 'c3')}, 'step=4097 .*4096 pixels'),
+    ({'size': 14, 'metrics': ('rise',)}, 'step=224 .*196 pixels'),
+    ({'forward_batch': 0.5}, 'forward_batch=0.5'),
+    ({'limit': 0}, 'limit=0'),
+    ({'limit': math.nan}, 'limit=nan'),
+    ({'workers': True}, 'workers=True'),
+    ({'percents': ()}, r'percents=\(\)'),
+    ({'percents': '50'}, "percents='50'"),
+    ({'percents': ('50',)}, "unlike '50'"),
+    ({'percents': (math.nan,)}, 'unlike nan'),
+    ({'percents': True}, 'unlike True'),
+    ({'percents': -1}, 'unlike -1'),
+    ({'percents': (50, 0.01), 'metrics': ('conservation', 'pointing')}, '0.01.*4096 pixels'),
     ({'pictures': -3}, 'pictures=-3'),
     ({'percents': (10, 200)}, 'unlike 200'),
     ({'percents': (0, 10)}, 'unlike 0'),

@@ -323,6 +323,27 @@ def test_warnings():
     )
 
 
+@pytest.mark.parametrize('columns, titles', [
+    (('pointing',), 'Pointing is the mean'), (('accuracy', 'distance'), 'Accuracy, Distance are means'),
+    (('cross_accuracy', 'pointing', 'distance'), 'Cross accuracy, Pointing, Distance are means'),
+])
+@pytest.mark.parametrize('suffix', ['', '_magnitude'])
+def test_top_warnings(columns, titles, suffix):
+    '''The top pixels are said to be a matter of chance where they are tied.'''
+    scores = {
+        name: {**{column: [0.5] for column in columns}, 'tied_share': [0.0], f'tied_share{suffix}': [share]}
+        for name, share in (('resnet_lrp_ratio', 0.0), ('resnet_lrp_ratio+quantize8', 0.97), ('grad_cam', 0.04))
+    }
+    warning, = report(build(scores)).warnings
+    assert warning.startswith('resnet_lrp_ratio+quantize8: 97.0 % of pixels are tied with others')
+    assert titles in warning
+    # older runs do not have the share
+    for columns in scores.values():
+        columns.pop('tied_share')
+        columns.pop('tied_share_magnitude', None)
+    assert report(build(scores)).warnings == ()
+
+
 def test_no_warnings():
     '''What is not the case is not said; it depends on the records alone.'''
     scores = {name: {key: list(value) for key, value in columns.items()} for name, columns in FLATTERED.items()}

@@ -44,6 +44,8 @@ CASES = {
     'mask_distance': (accumulate.MaskDistanceMetric, {'normalization': 'mean'}, ('attributions', 'masks')),
     'conservation_gap': (accumulate.ConservationGapMetric, {}, ('attributions', 'initial')),
 }
+# random orders of ties are chosen by the examples' identities
+ORDERED = ('insertion_deletion', 'pixel_accuracy')
 
 
 def arguments(name, rows, data=None):
@@ -64,7 +66,7 @@ def assert_same(actual, expected):
 def expected_scores(name):
     '''What the function returns for all examples at once.'''
     options = dict(CASES[name][1])
-    if name == 'insertion_deletion':
+    if name in ORDERED:
         options['sample_ids'] = torch.arange(11) + 100
     return getattr(metrics, name)(**arguments(name, slice(None)), **options)
 
@@ -90,7 +92,7 @@ def test_batches(name):
         result = metric(rows + 100, **arguments(name, rows))
         assert result.sample_ids.tolist() == [103]
         single = getattr(metrics, name)(**arguments(name, rows), **{
-            **options, **({'sample_ids': [103]} if name == 'insertion_deletion' else {}),
+            **options, **({'sample_ids': [103]} if name in ORDERED else {}),
         })
         assert_same(result.scores, single)
     metric([104], **arguments(name, torch.tensor([4])))
@@ -164,6 +166,28 @@ def test_errors():
         accumulate.InsertionDeletionMetric(steps=3)
     with pytest.raises(ValueError, match='target'):
         accumulate.PixelAccuracyMetric(target=3)
+    for kind, name, value in (
+        (accumulate.InsertionDeletionMetric, 'step', 0), (accumulate.InsertionDeletionMetric, 'step', True),
+        (accumulate.InsertionDeletionMetric, 'n_steps', 2.5),
+        (accumulate.InsertionDeletionMetric, 'n_steps', float('nan')),
+        (accumulate.PixelAccuracyMetric, 'n_orders', -1), (accumulate.PixelAccuracyMetric, 'max_examples_per_batch', 0),
+        (accumulate.MaskPointingMetric, 'percents', (101,)), (accumulate.MaskDistanceMetric, 'percents', (5, -1)),
+    ):
+        with pytest.raises(ValueError, match=f'{name}.*{value[-1] if name == "percents" else value}'):
+            kind(**{name: value})
+    with pytest.raises(TypeError, match='True'):
+        accumulate.MaskPointingMetric(percents=(True,))
+    with pytest.raises(ValueError, match='step=500 .*64 pixels'):
+        accumulate.InsertionDeletionMetric(step=500).update([0], torch.sum, torch.rand(1, 1, 8, 8), torch.rand(1, 8, 8))
+
+
+def test_arrays():
+    '''A single percentage, and arrays.'''
+    data, metric = dataset(), accumulate.MaskPointingMetric(percents=20)
+    for row in range(11):
+        metric.update([row], data['attributions'][row].sum(0).numpy(), data['masks'][row].numpy())
+    result = metric.compute().scores
+    assert_same(result, metrics.mask_pointing(data['attributions'], data['masks'], (20,)))
 
 
 def test_missing(monkeypatch):

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from golden_cases import golden_cases, relative_error, tensor
 from networks import UserNetwork, randomize
 
 from captum_adapters import _common
 from captum_adapters._common import NegativeMapWarning, check_target, pixel_maps, select_target
-from captum_adapters.metrics import _perturbed, curves
+from captum_adapters.metrics import ProbabilityWarning, _perturbed, curves
 from captum_adapters.metrics.curves import insertion_deletion
 
 ROOT = Path(__file__).parent.parent
@@ -142,12 +143,10 @@ SETTINGS = {
     'keio-stable': ({'step': 4, 'protocol': 'keio', 'ties': 'stable'}, 'stable', 'uniform'),
     'keio-random': ({'step': 4, 'protocol': 'keio', 'ties': 'random'}, 'random', 'uniform'),
     'keio-nearest': ({'step': 4, 'protocol': 'keio', 'ties': 'nearest'}, 'nearest', 'share'),
-    'keio-500': ({'protocol': 'keio'}, 'threshold', 'uniform'),
     'rise': ({'step': 4, 'protocol': 'rise'}, 'stable', 'uniform'),
     'rise-random': ({'step': 4, 'protocol': 'rise', 'ties': 'random'}, 'random', 'uniform'),
     'rise-threshold': ({'step': 4, 'protocol': 'rise', 'ties': 'threshold'}, 'threshold', 'uniform'),
     'rise-group': ({'step': 4, 'protocol': 'rise', 'ties': 'group'}, 'group', 'share'),
-    'rise-224': ({'protocol': 'rise'}, 'stable', 'uniform'),
 }
 
 
@@ -170,11 +169,11 @@ def test_reference(name, baseline, levels):
     if baseline == 'insertion':
         inserted = insertion_baselines = images()
     if 'keio' in name:
-        counts = published_counts(HEIGHT * WIDTH, options.get('step', 500))
+        counts = published_counts(HEIGHT * WIDTH, options['step'])
         if ties == 'nearest':
             counts = [0, *counts]
     else:
-        counts = full_counts(HEIGHT * WIDTH, options.get('step', 224))
+        counts = full_counts(HEIGHT * WIDTH, options['step'])
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         result = insertion_deletion(
@@ -223,6 +222,18 @@ def test_golden(arrays, settings, case):
         assert float((getattr(result, actual) - expected).abs().max()) < 1e-12
     # ties change only how many pixels are selected, not the grid
     assert torch.equal(result.selected, tensor(arrays, case['expected']['selected'], torch.long))
+
+
+def test_default_steps():
+    '''The points of published protocols, if the caller chooses none.'''
+    model, input, heat = network(), images(1, 30, 30), maps(1, height=30, width=30)
+    for protocol, counts in (('keio', published_counts(900, 500)), ('rise', full_counts(900, 224))):
+        result = insertion_deletion(model, input, heat, 0., 1, protocol=protocol)
+        assert result.selected[0].tolist() == counts
+    # any integer is one
+    for step in (np.int64(20), torch.tensor(20)):
+        result = insertion_deletion(model, input, heat, target=1, step=step)
+        assert result.selected[0].tolist() == full_counts(900, 20)
 
 
 def test_closed_form():
@@ -300,7 +311,7 @@ def test_constant():
     assert torch.allclose(result.insertion, (result.score_full + result.score_blank) / 2)
     assert torch.equal(result.tied_share, torch.ones(2).double()) and result.distinct_levels.tolist() == [1, 1]
     black = torch.full((1, 3, 1, 1), -2.)
-    for step in (5, 500):
+    for step in (5, HEIGHT * WIDTH):
         result = insertion_deletion(model, input, heat, black, [1, 2], protocol='keio', step=step)
         assert torch.allclose(result.id_score, result.score_full - result.score_blank, rtol=1e-12)
         with torch.no_grad():
@@ -672,13 +683,98 @@ def test_warnings():
         insertion_deletion(model, input, heat, target=0, n_steps=2)
     assert caught[0].filename == __file__ and 'abs_sum' in str(caught[0].message)
     with pytest.warns(UserWarning, match='-mean / std') as caught:
-        insertion_deletion(model, input, maps(4), target=0, protocol='keio')
+        insertion_deletion(model, input, maps(4), target=0, protocol='keio', step=9)
     assert len(caught) == 1 and caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         insertion_deletion(model, input, heat, target=0, n_steps=2, reduce='abs_sum')
-        insertion_deletion(model, input.abs(), maps(4), target=0, protocol='keio')
-        insertion_deletion(model, input, maps(4), 0, target=0, protocol='keio')
+        insertion_deletion(model, input.abs(), maps(4), target=0, protocol='keio', step=9)
+        insertion_deletion(model, input, maps(4), 0, target=0, protocol='keio', step=9)
+
+
+SCALES = {
+    'probabilities': lambda x: x.softmax(1), 'half': lambda x: x.softmax(1).half(),
+    'bfloat16': lambda x: x.bfloat16().softmax(1), 'positions': lambda x: x[..., None].softmax(1),
+    'squared': lambda x: x.square() / x.square().sum(1, keepdim=True), 'one hot': lambda x: F.one_hot(x.argmax(1), 5),
+}
+
+
+@pytest.mark.parametrize('scale', SCALES)
+@pytest.mark.parametrize('options', [
+    {}, {'max_examples_per_batch': 3}, {'protocol': 'keio', 'step': 7, 'baselines': 0},
+])
+def test_probabilities(scale, options):
+    '''A second softmax warns once, and names what to do.'''
+    model, input, heat = network(), images(4), maps(4)
+    target = (1, 0) if scale == 'positions' else 1
+    with pytest.warns(ProbabilityWarning, match="output='identity'") as caught:
+        insertion_deletion(lambda x: SCALES[scale](model(x)), input, heat, target=target, n_steps=None, **options)
+    assert len(caught) == 1 and caught[0].filename == __file__
+
+
+@pytest.mark.parametrize('outputs', [
+    lambda x: x, lambda x: x.log_softmax(1), lambda x: x.sigmoid(), lambda x: x.softmax(1)[:, :1],
+    lambda x: x.softmax(1)[:, 0],
+    lambda x: 1.02 * x.softmax(1), lambda x: x.softmax(1) - .01, lambda x: 5 * x.softmax(1), lambda x: x.abs(),
+    # a single image may be anything
+    lambda x: torch.cat([x[:1], x[1:].softmax(1)]), lambda x: x.softmax(1) * float('nan'),
+])
+def test_no_probabilities(outputs):
+    '''Logits, their logarithms, single outputs, and few sigmoids are taken as they are.'''
+    model, input = network(), images(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        single = outputs(torch.zeros(2, 5)).shape[1:].numel() == 1
+        insertion_deletion(lambda x: outputs(model(x)), input, maps(3), target=None if single else 0, n_steps=4)
+        for output in ('identity', 'logit', lambda x: x):
+            insertion_deletion(lambda x: model(x).softmax(1), input, maps(3), target=0, n_steps=4, output=output)
+
+
+def test_sigmoids():
+    '''Many outputs that are all between 0 and 1 are no logits.'''
+    model, input = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * HEIGHT * WIDTH, 20)).double(), images()
+    with pytest.warns(ProbabilityWarning, match="sigmoid.*output='identity'") as caught:
+        insertion_deletion(lambda x: model(x).sigmoid(), input, maps(), target=3)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        insertion_deletion(model, input, maps(), target=3)
+
+
+@pytest.mark.parametrize('protocol', [None, 'c3', 'rise', 'keio'])
+def test_identity(protocol):
+    '''Probabilities as they are have the same curves as the softmax of logits.'''
+    model, input, heat = network(), images(), maps(levels=9)
+    options = {'baselines': 0., 'target': [1, 4], 'protocol': protocol, 'step': 5}
+    expected = insertion_deletion(model, input, heat, **options)
+    for outputs, output in (
+        (lambda x: x.softmax(1), 'identity'), (lambda x: x.softmax(1), 'logit'), (lambda x: x, lambda x: x.softmax(1)),
+    ):
+        result = insertion_deletion(lambda x: outputs(model(x)), input, heat, output=output, **options)
+        assert all(torch.equal(*pair) for pair in zip(result, expected))
+
+
+def test_arrays():
+    '''Arrays, and a map of a single image.'''
+    model, input, heat = network(), images(), maps()
+    expected = insertion_deletion(model, input, heat, .5, [1, 2], n_steps=9)
+    for inputs, attributions, baselines, target in (
+        (input, heat.numpy(), .5, np.array([1, 2])), (input.numpy(), heat[:, None].numpy(), np.float32(.5), [1, 2]),
+        (input, (heat.numpy(),), np.full((1, 3, 1, 1), .5), [1, 2]),
+        ((input.numpy(),), heat.numpy().astype('>f8'), (.5,), [1, 2]),
+        (input, heat.numpy()[:, ::-1].copy()[:, ::-1], np.full((3, 6, 7), .5), [1, 2]),
+        (input.clone().requires_grad_(), heat.clone().requires_grad_(), torch.tensor(.5), [1, 2]),
+    ):
+        result = insertion_deletion(model, inputs, attributions, baselines, target, n_steps=9)
+        assert all(torch.equal(*pair) for pair in zip(result, expected))
+    for single in (heat[0], heat[0].numpy()):
+        result = insertion_deletion(model, input[:1], single, .5, 1, n_steps=9)
+        assert torch.allclose(result.insertion, expected.insertion[:1], rtol=0, atol=1e-12)
+    half = heat.bfloat16()
+    first, second = (
+        insertion_deletion(model, input, other, .5, [1, 2], n_steps=9) for other in (half, half.double().numpy())
+    )
+    assert torch.equal(first.insertion, second.insertion)
 
 
 def test_normalized():
@@ -714,7 +810,14 @@ def test_normalized():
     ({'attributions': torch.tensor([np.inf, 0]).view(2, 1, 1).expand(2, 6, 7)}, ValueError, r'infinity .* \[0\]'),
     ({'attributions': torch.zeros(2, 6, 7) > 0}, ValueError, 'torch.bool'),
     ({'attributions': (torch.zeros(2, 6, 7),) * 2}, ValueError, 'tuple of 2'),
-    ({'attributions': np.zeros((2, 6, 7))}, TypeError, 'attributions must be a tensor, but is ndarray'),
+    ({'attributions': [[0.] * 7] * 6}, TypeError, 'attributions must be a tensor, but is list'),
+    ({'attributions': np.array([['a'] * 7] * 6)}, TypeError, '<U1'),
+    ({'attributions': np.full((2, 6, 7), None)}, TypeError, 'object'),
+    ({'attributions': np.zeros((6, 7))}, ValueError, r'\(6, 7\)'),
+    ({'attributions': np.zeros((2, 6, 7), bool)}, ValueError, 'torch.bool'),
+    ({'interpolate': 'cubic'}, ValueError, "'cubic'.*'bicubic'"),
+    ({'interpolate': 'linear', 'attributions': torch.zeros(2, 3, 4)}, ValueError, "'linear'.*'bilinear'"),
+    ({'interpolate': 3}, ValueError, '3'),
     ({'inputs': (torch.zeros(2, 3, 6, 7),) * 2}, ValueError, 'inputs is a tuple of 2'),
     ({'inputs': torch.zeros(3, 6, 7)}, ValueError, r'inputs must be of shape .*, but are of shape \(3, 6, 7\)'),
     ({'inputs': torch.zeros(0, 3, 6, 7), 'attributions': torch.zeros(0, 6, 7)}, ValueError, 'empty'),
@@ -723,8 +826,18 @@ def test_normalized():
     ({'output': 'probability'}, ValueError, "output='probability'"),
     ({'reduce': 'max'}, ValueError, "reduce='max'"),
     ({'n_steps': 0}, ValueError, 'n_steps=0 is not a positive integer'),
-    ({'n_steps': 2.5}, ValueError, 'n_steps=2.5'),
-    ({'step': -3}, ValueError, 'step=-3'),
+    ({'n_steps': 2.5}, ValueError, 'n_steps=2.5.*42 pixels'),
+    ({'n_steps': True}, ValueError, 'n_steps=True'),
+    ({'n_steps': float('nan')}, ValueError, 'n_steps=nan'),
+    ({'step': -3}, ValueError, 'step=-3.*42 pixels'),
+    ({'step': np.bool_(True)}, ValueError, 'step=.*True'),
+    ({'step': '3'}, ValueError, "step='3'"),
+    ({'step': 43}, ValueError, 'step=43 .*42 pixels'),
+    ({'step': 10 ** 6, 'protocol': 'keio', 'baselines': 0}, ValueError, 'step=1000000 .*42 pixels'),
+    ({'protocol': 'keio', 'baselines': 0}, ValueError, "step=500 of protocol='keio' .*42 pixels"),
+    ({'protocol': 'rise'}, ValueError, "step=224 of protocol='rise' .*42 pixels"),
+    ({'max_examples_per_batch': 2.5}, ValueError, 'max_examples_per_batch=2.5'),
+    ({'max_examples_per_batch': True}, ValueError, 'max_examples_per_batch=True'),
     ({'step': 3, 'n_steps': 4}, ValueError, 'n_steps=4 or step=3, but not both'),
     ({'max_examples_per_batch': 0}, ValueError, 'max_examples_per_batch=0'),
     ({'forward_func': lambda x: x.sum()}, ValueError, r'output of shape \(\) for 32 images'),

@@ -2,6 +2,7 @@
 import doctest
 import math
 from fractions import Fraction
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from golden_cases import golden_cases, tensor
 
 from captum_adapters._common import NegativeMapWarning
-from captum_adapters.metrics import boxes_to_masks, conservation_gap, mask_distance, mask_pointing, masks, top_fraction
+from captum_adapters.metrics import boxes_to_masks, conservation_gap, mask_distance, mask_pointing, masks
 from captum_adapters.metrics.masks import distance_maps
 from captum_adapters.metrics.ranking import PERCENTS
 
@@ -92,15 +93,24 @@ def test_reference(batch, absolute, normalization):
         assert float(distance.chance[index]) == pytest.approx(nearest.mean() / scale, abs=1e-12, nan_ok=True)
         assert bool(pointing.empty[index]) == bool(distance.empty[index]) == (not points)
         assert float(pointing.chance[index]) == len(points) / 63
-        for position, percent in enumerate(percents):
-            selected = top_fraction(scores[None], percent)[0].nonzero().tolist()
-            hits = sum(tuple(pixel) in points for pixel in selected)
-            share = hits / len(selected) if selected and points else math.nan
+        for position in range(len(percents)):
+            count = int(pointing.counts[position])
+            # of tied pixels, each is selected with the same probability
+            selected = {
+                (row, column): min(1., max(0., (count - int((scores > value).sum())) / int((scores == value).sum())))
+                for row, values in enumerate(scores) for column, value in enumerate(values)
+            }
+            assert sum(selected.values()) == pytest.approx(count)
+            hits = sum(selected[pixel] for pixel in points)
+            share = hits / count if count and points else math.nan
             assert float(pointing.share[index, position]) == pytest.approx(share, abs=1e-12, nan_ok=True)
-            mean = sum(nearest[tuple(pixel)] for pixel in selected) / len(selected) / scale if selected else math.nan
+            mean = sum(nearest[pixel] * chance for pixel, chance in selected.items()) / scale
+            mean = mean / count if count else math.nan
             assert float(distance.distance[index, position]) == pytest.approx(mean, abs=1e-12, nan_ok=True)
-            if selected:
-                assert float(pointing.ceiling[index, position]) == min(1, len(points) / len(selected))
+            if count:
+                assert float(pointing.ceiling[index, position]) == min(1, len(points) / count)
+        tied = sum((scores == value).sum() > 1 for value in scores.reshape(-1)) / 63
+        assert float(pointing.tied_share[index]) == float(distance.tied_share[index]) == pytest.approx(float(tied))
 
 
 def test_full_empty_single(batch):
@@ -133,6 +143,117 @@ def test_full_empty_single(batch):
         assert chance is None or result.chance[[0, 1, 4, 5]].tolist() == [chance] * 4
     one = mask_distance(torch.rand(1, 1, 1), torch.ones(1, 1, 1), [100])
     assert one.distance.item() == 0
+
+
+@pytest.mark.parametrize('values', [
+    [3, 2, 2, 1, 2, 0], [1, 1, 1, 1, 1, 1], [0, 5, 5, 0, 0, 0], [-1, 1, -1, 2, 0, 0], [6, 5, 4, 3, 2, 1],
+    [-0., 0., 1, 1, 2, 2],
+])
+@pytest.mark.parametrize('absolute', [True, False])
+def test_ties_permutations(values, absolute):
+    '''Shares and distances are means over all orders of pixels, in which ties are broken one by one.'''
+    maps = torch.tensor(values, dtype=torch.float32).view(1, 2, 3)
+    masks = torch.tensor([[[1, 0, 0], [0, 0, 1]]])
+    percents = [Fraction(100 * count, 6) for count in range(1, 7)]
+    pointing = mask_pointing(maps, masks, percents, absolute=absolute)
+    distance = mask_distance(maps, masks, percents, absolute=absolute, normalization=None)
+    inside, away = masks.reshape(-1).double().numpy(), distance_maps(masks.bool()).reshape(-1).numpy()
+    scores = [abs(value) if absolute else value for value in values]
+    orders = [sorted(order, key=lambda pixel: -scores[pixel]) for order in permutations(range(6))]
+    for result, measured in (pointing.share, inside), (distance.distance, away):
+        means = np.mean([np.cumsum(measured[order]) / np.arange(1, 7) for order in orders], 0)
+        np.testing.assert_allclose(result[0].numpy(), means, rtol=0, atol=1e-12)
+    shared = sum(scores.count(value) > 1 for value in scores) / 6
+    assert float(pointing.tied_share) == float(distance.tied_share) == pytest.approx(shared)
+
+
+@pytest.mark.parametrize('levels', [2, 8, 50])
+def test_ties_mirrored(levels):
+    '''A map that is the same in both halves is worth as much for an object in either of them.'''
+    maps = torch.rand(4, 20, 30).mul(levels).floor()
+    maps = maps + maps.flip(1)
+    masks = torch.zeros(4, 20, 30, dtype=torch.bool)
+    masks[:, :10] = True
+    pointing = [mask_pointing(maps, mask) for mask in (masks, masks.flip(1))]
+    assert torch.allclose(pointing[0].share, torch.full_like(pointing[0].share, 0.5), rtol=0, atol=1e-12)
+    assert torch.allclose(pointing[1].share, pointing[0].share, rtol=0, atol=1e-12)
+    distance = [mask_distance(maps, mask).distance for mask in (masks, masks.flip(1))]
+    assert torch.allclose(*distance, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('value', [0., -0., 1., -3.])
+@pytest.mark.parametrize('normalization', ['diagonal', 'max', 'mean', None])
+def test_ties_constant(batch, value, normalization):
+    '''A constant map has the level of chance to the last digit.'''
+    masks = torch.rand(6, 37, 29) < 0.2
+    maps = torch.full(masks.shape, value)
+    pointing = mask_pointing(maps, masks)
+    assert torch.equal(pointing.share, pointing.chance[:, None].expand(-1, 15))
+    distance = mask_distance(maps, masks, normalization=normalization)
+    assert torch.equal(distance.distance, distance.chance[:, None].expand(-1, 15))
+    assert pointing.tied_share.tolist() == distance.tied_share.tolist() == [1] * 6
+
+
+def test_ties_none():
+    '''Without ties, nothing but the sum over the first pixels is taken.'''
+    maps, masks = torch.rand(3, 31, 17, dtype=torch.float64), torch.rand(3, 31, 17) < 0.3
+    order = maps.flatten(1).argsort(dim=1, descending=True)
+    pointing, distance = mask_pointing(maps, masks), mask_distance(maps, masks, normalization=None)
+    assert pointing.tied_share.tolist() == distance.tied_share.tolist() == [0] * 3
+    counts = pointing.counts
+    sums = masks.flatten(1).gather(1, order).long().cumsum(1)[:, counts - 1]
+    assert torch.equal(pointing.share, sums.double() / counts)
+    sums = distance_maps(masks).flatten(1).gather(1, order).cumsum(1)[:, counts - 1]
+    assert torch.equal(distance.distance, sums / counts)
+
+
+def test_several_maxima():
+    '''The pointing game of the single highest pixel, if it is not a single one.'''
+    maps = torch.zeros(1, 4, 4)
+    maps[0, 0, 0] = maps[0, 1, 1] = maps[0, 3, 3] = 1
+    masks = torch.zeros(1, 4, 4)
+    masks[0, 2:, 2:] = 1
+    assert mask_pointing(maps, masks, Fraction(100, 16)).share.item() == pytest.approx(1 / 3, abs=1e-12)
+    maps[0, 3, 3] = 2
+    assert mask_pointing(maps, masks, Fraction(100, 16)).share.item() == 1
+
+
+@pytest.mark.parametrize('function', [mask_pointing, mask_distance])
+def test_arrays(function, batch):
+    '''Arrays, and single maps and masks, as they are read from files.'''
+    maps, masks = batch
+    expected = function(maps, masks, 20)
+    for other_maps, other_masks in (
+        (maps.numpy(), masks.numpy()), (maps, masks.numpy().astype('u1')), (maps.numpy(), masks),
+        (maps.sum(1).numpy()[:, ::-1].copy()[:, ::-1], (masks.numpy(),)),
+        (maps.numpy().astype('>f4'), masks.float().numpy()), (maps.sum(1).numpy().astype('f2'), masks.bfloat16()),
+        (maps.clone().requires_grad_(), masks.float().requires_grad_()),
+        (maps.numpy().astype(int), masks[:, None].numpy()),
+    ):
+        result = function(other_maps, other_masks, percents=np.array([20]))
+        for actual, values in zip(result, expected):
+            torch.testing.assert_close(actual, values, rtol=0, atol=0, equal_nan=True)
+    read_only = maps.numpy()
+    read_only.flags.writeable = False
+    function(read_only, masks)
+    flat = maps[0].sum(0)
+    for other_maps, other_masks in (
+        (flat, masks[0]), (flat.numpy(), masks[0].numpy()), (flat, masks[:1]), (maps[:1], masks[0]),
+        (flat, masks[:1, None]), (flat.bfloat16(), masks[0].numpy()), ((flat,), masks[0]),
+    ):
+        assert torch.equal(function(other_maps, other_masks, 20)[0], expected[0][:1])
+    for other_maps, other_masks, shape in (
+        (flat, masks, r'\(7, 9\)'), (maps, masks[0], r'\(7, 9\)'), (maps[0], masks[0], r'\(3, 7, 9\)'),
+        (flat[0], masks[0], r'\(9,\)'),
+        (torch.tensor(1.), masks[0], r'\(\)'), (flat, masks[0, 0], r'\(9,\)'),
+    ):
+        with pytest.raises(ValueError, match=shape):
+            function(other_maps, other_masks)
+    for wrong in (np.array([['a']]), np.array([[None]]), [[1.]], None):
+        with pytest.raises(TypeError, match='attributions'):
+            function(wrong, masks[0])
+        with pytest.raises(TypeError, match='masks'):
+            function(flat, wrong)
 
 
 def test_chance():
@@ -188,12 +309,15 @@ def test_formats(batch):
     ({'maps': torch.full((2, 4, 4), float('nan'))}, r'NaN.*\[0, 1\]'),
     ({'maps': torch.ones(4, 4)}, r'\(4, 4\)'),
     ({'percents': (5, 200)}, '200'),
+    ({'percents': -5}, '-5'),
+    ({'interpolate': 'cubic'}, "'cubic'.*'bicubic'"),
+    ({'interpolate': 'trilinear', 'maps': torch.rand(2, 3, 3)}, "'trilinear'.*'bilinear'"),
 ])
 def test_errors(function, changes, message):
     '''Arguments that do not fit are named.'''
     arguments = {'maps': torch.rand(2, 4, 4), 'masks': torch.ones(2, 4, 4), 'percents': (50,), **changes}
     with pytest.raises(ValueError, match=message):
-        function(*arguments.values())
+        function(arguments.pop('maps'), arguments.pop('masks'), **arguments)
 
 
 def test_unknown_normalization():
@@ -258,6 +382,13 @@ def test_conservation_gap():
         conservation_gap(attributions, initial[:3])
     with pytest.raises(ValueError, match='no examples'):
         conservation_gap(torch.zeros(0, 3), 1)
+    arrays = attributions.numpy()
+    for given in (arrays, arrays[:, ::-1], arrays.astype('f2'), (arrays,), attributions.bfloat16().requires_grad_()):
+        for start in (initial, initial.numpy(), initial.numpy().astype('>f8'), initial.clone().requires_grad_()):
+            assert conservation_gap(given, start).tolist() == [0, 0, -1, 1, -1, nan, 2]
+    for wrong in ([1., 2.], None, np.array(['a'])):
+        with pytest.raises(TypeError, match='attributions'):
+            conservation_gap(wrong, 1)
 
 
 def test_examples():

@@ -1,7 +1,9 @@
 '''Accuracy on the most relevant pixels, against golden cases and loops over examples.'''
 import doctest
+import math
 from decimal import Decimal
 from fractions import Fraction
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from golden_cases import golden_cases, tensor
 
 from captum_adapters._common import NegativeMapWarning
 from captum_adapters.metrics import _top, cross_model_accuracy, keep_top, pixel_accuracy, ranking, top_fraction
-from captum_adapters.metrics._top import descending_order, descending_ranks, top_counts
+from captum_adapters.metrics._top import descending_order, descending_ranks, percent_tensors, top_counts
 from captum_adapters.metrics.ranking import PERCENTS
 from zennit_resnet.image import read_image
 from zennit_resnet.models import load_classifier
@@ -87,6 +89,8 @@ def test_golden_accuracy(arrays, settings, case):
     options = {
         'unit': arguments['unit'], 'absolute': arguments['absolute'],
         'baselines': fill.view(1, 3, 1, 1) if fill.ndim else float(fill),
+        # as in the cases
+        'ties': 'stable',
     }
     kept = keep_top(images, maps, arguments['percent'], **options)
     assert torch.equal(kept, torch.from_numpy(arrays[case['expected']['images']]))
@@ -111,6 +115,17 @@ def test_counts_exact():
     assert top_counts(range(101), 100) == tuple(range(101))
 
 
+@pytest.mark.parametrize('percents', [
+    50, 50., Fraction(50), Decimal(50), np.float32(50), np.int64(50), np.array(50), torch.tensor(50), [50], (50.,),
+    {50}, np.array([50], 'f2'), torch.tensor([50], dtype=torch.bfloat16), torch.tensor([50.], requires_grad=True),
+    (number for number in [50]),
+])
+def test_single_percent(percents):
+    '''A number is a single percentage.'''
+    counts, values = percent_tensors(percents, 1000, torch.device('cpu'))
+    assert counts.tolist() == [500] and values.tolist() == [50]
+
+
 @pytest.mark.parametrize('percents, error, message', [
     ([], ValueError, 'empty'),
     ([5, 101], ValueError, '101'),
@@ -119,6 +134,17 @@ def test_counts_exact():
     ([float('inf')], TypeError, 'inf'),
     ([None], TypeError, 'None'),
     ([True], TypeError, 'True'),
+    (True, TypeError, 'True'),
+    (None, TypeError, 'None'),
+    ('50', TypeError, "'50'"),
+    (['50'], TypeError, "'50'"),
+    (['1/3'], TypeError, "'1/3'"),
+    (200, ValueError, '200'),
+    (np.array(-3), ValueError, '-3'),
+    (float('nan'), TypeError, 'nan'),
+    ([1j], TypeError, '1j'),
+    ([[1, 2]], TypeError, r'\[1, 2\]'),
+    (torch.ones(1, 2), TypeError, '1'),
 ])
 def test_counts_errors(percents, error, message):
     '''Percentages that are none.'''
@@ -160,7 +186,7 @@ def test_reference(network, batch, unit, absolute, reference):
     percents = (50, 0, 0.5, 1, 10, 100, 33.4, 90)
     baseline = torch.randn(1, 3, 1, 1, dtype=torch.float64)
     target = labels if reference == 'label' else None
-    options = {'unit': unit, 'absolute': absolute, 'baselines': baseline}
+    options = {'unit': unit, 'absolute': absolute, 'baselines': baseline, 'ties': 'stable'}
     result = pixel_accuracy(network, images, maps, percents, target, reference=reference, **options)
     predictions = []
     for image, attribution in zip(images, maps):
@@ -174,6 +200,7 @@ def test_reference(network, batch, unit, absolute, reference):
     assert torch.equal(result.predictions, predictions)
     assert torch.equal(result.reference, compared)
     assert torch.equal(result.correct, predictions == compared[:, None])
+    assert torch.equal(result.accuracy, result.correct.double())
     assert 0 < result.correct.double().mean() < 1 and len(predictions.unique()) == 5
     size = {'pixel': 64, 'input': 192}[unit]
     assert result.counts.tolist() == [int(Decimal(str(percent)) * size // 100) for percent in percents]
@@ -215,6 +242,7 @@ def test_map_shapes(network, batch):
 def test_chunks(network, batch):
     '''The size of chunks has no influence, equal images are evaluated once, and no more at a time than allowed.'''
     images, maps, labels = batch
+    maps = torch.randn_like(maps)
     sizes = []
 
     def forward(images):
@@ -265,12 +293,131 @@ def test_baselines(network, batch, baselines):
     '''Numbers, colors, images, and one of these per example.'''
     images, maps, labels = batch
     full = torch.as_tensor(baselines, dtype=torch.float64).expand(6, 3, 8, 8)
+    maps = torch.randn_like(maps)
     kept = keep_top(images, maps, 40, baselines=baselines)
     mask = top_fraction(maps.sum(1).abs(), 40)[:, None].expand(-1, 3, -1, -1)
     assert torch.equal(kept[mask], images[mask])
     assert torch.equal(kept[~mask], full[~mask])
     result = pixel_accuracy(network, images, maps, (40,), labels, baselines=baselines, max_examples_per_batch=4)
     assert torch.equal(result.predictions[:, 0], network(kept).argmax(1))
+
+
+def halves(images):
+    '''Outputs of two classes: the sums of the upper and of the lower half.'''
+    height = images.shape[2] // 2
+    return torch.stack([images[:, :, :height].sum((1, 2, 3)), images[:, :, height:].sum((1, 2, 3))], 1)
+
+
+@pytest.mark.parametrize('unit', ['pixel', 'input'])
+@pytest.mark.parametrize('absolute', [True, False])
+def test_ties_expected(network, unit, absolute):
+    '''The mean over many random orders is that over all orders of ties.'''
+    images = torch.randn(1, 3, 2, 2, dtype=torch.float64)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3)).double()
+    levels = torch.tensor([[2., 1., 1., -1.], [0., 0., 0., 0.], [1., 2., 3., 4.], [1., 1., -2., -2.]])
+    for values in levels:
+        maps = values.view(1, 1, 2, 2).expand(1, 3, 2, 2).clone()
+        size = 4 if unit == 'pixel' else 12
+        scores = maps.sum(1).reshape(-1) if unit == 'pixel' else maps.reshape(-1)
+        scores = (scores.abs() if absolute else scores).tolist()
+        percents = [Fraction(100 * count, size) for count in range(size + 1)]
+        options = {'unit': unit, 'absolute': absolute, 'reference': 'prediction'}
+        result = pixel_accuracy(model, images, maps, percents, n_orders=2000, **options)
+        reference = model(images).argmax(1)
+        for count in range(size + 1):
+            threshold = sorted(scores)[-count] if count else math.inf
+            above = [index for index in range(size) if scores[index] > threshold]
+            tied = [index for index in range(size) if scores[index] == threshold]
+            hits = []
+            for chosen in combinations(tied, count - len(above)):
+                keep = torch.zeros(size, dtype=torch.bool)
+                keep[[*above, *chosen]] = True
+                kept = images * (keep.view(1, 1, 2, 2) if unit == 'pixel' else keep.view(1, 3, 2, 2))
+                hits.append(float(model(kept).argmax(1) == reference))
+            expected, found = sum(hits) / len(hits), float(result.accuracy[0, count])
+            # antithetic pairs of orders vary at most as much as single ones twice
+            assert abs(found - expected) <= 5 * math.sqrt(expected * (1 - expected) / 1000)
+        shared = sum(scores.count(value) > 1 for value in scores) / size
+        assert float(result.tied_share) == shared
+
+
+def test_ties_halves():
+    '''Where the object is does not matter for a map that is the same in both halves, other than row by row.'''
+    maps = torch.rand(40, 8, 8).mul(3).floor()
+    maps = maps + maps.flip(1)
+    images = torch.ones(40, 1, 8, 8) + torch.rand(40, 1, 8, 8) / 1000
+    percents = (10, 30, 45)
+    upper, lower = (pixel_accuracy(halves, images, maps, percents, target=target, n_orders=20) for target in (0, 1))
+    assert abs(float(upper.accuracy.mean() - lower.accuracy.mean())) < 0.1
+    assert abs(float(upper.correct.double().mean() - lower.correct.double().mean())) < 0.3
+    rows = pixel_accuracy(halves, images, maps, percents, target=0, ties='stable')
+    assert rows.accuracy.mean() > 0.9
+    # of a constant map, an order and its reverse keep complements
+    flat = pixel_accuracy(halves, images, maps * 0, 50, target=0)
+    assert 0.4 < flat.accuracy.mean() < 0.6 and (flat.accuracy == 0.5).double().mean() > 0.4
+
+
+def test_ties_orders(network, batch):
+    '''Orders depend on the image, or its identity, and the seed only; only maps whose ties are divided need images.'''
+    images, maps, labels = batch
+    maps = maps.sum(1)
+    maps[2] = torch.randn(8, 8)
+    maps[3] = torch.arange(64).view(8, 8) // 32
+    sizes = []
+
+    def forward(images):
+        sizes.append(len(images))
+        return network(images)
+
+    # of the fourth map, nothing but the first percentage divides ties
+    percents = (10, 50, 100)
+    result = pixel_accuracy(forward, images, maps, percents, labels)
+    divided = torch.zeros(6, 3, dtype=torch.bool)
+    for index, example in enumerate(maps.abs().flatten(1)):
+        ordered = example.sort(descending=True).values
+        divided[index, :2] = torch.tensor([ordered[count] == ordered[count - 1] for count in (6, 32)])
+    assert divided[3].tolist() == [True, False, False] and not divided[2].any() and divided[:, 1].any()
+    assert sum(sizes) == 6 * 3 + 3 * int(divided.sum())
+    assert torch.equal(result.accuracy[~divided], result.correct[~divided].double())
+    for size in (1, 5, 1000):
+        again = pixel_accuracy(network, images, maps, percents, labels, max_examples_per_batch=size)
+        assert all(torch.equal(*pair) for pair in zip(again, result))
+    for index in range(6):
+        rows = slice(index, index + 1)
+        single = pixel_accuracy(network, images[rows], maps[rows], percents, labels[rows])
+        assert torch.equal(single.accuracy, result.accuracy[rows])
+        assert torch.equal(single.predictions, result.predictions[rows])
+    for position, percent in enumerate(percents):
+        kept = keep_top(images, maps, percent)
+        assert torch.equal(network(kept).argmax(1), result.predictions[:, position])
+    others = [pixel_accuracy(network, images, maps, (25,), labels, n_orders=9, seed=seed) for seed in range(8)]
+    assert len({other.accuracy.sum().item() for other in others}) > 1
+    same = images[:1].expand(6, -1, -1, -1), torch.ones(6, 8, 8), (25,), labels
+    ids = [
+        pixel_accuracy(network, *same, sample_ids=names)
+        for names in (range(6), torch.arange(6), np.arange(6), list('abcdef'))
+    ]
+    assert len(ids[0].predictions.unique()) > 1
+    assert torch.equal(ids[0].predictions, ids[1].predictions) and torch.equal(ids[0].predictions, ids[2].predictions)
+
+
+def test_arrays(network, batch):
+    '''Arrays, single maps, and tensors of other types.'''
+    images, maps, labels = batch
+    expected = pixel_accuracy(network, images, maps, (20, 50), labels)
+    for other in (maps.numpy(), maps.numpy()[..., ::-1].copy()[..., ::-1], maps.numpy().astype('>f8'),
+                  maps.sum(1).bfloat16().requires_grad_(), maps.sum(1).numpy().astype('f2'), (maps.numpy(),)):
+        result = pixel_accuracy(network, images, other, [20, 50], labels.numpy(), baselines=np.zeros((1, 3, 1, 1)))
+        assert all(torch.equal(*pair) for pair in zip(result, expected))
+    single = pixel_accuracy(network, images[:1].numpy(), maps[0].sum(0).numpy(), 20, int(labels[0]))
+    assert torch.equal(single.predictions, expected.predictions[:1, :1])
+    cross = cross_model_accuracy(network, images[:1], maps[0].sum(0), 20, int(labels[0]))
+    assert torch.equal(cross.predictions, single.predictions)
+    kept = keep_top(images[:1], maps[0].sum(0).numpy(), 20)
+    assert torch.equal(kept, keep_top(images, maps, 20)[:1])
+    assert torch.equal(top_fraction(maps.numpy(), 20), top_fraction(maps, 20))
+    with pytest.raises(ValueError, match=r'\(8, 8\)'):
+        pixel_accuracy(network, images, maps[0].sum(0), 20, labels)
 
 
 @pytest.mark.parametrize('size, share', [(1, 0.2), (2, 0.4), (5, 1)])
@@ -368,6 +515,13 @@ def test_model_unchanged(network, batch):
     ({'baselines': torch.zeros(8)}, r'\(8,\)'),
     ({'baselines': torch.zeros(2, 3, 8, 8)}, r'\(2, 3, 8, 8\)'),
     ({'max_examples_per_batch': 0}, '0'),
+    ({'max_examples_per_batch': 1.5}, '1.5'),
+    ({'ties': 'nearest'}, "'nearest'.*'random', 'stable'"),
+    ({'n_orders': 0}, 'n_orders=0'),
+    ({'n_orders': True}, 'n_orders=True'),
+    ({'n_orders': 2.5}, 'n_orders=2.5'),
+    ({'sample_ids': [1, 2]}, '2 sample_ids for 6'),
+    ({'interpolate': 'cubic'}, "'cubic'.*'bicubic'"),
     ({'model': lambda images: images.flatten(1) * float('nan')}, r'NaN .*\[0, 1, 2, 3, 4, 5\]'),
     ({'model': lambda images: images.sum((1, 2, 3))}, r'\(6,\)'),
     ({'model': lambda images: images.sum((2, 3))[:, :1]}, r'\(6, 1\)'),
@@ -377,6 +531,7 @@ def test_model_unchanged(network, batch):
 def test_errors(network, batch, changes, message):
     '''Arguments that do not fit are named.'''
     images, maps, labels = batch
+    maps = torch.randn_like(maps)
     arguments = {'model': network, 'images': images, 'maps': maps, 'percents': [50], 'target': labels, **changes}
     positional = [arguments.pop(key) for key in ('model', 'images', 'maps', 'percents', 'target')]
     with pytest.raises(ValueError, match=message):

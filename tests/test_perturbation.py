@@ -3,6 +3,7 @@ import doctest
 import math
 import random
 import sys
+import warnings
 import weakref
 from functools import partial
 
@@ -14,6 +15,7 @@ from captum.metrics import infidelity, sensitivity_max
 from networks import UserNetwork, randomize
 
 from captum_adapters import perturbation, score_cam
+from captum_adapters.metrics import ProbabilityWarning
 from captum_adapters.perturbation import RISE
 from captum_adapters.score_cam import ScoreCAM
 
@@ -300,6 +302,25 @@ def test_rise_outputs():
     # of which there are probabilities, too
     counts = RISE(lambda x: x.flatten(1).round().long()).attribute(input, 1, n_masks=10)
     assert torch.equal(counts, RISE(lambda x: x.flatten(1).round().float()).attribute(input, 1, n_masks=10))
+
+
+@pytest.mark.parametrize('chunk', [None, 3])
+def test_rise_probabilities(chunk):
+    '''A second softmax warns once; probabilities as they are have the map of the softmax of logits.'''
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 36, 4)).double()
+    input = torch.randn(2, 3, 6, 6).double()
+    settings = {'target': 1, 'n_masks': 10, 'grid_size': 3, 'perturbations_per_eval': chunk}
+    network = RISE(lambda x: model(x).softmax(1))
+    with pytest.warns(ProbabilityWarning, match="output='identity'") as caught:
+        network.attribute(input, **settings)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        expected = RISE(model).attribute(input, **settings)
+        for output in ('identity', 'logit'):
+            assert torch.equal(network.attribute(input, output=output, **settings), expected)
+    with pytest.raises(ValueError, match='n_masks=True'):
+        network.attribute(input, **{**settings, 'n_masks': True})
 
 
 def test_rise_tuples():

@@ -18,6 +18,8 @@ from captum_adapters.evaluation.summary import (
 )
 from captum_adapters.evaluation.tables import format_number
 
+# Columns of the top p % of pixels
+TOP = ("accuracy", "cross_accuracy", "pointing", "distance")
 # Share of tied pixels above which it matters how they are treated
 TIED_SHARE = 0.05
 # What runs on the same data have in common, and what it is called
@@ -114,6 +116,21 @@ def _warn_ties(rows: Sequence[Row], published: str, ours: str) -> Iterator[str]:
             )
 
 
+def _warn_top_ties(rows: Sequence[Row]) -> Iterator[str]:
+    """Where the top p % of pixels are partly a matter of chance."""
+    for row in rows:
+        listed = [column_of(name).title for name in TOP if name in row.statistics]
+        by_magnitude = "tied_share_magnitude" in row.statistics
+        share = row.mean("tied_share_magnitude" if by_magnitude else "tied_share")
+        if listed and share > TIED_SHARE:
+            yield (
+                f"{row.name}: {100 * share:.1f} % of pixels are tied with others, and have"
+                f" no order among these: {', '.join(listed)}"
+                f" {'are means' if len(listed) > 1 else 'is the mean'} over their orders,"
+                " and partly chance."
+            )
+
+
 def _warn_ranks(rows: Sequence[Row], published: str, ours: str) -> Iterator[str]:
     """Where methods change their order by the protocol."""
     methods = [
@@ -191,6 +208,7 @@ def find_warnings(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]
                     yield from _warn_ties(members, name, ours)
                 yield from _warn_ranks(members, name, ours)
                 yield from _warn_suffixes(members, name, ours)
+        yield from _warn_top_ties(members)
         for row in members:
             if row.mean("negative") > 0:
                 share = 100 * row.mean("negative")

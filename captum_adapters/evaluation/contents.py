@@ -38,7 +38,7 @@ TOPICS = {
         "attention_over",
         "attention_wrong",
     ),
-    "Ties": ("tied_share", "distinct_levels", "negative"),
+    "Ties": ("tied_share", "tied_share_magnitude", "distinct_levels", "negative"),
     "Conservation": ("gap", "relevance_sum", "initial"),
 }
 # Examples that are named of each problem, and different problems that are listed

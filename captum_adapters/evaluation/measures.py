@@ -21,6 +21,7 @@ from captum_adapters.metrics import (
     pixel_accuracy,
 )
 from captum_adapters.metrics._perturbed import count_grid
+from captum_adapters.metrics._top import sort_scores, tied_pixels
 from captum_adapters.metrics.ranking import PERCENTS
 from zennit_resnet.postprocess import attention_errors
 
@@ -68,7 +69,7 @@ COLUMNS: dict[str, Column] = {
         "higher",
         "default",
         "Share of images of which the class is found with only the top p % of pixels,"
-        " mean over p.",
+        " mean over p, and over orders of equal pixels.",
     ),
     "cross_accuracy": Column(
         "Cross accuracy",
@@ -80,7 +81,8 @@ COLUMNS: dict[str, Column] = {
         "Pointing",
         "higher",
         "default",
-        "Share of the top p % of pixels that is inside of the mask, mean over p.",
+        "Share of the top p % of pixels that is inside of the mask, mean over p, and"
+        " over orders of equal pixels.",
     ),
     "pointing_chance": Column(
         "Mask share", None, "default", "Share of the mask: pointing by chance."
@@ -90,7 +92,7 @@ COLUMNS: dict[str, Column] = {
         "lower",
         "default",
         "Mean distance of the top p % of pixels to the mask, in image diagonals, mean"
-        " over p.",
+        " over p, and over orders of equal pixels.",
     ),
     "distance_chance": Column(
         "Mean distance", None, "default", "Mean distance of all pixels to the mask."
@@ -136,6 +138,12 @@ COLUMNS: dict[str, Column] = {
     "initial": Column("Initial", None, "default", "Relevance at the output."),
     "tied_share": Column(
         "Ties", None, "default", "Share of pixels with the same value as another one."
+    ),
+    "tied_share_magnitude": Column(
+        "Ties in magnitude",
+        None,
+        "default",
+        "The same for magnitudes, if accuracy, pointing and distance rank by these.",
     ),
     "distinct_levels": Column(
         "Levels", None, "default", "Number of distinct values of a map."
@@ -197,7 +205,7 @@ class MetricSettings(NamedTuple):
 
     step: int = 500
     percents: tuple[float, ...] = PERCENTS
-    rank_by: str = "value"
+    rank_by: str = "magnitude"
     fill: Optional[Tensor] = None
     forward_batch: int = 32
     others: Mapping[
@@ -287,6 +295,12 @@ def _published(protocol: str) -> Callable[[Forward, Batch, Tensor, MetricSetting
     return measure
 
 
+def _ties(tied_share: Tensor, settings: MetricSettings) -> dict[str, Tensor]:
+    """The share of ties in what accuracy, pointing and distance rank by."""
+    suffix = "_magnitude" if settings.rank_by == "magnitude" else ""
+    return {f"tied_share{suffix}": tied_share}
+
+
 def _percents(settings: MetricSettings, like: Tensor) -> Tensor:
     """Percentages as a curve's positions, of the shape of the curve."""
     return torch.tensor(settings.percents, dtype=torch.float64).expand(len(like), -1)
@@ -306,10 +320,10 @@ def _accuracy(
         baselines=settings.fill,
         max_examples_per_batch=settings.forward_batch,
     )
-    correct = result.correct.double()
+    accuracy = result.accuracy
     return Scores(
-        {"accuracy": correct.mean(1)},
-        {"percents": _percents(settings, correct), "accuracy": correct},
+        {"accuracy": accuracy.mean(1), **_ties(result.tied_share, settings)},
+        {"percents": _percents(settings, accuracy), "accuracy": accuracy},
     )
 
 
@@ -328,10 +342,13 @@ def _cross(forward: Forward, batch: Batch, maps: Tensor, settings: MetricSetting
             transform=transform,
             max_examples_per_batch=settings.forward_batch,
         )
-        curves[f"cross_accuracy:{name}"] = result.correct.double()
+        curves[f"cross_accuracy:{name}"] = result.accuracy
     every = torch.stack([*curves.values()])
     curves["percents"] = _percents(settings, every[0])
-    return Scores({"cross_accuracy": every.mean((0, 2))}, curves)
+    return Scores(
+        {"cross_accuracy": every.mean((0, 2)), **_ties(result.tied_share, settings)},
+        curves,
+    )
 
 
 def _pointing(
@@ -345,6 +362,7 @@ def _pointing(
         {
             "pointing": result.share.mean(1),
             "pointing_chance": result.chance.where(~result.empty, math.nan),
+            **_ties(result.tied_share, settings),
         },
         {
             "percents": _percents(settings, result.share),
@@ -364,7 +382,11 @@ def _distance(
         maps, batch.masks, settings.percents, absolute=settings.rank_by == "magnitude"
     )
     return Scores(
-        {"distance": result.distance.mean(1), "distance_chance": result.chance},
+        {
+            "distance": result.distance.mean(1),
+            "distance_chance": result.chance,
+            **_ties(result.tied_share, settings),
+        },
         {"percents": _percents(settings, result.distance), "distance": result.distance},
     )
 
@@ -397,6 +419,8 @@ METRICS: dict[str, Callable[[Forward, Batch, Tensor, MetricSettings], Scores]] =
 # conservation is measured on relevance before any post-processing, by whom computes it
 NAMES = (*METRICS, "conservation")
 DEFAULT = ("insertion_deletion", "conservation")
+# of the top p % of pixels, of which tied ones are divided
+TOP = ("accuracy", "cross", "pointing", "distance")
 # not defined without a mask
 MASKED = ("pointing", "distance", "attention")
 
@@ -463,6 +487,10 @@ def measure(
     with warnings.catch_warnings():
         # counted instead
         warnings.simplefilter("ignore", NegativeMapWarning)
+        if "insertion_deletion" not in names and {*names} & {*TOP}:
+            ordered, _ = sort_scores(maps)
+            values["tied_share"] = tied_pixels(ordered).double().mean(1)
+            values["distinct_levels"] = 1 + (ordered.diff(dim=1) != 0).sum(1)
         for name in names:
             if name in METRICS:
                 scores = METRICS[name](forward, batch, maps, settings)

@@ -42,7 +42,13 @@ from captum_adapters.evaluation.records import (
     read_done,
     read_times,
 )
-from captum_adapters.evaluation.settings import Evaluation, check, describe
+from captum_adapters.evaluation.settings import (
+    Evaluation,
+    check,
+    check_pixels,
+    describe,
+    input_size,
+)
 from zennit_resnet.messages import one_line
 from zennit_resnet.models import load_classifier
 
@@ -154,6 +160,7 @@ class Loop:
         self.classifier = load_classifier(
             evaluation.model, evaluation.weights, evaluation.size
         )
+        check_pixels(evaluation, input_size(self.classifier))
         self.data = read_samples(
             evaluation.data,
             self.classifier.classes,

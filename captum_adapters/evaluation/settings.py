@@ -2,10 +2,11 @@
 
 import hashlib
 import importlib.metadata
+import math
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -16,9 +17,11 @@ from torch import Tensor
 from torchvision.transforms import functional
 
 from captum_adapters.evaluation.datasets import Samples
-from captum_adapters.evaluation.measures import DEFAULT, check_metrics
+from captum_adapters.evaluation.measures import DEFAULT, MASKED, TOP, check_metrics
 from captum_adapters.evaluation.methods import Method
 from captum_adapters.evaluation.records import fingerprint
+from captum_adapters.metrics._top import top_counts
+from captum_adapters.metrics.curves import PROTOCOLS
 from captum_adapters.metrics.ranking import PERCENTS
 from zennit_resnet.models import Classifier, find_embedded, load_classifier
 
@@ -53,6 +56,7 @@ class Evaluation:
         step (int): Number of pixels between two points of curves.
         percents (tuple): Percentages of the top p %.
         rank_by (str): `"value"` or `"magnitude"`, for accuracy, pointing and distance.
+                The default is that of the functions, as in R-LRP's paper.
         fill (str): What deleted pixels become: `"black"`, or the `"mean"` color.
         cross (tuple[str]): Other networks `NAME=WEIGHTS` for the metric `"cross"`.
         preset (tuple[str]): Names of the presets that this is from.
@@ -88,7 +92,7 @@ class Evaluation:
     initial: str = "softmax"
     step: int = 500
     percents: tuple[float, ...] = PERCENTS
-    rank_by: str = "value"
+    rank_by: str = "magnitude"
     fill: str = "black"
     cross: tuple[str, ...] = ()
     preset: tuple[str, ...] = ()
@@ -101,6 +105,10 @@ class Evaluation:
     compile: bool = False
     pictures: int = 1000
     controls: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.percents, (int, float)):
+            self.percents = (self.percents,)
 
 
 CHOICES = {
@@ -126,15 +134,23 @@ def check(evaluation: Evaluation) -> None:
             raise ValueError(
                 f"{name}={value!r} is not one of {', '.join(map(repr, choices))}"
             )
-    for name in ("step", "batch_size", "forward_batch"):
-        if getattr(evaluation, name) < 1:
-            raise ValueError(f"{name}={getattr(evaluation, name)} is not positive")
+    for name in ("step", "batch_size", "forward_batch", "size", "limit"):
+        value = getattr(evaluation, name)
+        optional = name in ("size", "limit")
+        if not (value is None and optional) and (not _is_integer(value) or value < 1):
+            raise ValueError(f"{name}={value!r} is not a positive integer")
     for name in ("workers", "pictures"):
-        if getattr(evaluation, name) < 0:
-            raise ValueError(f"{name}={getattr(evaluation, name)} is negative")
+        value = getattr(evaluation, name)
+        if not _is_integer(value) or value < 0:
+            raise ValueError(f"{name}={value!r} is not an integer from 0 on")
+    if not isinstance(evaluation.percents, (tuple, list)) or not evaluation.percents:
+        raise ValueError(
+            f"percents={evaluation.percents!r} are no numbers, such as (1, 5)"
+        )
     for percent in evaluation.percents:
-        if not 0 < percent <= 100:
-            raise ValueError(f"percents are above 0 and up to 100, unlike {percent:g}")
+        number = isinstance(percent, (int, float)) and not isinstance(percent, bool)
+        if not number or not 0 < percent <= 100:
+            raise ValueError(f"percents are above 0 and up to 100, unlike {percent!r}")
     if ("cross" in evaluation.metrics) != bool(evaluation.cross):
         raise ValueError(
             "the metric 'cross' and other networks belong together: name them as"
@@ -142,6 +158,36 @@ def check(evaluation: Evaluation) -> None:
         )
     if len(set(evaluation.cross)) < len(evaluation.cross):
         raise ValueError(f"a network is named twice: {', '.join(evaluation.cross)}")
+
+
+def _is_integer(value: object) -> bool:
+    """Whether this is a whole number."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_pixels(evaluation: Evaluation, size: Sequence[int]) -> None:
+    """Check what depends on the number of pixels, before anything is computed.
+
+    Args:
+
+        evaluation (Evaluation): What is evaluated.
+        size (sequence of int): Height and width of the images.
+
+    Raises:
+        ValueError: If a step of curves is beyond the image, or a percentage is no
+                pixel.
+    """
+    pixels = math.prod(size)
+    images = f"images of {size[0]} x {size[1]} = {pixels} pixels"
+    steps = {"insertion_deletion": evaluation.step, "c3": evaluation.step}
+    steps["rise"] = PROTOCOLS["rise"].step or 1
+    for name, step in steps.items():
+        if name in evaluation.metrics and step > pixels:
+            raise ValueError(f"step={step} of {name} is too large for {images}")
+    if {*MASKED} & {*TOP} & {*evaluation.metrics}:
+        for percent in evaluation.percents:
+            if top_counts(percent, pixels) == (0,):
+                raise ValueError(f"percents contain {percent:g}, which is none of {images}")
 
 
 def load_other(text: str) -> tuple[str, Classifier]:

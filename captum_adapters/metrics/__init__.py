@@ -4,6 +4,7 @@ Functions on tensors, with one value for each example.
 """
 
 from captum_adapters._common import NegativeMapWarning
+from captum_adapters.metrics._checks import ProbabilityWarning
 from captum_adapters.metrics._top import top_fraction
 from captum_adapters.metrics.curves import (
     Areas,
@@ -42,6 +43,7 @@ __all__ = [
     "MaskPointing",
     "NegativeMapWarning",
     "PixelAccuracy",
+    "ProbabilityWarning",
     "bootstrap_interval",
     "boxes_to_masks",
     "compare",

@@ -3,11 +3,13 @@
 import math
 import zlib
 from collections.abc import Sequence
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from captum_adapters.metrics._checks import positive_integer
 
 
 def rank_pixels(
@@ -28,9 +30,15 @@ def rank_pixels(
 
 
 def _random_orders(
-    images: Tensor, seed: int, sample_ids: Union[None, Tensor, Sequence[object]]
+    images: Tensor,
+    seed: object,
+    sample_ids: Union[None, Tensor, Sequence[object]],
+    size: Optional[int] = None,
 ) -> Tensor:
-    """A random order of pixels for each image, whatever the rest of the batch."""
+    """A random order for each image, whatever the rest of the batch.
+
+    It is one of as many elements as given, by default of pixels.
+    """
     if sample_ids is None:
         content = [image.flatten().cpu().view(torch.uint8).numpy() for image in images]
         ids: list[object] = [zlib.crc32(array.tobytes()) for array in content]
@@ -40,7 +48,7 @@ def _random_orders(
         raise ValueError(f"There are {len(ids)} sample_ids for {len(images)} examples.")
     orders = [
         torch.randperm(
-            images[0, 0].numel(),
+            images[0, 0].numel() if size is None else size,
             generator=torch.Generator().manual_seed(
                 zlib.crc32(f"{seed}:{name}".encode())
             ),
@@ -78,7 +86,7 @@ def nearest_ends(equal: Tensor) -> Tensor:
 
 
 def count_grid(
-    n_pixels: int, n_steps: Optional[int], step: Optional[int], ends: bool = True
+    n_pixels: int, n_steps: Any, step: Any, ends: bool = True, origin: str = ""
 ) -> Tensor:
     """Numbers of pixels at the points of a curve.
 
@@ -90,18 +98,28 @@ def count_grid(
         ends (bool, optional): Whether zero is a point. If not, points are those of the
                 published code of Otsuki et al. 2024.
                 Default: True
+        origin (str, optional): Where `step` comes from, if it was not given.
+                Default: `""`
 
     Returns:
         Tensor: Increasing numbers up to `n_pixels`, of shape (points,).
 
     Raises:
-        ValueError: If `n_steps` or `step` is not positive, or not exactly one is given.
+        ValueError: If `n_steps` or `step` is not a positive integer, `step` is beyond
+                the image, or not exactly one is given.
     """
     if n_steps is not None and step is not None:
         raise ValueError(f"Give n_steps={n_steps} or step={step}, but not both.")
     name, value = ("n_steps", n_steps) if step is None else ("step", step)
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r} is not a positive integer.")
+    value = positive_integer(name, value, f" (images have {n_pixels} pixels)")
+    if step is not None:
+        step = value
+        if step > n_pixels:
+            # the curves would be the same for any map
+            raise ValueError(
+                f"step={step}{origin} is more than the {n_pixels} pixels of an image:"
+                " give a smaller step, or n_steps."
+            )
     if not ends:
         step = math.ceil(n_pixels / value) if step is None else step
         # the published code looks up the value at these ranks, which start at 0

@@ -14,6 +14,8 @@ import torch
 from captum._utils.typing import TargetType
 from torch import Tensor
 
+from captum_adapters.metrics._checks import positive_integer
+from captum_adapters.metrics._top import percent_list, top_counts
 from captum_adapters.metrics.curves import InsertionDeletion, insertion_deletion
 from captum_adapters.metrics.masks import (
     MaskDistance,
@@ -89,6 +91,16 @@ def _check_points(tensors: Sequence[Tensor]) -> None:
         )
 
 
+def _check_numbers(options: dict[str, Any]) -> None:
+    """Refuse numbers that fit no image, before there is any."""
+    for name in ("n_steps", "step", "n_orders", "max_examples_per_batch"):
+        if options.get(name) is not None:
+            positive_integer(name, options[name])
+    if "percents" in options:
+        options["percents"] = tuple(percent_list(options["percents"]))
+        top_counts(options["percents"], 100)
+
+
 class _PerExample(Metric, Generic[Result]):
     """A function of batches, of which all results are kept.
 
@@ -114,6 +126,7 @@ class _PerExample(Metric, Generic[Result]):
         chosen = {key: options.pop(key) for key in sorted(known & options.keys())}
         options.setdefault("dist_sync_fn", _gather)
         super().__init__(**options)
+        _check_numbers(chosen)
         self.options = chosen
         # MetricCollection takes metrics with equal states for the same metric
         settings = torch.tensor(zlib.crc32(repr(chosen).encode()))
@@ -299,6 +312,8 @@ class PixelAccuracyMetric(_PerExample[PixelAccuracy]):
             attributions,
             target=target,
             additional_forward_args=additional_forward_args,
+            # on which random orders of ties depend
+            sample_ids=sample_ids,
         )
 
 

@@ -18,10 +18,18 @@ from captum_adapters._common import (
     check_target,
     forward_in_chunks,
     have_rows,
-    pixel_maps,
     predicted_class,
     select_target,
     warn_negative_maps,
+)
+from captum_adapters.metrics._checks import (
+    ProbabilityWarning,
+    as_argument,
+    check_chunk,
+    describe_probabilities,
+    judge_outputs,
+    rank_maps,
+    to_tensor,
 )
 from captum_adapters.metrics._perturbed import (
     PerturbedImages,
@@ -31,6 +39,7 @@ from captum_adapters.metrics._perturbed import (
     nearest_ends,
     rank_pixels,
 )
+from captum_adapters.metrics._top import tied_pixels
 
 TIES = ("nearest", "group", "stable", "random", "threshold")
 
@@ -169,8 +178,9 @@ def insertion_deletion(
                 as it is: put it into evaluation mode before.
         inputs (Tensor or tuple[Tensor]): Images of shape (batch, channels, height,
                 width), or a tuple of one such tensor.
-        attributions (Tensor or tuple[Tensor]): Attributions of shape (batch, channels,
-                height, width), (batch, 1, height, width) or (batch, height, width).
+        attributions (Tensor, numpy.ndarray or tuple[Tensor]): Attributions of shape
+                (batch, channels, height, width), (batch, 1, height, width) or (batch,
+                height, width), or (height, width) for a single image.
         baselines (scalar, Tensor, tuple of scalar, or Tensor, optional): What pixels
                 are without their content: a number, or a tensor that can be broadcast
                 to the inputs, such as one of shape (1, channels, 1, 1). `None` is 0 in
@@ -186,8 +196,8 @@ def insertion_deletion(
         additional_forward_args (Any, optional): Further arguments of `forward_func`,
                 one or a tuple. Tensors with a row for each example are expanded.
                 Default: None
-        n_steps (int, optional): Number of equal intervals of pixels, at most one per
-                pixel. If the middle falls between two pixels, both are points. `None`
+        n_steps (int, optional): Number of equal intervals of pixels; where there are
+                fewer pixels, each is one. If the middle falls between two pixels, both are points. `None`
                 is 100, or the `step` of the protocol.
                 Default: None
         ties (str, optional): What happens to pixels of equal value. `"nearest"`: they
@@ -200,9 +210,11 @@ def insertion_deletion(
                 of the protocol.
                 Default: None
         output (str or Callable, optional): What the score is: `"softmax"` for the
-                probability of the target among classes (dimension 1), `"logit"` for the
-                output as it is, or a function of the output. A single output per
-                example is taken as it is in both cases.
+                probability of the target among classes (dimension 1), `"identity"` or
+                `"logit"` for the output as it is, or a function of the output. A single
+                output per example is taken as it is in all cases. Networks that return
+                probabilities need `"identity"`: of these, `"softmax"` would be another
+                softmax, and warns.
                 Default: `"softmax"`
         reduce (str, optional): `"sum"` ranks pixels by the sum of attributions over
                 channels, `"abs_sum"` by its magnitude.
@@ -219,7 +231,8 @@ def insertion_deletion(
                 Default: None
         show_progress (bool, optional): Whether to show a progress bar.
                 Default: False
-        step (int, optional): Number of pixels between two points, instead of `n_steps`.
+        step (int, optional): Number of pixels between two points, instead of `n_steps`,
+                up to the number of pixels.
                 Default: None
         insertion_baselines (scalar, Tensor, tuple of scalar, or Tensor, optional): What
                 insertion starts from, if not from `baselines`.
@@ -244,6 +257,8 @@ def insertion_deletion(
 
     Warns:
         NegativeMapWarning: If a map has no positive value.
+        ProbabilityWarning: If the outputs are probabilities for all images, although
+                `output="softmax"`, or all between 0 and 1 for ten or more classes.
 
     Examples::
 
@@ -261,18 +276,23 @@ def insertion_deletion(
     ties = preset.ties if ties is None else ties
     if ties not in TIES:
         raise ValueError(f"ties={ties!r} is not one of {', '.join(map(repr, TIES))}.")
-    if not callable(output) and output not in ("softmax", "logit"):
+    if not callable(output) and output not in ("softmax", "identity", "logit"):
         raise ValueError(
-            f"output={output!r} is neither 'softmax' nor 'logit' nor a function."
+            f"output={output!r} is neither 'softmax' nor 'identity', 'logit' or a"
+            " function."
         )
-    images = check_images(inputs)
-    maps = pixel_maps(attributions, images, reduce, interpolate)
+    chunk = check_chunk(max_examples_per_batch)
+    images = check_images(to_tensor(inputs, "inputs"))
+    maps = rank_maps(attributions, images, reduce, interpolate)
     warn_negative_maps(maps)
     batch, n_pixels = len(images), maps[0].numel()
     index = check_target(target, batch, images.device)
     if n_steps is None and step is None:
         n_steps, step = (100, None) if preset.step is None else (None, preset.step)
-    counts = count_grid(n_pixels, n_steps, step, preset.ends).to(images.device)
+        origin = f" of protocol={protocol!r}"
+    else:
+        origin = ""
+    counts = count_grid(n_pixels, n_steps, step, preset.ends, origin).to(images.device)
     moved = ties in ("nearest", "group")
     if moved and not preset.ends:
         # without the empty image, the area would not begin at zero
@@ -285,16 +305,18 @@ def insertion_deletion(
             " of the normalization, of shape (1, channels, 1, 1).",
             stacklevel=2,
         )
-    deleted = check_baselines(baselines, images)
+    deleted = check_baselines(as_argument(baselines, "baselines"), images)
     inserted = None
     if insertion_baselines is not None:
-        inserted = check_baselines(insertion_baselines, images, "insertion_baselines")
+        name = "insertion_baselines"
+        inserted = check_baselines(
+            as_argument(insertion_baselines, name), images, name
+        )
     elif protocol == "rise":
         inserted = blur(images)
 
     order, values = rank_pixels(maps.flatten(1), ties, images, seed, sample_ids)
     equal = values[:, 1:] == values[:, :-1]
-    tied = F.pad(equal, (1, 0)) | F.pad(equal, (0, 1))
     selected = counts.expand(batch, -1)
     if ties == "nearest":
         selected = nearest_ends(equal).gather(1, selected)
@@ -305,9 +327,12 @@ def insertion_deletion(
     perturbed = PerturbedImages(images, deleted, inserted, order, selected, alone)
     examples = perturbed.examples
     first: list[Tensor] = []
+    judged: list[Tensor] = []
 
     def collect(result: Tensor, part: slice) -> tuple[Tensor, Tensor]:
         scores = _score(result, output)
+        if output == "softmax" and result.shape[1:].numel() > 1:
+            judged.append(judge_outputs(result))
         # where there are several positions, the class at the target's is meant
         logits = result if result.ndim <= 2 else scores
         if part.start == 0:
@@ -331,9 +356,12 @@ def insertion_deletion(
         examples,
         batch,
         additional_forward_args,
-        max_examples_per_batch,
+        chunk,
         show_progress,
     )
+    warning = describe_probabilities(judged)
+    if warning is not None:
+        warnings.warn(warning, ProbabilityWarning, stacklevel=2)
     scores, classes = scores[perturbed.inverse], classes[perturbed.inverse]
     if perturbed.shared is not None:
         # the first image is blank, and has a score for the target of each example
@@ -367,7 +395,7 @@ def insertion_deletion(
         classes[:, -n_points:],
         full,
         deletion_blank,
-        tied.to(scores.dtype).mean(1),
+        tied_pixels(values).to(scores.dtype).mean(1),
         n_pixels - equal.sum(1),
     )
 

@@ -1,24 +1,20 @@
 """Whether relevance is on the object, and whether it is conserved."""
 
 import math
-from typing import NamedTuple, Optional, Sequence, Union
+from typing import Any, NamedTuple, Optional, Sequence, Union
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
-from captum_adapters._common import (
-    double_dtype,
-    pixel_maps,
-    single_tensor,
-    warn_negative_maps,
-)
-from captum_adapters.metrics._top import (
-    Percent,
-    descending_order,
-    percent_tensors,
-)
+from captum_adapters._common import double_dtype, warn_negative_maps
+from captum_adapters.metrics._checks import as_batch, rank_maps, to_tensor
+from captum_adapters.metrics._top import Percents, means_of_top, percent_tensors
 from captum_adapters.metrics.ranking import PERCENTS
+
+Maps = Union[Tensor, NDArray[Any], tuple[Tensor, ...]]
 
 NORMALIZATIONS = ("diagonal", "max", "mean", None)
 
@@ -29,9 +25,10 @@ class MaskPointing(NamedTuple):
     Attributes:
 
         share (Tensor): Share of the top p % that is inside of the mask, from 0 to 1, of
-                shape (batch, percents). NaN if the mask is empty, so that an image
-                without an object counts neither as a hit nor as a miss, and if the
-                percentage selects no pixel.
+                shape (batch, percents). Of pixels with equal attributions, it is the
+                expected share over all their orders. NaN if the mask is empty, so that
+                an image without an object counts neither as a hit nor as a miss, and if
+                the percentage selects no pixel.
         chance (Tensor): Share of the mask in the image, which is the expected share of
                 a random map, of shape (batch,).
         ceiling (Tensor): Largest possible share, the smaller of 1 and the mask's number
@@ -39,6 +36,8 @@ class MaskPointing(NamedTuple):
         empty (Tensor): Whether the mask is empty, bool of shape (batch,).
         counts (Tensor): Number of pixels in the top p %, of shape (percents,).
         percents (Tensor): Percentages, of shape (percents,).
+        tied_share (Tensor): Share of pixels of which the attribution is not theirs
+                alone, of shape (batch,).
     """
 
     share: Tensor
@@ -47,6 +46,7 @@ class MaskPointing(NamedTuple):
     empty: Tensor
     counts: Tensor
     percents: Tensor
+    tied_share: Tensor
 
 
 class MaskDistance(NamedTuple):
@@ -55,13 +55,17 @@ class MaskDistance(NamedTuple):
     Attributes:
 
         distance (Tensor): Mean distance of the top p % to the mask, of shape (batch,
-                percents). Lower is better, and zero if the mask covers the image. NaN
-                if the mask is empty, or the percentage selects no pixel.
+                percents). Lower is better, and zero if the mask covers the image. Of
+                pixels with equal attributions, it is the expected distance over all
+                their orders. NaN if the mask is empty, or the percentage selects no
+                pixel.
         chance (Tensor): Mean distance of all pixels, which is the expected distance of
                 a random map, of shape (batch,).
         empty (Tensor): Whether the mask is empty, bool of shape (batch,).
         counts (Tensor): Number of pixels in the top p %, of shape (percents,).
         percents (Tensor): Percentages, of shape (percents,).
+        tied_share (Tensor): Share of pixels of which the attribution is not theirs
+                alone, of shape (batch,).
     """
 
     distance: Tensor
@@ -69,20 +73,26 @@ class MaskDistance(NamedTuple):
     empty: Tensor
     counts: Tensor
     percents: Tensor
+    tied_share: Tensor
 
 
 def _check_masks(
-    masks: Tensor, maps: Tensor, interpolate: Optional[str]
-) -> tuple[Tensor, Tensor]:
-    """Masks as bool of shape (batch, height, width), and a frame for the maps."""
-    masks = single_tensor(masks, "masks").detach().to(maps.device)
+    attributions: Maps, masks: Maps, interpolate: Optional[str]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Maps, masks as bool of shape (batch, height, width), and a frame for the maps."""
+    maps = to_tensor(attributions, "attributions").detach()
+    masks = to_tensor(masks, "masks").detach().to(maps.device)
     shape = tuple(masks.shape)
+    # of single images, as an array or a picture is read
+    masks = as_batch(masks, 1 if maps.ndim == 2 else len(maps) if maps.ndim else 0)
+    maps = as_batch(maps, len(masks) if masks.ndim > 2 else 0)
     if masks.ndim == 4 and masks.shape[1] == 1:
         masks = masks[:, 0]
     if masks.ndim != 3 or masks.numel() == 0:
         raise ValueError(
             "masks must be of shape (batch, height, width) or (batch, 1, height,"
-            f" width), and not empty, but are of shape {shape}."
+            " width), or (height, width) for a single image, and not empty, but are of"
+            f" shape {shape}, and attributions of shape {tuple(maps.shape)}."
         )
     inside = masks.bool()
     if bool((masks != inside).any()):
@@ -105,32 +115,24 @@ def _check_masks(
             " instance with interpolate='bilinear'."
         )
     channels = maps.shape[1] if maps.ndim == 4 else 1
-    return inside, inside[:, None].expand(-1, channels, -1, -1)
+    return maps, inside, inside[:, None].expand(-1, channels, -1, -1)
 
 
-def _sums_of_top(
-    attributions: Union[Tensor, tuple[Tensor, ...]],
-    frame: Tensor,
-    values: Tensor,
-    counts: Tensor,
-    absolute: bool,
-    interpolate: Optional[str],
+def _scores(
+    maps: Tensor, frame: Tensor, absolute: bool, interpolate: Optional[str]
 ) -> Tensor:
-    """Sums of values over the pixels with the highest attributions, (batch, counts)."""
-    reduce = "abs_sum" if absolute else "sum"
-    maps = pixel_maps(attributions, frame, reduce, interpolate)
+    """Scores to rank pixels by, of shape (batch, height, width)."""
+    scores = rank_maps(maps, frame, "abs_sum" if absolute else "sum", interpolate)
     if not absolute:
         # attributed to the caller of the public function
-        warn_negative_maps(maps, stacklevel=4)
-    ordered = values.flatten(1).gather(1, descending_order(maps))
-    sums = torch.nn.functional.pad(ordered.cumsum(1), (1, 0))
-    return sums[:, counts]
+        warn_negative_maps(scores, stacklevel=4)
+    return scores
 
 
 def mask_pointing(
-    attributions: Union[Tensor, tuple[Tensor, ...]],
-    masks: Tensor,
-    percents: Sequence[Percent] = PERCENTS,
+    attributions: Maps,
+    masks: Maps,
+    percents: Percents = PERCENTS,
     *,
     absolute: bool = True,
     interpolate: Optional[str] = None,
@@ -144,20 +146,26 @@ def mask_pointing(
     by Nyiri & Gibaru (section 6.1, figures 24 and 25). The larger the mask, the higher
     the share of any map; it is to be compared with that of a random map, and with the
     largest possible one, as a mask smaller than the top p % cannot contain them all.
+    The pointing game in which the single highest pixel counts is the percentage
+    `Fraction(100, N)`.
+
+    Pixels with equal attributions have no order. If the top p % divide them, then the
+    share is the expected one over all their orders: the pixels above, and of the tied
+    ones the fraction that is needed. So a constant map has exactly the level of chance.
     The paper leaves out images of which the mask covers less than 1 % or more than
     99 %, which the field `chance` tells.
 
     Args:
 
-        attributions (Tensor or tuple[Tensor]): Attributions of shape (batch, channels,
-                height, width) or (batch, height, width). Channels are summed.
-        masks (Tensor): Masks of shape (batch, height, width) or (batch, 1, height,
-                width), 1 or True inside of the object. For boxes, see
-                :func:`boxes_to_masks`.
-        percents (sequence of int, float or Fraction, optional): Percentages from 0 to
-                100, in any order. The top p % are exactly
-                :math:`\lfloor pN/100 \rfloor` of the N pixels; of those with equal
-                attributions, the first in row-major order come first.
+        attributions (Tensor, numpy.ndarray or tuple[Tensor]): Attributions of shape
+                (batch, channels, height, width) or (batch, height, width). Channels are
+                summed. A single map may be of shape (height, width).
+        masks (Tensor or numpy.ndarray): Masks of shape (batch, height, width) or
+                (batch, 1, height, width), 1 or True inside of the object. A single one
+                may be of shape (height, width). For boxes, see :func:`boxes_to_masks`.
+        percents (int, float or Fraction, or sequence of these, optional): Percentages
+                from 0 to 100, in any order. The top p % are exactly
+                :math:`\lfloor pN/100 \rfloor` of the N pixels.
                 Default: those of the figures of R-LRP's paper
         absolute (bool, optional): Whether to rank by the magnitude of the sum over
                 channels, as the paper does. Otherwise negative relevance comes last.
@@ -185,23 +193,23 @@ def mask_pointing(
         >>> [values.tolist() for values in (result.share, result.chance)]
         [[[1.0, 0.5]], [0.25]]
     """
-    maps = single_tensor(attributions, "attributions")
-    inside, frame = _check_masks(masks, maps, interpolate)
+    maps, inside, frame = _check_masks(attributions, masks, interpolate)
     total = inside[0].numel()
     counts, values = percent_tensors(percents, total, maps.device)
-    hits = _sums_of_top(attributions, frame, inside.long(), counts, absolute, interpolate)
+    scores = _scores(maps, frame, absolute, interpolate)
     dtype = double_dtype(maps.device)
     area = inside.flatten(1).sum(1)
     empty = area == 0
-    # no selected pixel gives 0 / 0
-    share = hits.to(dtype) / counts
+    chance = area.to(dtype) / total
+    share, tied_share = means_of_top(inside.long(), scores, counts, chance)
     return MaskPointing(
         share=share.masked_fill(empty[:, None], math.nan),
-        chance=area.to(dtype) / total,
+        chance=chance,
         ceiling=(area.to(dtype)[:, None] / counts).clamp(max=1),
         empty=empty,
         counts=counts,
         percents=values,
+        tied_share=tied_share,
     )
 
 
@@ -232,9 +240,9 @@ def distance_maps(masks: Tensor) -> Tensor:
 
 
 def mask_distance(
-    attributions: Union[Tensor, tuple[Tensor, ...]],
-    masks: Tensor,
-    percents: Sequence[Percent] = PERCENTS,
+    attributions: Maps,
+    masks: Maps,
+    percents: Percents = PERCENTS,
     *,
     normalization: Optional[str] = "diagonal",
     absolute: bool = True,
@@ -246,17 +254,18 @@ def mask_distance(
     nearest pixel of the mask, and zero inside of it. Unlike the share of pixels inside
     (:func:`mask_pointing`), it tells a near miss from pixels scattered all over the
     image: the second measure of R-LRP by Nyiri & Gibaru (section 6.2, figures 27
-    and 28).
+    and 28). Ties are treated as in :func:`mask_pointing`.
 
     Args:
 
-        attributions (Tensor or tuple[Tensor]): Attributions of shape (batch, channels,
-                height, width) or (batch, height, width). Channels are summed.
-        masks (Tensor): Masks of shape (batch, height, width) or (batch, 1, height,
-                width), 1 or True inside of the object. For boxes, see
-                :func:`boxes_to_masks`.
-        percents (sequence of int, float or Fraction, optional): Percentages from 0 to
-                100, in any order, see :func:`mask_pointing`.
+        attributions (Tensor, numpy.ndarray or tuple[Tensor]): Attributions of shape
+                (batch, channels, height, width) or (batch, height, width). Channels are
+                summed. A single map may be of shape (height, width).
+        masks (Tensor or numpy.ndarray): Masks of shape (batch, height, width) or
+                (batch, 1, height, width), 1 or True inside of the object. A single one
+                may be of shape (height, width). For boxes, see :func:`boxes_to_masks`.
+        percents (int, float or Fraction, or sequence of these, optional): Percentages
+                from 0 to 100, in any order, see :func:`mask_pointing`.
                 Default: those of the figures of R-LRP's paper
         normalization (str, optional): What distances are divided by. The paper
                 normalizes as masks differ in size, but does not say how.
@@ -299,8 +308,7 @@ def mask_distance(
             f"normalization={normalization!r} is not one of"
             f" {', '.join(map(repr, NORMALIZATIONS))}."
         )
-    maps = single_tensor(attributions, "attributions")
-    inside, frame = _check_masks(masks, maps, interpolate)
+    maps, inside, frame = _check_masks(attributions, masks, interpolate)
     distances = distance_maps(inside)
     flat = distances.flatten(1)
     if normalization == "diagonal":
@@ -315,13 +323,16 @@ def mask_distance(
     # where the mask covers the image, all distances are zero
     scale = scale.masked_fill(scale == 0, 1)
     counts, values = percent_tensors(percents, flat.shape[1], maps.device)
-    sums = _sums_of_top(attributions, frame, distances, counts, absolute, interpolate)
+    scores = _scores(maps, frame, absolute, interpolate)
+    chance = flat.mean(1)
+    means, tied_share = means_of_top(distances, scores, counts, chance)
     return MaskDistance(
-        distance=sums / counts / scale[:, None],
-        chance=flat.mean(1) / scale,
+        distance=means / scale[:, None],
+        chance=chance / scale,
         empty=~inside.flatten(1).any(1),
         counts=counts,
         percents=values,
+        tied_share=tied_share,
     )
 
 
@@ -400,8 +411,8 @@ def boxes_to_masks(
 
 
 def conservation_gap(
-    attributions: Union[Tensor, tuple[Tensor, ...]],
-    initial: Union[int, float, Tensor],
+    attributions: Maps,
+    initial: Union[int, float, Tensor, NDArray[Any]],
 ) -> Tensor:
     r"""How much relevance is gained or lost on the way, relative to what there was.
 
@@ -414,12 +425,12 @@ def conservation_gap(
 
     Args:
 
-        attributions (Tensor or tuple[Tensor]): Attributions of shape (batch, ...). For
-                a tuple, the sum goes over all its tensors.
-        initial (int, float or Tensor): Relevance that was propagated from the output of
-                each example, for instance its target's logit: a tensor of shape
-                (batch,), or of (batch, ...), which is summed for each example, or a
-                number for all.
+        attributions (Tensor, numpy.ndarray or tuple of these): Attributions of shape
+                (batch, ...). For a tuple, the sum goes over all its tensors.
+        initial (int, float, Tensor or numpy.ndarray): Relevance that was propagated
+                from the output of each example, for instance its target's logit: a
+                tensor of shape (batch,), or of (batch, ...), which is summed for each
+                example, or a number for all.
 
     Returns:
         Tensor: Relative gap of shape (batch,), in double precision. NaN if the initial
@@ -427,6 +438,7 @@ def conservation_gap(
 
     Raises:
         ValueError: If the batch sizes differ or are zero.
+        TypeError: If an argument is neither a tensor nor an array of numbers.
 
     Examples::
 
@@ -436,11 +448,14 @@ def conservation_gap(
         >>> conservation_gap(attributions, torch.tensor([3.0, -1.0])).tolist()
         [0.0, -1.0]
     """
-    parts = attributions if isinstance(attributions, tuple) else (attributions,)
+    given = attributions if isinstance(attributions, tuple) else (attributions,)
+    parts = [to_tensor(part, "attributions") for part in given]
     if not parts or any(part.ndim == 0 or len(part) == 0 for part in parts):
         raise ValueError("attributions have no examples: give a shape of (batch, ...).")
     batch, device = len(parts[0]), parts[0].device
     dtype = double_dtype(device)
+    if isinstance(initial, np.ndarray):
+        initial = to_tensor(initial, "initial")
     start = torch.as_tensor(initial, dtype=dtype, device=device).detach()
     if start.ndim == 0:
         start = start.expand(batch)

@@ -256,7 +256,7 @@ def plot_accuracy(
         >>> axes.figure.savefig("accuracy.pdf")  # doctest: +SKIP
     """
     axes = plot_curves(
-        {name: result.correct for name, result in results.items()},
+        {name: result.accuracy for name, result in results.items()},
         {name: result.percents for name, result in results.items()},
         axes=axes,
         confidence=confidence,

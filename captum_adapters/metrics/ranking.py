@@ -1,10 +1,11 @@
 """Accuracy on images that keep only their most relevant pixels."""
 
-from typing import Any, Callable, NamedTuple, Optional, Sequence, Union
+from typing import Any, Callable, NamedTuple, Optional, Union
 
 import torch
 import torch.nn.functional as F
 from captum._utils.typing import BaselineType, TargetType
+from numpy.typing import NDArray
 from torch import Tensor
 
 from captum_adapters._common import (
@@ -14,13 +15,20 @@ from captum_adapters._common import (
     check_target,
     double_dtype,
     forward_in_chunks,
-    pixel_maps,
-    single_tensor,
     warn_negative_maps,
 )
+from captum_adapters.metrics._checks import (
+    as_argument,
+    as_batch,
+    check_chunk,
+    rank_maps,
+    to_tensor,
+)
+from captum_adapters.metrics._orders import SampleIds, rank_ties
 from captum_adapters.metrics._top import (
     Percent,
-    descending_ranks,
+    Percents,
+    percent_list,
     percent_tensors,
     top_counts,
 )
@@ -29,19 +37,29 @@ from captum_adapters.metrics._top import (
 PERCENTS = (1, 5, 10, 15, 20, 25, 40, 50, 60, 75, 80, 85, 90, 95, 99)
 
 
+Maps = Union[Tensor, NDArray[Any], tuple[Tensor, ...]]
+
+
 class PixelAccuracy(NamedTuple):
     """Result of :func:`pixel_accuracy`, with one row for each example.
 
     Attributes:
 
         correct (Tensor): Whether the predicted class is the reference, bool of shape
-                (batch, percents). The accuracies are `correct.float().mean(0)`.
-        predictions (Tensor): Class with the largest output, of shape (batch, percents).
+                (batch, percents). Where the percentage divides pixels of equal
+                attributions, it is that of a single random order of these.
+        predictions (Tensor): Class with the largest output, of shape (batch, percents),
+                for the same order.
         reference (Tensor): Class that each example's predictions are compared with, of
                 shape (batch,).
         counts (Tensor): Number of pixels, or inputs, that are kept, of shape
                 (percents,).
         percents (Tensor): Percentages, of shape (percents,).
+        accuracy (Tensor): `correct` as numbers, of shape (batch, percents), but the
+                mean over `n_orders` random orders of ties where the percentage divides
+                these. Accuracies are `accuracy.mean(0)`.
+        tied_share (Tensor): Share of pixels, or inputs, of which the attribution is not
+                theirs alone, of shape (batch,).
     """
 
     correct: Tensor
@@ -49,10 +67,12 @@ class PixelAccuracy(NamedTuple):
     reference: Tensor
     counts: Tensor
     percents: Tensor
+    accuracy: Tensor
+    tied_share: Tensor
 
 
 def _unit_scores(
-    attributions: Union[Tensor, tuple[Tensor, ...]],
+    attributions: Maps,
     images: Tensor,
     unit: str,
     absolute: bool,
@@ -61,9 +81,9 @@ def _unit_scores(
     """Scores to rank, of shape (batch, 1 or channels, height, width)."""
     reduce = "abs_sum" if absolute else "sum"
     if unit == "pixel":
-        scores = pixel_maps(attributions, images, reduce, interpolate)[:, None]
+        scores = rank_maps(attributions, images, reduce, interpolate)[:, None]
     elif unit == "input":
-        maps = single_tensor(attributions, "attributions")
+        maps = to_tensor(attributions, "attributions")
         if maps.ndim != 4 or maps.shape[:2] != images.shape[:2]:
             raise ValueError(
                 "unit='input' ranks each channel's values on their own, so attributions"
@@ -73,7 +93,7 @@ def _unit_scores(
             )
         scores = torch.stack(
             [
-                pixel_maps(channel[:, None], images[:, :1], reduce, interpolate)
+                rank_maps(channel[:, None], images[:, :1], reduce, interpolate)
                 for channel in maps.unbind(1)
             ],
             1,
@@ -89,9 +109,8 @@ def _unit_scores(
 def _accuracy(
     forward_func: Callable[..., Any],
     images: Tensor,
-    ranks: Tensor,
-    total: int,
-    percents: Sequence[Percent],
+    scores: Tensor,
+    percents: Percents,
     target: TargetType,
     additional_forward_args: object,
     reference: str,
@@ -99,9 +118,14 @@ def _accuracy(
     transform: Optional[Callable[[Tensor], Tensor]],
     max_examples_per_batch: Optional[int],
     show_progress: bool,
+    ties: str,
+    n_orders: int,
+    seed: int,
+    sample_ids: SampleIds,
 ) -> PixelAccuracy:
-    """Predictions for images of which only ranks below the counts are kept."""
-    batch = len(images)
+    """Predictions for images of which only the highest scores are kept."""
+    batch, total = len(images), scores[0].numel()
+    chunk = check_chunk(max_examples_per_batch)
     labels = check_target(target, batch, images.device)
     if reference not in ("label", "prediction"):
         raise ValueError(
@@ -115,17 +139,34 @@ def _accuracy(
             else "reference='prediction' compares with the class that is predicted for"
             " the whole image: leave target out, or choose reference='label'."
         )
-    baseline = check_baselines(baselines, images)
+    baseline = check_baselines(as_argument(baselines, "baselines"), images)
+    percents = percent_list(percents)
     counts = top_counts(percents, total)
     # equal images are evaluated once; the whole image is the one that keeps all
     distinct = sorted({*counts, total} if reference == "prediction" else {*counts})
+    ranks, rows, divided, tied_share = rank_ties(
+        scores, distinct, images, ties, n_orders, seed, sample_ids
+    )
+    if ranks.shape[-2:] != images.shape[-2:]:
+        ranks = F.interpolate(
+            ranks.to(double_dtype(ranks.device)), images.shape[-2:], mode="nearest-exact"
+        )
+    numbers = torch.tensor(distinct, device=images.device)
     examples = torch.arange(batch, device=images.device).repeat(len(distinct))
-    kept = torch.tensor(distinct, device=images.device).repeat_interleave(batch)
+    kept, order = numbers.repeat_interleave(batch), examples
+    # places in the table of all numbers and examples, of which there are more orders
+    column, row = divided[rows].t().nonzero().unbind(1)
+    places = (column * batch + rows[row]).repeat(n_orders - 1)
+    if len(places):
+        examples = torch.cat([examples, rows[row].repeat(n_orders - 1)])
+        kept = torch.cat([kept, numbers[column].repeat(n_orders - 1)])
+        firsts = [batch + number * len(rows) + row for number in range(n_orders - 1)]
+        order = torch.cat([order, *firsts])
 
     def make_inputs(part: slice) -> Tensor:
         rows = examples[part]
         fill = baseline if len(baseline) == 1 else baseline[rows]
-        keep = ranks[rows] < kept[part].view(-1, 1, 1, 1)
+        keep = ranks[order[part]] < kept[part].view(-1, 1, 1, 1)
         masked = torch.where(keep, images[rows], fill)
         return masked if transform is None else transform(masked)
 
@@ -146,7 +187,7 @@ def _accuracy(
         examples,
         batch,
         additional_forward_args,
-        max_examples_per_batch,
+        chunk,
         show_progress,
     )
     if bool(invalid.any()):
@@ -155,24 +196,40 @@ def _accuracy(
             f"forward_func returns NaN for images derived from the examples {wrong} of"
             " the batch, which have no predicted class."
         )
-    table = predictions.to(images.device).view(len(distinct), batch)
+    predictions = predictions.to(images.device)
+    size = len(distinct) * batch
+    table = predictions[:size].view(len(distinct), batch)
     # Captum's tuples have given labels of shape (batch, 1)
     compared = table[distinct.index(total)] if labels is None else labels.reshape(batch)
-    selected = table[[distinct.index(count) for count in counts]].t().contiguous()
-    correct = selected == compared[:, None]
-    sizes = percent_tensors(percents, total, images.device)
-    return PixelAccuracy(correct, selected, compared, *sizes)
+    accuracy = (table == compared).to(double_dtype(images.device))
+    if len(places):
+        hits = (predictions[size:] == compared[examples[size:]]).to(accuracy.dtype)
+        accuracy.view(-1).index_add_(0, places, hits)
+        accuracy[divided.t()] /= n_orders
+    index = [distinct.index(count) for count in counts]
+    selected = table[index].t().contiguous()
+    return PixelAccuracy(
+        selected == compared[:, None],
+        selected,
+        compared,
+        *percent_tensors(percents, total, images.device),
+        accuracy[index].t().contiguous(),
+        tied_share,
+    )
 
 
 def keep_top(
     inputs: Union[Tensor, tuple[Tensor, ...]],
-    attributions: Union[Tensor, tuple[Tensor, ...]],
+    attributions: Maps,
     percent: Percent,
     *,
     unit: str = "pixel",
     absolute: bool = True,
     baselines: BaselineType = 0,
     interpolate: Optional[str] = None,
+    ties: str = "random",
+    seed: int = 0,
+    sample_ids: SampleIds = None,
 ) -> Tensor:
     r"""Images with only their most relevant p % kept.
 
@@ -183,13 +240,14 @@ def keep_top(
 
         inputs (Tensor or tuple[Tensor]): Images of shape (batch, channels, height,
                 width).
-        attributions (Tensor or tuple[Tensor]): Attributions of shape (batch, channels,
-                height, width), or with `unit="pixel"` also of shape (batch, 1, height,
-                width) or (batch, height, width).
+        attributions (Tensor, numpy.ndarray or tuple[Tensor]): Attributions of shape
+                (batch, channels, height, width), or with `unit="pixel"` also of shape
+                (batch, 1, height, width) or (batch, height, width), or (height, width)
+                for a single image.
         percent (int, float or Fraction): Percentage from 0 to 100. Exactly
                 :math:`\lfloor pN/100 \rfloor` of the N pixels or inputs are kept; 1 %
-                of 224 x 224 pixels are 501. Of those with equal attributions, the first
-                in row-major order come first.
+                of 224 x 224 pixels are 501. For those with equal attributions, see
+                `ties`.
         unit (str, optional): `"pixel"` to rank pixels by the sum over their channels,
                 or `"input"` to rank each channel's values on their own, so that of a
                 pixel only the red channel may be kept.
@@ -206,6 +264,16 @@ def keep_top(
                 Default: 0
         interpolate (str, optional): Mode of :func:`torch.nn.functional.interpolate` for
                 attributions of another height and width. `None` refuses these.
+                Default: None
+        ties (str, optional): `"random"` if pixels with equal attributions come in
+                random order, `"stable"` if they come row by row, which favours those in
+                the upper half of the image.
+                Default: `"random"`
+        seed (int, optional): Seed of random orders.
+                Default: 0
+        sample_ids (list or Tensor, optional): An identity for each example, which
+                together with `seed` determines its random orders. By default it is the
+                content of the image.
                 Default: None
 
     Returns:
@@ -228,18 +296,19 @@ def keep_top(
         tensor([[[[0., 0.],
                   [3., 4.]]]])
     """
-    images = check_images(inputs)
+    images = check_images(to_tensor(inputs, "inputs"))
     scores = _unit_scores(attributions, images, unit, absolute, interpolate)
-    (count,) = top_counts([percent], scores[0].numel())
-    keep = descending_ranks(scores) < count
-    return torch.where(keep, images, check_baselines(baselines, images))
+    counts = top_counts([percent], scores[0].numel())
+    ranks = rank_ties(scores, counts, images, ties, 1, seed, sample_ids).ranks
+    fill = check_baselines(as_argument(baselines, "baselines"), images)
+    return torch.where(ranks < counts[0], images, fill)
 
 
 def pixel_accuracy(
     forward_func: Callable[..., Any],
     inputs: Union[Tensor, tuple[Tensor, ...]],
-    attributions: Union[Tensor, tuple[Tensor, ...]],
-    percents: Sequence[Percent] = PERCENTS,
+    attributions: Maps,
+    percents: Percents = PERCENTS,
     target: TargetType = None,
     additional_forward_args: object = None,
     *,
@@ -250,6 +319,10 @@ def pixel_accuracy(
     interpolate: Optional[str] = None,
     max_examples_per_batch: Optional[int] = None,
     show_progress: bool = False,
+    ties: str = "random",
+    n_orders: int = 4,
+    seed: int = 0,
+    sample_ids: SampleIds = None,
 ) -> PixelAccuracy:
     r"""Accuracy of a network on images with only the most relevant p % kept.
 
@@ -257,6 +330,10 @@ def pixel_accuracy(
     decision. This is the evaluation of R-LRP by Nyiri & Gibaru (sections 4.2 to 5,
     figures 9 to 21): of each image, the p % with the largest attributions are kept (see
     :func:`keep_top`), the rest is replaced, and the network predicts a class again.
+
+    Pixels with equal attributions have no order. Where a percentage divides them, which
+    of them are kept is left to chance: there are several random orders, the same in
+    each run, and `accuracy` is the mean over these.
 
     Images that keep the same number of pixels are evaluated once. There is one value
     for each example, so that methods can be compared example by example
@@ -268,12 +345,13 @@ def pixel_accuracy(
                 shape (batch, classes).
         inputs (Tensor or tuple[Tensor]): Images of shape (batch, channels, height,
                 width).
-        attributions (Tensor or tuple[Tensor]): Attributions of shape (batch, channels,
-                height, width), or with `unit="pixel"` also of shape (batch, 1, height,
-                width) or (batch, height, width).
-        percents (sequence of int, float or Fraction, optional): Percentages from 0 to
-                100, in any order. Exactly :math:`\lfloor pN/100 \rfloor` of the N
-                pixels or inputs are kept.
+        attributions (Tensor, numpy.ndarray or tuple[Tensor]): Attributions of shape
+                (batch, channels, height, width), or with `unit="pixel"` also of shape
+                (batch, 1, height, width) or (batch, height, width), or (height, width)
+                for a single image.
+        percents (int, float or Fraction, or sequence of these, optional): Percentages
+                from 0 to 100, in any order. Exactly :math:`\lfloor pN/100 \rfloor` of
+                the N pixels or inputs are kept.
                 Default: those of the paper's figures
         target (int, Tensor or list, optional): With `reference="label"`, the class of
                 all examples, or one for each.
@@ -305,6 +383,20 @@ def pixel_accuracy(
                 Default: None
         show_progress (bool, optional): Whether to show a progress bar.
                 Default: False
+        ties (str, optional): `"random"` if pixels with equal attributions come in
+                random order, `"stable"` if they come row by row, which favours those in
+                the upper half of the image.
+                Default: `"random"`
+        n_orders (int, optional): Number of random orders over which `accuracy` is
+                averaged where a percentage divides ties, and for which as many images
+                are evaluated. Every second one is the reverse of the one before.
+                Default: 4
+        seed (int, optional): Seed of random orders.
+                Default: 0
+        sample_ids (list or Tensor, optional): An identity for each example, which
+                together with `seed` determines its random orders. By default it is the
+                content of the image.
+                Default: None
 
     Returns:
         PixelAccuracy: A named tuple of tensors, with a row for each example, on the
@@ -313,8 +405,10 @@ def pixel_accuracy(
     Raises:
         ValueError: If a shape does not fit, a percentage is not from 0 to 100, there is
                 NaN or infinity in the attributions or NaN in the output, a label is out
-                of range or missing, the batch is empty, or the network is in training
-                mode.
+                of range or missing, the batch is empty, the network is in training
+                mode, or a number is not a positive integer.
+        TypeError: If an argument is neither a tensor nor an array, or a percentage is
+                no number.
 
     Examples::
 
@@ -331,14 +425,12 @@ def pixel_accuracy(
         >>> result.predictions, result.counts
         (tensor([[0, 0, 1]]), tensor([1, 3, 4]))
     """
-    images = check_images(inputs)
+    images = check_images(to_tensor(inputs, "inputs"))
     scores = _unit_scores(attributions, images, unit, absolute, interpolate)
-    total = scores[0].numel()
     return _accuracy(
         forward_func,
         images,
-        descending_ranks(scores),
-        total,
+        scores,
         percents,
         target,
         additional_forward_args,
@@ -347,14 +439,18 @@ def pixel_accuracy(
         None,
         max_examples_per_batch,
         show_progress,
+        ties,
+        n_orders,
+        seed,
+        sample_ids,
     )
 
 
 def cross_model_accuracy(
     forward_func: Callable[..., Any],
     inputs: Union[Tensor, tuple[Tensor, ...]],
-    attributions: Union[Tensor, tuple[Tensor, ...]],
-    percents: Sequence[Percent] = PERCENTS,
+    attributions: Maps,
+    percents: Percents = PERCENTS,
     target: TargetType = None,
     additional_forward_args: object = None,
     *,
@@ -366,6 +462,10 @@ def cross_model_accuracy(
     resize_selection: bool = False,
     max_examples_per_batch: Optional[int] = None,
     show_progress: bool = False,
+    ties: str = "random",
+    n_orders: int = 4,
+    seed: int = 0,
+    sample_ids: SampleIds = None,
 ) -> PixelAccuracy:
     r"""Accuracy of one network on the pixels that are relevant to another one.
 
@@ -389,11 +489,12 @@ def cross_model_accuracy(
                 shape (batch, classes).
         inputs (Tensor or tuple[Tensor]): Images of shape (batch, channels, height,
                 width), as A sees them if there is a `transform`, else as B does.
-        attributions (Tensor or tuple[Tensor]): Attributions of network A, of shape
-                (batch, channels, height, width), or with `unit="pixel"` also of shape
-                (batch, 1, height, width) or (batch, height, width).
-        percents (sequence of int, float or Fraction, optional): Percentages from 0 to
-                100, in any order. Exactly :math:`\lfloor pN/100 \rfloor` of the N
+        attributions (Tensor, numpy.ndarray or tuple[Tensor]): Attributions of network
+                A, of shape (batch, channels, height, width), or with `unit="pixel"`
+                also of shape (batch, 1, height, width) or (batch, height, width), or
+                (height, width) for a single image.
+        percents (int, float or Fraction, or sequence of these, optional): Percentages
+                from 0 to 100, in any order. Exactly :math:`\lfloor pN/100 \rfloor` of the N
                 pixels or inputs of A are kept.
                 Default: those of the paper's figures
         target (int, Tensor or list, optional): With `reference="label"`, the class of
@@ -429,6 +530,20 @@ def cross_model_accuracy(
                 Default: None
         show_progress (bool, optional): Whether to show a progress bar.
                 Default: False
+        ties (str, optional): `"random"` if pixels with equal attributions come in
+                random order, `"stable"` if they come row by row, which favours those in
+                the upper half of the image.
+                Default: `"random"`
+        n_orders (int, optional): Number of random orders over which `accuracy` is
+                averaged where a percentage divides ties, and for which as many images
+                are evaluated. Every second one is the reverse of the one before.
+                Default: 4
+        seed (int, optional): Seed of random orders.
+                Default: 0
+        sample_ids (list or Tensor, optional): An identity for each example, which
+                together with `seed` determines its random orders. By default it is the
+                content of the image.
+                Default: None
 
     Returns:
         PixelAccuracy: A named tuple as of :func:`pixel_accuracy`. The counts are those
@@ -451,8 +566,8 @@ def cross_model_accuracy(
         >>> result.predictions
         tensor([[3, 3]])
     """
-    images = check_images(inputs)
-    maps = single_tensor(attributions, "attributions")
+    images = check_images(to_tensor(inputs, "inputs"))
+    maps = as_batch(to_tensor(attributions, "attributions"), len(images))
     frame = images
     if resize_selection and maps.ndim in (3, 4):
         # images of the attributions' size
@@ -463,18 +578,11 @@ def cross_model_accuracy(
             f" inputs of {images.shape[-2]} x {images.shape[-1]}: give A's inputs and a"
             " transform to B's, or set resize_selection=True."
         )
-    scores = _unit_scores(attributions, frame, unit, absolute)
-    total = scores[0].numel()
-    ranks = descending_ranks(scores)
-    if ranks.shape[-2:] != images.shape[-2:]:
-        ranks = F.interpolate(
-            ranks.to(double_dtype(ranks.device)), images.shape[-2:], mode="nearest-exact"
-        )
+    scores = _unit_scores(maps, frame, unit, absolute)
     return _accuracy(
         forward_func,
         images,
-        ranks,
-        total,
+        scores,
         percents,
         target,
         additional_forward_args,
@@ -483,4 +591,8 @@ def cross_model_accuracy(
         transform,
         max_examples_per_batch,
         show_progress,
+        ties,
+        n_orders,
+        seed,
+        sample_ids,
     )

@@ -9,6 +9,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 from torch import Tensor
 
+from captum_adapters.metrics._checks import positive_integer
+
 Scores = Union[Tensor, ArrayLike]
 
 # Numbers that resampling holds in memory at a time
@@ -121,8 +123,7 @@ def _check_resampling(confidence: float, n_resamples: int) -> None:
     """Check arguments that functions have in common."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence} is not between 0 and 1.")
-    if n_resamples < 1:
-        raise ValueError(f"n_resamples={n_resamples} is not positive.")
+    positive_integer("n_resamples", n_resamples)
 
 
 def _interval(
