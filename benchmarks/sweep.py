@@ -67,7 +67,7 @@ def describe(error):
 def differ(one, other, tolerance=TOLERANCE):
     '''Largest difference of relevance, relative to the largest magnitude, if it is beyond a tolerance.'''
     difference = float((one - other).abs().max() / one.abs().max().clamp(min=1e-300))
-    return difference if not difference <= tolerance else 0.
+    return 0. if difference <= tolerance else difference
 
 
 class Probe:
@@ -82,8 +82,8 @@ class Probe:
         images = self.images.clone().requires_grad_()
         torch.manual_seed(2)
         output = network(images)
-        if not output.isfinite().all():
-            raise ValueError('not finite')
+        if not output.isfinite().all() or not network.head.in_features:
+            raise ValueError('not finite, or empty')
         self.plain = output.detach()
         # some kernels depend on whether parameters need a gradient
         trainable = [param.requires_grad_(False) for param in network.parameters() if param.requires_grad]
@@ -161,9 +161,7 @@ class Probe:
         if bool((rest == 0).any()):
             return 'finite', 'logits are their biases'
         expected = self.images * self.gradient / rest[:, :, None, None]
-        if difference := differ(expected, relevance, 1e-6):
-            if not relevance.any() and not self.gradient.any():
-                return 'exact', 'all zero'
+        if float((expected - relevance).abs().max()) > 1e-12 and (difference := differ(expected, relevance, 1e-6)):
             return 'silent', f'differs from gradient x input / (y - b) by {difference:.1e}'
         return 'exact', ''
 
@@ -264,6 +262,9 @@ def attempt(function, layer=None, full=True, with_matrix=True):
             continue
         for label in COMPOSITES:
             result = probe.check(label, full)
+            if not full and result[0] == 'silent':
+                # with what arrives before and after the function
+                result = probe.check(label, True)
             if label == 'ratio' and full and with_matrix and result[0] in ('conserves', 'passes'):
                 if note := probe.matrix():
                     result = 'silent', note

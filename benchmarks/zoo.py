@@ -104,8 +104,10 @@ class Explained:
     def __init__(self, network, images):
         self.network, self.images = network, images
         plain = images.clone().requires_grad_()
+        torch.manual_seed(2)
         self.plain = self.network(plain).detach()
         trainable = [param.requires_grad_(False) for param in network.parameters() if param.requires_grad]
+        torch.manual_seed(2)
         self.frozen = self.network(images.clone().requires_grad_()).detach()
         for param in trainable:
             param.requires_grad_(True)
@@ -116,6 +118,8 @@ class Explained:
         '''Output and relevance.'''
         images = self.images if images is None else images
         targets = self.targets if targets is None else targets
+        # some networks add noise also in evaluation
+        torch.manual_seed(2)
         with Gradient(model=self.network if network is None else network, composite=COMPOSITES[label]()) as attributor:
             output, relevance = attributor(images.clone(), initial_relevance(targets, 'one'))
         return output.detach(), relevance.detach()

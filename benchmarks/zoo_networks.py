@@ -319,8 +319,8 @@ def speechbrain():
         20, channels=[8, 8, 16, 16], lin_neurons=12, block_sizes=[1, 1, 1, 1]), [(50, 20), (50, 80)]
     for module, kind, settings in (('CRDNN', 'CRDNN', dict(input_shape=[None, None, 20])), (
             'convolution', 'ConvolutionFrontEnd', dict(input_shape=[None, None, 20]))):
-        yield kind, lambda module=module, kind=kind, settings=settings: getattr(
-            importlib.import_module(f'speechbrain.lobes.models.{module}'), kind)(**settings), [(50, 20)]
+        package = importlib.import_module(f'speechbrain.lobes.models.{module}')
+        yield kind, lambda package=package, kind=kind, settings=settings: getattr(package, kind)(**settings), [(50, 20)]
 
 
 def pytorch_tcn():
