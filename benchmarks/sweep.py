@@ -1,0 +1,536 @@
+'''Which functions and layers can be explained: a table of all of them, and whether spellings of one of them agree.
+
+    python benchmarks/sweep.py --out docs/operations.md
+    python benchmarks/sweep.py --names 'max*' --names 'nn.Max*' --faults
+
+Each runs in a small network in double precision, conv -> ReLU or not -> function -> linear, for two images. With the package
+expecttest, there are also the samples of PyTorch's own tests, one image each. Exit status 1 if there is any fault.
+'''
+import argparse
+import collections
+import fnmatch
+import linecache
+import random
+import re
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from zennit.attribution import Gradient
+
+from zennit_resnet import BlockLRP, RelativeLRP, ResNetLRP, UnsupportedOperation, initial_relevance
+
+sys.path.insert(0, str(Path(__file__).parent))
+from sweep_networks import Network  # noqa: E402
+from sweep_specs import FUNCTIONS, LAYERS, TWINS, parse  # noqa: E402
+
+COMPOSITES = {
+    'ratio': ResNetLRP,
+    'merge': lambda: ResNetLRP(batch_norm='merge'),
+    'block': lambda: BlockLRP(epsilon=1e-12),
+    'relative': RelativeLRP,
+}
+TITLES = {'ratio': 'ResNetLRP', 'merge': "ResNetLRP(batch_norm='merge')", 'block': 'BlockLRP', 'relative': 'RelativeLRP'}
+FAULTS = (
+    'crash', 'silent', 'output changed', 'network changed', 'depends on the batch', 'not deterministic', 'twins differ',
+)
+TOLERANCE = 1e-9
+
+
+def snapshot(model):
+    '''What must be the same after an explanation.'''
+    hooks = [
+        (name, len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks),
+         len(module._backward_pre_hooks), module.training, sorted(module.__dict__), list(module._modules))
+        for name, module in model.named_modules()
+    ]
+    tensors = [(name, id(param), param.requires_grad, param.grad is None) for name, param in model.named_parameters()]
+    return hooks, tensors
+
+
+def describe(error):
+    '''Outcome of an exception: a refusal if this package has raised it, and a crash otherwise, with a first sentence.'''
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    is_ours = 'zennit_resnet' in last.filename and linecache.getline(last.filename, last.lineno).strip().startswith('raise')
+    text = ' '.join(str(error).split())
+    if isinstance(error, UnsupportedOperation) or is_ours:
+        sentence = re.split(r'(?<=[.!])\s', text)[0]
+        return 'refuses', sentence
+    return 'crash', f'{type(error).__name__} ({Path(last.filename).name}:{last.lineno}): {text[:160]}'
+
+
+def differ(one, other, tolerance=TOLERANCE):
+    '''Largest difference of relevance, relative to the largest magnitude, if it is beyond a tolerance.'''
+    difference = float((one - other).abs().max() / one.abs().max().clamp(min=1e-300))
+    return 0. if difference <= tolerance else difference
+
+
+class Probe:
+    '''A network with its images, explained by one composite after the other.'''
+    def __init__(self, network):
+        self.network = network
+        self.size = 2 if network.code is not None else 1
+        torch.manual_seed(1)
+        self.images = torch.randn(self.size, 3, 6, 6, dtype=torch.double) * torch.tensor([1., 2.])[:self.size, None, None, None]
+        self.targets = [1, 2][:self.size]
+        self.start = torch.eye(5, dtype=torch.double)[self.targets]
+        images = self.images.clone().requires_grad_()
+        torch.manual_seed(2)
+        output = network(images)
+        if not output.isfinite().all() or not network.head.in_features:
+            raise ValueError('not finite, or empty')
+        self.plain = output.detach()
+        # some kernels depend on whether parameters need a gradient
+        trainable = [param.requires_grad_(False) for param in network.parameters() if param.requires_grad]
+        torch.manual_seed(2)
+        self.frozen = network(images).detach()
+        for param in trainable:
+            param.requires_grad_(True)
+        self.gradient, = torch.autograd.grad(output, images, self.start)
+
+    def explain(self, composite, images, targets):
+        '''Output and relevance.'''
+        torch.manual_seed(2)
+        with Gradient(model=self.network, composite=composite) as attributor:
+            output, relevance = attributor(images.clone(), initial_relevance(targets, 'one'))
+        return output.detach(), relevance.detach()
+
+    def check(self, label, full=True):
+        '''Outcome of an explanation, with a note.'''
+        before, state = snapshot(self.network), {key: value.clone() for key, value in self.network.state_dict().items()}
+        try:
+            output, relevance = self.explain(COMPOSITES[label](), self.images, self.targets)
+            failed = None
+        except Exception as error:
+            failed = describe(error)
+        after = self.network.state_dict()
+        if before != snapshot(self.network) or any(not torch.equal(after[key], value) for key, value in state.items()):
+            return 'network changed', 'state, hooks or flags'
+        if failed:
+            return failed
+        if not torch.equal(output, self.plain) and not torch.equal(output, self.frozen):
+            return 'output changed', f'by {float((output - self.plain).abs().max()):.1e}'
+        if not relevance.isfinite().all():
+            return 'silent', 'relevance is not finite'
+        if full:
+            for num in range(self.size if self.size > 1 else 0):
+                try:
+                    alone = self.alone(label, num)
+                except Exception as error:
+                    return describe(error)[0], f'image {num} alone: {describe(error)[1]}'
+                if isinstance(alone, str):
+                    continue
+                factor = 1 if label != 'relative' else relevance[num].abs().sum() / alone[0].abs().sum().clamp(min=1e-300)
+                if difference := differ(relevance[num], alone[0] * factor, 1e-6 if label == 'block' else TOLERANCE):
+                    return 'depends on the batch', f'image {num} alone differs by {difference:.1e}'
+            self.network.tapped = {}
+            try:
+                again = self.explain(COMPOSITES[label](), self.images, self.targets)[1]
+                tapped = self.network.tapped
+            except Exception as error:
+                return describe(error)[0], f'with hooks of tensors: {describe(error)[1]}'
+            finally:
+                self.network.tapped = None
+            if not torch.equal(again, relevance):
+                return 'not deterministic', f'differs by {float((again - relevance).abs().max()):.1e}'
+        return getattr(self, f'_{label}')(relevance, tapped if full else {})
+
+    def alone(self, label, num):
+        '''Relevance of an image alone, a text if the network does not take it.'''
+        image = self.images[num:num + 1]
+        try:
+            with torch.no_grad():
+                alone = self.network(image)
+        except Exception:
+            return 'takes two images only'
+        if alone.shape != (1, 5):
+            return 'takes two images only'
+        return self.explain(COMPOSITES[label](), image, self.targets[num:num + 1])[1]
+
+    def _block(self, relevance, tapped):
+        head, layer = self.network.head, self.network.layer
+        if layer is not None and any(isinstance(elem, nn.Linear) and elem.bias is not None for elem in layer.modules()):
+            # factors of layers do not cancel where biases are left out, Eq. (2)
+            return 'finite', ''
+        rest = (self.plain - head.bias).gather(1, torch.tensor(self.targets)[:, None])
+        if bool((rest == 0).any()):
+            return 'finite', 'logits are their biases'
+        expected = self.images * self.gradient / rest[:, :, None, None]
+        if float((expected - relevance).abs().max()) > 1e-12 and (difference := differ(expected, relevance, 1e-6)):
+            return 'silent', f'differs from gradient x input / (y - b) by {difference:.1e}'
+        return 'exact', ''
+
+    def _relative(self, relevance, tapped):
+        return ('finite', '') if relevance.any() else ('finite', 'all zero')
+
+    def _merge(self, relevance, tapped):
+        return self._ratio(relevance, tapped)
+
+    def _ratio(self, relevance, tapped):
+        gap = float((relevance.sum((1, 2, 3)) - 1).abs().max())
+        function, values = self.network.evaluate, tapped.get('values', {})
+        start, end = tapped.get('output'), [tapped[key] for key in ('h', 'g', 's') if key in tapped]
+        if gap > TOLERANCE:
+            note = f'sum off by {gap:.1e}'
+            if start is None:
+                return 'silent', note
+            if not end:
+                return 'absorbs', 'nothing that the input determines'
+            torch.manual_seed(2)
+            with torch.no_grad():
+                output = function(**{key: value.clone() for key, value in values.items()})
+                depends = torch.zeros_like(output, dtype=torch.bool)
+                for scale in (1, 2, 5):
+                    depends |= function(**{key: value + scale * torch.randn_like(value) for key, value in values.items()}) != output
+            rest = float(sum(elem.sum() for elem in end)) - float(start[depends].sum())
+            if abs(rest) < TOLERANCE:
+                return 'absorbs', f'constants in its output keep what they receive ({gap:.1e})'
+            return 'silent', note + (', its plain gradient' if self._is_gradient(tapped) else '')
+        if start is None or len(values) != 1:
+            return 'conserves', ''
+        value, end = values['h'], tapped.get('h')
+        torch.manual_seed(2)
+        with torch.no_grad():
+            output = function(value.clone())
+        if end is not None and start.shape == end.shape and not torch.equal(output, value) and not differ(start, end):
+            return 'passes', ''
+        return 'conserves', ''
+
+    def _is_gradient(self, tapped):
+        values = {key: value.clone().requires_grad_() for key, value in tapped['values'].items()}
+        try:
+            output = self.network.evaluate(**{key: value * 1 for key, value in values.items()})
+            grads = torch.autograd.grad(output, list(values.values()), tapped['output'], allow_unused=True)
+        except RuntimeError:
+            return False
+        return all(grad is None or key not in tapped or not differ(grad, tapped[key]) for key, grad in zip(values, grads))
+
+    def matrix(self):
+        '''Compare the relevance of a linear function with the rule of its matrix. Empty if it is right or not linear.'''
+        network = self.network
+        with torch.no_grad():
+            carriers = network.carriers(self.images)
+        if len(carriers) != 1:
+            return ''
+        value = carriers['h']
+
+        def function(tensor):
+            torch.manual_seed(2)
+            return network.evaluate(tensor * 1)
+
+        noise, other = 3 * torch.randn_like(value), 3 * torch.randn_like(value)
+        with torch.no_grad():
+            first, second, both, none = (function(value + elem) for elem in (noise, other, noise + other, 0 * noise))
+        if first.shape != none.shape or not torch.allclose(first + second, both + none, rtol=0, atol=1e-9):
+            return ''
+        network.tapped = {}
+        try:
+            self.explain(ResNetLRP(projection='literal'), self.images, self.targets)
+            tapped = network.tapped
+        finally:
+            network.tapped = None
+        if 'output' not in tapped or 'h' not in tapped:
+            return ''
+        rows = torch.autograd.functional.jacobian(function, value).reshape(none.numel(), value.numel())
+        start = tapped['output'].reshape(-1)
+        parts = (rows * value.reshape(-1)).clamp(min=0)
+        moved = ((rows != 0).sum(1) == 1)[:, None] * (rows != 0)
+        parts = torch.where(moved.any(1, keepdim=True), moved.double(), parts)
+        total = parts.sum(1)
+        growth = float(tapped['h'].abs().sum() / start.abs().sum().clamp(min=1e-300))
+        if bool(((total <= 1e-12) & (start.abs() > 1e-15)).any()):
+            # shared by all inputs of a unit, whatever these are
+            return f'magnitudes grow by {growth:.2f}' if growth > 1 + TOLERANCE else ''
+        expected = (parts / total.clamp(min=1e-300)[:, None] * start[:, None]).sum(0)
+        difference = differ(expected, tapped['h'].reshape(-1))
+        return f'differs from z+ of its matrix by {difference:.1e}' if difference else ''
+
+
+def attempt(function, layer=None, full=True, with_matrix=True):
+    '''Outcomes of a function with and without a ReLU before it: a dict of composites, or a text if there is nothing.'''
+    found, reasons = collections.defaultdict(dict), []
+    for signed in (False, True):
+        try:
+            probe = Probe(Network(function, signed, layer))
+        except Exception as error:
+            reasons.append(f'{type(error).__name__}: {" ".join(str(error).split())[:100]}')
+            continue
+        for label in COMPOSITES:
+            result = probe.check(label, full)
+            if not full and result[0] == 'silent':
+                # with what arrives before and after the function
+                result = probe.check(label, True)
+            if label == 'ratio' and full and with_matrix and result[0] in ('conserves', 'passes'):
+                if note := probe.matrix():
+                    result = 'silent', note
+            found[label].setdefault(result, []).append('signed' if signed else 'ReLU')
+    if not found:
+        return reasons[0]
+    return {label: list(results) for label, results in found.items()}
+
+
+def rows_of(names=None):
+    '''All rows of the tables: group, name, code, code of a layer, and whether its matrix tells its rule.'''
+    def wanted(name, code):
+        return not names or any(fnmatch.fnmatch(text, pattern) for text in (name, code) for pattern in names)
+
+    for group, text in FUNCTIONS.items():
+        for name, forms, _ in parse(text):
+            for form in forms:
+                if wanted(name.lstrip('~'), form):
+                    yield group, name.lstrip('~'), form, None, not name.startswith('~')
+    for default, text in LAYERS.items():
+        for _, forms, _ in parse(text):
+            for form in forms:
+                layer, _, call = form.partition(' -> ')
+                if wanted(re.sub(r'\(.*', '', layer), form):
+                    yield 'layers', re.sub(r'\(.*', '', layer), call or f'layer({default})', layer, 'padding_mode' not in layer
+
+
+def database():
+    '''Functions of PyTorch's own tests with up to two samples each, as functions of an image.'''
+    try:
+        from torch.testing._internal.common_methods_invocations import op_db
+    except ImportError:
+        return
+    for info in op_db:
+        if not info.supports_autograd or not info.supports_dtype(torch.double, 'cpu'):
+            continue
+        torch.manual_seed(0)
+        np.random.seed(0)
+        random.seed(0)
+        try:
+            samples = list(info.sample_inputs('cpu', torch.double, requires_grad=False))
+        except Exception:
+            continue
+        samples = [sample for sample in samples if 1 < count(sample.input) <= 288]
+        name = info.name if not info.variant_test_name else f'{info.name} ({info.variant_test_name})'
+        for sample in samples[:1] + samples[-1:] if len(samples) > 1 else samples:
+            forms = {'function': info.op, 'method': info.method_variant, 'in place': info.inplace_variant}
+            for form, function in forms.items():
+                if function is not None:
+                    for every in (False, True):
+                        yield name, form, as_function(function, sample, every, form == 'in place')
+
+
+def count(value):
+    '''Number of elements of a tensor, or of a sequence of them.'''
+    if isinstance(value, torch.Tensor):
+        return value.numel() if value.dtype == torch.double and value.layout == torch.strided else 0
+    return sum(map(count, value)) if isinstance(value, (list, tuple)) else 0
+
+
+def as_function(function, sample, every, in_place):
+    '''A function of an image by a sample: its first input, or all of them, are shifted by the image.'''
+    def run(h):
+        flat = h.flatten() * .05
+
+        def shift(value, is_first):
+            if isinstance(value, torch.Tensor) and count(value) and (is_first or every) and value.numel() <= 288:
+                return value.detach() + flat[:value.numel()].reshape(value.shape)
+            if isinstance(value, (list, tuple)):
+                return type(value)([shift(elem, is_first and num == 0) for num, elem in enumerate(value)])
+            return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+        first = shift(sample.input, True)
+        args = [shift(value, False) for value in sample.args]
+        kwargs = {key: shift(value, False) for key, value in sample.kwargs.items()}
+        output = function(first.clone() if in_place else first, *args, **kwargs)
+        while isinstance(output, (tuple, list)):
+            output = output[0]
+        output = torch.view_as_real(output) if output.is_complex() else output
+        return output.reshape(1, -1)
+
+    return run
+
+
+def compare_twins(names=None):
+    '''Differences of the maps of twins: group, composite, outcome and note.'''
+    composites = {**COMPOSITES, 'symmetric': lambda: ResNetLRP('symmetric')}
+    for _, forms, notes in parse(TWINS):
+        if names and not any(fnmatch.fnmatch(form, pattern) for form in forms for pattern in names):
+            continue
+        only = next((re.findall(r'\w+', note)[1:] for note in notes if note.startswith('only')), list(composites))
+        only = [label for label in only if f'not {label}' not in ' '.join(notes)]
+        for label in only:
+            # with a ReLU some products have one sign only, where differences do not show
+            maps, refused = {}, {}
+            for form in forms:
+                try:
+                    probe = Probe(Network(form, True))
+                    relevance = probe.explain(composites[label](), probe.images, probe.targets)[1]
+                    if label == 'relative':
+                        relevance = relevance / relevance.abs().sum((1, 2, 3), keepdim=True)
+                    maps[form] = relevance
+                except Exception as error:
+                    refused[form] = describe(error)
+            if maps:
+                reference, *others = maps.items()
+                tolerance = 1e-6 if label == 'block' else TOLERANCE
+                for form, relevance in others:
+                    if difference := differ(reference[1], relevance, tolerance):
+                        yield f'{form}  vs  {reference[0]}', label, 'twins differ', f'by {difference:.1e}'
+            for form, (outcome, note) in refused.items():
+                yield form, label, outcome if maps or outcome == 'crash' else 'refuses', note
+
+
+def cell(results):
+    '''Outcome of all runs of a form.'''
+    outcomes = sorted({outcome for outcome, _ in results}, key=lambda elem: (elem not in FAULTS, elem))
+    return ', '.join(outcomes)
+
+
+def shorten(note):
+    '''A note without what all of them have in common.'''
+    note = re.sub(r'^the model \(Network\) uses \'(\S+)\' on tensors that carry relevance, and ', r'\1: ', note)
+    return note.replace('|', '\\|')[:200]
+
+
+def table(rows):
+    '''Lines of a table of rows: forms of one name with one outcome together.'''
+    merged = {}
+    for name, form, found in rows:
+        cells = tuple(cell(found[label]) for label in COMPOSITES)
+        notes = list(dict.fromkeys(shorten(note) for results in found.values() for _, note in results if note))
+        merged.setdefault((name, cells, tuple(notes[:2])), []).append(form)
+    lines = ['| function | ' + ' | '.join(TITLES.values()) + ' | note |', '|---' * (len(TITLES) + 2) + '|']
+    for (_, cells, notes), forms in merged.items():
+        code = ', '.join('`' + form.replace('|', '\\|') + '`' for form in forms)
+        lines.append(f'| {code} | ' + ' | '.join(cells) + f' | {"; ".join(notes)} |')
+    return lines
+
+
+def run(names=None, with_database=True, progress=False):
+    '''Run everything.
+
+    Parameters
+    ----------
+    names: list of str, optional
+        Patterns of names or code. By default, everything is run.
+    with_database: bool, optional
+        Whether the samples of PyTorch's own tests are run, too.
+    progress: bool, optional
+        Whether a line is printed now and then.
+
+    Returns
+    -------
+    tuple
+        Rows (group, name, form, outcomes of all composites), skipped rows (group, name, form, reason), and differences
+        of twins (form, composite, outcome, note).
+    '''
+    rows, skipped = [], []
+    start, num = time.time(), 0
+    for group, name, code, layer, with_matrix in rows_of(names):
+        found = attempt(code, layer, with_matrix=with_matrix)
+        form = code if layer is None else layer + ('' if code in ('layer(h)', 'layer(v)', 'layer(d)', 'layer(u)') else f' -> {code}')
+        (skipped if isinstance(found, str) else rows).append((group, name, form, found))
+        num += 1
+        if progress and num % 100 == 0:
+            print(f'{num} forms, {time.time() - start:.0f} s', file=sys.stderr, flush=True)
+    samples = {}
+    for name, form, function in database() if with_database else ():
+        if names and not any(fnmatch.fnmatch(name, pattern) for pattern in names):
+            continue
+        found = attempt(function, full=False)
+        if isinstance(found, str):
+            samples.setdefault((name, form), None)
+            continue
+        before = samples.get((name, form)) or {label: [] for label in COMPOSITES}
+        samples[name, form] = {label: list(dict.fromkeys(before[label] + found[label])) for label in COMPOSITES}
+        num += 1
+        if progress and num % 100 == 0:
+            print(f'{num} forms, {time.time() - start:.0f} s, {name}', file=sys.stderr, flush=True)
+    for (name, form), found in samples.items():
+        text = name if form == 'function' else f'{name}, {form}'
+        (skipped if found is None else rows).append(('samples', name, text, found))
+    return rows, skipped, list(compare_twins(names))
+
+
+def write(rows, skipped, twins):
+    '''The page with all tables.'''
+    is_fault = [any(outcome in FAULTS for results in found.values() for outcome, _ in results) for *_, found in rows]
+    faults = [row[1:] for row, bad in zip(rows, is_fault) if bad]
+    lines = [
+        '# Operations, one by one', '',
+        'Generated by `python benchmarks/sweep.py --out docs/operations.md`'
+        f' (PyTorch {torch.__version__.partition("+")[0]}). Each function or layer is in a small network in double '
+        'precision, after a convolution with and without a ReLU; names are explained in `benchmarks/sweep_specs.py`.', '',
+        '- **conserves**: the relevance of the input sums to the initial relevance, the output is the same bit for bit, '
+        'the network is as before, and each image has the map which it has alone.',
+        '- **passes**: so it does, as the function works on each element: relevance stays where it is, whatever the values.',
+        '- **absorbs**: constants in its output that are not zero keep what they receive.',
+        '- **refuses**: an error, the first sentence of which is in the last column.',
+        '- **exact** (`BlockLRP`): gradient × input / (y − b), the closed form of the method. **finite** (`RelativeLRP`): '
+        'contributions are not conserved by the method, they are finite, and independent of the batch.', '',
+    ]
+    if faults or any(outcome in FAULTS for _, _, outcome, _ in twins):
+        lines += ['## Faults', '', *table(faults), '']
+    if twins:
+        lines += ['## Spellings of one function that differ', '', '| form | composite | outcome | note |', '|---|---|---|---|']
+        lines += [f'| `{form}` | {label} | {outcome} | {shorten(note)} |' for form, label, outcome, note in twins] + ['']
+    good = [row for row, bad in zip(rows, is_fault) if not bad]
+    for group in dict.fromkeys(row[0] for row in good):
+        title = 'Samples of PyTorch\'s own tests' if group == 'samples' else group.capitalize()
+        if group == 'samples':
+            lines += ['## ' + title, '', 'One image, the first of the inputs or all of them depend on it. Functions '
+                      'that the tables above have are left out unless they are different.', '']
+        else:
+            lines += ['## ' + title, '']
+        chosen = [row for row in good if row[0] == group]
+        for outcome in ('conserves', 'passes', 'absorbs', 'refuses', ''):
+            part = [row for row in chosen if (cell(row[3]['ratio']).split(', ')[0] if ',' not in cell(row[3]['ratio']) else '') == outcome]
+            if part:
+                lines += [f'### {outcome.capitalize() or "Depends on the form or the sign"}', '', *table([row[1:] for row in part]), '']
+    if skipped:
+        names = ', '.join(f'`{form}`' for _, _, form, _ in skipped)
+        lines += ['## Without a gradient', '', f'Not differentiable in double precision, or not for these arguments: {names}.', '']
+    return '\n'.join(lines)
+
+
+def summarize(rows, skipped, twins):
+    '''Counts of outcomes, and all faults by kind, as lines.'''
+    lines = []
+    for label in COMPOSITES:
+        counts = collections.Counter(cell(found[label]) for *_, found in rows)
+        lines.append(f'{label:9} ' + ', '.join(f'{outcome} {num}' for outcome, num in counts.most_common()))
+    lines.append(f'{len(rows)} rows, {len(skipped)} without a gradient, {len(twins)} differences of twins')
+    kinds = collections.defaultdict(list)
+    for group, _, form, found in rows:
+        for label, results in found.items():
+            for outcome, note in results:
+                if outcome in FAULTS and not any(fault.startswith(f'{form}   ') for fault in kinds[outcome, label]):
+                    kinds[outcome, label].append(f'{form}   [{group}] {note}')
+    for form, label, outcome, note in twins:
+        kinds[f'twins: {outcome}', label].append(f'{form}   {note}')
+    for (outcome, label), faults in sorted(kinds.items()):
+        lines += ['', f'## {outcome}, {label}: {len(faults)}', *(f'- {fault}' for fault in faults)]
+    return lines
+
+
+def main():
+    '''Run, and print faults by kind.'''
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('--out', help='Markdown page to write')
+    parser.add_argument('--names', action='append', help='pattern of names or code, everything by default')
+    parser.add_argument('--no-database', action='store_true', help='leave out the samples of PyTorch\'s own tests')
+    args = parser.parse_args()
+    warnings.simplefilter('ignore')
+    torch.set_num_threads(1)
+    rows, skipped, twins = run(args.names, not args.no_database, progress=True)
+    if args.out:
+        Path(args.out).write_text(write(rows, skipped, twins))
+    print('\n'.join(summarize(rows, skipped, twins)))
+    for group, name, form, reason in skipped:
+        if group != 'samples':
+            print(f'skipped: {name}: {form}: {reason}')
+    faults = [row for row in rows if any(outcome in FAULTS for results in row[3].values() for outcome, _ in results)]
+    return 1 if faults or any(outcome in FAULTS for _, _, outcome, _ in twins) else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
