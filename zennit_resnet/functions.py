@@ -121,7 +121,10 @@ def with_values(output, exact):
     :py:obj:`torch.Tensor`
         The tensor, of the shape of the values.
     '''
-    output = output.reshape(exact.shape)
+    if output.shape != exact.shape:
+        output = output.reshape(exact.shape)
+    # the graph of a view is made anew once its values change, of which not all functions are capable
+    output = output.clone() if output._is_view() else output  # pylint: disable=protected-access
     with torch.no_grad():
         output.copy_(exact)
     return output
