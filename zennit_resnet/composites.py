@@ -32,7 +32,7 @@ SPLITTING = {'ratio': RatioSplit, 'symmetric': SymmetricSplit}
 # Normalizations which Zennit's type does not include.
 NORMALIZATION = (
     BatchNorm, torch.nn.SyncBatchNorm, torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.InstanceNorm1d,
-    torch.nn.InstanceNorm2d, torch.nn.InstanceNorm3d, torch.nn.LocalResponseNorm,
+    torch.nn.InstanceNorm2d, torch.nn.InstanceNorm3d, torch.nn.LocalResponseNorm, torch.nn.CrossMapLRN2d,
 )
 
 
