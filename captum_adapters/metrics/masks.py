@@ -10,7 +10,12 @@ from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from captum_adapters._common import double_dtype, warn_negative_maps
-from captum_adapters.metrics._checks import as_batch, rank_maps, to_tensor
+from captum_adapters.metrics._checks import (
+    as_batch,
+    positive_integer,
+    rank_maps,
+    to_tensor,
+)
 from captum_adapters.metrics._top import Percents, means_of_top, percent_tensors
 from captum_adapters.metrics.ranking import PERCENTS
 
@@ -385,6 +390,9 @@ def boxes_to_masks(
         raise ValueError(
             f"There are no masks of size {height} x {width} for {len(boxes)} images."
         )
+    height, width = (
+        positive_integer(name, value) for name, value in zip(("height", "width"), size)
+    )
     rows = torch.arange(height, device=device)[:, None] + 0.5
     columns = torch.arange(width, device=device) + 0.5
     masks = torch.zeros(len(boxes), height, width, dtype=torch.bool, device=device)
