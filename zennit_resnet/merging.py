@@ -28,8 +28,8 @@ class BatchNormMerge:
     def __init__(self):
         self.handles = RemovableHandleList()
         self.producers, self.calls, self.candidates, self.folded = {}, {}, [], []
-        # of a batch normalization that is running
-        self.pair = None
+        # of normalizations that are running
+        self.pairs = {}
 
     def watch(self, module):
         '''Watch a module, after its rules were registered, such that tensors are seen as other modules see them.'''
@@ -57,7 +57,7 @@ class BatchNormMerge:
                 self.calls[module] = self.calls.get(module, 0) + 1
 
     def _note_input(self, module, args, kwargs):
-        self.pair = None
+        self.pairs.pop(module, None)
         input = next((elem for elem in (*args, *kwargs.values()) if id(elem) in self.producers), None)
         if input is None or not _has_statistics(module):
             return
@@ -67,18 +67,20 @@ class BatchNormMerge:
             if reference() is input and _number(input) == number:
                 batch_norm = UsedModule(module)
                 batch_norm.finish(module)
-                self.pair = input, input.grad_fn, linear, used, batch_norm
+                self.pairs[module] = input, input.grad_fn, linear, used, batch_norm
 
     def _note_result(self, module, args, output):
-        pair, self.pair = self.pair, None
+        pair = self.pairs.pop(module, None)
         if pair is None or not isinstance(output, torch.Tensor):
             return
         input, node, linear, used, batch_norm = pair
         with DisableTorchFunction():
             # a normalization may be made of others, of which the inner one is found first
             if all(node is not candidate[0] for candidate in self.candidates) and (
-                isinstance(module, (BatchNorm, Normalization)) and is_plain(module)
-                or _is_affine(batch_norm.module, input, output)
+                isinstance(module, (BatchNorm, Normalization)) and (
+                    # what has a rule of its own counts as what its type says
+                    is_plain(module) or any(rule.active for rule in rules_among(module._forward_pre_hooks))
+                ) or _is_affine(batch_norm.module, input, output)
             ):
                 self.candidates.append((node, linear, used, batch_norm, output.grad_fn))
 
@@ -101,7 +103,7 @@ class BatchNormMerge:
             If a parameter of a linear layer is parametrized.
         '''
         candidates, calls = self.candidates, self.calls
-        self.producers, self.calls, self.candidates = {}, {}, []
+        self.producers, self.calls, self.candidates, self.pairs = {}, {}, [], {}
         uses = count_uses(nodes_of(outputs)) if candidates else {}
         for node, linear, used, batch_norm, result in candidates:
             # what the batch normalization returned may not be used
@@ -162,7 +164,7 @@ def _is_affine(batch_norm, input, output):
     with torch.no_grad():
         mean, scale = batch_norm.running_mean.view(shape), _scale(batch_norm).view(shape)
         # one example is enough
-        expected, actual = (input[:1] - mean) * scale, output[:1]
+        expected, actual = (input.detach()[:1] - mean) * scale, output.detach()[:1]
         if getattr(batch_norm, 'bias', None) is not None:
             expected = expected + batch_norm.bias.view(shape)
     tolerance = 1e3 * torch.finfo(actual.dtype).eps * max(float(actual.abs().amax()), 1.)

@@ -1,0 +1,199 @@
+'''Batch normalization in all its forms: folded wherever it is a fixed affine map, refused where it mixes examples.'''
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import randomize
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
+from zennit.attribution import Gradient
+from zennit.composites import EpsilonPlus
+
+from zennit_resnet import BlockLRP, RelativeLRP, ResidualCanonizer, ResNetLRP, initial_relevance
+
+MERGING = {
+    'ratio': lambda: ResNetLRP(batch_norm='merge'), 'relative': RelativeLRP,
+    'zennit': lambda: EpsilonPlus(canonizers=[ResidualCanonizer(batch_norm='merge')]),
+}
+CHANNELS = 6
+
+
+class DetectronNorm(nn.Module):
+    '''Frozen, by the function.'''
+    def __init__(self, norm):
+        super().__init__()
+        for name in ('weight', 'bias', 'running_mean', 'running_var'):
+            self.register_buffer(name, getattr(norm, name).detach().clone())
+
+    def forward(self, x):
+        '''Normalized.'''
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=1e-5)
+
+
+class ArithmeticNorm(DetectronNorm):
+    '''Frozen, written out.'''
+    eps = 1e-5
+
+    def forward(self, x):
+        '''Normalized.'''
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return x * scale[:, None, None] + (self.bias - self.running_mean * scale)[:, None, None]
+
+
+class BuiltinNorm(DetectronNorm):
+    '''The function of torch, whose arguments have another order.'''
+    def forward(self, x):
+        '''Normalized.'''
+        return torch.batch_norm(
+            x, self.weight, self.bias, self.running_mean, self.running_var, False, .1, 1e-5, False
+        )
+
+
+class NormActivation(nn.BatchNorm2d):
+    '''With an activation, as in timm.'''
+    def forward(self, x):
+        '''Normalized, and clipped.'''
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, False, self.momentum, self.eps
+        ).relu()
+
+
+class OtherNorm(DetectronNorm):
+    '''Has statistics, and does something else.'''
+    def forward(self, x):
+        '''Not normalized.'''
+        return x * self.weight[:, None, None].abs()
+
+
+def frozen(norm):
+    '''That of torchvision.'''
+    other = FrozenBatchNorm2d(CHANNELS)
+    other.load_state_dict(norm.state_dict(), strict=False)
+    return other
+
+
+def tracking(norm):
+    '''Instance normalization with running statistics.'''
+    other = nn.InstanceNorm2d(CHANNELS, affine=True, track_running_stats=True)
+    other.load_state_dict(norm.state_dict())
+    return other
+
+
+def activated(norm):
+    '''With an activation.'''
+    other = NormActivation(CHANNELS)
+    other.load_state_dict(norm.state_dict())
+    return other
+
+
+def synchronized(norm):
+    '''Across processes.'''
+    return nn.SyncBatchNorm.convert_sync_batchnorm(norm)
+
+
+NORMS = {
+    'FrozenBatchNorm2d': frozen, 'function': DetectronNorm, 'arithmetic': ArithmeticNorm, 'builtin': BuiltinNorm,
+    'instance': tracking, 'activated': activated,
+}
+
+
+def network(convert=lambda norm: norm, functional=False):
+    '''A network with a normalization after a convolution.'''
+    class Net(nn.Module):
+        '''One block.'''
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.stem, self.norm = nn.Conv2d(3, CHANNELS, 3), nn.BatchNorm2d(CHANNELS)
+            self.branch, self.head = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), nn.Linear(CHANNELS, 4)
+
+        def forward(self, x):
+            '''Logits.'''
+            x = F.conv2d(x, self.stem.weight, self.stem.bias) if functional else self.stem(x)
+            x = self.norm(x).relu()
+            return self.head((x + self.branch(x)).relu().mean((2, 3)))
+
+    model = randomize(Net()).eval()
+    model.norm = convert(model.norm).eval()
+    return model.double()
+
+
+def explain(model, composite):
+    '''Output and relevance of two images.'''
+    x = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(1), dtype=torch.double)
+    with Gradient(model=model, composite=composite) as attributor:
+        return attributor(x, initial_relevance([1, 2], 'one'))
+
+
+@pytest.mark.parametrize('functional', [False, True])
+@pytest.mark.parametrize('name', MERGING)
+@pytest.mark.parametrize('norm', NORMS)
+def test_folded(norm, name, functional):
+    '''The same map as with BatchNorm2d, which is that of folding by hand.'''
+    expected = explain(network(), MERGING[name]())
+    actual = explain(network(NORMS[norm], functional), MERGING[name]())
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-9)
+    folded = network()
+    fused = torch.nn.utils.fusion.fuse_conv_bn_eval(folded.stem, folded.norm)
+    folded.stem, folded.norm = fused, nn.Identity()
+    torch.testing.assert_close(explain(folded, MERGING[name]()), expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize('name', MERGING)
+def test_not_folded(name):
+    '''Statistics alone do not make a normalization.'''
+    model, twin = network(OtherNorm), network(OtherNorm)
+    twin.norm.running_mean = None
+    torch.testing.assert_close(explain(model, MERGING[name]()), explain(twin, MERGING[name]()))
+
+
+@pytest.mark.parametrize('norm', NORMS)
+def test_passed(norm):
+    '''Without folding, relevance passes all of them.'''
+    torch.testing.assert_close(
+        explain(network(NORMS[norm]), ResNetLRP()), explain(network(), ResNetLRP()), rtol=1e-6, atol=1e-9
+    )
+
+
+MIXING = {
+    'module': lambda norm: nn.BatchNorm2d(CHANNELS, track_running_stats=False),
+    'function': lambda norm: Function(lambda x: F.batch_norm(x, None, None, training=True)),
+    'keywords': lambda norm: Function(lambda x: F.batch_norm(input=x, running_mean=None, running_var=None, training=True)),
+    'with statistics': lambda norm: Function(lambda x: F.batch_norm(
+        x, torch.zeros(CHANNELS).double(), torch.ones(CHANNELS).double(), training=True)),
+    'builtin': lambda norm: Function(lambda x: torch.batch_norm(x, None, None, None, None, True, .1, 1e-5, False)),
+}
+
+
+class Function(nn.Module):
+    '''A function as a module.'''
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        '''Run it.'''
+        return self.function(x)
+
+
+@pytest.mark.parametrize('name', [*MERGING, 'pass', 'block'])
+@pytest.mark.parametrize('norm', MIXING)
+def test_mixing(norm, name):
+    '''A normalization by the statistics of the batch is an error for several images, and none for one.'''
+    create = {**MERGING, 'pass': ResNetLRP, 'block': BlockLRP}[name]
+    model, x = network(MIXING[norm]), torch.randn(2, 3, 9, 9).double()
+    with pytest.raises(RuntimeError, match='norm|model'):
+        Gradient(model, create())(x, initial_relevance(1))
+    if norm != 'with statistics':
+        output, relevance = Gradient(model, create())(x[:1], initial_relevance(1))
+        assert bool(relevance.isfinite().all())
+
+
+def test_normalization_of_one():
+    '''A tensor that was reshaped to be a single example is normalized for each image by itself.'''
+    def instance_norm(x):
+        return F.batch_norm(x.reshape(1, -1, *x.shape[2:]), None, None, training=True).view_as(x)
+
+    model, x = network(lambda norm: Function(instance_norm)), torch.randn(2, 3, 9, 9).double()
+    relevance = Gradient(model, ResNetLRP())(x, initial_relevance(1))[1]
+    single = Gradient(model, ResNetLRP())(x[1:], initial_relevance(1))[1]
+    torch.testing.assert_close(relevance[1:], single)
