@@ -26,7 +26,7 @@ from captum_adapters.composite import CompositeAttribution, InitialRelevance, Pl
 from captum_adapters.registration import Output
 from zennit_resnet.arguments import check_flag, describe
 from zennit_resnet.canonizers import ResidualCanonizer
-from zennit_resnet.graph import map_tensors, walk
+from zennit_resnet.graph import map_tensors, tensors_of, walk
 from zennit_resnet.layer import Operation
 
 Layer = Union[Module, str]
@@ -128,8 +128,8 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
 
             inputs (Tensor or tuple[Tensor]): Inputs of shape (batch, ...), as for
                     :meth:`CompositeAttribution.attribute`, or integers, such as the
-                    indices of words: the layer may be the embedding that they enter, or
-                    any behind it.
+                    indices of words: the layer then is the embedding which they enter,
+                    or any behind it.
             target (int, tuple, Tensor, or list, optional): Output to explain, as for
                     :meth:`CompositeAttribution.attribute`.
                     Default: None
@@ -210,9 +210,10 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
         # the model may be wrapped
         given = [module if each is self.model else each for each in given]
         recorder = _Recorder(module, self.composite, given, of_input, len(leaves[0]))
-        recorder.begins = not all(leaf.requires_grad for leaf in leaves)
+        inputs = [leaf.clone() for leaf in leaves]
+        recorder.integers = set(map(_memory, _integers(inputs)))
         with recorder.watch():
-            output = forward(*(leaf.clone() for leaf in leaves), *args)
+            output = forward(*inputs, *args)
         return output, recorder.result(output)
 
 
@@ -245,8 +246,10 @@ class _Recorder:
         self.batch = batch
         self.is_gradient = getattr(composite, "propagates", "relevance") == "gradient"
         self.thread = threading.get_ident()
-        # whether graphs begin at layers, as integers can not require gradients
-        self.begins = False
+        # where inputs of integers are, which can not require gradients: the graph then
+        # begins at the output of modules that take them
+        self.integers: set[int] = set()
+        self.has_begun = False
         # a module may have several names
         self.names = dict(root.named_modules(remove_duplicate=False))
         self.paths = {module: name for name, module in root.named_modules()}
@@ -300,6 +303,11 @@ class _Recorder:
             return None
         key = self._key(module)
         if key not in self.calls:
+            found = self.integers.intersection(map(_memory, _integers(args)))
+            if found and module not in self.handles and module is not self.root:
+                self.handles[module] = module.register_forward_hook(
+                    lambda module, args, output: self._begin(output)
+                )
             return None
         if not torch.is_grad_enabled():
             raise RuntimeError(
@@ -313,23 +321,33 @@ class _Recorder:
         call = _Call(_get_sequence_nr())
         self.calls[key].append(call)
         if self.of_input:
-            args = self._begin(args)
+            self._check_begun(key, args)
             call.places = self._places(key, args)
-        return args
+        return None
 
     def _begin(self, value: Any) -> Any:
         """Have a graph begin at those tensors that are not part of one."""
-        if not self.begins:
-            return value
 
         def begin(tensor: Tensor) -> Tensor:
-            if tensor.requires_grad or not tensor.is_floating_point():
+            if not tensor.is_floating_point():
+                return tensor
+            self.has_begun = True
+            if tensor.requires_grad:
                 return tensor
             # which may be changed in place
             return tensor.detach().requires_grad_().clone()
 
         with DisableTorchFunction():
             return map_tensors(begin, value)
+
+    def _check_begun(self, key: Union[Module, str], value: Any) -> None:
+        """Refuse layers before which relevance would be cut off."""
+        if self.integers and not self.has_begun and _tensors(value):
+            raise RuntimeError(
+                f"There is no relevance of {self._name(key)!r}, as no module before it"
+                " takes the integers of the inputs: explain the module that embeds"
+                " them, or give the model their embeddings as inputs."
+            )
 
     def _leave(self, module: Module, args: tuple[Any, ...], output: Any) -> Any:
         """Called after all other hooks of a module."""
@@ -338,7 +356,9 @@ class _Recorder:
         key = self._key(module)
         call = self.calls[key][-1]
         if not self.of_input:
-            output = self._begin(output)
+            if self.integers and list(_integers(args)):
+                output = self._begin(output)
+            self._check_begun(key, output)
         call.end = _get_sequence_nr()
         places = self._places(key, output)
         if not self.of_input:
@@ -408,6 +428,16 @@ class _Recorder:
 
     def _name(self, key: Union[Module, str]) -> str:
         return key if isinstance(key, str) else self.paths[key]
+
+
+def _integers(value: Any) -> Iterator[Tensor]:
+    """All tensors of integers in inputs of a module."""
+    return (elem for elem in tensors_of(value) if not elem.is_floating_point())
+
+
+def _memory(tensor: Tensor) -> int:
+    """Where a tensor or what it is a view of is."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def _tensors(value: Any) -> list[Tensor]:

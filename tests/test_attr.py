@@ -13,6 +13,7 @@ import pytest
 import torch
 import torchvision
 import zennit.composites
+from captum._utils.common import _select_targets
 from captum.attr import LRP, GradientAttribution, NoiseTunnel
 from captum.attr import visualization as viz
 from captum.attr._utils.lrp_rules import EpsilonRule
@@ -666,6 +667,42 @@ def test_precisions(dtype):
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('method', [ResNetLRP, C3LRP, RelativeLRP])
+@pytest.mark.parametrize('target, same', [(-1, 4), (-5, 0), (torch.tensor(-2), 3), ((-1,), 4), ([(-1,)] * 3, 4)])
+def test_negative_targets(method, target, same):
+    '''A single index or tuples may count from the last class, as in Captum.'''
+    model, x = network(), images(3)
+    instance = method(model, postprocess=None)
+    assert torch.equal(instance.attribute(x, target=target), instance.attribute(x, target=same))
+    with torch.no_grad():
+        assert torch.equal(_select_targets(model(x), target), model(x)[:, same])
+
+
+@pytest.mark.parametrize('target', [-6, [-1] * 3, torch.tensor([0, -1, 2]), (-6,)])
+def test_bad_negative_targets(target):
+    '''One index for each example, which may come from a data set, is not negative, as in Captum.'''
+    with pytest.raises(ValueError, match='target.*-[16]'):
+        ResNetLRP(network()).attribute(images(3), target=target)
+    with pytest.raises((IndexError, RuntimeError)):
+        _select_targets(network()(images(3)), target)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize('method', [ResNetLRP, C3LRP, RelativeLRP])
+def test_other_precision(method, dtype):
+    '''Inputs of another precision than the network are named with both.'''
+    with pytest.raises(TypeError, match=f'{dtype}.*torch.float64'):
+        method(network()).attribute(images().to(dtype), target=1)
+
+
+@pytest.mark.parametrize('dtype', [torch.long, torch.int32, torch.uint8, torch.bool])
+def test_integers(dtype):
+    '''The error names the layer that integers enter.'''
+    model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Flatten(), torch.nn.Linear(12, 2))
+    with pytest.raises(TypeError, match=f"{dtype}.*LayerRelevance.model, '0'"):
+        ResNetLRP(model).attribute(torch.zeros(2, 3, dtype=dtype), target=1)
+
 
 @pytest.mark.parametrize('kwargs, error, message', [
     ({'target': None}, ValueError, 'choose one with target'),

@@ -1,12 +1,21 @@
 '''What relevance starts from.'''
+import collections
+import dataclasses
+import types
+
+import numpy as np
 import pytest
 import torch
+from captum._utils.common import _select_targets
 from torchvision.models import resnet18
 from zennit.attribution import Gradient
+from zennit.composites import EpsilonPlus
 
+from captum_adapters.attr import CompositeAttribution
 from zennit_resnet import initial_relevance as exported
-from zennit_resnet.attribution import initial_relevance
-from zennit_resnet.composites import ResNetLRP
+from zennit_resnet.attribution import SelectOutput, initial_relevance
+from zennit_resnet.composites import BlockLRP, RelativeLRP, ResNetLRP, with_splitting
+from zennit_resnet.conservation import conservation_ledger
 
 OUTPUT = torch.tensor([[1., 2., 3.], [-4., 0., 4.], [0., 0., 0.], [-1., -5., 2.]], dtype=torch.float64)
 
@@ -100,6 +109,178 @@ def test_output_shape(shape):
     with pytest.raises(ValueError, match='batch, classes') as info:
         initial_relevance(0)(torch.zeros(shape))
     assert str(tuple(shape)) in str(info.value)
+
+
+@pytest.mark.parametrize('target', [
+    'cat', ['cat', 'dog'], None, True, 1.5, float('nan'), object(), [[0]], (0, 1.)
+], ids=str)
+def test_bad_targets(target):
+    '''The error names the target, or what it is of.'''
+    with pytest.raises((TypeError, ValueError), match='target=|class indices'):
+        initial_relevance(target)(OUTPUT)
+
+
+@pytest.mark.parametrize('target', [-1, -2, -3, torch.tensor(-1), np.int64(-1)])
+def test_negative_target(target):
+    '''A single negative target counts from the last class, as in Captum.'''
+    relevance = initial_relevance(target)(OUTPUT)
+    assert torch.equal(relevance, initial_relevance(3 + int(target))(OUTPUT))
+    assert torch.equal(relevance.sum(1), _select_targets(OUTPUT, int(target)))
+
+
+@pytest.mark.parametrize('target', [None, 0, -1, [0, 0, 0, 0]])
+@pytest.mark.parametrize('shape', [(4,), (4, 1)])
+def test_single_output(target, shape):
+    '''An output of shape (batch,) is one class, for which no target is necessary.'''
+    output = OUTPUT[:, 0].reshape(shape)
+    assert torch.equal(initial_relevance(target)(output), output)
+    assert torch.equal(initial_relevance(target, 'one')(output), torch.ones_like(output))
+    with pytest.raises(ValueError, match='softmax'):
+        initial_relevance(target, 'softmax')(output)
+    with pytest.raises(IndexError, match='1 classes'):
+        initial_relevance(1)(output)
+    with pytest.raises(ValueError, match='3 classes'):
+        initial_relevance(None)(OUTPUT)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
+    model = torch.nn.Sequential(*model, torch.nn.Flatten(0)) if len(shape) == 1 else model
+    output, relevance = Gradient(model, ResNetLRP())(torch.randn(4, 5), initial_relevance(target))
+    assert torch.allclose(relevance.sum(1), output.flatten(), atol=1e-5)
+
+
+Named = collections.namedtuple('Named', 'other, logits')
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    '''Output of a network.'''
+    other: object
+    logits: torch.Tensor
+
+
+class ModelOutput(collections.OrderedDict):
+    '''As in transformers: a dict with attributes and indices.'''
+    def __init__(self, **kwargs):
+        super().__init__(kwargs)
+        vars(self).update(kwargs)
+
+    def __getitem__(self, key):
+        return super().__getitem__(key) if isinstance(key, str) else tuple(self.values())[key]
+
+
+class Slots:
+    '''An object without a dict.'''
+    __slots__ = ('logits',)
+
+    def __init__(self, logits):
+        self.logits = logits
+
+
+# what a network returns, names in the message without a key, and keys of the logits
+OUTPUTS = {
+    'dict': (lambda logits: {'other': None, 'logits': logits}, ["'other'", "'logits'"], ['logits', 1, -1]),
+    'integers': (lambda logits: {7: logits, 1: None}, ['7'], [7]),
+    'tuple': (lambda logits: (None, logits), ['0, 1'], [1, -1]),
+    'list': (lambda logits: [logits], ['0'], [0]),
+    'namedtuple': (lambda logits: Named(None, logits), ["'other', 'logits'"], ['logits', 1]),
+    'dataclass': (lambda logits: Data(None, logits), ["'other', 'logits'"], ['logits', 1]),
+    'ModelOutput': (lambda logits: ModelOutput(loss=None, logits=logits), ["'loss', 'logits'"], ['logits', 1]),
+    'namespace': (lambda logits: types.SimpleNamespace(logits=logits), ["'logits'"], ['logits', 0]),
+    'slots': (Slots, ['Slots'], ['logits']),
+}
+
+
+class Wrapped(torch.nn.Module):
+    '''A residual network that returns its logits in something else.'''
+    def __init__(self, wrap):
+        super().__init__()
+        torch.manual_seed(3)
+        self.stem, self.conv = torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 4, 3, padding=1)
+        self.head = torch.nn.Linear(4, 5, bias=False)
+        self.wrap = wrap
+
+    def forward(self, x, scale=1):
+        '''Logits.'''
+        x = self.stem(x).relu()
+        return self.wrap(self.head((x + self.conv(x)).relu().mean((2, 3))) * scale)
+
+
+@pytest.mark.parametrize('composite', [ResNetLRP, RelativeLRP, BlockLRP, lambda: with_splitting(EpsilonPlus())])
+@pytest.mark.parametrize('name', OUTPUTS)
+def test_several_outputs(name, composite):
+    '''The tensor is chosen by key, index, name or function, and the map is that of the network which returns it.'''
+    wrap, names, keys = OUTPUTS[name]
+    plain, model, input = Wrapped(lambda logits: logits).eval(), Wrapped(wrap).eval(), torch.randn(2, 3, 8, 8)
+    expected = Gradient(plain, composite())(input, initial_relevance([3, 1]))
+    tolerance = 1e-4 * float(expected[1].abs().max())
+    for key in (*keys, lambda output: output.logits if name in ('slots', 'namespace', 'dataclass', 'namedtuple')
+                else output[keys[0]]):
+        output, relevance = Gradient(SelectOutput(model, key), composite())(input, initial_relevance([3, 1]))
+        # the stabilizers of BlockLRP differ, as the network is a module inside of another
+        assert torch.equal(output, expected[0]) and torch.allclose(relevance, expected[1], rtol=0, atol=tolerance)
+        # of what the network returns, the initial relevance is that of the chosen tensor
+        assert torch.equal(initial_relevance([3, 1], output=key)(model(input)), initial_relevance([3, 1])(plain(input)))
+        captum = CompositeAttribution(model, composite(), output=key).attribute(input, target=[3, 1])
+        assert torch.equal(captum, expected[1]) and 'forward' not in vars(model)
+        with pytest.raises(TypeError, match='SelectOutput'):
+            Gradient(model, composite())(input, initial_relevance([3, 1], output=key))
+    for function in (
+        lambda: Gradient(model, composite())(input, initial_relevance(3)),
+        lambda: CompositeAttribution(model, composite()).attribute(input, target=3),
+        lambda: conservation_ledger(model, input, composite(), target=3),
+    ):
+        with pytest.raises(TypeError) as info:
+            function()
+        assert all(elem in str(info.value) for elem in names)
+    with pytest.raises(ValueError, match="output='nothing'"):
+        SelectOutput(model, 'nothing')(input)
+    with pytest.raises(ValueError, match="output='nothing'"):
+        CompositeAttribution(model, composite(), output='nothing').attribute(input, target=3)
+    assert 'forward' not in vars(model) and not model._forward_hooks
+
+
+def test_what_is_no_output():
+    '''Keys of tensors, of parts that are none, and values that are no keys.'''
+    model, input = Wrapped(lambda logits: (logits, (logits, None))).eval(), torch.randn(1, 3, 8, 8)
+    with pytest.raises(TypeError, match='output=1 picks tuple'):
+        SelectOutput(model, 1)(input)
+    with pytest.raises(TypeError, match='returns NoneType'):
+        SelectOutput(model, lambda output: output[1][1])(input)
+    with pytest.raises(TypeError, match="output='logits'.*leave it out"):
+        SelectOutput(Wrapped(lambda logits: logits), 'logits')(input)
+    with pytest.raises(TypeError, match='NoneType instead of a tensor'):
+        initial_relevance(0)(None)
+    with pytest.raises(ValueError, match='output=5'):
+        SelectOutput(model, 5)(input)
+    for key in (True, 1.5, ['logits'], torch.tensor(1)):
+        for create in (lambda: SelectOutput(model, key), lambda: initial_relevance(0, output=key),
+                       lambda: CompositeAttribution(model, output=key)):
+            with pytest.raises(TypeError) as info:
+                create()
+            assert repr(key) in str(info.value)
+    with pytest.raises(TypeError, match='torch.nn.Module'):
+        SelectOutput(lambda x: x, 0)
+    assert SelectOutput(model, 0)(input, scale=2).equal(2 * SelectOutput(model, lambda output: output[1][0])(input))
+    assert not SelectOutput(model, 0).training and SelectOutput(model.train(), 0).training
+
+
+@pytest.mark.parametrize('function', [
+    lambda output: output['out'].mean((2, 3)), lambda output: output['out'][:, :, 2, 3],
+    lambda output: output['out'][..., 1:4, 2:4].sum((2, 3)),
+], ids=['mean', 'position', 'region'])
+def test_regions_of_maps(function):
+    '''Rules apply to the function that picks a tensor, such as a part of a map of logits: relevance is conserved.'''
+    class Dense(Wrapped):
+        '''A network for segmentation.'''
+        def forward(self, x):
+            '''A map of logits.'''
+            x = self.stem(x).relu()
+            return {'out': self.head((x + self.conv(x)).relu().movedim(1, -1)).movedim(-1, 1)}
+
+    model, input = Dense(None).eval(), torch.randn(2, 3, 8, 8)
+    output, relevance = Gradient(SelectOutput(model, function), ResNetLRP())(input, initial_relevance(2))
+    assert torch.allclose(relevance.sum((1, 2, 3)), output[:, 2], rtol=1e-3)
+    captum = CompositeAttribution(model, ResNetLRP(), output=function).attribute(input, target=2)
+    assert torch.allclose(captum, relevance, atol=1e-6)
 
 
 @pytest.mark.parametrize('value', ['logit', 'softmax', 'one'])

@@ -1,7 +1,9 @@
 '''Tests for reading photographs and drawing heatmaps.'''
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from zennit.cmap import ColorMap
 
 from zennit_resnet.image import draw_comparison, draw_heatmap, draw_overlay, read_image
 
@@ -221,3 +223,61 @@ def test_errors(function, message):
     '''Errors name the offending shape or value.'''
     with pytest.raises(ValueError, match=message):
         function()
+
+
+@pytest.mark.parametrize('dtype', [
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int16, torch.bool
+])
+def test_tensors(dtype):
+    '''Tensors of any type, also those which require a gradient, are drawn as their arrays.'''
+    heatmap = (torch.arange(20.).view(4, 5) - 7).to(dtype)
+    expected = draw_heatmap(heatmap.double().numpy())
+    photo = torch.arange(60, dtype=torch.uint8).view(4, 5, 3)
+    overlay = draw_overlay(photo.numpy(), heatmap.double().numpy())
+    given = [heatmap, heatmap[None], heatmap[None, None]]
+    given += [heatmap.clone().requires_grad_()] if heatmap.is_floating_point() else []
+    for value in given:
+        np.testing.assert_array_equal(draw_heatmap(value), expected)
+        np.testing.assert_array_equal(draw_overlay(photo, value), overlay)
+    np.testing.assert_array_equal(draw_comparison([[photo]], ['a']), draw_comparison([[photo.numpy()]], ['a']))
+
+
+@pytest.mark.parametrize('draw', [
+    lambda cmap: draw_heatmap(np.eye(3), cmap=cmap),
+    lambda cmap: draw_overlay(np.zeros((3, 3, 3), dtype=np.uint8), np.eye(3), cmap=cmap),
+])
+def test_color_maps(draw):
+    '''The error names the color map and those that there are.'''
+    for cmap in ('viridis', 'jet', '', 'RdBu_r'):
+        with pytest.raises(ValueError) as info:
+            draw(cmap)
+        assert repr(cmap) in str(info.value) and "'coldnhot'" in str(info.value) and "'bwr'" in str(info.value)
+    for cmap in (None, 3, len):
+        with pytest.raises(TypeError, match='cmap='):
+            draw(cmap)
+    for cmap in ('bwr', '00f,fff,f00', ColorMap('000,fff')):
+        draw(cmap)
+
+
+@pytest.mark.parametrize('name, function', [
+    ('percentile', lambda value: draw_heatmap(np.eye(3), percentile=value)),
+    ('opacity', lambda value: draw_overlay(np.zeros((3, 3, 3), dtype=np.uint8), np.eye(3), opacity=value)),
+    ('scale', lambda value: draw_comparison([[quadrants()]], ['a'], scale=value)),
+])
+def test_numbers(name, function):
+    '''What is no number, or is NaN, is named.'''
+    for value in (float('nan'), -1, 1000 if name != 'scale' else float('inf')):
+        with pytest.raises(ValueError, match=f'{name}='):
+            function(value)
+    for value in ('1', None, True):
+        with pytest.raises(TypeError, match=f'{name}='):
+            function(value)
+
+
+def test_what_is_no_heatmap():
+    '''Types that are no numbers, and batches.'''
+    for value in ('map', np.array([['a']]), np.eye(2) * 1j, torch.eye(2) * 1j):
+        with pytest.raises(TypeError, match='real numbers'):
+            draw_heatmap(value)
+    with pytest.raises(ValueError, match=r'\(2, 3, 3\)'):
+        draw_heatmap(torch.zeros(2, 3, 3))

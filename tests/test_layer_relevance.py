@@ -595,3 +595,98 @@ def test_memory(of_input):
         method.attribute(x, target=1, attribute_to_layer_input=of_input)
     gc.collect()
     assert resident() - before < 20 and len(gc.get_objects()) - objects < 500
+
+
+# -- integers ----------------------------------------------------------------------------------------------------------
+
+class Text(torch.nn.Module):
+    '''A residual network on indices of words.'''
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.position = torch.nn.Embedding(20, 6), torch.nn.Embedding(9, 6)
+        self.first, self.second = (torch.nn.Conv1d(6, 6, 3, padding=1, bias=False) for _ in range(2))
+        self.head = torch.nn.Linear(6, 4, bias=False)
+
+    def forward(self, words, scale=None):
+        '''Logits.'''
+        return self.from_embedding(self.embedding(words), scale)
+
+    def from_embedding(self, x, scale=None):
+        '''Logits of what the embedding returns, which is changed in place.'''
+        x = x.clone() if x.is_leaf else x
+        x += self.position(torch.arange(x.shape[1]))
+        x = self.first(x.movedim(1, 2)).relu()
+        x = x + self.second(x).relu()
+        return self.head(x.mean(2)) if scale is None else self.head(x.mean(2)) * scale
+
+
+class Behind(torch.nn.Module):
+    '''The part of a network that follows its embedding.'''
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        '''Logits.'''
+        return self.model.from_embedding(x)
+
+
+@pytest.mark.parametrize('composite', ['resnet_lrp_ratio', 'resnet_lrp_symmetric', 'relative_lrp', 'epsilon_plus'])
+@pytest.mark.parametrize('frozen', [False, True])
+def test_embedding(composite, frozen):
+    '''Relevance of an embedding is that of the input of all that follows.'''
+    model = randomize(Text()).double().eval().requires_grad_(not frozen)
+    words = torch.randint(0, 20, (3, 9))
+    embedded = model.embedding(words).detach()
+    expected = CompositeAttribution(Behind(model), composite).attribute(embedded, target=[1, 2, 3])
+    state = state_of(model)
+    for layer in ('embedding', model.embedding):
+        method = LayerRelevance(model, layer, composite)
+        relevance, delta = method.attribute(words, target=[1, 2, 3], return_convergence_delta=True)
+        assert relevance.shape == (3, 9, 6) and expected.any()
+        assert torch.allclose(relevance, expected, rtol=1e-9, atol=1e-12)
+        if composite.startswith('resnet'):
+            assert delta.abs().max() < 1e-9
+        assert torch.equal(method.attribute(words.int(), target=[1, 2, 3], internal_batch_size=2), relevance)
+    # further layers, their inputs, and layers in a branch of which the other one has its share
+    several = LayerRelevance(model, ['embedding', 'first', 'head'], composite).attribute(words, target=[1, 2, 3])
+    assert torch.allclose(several[0], expected) and several[1].any() and several[2].shape == (3, 4)
+    inputs = LayerRelevance(model, model.first, composite).attribute(
+        words, target=[1, 2, 3], attribute_to_layer_input=True
+    )
+    assert inputs.shape == (3, 6, 9) and inputs.any()
+    alone = LayerRelevance(model, 'second', composite).attribute(words, target=[1, 2, 3])
+    assert torch.allclose(alone, LayerRelevance(model, ['embedding', 'second'], composite).attribute(
+        words, target=[1, 2, 3]
+    )[1])
+    with pytest.raises(TypeError, match='no input of floating point'):
+        LayerRelevance(model, 'embedding', composite).attribute(words, target=1, attribute_to_layer_input=True)
+    assert_state(model, state)
+
+
+def test_integers_without_module():
+    '''If a function embeds them, nothing could have its share but the layer itself, so this is an error.'''
+    class Functional(Text):
+        '''Embeds by a function.'''
+        def forward(self, words):
+            '''Logits.'''
+            return self.from_embedding(torch.nn.functional.embedding(words, self.embedding.weight))
+
+    model, words = randomize(Functional()).double().eval(), torch.randint(0, 20, (3, 9))
+    for layer, of_input in (('second', False), ('second', True), ('first', True)):
+        with pytest.raises(RuntimeError, match=f"no relevance of '{layer}'"):
+            LayerRelevance(model, layer).attribute(words, target=1, attribute_to_layer_input=of_input)
+    inside = torch.nn.Sequential(model)
+    inside[0].requires_grad_(False)
+    assert LayerRelevance(inside, '0').attribute(words, target=1).any()
+
+
+def test_embedding_of_blocks():
+    '''BlockLRP is the gradient times the embedding, which sums to the logit without biases and positions.'''
+    model = randomize(Text()).double().eval()
+    model.position.weight.data.zero_()
+    words = torch.randint(0, 20, (3, 9))
+    relevance = LayerRelevance(model, 'embedding', composites.BlockLRP(epsilon=0.)).attribute(words, target=2)
+    embedded = model.embedding(words).detach().requires_grad_()
+    gradient, = torch.autograd.grad(model.from_embedding(embedded)[:, 2].sum(), embedded)
+    assert torch.allclose(relevance, embedded.detach() * gradient, rtol=1e-6, atol=1e-12)

@@ -3,6 +3,7 @@ import doctest
 import math
 import random
 import sys
+import types
 import warnings
 import weakref
 from functools import partial
@@ -680,3 +681,15 @@ def test_examples(module):
         pytest.importorskip('torchcam')
     result = doctest.testmod(module)
     assert result.attempted > 0 and result.failed == 0
+
+
+@pytest.mark.parametrize('wrap, remedy', [
+    (lambda output: {'aux': None, 'out': output}, "['out']"), (lambda output: (output, None), '[0]'),
+    (lambda output: types.SimpleNamespace(logits=output), '.logits'),
+])
+def test_several_outputs(wrap, remedy):
+    '''The error shows the function to give in place of the network.'''
+    rise = RISE(lambda images: wrap(images.flatten(1)))
+    with pytest.raises(TypeError) as info:
+        rise.attribute(torch.rand(1, 3, 8, 8), target=1, n_masks=4)
+    assert f'lambda images: model(images){remedy}' in str(info.value)

@@ -575,3 +575,98 @@ def test_attention_errors():
         attention_errors(attended.double(), target, coverage=1.5)
     with pytest.raises(ValueError, match=r'\(7, 4, 7\).*\(1, 4, 7\)'):
         attention_errors(attended.double(), target[:1])
+
+
+# -- arrays and single maps --------------------------------------------------------------------------------------------
+
+def kinds(heatmap):
+    '''A single map as a batch of tensors, and in all other forms.'''
+    array = heatmap.numpy()
+    return [
+        (heatmap, lambda value: value[0]), (array[None], lambda value: value), (array, lambda value: value[0]),
+        (heatmap.clone().requires_grad_()[None], lambda value: value), (array[::-1][::-1], lambda value: value[0]),
+    ]
+
+
+def same(actual, expected, pick):
+    '''Whether results are equal, and of the kind of the argument.'''
+    if isinstance(expected, torch.Tensor):
+        np.testing.assert_array_equal(actual.detach() if isinstance(actual, torch.Tensor) else actual, pick(expected))
+    elif isinstance(expected, tuple):
+        assert len(actual) == len(expected) and type(actual) is type(expected)
+        for one, other in zip(actual, expected):
+            same(one, other, pick)
+    elif isinstance(expected, dict):
+        for key, value in expected.items():
+            same(actual[key], value, pick)
+    else:
+        assert actual == expected
+
+
+def arrays_of(value):
+    '''All tensors and arrays in a result.'''
+    if isinstance(value, (tuple, dict)):
+        return [elem for part in (value.values() if isinstance(value, dict) else value) for elem in arrays_of(part)]
+    return [] if isinstance(value, float) or value is None else [value]
+
+
+@pytest.mark.parametrize('function', [
+    heat_quantization, c1c, c3, lambda heatmap: c3(heatmap, return_masks=True),
+    lambda heatmap: c1c(heatmap, return_masks=True), ablation, lambda heatmap: attention_errors(heatmap, heatmap > 0),
+    reduce_heatmap, lambda heatmap: expand_heatmap(heatmap, (40, 41)), binarize,
+    lambda heatmap: largest_component(heatmap > 0), lambda heatmap: largest_contour(heatmap > 0),
+    lambda heatmap: component_of_maximum(heatmap, heatmap > 0), lambda heatmap: mask_cases(heatmap > 0, heatmap > 1),
+])
+def test_arrays_and_single_maps(function):
+    '''Arrays give arrays, a map without a first axis gives one, and values are those of a batch of one.'''
+    heatmap = blobs(1, 30)
+    expected = function(heatmap)
+    for value, pick in kinds(heatmap[0]):
+        result = function(value)
+        same(result, expected, pick)
+        kind = np.ndarray if isinstance(value, np.ndarray) else torch.Tensor
+        assert all(isinstance(elem, kind) for elem in arrays_of(result))
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.int32, torch.bool])
+@pytest.mark.parametrize('function', [heat_quantization, c1c, c3])
+def test_types_of_single_maps(function, dtype):
+    '''A single map of any type is that of a batch.'''
+    heatmap = blobs(1, 30).mul(4)
+    heatmap = heatmap > heatmap.mean() if dtype == torch.bool else heatmap.to(dtype)
+    assert torch.equal(function(heatmap[0]), function(heatmap)[0])
+    if dtype != torch.bfloat16:
+        np.testing.assert_array_equal(function(heatmap[0].numpy()), function(heatmap)[0].numpy())
+
+
+def test_sum_channels_of_arrays():
+    '''Three axes might be channels or examples, so a single example is refused.'''
+    relevance = torch.randn(2, 3, 4, 5)
+    result = sum_channels(relevance.numpy())
+    assert isinstance(result, np.ndarray)
+    np.testing.assert_allclose(result, relevance.sum(1), rtol=1e-6)
+    with pytest.raises(ValueError, match=r'\(3, 4, 5\).*relevance\[None\]'):
+        sum_channels(relevance[0].numpy())
+
+
+@pytest.mark.parametrize('value', [[[1., 2.]], None, 'map', 3., np.array([['a']]), np.array([[object()]])], ids=str)
+@pytest.mark.parametrize('function', [heat_quantization, c1c, c3, sum_channels, binarize])
+def test_what_is_no_map(function, value):
+    '''The error names the type.'''
+    with pytest.raises(TypeError, match='must be'):
+        function(value)
+
+
+@pytest.mark.parametrize('function', [c1c, c3])
+def test_return_masks(function):
+    '''It is True or False.'''
+    with pytest.raises(TypeError, match="return_masks='no'"):
+        function(blobs(1, 30), return_masks='no')
+
+
+@pytest.mark.parametrize('name', ['coverage', 'precision'])
+@pytest.mark.parametrize('value, error', [(float('nan'), ValueError), (-.1, ValueError), ('half', TypeError)])
+def test_shares(name, value, error):
+    '''Shares are numbers from zero to one.'''
+    with pytest.raises(error, match=f'{name}='):
+        attention_errors(blobs(1, 30), blobs(1, 30), **{name: value})

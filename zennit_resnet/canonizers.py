@@ -43,7 +43,7 @@ REPLACED = weakref.WeakSet()
 IDENTITIES = frozenset(['BackwardHookFunction'])
 # What to do about functions for which a layer map is the wrong remedy.
 REMEDIES = {
-    'softmax': (
+    'softm': (
         'explain the logits, with a network that returns what its softmax is computed from. Relevance only passes a '
         'softmax that is the output of the network'
     ),

@@ -15,6 +15,13 @@ from .graph import name_of, tensors_of
 CLIPPING = frozenset('relu relu_ relu6 hardtanh hardtanh_ clamp_ clip_ clamp_min_ clamp_max_ threshold_'.split())
 
 
+# Names of the functions that operators of Python become.
+OPERATORS = frozenset('''
+    add radd iadd sub rsub isub mul rmul imul div rdiv idiv truediv rtruediv itruediv true_divide pow rpow ipow matmul
+    rmatmul imatmul mod rmod imod remainder floordiv rfloordiv ifloordiv floor_divide
+'''.split())
+
+
 class _State(threading.local):
     '''Tensors of a thread, by the addresses of their memory.'''
     def __init__(self):
@@ -154,7 +161,7 @@ class Watch(TorchFunctionMode):
         try:
             output = self.run(func, args, kwargs)
         except TypeError as error:
-            if name.startswith('__') and all(isinstance(elem, (torch.Tensor, Number)) for elem in args):
+            if name.strip('_') in OPERATORS and all(isinstance(elem, (torch.Tensor, Number)) for elem in args):
                 # Python would call the operands unsupported, whatever is wrong
                 raise RuntimeError(f'{name}: {error}') from error
             raise

@@ -108,7 +108,7 @@ SETTINGS = {
     'conv_transpose': ('stride', 'padding', 'output_padding', 'groups', 'dilation'),
 }
 COMPLEX_FUNCTIONS = frozenset('view_as_complex complex polar stft istft linalg_eig cfloat cdouble chalf'.split())
-SOFTMAXES = frozenset('softmax log_softmax softmin _softmax _log_softmax special_softmax special_log_softmax'.split())
+SOFTMAXES = frozenset('softmax log_softmax _softmax _log_softmax special_softmax special_log_softmax'.split())
 # Functions which are random or mix samples in training, with the position of the flag, and what it is by default.
 TRAINING = {
     **dict.fromkeys(('dropout', 'dropout1d', 'dropout2d', 'dropout3d'), (2, True)),

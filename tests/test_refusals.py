@@ -1,0 +1,261 @@
+'''What cannot be explained as it is: errors that say what to do, or a map of what was meant, and a warning.'''
+import types
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from zennit.attribution import Gradient
+from zennit.composites import EpsilonPlus
+
+from captum_adapters.attr import ResNetLRP as CaptumResNetLRP
+from zennit_resnet import (
+    BlockLRP,
+    RelativeLRP,
+    ResidualCanonizer,
+    ResNetLRP,
+    UnsupportedOperation,
+    initial_relevance,
+    with_splitting,
+)
+from zennit_resnet.conservation import conservation_ledger
+from zennit_resnet.core import SinglePass
+from zennit_resnet.layer import Gate
+
+COMPOSITES = {
+    'ratio': ResNetLRP, 'relative': RelativeLRP, 'splitting': lambda: with_splitting(EpsilonPlus()),
+}
+
+
+class Net(nn.Module):
+    '''Logits, and what is made of them.'''
+    def __init__(self, function=None, classes=5):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.branch = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, padding=1)
+        self.head, self.function = nn.Linear(6, classes), function
+
+    def forward(self, x):
+        '''What the function makes of the logits.'''
+        x = self.stem(x).relu()
+        x = self.head((x + self.branch(x)).relu().mean((2, 3)))
+        return x if self.function is None else self.function(x)
+
+
+def images(dtype=torch.double):
+    '''Two images.'''
+    return torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
+def explain(model, composite, value='one'):
+    '''Relevance of the images.'''
+    with Gradient(model=model.double().eval(), composite=composite) as attributor:
+        return attributor(images(), initial_relevance([1, 2], value))[1]
+
+
+# -- a softmax at the end ----------------------------------------------------------------------------------------------
+
+ENDS = {
+    'F.softmax': lambda x: F.softmax(x, 1), 'method': lambda x: x.softmax(-1), 'torch': lambda x: torch.softmax(x, dim=1),
+    'log_softmax': lambda x: F.log_softmax(x, 1), 'module': nn.Softmax(1), 'module with log': nn.LogSoftmax(1),
+    'special': lambda x: torch.special.softmax(x, 1), 'reshaped': lambda x: x[:, :, None].softmax(1).squeeze(2),
+}
+
+
+@pytest.mark.parametrize('strict', [True, False])
+@pytest.mark.parametrize('name', COMPOSITES)
+@pytest.mark.parametrize('end', ENDS)
+def test_softmax_at_the_end(end, name, strict):
+    '''What is explained is the logit, and a warning says so.'''
+    composite = COMPOSITES[name]()
+    if name == 'ratio':
+        composite = ResNetLRP(canonizers=[ResidualCanonizer(strict=strict)])
+    with pytest.warns(UserWarning, match='logits'):
+        relevance = explain(Net(ENDS[end]), composite)
+    torch.testing.assert_close(relevance, explain(Net(), COMPOSITES[name]()))
+
+
+@pytest.mark.parametrize('function', [
+    lambda x: x.softmax(1) * 2 + x, lambda x: x.softmax(1) @ torch.eye(5).double().softmax(0),
+    lambda x: (x.softmax(1) + x.flip(1).softmax(1)) / 2, lambda x: F.softmin(x, 1),
+])
+def test_softmax_elsewhere(function):
+    '''Otherwise it is an error, which never advises to take its gradient.'''
+    for strict in (True, False):
+        with pytest.raises(UnsupportedOperation, match='logits') as caught:
+            explain(Net(function), ResNetLRP(canonizers=[ResidualCanonizer(strict=strict)]))
+        assert 'strict' not in str(caught.value)
+
+
+def test_softmax_without_relevance():
+    '''A softmax that no relevance reaches is none of anyone's business.'''
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        explain(Net(lambda x: x * x.softmax(1)), ResNetLRP())
+
+
+@pytest.mark.parametrize('end', ['F.softmax', 'module with log'])
+def test_softmax_with_blocks(end):
+    '''BlockLRP takes gradients, and those of a softmax sum to zero.'''
+    with pytest.raises(UnsupportedOperation, match='logits'):
+        explain(Net(ENDS[end]), BlockLRP())
+
+
+# -- networks without a gradient ---------------------------------------------------------------------------------------
+
+class Frozen(nn.Module):
+    '''Runs its backbone without gradients.'''
+    def __init__(self, context=torch.no_grad):
+        super().__init__()
+        self.net, self.head, self.context = Net(), nn.Linear(5, 5), context
+
+    def forward(self, x):
+        '''Logits.'''
+        with self.context():
+            features = self.net(x)
+        return self.head(features)
+
+
+@pytest.mark.parametrize('create', [ResNetLRP, RelativeLRP, BlockLRP])
+@pytest.mark.parametrize('model', [Frozen(), Net(lambda x: x.detach()), nn.Sequential(nn.Conv2d(3, 3, 1), Frozen())])
+def test_frozen_backbone(model, create):
+    '''Nothing of the output depends on the input.'''
+    with pytest.raises(RuntimeError, match=rf'{type(model).__name__}.*no_grad'):
+        explain(model, create())
+
+
+def test_predictions_within_a_context():
+    '''Running the network without gradients is no error, whatever the input requires.'''
+    model, x = Net().double().eval(), images().requires_grad_()
+    expected = model(x).detach()
+    with ResNetLRP().context(model):
+        with torch.no_grad():
+            assert torch.equal(model(x), expected)
+        assert torch.equal(model(x.detach()), expected)
+        with torch.inference_mode():
+            assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize('create', [ResNetLRP, BlockLRP])
+def test_without_gradients(create, mode):
+    '''Attributions within them are an error that names them.'''
+    model = Net().double()
+    with mode(), pytest.raises(RuntimeError, match='no_grad|inference_mode'):
+        explain(model, create())
+    with torch.inference_mode(), pytest.raises(RuntimeError, match='inference_mode'):
+        conservation_ledger(model, images(), create(), target=1)
+    # Captum itself turns gradients on
+    with mode():
+        assert bool(CaptumResNetLRP(model).attribute(images(), target=1).isfinite().all())
+    assert bool(explain(model, create()).isfinite().all())
+
+
+# -- networks that were changed ----------------------------------------------------------------------------------------
+
+def test_reentrant_checkpointing():
+    '''The error says which argument to change.'''
+    class Checkpointed(nn.Module):
+        '''Runs its network again.'''
+        def __init__(self, use_reentrant):
+            super().__init__()
+            self.net, self.use_reentrant = Net(), use_reentrant
+
+        def forward(self, x):
+            '''Logits.'''
+            return checkpoint(self.net, x, use_reentrant=self.use_reentrant)
+
+    with pytest.raises(UnsupportedOperation, match='use_reentrant=False'):
+        explain(Checkpointed(True), ResNetLRP())
+    torch.testing.assert_close(explain(Checkpointed(False), ResNetLRP()), explain(Net(), ResNetLRP()))
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_quantized():
+    '''Rules need floating point weights.'''
+    quantized = pytest.importorskip('torch.ao.nn.quantized')
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), quantized.Conv2d(4, 4, 3))
+    with pytest.raises(TypeError, match=r'1 \(Conv2d\).*quantized'):
+        Gradient(model, ResNetLRP())(images(torch.float), initial_relevance(1))
+
+
+def test_sharded():
+    '''Rules need whole weights.'''
+    class FSDPConv2d(nn.Conv2d):
+        '''Named like the classes that torch.distributed.fsdp.fully_shard makes.'''
+
+    with pytest.raises(TypeError, match=r'0 \(FSDPConv2d\).*sharded'):
+        Gradient(nn.Sequential(FSDPConv2d(3, 4, 3)), ResNetLRP())(images(torch.float), initial_relevance(1))
+
+
+def test_exported():
+    '''A network that was exported has the same relevance.'''
+    model = Net().eval()
+    exported = torch.export.export(model, (images(torch.float),)).module()
+    maps = []
+    for elem in (model, exported):
+        with Gradient(model=elem, composite=ResNetLRP()) as attributor:
+            maps.append(attributor(images(torch.float), initial_relevance([1, 2]))[1])
+    torch.testing.assert_close(maps[1], maps[0])
+
+
+def test_exported_resnet():
+    '''With batch normalization and pooling.'''
+    torch.manual_seed(0)
+    model, x = torchvision.models.resnet18(num_classes=5).eval(), torch.rand(2, 3, 32, 32)
+    exported = torch.export.export(model, (x,)).module()
+    maps = [Gradient(elem, ResNetLRP())(x, initial_relevance([1, 2]))[1] for elem in (model, exported)]
+    torch.testing.assert_close(maps[1], maps[0], rtol=1e-4, atol=1e-5)
+
+
+# -- errors of rules ---------------------------------------------------------------------------------------------------
+
+def test_type_error_of_a_rule():
+    '''A TypeError in the rule of an operator is not taken for operands that Python does not support.'''
+    class Wrong(SinglePass):
+        '''Raises.'''
+        def store(self, module, *inputs):
+            '''Nothing.'''
+            raise TypeError('the rule is wrong')
+
+    scale = torch.rand(5).double()
+    for function in (lambda x: x * scale, lambda x: scale * x, lambda x: x / scale, lambda x: torch.mul(x, scale)):
+        with pytest.raises((RuntimeError, TypeError), match='the rule is wrong'):
+            explain(Net(function), ResNetLRP(layer_map=[(Gate, Wrong())]))
+
+
+def test_type_error_of_a_network():
+    '''Operands that are not supported are still Python's.'''
+    class Reversed:
+        '''Knows tensors.'''
+        def __radd__(self, other):
+            return other
+
+    with pytest.raises(TypeError, match='str'):
+        explain(Net(lambda x: x + 'a'), ResNetLRP())
+    torch.testing.assert_close(explain(Net(lambda x: x + Reversed()), ResNetLRP()), explain(Net(), ResNetLRP()))
+
+
+def test_output_of_any_class():
+    '''What is not in a tensor or container is followed as well.'''
+    class Double(torch.autograd.Function):
+        '''Has a backward function of its own.'''
+        @staticmethod
+        def forward(ctx, x):
+            '''Twice.'''
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            '''Not its gradient.'''
+            return grad
+
+    model = Net(lambda x: types.SimpleNamespace(logits=Double.apply(x))).double().eval()
+    x = images().requires_grad_()
+    with ResNetLRP().context(model):
+        output = model(x).logits
+        with pytest.raises(UnsupportedOperation, match='Double'):
+            torch.autograd.grad(output, x, torch.ones_like(output))
