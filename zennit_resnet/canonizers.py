@@ -1,28 +1,35 @@
 '''Canonizers which make the operations of residual networks visible to rules.'''
 import gc
 import sys
-import warnings
 import weakref
 
 import torch
 from torch._C import DisableTorchFunction
 from zennit.canonizers import Canonizer
 from zennit.core import Composite, RemovableHandleList
-from zennit.rules import NoMod
-from zennit.types import Linear
 
 from .arguments import Described, check_flag
-from .block import BlockEpsilon, note_addition
+from .block import note_addition
 from .calls import Call, Local, is_opaque, single_pass
-from .core import Eager, SinglePass, check_choice, check_evaluation, is_active, is_running, rules_among
+from .core import Eager, check_choice, check_evaluation, is_active, is_running
 from .functions import FunctionCall
-from .graph import carriers_of, end_of, is_arithmetic, name_of, nodes_of, tensors_of, walk
-from .inplace import Watch, forget, note_copy, note_weight, settle
+from .graph import carriers_of, is_arithmetic, name_of, nodes_of, walk
+from .inplace import Watch, forget, note_copy, settle
 from .layer import Addition, Filling, Gate, LinearMap, Padding, Reduction
 from .merging import BatchNormMerge
 from .operations import ADDITIONS, TRANSPARENT, handle, is_training
+from .refusals import (
+    Softmaxes,
+    UnsupportedOperation,  # noqa: F401, pylint: disable=unused-import
+    check_output,
+    check_parameters,
+    check_rules,
+    in_use,
+    refusal,
+    undo,
+)
 from .rules import Proportional, RatioSplit, Refill, SignalTakesAll, Uncrop
-from .weights import UsedWeights
+from .weight_log import WeightLog
 
 # Rules for operations that no composite of Zennit knows about, unless the composite in use has another for them.
 DEFAULT_RULES = (
@@ -41,20 +48,6 @@ REPLACED = weakref.WeakSet()
 
 # Functions of PyTorch with a backward function of their own that change nothing, such as that of backward hooks.
 IDENTITIES = frozenset(['BackwardHookFunction'])
-# What to do about functions for which a layer map is the wrong remedy.
-REMEDIES = {
-    'softm': (
-        'explain the logits, with a network that returns what its softmax is computed from. Relevance only passes a '
-        'softmax that is the output of the network'
-    ),
-    'CheckpointFunction': 'checkpoint with use_reentrant=False, or turn checkpointing off',
-}
-
-
-class UnsupportedOperation(RuntimeError):
-    '''A network uses an operation on relevance for which there is no rule.'''
-
-
 class ResidualCanonizer(Described, Canonizer):
     '''Canonizer for residual networks of any source.
 
@@ -109,7 +102,7 @@ class ResidualCanonizer(Described, Canonizer):
         composite = _calling_composite()
         if composite in REPLACED:
             REPLACED.discard(composite)
-            raise RuntimeError(_in_use(composite))
+            raise RuntimeError(in_use(composite))
         instance = self.copy()
         instance.register(root_module, composite)
         return [instance]
@@ -137,7 +130,7 @@ class ResidualCanonizer(Described, Canonizer):
         self.composite, self.finalizer = None, None
         if composite is not None:
             self.composite = weakref.ref(composite)
-            self.finalizer = weakref.finalize(composite, _undo, composite.handles, type(composite).__name__)
+            self.finalizer = weakref.finalize(composite, undo, composite.handles, type(composite).__name__)
             self.finalizer.atexit = False
         self.root = root_module
         self.suspended = []
@@ -149,8 +142,7 @@ class ResidualCanonizer(Described, Canonizer):
             hook.active = False
         REGISTERED.append(self)
         self.context = self.paused = None
-        # weights of the modules that ran, to be the same if checkpointing runs them again
-        self.standins, self.leaves, self.used = {}, {}, {}
+        self.standins, self.leaves, self.weights = {}, {}, WeightLog()
         self.local = Local()
         self.interception = _Interception(self, self.is_gradient)
         # zennit 1.0.0 replaces parameters of layers with new objects when its rules run
@@ -185,7 +177,7 @@ class ResidualCanonizer(Described, Canonizer):
             param.requires_grad_(True)
         self.eager.remove()
         self.standins, self.trainable, self.suspended, self.parameters, self.names = {}, [], [], {}, {}
-        self.leaves, self.used = {}, {}
+        self.leaves, self.weights = {}, WeightLog()
 
     def copy(self):
         '''Return a copy of this canonizer.'''
@@ -199,12 +191,12 @@ class ResidualCanonizer(Described, Canonizer):
             # it runs without gradients, so that nothing inside is an operation on relevance
             self.local.leaf = module
             settle(args)
-            self._note_weights(module)
+            self.weights.note(module, self.local.is_active, self.paused is not None)
             return
         self.local.__dict__.setdefault('stack', [])
         stack = self._stack()
         if not stack:
-            self.local.counts, self.local.seen, self.local.known, self.local.softmaxes = {}, set(), set(), {}
+            self.local.counts, self.local.seen, self.local.known, self.local.softmaxes = {}, set(), set(), Softmaxes()
             self.local.is_grad_enabled = torch.is_grad_enabled()
             self.local.leaf = None
             composite = self._composite()
@@ -213,7 +205,7 @@ class ResidualCanonizer(Described, Canonizer):
             self._start(args)
             self.interception.enter()
         settle(args)
-        weights = self._note_weights(module)
+        weights = self.weights.note(module, self.local.is_active, self.paused is not None)
         # what is inside of a module with a rule must have its own gradient, also if the rule runs it again
         opaque = is_opaque(module) or (stack[-1].opaque if stack else self._is_inside_opaque(module))
         changes = args[0] if args and getattr(module, 'inplace', False) is True else None
@@ -221,22 +213,6 @@ class ResidualCanonizer(Described, Canonizer):
         begin = nodes_of(carriers) if carriers else None
         counts = self.local.counts.setdefault(module, {})
         stack.append(Call(module, opaque, counts, changes, begin, weights, sys._getframe(1)))
-
-    def _note_weights(self, module):
-        '''Note which weights a module has, or compare them if checkpointing runs it again in the backward pass.'''
-        if not module._parameters and not module._buffers or not self.local.is_active:
-            return None
-        with DisableTorchFunction():
-            weights, before = UsedWeights(module), self.used.get(module)
-            if self.paused is None:
-                if before is None or before[-1].found != weights.found:
-                    self.used[module] = [*(before or ()), weights]
-            elif before is not None and not any(elem.is_current() for elem in before):
-                raise RuntimeError(
-                    f'Checkpointing runs {self._label(module)} again in the backward pass, with other weights than in '
-                    'the forward pass: have them in place until the backward pass is done, or turn checkpointing off.'
-                )
-        return weights
 
     def _recover(self):
         '''Forget a forward pass that was interrupted by an exception for which PyTorch runs no hooks.'''
@@ -274,11 +250,11 @@ class ResidualCanonizer(Described, Canonizer):
         if not stack and self.local.is_active and self.local.is_grad_enabled:
             # also attributes of objects of any class
             carriers = carriers or carriers_of(vars(output) if hasattr(output, '__dict__') else ())
-            self._check_output(args, output, carriers)
-            self._follow_softmaxes(carriers)
+            check_output(self.root, args, output, carriers)
+            self.local.softmaxes.follow(carriers, self.is_gradient)
         if self.local.is_active:
-            if call.weights is not None and carriers and (call.opaque or self.is_gradient):
-                self._watch_weights(call, carriers)
+            if call.weights is not None and carriers:
+                self.weights.watch(call.weights, nodes_of(carriers), call.opaque, self.is_gradient)
             if not call.opaque:
                 self._guard(call, carriers)
             elif call.begin is not None:
@@ -288,32 +264,6 @@ class ResidualCanonizer(Described, Canonizer):
             # nodes keep the tensors of the forward pass
             self.local.seen, self.local.known = set(), set()
             self._finish(carriers)
-
-    def _check_output(self, args, output, carriers):
-        '''Raise a RuntimeError if the input requires a gradient, but no output depends on it.'''
-        tensors = tensors_of(output)
-        if carriers_of(args) and not carriers and any(elem.is_floating_point() for elem in tensors):
-            raise RuntimeError(
-                f'The output of the {type(self.root).__name__} has no gradient: the network runs under torch.no_grad() '
-                'as frozen parts often do, or detaches what it computes. Freeze parameters with requires_grad_(False) '
-                'instead, which relevance passes.'
-            )
-
-    def _watch_weights(self, call, carriers):
-        '''Have an error if a rule that reads weights from the module, as those of Zennit, finds others later.'''
-        if self.is_gradient:
-            for node in nodes_of(carriers):
-                node.register_prehook(call.weights.check_data)
-        elif not isinstance(call.module, Linear):
-            return
-        for tensor in call.module._parameters.values():
-            if tensor is not None:
-                note_weight(tensor, call.weights)
-        rules = rules_among(call.module._forward_pre_hooks)
-        if any(rule.active and not isinstance(rule, (SinglePass, BlockEpsilon)) for rule in rules):
-            weights = self.checked[call.module] = UsedWeights(call.module)
-            for node in nodes_of(carriers):
-                node.register_prehook(weights.check)
 
     def _start(self, args):
         if self not in REGISTERED:
@@ -330,10 +280,10 @@ class ResidualCanonizer(Described, Canonizer):
         self._detach()
         self.eager.pause_compiler()
         if self.paused is None:
-            self.used, self.checked = {}, {}
+            self.weights.clear()
         if torch.is_grad_enabled():
             check_evaluation(self.root)
-            self._check_rules()
+            check_rules(self.names, self._composite())
         if self.context is None:
             if self.batch_norm == 'merge':
                 for module in self.names:
@@ -346,7 +296,7 @@ class ResidualCanonizer(Described, Canonizer):
                     composite.module_map(self.context, name, module)
             self.leaves = {module: single_pass(module) for module in self.names
                            if module is not self.root and not module._modules}
-            self._check_parameters()
+            check_parameters(self.names)
 
     def _label(self, module):
         '''Name and type of a module.'''
@@ -359,37 +309,6 @@ class ResidualCanonizer(Described, Canonizer):
             frame = frame.f_back
         return frame is not None and frame.f_back.f_code is Composite.register.__code__
 
-    def _check_parameters(self):
-        '''Raise a RuntimeError if a rule of Zennit modifies weights that are no parameters, which it would not find.'''
-        for module in self.names:
-            if isinstance(module, Linear) and 'weight' not in module._parameters:
-                for rule in rules_among(module._forward_pre_hooks):
-                    modifiers = getattr(rule, 'param_modifiers', ())
-                    if rule.active and not all(isinstance(elem, NoMod) for elem in modifiers):
-                        raise RuntimeError(
-                            f'{self._label(module)} computes its weight (by a parametrization, weight norm or '
-                            f'pruning), and Zennit\'s {type(rule).__name__} modifies parameters only: make the weight '
-                            'one (torch.nn.utils.parametrize.remove_parametrizations), or use a composite of '
-                            'this package.'
-                        )
-
-    def _check_rules(self):
-        '''Raise a RuntimeError if a composite of Zennit was registered within the context of this one.'''
-        composite = self._composite()
-        known = () if composite is None else composite.hook_refs
-        for module in self.names:
-            # that of this canonizer, and one of the composite
-            if len(module._forward_pre_hooks) > 2:
-                rules = [rule for rule in rules_among(module._forward_pre_hooks) if rule.active]
-                foreign = [rule for rule in rules
-                           if rule not in known and not isinstance(rule, (SinglePass, BlockEpsilon))]
-                if foreign and len(rules) > len(foreign):
-                    raise RuntimeError(
-                        f'{self._label(module)} was given the rule {type(foreign[0]).__name__} of another composite '
-                        f'within the context of {type(composite).__name__}: leave that first. To combine both, use '
-                        'with_splitting or a layer map.'
-                    )
-
     def _overlapping(self):
         '''Other canonizers in use for the same modules.'''
         return [other for other in REGISTERED if other is not self and not self.names.keys().isdisjoint(other.names)]
@@ -400,9 +319,7 @@ class ResidualCanonizer(Described, Canonizer):
         if self.paused is not None:
             self.merge.resume(self.paused)
         elif all(REGISTERED.index(other) < REGISTERED.index(self) for other in self._overlapping()):
-            for linear in self.merge.fold(carriers):
-                if linear in self.checked:
-                    self.checked[linear].renew()
+            self.weights.renew(self.merge.fold(carriers))
         self.paused = None
         for owner, name, standin in self.standins.values():
             owner._modules[name] = standin
@@ -518,50 +435,12 @@ class ResidualCanonizer(Described, Canonizer):
         output = self.run_known(function, function.carriers)
         with DisableTorchFunction():
             if output.requires_grad:
-                self.local.softmaxes[output.grad_fn] = self._check(call, function.name, 'it is not the output')
+                self.local.softmaxes.add(output.grad_fn, self._check(call, function.name, 'it is not the output'))
         return output
-
-    def _follow_softmaxes(self, outputs):
-        '''Let those pass relevance which are what the network returns, and have an error of all others.'''
-        at_end = {end_of(node) for node in nodes_of(outputs)}
-        for node, check in self.local.softmaxes.items():
-            if node in at_end and not self.is_gradient:
-                node.register_prehook(_explain_logits)
-                node.register_hook(lambda lower, relevance: (relevance[0], *lower[1:]))
-            elif node in at_end or not self.is_gradient:
-                node.register_prehook(check)
-        self.local.softmaxes = {}
 
     def _check(self, call, name, reason):
         '''A backward hook which raises or warns if there is any relevance.'''
-        path = self.names.get(call.module) or 'the model'
-        where = f'{path} ({type(call.module).__name__}) uses \'{name}\' on tensors that carry relevance'
-        remedy = next((text for key, text in REMEDIES.items() if key in name), None)
-        if remedy is not None:
-            message = f'{where}: {remedy}.'
-        else:
-            kind = type(call.module).__name__
-            remedy_of_module = 'Put it in a module and give that a rule in the layer map of the composite'
-            if call.module is not self.root and not call.module._modules and not call.module._parameters:
-                remedy_of_module = (
-                    f'If it is an activation, layer_map=[({kind}, PassThrough())] passes relevance, otherwise give it '
-                    'another rule there'
-                )
-            message = (
-                f'{where}, and {reason}. {remedy_of_module}, or use ResidualCanonizer(strict=False) to have its '
-                'gradient instead.'
-            )
-        # the gradient of a softmax sums to zero, and that of the others is not what was asked for either
-        strict = self.strict or remedy is not None
-
-        def check(relevance):
-            relevance = relevance if isinstance(relevance, tuple) else (relevance,)
-            if any(elem is not None and bool((elem != 0).any()) for elem in relevance):
-                if strict:
-                    raise UnsupportedOperation(message)
-                warnings.warn(message, stacklevel=2)
-
-        return check
+        return refusal(self._label(call.module), call.module, name, reason, self.strict)
 
     def _guard(self, call, outputs):
         '''Custom autograd functions, scripted and mapped ones are not intercepted. Relevance must not reach them.'''
@@ -699,31 +578,6 @@ class _Interception(Watch):
     def run(self, func, args, kwargs):
         '''Run a function, through a module that stands for it if it is an operation on relevance.'''
         return self.canonizer.intercept(func, args, kwargs)
-
-
-def _explain_logits(relevance):
-    warnings.warn(
-        'The network ends with a softmax: what is explained are the logits that it was computed from, with the '
-        'relevance that was given for the probabilities. Those of a log-softmax are negative, so start from one there.',
-        stacklevel=2,
-    )
-
-
-def _in_use(composite):
-    return (
-        f'{type(composite).__name__} was registered while it was in use for a network. One instance is for one network '
-        'at a time: leave its context first, or call its remove(), or use another instance.'
-    )
-
-
-def _undo(handles, name):
-    '''Leave the network of a composite that was lost as it was found.'''
-    if handles:
-        handles.remove()
-        warnings.warn(
-            f'A {name} was lost while it was registered. The network is as it was before, so that its gradients are no '
-            'relevance: keep the composite for as long as it is needed, or use its context.', stacklevel=2
-        )
 
 
 def _calling_composite():

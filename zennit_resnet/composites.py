@@ -10,11 +10,12 @@ from zennit.types import Activation, AvgPool, BatchNorm, Convolution, MaxPool
 
 from .arguments import Described, check_canonizers, check_flag, check_layer_map, check_module, check_rule, describe
 from .block import BlockEpsilon, GradientTimesInput
-from .canonizers import BlockCanonizer, ResidualCanonizer, _in_use
+from .canonizers import BlockCanonizer, ResidualCanonizer
 from .contributions import Contributions
 from .core import check_choice, is_active
 from .graph import carriers_of
 from .layer import Addition, Filling, Gate, Padding, Subsampling
+from .refusals import in_use
 from .relative import NoRule, Relative, RelativeMaxPool
 from .rules import (
     PassThrough,
@@ -78,7 +79,7 @@ class _Transaction(Described):
         '''
         check_module(module)
         if self.handles:
-            raise RuntimeError(_in_use(self))
+            raise RuntimeError(in_use(self))
         try:
             super().register(module)
         except BaseException:

@@ -221,8 +221,8 @@ def deviation(canonizer, call, function):
     func = function.func
     first, second = (FunctionCall(
         # the graph has one node for both
-        lambda *args, num=num, **kwargs: func(*args, **kwargs)[num].clone(), function.name, function.args, function.kwargs,
-        [input],
+        lambda *args, num=num, **kwargs: func(*args, **kwargs)[num].clone(),
+        function.name, function.args, function.kwargs, [input],
     ) for num in (0, 1))
     return canonizer.run(call, Reduction, first, **settings), canonizer.run(call, NonNegativeMap, second)
 
