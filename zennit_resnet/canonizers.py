@@ -448,7 +448,9 @@ class ResidualCanonizer(Described, Canonizer):
             source = getattr(node, '_forward_cls', None)
             if node in self.local.known:
                 continue
-            if source is not None and not source.__module__.startswith('zennit') and source.__name__ not in IDENTITIES:
+            if source is not None and source.__name__ not in IDENTITIES and (
+                source.__module__.partition('.')[0] not in ('zennit', __package__)
+            ):
                 node.register_prehook(self._check(call, source.__qualname__, 'it has a backward function of its own'))
             elif is_arithmetic(node):
                 name = node.name().rpartition('::')[2]

@@ -92,9 +92,11 @@ class UsedModule:
     ----------
     module: :py:obj:`torch.nn.Module`
         The module, which is about to be called.
+    is_watched: bool, optional
+        Whether weights are copied if the network changes them in place while it runs. Otherwise it is an error.
     '''
-    def __init__(self, module):
-        attributes, kind = vars(module), type(module)
+    def __init__(self, module, is_watched=True):
+        attributes, kind, self.is_watched = vars(module), type(module), is_watched
         # aliases of tensors with their versions, which have to be the same in the backward pass
         self.kept, self.cache = {}, None
         self.own = {
@@ -120,17 +122,17 @@ class UsedModule:
     def _keep(self, name, tensor):
         '''An alias of a tensor, which assigning other ``data`` to it does not change.'''
         alias = tensor.detach()
-        if not alias.is_inference():
-            self.kept[name] = alias, alias._version  # pylint: disable=protected-access
+        self.kept[name] = alias, _version(alias)
+        if self.is_watched:
             note_weight(alias, self)
         return alias
 
     def preserve(self, address):
         '''Copy a weight which the network is about to change in place.'''
         for name, (tensor, version) in self.kept.items():
-            if address_of(tensor) == address and tensor._version == version:  # pylint: disable=protected-access
+            if address_of(tensor) == address and _version(tensor) == version:
                 duplicate = tensor.clone()
-                self.kept[name] = duplicate, duplicate._version  # pylint: disable=protected-access
+                self.kept[name] = duplicate, _version(duplicate)
                 for values in (self.own, self.own['_parameters'], self.own['_buffers']):
                     if values.get(name) is tensor:
                         values[name] = duplicate
@@ -147,7 +149,7 @@ class UsedModule:
     def check(self):
         '''Raise a RuntimeError if a weight was changed in place since, as autograd does.'''
         for name, (tensor, version) in self.kept.items():
-            if tensor._version != version:  # pylint: disable=protected-access
+            if _version(tensor) != version:
                 raise RuntimeError(_describe(self.module, f'\'{name}\' was changed in place'))
         for weights in self.inner:
             weights.check()
@@ -156,9 +158,17 @@ class UsedModule:
 def _look(module):
     '''Parameters and buffers of a module, where they are in memory, and how often they were changed in place.'''
     return [
-        (tensor, _start(tensor), None if tensor.is_inference() else tensor._version)  # pylint: disable=protected-access
+        (tensor, _start(tensor), _version(tensor))
         for tensors in (module._parameters, module._buffers) for tensor in tensors.values() if tensor is not None
     ]
+
+
+def _version(tensor):
+    '''How often a tensor was changed in place, None for those of inference mode, of which nobody counts it.'''
+    try:
+        return tensor._version  # pylint: disable=protected-access
+    except RuntimeError:
+        return None
 
 
 def _start(tensor):
