@@ -65,7 +65,7 @@ class BatchNormMerge:
         with DisableTorchFunction():
             # something else may have changed it in place, such as an addition
             if reference() is input and _number(input) == number:
-                batch_norm = UsedModule(module, is_watched=False)
+                batch_norm = UsedModule(module)
                 batch_norm.finish(module)
                 self.pairs[module] = input, input.grad_fn, linear, used, batch_norm
 

@@ -92,11 +92,9 @@ class UsedModule:
     ----------
     module: :py:obj:`torch.nn.Module`
         The module, which is about to be called.
-    is_watched: bool, optional
-        Whether weights are copied if the network changes them in place while it runs. Otherwise it is an error.
     '''
-    def __init__(self, module, is_watched=True):
-        attributes, kind, self.is_watched = vars(module), type(module), is_watched
+    def __init__(self, module):
+        attributes, kind = vars(module), type(module)
         # aliases of tensors with their versions, which have to be the same in the backward pass
         self.kept, self.cache = {}, None
         self.own = {
@@ -123,8 +121,7 @@ class UsedModule:
         '''An alias of a tensor, which assigning other ``data`` to it does not change.'''
         alias = tensor.detach()
         self.kept[name] = alias, _version(alias)
-        if self.is_watched:
-            note_weight(alias, self)
+        note_weight(alias, self)
         return alias
 
     def preserve(self, address):
