@@ -163,7 +163,9 @@ PRODUCTS = {
     'addcmul constant': lambda h, net: torch.addcmul(torch.ones(6).double(), h, adjacency),
     'addcdiv': lambda h, net: torch.addcdiv(h, h.flip(1), h.abs() + 1, value=-.5),
     'cosine_similarity': lambda h, net: F.cosine_similarity(h.mean((2, 3))[:, None], net.weight, dim=-1),
-    'dist': lambda h, net: F.pairwise_distance(h.mean((2, 3)), net.weight[:1]), 'diff': lambda h, net: h.diff(dim=3),
+    'pairwise_distance': lambda h, net: F.pairwise_distance(h.mean((2, 3)), net.weight[:1]),
+    'cdist': lambda h, net: torch.cdist(h.flatten(2).mT, net.weight),
+    'dist': lambda h, net: torch.stack([torch.dist(elem, adjacency) for elem in h]), 'diff': lambda h, net: h.diff(dim=3),
     'diff twice': lambda h, net: torch.diff(h, 2, 2, prepend=h[:, :, :1]),
     'lp_pool2d': lambda h, net: F.lp_pool2d(h.abs(), 3., 2), 'lp_pool1d': lambda h, net: F.lp_pool1d(h.abs().flatten(2), 2., 3, 2),
 }

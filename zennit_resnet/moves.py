@@ -6,11 +6,12 @@ import torch.nn.functional as F
 
 from .functions import FunctionCall, kept, out_of_place, with_values, write_out
 from .layer import Addition, Filling, NonNegativeMap, Reduction
+from .products import run_first
 
 # Elements among constants, if only one tensor carries relevance: of several, the gradient is the rule.
 PLACEMENTS = frozenset('''
     where masked_fill masked_fill_ masked_scatter masked_scatter_ index_fill index_fill_ fill_diagonal_ tril tril_ triu
-    triu_ diag diag_embed diagflat block_diag max_unpool1d max_unpool2d max_unpool3d scatter scatter_ index_copy
+    triu_ fill_ zero_ diag diag_embed diagflat block_diag max_unpool1d max_unpool2d max_unpool3d scatter scatter_ index_copy
     index_copy_ index_put index_put_ put put_ select_scatter slice_scatter diagonal_scatter
     as_strided_scatter _index_put_impl_
 '''.split())
@@ -37,7 +38,7 @@ def place(canonizer, call, function):
 
 @out_of_place
 def _fill(canonizer, call, function):
-    return canonizer.run(call, Filling, function)
+    return canonizer.run(call, Filling, function, examples=None)
 
 
 def assign(canonizer, call, function):
@@ -52,14 +53,14 @@ def assign(canonizer, call, function):
         return output
 
     placed = FunctionCall(changed, function.name, (target, value), {}, function.carriers)
-    target.copy_(canonizer.run(call, Filling, placed.put(target, kept(target))))
+    target.copy_(canonizer.run(call, Filling, placed.put(target, kept(target)), examples=None))
 
 
 def unfold(canonizer, call, function):
     '''Windows of an image, which may have zeros around it, or windows along a dimension.'''
     padding = function.bind('input', 'kernel_size', 'dilation', 'padding').get('padding', 0)
     is_padded = function.func is F.unfold or function.name == 'im2col'
-    return canonizer.run(call, Filling, function) if is_padded and padding not in (0, (0, 0), [0, 0]) else function()
+    return _fill(canonizer, call, function) if is_padded and padding not in (0, (0, 0), [0, 0]) else function()
 
 
 @out_of_place
@@ -75,7 +76,7 @@ def add_up(canonizer, call, function):
     steps = steps.diff() if isinstance(steps, torch.Tensor) else torch.tensor(steps)
     if bool((steps < 0).any()):
         return canonizer.refuse(call, function, 'its steps have negative signs')
-    return canonizer.run(call, NonNegativeMap, function)
+    return canonizer.run(call, NonNegativeMap, function, examples=None)
 
 
 @out_of_place
@@ -99,7 +100,7 @@ def add_at(canonizer, call, function):
         kwargs = {key: elem for key, elem in added.kwargs.items() if key != 'alpha'}
         added = FunctionCall(added.func, function.name, added.args, kwargs, added.carriers)
         return write_out(canonizer, function, lambda: torch.add(target, added(), alpha=alpha))
-    output = canonizer.run(call, NonNegativeMap, added)
+    output = canonizer.run(call, NonNegativeMap, added, examples=None)
     if not bool(target.any()):
         return output
     with torch.no_grad():
@@ -120,11 +121,7 @@ def sample(canonizer, call, function):
     examples = function.args[1][:, 0].long() if 'roi' in function.name else None
     if not function.name.startswith('ps_'):
         return canonizer.run(call, NonNegativeMap, function, examples=examples)
-    with torch.no_grad():
-        _, *others = function()
-    func = function.func
-    function.func = lambda *args, **kwargs: func(*args, **kwargs)[0]
-    return (canonizer.run(call, NonNegativeMap, function, examples=examples), *others)
+    return run_first(canonizer, call, function, NonNegativeMap, examples=examples)
 
 
 def pool_regions(canonizer, call, function):
@@ -132,12 +129,7 @@ def pool_regions(canonizer, call, function):
     input = function.args[0]
     if not input.requires_grad:
         return canonizer.refuse(call, function, 'only the places do, at which it takes elements')
-    function = function.keep(input)
-    with torch.no_grad():
-        _, *others = function()
-    func = function.func
-    function.func = lambda *args: func(*args)[0]
-    return (canonizer.run(call, Filling, function), *others)
+    return run_first(canonizer, call, function.keep(input), Filling, examples=function.args[1][:, 0].long())
 
 
 # -- over dimensions ---------------------------------------------------------------------------------------------------
@@ -218,13 +210,19 @@ def deviation(canonizer, call, function):
     settings = {'amounts': functools.partial(_squared_deviation, dims), 'dims': dims}
     if not function.name.endswith('_mean'):
         return canonizer.run(call, Reduction, function, **settings)
-    func = function.func
-    first, second = (FunctionCall(
-        # the graph has one node for both
-        lambda *args, num=num, **kwargs: func(*args, **kwargs)[num].clone(), function.name, function.args, function.kwargs,
-        [input],
-    ) for num in (0, 1))
-    return canonizer.run(call, Reduction, first, **settings), canonizer.run(call, NonNegativeMap, second)
+    deviation_of, mean_of = (_nth(function, num) for num in (0, 1))
+    return (
+        canonizer.run(call, Reduction, deviation_of, **settings),
+        canonizer.run(call, NonNegativeMap, mean_of, examples=None),
+    )
+
+
+def _nth(function, num):
+    '''The call as one that returns a single one of its tensors, with a node of its own in the graph.'''
+    return FunctionCall(
+        lambda *args, **kwargs: function.func(*args, **kwargs)[num].clone(), function.name, function.args,
+        function.kwargs, function.carriers,
+    )
 
 
 def norm(canonizer, call, function):
