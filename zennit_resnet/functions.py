@@ -4,7 +4,7 @@ import torch
 from .graph import tensors_of
 
 # What PyTorch calls some arguments as well.
-ALIASES = {'self': 'input', 'axis': 'dim', 'keepdims': 'keepdim', 'x': 'input'}
+ALIASES = {'self': 'input', 'axis': 'dim', 'keepdims': 'keepdim'}
 
 
 class FunctionCall:

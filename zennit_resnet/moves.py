@@ -11,8 +11,8 @@ from .products import run_first
 # Elements among constants, if only one tensor carries relevance: of several, the gradient is the rule.
 PLACEMENTS = frozenset('''
     where masked_fill masked_fill_ masked_scatter masked_scatter_ index_fill index_fill_ fill_diagonal_ tril tril_ triu
-    triu_ fill_ zero_ diag diag_embed diagflat block_diag max_unpool1d max_unpool2d max_unpool3d scatter scatter_ index_copy
-    index_copy_ index_put index_put_ put put_ select_scatter slice_scatter diagonal_scatter
+    triu_ fill_ zero_ diag diag_embed diagflat block_diag max_unpool1d max_unpool2d max_unpool3d scatter scatter_
+    index_copy index_copy_ index_put index_put_ put put_ select_scatter slice_scatter diagonal_scatter
     as_strided_scatter _index_put_impl_
 '''.split())
 # Sums of elements at places, to which the elements of a destination are added.
@@ -206,7 +206,7 @@ def _exponential(dims, input):
 def deviation(canonizer, call, function):
     '''A variance or standard deviation, which may come with the mean.'''
     given = function.bind('input', 'dim')
-    input, dims = given['input'], _dims(given['input'], given.get('dim'))
+    dims = _dims(given['input'], given.get('dim'))
     settings = {'amounts': functools.partial(_squared_deviation, dims), 'dims': dims}
     if not function.name.endswith('_mean'):
         return canonizer.run(call, Reduction, function, **settings)
@@ -234,7 +234,7 @@ def norm(canonizer, call, function):
     elif function.name == 'frobenius_norm':
         names = ('input', 'dim')
     given = function.bind(*names)
-    input = given['input'] if 'input' in given else given['A']
+    input, = function.carriers
     value, dim = given.get('ord', given.get('p')), given.get('dim')
     if function.name == 'linalg_matrix_norm':
         value, dim = given.get('ord', 'fro'), given.get('dim', (-2, -1))
