@@ -1,8 +1,10 @@
 '''Functions that networks use, and laws that hold for networks which use them.'''
+
 import functools
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 from zennit.attribution import Gradient
 from zennit.composites import EpsilonPlusFlat
@@ -341,4 +343,29 @@ SAMPLES.update(
         'trilinear': lambda h, net: F.interpolate(h[:, None], (3, 8, 5), mode='trilinear'),
     }
 )
+
+
+def regions(h):
+    '''Two boxes for each image, of which one is outside.'''
+    return [
+        torch.tensor([[0.0, 0, 4, 4], [20, 20, 30, 30]]).double(),
+        torch.tensor([[1.0, 1, 5, 5], [2, 0, 6, 3]]).double(),
+    ][: len(h)]
+
+
+REGIONS = {
+    'roi_align': lambda h, net: torchvision.ops.roi_align(h, regions(h), 2),
+    'roi_pool': lambda h, net: torchvision.ops.roi_pool(h, regions(h), 2),
+    'ps_roi_align': lambda h, net: torchvision.ops.ps_roi_align(h, regions(h), 2),
+}
+SAMPLES['deform_conv2d'] = lambda h, net: torchvision.ops.deform_conv2d(
+    h, h.repeat(1, 5, 1, 1)[:, :18], stretched(net), net.bias, 1, 1, mask=h.repeat(1, 3, 1, 1)[:, :9].sigmoid()
+)
+
+
+def stretched(net):
+    '''A kernel of 3 x 3 with weights of both signs.'''
+    return net.weight[:, :, None, None] * torch.linspace(-1, 1, 9).double().view(3, 3)
+
+
 FUNCTIONS = {**PRODUCTS, **MOVES, **ELEMENTS, **SAMPLES}

@@ -1,8 +1,10 @@
 '''The table of operations: each function conserves relevance, or says that it has no rule.'''
+
 import pytest
 import torch
 import torch.nn.functional as F
-from operations import FUNCTIONS, OTHERS, RELATIVE, RESNET, build, check, explain, images
+import torchvision
+from operations import FUNCTIONS, OTHERS, REGIONS, RELATIVE, RESNET, build, check, explain, images, regions
 from torch import nn
 
 from zennit_resnet import RelativeLRP, ResNetLRP, UnsupportedOperation
@@ -39,6 +41,43 @@ def test_other_composites(name, label):
 
 
 # -- single rules ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('composite', [*RESNET, *OTHERS])
+@pytest.mark.parametrize('name', REGIONS)
+def test_regions(name, composite):
+    '''Relevance of regions goes to their own image, also if it arrives at one that is outside.'''
+    torch.manual_seed(3)
+    image, function = torch.rand(2, 4, 6, 6).double().requires_grad_(), REGIONS[name]
+    model = Alone(lambda x: function(x, None))
+    with torch.no_grad():
+        expected = model(image)
+    with {**RESNET, **OTHERS}[composite]().context(model):
+        output = model(image)
+        start = torch.rand_like(output)
+        (lower,) = torch.autograd.grad(output, image, start)
+    assert torch.equal(output, expected)
+    if composite not in OTHERS and composite not in ('drop', 'stabilizer', 'zbox'):
+        assert torch.allclose(lower.sum((1, 2, 3)), start.view(2, -1).sum(1), atol=1e-9)
+
+
+@pytest.mark.parametrize('name', REGIONS)
+def test_relative_regions(name):
+    '''Contributions can not be compared where regions take the place of examples.'''
+    model = build(lambda h, net: REGIONS[name](h, net).reshape(len(h), -1))
+    with pytest.raises(ValueError, match='one at a time'):
+        explain(model, images(), RelativeLRP())
+    _, relevance = explain(model, images()[:1], RelativeLRP())
+    assert relevance.isfinite().all() and relevance.any()
+
+
+def test_exported():
+    '''An exported network is made of overloads of functions, which have the same rules.'''
+    model, x = torchvision.models.resnet18(num_classes=4).double().eval(), torch.rand(2, 3, 64, 64).double()
+    expected = explain(model, x, ResNetLRP())[1]
+    program = torch.export.export(model, (x,))
+    for module in (program.module(), program.run_decompositions().module()):
+        assert torch.allclose(explain(module, x, ResNetLRP())[1], expected, atol=1e-12)
 
 
 class Condition(nn.Module):
@@ -191,6 +230,7 @@ def test_shares_of_reductions(function, amounts):
 
 
 REFUSED = {
+    'ps_roi_pool': (lambda h, net: torchvision.ops.ps_roi_pool(h, regions(h), 2).reshape(len(h), -1), 'ps_roi_align'),
     'matmul': (lambda h, net: h @ h.mT.flip(1), 'matmul'),
     'einsum': (lambda h, net: torch.einsum('bchw,bchw->bhw', h, h), 'einsum'),
     'bmm of itself': (lambda h, net: torch.bmm(h.mean(1), h.mean(1)), 'bmm'),

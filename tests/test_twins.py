@@ -1,8 +1,10 @@
 '''Twins: the same function, written otherwise, has the same map.'''
+
 import pytest
 import torch
 import torch.nn.functional as F
-from operations import RELATIVE, RESNET, build, explain, images, index, mask
+import torchvision
+from operations import RELATIVE, RESNET, build, explain, images, index, mask, stretched
 from torch import nn
 
 
@@ -85,6 +87,19 @@ TWINS = {
         ),
         lambda h, net: torch.ops.aten.conv2d.default(
             h, net.weight[:, :, None, None].expand(-1, -1, 3, 3), net.bias, [2, 2], [1, 1]
+        ),
+    ),
+    'deformed': (
+        lambda h, net: F.conv2d(h, stretched(net), net.bias, 1, 1),
+        lambda h, net: torchvision.ops.deform_conv2d(h, h.new_zeros(len(h), 18, 6, 6), stretched(net), net.bias, 1, 1),
+        lambda h, net: torchvision.ops.deform_conv2d(
+            h,
+            torch.zeros(len(h), 18, 6, 6).double(),
+            stretched(net),
+            net.bias,
+            1,
+            1,
+            mask=torch.ones(len(h), 9, 6, 6).double(),
         ),
     ),
     'mix': (
