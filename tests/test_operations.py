@@ -8,6 +8,7 @@ from operations import FUNCTIONS, OTHERS, REGIONS, RELATIVE, RESNET, build, chec
 from torch import nn
 
 from zennit_resnet import RelativeLRP, ResNetLRP, UnsupportedOperation
+from zennit_resnet.conservation import assert_conserved, conservation_ledger
 
 # functions along the first dimension
 NOT_BY_EXAMPLE = {
@@ -69,6 +70,69 @@ def test_relative_regions(name):
         explain(model, images(), RelativeLRP())
     _, relevance = explain(model, images()[:1], RelativeLRP())
     assert relevance.isfinite().all() and relevance.any()
+
+
+HALF = {
+    name: FUNCTIONS[name]
+    for name in (
+        'attention bmm',
+        'attention einsum',
+        'einsum',
+        'where self',
+        'where',
+        'bicubic',
+        'std',
+        'index_add',
+        'lerp',
+        'addmm',
+        'conv_transpose2d',
+        'norm',
+        'cumsum',
+        'fold',
+        'addmm of two',
+    )
+}
+HALF['bmm'] = lambda h, net: torch.bmm(h.flatten(2), net.weight.T.repeat(9, 1).expand(len(h), 36, 5))
+HALF['grid_sample'] = lambda h, net: F.grid_sample(
+    h, torch.linspace(-1, 1, 50).view(1, 5, 5, 2).expand(len(h), -1, -1, -1).to(h), align_corners=True
+)
+
+
+@pytest.mark.parametrize('is_autocast', [False, True], ids=['bfloat16', 'autocast'])
+@pytest.mark.parametrize('name', HALF)
+def test_half_precision(name, is_autocast):
+    '''Rules run in single precision where the network runs in half precision.'''
+    model, x = build(HALF[name]), images()
+    exact = explain(model, x, ResNetLRP())[1]
+    dtype = torch.float32 if is_autocast else torch.bfloat16
+
+    model, x = model.to(dtype), x.to(dtype)
+    with torch.autocast('cpu', torch.bfloat16, enabled=is_autocast):
+        output, relevance = explain(model, x, ResNetLRP())
+    assert relevance.dtype == dtype and output.isfinite().all()
+    assert torch.allclose(relevance.double().sum((1, 2, 3)), torch.ones(2).double(), atol=2e-2)
+    assert (relevance - exact).abs().sum() < 0.3 * exact.abs().sum()
+
+
+LABELS = {
+    'bmm': 'linear',
+    'deform_conv2d': 'linear',
+    'einsum': 'linear',
+    'attention bmm': 'nonnegative_map',
+    'where': 'filling',
+    'std': 'reduction',
+    'bicubic': 'resampling',
+    'index_add': 'nonnegative_map',
+}
+
+
+@pytest.mark.parametrize('name', LABELS)
+def test_ledger(name):
+    '''Stand-ins have their rows in the ledger.'''
+    for composite in (ResNetLRP(), OTHERS['zennit']()):
+        ledger = conservation_ledger(build(FUNCTIONS[name]), images(), composite, target=[1, 2])
+        assert any(row.name == LABELS[name] for row in ledger)
+    assert_conserved(build(FUNCTIONS[name]), images(), ResNetLRP(), target=[1, 2])
 
 
 def test_exported():
