@@ -109,6 +109,13 @@ def inplace(name, *args, **kwargs):
     return function
 
 
+def change(tensor, name='fill_diagonal_', value=0.0):
+    '''A tensor that is changed in place.'''
+    tensor = tensor.clone()
+    getattr(tensor, name)(*(() if name == 'zero_' else (value,)))
+    return tensor
+
+
 def assigned(h, net):
     '''Elements that were written among zeros.'''
     output = h.new_zeros(len(h), 6, 6, 6)
@@ -238,6 +245,19 @@ MOVES = {
     'index_put': lambda h, net: h.index_put((torch.arange(len(h)), torch.tensor(1)), h.new_zeros(())),
     'select_scatter': lambda h, net: h.new_zeros(h.shape).select_scatter(h[:, 0], 1, 2),
     'slice_scatter': lambda h, net: h.new_zeros(len(h), 6, 6, 6).slice_scatter(h, 1, 1, 5),
+    'index_put accumulated': lambda h, net: h.new_zeros(h.shape).index_put(
+        (torch.arange(len(h))[:, None], index), h, True
+    ),
+    'put_': lambda h, net: h.new_zeros(h.shape).put_(torch.arange(h.numel()) // 2 * 2, h, accumulate=True),
+    'index_put of two': lambda h, net: h.index_put((torch.arange(len(h))[:, None], index), h.flip(1), accumulate=True),
+    'fill_diagonal_': lambda h, net: torch.stack([change(elem.mean(0)) for elem in h]),
+    'zero_': lambda h, net: h + change(h, 'zero_'),
+    'relu_ input=': lambda h, net: torch.relu_(input=h * 1),
+    'multi_dot tensors=': lambda h, net: torch.linalg.multi_dot(tensors=[h.mean((2, 3)), net.weight.T, net.weight]),
+    'sparse': lambda h, net: torch.sparse.mm(adjacency[:4, :4].to_sparse(), h.mean((2, 3)).T).T,
+    'segment_reduce': lambda h, net: torch.segment_reduce(
+        h.mean((2, 3)), reduce='sum', lengths=torch.tensor([[1, 3]]).expand(len(h), 2), axis=1
+    ),
     'assigned': assigned,
     'zeroed': zeroed,
     'unfold': lambda h, net: F.unfold(h, 3, padding=1, stride=2),

@@ -13,7 +13,7 @@ from zennit_resnet.conservation import assert_conserved, conservation_ledger
 # functions along the first dimension
 NOT_BY_EXAMPLE = {
     (name, label)
-    for name in ('msort', 'flip', 'index_put', 'tensordot left', 'masked_scatter', 'dist')
+    for name in ('msort', 'flip', 'index_put', 'tensordot left', 'masked_scatter', 'dist', 'fill_diagonal_', 'sparse')
     for label in RELATIVE
 }
 

@@ -77,7 +77,12 @@ class FunctionCall:
         if 'inplace' in self.kwargs:
             return FunctionCall(self.func, self.name, self.args, kwargs, self.carriers)
         name = self.name.replace('__i', '__') if self.name.startswith('__') else self.name[:-1]
-        return FunctionCall(getattr(torch.Tensor, name), name, self.args, kwargs, self.carriers)
+        func, args = self.func, self.args or (kwargs.pop('input'),)
+
+        def changed(input, *args, **kwargs):
+            return func(input.clone(), *args, **kwargs)
+
+        return FunctionCall(changed, name, args, kwargs, self.carriers)
 
 
 def _precision(tensor):

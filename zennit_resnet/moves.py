@@ -29,11 +29,19 @@ SAMPLES = frozenset('''
 
 def place(canonizer, call, function):
     '''Put elements among constants.'''
-    if len({id(elem) for elem in function.carriers}) > 1 or function.kwargs.get('accumulate') or (
-        function.name.startswith(('index_put', 'put')) and len(function.args) > 3 and function.args[3]
-    ):
+    if function.name.startswith(('index_put', 'put')):
+        given = function.bind('input', 'indices', 'values', 'accumulate')
+        if given.get('accumulate'):
+            return _accumulate(canonizer, call, function)
+    if len({id(elem) for elem in function.carriers}) > 1:
         return canonizer.run_known(function, function.carriers)
     return _fill(canonizer, call, function)
+
+
+@out_of_place
+def _accumulate(canonizer, call, function):
+    given = function.bind('input', 'indices', 'values')
+    return _add_to(canonizer, call, function, given['input'], given.get('values', given.get('source')), 1)
 
 
 @out_of_place
@@ -68,9 +76,10 @@ def add_up(canonizer, call, function):
     '''A sum of elements with weights that are not negative.'''
     if len(function.carriers) > 1:
         return canonizer.refuse(call, function, 'more than one of its arguments does')
-    if function.name == 'segment_reduce' and function.args[1] not in ('sum', 'mean'):
+    kind = function.bind('data', 'reduce')['reduce'] if function.name == 'segment_reduce' else 'sum'
+    if kind not in ('sum', 'mean'):
         # of the largest elements, the gradient is the rule
-        return canonizer.refuse(call, function, 'it is no sum') if function.args[1] == 'prod' else function()
+        return canonizer.refuse(call, function, 'it is no sum') if kind == 'prod' else function()
     steps = function.bind('input', 'x')
     steps = steps.get('x', steps.get('dx', 1)) if 'trap' in function.name else 1
     steps = steps.diff() if isinstance(steps, torch.Tensor) else torch.tensor(steps)
@@ -91,6 +100,11 @@ def add_at(canonizer, call, function):
             return function()
         if given['reduce'] != 'mean' or target.requires_grad:
             return canonizer.refuse(call, function, f'reduce={given["reduce"]!r} is no sum')
+    return _add_to(canonizer, call, function, target, source, alpha)
+
+
+def _add_to(canonizer, call, function, target, source, alpha):
+    '''Add elements of a source to those of a target.'''
     if not source.requires_grad:
         # a constant is added
         return function()
@@ -110,7 +124,7 @@ def add_at(canonizer, call, function):
 
 def sample(canonizer, call, function):
     '''Samples of an image at places, which count as constants.'''
-    given = function.bind('input', 'grid', 'mode')
+    given = function.bind('input', 'rois' if 'roi' in function.name else 'grid', 'mode')
     input = given['input']
     if not input.requires_grad:
         return canonizer.refuse(call, function, 'only the places do, at which it takes samples')
@@ -121,7 +135,7 @@ def sample(canonizer, call, function):
         return canonizer.refuse(call, function, 'its gradient is wrong in torchvision: use ps_roi_align')
     function = function.keep(input)
     # regions name the example that they are of
-    examples = function.args[1][:, 0].long() if 'roi' in function.name else None
+    examples = given['rois'][:, 0].long() if 'roi' in function.name else None
     if not function.name.startswith('ps_'):
         return canonizer.run(call, NonNegativeMap, function, examples=examples)
     return run_first(canonizer, call, function, NonNegativeMap, examples=examples)
@@ -129,10 +143,10 @@ def sample(canonizer, call, function):
 
 def pool_regions(canonizer, call, function):
     '''The largest elements of regions, with zeros for regions without any.'''
-    input = function.args[0]
-    if not input.requires_grad:
+    given = function.bind('input', 'rois')
+    if not given['input'].requires_grad:
         return canonizer.refuse(call, function, 'only the places do, at which it takes elements')
-    return run_first(canonizer, call, function.keep(input), Filling, examples=function.args[1][:, 0].long())
+    return run_first(canonizer, call, function.keep(given['input']), Filling, examples=given['rois'][:, 0].long())
 
 
 # -- over dimensions ---------------------------------------------------------------------------------------------------
@@ -222,9 +236,10 @@ def deviation(canonizer, call, function):
 
 def _nth(function, num):
     '''The call as one that returns a single one of its tensors, with a node of its own in the graph.'''
+    func = function.func
     return FunctionCall(
-        lambda *args, **kwargs: function.func(*args, **kwargs)[num].clone(), function.name, function.args,
-        function.kwargs, function.carriers,
+        lambda *args, **kwargs: func(*args, **kwargs)[num].clone(), function.name, function.args, function.kwargs,
+        function.carriers,
     )
 
 

@@ -5,6 +5,7 @@ import torch
 
 from . import moves, products
 from .functions import FunctionCall
+from .graph import name_of
 from .layer import (
     Activation,
     Addition,
@@ -125,7 +126,7 @@ TRAINING = {
 
 def is_training(func, args, kwargs):
     '''Whether a function is called such that its output for a sample depends on chance or on the other samples.'''
-    name = getattr(func, '__name__', '')
+    name = name_of(func)
     if name not in TRAINING:
         return False
     position, default = TRAINING[name]
@@ -142,7 +143,7 @@ def is_training(func, args, kwargs):
 
 def _add(canonizer, call, function):
     left, right = function.operands()
-    if products.is_complex(left, right):
+    if len(function.carriers) == 1 and products.is_complex(left, right):
         return canonizer.refuse(call, function, products.COMPLEX)
     factors = [1, function.kwargs.get('alpha', 1)]
     if 'sub' in function.name:
@@ -259,17 +260,18 @@ def _linear(canonizer, call, function):
     standin = canonizer.stand_in(call, CONVOLUTIONS.get(function.name, FullyConnected), function.name)
     defaults = {'stride': 1, 'padding': 0, 'output_padding': 0, 'dilation': 1, 'groups': 1}
     standin.padding_mode = 'zeros'
-    func = function.func
-    if isinstance(func, torch._ops.OpOverload):
-        # it takes lists where others take numbers
-        def func(*args, **kwargs):
-            return function.func(*args, **{key: elem for key, elem in kwargs.items() if key in given})
-
     standin.set_call(
-        func, given['weight'], given.get('bias'),
+        _with_settings(function.func, tuple(given)), given['weight'], given.get('bias'),
         **{key: given.get(key, defaults[key]) for key in settings},
     )
     return canonizer.run_known(lambda: standin(given['input']), [given['input']])
+
+
+def _with_settings(func, names):
+    '''A function which is only given some settings: overloads take lists where others take numbers.'''
+    if not isinstance(func, torch._ops.OpOverload):  # pylint: disable=protected-access
+        return func
+    return lambda *args, **kwargs: func(*args, **{key: elem for key, elem in kwargs.items() if key in names})
 
 
 def _convolution(canonizer, call, function):
@@ -384,7 +386,7 @@ def handle(canonizer, call, function):
     object
         What the function returns.
     '''
-    target = function.kwargs.get('out')
+    target = function.kwargs.get('out') if function.kwargs else None
     if isinstance(target, torch.Tensor):
         # stand-ins build no graph for it, and PyTorch does not either
         kwargs = {key: elem for key, elem in function.kwargs.items() if key != 'out'}
@@ -392,9 +394,9 @@ def handle(canonizer, call, function):
             function.func, function.name, function.args, kwargs, function.carriers
         ))
         return (target if target.shape == output.shape else target.resize_(output.shape)).copy_(output)
+    handler = HANDLERS.get(function.name)
+    if handler is not None and not any(map(torch.is_complex, function.carriers)):
+        return handler(canonizer, call, function)
     is_complex = function.name.startswith('fft_') or function.name in COMPLEX_FUNCTIONS
-    if is_complex or products.is_complex(*function.carriers):
-        return canonizer.refuse(call, function, products.COMPLEX)
-    if function.name in HANDLERS:
-        return HANDLERS[function.name](canonizer, call, function)
-    return canonizer.refuse(call, function, 'no rule covers it')
+    is_complex = is_complex or products.is_complex(*function.carriers)
+    return canonizer.refuse(call, function, products.COMPLEX if is_complex else 'no rule covers it')

@@ -67,8 +67,9 @@ def run_first(canonizer, call, function, kind, **settings):
     '''Run a function that returns several tensors, of which the first has the rule and the others are constants.'''
     with torch.no_grad():
         _, *others = function()
+    func = function.func
     first = FunctionCall(
-        lambda *args, **kwargs: function.func(*args, **kwargs)[0], function.name, function.args, function.kwargs,
+        lambda *args, **kwargs: func(*args, **kwargs)[0], function.name, function.args, function.kwargs,
         function.carriers,
     )
     return (canonizer.run(call, kind, first, **settings), *others)
@@ -78,17 +79,18 @@ def multiply(canonizer, call, function):
     '''A product or quotient of two factors, element by element.'''
     left, right = function.operands()
     is_division = 'div' in function.name
-    if is_complex(left, right):
-        return canonizer.refuse(call, function, COMPLEX)
     if len(function.carriers) == 1:
+        if is_complex(left, right):
+            return canonizer.refuse(call, function, COMPLEX)
         signal, = function.carriers
         is_divisor = is_division and signal is (left if function.name in ('__rdiv__', '__rtruediv__') else right)
         # a constant divided by a tensor is a function of each element, as its reciprocal is
         return run_on(canonizer, call, Activation if is_divisor else Gate, function, signal)
     if left is right and not is_division:
         # a square
+        func = function.func
         return canonizer.run(call, Activation, FunctionCall(
-            lambda input: function.func(input, input), function.name, (left,), {}, [left]
+            lambda input: func(input, input), function.name, (left,), {}, [left]
         ))
     signal = 0 if is_division else find_signal([left, right])
     if signal is None:
@@ -166,7 +168,7 @@ def linear_map(canonizer, call, function, product, weight):
     '''Run a function of one carrier, which is a product with a constant.'''
     signal, = function.carriers
     standin = canonizer.stand_in(call, LinearMap, function.name)
-    standin.set_product(product, weight.to_dense() if weight.is_sparse else weight, function.rebind())
+    standin.set_product(product, weight if weight.layout is torch.strided else weight.to_dense(), function.rebind())
     return canonizer.run_known(lambda: standin(signal), [signal])
 
 
@@ -244,7 +246,7 @@ def _subscripts(equation, operands):
 
 def multi_dot(canonizer, call, function):
     '''A product of several matrices, of which the first and last may be vectors.'''
-    operands = function.args[0] if isinstance(function.args[0], (list, tuple)) else function.args
+    operands = function.tensors()
     letters = iter(string.ascii_lowercase)
     before, inputs, output = next(letters), [], ''
     for num, elem in enumerate(operands):
@@ -255,7 +257,7 @@ def multi_dot(canonizer, call, function):
         inputs.append(before + after)
         output += before if num == 0 else ''
         before = after
-    return _contract_many(canonizer, call, function, inputs, output + before, list(operands))
+    return _contract_many(canonizer, call, function, inputs, output + before, operands)
 
 
 def _contract_many(canonizer, call, function, inputs, output, operands):
