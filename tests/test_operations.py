@@ -1,256 +1,21 @@
-'''The table of operations: each function conserves relevance, and twins (the same written otherwise) have the same map.'''
-import functools
+'''The table of operations: each function conserves relevance, or says that it has no rule.'''
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
+from operations import FUNCTIONS, OTHERS, REGIONS, RELATIVE, RESNET, build, check, explain, images, regions
 from torch import nn
-from zennit.attribution import Gradient
-from zennit.composites import EpsilonPlusFlat
 
-from zennit_resnet import BlockLRP, RelativeLRP, ResNetLRP, UnsupportedOperation, with_splitting
+from zennit_resnet import RelativeLRP, ResNetLRP, UnsupportedOperation
+from zennit_resnet.conservation import assert_conserved, conservation_ledger
 
-RESNET = {
-    'ratio': ResNetLRP, 'symmetric': lambda: ResNetLRP('symmetric'), 'merge': lambda: ResNetLRP(batch_norm='merge'),
-    'ones': lambda: ResNetLRP(first_layer='ones'), 'flat': lambda: ResNetLRP(first_layer='flat'),
-    'wsquare': lambda: ResNetLRP(first_layer='wsquare'),
-    'zbox': lambda: ResNetLRP(first_layer='zbox', low=-9., high=9.),
-    'literal': lambda: ResNetLRP(projection='literal'), 'drop': lambda: ResNetLRP(dead_units='drop'),
-    'average': lambda: ResNetLRP(maxpool='average'), 'stabilizer': lambda: ResNetLRP(stabilizer=1e-3),
+# functions along the first dimension
+NOT_BY_EXAMPLE = {
+    (name, label)
+    for name in ('msort', 'flip', 'index_put', 'tensordot left', 'masked_scatter', 'dist', 'fill_diagonal_', 'sparse')
+    for label in RELATIVE
 }
-RELATIVE = {'relative': RelativeLRP, 'per_position': lambda: RelativeLRP('per_position')}
-OTHERS = {'block': BlockLRP, 'zennit': lambda: with_splitting(EpsilonPlusFlat())}
-
-
-class Network(nn.Module):
-    '''A function between layers, of which the last but one has a dead unit, which spreads relevance over everything.'''
-    def __init__(self, function, is_relu=True, is_first=False):
-        super().__init__()
-        self.first, self.function, self.is_relu = nn.Conv2d(3, 4, 3), function, is_relu
-        self.is_first = is_first
-        self.weight, self.bias = nn.Parameter(torch.randn(5, 4)), nn.Parameter(torch.randn(5))
-        self.transposed = nn.ConvTranspose2d(4, 5, (2, 3), (2, 1), (0, 1), (1, 0))
-        self.double().eval()
-        with torch.no_grad():
-            size = self.features(torch.rand(2, 3, 8, 8).double())[0].numel()
-        self.hidden, self.head = nn.Linear(size, 4).double(), nn.Linear(4, 3).double()
-        with torch.no_grad():
-            self.hidden.weight[0] = -self.hidden.weight[0].abs()
-            self.hidden.bias[0] = 99.
-            self.head.weight[:, 0].abs_()
-
-    def features(self, x):
-        '''What the function makes of the first layer, or of the input.'''
-        h = x if self.is_first else self.first(x)
-        return self.function(h.relu() if self.is_relu else h, self)
-
-    def forward(self, x):
-        '''Logits.'''
-        return self.head(self.hidden(self.features(x).reshape(len(x), -1)).relu())
-
-
-def explain(model, x, composite):
-    '''Output and relevance, which starts at one.'''
-    with Gradient(model=model, composite=composite) as attributor:
-        output, relevance = attributor(x, lambda output: torch.eye(output.shape[1]).to(output)[[1, 2][:len(x)]])
-    return output, relevance
-
-
-def build(function, **settings):
-    '''A network with the same parameters for each function with an output of the same size.'''
-    torch.manual_seed(1)
-    return Network(function, **settings)
-
-
-def images():
-    '''Two images.'''
-    torch.manual_seed(2)
-    return torch.rand(2, 3, 8, 8).double() - .3
-
-
-def check(function, composite, is_conserved=True, **settings):
-    '''All laws that hold for one network.'''
-    model, x = build(function, **settings), images()
-    with torch.no_grad():
-        expected = model(x)
-    output, relevance = explain(model, x, composite())
-    assert torch.equal(output.detach(), expected)
-    assert relevance.isfinite().all()
-    if is_conserved:
-        assert torch.allclose(relevance.sum((1, 2, 3)), torch.ones(2).double(), atol=1e-9, rtol=0)
-    for num in range(2):
-        # the kernels of a single example may be others
-        with Gradient(model=model, composite=composite()) as attributor:
-            _, alone = attributor(x[num:num + 1], lambda output, num=num: torch.eye(3).to(output)[[num + 1]])
-        assert torch.allclose(relevance[num], alone[0], atol=1e-9, rtol=1e-6)
-
-
-index = torch.arange(4) % 2
-spots = torch.tensor([0, 7, 3, 12, 30, 31])
-mask = torch.arange(36).view(6, 6) % 3 > 0
-adjacency = torch.linspace(-1, 1, 36).double().view(6, 6)
-
-
-def inplace(name, *args, **kwargs):
-    '''A method that changes its tensor.'''
-    def function(h, net):
-        h = h.clone()
-        getattr(h, name)(*args, **kwargs)
-        return h
-
-    return function
-
-
-def assigned(h, net):
-    '''Elements that were written among zeros.'''
-    output = h.new_zeros(len(h), 6, 6, 6)
-    output[:, 1:3] = h[:, :2]
-    output[:, 4:, 1:] = h[:, 2:, 1:]
-    return output
-
-
-def zeroed(h, net):
-    '''Zeros that were written among elements.'''
-    h = h.clone()
-    h[:, 1] = 0
-    h[..., 2:4] = 0.
-    return h
-
-
-PRODUCTS = {
-    'h @ W.T': lambda h, net: h.mean((2, 3)) @ net.weight.T,
-    '@ matrix': lambda h, net: h @ adjacency, 'matrix @': lambda h, net: adjacency @ h,
-    'matmul other=': lambda h, net: torch.matmul(h, other=adjacency),
-    'matmul input=': lambda h, net: torch.matmul(input=adjacency, other=h),
-    '__rmatmul__': lambda h, net: h.__rmatmul__(adjacency),
-    'bmm': lambda h, net: torch.bmm(h.flatten(2), torch.ones(len(h), 1, 1).double() * net.weight.new_ones(1, 36, 2)),
-    'mv': lambda h, net: torch.mv(h.flatten(1), torch.linspace(-1, 1, 144).double()),
-    'matmul vector': lambda h, net: h @ adjacency[0],
-    'inner': lambda h, net: torch.inner(h, adjacency), 'tensordot': lambda h, net: torch.tensordot(h, net.weight, ([1], [1])),
-    'tensordot left': lambda h, net: torch.tensordot(net.weight, h, ([1], [1])).movedim(1, 0),
-    'vecdot': lambda h, net: torch.linalg.vecdot(h, adjacency),
-    'kron': lambda h, net: torch.kron(h, net.weight[:2, :2]),
-    'einsum': lambda h, net: torch.einsum('bchw,kc->bkhw', h, net.weight),
-    'einsum ...': lambda h, net: torch.einsum('...w,wv->...v', h, adjacency),
-    'einsum three': lambda h, net: torch.einsum('bchw,kc,hg->bkgw', h, net.weight, adjacency),
-    'einsum implicit': lambda h, net: torch.einsum('bcij,jk', h, adjacency),
-    'einsum list': lambda h, net: torch.einsum('bchw,wv->bchv', [h, adjacency]),
-    'einsum numbers': lambda h, net: torch.einsum(h, [0, 1, 2, 3], adjacency, [3, 4], [0, 1, 2, 4]),
-    'einsum sum': lambda h, net: torch.einsum('bchw->bc', h),
-    'einsum permutation': lambda h, net: torch.einsum('bchw->bhwc', h),
-    'chain_matmul': lambda h, net: torch.chain_matmul(h.mean((2, 3)), net.weight.T, net.weight),
-    'multi_dot': lambda h, net: torch.linalg.multi_dot([h.mean((2, 3)), net.weight.T, net.weight]),
-    'addmm': lambda h, net: torch.addmm(net.bias, h.mean((2, 3)), net.weight.T),
-    'addmm beta alpha': lambda h, net: torch.addmm(net.bias, h.mean((2, 3)), net.weight.T, beta=.5, alpha=-2.),
-    'addmm method': lambda h, net: net.bias.addmm(h.mean((2, 3)), mat2=net.weight.T),
-    'addmm of two': lambda h, net: torch.addmm(h.amax((2, 3)), h.mean((2, 3)), net.weight[:4], beta=2, alpha=.3),
-    'addmm added': lambda h, net: torch.addmm(h.amax((2, 3)), torch.ones(len(h), 5).double(), net.weight, beta=2),
-    'addmm_': lambda h, net: h.sum((2, 3)).addmm_(h.mean((2, 3)), net.weight[:4]),
-    'addmv': lambda h, net: torch.addmv(torch.ones(1).double(), h.mean((2, 3)), net.weight[0]),
-    'baddbmm': lambda h, net: torch.baddbmm(adjacency, h.mean(1), adjacency.expand(len(h), 6, 6), alpha=2),
-    'bilinear': lambda h, net: F.bilinear(h.mean((2, 3)), net.weight[:1].expand(len(h), -1), adjacency[:4, :4].expand(3, 4, 4)),
-    'conv_transpose2d': lambda h, net: F.conv_transpose2d(h, net.weight.T[:, :, None, None], stride=2, output_padding=1),
-    'conv_transpose1d': lambda h, net: F.conv_transpose1d(h.flatten(2), net.weight.T[:, :, None].expand(-1, -1, 3), net.bias, 2, 1),
-    'attention bmm': lambda h, net: torch.bmm(h.flatten(2), h.flatten(2).mean(1)[:, :, None].softmax(1)),
-    'attention @': lambda h, net: h.flatten(2).mean(1, keepdim=True).softmax(2) @ h.flatten(2).mT,
-    'attention einsum': lambda h, net: torch.einsum('bcp,bp->bc', h.flatten(2), h.flatten(2).mean(1).softmax(1)),
-    'tanh gate': lambda h, net: torch.einsum('bcp,bp->bc', h.flatten(2), h.flatten(2).mean(1).tanh()),
-    'linear_cross': lambda h, net: F.linear(h, adjacency),
-    'squared': lambda h, net: h * h, 'reciprocal': lambda h, net: 1 / (h.abs() + 1),
-    'lerp': lambda h, net: torch.lerp(h, h.flip(1), h.sigmoid()), 'lerp number': lambda h, net: h.lerp(h.flip(1), .3),
-    'lerp_': lambda h, net: h.clone().lerp_(end=h.flip(1), weight=.3),
-    'addcmul': lambda h, net: torch.addcmul(h, h.flip(1), h.sigmoid(), value=.5),
-    'addcmul constant': lambda h, net: torch.addcmul(torch.ones(6).double(), h, adjacency),
-    'addcdiv': lambda h, net: torch.addcdiv(h, h.flip(1), h.abs() + 1, value=-.5),
-    'cosine_similarity': lambda h, net: F.cosine_similarity(h.mean((2, 3))[:, None], net.weight, dim=-1),
-    'dist': lambda h, net: F.pairwise_distance(h.mean((2, 3)), net.weight[:1]), 'diff': lambda h, net: h.diff(dim=3),
-    'diff twice': lambda h, net: torch.diff(h, 2, 2, prepend=h[:, :, :1]),
-    'lp_pool2d': lambda h, net: F.lp_pool2d(h.abs(), 3., 2), 'lp_pool1d': lambda h, net: F.lp_pool1d(h.abs().flatten(2), 2., 3, 2),
-}
-MOVES = {
-    'as_tensor': lambda h, net: torch.as_tensor(h), '+h': lambda h, net: +h, 'nan_to_num': lambda h, net: h.nan_to_num(),
-    'asarray': lambda h, net: torch.asarray(h),
-    'topk': lambda h, net: h.flatten(2).topk(5).values, 'sort': lambda h, net: h.flatten(2).sort(-1)[0],
-    'msort': lambda h, net: h.transpose(0, 3).msort().transpose(0, 3), 'kthvalue': lambda h, net: h.kthvalue(2, -1)[0],
-    'median': lambda h, net: h.median(2).values, 'mode': lambda h, net: h.mode(3).values,
-    'quantile': lambda h, net: h.quantile(.4, 3, interpolation='lower'),
-    'amin': lambda h, net: h.amin((2, 3)), 'amin axis': lambda h, net: h.amin(axis=-1), 'min': lambda h, net: h.flatten(2).min(2)[0],
-    'aminmax': lambda h, net: torch.cat(h.aminmax(dim=3), 1), 'cummax': lambda h, net: h.cummax(3)[0],
-    'max const': lambda h, net: torch.maximum(h, torch.full((6,), .1).double()), 'min const': lambda h, net: torch.min(h, h.new_tensor(.1)),
-    'flip': lambda h, net: torch.flipud(torch.fliplr(h.movedim(0, -1))).movedim(-1, 0),
-    'split_with_sizes': lambda h, net: h.split_with_sizes([1, 3], 1)[1], 'hsplit': lambda h, net: h.hsplit(2)[1],
-    'diagonal': lambda h, net: h.diagonal(dim1=-2, dim2=-1), 'swapaxes': lambda h, net: h.swapaxes(-1, 1),
-    'take_along_dim': lambda h, net: torch.take_along_dim(h, h.argsort(3), 3),
-    'where': lambda h, net: torch.where(h > .1, h, 0.), 'where keyword': lambda h, net: torch.where(condition=mask, input=h, other=torch.zeros(1).double()),
-    'where self': lambda h, net: h.where(mask, h.new_zeros(())), 'where flipped': lambda h, net: torch.where(mask, 0., h),
-    'where two': lambda h, net: torch.where(h > .1, h, h.flip(3)),
-    'masked_fill': lambda h, net: h.masked_fill(h < .1, 0.), 'masked_fill_': inplace('masked_fill_', mask, 0.),
-    'masked_scatter': lambda h, net: h.masked_scatter(mask >= 0, h.flip(1)),
-    'index_fill': lambda h, net: h.index_fill(1, torch.tensor([0, 2]), 0.), 'index_fill_': inplace('index_fill_', -1, torch.tensor([0]), 0.),
-    'tril': lambda h, net: h.tril(), 'triu_': inplace('triu_', 1), 'diag_embed': lambda h, net: h.mean(2).diag_embed(),
-    'max_unpool2d': lambda h, net: F.max_unpool2d(*F.max_pool2d(h, 2, return_indices=True), 2),
-    'scatter': lambda h, net: torch.zeros(len(h), 9, 6, 6).double().scatter(1, (index + torch.tensor([0, 0, 2, 2]))[None, :, None, None].expand_as(h), h),
-    'index_copy': lambda h, net: h.new_zeros(len(h), 6, 6, 6).index_copy(1, torch.tensor([0, 5, 2, 3]), h),
-    'index_copy two': lambda h, net: h.index_copy(1, torch.tensor([0, 1, 2, 3]), h.flip(1)),
-    'index_put': lambda h, net: h.index_put((torch.arange(len(h)), torch.tensor(1)), h.new_zeros(())),
-    'select_scatter': lambda h, net: h.new_zeros(h.shape).select_scatter(h[:, 0], 1, 2),
-    'slice_scatter': lambda h, net: h.new_zeros(len(h), 6, 6, 6).slice_scatter(h, 1, 1, 5),
-    'assigned': assigned, 'zeroed': zeroed, 'unfold': lambda h, net: F.unfold(h, 3, padding=1, stride=2),
-    'fold': lambda h, net: F.fold(F.unfold(h, 3, stride=1), (6, 6), 3), 'fold with holes': lambda h, net: F.fold(h.flatten(2)[:, :, :4], (4, 4), 1, stride=3),
-    'cumsum': lambda h, net: h.cumsum(3), 'cumsum_': inplace('cumsum_', -1), 'trapezoid': lambda h, net: torch.trapezoid(h, dim=3),
-    'cumulative_trapezoid': lambda h, net: torch.cumulative_trapezoid(h, dim=2), 'nansum': lambda h, net: h.nansum(3),
-    'nanmean': lambda h, net: h.nanmean((2, 3)),
-    'index_add': lambda h, net: torch.zeros_like(h).index_add(1, index, h), 'index_add_': lambda h, net: h.clone().index_add_(1, index, h.flip(1), alpha=.5),
-    'index_add constant': lambda h, net: torch.ones_like(h).index_add(1, index, h),
-    'scatter_add': lambda h, net: torch.zeros_like(h).scatter_add(1, index[None, :, None, None].expand_as(h), h),
-    'scatter_add of two': lambda h, net: h.scatter_add(1, index[None, :, None, None].expand_as(h), h.flip(1)),
-    'scatter_add_': lambda h, net: torch.zeros_like(h).scatter_add_(1, index[None, :, None, None].expand_as(h), src=h),
-    'scatter_reduce sum': lambda h, net: torch.zeros_like(h).scatter_reduce(1, index[None, :, None, None].expand_as(h), h, 'sum'),
-    'scatter_reduce mean': lambda h, net: torch.zeros_like(h).scatter_reduce(1, index[None, :, None, None].expand_as(h), h, reduce='mean', include_self=False),
-    'out': lambda h, net: torch.add(h, h.flip(1), out=torch.empty_like(h.detach())),
-    'getitem mask': lambda h, net: h[:, :, mask], 'slice': lambda h, net: torch.ops.aten.slice.Tensor(h, 2, 0, 6, 2),
-}
-ELEMENTS = {
-    name: (lambda name: lambda h, net: getattr(h, name)())(name) for name in (
-        'abs square exp expm1 sin cos tanh erf sinc sign floor round ceil trunc frac deg2rad atan sinh neg asinh'
-    ).split()
-}
-ELEMENTS.update({
-    'abs()': lambda h, net: abs(h), 'log1p': lambda h, net: h.abs().log1p(), 'log': lambda h, net: (h.abs() + .1).log(),
-    'sqrt': lambda h, net: (h.abs() + .1).sqrt(), 'rsqrt': lambda h, net: (h.abs() + .1).rsqrt(),
-    'reciprocal': lambda h, net: (h.abs() + .1).reciprocal(), 'h ** 2': lambda h, net: h ** 2, 'pow(exponent=)': lambda h, net: torch.pow(h, exponent=3),
-    '2 ** h': lambda h, net: 2 ** h, 'pow(p, h)': lambda h, net: torch.pow(torch.tensor(2.).double(), h), 'pow_': inplace('pow_', 2), 'exp_': inplace('exp_'), 'abs_': inplace('abs_'),
-    'float_power': lambda h, net: h.float_power(2), 'fmod': lambda h, net: h.fmod(.3), 'h % c': lambda h, net: h % .3, 
-    'hypot': lambda h, net: h.hypot(torch.ones(1).double()), 'atan2': lambda h, net: h.atan2(torch.ones(1).double()),
-    'copysign': lambda h, net: h.copysign(torch.ones(1).double()), 'fake_quantize': lambda h, net: torch.fake_quantize_per_tensor_affine(h, .1, 0, -128, 127),
-    'expit': lambda h, net: torch.special.expit(h), 'logit': lambda h, net: h.sigmoid().logit(), 'i0e': lambda h, net: torch.special.i0e(h),
-    'GeM': lambda h, net: h.clamp(min=1e-6).pow(3).mean((2, 3), keepdim=True).pow(1 / 3),
-    'c / h': lambda h, net: 2. / (h.abs() + 1), 'div(c, h)': lambda h, net: torch.div(torch.ones(1).double(), h.abs() + 1),
-    'std': lambda h, net: h.std((2, 3)), 'std keepdim': lambda h, net: h.std(-1, keepdim=True),
-    'var': lambda h, net: torch.var(h, dim=3, correction=0), 'std_mean': lambda h, net: torch.cat(torch.std_mean(h, (2, 3)), 1),
-    'var_mean': lambda h, net: torch.cat(torch.var_mean(h, dim=-1), 1), 'norm': lambda h, net: h.norm(dim=1), 'norm p': lambda h, net: torch.norm(h, 3, -1),
-    'norm inf': lambda h, net: h.norm(float('inf'), dim=(2, 3)), 'linalg.norm': lambda h, net: torch.linalg.norm(h, dim=1),
-    'vector_norm': lambda h, net: torch.linalg.vector_norm(h, 1, (1, 2)), 'matrix_norm': lambda h, net: torch.linalg.matrix_norm(h),
-    'logsumexp': lambda h, net: h.logsumexp((2, 3)), 'norm of zeros': lambda h, net: (h * 0).norm(dim=1),
-})
-SAMPLES = {
-    'grid_sample': lambda h, net: F.grid_sample(h, torch.linspace(-1.5, 1.5, 50).double().view(1, 5, 5, 2).expand(len(h), -1, -1, -1), align_corners=False),
-    'grid_sample nearest': lambda h, net: F.grid_sample(h, torch.linspace(-1, 1, 50).double().view(1, 5, 5, 2).expand(len(h), -1, -1, -1), 'nearest', 'border', False),
-    'transformer': lambda h, net: F.grid_sample(h, F.affine_grid(torch.eye(2, 3).double() + h.mean((2, 3))[:, :1, None] / 9, h.shape, False), align_corners=False),
-    'affine_grid': lambda h, net: F.affine_grid(h.flatten(1)[:, :6].view(-1, 2, 3), (len(h), 1, 3, 4), align_corners=False),
-}
-for _mode in ('nearest', 'bilinear', 'bicubic', 'area', 'nearest-exact'):
-    SAMPLES[_mode] = functools.partial(lambda h, net, mode: F.interpolate(h, scale_factor=1.7, mode=mode), mode=_mode)
-SAMPLES.update({
-    'bicubic antialias': lambda h, net: F.interpolate(h, (4, 9), mode='bicubic', antialias=True),
-    'bicubic corners': lambda h, net: F.interpolate(h, (9, 4), mode='bicubic', align_corners=True),
-    'bilinear antialias': lambda h, net: F.interpolate(h, (4, 3), mode='bilinear', antialias=True),
-    'Upsample': lambda h, net: nn.Upsample(scale_factor=(2, 1.5), mode='bicubic')(h),
-    'recompute': lambda h, net: F.interpolate(h, scale_factor=1.3, mode='bicubic', recompute_scale_factor=True),
-    'linear': lambda h, net: F.interpolate(h.flatten(2), 50, mode='linear'),
-    'trilinear': lambda h, net: F.interpolate(h[:, None], (3, 8, 5), mode='trilinear'),
-})
-FUNCTIONS = {**PRODUCTS, **MOVES, **ELEMENTS, **SAMPLES}
 
 
 @pytest.mark.parametrize('is_relu', [True, False], ids=['relu', 'negative'])
@@ -276,147 +41,299 @@ def test_other_composites(name, label):
         check(FUNCTIONS[name], {**RELATIVE, **OTHERS}[label], is_conserved=False)
 
 
-# functions along the first dimension
-NOT_BY_EXAMPLE = {
-    (name, label) for name in ('msort', 'flip', 'index_put', 'tensordot left', 'masked_scatter') for label in RELATIVE
+# -- single rules ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('composite', [*RESNET, *OTHERS])
+@pytest.mark.parametrize('name', REGIONS)
+def test_regions(name, composite):
+    '''Relevance of regions goes to their own image, also if it arrives at one that is outside.'''
+    torch.manual_seed(3)
+    image, function = torch.rand(2, 4, 6, 6).double().requires_grad_(), REGIONS[name]
+    model = Alone(lambda x: function(x, None))
+    with torch.no_grad():
+        expected = model(image)
+    with {**RESNET, **OTHERS}[composite]().context(model):
+        output = model(image)
+        start = torch.rand_like(output)
+        (lower,) = torch.autograd.grad(output, image, start)
+    assert torch.equal(output, expected)
+    if composite not in OTHERS and composite not in ('drop', 'stabilizer', 'zbox'):
+        assert torch.allclose(lower.sum((1, 2, 3)), start.view(2, -1).sum(1), atol=1e-9)
+
+
+@pytest.mark.parametrize('name', REGIONS)
+def test_relative_regions(name):
+    '''Contributions can not be compared where regions take the place of examples.'''
+    model = build(lambda h, net: REGIONS[name](h, net).reshape(len(h), -1))
+    with pytest.raises(ValueError, match='one at a time'):
+        explain(model, images(), RelativeLRP())
+    _, relevance = explain(model, images()[:1], RelativeLRP())
+    assert relevance.isfinite().all() and relevance.any()
+
+
+HALF = {
+    name: FUNCTIONS[name]
+    for name in (
+        'attention bmm',
+        'attention einsum',
+        'einsum',
+        'where self',
+        'where',
+        'bicubic',
+        'std',
+        'index_add',
+        'lerp',
+        'addmm',
+        'conv_transpose2d',
+        'norm',
+        'cumsum',
+        'fold',
+        'addmm of two',
+    )
+}
+HALF['bmm'] = lambda h, net: torch.bmm(h.flatten(2), net.weight.T.repeat(9, 1).expand(len(h), 36, 5))
+HALF['grid_sample'] = lambda h, net: F.grid_sample(
+    h, torch.linspace(-1, 1, 50).view(1, 5, 5, 2).expand(len(h), -1, -1, -1).to(h), align_corners=True
+)
+
+
+@pytest.mark.parametrize('is_autocast', [False, True], ids=['bfloat16', 'autocast'])
+@pytest.mark.parametrize('name', HALF)
+def test_half_precision(name, is_autocast):
+    '''Rules run in single precision where the network runs in half precision.'''
+    model, x = build(HALF[name]), images()
+    exact = explain(model, x, ResNetLRP())[1]
+    dtype = torch.float32 if is_autocast else torch.bfloat16
+
+    model, x = model.to(dtype), x.to(dtype)
+    with torch.autocast('cpu', torch.bfloat16, enabled=is_autocast):
+        output, relevance = explain(model, x, ResNetLRP())
+    assert relevance.dtype == dtype and output.isfinite().all()
+    assert torch.allclose(relevance.double().sum((1, 2, 3)), torch.ones(2).double(), atol=2e-2)
+    assert (relevance - exact).abs().sum() < 0.3 * exact.abs().sum()
+
+
+LABELS = {
+    'bmm': 'linear',
+    'deform_conv2d': 'linear',
+    'einsum': 'linear',
+    'attention bmm': 'nonnegative_map',
+    'where': 'filling',
+    'std': 'reduction',
+    'bicubic': 'resampling',
+    'index_add': 'nonnegative_map',
 }
 
 
-# -- twins -------------------------------------------------------------------------------------------------------------
-
-def scores(h):
-    """Weights of positions."""
-    return h.flatten(2).mean(1, keepdim=True).softmax(2)
-
-
-def spelled(h):
-    """The same, written out."""
-    weights = h.flatten(2).mean(1, keepdim=True).exp()
-    return weights / weights.sum(2, keepdim=True)
+@pytest.mark.parametrize('name', LABELS)
+def test_ledger(name):
+    '''Stand-ins have their rows in the ledger.'''
+    for composite in (ResNetLRP(), OTHERS['zennit']()):
+        ledger = conservation_ledger(build(FUNCTIONS[name]), images(), composite, target=[1, 2])
+        assert any(row.name == LABELS[name] for row in ledger)
+    assert_conserved(build(FUNCTIONS[name]), images(), ResNetLRP(), target=[1, 2])
 
 
-def transposed(h, net):
-    """A layer with weights of the network."""
-    weight = net.weight[:, :, None, None].expand(-1, -1, 2, 3).transpose(0, 1) * torch.linspace(-1, 1, 6).double().view(2, 3)
-    return weight, net.bias
+def test_exported():
+    '''An exported network is made of overloads of functions, which have the same rules.'''
+    model, x = torchvision.models.resnet18(num_classes=4).double().eval(), torch.rand(2, 3, 64, 64).double()
+    expected = explain(model, x, ResNetLRP())[1]
+    program = torch.export.export(model, (x,))
+    for module in (program.module(), program.run_decompositions().module()):
+        assert torch.allclose(explain(module, x, ResNetLRP())[1], expected, atol=1e-12)
 
 
-def module_transposed(h, net):
-    """A module with weights of the network."""
-    weight, bias = transposed(h, net)
-    net.transposed.weight, net.transposed.bias = (nn.Parameter(elem.detach(), False) for elem in (weight, bias))
-    return net.transposed(h)
+class Condition(nn.Module):
+    '''An image and a vector, of which one is a gate for the other.'''
+
+    def __init__(self, product, sigmoid=torch.sigmoid):
+        super().__init__()
+        self.gate, self.signal, self.head = nn.Conv2d(3, 1, 3, padding=1), nn.Linear(3, 8), nn.Linear(8, 5)
+        self.product, self.sigmoid = product, sigmoid
+
+    def forward(self, image, vector):
+        '''The vector is placed where the image asks for it.'''
+        signal, gate = self.signal(vector).relu()[:, :, None, None], self.sigmoid(self.gate(image))
+        return self.head(self.product(signal, gate).mean((2, 3)))
 
 
-TWINS = {
-    'linear': (
-        lambda h, net: F.linear(h.mean((2, 3)), net.weight, net.bias), lambda h, net: h.mean((2, 3)) @ net.weight.T + net.bias,
-        lambda h, net: torch.mm(h.mean((2, 3)), net.weight.T) + net.bias,
-        lambda h, net: torch.addmm(net.bias, h.mean((2, 3)), net.weight.T),
-        lambda h, net: torch.addmm(net.bias * 2, h.mean((2, 3)), net.weight.T * -4, beta=.5, alpha=-.25),
-        lambda h, net: torch.addmm(net.bias.expand(len(h), 5), h.mean((2, 3)), net.weight.T),
-        lambda h, net: torch.einsum('bi,ki->bk', h.mean((2, 3)), net.weight) + net.bias,
-        lambda h, net: torch.tensordot(h.mean((2, 3)), net.weight, dims=([1], [1])) + net.bias,
-        lambda h, net: torch.inner(h.mean((2, 3)), net.weight) + net.bias,
-        lambda h, net: (net.weight @ h.mean((2, 3))[:, :, None]).squeeze(2) + net.bias,
-        lambda h, net: torch.baddbmm(net.bias, h.mean((2, 3))[:, None], net.weight.T.expand(len(h), 4, 5)).squeeze(1),
-        lambda h, net: torch.linalg.vecdot(h.mean((2, 3))[:, None], net.weight) + net.bias,
-        lambda h, net: torch.ops.aten.linear.default(h.mean((2, 3)), net.weight, net.bias),
-    ),
-    'linear of positions': (
-        lambda h, net: F.linear(h.flatten(2).mT, net.weight), lambda h, net: h.flatten(2).mT @ net.weight.T,
-        lambda h, net: torch.einsum('bcp,kc->bpk', h.flatten(2), net.weight),
-        lambda h, net: torch.bmm(h.flatten(2).mT, net.weight.T.expand(len(h), 4, 5)),
-    ),
-    'two layers': (
-        lambda h, net: F.linear(h.mean((2, 3)), net.weight.T @ net.weight),
-        lambda h, net: torch.chain_matmul(h.mean((2, 3)), net.weight.T, net.weight),
-        lambda h, net: torch.linalg.multi_dot([h.mean((2, 3)), net.weight.T, net.weight]),
-        lambda h, net: torch.einsum('bi,ki,kj->bj', h.mean((2, 3)), net.weight, net.weight),
-    ),
-    'attention': (
-        lambda h, net: (h.flatten(2) * scores(h)).sum(2), lambda h, net: torch.bmm(h.flatten(2), scores(h).mT).squeeze(2),
-        lambda h, net: (h.flatten(2) @ scores(h).mT).squeeze(2), lambda h, net: (scores(h) @ h.flatten(2).mT).squeeze(1),
-        lambda h, net: torch.einsum('bcp,bop->bc', h.flatten(2), scores(h)),
-        lambda h, net: torch.einsum('bop,bcp->bc', scores(h), h.flatten(2)), lambda h, net: torch.bmm(h.flatten(2), spelled(h).mT).squeeze(2), lambda h, net: torch.mul(scores(h), h.flatten(2)).sum(-1),
-    ),
-    'conv_transpose': (
-        module_transposed,
-        lambda h, net: F.conv_transpose2d(h, *transposed(h, net), (2, 1), (0, 1), (1, 0)),
-        lambda h, net: F.conv_transpose2d(h, *transposed(h, net), stride=(2, 1), output_padding=(1, 0), padding=(0, 1)),
-        lambda h, net: torch.ops.aten.convolution.default(
-            h, *transposed(h, net), [2, 1], [0, 1], [1, 1], True, [1, 0], 1
-        ),
-    ),
-    'convolution': (
-        lambda h, net: F.conv2d(h, net.weight[:, :, None, None].expand(-1, -1, 3, 3), net.bias, 2, 1),
-        lambda h, net: torch.ops.aten.convolution.default(
-            h, net.weight[:, :, None, None].expand(-1, -1, 3, 3), net.bias, [2, 2], [1, 1], [1, 1], False, [0, 0], 1
-        ),
-        lambda h, net: torch.ops.aten.conv2d.default(
-            h, net.weight[:, :, None, None].expand(-1, -1, 3, 3), net.bias, [2, 2], [1, 1]
-        ),
-    ),
-    'mix': (
-        lambda h, net: h * (1 - h.sigmoid()) + h.flip(1) * h.sigmoid(), lambda h, net: torch.lerp(h, h.flip(1), h.sigmoid()),
-        lambda h, net: h.lerp(end=h.flip(1), weight=h.sigmoid()), lambda h, net: h.clone().lerp_(h.flip(1), h.sigmoid()),
-    ),
-    'mix by a number': (
-        lambda h, net: h * .7 + h.flip(1) * .3, lambda h, net: torch.lerp(h, h.flip(1), .3),
-    ),
-    'gated sum': (
-        lambda h, net: h + h.flip(1) * h.sigmoid(), lambda h, net: torch.addcmul(h, h.flip(1), h.sigmoid()),
-        lambda h, net: h.addcmul(tensor1=h.sigmoid(), tensor2=h.flip(1)), lambda h, net: h.clone().addcmul_(h.flip(1), h.sigmoid()),
-        lambda h, net: torch.addcmul(h, h.flip(1) * 2, h.sigmoid(), value=.5),
-    ),
-    'two branches': (
-        lambda h, net: h + h.flip(1), lambda h, net: torch.stack([h, h.flip(1)]).sum(0), lambda h, net: torch.stack((h, h.flip(1)), -1).sum(-1),
-        lambda h, net: torch.cat([h[None], h.flip(1)[None]]).sum(0), lambda h, net: torch.sum(torch.stack([h, h.flip(1)], 1), dim=1),
-        lambda h, net: torch.stack([h, h.flip(1)], 2).sum(axis=2, keepdim=True).squeeze(2), lambda h, net: torch.stack([h, h.flip(1)]).sum((0,)),
-    ),
-    'mean of branches': (lambda h, net: (h + h.flip(1)) / 2, lambda h, net: torch.stack([h, h.flip(1)]).mean(0)),
-    'maximum of branches': (
-        lambda h, net: torch.maximum(h, h.flip(1)), lambda h, net: torch.stack([h, h.flip(1)]).amax(0),
-        lambda h, net: torch.stack([h, h.flip(1)], 1).max(1).values, lambda h, net: torch.max(h, other=h.flip(1)),
-    ),
-    'square': (lambda h, net: h ** 2, lambda h, net: h.square(), lambda h, net: h * h, lambda h, net: torch.pow(h, exponent=2)),
-    'relu': (lambda h, net: h.relu(), lambda h, net: torch.maximum(h, h.new_zeros(())), lambda h, net: torch.max(h.new_zeros(1), h), lambda h, net: h.clamp(0)),
-    'fill': (
-        lambda h, net: h.masked_fill(~mask, 0.), lambda h, net: torch.where(mask, h, 0.), lambda h, net: h.where(mask, h.new_zeros(())),
-        lambda h, net: torch.where(~mask, h.new_zeros(()), h), lambda h, net: h.clone().masked_fill_(mask.logical_not(), 0.),
-        lambda h, net: h.masked_fill(mask == 0, 0),
-    ),
-    'norm': (lambda h, net: h.norm(dim=1), lambda h, net: torch.linalg.norm(h, dim=1), lambda h, net: torch.linalg.vector_norm(h, 2, 1), lambda h, net: torch.norm(h, 2, -3)),
-    'window norm': (lambda h, net: (F.avg_pool2d(h.abs() ** 2, 2) * 4).pow(.5), lambda h, net: F.lp_pool2d(h.abs(), 2., 2)),
-    'sum at places': (
-        lambda h, net: torch.zeros_like(h).index_add(1, index, h), lambda h, net: torch.zeros_like(h).scatter_add(1, index[None, :, None, None].expand_as(h), h),
-    ),
-    'fold': (
-        lambda h, net: F.fold(F.unfold(h, 2), (6, 6), 2),
-        lambda h, net: F.fold(F.unfold(input=h, kernel_size=2), output_size=(6, 6), kernel_size=2),
-    ),
-    'differences': (lambda h, net: h[..., 1:] - h[..., :-1], lambda h, net: h.diff(), lambda h, net: torch.diff(h, dim=3)),
+GATED = {
+    '*': lambda a, g: a * g,
+    'reversed': lambda a, g: g * a,
+    'mul': torch.mul,
+    'method': lambda a, g: g.mul(other=a),
+    'mul_': lambda a, g: a.expand(-1, -1, *g.shape[2:]).clone().mul_(g),
+    'mul_ of the gate': lambda a, g: g.expand(-1, a.shape[1], -1, -1).clone().mul_(a),
+    'not what is returned': lambda a, g: change(g.expand(-1, a.shape[1], -1, -1).clone(), a),
+    'einsum': lambda a, g: torch.einsum('bcij,bdhw->bchw', a, g),
+    'bmm': lambda a, g: torch.bmm(a[..., 0], g.flatten(2)).view(*a.shape[:2], *g.shape[2:]),
+    'larger gate': lambda a, g: a * g.expand(-1, 8, -1, -1),
 }
-COMPOSITES = {**RESNET, **RELATIVE}
 
 
-def widened(function):
-    """The function of an image with as many channels and positions as the first layer has."""
-    return lambda h, net: function(h if h.shape[1] == 4 else torch.cat([h, h[:, :1]], 1)[..., :6, :6], net)
+def change(gate, signal):
+    '''A gate that is changed in place by a statement.'''
+    gate.mul_(signal)
+    return gate
 
 
+@pytest.mark.parametrize('size', [1, 2, 9])
+@pytest.mark.parametrize('name', GATED)
+def test_gate_of_any_size(name, size):
+    '''A gate is known by its sigmoid, whatever has more elements.'''
+    model = Condition(GATED[name]).double().eval()
+    image = torch.randn(2, 3, size, size).double().requires_grad_()
+    vector = torch.randn(2, 3).double().requires_grad_()
+    with ResNetLRP().context(model):
+        parts = torch.autograd.grad(model(image, vector)[:, 1].sum(), (image, vector), allow_unused=True)
+    assert parts[0] is None or not parts[0].any()
+    assert torch.allclose(parts[1].sum(1), torch.ones(2).double(), atol=1e-9)
 
-@pytest.mark.parametrize('is_first', [False, True], ids=['second', 'first'])
-@pytest.mark.parametrize('label', COMPOSITES)
-@pytest.mark.parametrize('name', TWINS)
-def test_twins(name, label, is_first):
-    """The same function, written otherwise, has the same map, for inputs of both signs too."""
-    if is_first and name == 'attention' and label in ('ones', 'flat', 'wsquare', 'zbox'):
-        pytest.skip('a gate is no layer, and a sum of gated inputs has no other weights than one')
-    for is_relu in (True, False):
-        maps = []
-        for function in TWINS[name]:
-            model = build(widened(function), is_relu=is_relu, is_first=is_first)
-            maps.append(explain(model, images(), COMPOSITES[label]())[1])
-        for num, other in enumerate(maps[1:], 1):
-            assert torch.allclose(maps[0], other, rtol=1e-9, atol=1e-11 * maps[0].abs().max().item()), num
+
+def test_size_decides_without_sigmoids():
+    '''Of two factors without sigmoids, the larger one is the signal.'''
+    model = Condition(torch.mul, sigmoid=torch.relu).double().eval()
+    image = torch.randn(1, 3, 9, 9).double().requires_grad_()
+    vector = torch.randn(1, 3).double().requires_grad_()
+    with ResNetLRP().context(model):
+        parts = torch.autograd.grad(model(image, vector)[:, 1].sum(), (image, vector), allow_unused=True)
+    assert torch.allclose(parts[0].sum(), torch.ones(()).double()) and parts[1] is None
+
+
+def linear_function(function, shape):
+    '''The matrix of a linear function.'''
+    units = torch.eye(torch.Size(shape).numel()).double().view(-1, *shape)
+    return function(units).flatten(1).T
+
+
+class Alone(nn.Module):
+    '''A function as a network.'''
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        '''Run it.'''
+        return self.function(x)
+
+
+RESIZED = {
+    'scale': lambda x: F.interpolate(x, scale_factor=1.7, mode='bicubic'),
+    'size': lambda x: F.interpolate(x, size=(3, 9), mode='bicubic'),
+    'corners': lambda x: F.interpolate(x, (9, 7), mode='bicubic', align_corners=True),
+    'antialias': lambda x: F.interpolate(x, (3, 4), mode='bicubic', antialias=True),
+    'recomputed': lambda x: F.interpolate(x, scale_factor=(1.3, 0.6), mode='bicubic', recompute_scale_factor=True),
+    'aten': lambda x: torch.ops.aten.upsample_bicubic2d.default(x, [9, 7], False),
+    'product': lambda x: torch.einsum('bchw,wv->bchv', x, torch.linspace(-1, 1, 30).double().view(6, 5)),
+    'attention': lambda x: torch.einsum(
+        'bchw,hwk->bck', x, torch.linspace(-1, 1, 60).double().view(5, 6, 2).softmax(2)
+    ),
+    'cumsum': lambda x: x.cumsum(2),
+    'grid_sample': lambda x: F.grid_sample(
+        x, torch.linspace(-0.9, 0.9, 24).double().view(1, 3, 4, 2).expand(len(x), -1, -1, -1), align_corners=True
+    ),
+}
+
+
+@pytest.mark.parametrize('name', RESIZED)
+def test_matrix(name):
+    '''Relevance is that of the z+ rule with the dense matrix of the function, for inputs of both signs.'''
+    function = RESIZED[name]
+    matrix = linear_function(function, (1, 5, 6))
+    for low in (0, -1):
+        x = (torch.rand(1, 1, 5, 6).double() * (1 - low) + low).requires_grad_()
+        model = Alone(function)
+        with ResNetLRP(coverage='literal').context(model):
+            output = model(x)
+            start = torch.rand_like(output)
+            (lower,) = torch.autograd.grad(output, x, start)
+        contributions = (matrix * x.detach().flatten()).clamp(min=0)
+        expected = (contributions / contributions.sum(1, keepdim=True).clamp(min=1e-300)).T @ start.flatten()
+        dead = start.flatten()[contributions.sum(1) == 0]
+        if not len(dead):
+            assert torch.allclose(lower.flatten(), expected, atol=1e-12)
+        assert torch.allclose(lower.sum(), start.sum())
+
+
+def test_refill():
+    '''Relevance at zeros goes evenly to the elements of the same example that were kept.'''
+    keep = torch.tensor([[True, False, True, False], [False, False, True, False]])
+    model = Alone(lambda x: torch.where(keep, x, 0.0))
+    x, start = torch.randn(2, 4).double().requires_grad_(), torch.rand(2, 4).double()
+    with ResNetLRP().context(model):
+        (lower,) = torch.autograd.grad(model(x), x, start)
+    lost = (start * ~keep).sum(1, keepdim=True)
+    assert torch.allclose(lower, keep * (start + lost / keep.sum(1, keepdim=True)))
+    # constants that are not zero keep their part
+    model = Alone(lambda x: x.masked_fill(~keep, 2.0))
+    with ResNetLRP().context(model):
+        (lower,) = torch.autograd.grad(model(x), x, start)
+    assert torch.equal(lower, start * keep)
+
+
+@pytest.mark.parametrize(
+    'function, amounts',
+    [
+        (lambda x: x.std(1), lambda x: (x - x.mean(1, keepdim=True)) ** 2),
+        (lambda x: x.var(1, keepdim=True), lambda x: (x - x.mean(1, keepdim=True)) ** 2),
+        (lambda x: torch.norm(x, 3, 1), lambda x: x.abs() ** 3),
+        (lambda x: x.logsumexp(-1), torch.exp),
+        (lambda x: torch.linalg.vector_norm(x, dim=1), lambda x: x**2),
+    ],
+)
+def test_shares_of_reductions(function, amounts):
+    '''Each element receives relevance in proportion to what it adds.'''
+    model, x, start = Alone(function), torch.randn(2, 5).double().requires_grad_(), torch.rand(2, 1).double()
+    with ResNetLRP().context(model):
+        output = model(x)
+        (lower,) = torch.autograd.grad(output, x, start.view_as(output))
+    shares = amounts(x.detach())
+    assert torch.allclose(lower, start * shares / shares.sum(1, keepdim=True))
+
+
+REFUSED = {
+    'ps_roi_pool': (lambda h, net: torchvision.ops.ps_roi_pool(h, regions(h), 2).reshape(len(h), -1), 'ps_roi_align'),
+    'matmul': (lambda h, net: h @ h.mT.flip(1), 'matmul'),
+    'einsum': (lambda h, net: torch.einsum('bchw,bchw->bhw', h, h), 'einsum'),
+    'bmm of itself': (lambda h, net: torch.bmm(h.mean(1), h.mean(1)), 'bmm'),
+    'attention': (lambda h, net: (h @ h.mT).softmax(-1) @ h.flip(1), 'attention'),
+    'sigmoids': (lambda h, net: h.sigmoid() @ h.flip(1).sigmoid(), 'sigmoids'),
+    'prod': (lambda h, net: h.prod(3), 'prod'),
+    'complex': (lambda h, net: torch.fft.rfft2(h).abs(), 'complex'),
+    'complex constant': (lambda h, net: (h * 1j).imag, 'complex'),
+    'view_as_complex': (lambda h, net: torch.view_as_complex(h.unflatten(3, (3, 2))).abs(), 'complex'),
+    'complex matrix': (lambda h, net: (torch.complex(h, h) @ torch.eye(6).to(torch.complex128)).real, 'complex'),
+    'complex sum': (lambda h, net: (h + torch.ones(1, dtype=torch.complex128)).real, 'complex'),
+    'bicubic': (
+        lambda h, net: F.grid_sample(h, torch.zeros(len(h), 2, 2, 2).double(), 'bicubic', align_corners=True),
+        'bicubic',
+    ),
+    'quantile': (lambda h, net: h.quantile(0.4, 3), 'linear'),
+    'matrix norm': (lambda h, net: torch.linalg.norm(h, 2, (2, 3)), 'norm'),
+    'steps': (lambda h, net: torch.trapezoid(h, x=-torch.arange(6).double()), 'trapezoid'),
+}
+
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_refused(name):
+    '''What has no rule says so.'''
+    function, word = REFUSED[name]
+    with pytest.raises(UnsupportedOperation, match=word):
+        explain(build(function), images(), ResNetLRP())
+
+
+@pytest.mark.parametrize('name', ['stack', 'cat', 'mean', 'amax'])
+@pytest.mark.parametrize('num', [2, 3])
+def test_relative_branches(name, num):
+    '''Branches that are stacked to be added are an addition for relative LRP, of any number of examples.'''
+    branches = nn.ModuleList([nn.Conv2d(4, 4, 3).double() for _ in range(num)]).requires_grad_(False)
+    functions = {
+        'stack': lambda h, net: torch.stack([branch(h) for branch in branches]).sum(0),
+        'cat': lambda h, net: torch.cat([branch(h).unsqueeze(0) for branch in branches]).sum(0),
+        'mean': lambda h, net: torch.stack([branch(h) for branch in branches]).mean(dim=0),
+        'amax': lambda h, net: torch.stack([branch(h) for branch in branches]).amax(0),
+    }
+    check(functions[name], RelativeLRP, is_conserved=False)
+    check(functions[name], ResNetLRP)

@@ -553,7 +553,7 @@ class BlockCanonizer(ResidualCanonizer):
         '''Note additions.'''
         super().look(func, args, kwargs)
         stack = self._stack()
-        if stack and getattr(func, '__name__', '') in ADDITIONS and len(carriers_of((args, kwargs))) == 2:
+        if stack and name_of(func) in ADDITIONS and len(carriers_of((args, kwargs))) == 2:
             note_addition(stack[-1].module)
 
     def intercept(self, func, args, kwargs):

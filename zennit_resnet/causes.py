@@ -13,7 +13,7 @@ from zennit.core import Hook
 from zennit.types import BatchNorm, Linear
 
 from .block import BlockEpsilon
-from .layer import Normalization
+from .layer import LinearMap, Normalization
 from .rules import ZPlus
 
 CAUSES = ('bias', 'stabilizer', 'dead_units', 'no_rule', 'unexplained')
@@ -218,7 +218,7 @@ class Witness:
 
 def is_affine(module):
     '''Whether a module computes a linear function of its input, plus a constant.'''
-    return isinstance(module, (Linear, BatchNorm)) and not isinstance(module, Normalization)
+    return isinstance(module, (Linear, BatchNorm)) and not isinstance(module, (LinearMap, Normalization))
 
 
 def intercept(module, zeros):

@@ -1,10 +1,10 @@
 '''Calls of functions, and other ways to write them.'''
 import torch
 
-from .graph import tensors_of
+from .graph import map_tensors, tensors_of
 
 # What PyTorch calls some arguments as well.
-ALIASES = {'self': 'input', 'axis': 'dim', 'keepdims': 'keepdim', 'x': 'input'}
+ALIASES = {'self': 'input', 'axis': 'dim', 'keepdims': 'keepdim'}
 
 
 class FunctionCall:
@@ -47,12 +47,19 @@ class FunctionCall:
 
     def rebind(self, *tensors):
         '''The call as a function of tensors, by default those that carry relevance, without a reference to any.'''
-        func = self.func
-        slots = {id(elem): _Slot(num) for num, elem in enumerate(tensors or self.carriers)}
+        func, tensors = self.func, tensors or self.carriers
+        slots = {id(elem): _Slot(num) for num, elem in enumerate(tensors)}
         args, kwargs = _replace(self.args, slots), _replace(self.kwargs, slots)
+        precision = _precision(tensors[0])
 
         def function(*tensors):
-            return func(*_replace(args, tensors), **_replace(kwargs, tensors))
+            if _precision(tensors[0]) == precision:
+                return func(*_replace(args, tensors), **_replace(kwargs, tensors))
+            # rules run in single precision where the network runs in half precision
+            others = map_tensors(lambda elem: elem.to(tensors[0].dtype) if elem.is_floating_point() else elem, (
+                args, kwargs
+            ))
+            return func(*_replace(others[0], tensors), **_replace(others[1], tensors))
 
         return function
 
@@ -70,7 +77,17 @@ class FunctionCall:
         if 'inplace' in self.kwargs:
             return FunctionCall(self.func, self.name, self.args, kwargs, self.carriers)
         name = self.name.replace('__i', '__') if self.name.startswith('__') else self.name[:-1]
-        return FunctionCall(getattr(torch.Tensor, name), name, self.args, kwargs, self.carriers)
+        func, args = self.func, self.args or (kwargs.pop('input'),)
+
+        def changed(input, *args, **kwargs):
+            return func(input.clone(), *args, **kwargs)
+
+        return FunctionCall(changed, name, args, kwargs, self.carriers)
+
+
+def _precision(tensor):
+    '''The precision of a tensor, and whether functions choose theirs.'''
+    return tensor.dtype, torch.is_autocast_enabled(tensor.device.type)
 
 
 class _Slot(int):

@@ -245,7 +245,8 @@ def walk(nodes, seen=None):
 def moves_first(node):
     '''Whether a function of PyTorch moves elements along the first dimension, which is that of examples.'''
     if not node.name().startswith(REORDERS):
-        return node.name().startswith(SCATTERS)
+        # pooling of regions of interest by torchvision
+        return node.name().startswith(SCATTERS) or 'roi' in node.name().lower()
     if isinstance(getattr(node, '_saved_indices', None), (list, tuple)):
         return node._saved_indices[0] is not None
     if node.name().startswith('Permute'):

@@ -101,8 +101,15 @@ class Padding(Operation):
 
 
 class Filling(Operation):
-    '''Elements of a tensor among constants: ``masked_fill``, ``where`` with a constant, max unpooling, ...'''
+    '''Elements of a tensor among constants: ``masked_fill``, ``where`` with a constant, max unpooling, ...
+
+    Attributes
+    ----------
+    examples: :py:obj:`torch.Tensor` or None
+        The example that each entry of the output's first dimension belongs to, if the first dimension is another one.
+    '''
     label = 'filling'
+    examples = None
 
 
 class Subsampling(Operation):

@@ -6,12 +6,13 @@ import torch.nn.functional as F
 
 from .functions import FunctionCall, kept, out_of_place, with_values, write_out
 from .layer import Addition, Filling, NonNegativeMap, Reduction
+from .products import run_first
 
 # Elements among constants, if only one tensor carries relevance: of several, the gradient is the rule.
 PLACEMENTS = frozenset('''
     where masked_fill masked_fill_ masked_scatter masked_scatter_ index_fill index_fill_ fill_diagonal_ tril tril_ triu
-    triu_ diag diag_embed diagflat block_diag max_unpool1d max_unpool2d max_unpool3d scatter scatter_ index_copy
-    index_copy_ index_put index_put_ put put_ select_scatter slice_scatter diagonal_scatter
+    triu_ fill_ zero_ diag diag_embed diagflat block_diag max_unpool1d max_unpool2d max_unpool3d scatter scatter_
+    index_copy index_copy_ index_put index_put_ put put_ select_scatter slice_scatter diagonal_scatter
     as_strided_scatter _index_put_impl_
 '''.split())
 # Sums of elements at places, to which the elements of a destination are added.
@@ -28,16 +29,24 @@ SAMPLES = frozenset('''
 
 def place(canonizer, call, function):
     '''Put elements among constants.'''
-    if len({id(elem) for elem in function.carriers}) > 1 or function.kwargs.get('accumulate') or (
-        function.name.startswith(('index_put', 'put')) and len(function.args) > 3 and function.args[3]
-    ):
+    if function.name.startswith(('index_put', 'put')):
+        given = function.bind('input', 'indices', 'values', 'accumulate')
+        if given.get('accumulate'):
+            return _accumulate(canonizer, call, function)
+    if len({id(elem) for elem in function.carriers}) > 1:
         return canonizer.run_known(function, function.carriers)
     return _fill(canonizer, call, function)
 
 
 @out_of_place
+def _accumulate(canonizer, call, function):
+    given = function.bind('input', 'indices', 'values')
+    return _add_to(canonizer, call, function, given['input'], given.get('values', given.get('source')), 1)
+
+
+@out_of_place
 def _fill(canonizer, call, function):
-    return canonizer.run(call, Filling, function)
+    return canonizer.run(call, Filling, function, examples=None)
 
 
 def assign(canonizer, call, function):
@@ -52,14 +61,14 @@ def assign(canonizer, call, function):
         return output
 
     placed = FunctionCall(changed, function.name, (target, value), {}, function.carriers)
-    target.copy_(canonizer.run(call, Filling, placed.put(target, kept(target))))
+    target.copy_(canonizer.run(call, Filling, placed.put(target, kept(target)), examples=None))
 
 
 def unfold(canonizer, call, function):
     '''Windows of an image, which may have zeros around it, or windows along a dimension.'''
     padding = function.bind('input', 'kernel_size', 'dilation', 'padding').get('padding', 0)
     is_padded = function.func is F.unfold or function.name == 'im2col'
-    return canonizer.run(call, Filling, function) if is_padded and padding not in (0, (0, 0), [0, 0]) else function()
+    return _fill(canonizer, call, function) if is_padded and padding not in (0, (0, 0), [0, 0]) else function()
 
 
 @out_of_place
@@ -67,15 +76,16 @@ def add_up(canonizer, call, function):
     '''A sum of elements with weights that are not negative.'''
     if len(function.carriers) > 1:
         return canonizer.refuse(call, function, 'more than one of its arguments does')
-    if function.name == 'segment_reduce' and function.args[1] not in ('sum', 'mean'):
+    kind = function.bind('data', 'reduce')['reduce'] if function.name == 'segment_reduce' else 'sum'
+    if kind not in ('sum', 'mean'):
         # of the largest elements, the gradient is the rule
-        return canonizer.refuse(call, function, 'it is no sum') if function.args[1] == 'prod' else function()
+        return canonizer.refuse(call, function, 'it is no sum') if kind == 'prod' else function()
     steps = function.bind('input', 'x')
     steps = steps.get('x', steps.get('dx', 1)) if 'trap' in function.name else 1
     steps = steps.diff() if isinstance(steps, torch.Tensor) else torch.tensor(steps)
     if bool((steps < 0).any()):
         return canonizer.refuse(call, function, 'its steps have negative signs')
-    return canonizer.run(call, NonNegativeMap, function)
+    return canonizer.run(call, NonNegativeMap, function, examples=None)
 
 
 @out_of_place
@@ -90,6 +100,11 @@ def add_at(canonizer, call, function):
             return function()
         if given['reduce'] != 'mean' or target.requires_grad:
             return canonizer.refuse(call, function, f'reduce={given["reduce"]!r} is no sum')
+    return _add_to(canonizer, call, function, target, source, alpha)
+
+
+def _add_to(canonizer, call, function, target, source, alpha):
+    '''Add elements of a source to those of a target.'''
     if not source.requires_grad:
         # a constant is added
         return function()
@@ -99,7 +114,7 @@ def add_at(canonizer, call, function):
         kwargs = {key: elem for key, elem in added.kwargs.items() if key != 'alpha'}
         added = FunctionCall(added.func, function.name, added.args, kwargs, added.carriers)
         return write_out(canonizer, function, lambda: torch.add(target, added(), alpha=alpha))
-    output = canonizer.run(call, NonNegativeMap, added)
+    output = canonizer.run(call, NonNegativeMap, added, examples=None)
     if not bool(target.any()):
         return output
     with torch.no_grad():
@@ -109,35 +124,29 @@ def add_at(canonizer, call, function):
 
 def sample(canonizer, call, function):
     '''Samples of an image at places, which count as constants.'''
-    given = function.bind('input', 'grid', 'mode')
+    given = function.bind('input', 'rois' if 'roi' in function.name else 'grid', 'mode')
     input = given['input']
     if not input.requires_grad:
         return canonizer.refuse(call, function, 'only the places do, at which it takes samples')
     if 'grid' in function.name and given.get('mode', 'bilinear') in ('bicubic', 2):
         return canonizer.refuse(call, function, 'mode=\'bicubic\' has weights of both signs: use \'bilinear\'')
+    if function.name == 'ps_roi_pool':
+        # for boxes at the lower or right border, its backward counts other elements than its forward
+        return canonizer.refuse(call, function, 'its gradient is wrong in torchvision: use ps_roi_align')
     function = function.keep(input)
     # regions name the example that they are of
-    examples = function.args[1][:, 0].long() if 'roi' in function.name else None
+    examples = given['rois'][:, 0].long() if 'roi' in function.name else None
     if not function.name.startswith('ps_'):
         return canonizer.run(call, NonNegativeMap, function, examples=examples)
-    with torch.no_grad():
-        _, *others = function()
-    func = function.func
-    function.func = lambda *args, **kwargs: func(*args, **kwargs)[0]
-    return (canonizer.run(call, NonNegativeMap, function, examples=examples), *others)
+    return run_first(canonizer, call, function, NonNegativeMap, examples=examples)
 
 
 def pool_regions(canonizer, call, function):
     '''The largest elements of regions, with zeros for regions without any.'''
-    input = function.args[0]
-    if not input.requires_grad:
+    given = function.bind('input', 'rois')
+    if not given['input'].requires_grad:
         return canonizer.refuse(call, function, 'only the places do, at which it takes elements')
-    function = function.keep(input)
-    with torch.no_grad():
-        _, *others = function()
-    func = function.func
-    function.func = lambda *args: func(*args)[0]
-    return (canonizer.run(call, Filling, function), *others)
+    return run_first(canonizer, call, function.keep(given['input']), Filling, examples=given['rois'][:, 0].long())
 
 
 # -- over dimensions ---------------------------------------------------------------------------------------------------
@@ -214,17 +223,24 @@ def _exponential(dims, input):
 def deviation(canonizer, call, function):
     '''A variance or standard deviation, which may come with the mean.'''
     given = function.bind('input', 'dim')
-    input, dims = given['input'], _dims(given['input'], given.get('dim'))
+    dims = _dims(given['input'], given.get('dim'))
     settings = {'amounts': functools.partial(_squared_deviation, dims), 'dims': dims}
     if not function.name.endswith('_mean'):
         return canonizer.run(call, Reduction, function, **settings)
+    deviation_of, mean_of = (_nth(function, num) for num in (0, 1))
+    return (
+        canonizer.run(call, Reduction, deviation_of, **settings),
+        canonizer.run(call, NonNegativeMap, mean_of, examples=None),
+    )
+
+
+def _nth(function, num):
+    '''The call as one that returns a single one of its tensors, with a node of its own in the graph.'''
     func = function.func
-    first, second = (FunctionCall(
-        # the graph has one node for both
-        lambda *args, num=num, **kwargs: func(*args, **kwargs)[num].clone(),
-        function.name, function.args, function.kwargs, [input],
-    ) for num in (0, 1))
-    return canonizer.run(call, Reduction, first, **settings), canonizer.run(call, NonNegativeMap, second)
+    return FunctionCall(
+        lambda *args, **kwargs: func(*args, **kwargs)[num].clone(), function.name, function.args, function.kwargs,
+        function.carriers,
+    )
 
 
 def norm(canonizer, call, function):
@@ -236,7 +252,7 @@ def norm(canonizer, call, function):
     elif function.name == 'frobenius_norm':
         names = ('input', 'dim')
     given = function.bind(*names)
-    input = given['input'] if 'input' in given else given['A']
+    input, = function.carriers
     value, dim = given.get('ord', given.get('p')), given.get('dim')
     if function.name == 'linalg_matrix_norm':
         value, dim = given.get('ord', 'fro'), given.get('dim', (-2, -1))

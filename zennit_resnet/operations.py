@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from . import moves, products
 from .functions import FunctionCall
+from .graph import name_of
 from .layer import (
     Activation,
     Addition,
@@ -41,7 +42,8 @@ TRANSPARENT = frozenset('''
     lift_fresh view_copy permute_copy transpose_copy t_copy squeeze_copy unsqueeze_copy select_copy slice_copy
     split_copy split_with_sizes_copy expand_copy unbind_copy unfold_copy diagonal_copy alias_copy detach_copy
     topk sort msort kthvalue median nanmedian mode cummax cummin aminmax masked_select take fractional_max_pool2d
-    fractional_max_pool3d fractional_max_pool2d_with_indices fractional_max_pool3d_with_indices
+    fractional_max_pool3d fractional_max_pool2d_with_indices fractional_max_pool3d_with_indices as_strided_ __reversed__
+    index
 '''.split())
 
 ADDITIONS = frozenset('''
@@ -55,7 +57,7 @@ ACTIVATIONS = frozenset('''
     relu relu_ relu6 leaky_relu leaky_relu_ rrelu rrelu_ prelu elu elu_ selu selu_ celu celu_ gelu silu mish hardtanh
     hardtanh_ hardswish hardsigmoid sigmoid sigmoid_ tanh tanh_ softplus softsign logsigmoid tanhshrink hardshrink
     softshrink threshold threshold_ clamp clamp_ clip clip_ clamp_min clamp_min_ clamp_max clamp_max_ neg neg_ negative
-    __neg__ mish_ silu_ hardswish_ hardsigmoid_ log_sigmoid _threshold fake_quantize_per_tensor_affine
+    __neg__ negative_ mish_ silu_ hardswish_ hardsigmoid_ log_sigmoid _threshold fake_quantize_per_tensor_affine
     fake_quantize_per_channel_affine
 '''.split())
 # Functions of each element, with a form in place, and some of them in torch.special.
@@ -69,7 +71,10 @@ SPECIAL = '''
     airy_ai bessel_j0 bessel_j1 bessel_y0 bessel_y1 digamma entr erf erfc erfcx erfinv exp2 expit expm1 gammainc
     gammaincc gammaln i0 i0e i1 i1e log1p log_ndtr logit modified_bessel_i0 modified_bessel_i1 modified_bessel_k0
     modified_bessel_k1 multigammaln ndtr ndtri polygamma psi round scaled_modified_bessel_k0 scaled_modified_bessel_k1
-    sinc spherical_bessel_j0 xlog1py xlogy zeta
+    sinc spherical_bessel_j0 xlog1py xlogy zeta chebyshev_polynomial_t chebyshev_polynomial_u chebyshev_polynomial_v
+    chebyshev_polynomial_w hermite_polynomial_h hermite_polynomial_he laguerre_polynomial_l legendre_polynomial_p
+    shifted_chebyshev_polynomial_t shifted_chebyshev_polynomial_u shifted_chebyshev_polynomial_v
+    shifted_chebyshev_polynomial_w
 '''.split()
 ACTIVATIONS |= {
     *ELEMENT_WISE, *(f'{name}_' for name in ELEMENT_WISE), *(f'special_{name}' for name in SPECIAL),
@@ -81,6 +86,10 @@ EXTREMA = frozenset('maximum minimum fmax fmin max min amin'.split())
 CLIPPED = frozenset('relu6 hardtanh hardtanh_'.split())
 NORMALIZATIONS = frozenset(
     'batch_norm layer_norm group_norm instance_norm rms_norm local_response_norm normalize'.split()
+)
+# They return their statistics as well.
+NATIVE_NORMALIZATIONS = frozenset(
+    'native_layer_norm native_group_norm _native_batch_norm_legit_no_training _fused_rms_norm'.split()
 )
 AVERAGES = frozenset('''
     avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d mean sum
@@ -119,7 +128,7 @@ TRAINING = {
 
 def is_training(func, args, kwargs):
     '''Whether a function is called such that its output for a sample depends on chance or on the other samples.'''
-    name = getattr(func, '__name__', '')
+    name = name_of(func)
     if name not in TRAINING:
         return False
     position, default = TRAINING[name]
@@ -139,7 +148,7 @@ def is_training(func, args, kwargs):
 
 def _add(canonizer, call, function):
     left, right = function.operands()
-    if products.is_complex(left, right):
+    if len(function.carriers) == 1 and products.is_complex(left, right):
         return canonizer.refuse(call, function, products.COMPLEX)
     factors = [1, function.kwargs.get('alpha', 1)]
     if 'sub' in function.name:
@@ -274,17 +283,18 @@ def _linear(canonizer, call, function):
     standin = canonizer.stand_in(call, CONVOLUTIONS.get(function.name, FullyConnected), function.name)
     defaults = {'stride': 1, 'padding': 0, 'output_padding': 0, 'dilation': 1, 'groups': 1}
     standin.padding_mode = 'zeros'
-    func = function.func
-    if isinstance(func, torch._ops.OpOverload):
-        # it takes lists where others take numbers
-        def func(*args, **kwargs):
-            return function.func(*args, **{key: elem for key, elem in kwargs.items() if key in given})
-
     standin.set_call(
-        func, given['weight'], given.get('bias'),
+        _with_settings(function.func, tuple(given)), given['weight'], given.get('bias'),
         **{key: given.get(key, defaults[key]) for key in settings},
     )
     return canonizer.run_known(lambda: standin(given['input']), [given['input']])
+
+
+def _with_settings(func, names):
+    '''A function which is only given some settings: overloads take lists where others take numbers.'''
+    if not isinstance(func, torch._ops.OpOverload):  # pylint: disable=protected-access
+        return func
+    return lambda *args, **kwargs: func(*args, **{key: elem for key, elem in kwargs.items() if key in names})
 
 
 def _convolution(canonizer, call, function):
@@ -343,6 +353,7 @@ HANDLERS = {
     **{name: partial(_pool, kind=kind) for names, kind in (
         (AVERAGES, AveragePool), (MAXIMA, MaxPool),
     ) for name in names},
+    **dict.fromkeys(NATIVE_NORMALIZATIONS, partial(products.run_first, kind=Normalization)),
     **dict.fromkeys(EXTREMA, _extremum),
     **dict.fromkeys(INTERPOLATIONS, products.interpolate),
     **dict.fromkeys(CONCATENATIONS, _concatenate),
@@ -353,7 +364,7 @@ HANDLERS = {
     **dict.fromkeys(('addcmul', 'addcmul_', 'addcdiv', 'addcdiv_'), products.addcmul),
     **dict.fromkeys(('lerp', 'lerp_'), products.lerp),
     **dict.fromkeys(('lp_pool1d', 'lp_pool2d', 'lp_pool3d'), products.lp_pool),
-    **dict.fromkeys(('dist', 'pairwise_distance'), products.distance),
+    **dict.fromkeys(('dist', 'pairwise_distance', 'cdist'), products.distance),
     **dict.fromkeys(moves.PLACEMENTS, moves.place),
     **dict.fromkeys(moves.SUMS, moves.add_up),
     **dict.fromkeys(moves.SUMS_AT_PLACES, moves.add_at),
@@ -364,7 +375,7 @@ HANDLERS = {
     **dict.fromkeys(('quantile', 'nanquantile'), moves.quantile),
     **dict.fromkeys(('unfold', 'im2col'), moves.unfold),
     **dict.fromkeys(('chain_matmul', 'linalg_multi_dot'), products.multi_dot),
-    'affine_grid': products.affine_grid,
+    **dict.fromkeys(('affine_grid', 'affine_grid_generator'), products.affine_grid),
     'bilinear': products.bilinear,
     'convolution': _convolution,
     'cosine_similarity': products.cosine_similarity,
@@ -400,7 +411,7 @@ def handle(canonizer, call, function):
     object
         What the function returns.
     '''
-    target = function.kwargs.get('out')
+    target = function.kwargs.get('out') if function.kwargs else None
     if isinstance(target, torch.Tensor):
         # stand-ins build no graph for it, and PyTorch does not either
         kwargs = {key: elem for key, elem in function.kwargs.items() if key != 'out'}
@@ -408,9 +419,9 @@ def handle(canonizer, call, function):
             function.func, function.name, function.args, kwargs, function.carriers
         ))
         return (target if target.shape == output.shape else target.resize_(output.shape)).copy_(output)
+    handler = HANDLERS.get(function.name)
+    if handler is not None and not any(map(torch.is_complex, function.carriers)):
+        return handler(canonizer, call, function)
     is_complex = function.name.startswith('fft_') or function.name in COMPLEX_FUNCTIONS
-    if is_complex or products.is_complex(*function.carriers):
-        return canonizer.refuse(call, function, products.COMPLEX)
-    if function.name in HANDLERS:
-        return HANDLERS[function.name](canonizer, call, function)
-    return canonizer.refuse(call, function, 'no rule covers it')
+    is_complex = is_complex or products.is_complex(*function.carriers)
+    return canonizer.refuse(call, function, products.COMPLEX if is_complex else 'no rule covers it')

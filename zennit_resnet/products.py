@@ -63,21 +63,34 @@ def run_on(canonizer, call, kind, function, signal, **settings):
     return target.copy_(canonizer.run(call, kind, function.out_of_place().keep(signal), **settings))
 
 
+def run_first(canonizer, call, function, kind, **settings):
+    '''Run a function that returns several tensors, of which the first has the rule and the others are constants.'''
+    with torch.no_grad():
+        _, *others = function()
+    func = function.func
+    first = FunctionCall(
+        lambda *args, **kwargs: func(*args, **kwargs)[0], function.name, function.args, function.kwargs,
+        function.carriers,
+    )
+    return (canonizer.run(call, kind, first, **settings), *others)
+
+
 def multiply(canonizer, call, function):
     '''A product or quotient of two factors, element by element.'''
     left, right = function.operands()
     is_division = 'div' in function.name
-    if is_complex(left, right):
-        return canonizer.refuse(call, function, COMPLEX)
     if len(function.carriers) == 1:
+        if is_complex(left, right):
+            return canonizer.refuse(call, function, COMPLEX)
         signal, = function.carriers
         is_divisor = is_division and signal is (left if function.name in ('__rdiv__', '__rtruediv__') else right)
         # a constant divided by a tensor is a function of each element, as its reciprocal is
         return run_on(canonizer, call, Activation if is_divisor else Gate, function, signal)
     if left is right and not is_division:
         # a square
+        func = function.func
         return canonizer.run(call, Activation, FunctionCall(
-            lambda input: function.func(input, input), function.name, (left,), {}, [left]
+            lambda input: func(input, input), function.name, (left,), {}, [left]
         ))
     signal = 0 if is_division else find_signal([left, right])
     if signal is None:
@@ -132,7 +145,7 @@ def contract(canonizer, call, function):
     signal, = function.carriers
     constant, = (elem for elem in function.tensors() if elem is not signal)
     if is_pooling and bool((constant >= 0).all()):
-        return canonizer.run(call, NonNegativeMap, function)
+        return canonizer.run(call, NonNegativeMap, function, examples=None)
     is_left = next(elem for elem in function.tensors()) is signal
     if constant.ndim == 2 and is_left and function.name in ('matmul', '__matmul__', 'mm', 'linalg_matmul') and (
         constant.layout is torch.strided
@@ -155,7 +168,7 @@ def linear_map(canonizer, call, function, product, weight):
     '''Run a function of one carrier, which is a product with a constant.'''
     signal, = function.carriers
     standin = canonizer.stand_in(call, LinearMap, function.name)
-    standin.set_product(product, weight.to_dense() if weight.is_sparse else weight, function.rebind())
+    standin.set_product(product, weight if weight.layout is torch.strided else weight.to_dense(), function.rebind())
     return canonizer.run_known(lambda: standin(signal), [signal])
 
 
@@ -209,7 +222,7 @@ def einsum(canonizer, call, function):
     if len(operands) > 1:
         return _contract_many(canonizer, call, function, inputs, output, operands)
     # sums over positions, or a permutation or diagonal, of which the gradient is the rule
-    return function() if set(inputs[0]) <= set(output) else canonizer.run(call, NonNegativeMap, function)
+    return function() if set(inputs[0]) <= set(output) else canonizer.run(call, NonNegativeMap, function, examples=None)
 
 
 def _subscripts(equation, operands):
@@ -233,7 +246,7 @@ def _subscripts(equation, operands):
 
 def multi_dot(canonizer, call, function):
     '''A product of several matrices, of which the first and last may be vectors.'''
-    operands = function.args[0] if isinstance(function.args[0], (list, tuple)) else function.args
+    operands = function.tensors()
     letters = iter(string.ascii_lowercase)
     before, inputs, output = next(letters), [], ''
     for num, elem in enumerate(operands):
@@ -244,7 +257,7 @@ def multi_dot(canonizer, call, function):
         inputs.append(before + after)
         output += before if num == 0 else ''
         before = after
-    return _contract_many(canonizer, call, function, inputs, output + before, list(operands))
+    return _contract_many(canonizer, call, function, inputs, output + before, operands)
 
 
 def _contract_many(canonizer, call, function, inputs, output, operands):
@@ -256,7 +269,7 @@ def _contract_many(canonizer, call, function, inputs, output, operands):
     index = next(num for num, elem in enumerate(operands) if elem is signal)
     constants = [elem.detach() for num, elem in enumerate(operands) if num != index]
     if is_pooling and all(bool((elem >= 0).all()) for elem in constants):
-        return canonizer.run(call, NonNegativeMap, pooled)
+        return canonizer.run(call, NonNegativeMap, pooled, examples=None)
     others = [key for num, key in enumerate(inputs) if num != index]
     kept, = others if len(others) == 1 else (''.join(
         key for key in sorted(set(''.join(others))) if key in inputs[index] + output
@@ -340,20 +353,23 @@ def lp_pool(canonizer, call, function):
 
 def distance(canonizer, call, function):
     '''A norm of a difference.'''
-    names = ('input', 'other', 'p') if function.name == 'dist' else ('x1', 'x2', 'p', 'eps', 'keepdim')
+    names = {
+        'dist': ('input', 'other', 'p'), 'cdist': ('x1', 'x2', 'p'), 'pairwise_distance': ('x1', 'x2', 'p', 'eps'),
+    }[function.name]
     given = function.bind(*names)
-    left, right = (given.get(key, given.get('input') if key == 'x1' else None) for key in names[:2])
-    dims = None if function.name == 'dist' else -1
-    shift = 0. if function.name == 'dist' else given.get('eps', 1e-6)
+    left, right = given[names[0]], given[names[1]]
+    if function.name == 'cdist':
+        left, right = left.unsqueeze(-2), right.unsqueeze(-3)
+    shift = given.get('eps', 1e-6) if 'eps' in names else 0.
     return write_out(canonizer, function, lambda: torch.linalg.vector_norm(
-        left - right + shift, float(given.get('p', 2)), dims
+        left - right + shift, float(given.get('p', 2)), None if function.name == 'dist' else -1
     ))
 
 
 def cosine_similarity(canonizer, call, function):
     '''A product of normalized tensors, of which relevance passes the normalization.'''
     given = function.bind('x1', 'x2', 'dim')
-    left, right, dim = given.get('x1', given.get('input')), given['x2'], given.get('dim', 1)
+    left, right, dim = given['x1'], given['x2'], given.get('dim', 1)
     return write_out(canonizer, function, lambda: torch.sum(
         F.normalize(left, dim=dim) * F.normalize(right, dim=dim), dim
     ))

@@ -95,8 +95,10 @@ class Relative(SinglePass):
                 ones = torch.ones_like(input).requires_grad_()
                 output = module.linear(ones, torch.ones_like)
             counts, = torch.autograd.grad(output, ones, torch.ones_like(output))
-            per_position = self.cardinality == 'per_position'
-            return float(output.detach().max()), counts if per_position else float(counts.max())
+            fan_in = _largest(output.detach())
+            return fan_in.masked_fill(fan_in == 0, 1.), (
+                counts if self.cardinality == 'per_position' else _largest(counts)
+            )
         if isinstance(module, torch.nn.Linear):
             return module.weight.shape[1], module.weight.shape[0]
         num, per_position = input.ndim - 2, self.cardinality == 'per_position'
@@ -150,6 +152,11 @@ class RelativeMaxPool(Relative):
         # functional maximum over whole dimensions
         maximum = input.amax(() if module.dim is None else module.dim, keepdim=True)
         return relevance.reshape(maximum.shape) * (input == maximum)
+
+
+def _largest(tensor):
+    '''The largest element of each example.'''
+    return tensor.amax(tuple(range(1, tensor.ndim)), keepdim=True) if tensor.ndim > 1 else tensor
 
 
 def _check_examples(module, input):

@@ -116,7 +116,7 @@ class Refill(SinglePass):
         if not bool(lost.any()):
             return (lower,)
         kept = (torch.autograd.grad(output, leaf, torch.ones_like(output))[0] != 0).to(lower)
-        return (lower + _share_evenly(lost, kept),)
+        return (lower + _share_evenly(lost, kept, module.examples),)
 
 
 class Proportional(SinglePass):
