@@ -150,12 +150,13 @@ class Network(nn.Module):
                 modules = twin_modules(self)
                 used = {name for name in re.findall(r'\[([a-z]+)\]', code) if name in modules}
                 self.twins = nn.ModuleDict({name: modules[name] for name in modules if name in used})
-                code = re.sub(r'\[([a-z]+)\]', lambda match: f'twins[{match[1]!r}]' if match[1] in used else match[0], code)
+                for name in used:
+                    code = code.replace(f'[{name}]', f'twins[{name!r}]')
             *statements, value = code.split('; ')
             self.code = compile('; '.join(statements), function, 'exec') if statements else None, compile(
                 value, function, 'eval')
             self.used = set(re.findall(r'\b[A-Za-z]\w*\b', code))
-        self.layer = None if layer is None else randomize(eval(layer, {'nn': nn, 'ops': ops, 'torch': torch, 'prune': prune}))
+        self.layer = None if layer is None else randomize(eval(layer, dict(nn=nn, ops=ops, torch=torch, prune=prune)))
         self.head = None
         # in an additional run, relevance before and after the function is recorded
         self.tapped = None
@@ -196,7 +197,7 @@ class Network(nn.Module):
             # of a single example of the batch
             make['d'] = lambda: h.reshape(1, 2, 4, 6, 6)
         scope = {name: value() for name, value in make.items() if name in self.used}
-        for name in self.used & {'c', 'C', 'B', 'W', 'b', 'K', 'K1', 'K3', 'T', 'T1', 'T3', 'o', 'i', 'mu', 'var', 'boxes'}:
+        for name in self.used & set('c C B W b K K1 K3 T T1 T3 o i mu var boxes'.split()):
             scope[name] = getattr(self, name)
         scope.update(torch=torch, F=F, nn=nn, ops=ops, layer=self.layer, twins=getattr(self, 'twins', None))
         statements, value = self.code
