@@ -217,8 +217,11 @@ class Probe:
             grad is None or key not in tapped or not differ(grad, tapped[key]) for key, grad in zip(values, grads)
         )
 
-    def matrix(self):
-        '''Compare the relevance of a linear function with z+ of its matrix. Empty if it is right, or not linear.'''
+    def matrix(self, label='ratio'):
+        '''Compare the relevance of a linear function with the rule of its matrix. Empty if it is right, or not linear.
+
+        Contributions of relative LRP are compared up to a factor, and where all outputs have as many inputs.
+        '''
         network = self.network
         with torch.no_grad():
             carriers = network.carriers(self.images)
@@ -237,7 +240,8 @@ class Probe:
             return ''
         network.tapped = {}
         try:
-            self.explain(ResNetLRP(projection='literal'), self.images, self.targets)
+            rule = ResNetLRP(projection='literal') if label == 'ratio' else COMPOSITES[label]()
+            self.explain(rule, self.images, self.targets)
             tapped = network.tapped
         finally:
             network.tapped = None
@@ -245,6 +249,13 @@ class Probe:
             return ''
         rows = torch.autograd.functional.jacobian(function, value).reshape(none.numel(), value.numel())
         start = tapped['output'].reshape(-1)
+        if label == 'relative':
+            if not 1 < int((rows != 0).sum(1).min()) == int((rows != 0).sum(1).max()):
+                return ''
+            expected, found = value * (rows.T @ start).reshape(value.shape), tapped['h']
+            expected, found = (elem / elem.flatten(1).abs().sum(1)[:, None, None, None] for elem in (expected, found))
+            difference = differ(expected, found)
+            return f'differs from the relative rule of its matrix by {difference:.1e}' if difference else ''
         parts = (rows * value.reshape(-1)).clamp(min=0)
         moved = ((rows != 0).sum(1) == 1)[:, None] * (rows != 0)
         parts = torch.where(moved.any(1, keepdim=True), moved.double(), parts)
@@ -272,8 +283,10 @@ def attempt(function, layer=None, full=True, with_matrix=True):
             if not full and result[0] == 'silent':
                 # with what arrives before and after the function
                 result = probe.check(label, True)
-            if label == 'ratio' and full and with_matrix and result[0] in ('conserves', 'passes'):
-                if note := probe.matrix():
+            if full and with_matrix and (label, result[0]) in (
+                ('ratio', 'conserves'), ('ratio', 'passes'), ('relative', 'finite'),
+            ):
+                if note := probe.matrix(label):
                     result = 'silent', note
             found[label].setdefault(result, []).append('signed' if signed else 'ReLU')
     if not found:
