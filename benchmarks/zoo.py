@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import re
 import resource
+import signal
 import sys
 import time
 import warnings
@@ -221,19 +222,24 @@ def run_apart(package, name, build, shapes, seconds, memory):
     receiver, sender = context.Pipe(False)
 
     def work():
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        limit = int(seconds + used.ru_utime + used.ru_stime) + 1
         resource.setrlimit(resource.RLIMIT_AS, (int(memory * 2 ** 30),) * 2)
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
         sender.send(run_one(package, name, build, shapes))
 
     process = context.Process(target=work)
     process.start()
     sender.close()
     try:
-        if receiver.poll(seconds):
+        # of a machine with other work to do
+        if receiver.poll(5 * seconds):
             return receiver.recv()
         outcome = 'took too long'
     except EOFError:
         process.join()
-        outcome = f'ended with {process.exitcode}'
+        is_slow = -process.exitcode in (signal.SIGKILL, signal.SIGXCPU)
+        outcome = 'took too long' if is_slow else f'ended with {process.exitcode}'
     finally:
         process.kill()
         process.join()
@@ -282,15 +288,18 @@ def main():
     parser.add_argument('--packages', nargs='+', default=list(PACKAGES), choices=list(PACKAGES), help='by default, all')
     parser.add_argument('--names', action='append', help='pattern of names')
     parser.add_argument('--out', default='zoo.jsonl', help='file of results, which is added to (default: zoo.jsonl)')
-    parser.add_argument('--seconds', type=float, default=90, help='limit for each network')
+    parser.add_argument('--seconds', type=float, default=90, help='CPU time for each network')
     parser.add_argument('--memory', type=float, default=12, help='limit for each network in GiB')
+    parser.add_argument('--retry', nargs='+', default=[], help='outcomes of which networks run again')
     parser.add_argument('--summary', action='store_true', help='print the summary of the file only')
     args = parser.parse_args()
     warnings.simplefilter('ignore')
     torch.set_num_threads(1)
     path = Path(args.out)
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    known = {(record['package'], record['name']) for record in records}
+    lines = path.read_text().splitlines() if path.exists() else []
+    # the last line of a network counts
+    records = {(record['package'], record['name']): record for record in map(json.loads, lines)}
+    known = {key for key, record in records.items() if record['outcome'] not in args.retry}
     for package in () if args.summary else args.packages:
         try:
             networks = list(PACKAGES[package]())
@@ -302,10 +311,11 @@ def main():
             if not is_wanted or (package, name) in known:
                 continue
             record = run_apart(package, name, build, shapes, args.seconds, args.memory)
-            records.append(record)
+            records[package, name] = record
             with path.open('a') as file:
                 file.write(json.dumps(record) + '\n')
             print(f'{package:14} {name:36} {record["outcome"]:20} {record["note"][:120]}', flush=True)
+    records = list(records.values())
     print('\n'.join(summarize(records)))
     fine = ('conserves', 'refuses', 'not built', 'took too long')
     return 1 if any(record['outcome'] not in fine for record in records) else 0

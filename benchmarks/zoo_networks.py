@@ -129,7 +129,7 @@ def monai():
     three = {'spatial_dims': 3, 'in_channels': 1, 'out_channels': 3}
     two = {**three, 'spatial_dims': 2}
     small = {'channels': (4, 8, 16), 'strides': (2, 2)}
-    volume, slices = [VOLUME, (1, 64, 64, 64)], [(1, 64, 64), (1, 128, 128)]
+    volume, slices = [(1, 16, 16, 16), VOLUME, (1, 64, 64, 64)], [(1, 64, 64), (1, 128, 128)]
     table = {
         'ResNet 3d': lambda: nets.ResNet('basic', [1, 1, 1, 1], [4, 8, 16, 32], n_input_channels=1, num_classes=3),
         'resnet10': lambda: nets.resnet10(spatial_dims=3, n_input_channels=1, num_classes=3),
@@ -142,23 +142,22 @@ def monai():
         'BasicUNetPlusPlus 3d': lambda: nets.BasicUNetPlusPlus(**three, features=(4, 4, 8, 8, 16, 4)),
         'SegResNet 3d': lambda: nets.SegResNet(**three, init_filters=8),
         'SegResNetDS 3d': lambda: nets.SegResNetDS(**three, init_filters=8, blocks_down=(1, 1, 1)),
-        'SegResNetVAE 3d': lambda: nets.SegResNetVAE((32, 32, 32), 3, 8, in_channels=1, out_channels=3, init_filters=8),
+        'SegResNetVAE 3d': lambda: nets.SegResNetVAE((16, 16, 16), 3, 8, in_channels=1, out_channels=3, init_filters=8),
         'DynUNet 3d': lambda: nets.DynUNet(**three, kernel_size=[3] * 3, strides=[1, 2, 2], upsample_kernel_size=[2, 2],
                                            filters=[4, 8, 16]),
         'VNet 3d': lambda: nets.VNet(3, 1, 3),
         'HighResNet 3d': lambda: nets.HighResNet(**three),
         'AttentionUnet 3d': lambda: nets.AttentionUnet(**three, **small),
         'AHNet 3d': lambda: nets.AHNet(spatial_dims=3, in_channels=1, out_channels=3),
-        'DAF3D': lambda: nets.DAF3D(in_channels=1, out_channels=3),
         'DiNTS': lambda: nets.DiNTS(nets.TopologyInstance(spatial_dims=3), 1, 3),
         'RegUNet 3d': lambda: nets.RegUNet(3, 1, 4, 3, out_channels=3),
         'LocalNet 3d': lambda: nets.LocalNet(3, 1, 4, 3, out_channels=3),
-        'GlobalNet 3d': lambda: nets.GlobalNet((32, 32, 32), 3, 1, 4, 3),
+        'GlobalNet 3d': lambda: nets.GlobalNet((16, 16, 16), 3, 1, 4, 3),
         'AutoEncoder 3d': lambda: nets.AutoEncoder(**three, **small),
-        'Classifier 3d': lambda: nets.Classifier((1, 32, 32, 32), 3, **small),
-        'Regressor 3d': lambda: nets.Regressor((1, 32, 32, 32), 3, **small),
-        'Discriminator 3d': lambda: nets.Discriminator((1, 32, 32, 32), **small),
-        'Critic 3d': lambda: nets.Critic((1, 32, 32, 32), **small),
+        'Classifier 3d': lambda: nets.Classifier((1, 16, 16, 16), 3, **small),
+        'Regressor 3d': lambda: nets.Regressor((1, 16, 16, 16), 3, **small),
+        'Discriminator 3d': lambda: nets.Discriminator((1, 16, 16, 16), **small),
+        'Critic 3d': lambda: nets.Critic((1, 16, 16, 16), **small),
         'UNETR': lambda: nets.UNETR(1, 3, (32, 32, 32), 4, 24, 32, 2),
         'SwinUNETR': lambda: nets.SwinUNETR(in_channels=1, out_channels=3, feature_size=12),
         'MedNeXt 3d': lambda: nets.MedNeXt(3, 4, 1, 3),
