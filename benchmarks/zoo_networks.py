@@ -232,8 +232,10 @@ def braindecode():
     for name in dir(package):
         kind = getattr(package, name)
         if isinstance(kind, type) and issubclass(kind, nn.Module) and not name.startswith('Interpolated'):
-            yield name, lambda kind=kind: kind(n_chans=8, n_outputs=4, n_times=1000, sfreq=100), [(8, 1000)]
-            yield f'{name}, two channels', lambda kind=kind: kind(n_chans=2, n_outputs=4, n_times=3000, sfreq=100), [(2, 3000)]
+            # networks for sleep need half a minute
+            shape = (2, 3000) if re.search('[sS]leep', name) else (8, 1000)
+            yield name, lambda kind=kind, shape=shape: kind(
+                n_chans=shape[0], n_outputs=4, n_times=shape[1], sfreq=100), [shape]
 
 
 def transformers():
