@@ -223,7 +223,7 @@ def torchreid():
                  'resnet50mid', 'hacnn', 'pcb_p6', 'mlfn', 'osnet_x0_25', 'osnet_x0_5', 'osnet_ibn_x1_0', 'osnet_ain_x0_25',
                  'xception', 'nasnsetmobile'):
         shape = (3, 160, 64) if name == 'hacnn' else (3, 256, 128) if name == 'mudeep' else (3, 128, 64)
-        yield name, lambda name=name: package.build_model(name, 7, pretrained=False), [shape, (3, 256, 128)]
+        yield name, lambda name=name: package.build_model(name, 7, pretrained=False, use_gpu=False), [shape, (3, 256, 128)]
 
 
 def braindecode():
@@ -277,6 +277,18 @@ def transformers():
             hidden_size=16, auxiliary_in_channels=24, num_labels=5)), [IMAGE, (3, 128, 128)]
 
 
+class Raw(nn.Module):
+    '''Logits of a network of ultralytics, without the softmax and the boxes that it has in evaluation.'''
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        '''Logits of classes, for all anchors.'''
+        output = self.network(x)[1]
+        return output if isinstance(output, torch.Tensor) else output.get('one2one', output)['scores']
+
+
 def ultralytics():
     '''Networks from their descriptions: classes, boxes, masks.'''
     from pathlib import Path
@@ -286,8 +298,7 @@ def ultralytics():
     folder = Path(package.__file__).parent / 'cfg' / 'models'
     table = {
         'v8/yolov8n-cls': 'ClassificationModel', '11/yolo11n-cls': 'ClassificationModel', '26/yolo26n-cls': 'ClassificationModel',
-        'v8/yolov8-cls-resnet50': 'ClassificationModel', '11/yolo11-cls-resnet18': 'ClassificationModel',
-        '12/yolo12n-cls': 'ClassificationModel', 'v3/yolov3-tiny': 'DetectionModel',
+        'v8/yolov8-cls-resnet50': 'ClassificationModel', '12/yolo12n-cls': 'ClassificationModel', 'v3/yolov3-tiny': 'DetectionModel',
         'v5/yolov5n': 'DetectionModel', 'v6/yolov6n': 'DetectionModel', 'v8/yolov8n': 'DetectionModel',
         'v8/yolov8n-ghost': 'DetectionModel', 'v9/yolov9t': 'DetectionModel', 'v10/yolov10n': 'DetectionModel',
         '11/yolo11n': 'DetectionModel', '12/yolo12n': 'DetectionModel', '26/yolo26n': 'DetectionModel',
@@ -295,7 +306,11 @@ def ultralytics():
         'v8/yolov8n-obb': 'OBBModel',
     }
     for name, kind in table.items():
-        yield name, lambda name=name, kind=kind: getattr(tasks, kind)(str(folder / f'{name}.yaml'), verbose=False), [IMAGE]
+        yield name, lambda name=name, kind=kind: Raw(
+            getattr(tasks, kind)(str(folder / f'{name}.yaml'), verbose=False)), [IMAGE]
+        if name in ('v8/yolov8n-cls', 'v8/yolov8n'):
+            yield f'{name}, decoded', lambda name=name, kind=kind: getattr(tasks, kind)(
+                str(folder / f'{name}.yaml'), verbose=False), [IMAGE]
 
 
 def effdet():
