@@ -153,6 +153,8 @@ class Explained:
         '''Whether a map is the same again, alone, and for twins of the network. Empty if it is.'''
         relevance = self.maps[label]
         is_first = label == 'ratio'
+        # sums of branches may be small, and are divided by
+        tolerance = 1e-4 if label == 'relative' else TWINS
         if is_first and not torch.equal(self.explain(label)[1], relevance):
             return 'not deterministic', ''
         for num in range(2) if is_first else (1,):
@@ -168,7 +170,7 @@ class Explained:
             whole = relevance[num]
             if label == 'relative':
                 alone, whole = (elem / elem.abs().sum().clamp(min=1e-300) for elem in (alone, whole))
-            if difference := differ(whole, alone, TWINS):
+            if difference := differ(whole, alone, tolerance):
                 itself = float((output - self.plain[num:num + 1]).abs().max())
                 note = f', its output by {itself:.1e}' if itself > 1e-9 else ''
                 return 'depends on the batch', f'image {num} alone differs by {difference:.1e}{note}'
@@ -189,7 +191,7 @@ class Explained:
                 if outcome == 'refuses' and name == 'functional_call':
                     continue
                 return 'twins differ', f'{name}: {outcome}: {text}'
-            if difference := differ(relevance, other, TWINS):
+            if difference := differ(relevance, other, tolerance):
                 return 'twins differ', f'{name} by {difference:.1e}'
         return None
 
