@@ -195,6 +195,8 @@ class Probe:
             if kept and abs(float(relevance.sum()) + kept - len(relevance)) < TOLERANCE:
                 return 'absorbs', f'constants in its output keep what they receive ({gap:.1e})'
             return 'silent', note + (', its plain gradient' if self._is_gradient(tapped) else '')
+        if 's' in tapped and tapped['s'].any():
+            return 'silent', 'the gate s receives relevance'
         if start is None or len(values) != 1:
             return 'conserves', ''
         value, end = values['h'], tapped.get('h')
@@ -444,11 +446,14 @@ def write(rows, skipped, twins):
         lines += ['## Spellings that differ', '', '| form | composite | outcome | note |', '|---' * 4 + '|']
         lines += [f'| `{form}` | {label} | {outcome} | {shorten(note)} |' for form, label, outcome, note in twins]
         lines.append('')
-    good = [row for row, bad in zip(rows, is_fault) if not bad]
+    known = set(re.findall(r'\w+', ' '.join(FUNCTIONS.values())))
+    good = [row for row, bad in zip(rows, is_fault) if not bad and (
+        row[0] != SAMPLES or re.split('[ .]', row[1].partition(' (')[0])[-1] not in known)]
     for group in dict.fromkeys(row[0] for row in good):
         lines += ['## ' + group.capitalize(), '']
         if group == SAMPLES:
-            lines += ['One image; the first of the inputs, or all of them, depend on it.', '']
+            lines += ['One image; the first of the inputs, or all of them, depend on it. Names that are in the tables '
+                      'above are run, but left out here.', '']
         parts = {'conserves': [], 'passes': [], 'absorbs': [], 'refuses': [], 'depends on the form or the sign': []}
         for _, *row in (row for row in good if row[0] == group):
             parts.get(cell(row[2]['ratio']), parts['depends on the form or the sign']).append(row)

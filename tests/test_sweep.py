@@ -25,6 +25,7 @@ def outcomes(code, layer=None):
     ('F.avg_pool2d(h, 3, 2, 1)', None, 'conserves'),
     ('h + g', None, 'conserves'),
     ('h * s', None, 'conserves'),
+    ('h * s.mean((2, 3), keepdim=True)', None, 'conserves'),
     ('F.gelu(h)', None, 'passes'),
     ('torch.cat((h, C.expand(2, -1, -1, -1)), 1)', None, 'absorbs'),
     ('h * g', None, 'refuses'),
