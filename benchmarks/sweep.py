@@ -1,16 +1,15 @@
 '''Which functions and layers can be explained: a table of all of them, and whether spellings of one of them agree.
 
     python benchmarks/sweep.py --out docs/operations.md
-    python benchmarks/sweep.py --names 'max*' --names 'nn.Max*' --faults
+    python benchmarks/sweep.py --names 'max*' --names 'nn.Max*'
 
-Each runs in a small network in double precision, conv -> ReLU or not -> function -> linear, for two images. With the package
-expecttest, there are also the samples of PyTorch's own tests, one image each. Exit status 1 if there is any fault.
+Each runs in a small network in double precision, conv -> ReLU or not -> function -> linear, for two images.
+With the package expecttest, samples of PyTorch's own tests run as well, one image each. Exit status 1 for any fault.
 '''
 import argparse
 import collections
 import fnmatch
 import linecache
-import random
 import re
 import sys
 import time
@@ -18,7 +17,6 @@ import traceback
 import warnings
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from zennit.attribution import Gradient
@@ -26,7 +24,7 @@ from zennit.attribution import Gradient
 from zennit_resnet import BlockLRP, RelativeLRP, ResNetLRP, UnsupportedOperation, initial_relevance
 
 sys.path.insert(0, str(Path(__file__).parent))
-from sweep_networks import Network  # noqa: E402
+from sweep_networks import Network, database  # noqa: E402
 from sweep_specs import FUNCTIONS, LAYERS, TWINS, parse  # noqa: E402
 
 COMPOSITES = {
@@ -35,11 +33,12 @@ COMPOSITES = {
     'block': lambda: BlockLRP(epsilon=1e-12),
     'relative': RelativeLRP,
 }
-TITLES = {'ratio': 'ResNetLRP', 'merge': "ResNetLRP(batch_norm='merge')", 'block': 'BlockLRP', 'relative': 'RelativeLRP'}
+TITLES = {'ratio': 'ResNetLRP', 'merge': "`batch_norm='merge'`", 'block': 'BlockLRP', 'relative': 'RelativeLRP'}
 FAULTS = (
     'crash', 'silent', 'output changed', 'network changed', 'depends on the batch', 'not deterministic', 'twins differ',
 )
 TOLERANCE = 1e-9
+SAMPLES = 'samples of PyTorch\'s own tests'
 
 
 def snapshot(model):
@@ -54,9 +53,10 @@ def snapshot(model):
 
 
 def describe(error):
-    '''Outcome of an exception: a refusal if this package has raised it, and a crash otherwise, with a first sentence.'''
+    '''Outcome of an exception: a refusal if this package has raised it, a crash otherwise, and its first sentence.'''
     last = traceback.extract_tb(error.__traceback__)[-1]
-    is_ours = 'zennit_resnet' in last.filename and linecache.getline(last.filename, last.lineno).strip().startswith('raise')
+    line = linecache.getline(last.filename, last.lineno).strip()
+    is_ours = 'zennit_resnet' in Path(last.filename).parts and line.startswith('raise')
     text = ' '.join(str(error).split())
     if isinstance(error, UnsupportedOperation) or is_ours:
         sentence = re.split(r'(?<=[.!])\s', text)[0]
@@ -76,7 +76,8 @@ class Probe:
         self.network = network
         self.size = 2 if network.code is not None else 1
         torch.manual_seed(1)
-        self.images = torch.randn(self.size, 3, 6, 6, dtype=torch.double) * torch.tensor([1., 2.])[:self.size, None, None, None]
+        self.images = torch.randn(self.size, 3, 6, 6, dtype=torch.double)
+        self.images[1:] *= 2
         self.targets = [1, 2][:self.size]
         self.start = torch.eye(5, dtype=torch.double)[self.targets]
         images = self.images.clone().requires_grad_()
@@ -125,8 +126,10 @@ class Probe:
                     return describe(error)[0], f'image {num} alone: {describe(error)[1]}'
                 if isinstance(alone, str):
                     continue
-                factor = 1 if label != 'relative' else relevance[num].abs().sum() / alone[0].abs().sum().clamp(min=1e-300)
-                if difference := differ(relevance[num], alone[0] * factor, 1e-6 if label == 'block' else TOLERANCE):
+                if label == 'relative':
+                    # which is rescaled for each example
+                    alone = alone * relevance[num].abs().sum() / alone.abs().sum().clamp(min=1e-300)
+                if difference := differ(relevance[num], alone[0], 1e-6 if label == 'block' else TOLERANCE):
                     return 'depends on the batch', f'image {num} alone differs by {difference:.1e}'
             self.network.tapped = {}
             try:
@@ -160,7 +163,7 @@ class Probe:
         rest = (self.plain - head.bias).gather(1, torch.tensor(self.targets)[:, None])
         if bool((rest == 0).any()):
             return 'finite', 'logits are their biases'
-        expected = self.images * self.gradient / rest[:, :, None, None]
+        expected = self.images * self.gradient / rest.detach()[:, :, None, None]
         if float((expected - relevance).abs().max()) > 1e-12 and (difference := differ(expected, relevance, 1e-6)):
             return 'silent', f'differs from gradient x input / (y - b) by {difference:.1e}'
         return 'exact', ''
@@ -186,18 +189,22 @@ class Probe:
                 output = function(**{key: value.clone() for key, value in values.items()})
                 depends = torch.zeros_like(output, dtype=torch.bool)
                 for scale in (1, 2, 5):
-                    depends |= function(**{key: value + scale * torch.randn_like(value) for key, value in values.items()}) != output
-            rest = float(sum(elem.sum() for elem in end)) - float(start[depends].sum())
-            if abs(rest) < TOLERANCE:
+                    noise = {key: value + scale * torch.randn_like(value) for key, value in values.items()}
+                    depends |= function(**noise) != output
+            kept = float(start[~depends].sum())
+            if kept and abs(float(relevance.sum()) + kept - len(relevance)) < TOLERANCE:
                 return 'absorbs', f'constants in its output keep what they receive ({gap:.1e})'
             return 'silent', note + (', its plain gradient' if self._is_gradient(tapped) else '')
+        if 's' in tapped and tapped['s'].any():
+            return 'silent', 'the gate s receives relevance'
         if start is None or len(values) != 1:
             return 'conserves', ''
         value, end = values['h'], tapped.get('h')
         torch.manual_seed(2)
         with torch.no_grad():
             output = function(value.clone())
-        if end is not None and start.shape == end.shape and not torch.equal(output, value) and not differ(start, end):
+        before, after, start, end = (elem.flatten() for elem in (value, output, start, value if end is None else end))
+        if len(start) == len(end) and not torch.equal(before, after) and not differ(start, end):
             return 'passes', ''
         return 'conserves', ''
 
@@ -208,10 +215,15 @@ class Probe:
             grads = torch.autograd.grad(output, list(values.values()), tapped['output'], allow_unused=True)
         except RuntimeError:
             return False
-        return all(grad is None or key not in tapped or not differ(grad, tapped[key]) for key, grad in zip(values, grads))
+        return all(
+            grad is None or key not in tapped or not differ(grad, tapped[key]) for key, grad in zip(values, grads)
+        )
 
-    def matrix(self):
-        '''Compare the relevance of a linear function with the rule of its matrix. Empty if it is right or not linear.'''
+    def matrix(self, label='ratio'):
+        '''Compare the relevance of a linear function with the rule of its matrix. Empty if it is right, or not linear.
+
+        Contributions of relative LRP are compared up to a factor, and where all outputs have as many inputs.
+        '''
         network = self.network
         with torch.no_grad():
             carriers = network.carriers(self.images)
@@ -230,7 +242,8 @@ class Probe:
             return ''
         network.tapped = {}
         try:
-            self.explain(ResNetLRP(projection='literal'), self.images, self.targets)
+            rule = ResNetLRP(projection='literal') if label == 'ratio' else COMPOSITES[label]()
+            self.explain(rule, self.images, self.targets)
             tapped = network.tapped
         finally:
             network.tapped = None
@@ -238,6 +251,13 @@ class Probe:
             return ''
         rows = torch.autograd.functional.jacobian(function, value).reshape(none.numel(), value.numel())
         start = tapped['output'].reshape(-1)
+        if label == 'relative':
+            if not 1 < int((rows != 0).sum(1).min()) == int((rows != 0).sum(1).max()):
+                return ''
+            expected, found = value * (rows.T @ start).reshape(value.shape), tapped['h']
+            expected, found = (elem / elem.flatten(1).abs().sum(1)[:, None, None, None] for elem in (expected, found))
+            difference = differ(expected, found)
+            return f'differs from the relative rule of its matrix by {difference:.1e}' if difference else ''
         parts = (rows * value.reshape(-1)).clamp(min=0)
         moved = ((rows != 0).sum(1) == 1)[:, None] * (rows != 0)
         parts = torch.where(moved.any(1, keepdim=True), moved.double(), parts)
@@ -265,8 +285,10 @@ def attempt(function, layer=None, full=True, with_matrix=True):
             if not full and result[0] == 'silent':
                 # with what arrives before and after the function
                 result = probe.check(label, True)
-            if label == 'ratio' and full and with_matrix and result[0] in ('conserves', 'passes'):
-                if note := probe.matrix():
+            if full and with_matrix and (label, result[0]) in (
+                ('ratio', 'conserves'), ('ratio', 'passes'), ('relative', 'finite'),
+            ):
+                if note := probe.matrix(label):
                     result = 'silent', note
             found[label].setdefault(result, []).append('signed' if signed else 'ReLU')
     if not found:
@@ -288,65 +310,10 @@ def rows_of(names=None):
         for _, forms, _ in parse(text):
             for form in forms:
                 layer, _, call = form.partition(' -> ')
-                if wanted(re.sub(r'\(.*', '', layer), form):
-                    yield 'layers', re.sub(r'\(.*', '', layer), call or f'layer({default})', layer, 'padding_mode' not in layer
-
-
-def database():
-    '''Functions of PyTorch's own tests with up to two samples each, as functions of an image.'''
-    try:
-        from torch.testing._internal.common_methods_invocations import op_db
-    except ImportError:
-        return
-    for info in op_db:
-        if not info.supports_autograd or not info.supports_dtype(torch.double, 'cpu'):
-            continue
-        torch.manual_seed(0)
-        np.random.seed(0)
-        random.seed(0)
-        try:
-            samples = list(info.sample_inputs('cpu', torch.double, requires_grad=False))
-        except Exception:
-            continue
-        samples = [sample for sample in samples if 1 < count(sample.input) <= 288]
-        name = info.name if not info.variant_test_name else f'{info.name} ({info.variant_test_name})'
-        for sample in samples[:1] + samples[-1:] if len(samples) > 1 else samples:
-            forms = {'function': info.op, 'method': info.method_variant, 'in place': info.inplace_variant}
-            for form, function in forms.items():
-                if function is not None:
-                    for every in (False, True):
-                        yield name, form, as_function(function, sample, every, form == 'in place')
-
-
-def count(value):
-    '''Number of elements of a tensor, or of a sequence of them.'''
-    if isinstance(value, torch.Tensor):
-        return value.numel() if value.dtype == torch.double and value.layout == torch.strided else 0
-    return sum(map(count, value)) if isinstance(value, (list, tuple)) else 0
-
-
-def as_function(function, sample, every, in_place):
-    '''A function of an image by a sample: its first input, or all of them, are shifted by the image.'''
-    def run(h):
-        flat = h.flatten() * .05
-
-        def shift(value, is_first):
-            if isinstance(value, torch.Tensor) and count(value) and (is_first or every) and value.numel() <= 288:
-                return value.detach() + flat[:value.numel()].reshape(value.shape)
-            if isinstance(value, (list, tuple)):
-                return type(value)([shift(elem, is_first and num == 0) for num, elem in enumerate(value)])
-            return value.detach().clone() if isinstance(value, torch.Tensor) else value
-
-        first = shift(sample.input, True)
-        args = [shift(value, False) for value in sample.args]
-        kwargs = {key: shift(value, False) for key, value in sample.kwargs.items()}
-        output = function(first.clone() if in_place else first, *args, **kwargs)
-        while isinstance(output, (tuple, list)):
-            output = output[0]
-        output = torch.view_as_real(output) if output.is_complex() else output
-        return output.reshape(1, -1)
-
-    return run
+                name = re.sub(r'\(.*', '', layer)
+                if wanted(name, form):
+                    # a padding of copies is a function of its own
+                    yield 'layers', name, call or f'layer({default})', layer, 'padding_mode' not in layer
 
 
 def compare_twins(names=None):
@@ -382,7 +349,8 @@ def compare_twins(names=None):
 def cell(results):
     '''Outcome of all runs of a form.'''
     outcomes = sorted({outcome for outcome, _ in results}, key=lambda elem: (elem not in FAULTS, elem))
-    return ', '.join(outcomes)
+    # what passes is often the identity after a ReLU
+    return ', '.join(outcomes if outcomes != ['conserves', 'passes'] else ['passes'])
 
 
 def shorten(note):
@@ -427,7 +395,7 @@ def run(names=None, with_database=True, progress=False):
     start, num = time.time(), 0
     for group, name, code, layer, with_matrix in rows_of(names):
         found = attempt(code, layer, with_matrix=with_matrix)
-        form = code if layer is None else layer + ('' if code in ('layer(h)', 'layer(v)', 'layer(d)', 'layer(u)') else f' -> {code}')
+        form = code if layer is None else layer if re.fullmatch(r'layer\([hvdu]\)', code) else f'{layer} -> {code}'
         (skipped if isinstance(found, str) else rows).append((group, name, form, found))
         num += 1
         if progress and num % 100 == 0:
@@ -447,48 +415,54 @@ def run(names=None, with_database=True, progress=False):
             print(f'{num} forms, {time.time() - start:.0f} s, {name}', file=sys.stderr, flush=True)
     for (name, form), found in samples.items():
         text = name if form == 'function' else f'{name}, {form}'
-        (skipped if found is None else rows).append(('samples', name, text, found))
+        (skipped if found is None else rows).append((SAMPLES, name, text, found))
     return rows, skipped, list(compare_twins(names))
+
+
+INTRODUCTION = '''# Operations, one by one
+
+Generated by `python benchmarks/sweep.py --out docs/operations.md` (PyTorch {version}). Each function or layer is in a
+small network in double precision, after a convolution with and without a ReLU; names: `benchmarks/sweep_specs.py`.
+
+- **conserves**: the relevance of the input sums to the initial relevance, the output is the same bit for bit, the
+  network is as before, and each image has the map which it has alone. Linear functions have z+ of their matrix.
+- **passes**: so it does, as the function works on each element: relevance stays where it is, whatever the values.
+- **absorbs**: constants in its output that are not zero keep what they receive.
+- **refuses**: an error, the first sentence of which is in the last column.
+- **exact** (`BlockLRP`): gradient × input / (y − b), the closed form of the method, or **finite** where biases of
+  linear layers in between are left out. `RelativeLRP` does not conserve: **finite**, and independent of the batch.
+
+'''
 
 
 def write(rows, skipped, twins):
     '''The page with all tables.'''
     is_fault = [any(outcome in FAULTS for results in found.values() for outcome, _ in results) for *_, found in rows]
     faults = [row[1:] for row, bad in zip(rows, is_fault) if bad]
-    lines = [
-        '# Operations, one by one', '',
-        'Generated by `python benchmarks/sweep.py --out docs/operations.md`'
-        f' (PyTorch {torch.__version__.partition("+")[0]}). Each function or layer is in a small network in double '
-        'precision, after a convolution with and without a ReLU; names are explained in `benchmarks/sweep_specs.py`.', '',
-        '- **conserves**: the relevance of the input sums to the initial relevance, the output is the same bit for bit, '
-        'the network is as before, and each image has the map which it has alone.',
-        '- **passes**: so it does, as the function works on each element: relevance stays where it is, whatever the values.',
-        '- **absorbs**: constants in its output that are not zero keep what they receive.',
-        '- **refuses**: an error, the first sentence of which is in the last column.',
-        '- **exact** (`BlockLRP`): gradient × input / (y − b), the closed form of the method. **finite** (`RelativeLRP`): '
-        'contributions are not conserved by the method, they are finite, and independent of the batch.', '',
-    ]
+    lines = INTRODUCTION.format(version=torch.__version__.partition('+')[0]).splitlines()
     if faults or any(outcome in FAULTS for _, _, outcome, _ in twins):
         lines += ['## Faults', '', *table(faults), '']
     if twins:
-        lines += ['## Spellings of one function that differ', '', '| form | composite | outcome | note |', '|---|---|---|---|']
-        lines += [f'| `{form}` | {label} | {outcome} | {shorten(note)} |' for form, label, outcome, note in twins] + ['']
-    good = [row for row, bad in zip(rows, is_fault) if not bad]
+        lines += ['## Spellings that differ', '', '| form | composite | outcome | note |', '|---' * 4 + '|']
+        lines += [f'| `{form}` | {label} | {outcome} | {shorten(note)} |' for form, label, outcome, note in twins]
+        lines.append('')
+    known = set(re.findall(r'\w+', ' '.join(FUNCTIONS.values())))
+    good = [row for row, bad in zip(rows, is_fault) if not bad and (
+        row[0] != SAMPLES or re.split('[ .]', row[1].partition(' (')[0])[-1] not in known)]
     for group in dict.fromkeys(row[0] for row in good):
-        title = 'Samples of PyTorch\'s own tests' if group == 'samples' else group.capitalize()
-        if group == 'samples':
-            lines += ['## ' + title, '', 'One image, the first of the inputs or all of them depend on it. Functions '
-                      'that the tables above have are left out unless they are different.', '']
-        else:
-            lines += ['## ' + title, '']
-        chosen = [row for row in good if row[0] == group]
-        for outcome in ('conserves', 'passes', 'absorbs', 'refuses', ''):
-            part = [row for row in chosen if (cell(row[3]['ratio']).split(', ')[0] if ',' not in cell(row[3]['ratio']) else '') == outcome]
+        lines += ['## ' + group.capitalize(), '']
+        if group == SAMPLES:
+            lines += ['One image; the first of the inputs, or all of them, depend on it. Names that are in the tables '
+                      'above are run, but left out here.', '']
+        parts = {'conserves': [], 'passes': [], 'absorbs': [], 'refuses': [], 'depends on the form or the sign': []}
+        for _, *row in (row for row in good if row[0] == group):
+            parts.get(cell(row[2]['ratio']), parts['depends on the form or the sign']).append(row)
+        for outcome, part in parts.items():
             if part:
-                lines += [f'### {outcome.capitalize() or "Depends on the form or the sign"}', '', *table([row[1:] for row in part]), '']
+                lines += [f'### {outcome.capitalize()}', '', *table(part), '']
     if skipped:
         names = ', '.join(f'`{form}`' for _, _, form, _ in skipped)
-        lines += ['## Without a gradient', '', f'Not differentiable in double precision, or not for these arguments: {names}.', '']
+        lines += ['## Without a gradient', '', f'In double precision, or for these arguments: {names}.', '']
     return '\n'.join(lines)
 
 
@@ -499,16 +473,16 @@ def summarize(rows, skipped, twins):
         counts = collections.Counter(cell(found[label]) for *_, found in rows)
         lines.append(f'{label:9} ' + ', '.join(f'{outcome} {num}' for outcome, num in counts.most_common()))
     lines.append(f'{len(rows)} rows, {len(skipped)} without a gradient, {len(twins)} differences of twins')
-    kinds = collections.defaultdict(list)
+    kinds = collections.defaultdict(dict)
     for group, _, form, found in rows:
         for label, results in found.items():
             for outcome, note in results:
-                if outcome in FAULTS and not any(fault.startswith(f'{form}   ') for fault in kinds[outcome, label]):
-                    kinds[outcome, label].append(f'{form}   [{group}] {note}')
+                if outcome in FAULTS:
+                    kinds[outcome, label].setdefault(form, f'[{group}] {note}')
     for form, label, outcome, note in twins:
-        kinds[f'twins: {outcome}', label].append(f'{form}   {note}')
+        kinds[f'twins: {outcome}', label][form] = note
     for (outcome, label), faults in sorted(kinds.items()):
-        lines += ['', f'## {outcome}, {label}: {len(faults)}', *(f'- {fault}' for fault in faults)]
+        lines += ['', f'## {outcome}, {label}: {len(faults)}', *(f'- {form}   {note}' for form, note in faults.items())]
     return lines
 
 
@@ -526,7 +500,7 @@ def main():
         Path(args.out).write_text(write(rows, skipped, twins))
     print('\n'.join(summarize(rows, skipped, twins)))
     for group, name, form, reason in skipped:
-        if group != 'samples':
+        if group != SAMPLES:
             print(f'skipped: {name}: {form}: {reason}')
     faults = [row for row in rows if any(outcome in FAULTS for results in row[3].values() for outcome, _ in results)]
     return 1 if faults or any(outcome in FAULTS for _, _, outcome, _ in twins) else 0

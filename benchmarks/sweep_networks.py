@@ -1,6 +1,8 @@
 '''Networks of benchmarks/sweep.py: a function or layer between convolutions of the input and a linear layer.'''
+import random
 import re
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -150,12 +152,13 @@ class Network(nn.Module):
                 modules = twin_modules(self)
                 used = {name for name in re.findall(r'\[([a-z]+)\]', code) if name in modules}
                 self.twins = nn.ModuleDict({name: modules[name] for name in modules if name in used})
-                code = re.sub(r'\[([a-z]+)\]', lambda match: f'twins[{match[1]!r}]' if match[1] in used else match[0], code)
+                for name in used:
+                    code = code.replace(f'[{name}]', f'twins[{name!r}]')
             *statements, value = code.split('; ')
             self.code = compile('; '.join(statements), function, 'exec') if statements else None, compile(
                 value, function, 'eval')
             self.used = set(re.findall(r'\b[A-Za-z]\w*\b', code))
-        self.layer = None if layer is None else randomize(eval(layer, {'nn': nn, 'ops': ops, 'torch': torch, 'prune': prune}))
+        self.layer = None if layer is None else randomize(eval(layer, dict(nn=nn, ops=ops, torch=torch, prune=prune)))
         self.head = None
         # in an additional run, relevance before and after the function is recorded
         self.tapped = None
@@ -196,7 +199,7 @@ class Network(nn.Module):
             # of a single example of the batch
             make['d'] = lambda: h.reshape(1, 2, 4, 6, 6)
         scope = {name: value() for name, value in make.items() if name in self.used}
-        for name in self.used & {'c', 'C', 'B', 'W', 'b', 'K', 'K1', 'K3', 'T', 'T1', 'T3', 'o', 'i', 'mu', 'var', 'boxes'}:
+        for name in self.used & set('c C B W b K K1 K3 T T1 T3 o i mu var boxes'.split()):
             scope[name] = getattr(self, name)
         scope.update(torch=torch, F=F, nn=nn, ops=ops, layer=self.layer, twins=getattr(self, 'twins', None))
         statements, value = self.code
@@ -220,3 +223,60 @@ class Network(nn.Module):
             output.register_hook(lambda grad: self.tapped.__setitem__('output', grad))
         output = output.flatten(1) if output.ndim > 1 else output.reshape(len(x), -1)
         return output if self.head is None else self.head(output)
+
+
+def database():
+    '''Functions of PyTorch's own tests with up to two samples each, as functions of an image.'''
+    try:
+        from torch.testing._internal.common_methods_invocations import op_db
+    except ImportError:
+        return
+    for info in op_db:
+        if not info.supports_autograd or not info.supports_dtype(torch.double, 'cpu'):
+            continue
+        torch.manual_seed(0)
+        np.random.seed(0)
+        random.seed(0)
+        try:
+            samples = list(info.sample_inputs('cpu', torch.double, requires_grad=False))
+        except Exception:
+            continue
+        samples = [sample for sample in samples if 1 < count(sample.input) <= 288]
+        name = info.name if not info.variant_test_name else f'{info.name} ({info.variant_test_name})'
+        for sample in samples[:1] + samples[-1:] if len(samples) > 1 else samples:
+            forms = {'function': info.op, 'method': info.method_variant, 'in place': info.inplace_variant}
+            for form, function in forms.items():
+                if function is not None:
+                    for every in (False, True):
+                        yield name, form, as_function(function, sample, every, form == 'in place')
+
+
+def count(value):
+    '''Number of elements of a tensor, or of a sequence of them.'''
+    if isinstance(value, torch.Tensor):
+        return value.numel() if value.dtype == torch.double and value.layout == torch.strided else 0
+    return sum(map(count, value)) if isinstance(value, (list, tuple)) else 0
+
+
+def as_function(function, sample, every, in_place):
+    '''A function of an image by a sample: its first input, or all of them, are shifted by the image.'''
+    def run(h):
+        flat = h.flatten() * .05
+
+        def shift(value, is_first):
+            if isinstance(value, torch.Tensor) and count(value) and (is_first or every) and value.numel() <= 288:
+                return value.detach() + flat[:value.numel()].reshape(value.shape)
+            if isinstance(value, (list, tuple)):
+                return type(value)([shift(elem, is_first and num == 0) for num, elem in enumerate(value)])
+            return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+        first = shift(sample.input, True)
+        args = [shift(value, False) for value in sample.args]
+        kwargs = {key: shift(value, False) for key, value in sample.kwargs.items()}
+        output = function(first.clone() if in_place else first, *args, **kwargs)
+        while isinstance(output, (tuple, list)):
+            output = output[0]
+        output = torch.view_as_real(output) if output.is_complex() else output
+        return output.reshape(1, -1)
+
+    return run

@@ -2,6 +2,7 @@
 
 Each package has a function that yields names with functions that build a network, and the shape of an input without the batch.
 '''
+# ruff: noqa: E501
 import importlib
 import os
 import re
@@ -128,7 +129,7 @@ def monai():
     three = {'spatial_dims': 3, 'in_channels': 1, 'out_channels': 3}
     two = {**three, 'spatial_dims': 2}
     small = {'channels': (4, 8, 16), 'strides': (2, 2)}
-    volume, slices = [VOLUME, (1, 64, 64, 64)], [(1, 64, 64), (1, 128, 128)]
+    volume, slices = [(1, 16, 16, 16), VOLUME, (1, 64, 64, 64)], [(1, 64, 64), (1, 128, 128)]
     table = {
         'ResNet 3d': lambda: nets.ResNet('basic', [1, 1, 1, 1], [4, 8, 16, 32], n_input_channels=1, num_classes=3),
         'resnet10': lambda: nets.resnet10(spatial_dims=3, n_input_channels=1, num_classes=3),
@@ -141,23 +142,22 @@ def monai():
         'BasicUNetPlusPlus 3d': lambda: nets.BasicUNetPlusPlus(**three, features=(4, 4, 8, 8, 16, 4)),
         'SegResNet 3d': lambda: nets.SegResNet(**three, init_filters=8),
         'SegResNetDS 3d': lambda: nets.SegResNetDS(**three, init_filters=8, blocks_down=(1, 1, 1)),
-        'SegResNetVAE 3d': lambda: nets.SegResNetVAE((32, 32, 32), 3, 8, in_channels=1, out_channels=3, init_filters=8),
+        'SegResNetVAE 3d': lambda: nets.SegResNetVAE((16, 16, 16), 3, 8, in_channels=1, out_channels=3, init_filters=8),
         'DynUNet 3d': lambda: nets.DynUNet(**three, kernel_size=[3] * 3, strides=[1, 2, 2], upsample_kernel_size=[2, 2],
                                            filters=[4, 8, 16]),
         'VNet 3d': lambda: nets.VNet(3, 1, 3),
         'HighResNet 3d': lambda: nets.HighResNet(**three),
         'AttentionUnet 3d': lambda: nets.AttentionUnet(**three, **small),
         'AHNet 3d': lambda: nets.AHNet(spatial_dims=3, in_channels=1, out_channels=3),
-        'DAF3D': lambda: nets.DAF3D(in_channels=1, out_channels=3),
         'DiNTS': lambda: nets.DiNTS(nets.TopologyInstance(spatial_dims=3), 1, 3),
         'RegUNet 3d': lambda: nets.RegUNet(3, 1, 4, 3, out_channels=3),
         'LocalNet 3d': lambda: nets.LocalNet(3, 1, 4, 3, out_channels=3),
-        'GlobalNet 3d': lambda: nets.GlobalNet((32, 32, 32), 3, 1, 4, 3),
+        'GlobalNet 3d': lambda: nets.GlobalNet((16, 16, 16), 3, 1, 4, 3),
         'AutoEncoder 3d': lambda: nets.AutoEncoder(**three, **small),
-        'Classifier 3d': lambda: nets.Classifier((1, 32, 32, 32), 3, **small),
-        'Regressor 3d': lambda: nets.Regressor((1, 32, 32, 32), 3, **small),
-        'Discriminator 3d': lambda: nets.Discriminator((1, 32, 32, 32), **small),
-        'Critic 3d': lambda: nets.Critic((1, 32, 32, 32), **small),
+        'Classifier 3d': lambda: nets.Classifier((1, 16, 16, 16), 3, **small),
+        'Regressor 3d': lambda: nets.Regressor((1, 16, 16, 16), 3, **small),
+        'Discriminator 3d': lambda: nets.Discriminator((1, 16, 16, 16), **small),
+        'Critic 3d': lambda: nets.Critic((1, 16, 16, 16), **small),
         'UNETR': lambda: nets.UNETR(1, 3, (32, 32, 32), 4, 24, 32, 2),
         'SwinUNETR': lambda: nets.SwinUNETR(in_channels=1, out_channels=3, feature_size=12),
         'MedNeXt 3d': lambda: nets.MedNeXt(3, 4, 1, 3),
@@ -202,7 +202,7 @@ def pytorchcv():
     def build(name):
         return table[name](pretrained=False)
 
-    skipped = ('1001', '1202', '542', '272', '250', '190', '236', '200', '164', '110', 'wrn16_10', 'wrn28', 'wrn40', 'a270')
+    skipped = ('56_cifar', '16x64d', '1001', '1202', '542', '272', '250', '190', '236', '200', '164', '110', 'wrn16_10', 'wrn28', 'wrn40', 'a270')
     names = [name for name in table if re.search(r'cifar10$', name) and not any(part in name for part in skipped)]
     for name in names:
         yield name, lambda name=name: build(name), [SMALL]
@@ -223,7 +223,7 @@ def torchreid():
                  'resnet50mid', 'hacnn', 'pcb_p6', 'mlfn', 'osnet_x0_25', 'osnet_x0_5', 'osnet_ibn_x1_0', 'osnet_ain_x0_25',
                  'xception', 'nasnsetmobile'):
         shape = (3, 160, 64) if name == 'hacnn' else (3, 256, 128) if name == 'mudeep' else (3, 128, 64)
-        yield name, lambda name=name: package.build_model(name, 7, pretrained=False), [shape, (3, 256, 128)]
+        yield name, lambda name=name: package.build_model(name, 7, pretrained=False, use_gpu=False), [shape, (3, 256, 128)]
 
 
 def braindecode():
@@ -232,8 +232,10 @@ def braindecode():
     for name in dir(package):
         kind = getattr(package, name)
         if isinstance(kind, type) and issubclass(kind, nn.Module) and not name.startswith('Interpolated'):
-            yield name, lambda kind=kind: kind(n_chans=8, n_outputs=4, n_times=1000, sfreq=100), [(8, 1000)]
-            yield f'{name}, two channels', lambda kind=kind: kind(n_chans=2, n_outputs=4, n_times=3000, sfreq=100), [(2, 3000)]
+            # networks for sleep need half a minute
+            shape = (2, 3000) if re.search('[sS]leep', name) else (8, 1000)
+            yield name, lambda kind=kind, shape=shape: kind(
+                n_chans=shape[0], n_outputs=4, n_times=shape[1], sfreq=100), [shape]
 
 
 def transformers():
@@ -275,6 +277,18 @@ def transformers():
             hidden_size=16, auxiliary_in_channels=24, num_labels=5)), [IMAGE, (3, 128, 128)]
 
 
+class Raw(nn.Module):
+    '''Logits of a network of ultralytics, without the softmax and the boxes that it has in evaluation.'''
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        '''Logits of classes, for all anchors.'''
+        output = self.network(x)[1]
+        return output if isinstance(output, torch.Tensor) else output.get('one2one', output)['scores']
+
+
 def ultralytics():
     '''Networks from their descriptions: classes, boxes, masks.'''
     from pathlib import Path
@@ -284,8 +298,7 @@ def ultralytics():
     folder = Path(package.__file__).parent / 'cfg' / 'models'
     table = {
         'v8/yolov8n-cls': 'ClassificationModel', '11/yolo11n-cls': 'ClassificationModel', '26/yolo26n-cls': 'ClassificationModel',
-        'v8/yolov8-cls-resnet50': 'ClassificationModel', '11/yolo11-cls-resnet18': 'ClassificationModel',
-        '12/yolo12n-cls': 'ClassificationModel', 'v3/yolov3-tiny': 'DetectionModel',
+        'v8/yolov8-cls-resnet50': 'ClassificationModel', '12/yolo12n-cls': 'ClassificationModel', 'v3/yolov3-tiny': 'DetectionModel',
         'v5/yolov5n': 'DetectionModel', 'v6/yolov6n': 'DetectionModel', 'v8/yolov8n': 'DetectionModel',
         'v8/yolov8n-ghost': 'DetectionModel', 'v9/yolov9t': 'DetectionModel', 'v10/yolov10n': 'DetectionModel',
         '11/yolo11n': 'DetectionModel', '12/yolo12n': 'DetectionModel', '26/yolo26n': 'DetectionModel',
@@ -293,7 +306,11 @@ def ultralytics():
         'v8/yolov8n-obb': 'OBBModel',
     }
     for name, kind in table.items():
-        yield name, lambda name=name, kind=kind: getattr(tasks, kind)(str(folder / f'{name}.yaml'), verbose=False), [IMAGE]
+        yield name, lambda name=name, kind=kind: Raw(
+            getattr(tasks, kind)(str(folder / f'{name}.yaml'), verbose=False)), [IMAGE]
+        if name in ('v8/yolov8n-cls', 'v8/yolov8n'):
+            yield f'{name}, decoded', lambda name=name, kind=kind: getattr(tasks, kind)(
+                str(folder / f'{name}.yaml'), verbose=False), [IMAGE]
 
 
 def effdet():
