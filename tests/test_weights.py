@@ -251,3 +251,52 @@ def test_rule_of_a_module_with_modules():
     model.scale = 2
     with pytest.raises(RuntimeError, match='Linear.*weights'):
         Gradient(model, ResNetLRP(layer_map=[(Twice, Jacobian())]))(x, initial_relevance(1))
+
+
+class Hyper(nn.Module):
+    '''A layer whose weights are those of others, or are computed from the input.'''
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.layer = (nn.Conv2d(3, 6, 3, bias=False) for _ in range(3))
+        self.weight, self.head, self.how = nn.Linear(3, 6 * 27), nn.Linear(6, 4), how
+
+    def call(self, x, weight):
+        '''Run the layer with a weight.'''
+        if self.how == 'function':
+            return F.conv2d(x, weight)
+        if self.how != 'attribute':
+            return torch.func.functional_call(self.layer, {'weight': weight}, (x,))
+        parameter = self.layer._parameters.pop('weight')
+        self.layer.weight = weight
+        output = self.layer(x)
+        del self.layer.weight
+        self.layer.weight = parameter
+        return output
+
+    def forward(self, x):
+        '''Logits.'''
+        if self.how == 'twice':
+            x = self.call(x, self.first.weight) + self.call(x, self.second.weight)
+        elif self.how == 'two':
+            x = self.first(x) + self.second(x)
+        else:
+            x = self.call(x, self.weight(x.mean((0, 2, 3))[None]).view(6, 3, 3, 3))
+        return self.head(x.relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize('name', ['ratio', 'merge', 'relative', 'block'])
+def test_a_layer_with_two_weights(name):
+    '''Each call has its own.'''
+    expected = explain(Hyper('two'), COMPOSITES[name]())[1]
+    torch.testing.assert_close(explain(Hyper('twice'), COMPOSITES[name]())[1], expected)
+    with pytest.raises(RuntimeError, match='weight'):
+        explain(Hyper('twice'), COMPOSITES['splitting']())
+
+
+@pytest.mark.parametrize('how', ['function', 'functional', 'attribute'])
+@pytest.mark.parametrize('name', ['ratio', 'merge', 'splitting'])
+def test_weights_that_depend_on_the_input(name, how):
+    '''Relevance should reach what they are computed from, for which there is no rule.'''
+    with pytest.raises(RuntimeError, match='weight'):
+        explain(Hyper(how), COMPOSITES[name]())

@@ -240,10 +240,14 @@ def forget():
         del _STATE.kept[address]
 
 
+def is_followed():
+    '''Whether a canonizer follows the network, also from within a function that it sees at the moment.'''
+    return bool(_STATE.watches)
+
+
 def note_weight(tensor, reader):
     '''Have ``reader.preserve(address)`` called before the network changes a weight in place, while it runs.'''
-    # also within the function that is seen at the moment
-    if _STATE.watches:
+    if is_followed():
         _STATE.weights.setdefault(address_of(tensor), []).append(reader)
 
 

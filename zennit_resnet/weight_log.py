@@ -50,9 +50,9 @@ class WeightLog:
         with DisableTorchFunction():
             weights, before = UsedWeights(module), self.used.get(module)
             if not is_again:
-                if before is None or before[-1].found != weights.found:
+                if before is None or not before[-1].is_same(weights):
                     self.used[module] = [*(before or ()), weights]
-            elif before is not None and not any(elem.is_current() for elem in before):
+            elif before is not None and not any(elem.is_same(weights) for elem in before):
                 raise RuntimeError(
                     f'Checkpointing runs a {type(module).__name__} again in the backward pass, with other weights than '
                     'in the forward pass: have them in place until the backward pass is done, or turn it off.'

@@ -8,7 +8,7 @@ import functools
 import torch
 from torch.nn.utils import parametrize
 
-from .inplace import address_of, note_weight
+from .inplace import address_of, is_followed, note_weight
 from .layer import Operation
 
 # What forward is made of in the classes of torch.nn that rules know, and what it reads.
@@ -57,14 +57,17 @@ class UsedWeights:
         self.module = module
         self.found = _look(module)
 
-    def is_current(self):
-        '''Whether the module has the same tensors, none of them changed in place.'''
-        current = _look(self.module)
-        return len(current) == len(self.found) and all(
+    def is_same(self, other):
+        '''Whether these are the same tensors as others, none of them changed in place.'''
+        return len(self.found) == len(other.found) and all(
             # Zennit 1.0.0 has other objects for the same memory after its rules have run
             address == before[1] and (tensor is not before[0] or version == before[2])
-            for (tensor, address, version), before in zip(current, self.found)
+            for (tensor, address, version), before in zip(other.found, self.found)
         )
+
+    def is_current(self):
+        '''Whether the module still has these.'''
+        return self.is_same(UsedWeights(self.module))
 
     def check(self, *args):
         '''Raise a RuntimeError if the module has others, or if one was changed in place, as autograd does.'''
@@ -96,7 +99,7 @@ class UsedModule:
     def __init__(self, module):
         attributes, kind = vars(module), type(module)
         # aliases of tensors with their versions, which have to be the same in the backward pass
-        self.kept, self.cache = {}, None
+        self.kept, self.cache, self.module = {}, None, module
         self.own = {
             key: {name: None if elem is None else self._keep(name, elem) for name, elem in attributes[key].items()}
             for key in ('_parameters', '_buffers')
@@ -119,6 +122,11 @@ class UsedModule:
 
     def _keep(self, name, tensor):
         '''An alias of a tensor, which assigning other ``data`` to it does not change.'''
+        if tensor.requires_grad and not tensor.is_leaf and is_followed():
+            raise RuntimeError(
+                f'The {name} of a {type(self.module).__name__} is computed from the input of the network, so that '
+                'relevance should reach it as well, for which there is no rule: give the layer a rule of your own.'
+            )
         alias = tensor.detach()
         self.kept[name] = alias, _version(alias)
         note_weight(alias, self)
