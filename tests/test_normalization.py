@@ -138,6 +138,36 @@ def test_folded(norm, name, functional):
     torch.testing.assert_close(explain(folded, MERGING[name]()), expected, rtol=1e-6, atol=1e-9)
 
 
+PRODUCTS = {
+    'linear': F.linear, 'product': lambda x, w, b: x @ w.T + b, 'addmm': lambda x, w, b: torch.addmm(b, x, w.T),
+    'in place': lambda x, w, b: (x @ w.T).add_(b),
+}
+
+
+@pytest.mark.parametrize('name', ['ratio', 'relative'])
+@pytest.mark.parametrize('how', PRODUCTS)
+def test_folded_into_products(how, name):
+    '''A linear layer may be written in several ways.'''
+    class Net(nn.Module):
+        '''Two layers.'''
+        def __init__(self, product):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.norm, self.head = nn.Linear(243, 6), nn.BatchNorm1d(6), nn.Linear(6, 4)
+            self.product = product
+
+        def forward(self, x):
+            '''Logits.'''
+            return self.head(self.norm(self.product(self, x.flatten(1))).relu())
+
+    def build(product):
+        return randomize(Net(product)).double().eval()
+
+    expected = explain(build(lambda net, x: net.first(x)), MERGING[name]())
+    actual = explain(build(lambda net, x: PRODUCTS[how](x, net.first.weight, net.first.bias)), MERGING[name]())
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize('name', MERGING)
 def test_not_folded(name):
     '''Statistics alone do not make a normalization.'''

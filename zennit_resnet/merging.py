@@ -53,36 +53,44 @@ class BatchNormMerge:
             ):
                 # the node of a single-pass rule has the weights of its call
                 used = None if has_single_pass else UsedWeights(module)
-                self.producers[id(output)] = weakref.ref(output), _number(output), module, used
+                self.producers[id(output)] = weakref.ref(output), _number(output), module, used, (output.grad_fn,)
                 self.calls[module] = self.calls.get(module, 0) + 1
+
+    def note_shift(self, input, output):
+        '''Note that a constant was added, which may be a bias. Single-pass rules do not need to know of it.'''
+        with DisableTorchFunction():
+            reference, _, linear, used, nodes = self.producers.get(id(input), (lambda: None,) + (None,) * 4)
+            if reference() is input and used is None:
+                nodes = *nodes, output.grad_fn
+                self.producers[id(output)] = weakref.ref(output), _number(output), linear, used, nodes
 
     def _note_input(self, module, args, kwargs):
         self.pairs.pop(module, None)
         input = next((elem for elem in (*args, *kwargs.values()) if id(elem) in self.producers), None)
         if input is None or not _has_statistics(module):
             return
-        reference, number, linear, used = self.producers[id(input)]
+        reference, number, linear, used, nodes = self.producers[id(input)]
         with DisableTorchFunction():
             # something else may have changed it in place, such as an addition
             if reference() is input and _number(input) == number:
                 batch_norm = UsedModule(module)
                 batch_norm.finish(module)
-                self.pairs[module] = input, input.grad_fn, linear, used, batch_norm
+                self.pairs[module] = input, nodes, linear, used, batch_norm
 
     def _note_result(self, module, args, output):
         pair = self.pairs.pop(module, None)
         if pair is None or not isinstance(output, torch.Tensor):
             return
-        input, node, linear, used, batch_norm = pair
+        input, nodes, linear, used, batch_norm = pair
         with DisableTorchFunction():
             # a normalization may be made of others, of which the inner one is found first
-            if all(node is not candidate[0] for candidate in self.candidates) and (
+            if all(nodes is not candidate[0] for candidate in self.candidates) and (
                 isinstance(module, (BatchNorm, Normalization)) and (
                     # what has a rule of its own counts as what its type says
                     is_plain(module) or any(rule.active for rule in rules_among(module._forward_pre_hooks))
                 ) or _is_affine(batch_norm.module, input, output)
             ):
-                self.candidates.append((node, linear, used, batch_norm, output.grad_fn))
+                self.candidates.append((nodes, linear, used, batch_norm, output.grad_fn))
 
     def fold(self, outputs):
         '''Put folded parameters in place after a forward pass, or have that done when a rule uses them.
@@ -105,10 +113,11 @@ class BatchNormMerge:
         candidates, calls = self.candidates, self.calls
         self.producers, self.calls, self.candidates, self.pairs = {}, {}, [], {}
         uses = count_uses(nodes_of(outputs)) if candidates else {}
-        for node, linear, used, batch_norm, result in candidates:
+        for nodes, linear, used, batch_norm, result in candidates:
             # what the batch normalization returned may not be used
-            if uses.get(node) != 1 or calls[linear] != 1 or result not in uses:
+            if any(uses.get(node) != 1 for node in nodes) or calls[linear] != 1 or result not in uses:
                 continue
+            node = nodes[0]
             if isinstance(getattr(node, 'rule', None), SinglePass):
                 # the node has a copy of the layer
                 node.context = functools.partial(_folded, node.module, batch_norm)

@@ -160,7 +160,9 @@ def _add(canonizer, call, function):
         return canonizer.run(call, Addition, function, factors=None if factors == [1, 1] else tuple(factors))
     if factors[0 if left is function.carriers[0] else 1] == 1:
         # the gradient of adding a constant passes all relevance on
-        return function()
+        output = function()
+        canonizer.merge.note_shift(function.carriers[0], output)
+        return output
     return canonizer.run(call, Gate, function)
 
 
