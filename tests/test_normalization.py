@@ -187,7 +187,9 @@ def test_passed(norm):
 MIXING = {
     'module': lambda norm: nn.BatchNorm2d(CHANNELS, track_running_stats=False),
     'function': lambda norm: Function(lambda x: F.batch_norm(x, None, None, training=True)),
-    'keywords': lambda norm: Function(lambda x: F.batch_norm(input=x, running_mean=None, running_var=None, training=True)),
+    'keywords': lambda norm: Function(
+        lambda x: F.batch_norm(input=x, running_mean=None, running_var=None, training=True)
+    ),
     'with statistics': lambda norm: Function(lambda x: F.batch_norm(
         x, torch.zeros(CHANNELS).double(), torch.ones(CHANNELS).double(), training=True)),
     'builtin': lambda norm: Function(lambda x: torch.batch_norm(x, None, None, None, None, True, .1, 1e-5, False)),

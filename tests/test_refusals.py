@@ -59,7 +59,8 @@ def explain(model, composite, value='one'):
 # -- a softmax at the end ----------------------------------------------------------------------------------------------
 
 ENDS = {
-    'F.softmax': lambda x: F.softmax(x, 1), 'method': lambda x: x.softmax(-1), 'torch': lambda x: torch.softmax(x, dim=1),
+    'F.softmax': lambda x: F.softmax(x, 1), 'method': lambda x: x.softmax(-1),
+    'torch': lambda x: torch.softmax(x, dim=1),
     'log_softmax': lambda x: F.log_softmax(x, 1), 'module': nn.Softmax(1), 'module with log': nn.LogSoftmax(1),
     'special': lambda x: torch.special.softmax(x, 1), 'reshaped': lambda x: x[:, :, None].softmax(1).squeeze(2),
 }

@@ -181,7 +181,8 @@ def test_hooks_of_users(name):
         '''Two layers.'''
 
     torch.manual_seed(0)
-    model = Net(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4)
+    model = Net(*layers)
     model.eval()
     seen, kept = {}, []
 

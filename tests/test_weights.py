@@ -48,7 +48,8 @@ class Wrapped(nn.Module):
         super().__init__()
         self.net, self.how = Net(0, checkpointed), how
         other = Net(1)
-        self.tensors = {name: elem.detach().clone() for name, elem in (*other.named_parameters(), *other.named_buffers())}
+        named = *other.named_parameters(), *other.named_buffers()
+        self.tensors = {name: elem.detach().clone() for name, elem in named}
 
     def forward(self, x):
         '''Logits.'''
