@@ -1,4 +1,5 @@
 '''Networks of benchmarks/sweep.py: a function or layer between convolutions of the input and a linear layer.'''
+import copy
 import random
 import re
 
@@ -93,7 +94,23 @@ def twin_modules(net):
     transposed.weight = nn.Parameter(net.T.detach().clone())
     parametrized = same(nn.Conv2d)
     nn.utils.parametrize.register_parametrization(parametrized, 'weight', Parametrization())
+    changed, alone = (nn.Conv2d(8, 4, 3, padding=1) for _ in range(2))
+    alone.load_state_dict(changed.state_dict())
+    other_norm = randomize(nn.BatchNorm2d(4)).eval()
+    linear = nn.Linear(8, 5)
+    linear.weight, linear.bias = nn.Parameter(net.W.detach().clone()), nn.Parameter(net.b.detach().clone())
+    parametrized_linear = copy.deepcopy(linear)
+    nn.utils.parametrize.register_parametrization(parametrized_linear, 'weight', Parametrization())
+    parametrized_subclass = same(Ours)
+    nn.utils.parametrize.register_parametrization(parametrized_subclass, 'weight', Parametrization())
     return {
+        'changed': changed, 'alone': alone, 'othernorm': other_norm, 'linear': linear,
+        'parametrizedlinear': parametrized_linear, 'wrappedlinear': Wrapper(linear),
+        'normchanged': nn.Sequential(changed, other_norm), 'normconv': nn.Sequential(conv, norm),
+        'parametrizedsubclass': parametrized_subclass,
+        'weightnormsubclass': nn.utils.parametrizations.weight_norm(same(Ours)),
+        'oldweightnorm': nn.utils.weight_norm(same(nn.Conv2d)),
+        'oldweightnormsubclass': nn.utils.weight_norm(same(Ours)),
         'conv': conv, 'wrapped': Wrapper(nn.Sequential(conv)), 'parametrized': parametrized,
         'weightnorm': nn.utils.parametrizations.weight_norm(same(nn.Conv2d)), 'subclass': same(Ours),
         'transposed': transposed, 'wrappedtransposed': nn.Sequential(Wrapper(transposed)),

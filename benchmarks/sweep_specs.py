@@ -234,8 +234,12 @@ nn.ParameterList([torch.ones(8).double()]) -> u * layer[0] | nn.ModuleDict({'a':
 TWINS = '''
 u @ W.T | F.linear(u, W) | torch.mm(u, W.T) | torch.einsum('bc,kc->bk', u, W) | torch.tensordot(u, W, dims=([1], [1])) | (W @ u[:, :, None])[:, :, 0] | torch.matmul(u, W.t()) | F.conv1d(u[:, :, None], W[:, :, None])[:, :, 0] | torch.inner(u, W)
 u @ W.T + b | F.linear(u, W, b) | torch.addmm(b, u, W.T) | b + u.matmul(W.T) | torch.addmm(b, mat1=u, mat2=W.T) | torch.baddbmm(b.expand(2, 1, 5), u[:, None], W.T.expand(2, 8, 5))[:, 0]
-F.conv2d(h, K, b[:4], padding=1) | [conv](h) | [wrapped](h) | [parametrized](h) | [weightnorm](h) | [subclass](h) | torch.func.functional_call([conv], dict([conv].named_parameters()), (h,)) | torch.utils.checkpoint.checkpoint([conv], h, use_reentrant=False) | F.conv2d(F.pad(h, (1, 1, 1, 1)), K, b[:4]) | torch.conv2d(h, K, b[:4], 1, 1) | torch.convolution(h, K, b[:4], (1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+F.conv2d(h, K, b[:4], padding=1) | [conv](h) | [wrapped](h) | [parametrized](h) | [weightnorm](h) | [subclass](h) | [parametrizedsubclass](h) | [weightnormsubclass](h) | [oldweightnorm](h) | [oldweightnormsubclass](h) | torch.func.functional_call([conv], dict([conv].named_parameters()), (h,)) | torch.utils.checkpoint.checkpoint([conv], h, use_reentrant=False) | F.conv2d(F.pad(h, (1, 1, 1, 1)), K, b[:4]) | torch.conv2d(h, K, b[:4], 1, 1) | torch.convolution(h, K, b[:4], (1, 1), (1, 1), (1, 1), False, (0, 0), 1)
 F.conv2d(h, K[:, :, 1:2, 1:2]) | torch.einsum('bchw,kc->bkhw', h, K[:, :, 1, 1]) | (h.permute(0, 2, 3, 1) @ K[:, :, 1, 1].T).permute(0, 3, 1, 2) | F.linear(h.permute(0, 2, 3, 1), K[:, :, 1, 1]).permute(0, 3, 1, 2) | torch.tensordot(h, K[:, :, 1, 1], dims=([1], [1])).permute(0, 3, 1, 2) | (K[:, :, 1, 1] @ h.flatten(2)).unflatten(2, (6, 6))
+F.linear(u, W, b) | [linear](u) | [parametrizedlinear](u) | [wrappedlinear](u)  # not block
+[linear](u) | [parametrizedlinear](u) | [wrappedlinear](u)
+[alone](h) | torch.func.functional_call([conv], dict([changed].named_parameters()), (h,)) | torch.func.functional_call([wrapped], {'inner.0.' + key: value for key, value in [changed].named_parameters()}, (h,)) | torch.func.functional_call([subclass], dict([changed].named_parameters()), (h,))
+[normchanged](h) | torch.func.functional_call([normconv], [normchanged].state_dict(), (h,))
 F.conv_transpose2d(h, T, stride=2) | [transposed](h) | torch.conv_transpose2d(h, T, None, 2) | [wrappedtransposed](h)
 F.conv_transpose2d(h, T[:, :, 1:2, 1:2]) | F.conv2d(h, T[:, :, 1:2, 1:2].transpose(0, 1)) | torch.einsum('bchw,ck->bkhw', h, T[:, :, 1, 1])
 [normed](h) | F.relu([norm]([conv](h))) | F.relu(F.batch_norm([conv](h), [norm].running_mean, [norm].running_var, [norm].weight, [norm].bias)) | F.relu([frozen]([conv](h)))

@@ -56,7 +56,7 @@ def torchvision():
         if 'resnet101' not in name:
             yield name, lambda name=name: models.get_model(name, weights=None, weights_backbone=None, num_classes=5), [IMAGE]
     for name in models.list_models(module=models.video):
-        shape = [(3, 16, 112, 112)] if 'mvit' in name or 'swin' in name else [VIDEO, (3, 16, 112, 112)]
+        shape = [(3, 16, 224, 224)] if 'mvit' in name or 'swin' in name or name == 's3d' else [VIDEO, (3, 16, 112, 112)]
         yield name, lambda name=name: models.get_model(name, weights=None), shape
 
     class Dense(nn.Module):
