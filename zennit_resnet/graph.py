@@ -145,8 +145,11 @@ def is_gate(tensor, with_tanh=True):
 
 
 def end_of(node):
-    '''The last function before an output that does more than moving elements.'''
-    while any(key in _stem(node) for key in MOVES) and len(_parents(node)) == 1 or 'Slice' in _stem(node):
+    '''The last function before an output that does more than moving, selecting or averaging elements.'''
+    while len(_parents(node)) == 1 and (
+        isinstance(getattr(node, 'module', None), AvgPool) or _stem(node).startswith(REORDERS)
+        or any(key in _stem(node) for key in MOVES + AVERAGES)
+    ):
         node, = _parents(node)
     return node
 
