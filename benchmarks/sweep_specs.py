@@ -270,13 +270,13 @@ F.pad(h, (1, 1, 1, 1)) | [zeropad](h) | [constantpad](h) | torch.constant_pad_nd
 h.where(o, torch.zeros_like(h)) | h.masked_fill(~o, 0.) | torch.where(o, h, 0.) | k = h.clone(); k[:, :, ~o] = 0; k | h.clone().masked_fill_(~o, 0)
 torch.where(o, h, g) | g.masked_scatter(o, h[:, :, o]) | k = g.clone(); k[:, :, o] = h[:, :, o]; k
 h[:, :, i] | h.index_select(2, i) | torch.index_select(h, -2, i) | h[:, :, [int(k) for k in i]] | h.gather(2, i[None, None, :, None].expand(2, 8, 4, 6)) | h.take_along_dim(i[None, None, :, None], 2)
-h.flip(3) | torch.fliplr(h.transpose(1, 3)).transpose(1, 3) | h[..., [5, 4, 3, 2, 1, 0]] | torch.flip(h, dims=(-1,)) | h @ torch.eye(6).double().flip(0)
+h.flip(3) | torch.fliplr(h.transpose(1, 3)).transpose(1, 3) | h[..., [5, 4, 3, 2, 1, 0]] | torch.flip(h, dims=(-1,))
 h.roll(1, 3) | torch.cat((h[..., -1:], h[..., :-1]), 3) | torch.roll(h, shifts=1, dims=-1)
 h[:, :, ::2, ::2] | [subsampled](h)  # only block
 F.pixel_shuffle(h, 2) | [pixelshuffle](h) | h.reshape(2, 2, 2, 2, 6, 6).permute(0, 1, 4, 2, 5, 3).reshape(2, 2, 12, 12)
 F.interpolate(h, scale_factor=2) | [upsample](h) | h.repeat_interleave(2, 2).repeat_interleave(2, 3) | F.upsample_nearest(h, scale_factor=2) | h[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2).reshape(2, 8, 12, 12)  # not relative
 F.interpolate(h, (5, 5), mode='bilinear', align_corners=False) | F.grid_sample(h, F.affine_grid(torch.eye(2, 3).double().expand(2, 2, 3), (2, 8, 5, 5), align_corners=False), align_corners=False, padding_mode='border') | [bilinear](h)
-h.cumsum(3) | torch.cumsum(h, -1) | h @ torch.ones(6, 6).double().triu() | h.clone().cumsum_(3)
+h.cumsum(3) | torch.cumsum(h, -1) | h.clone().cumsum_(3)
 (h * g.mean(1, keepdim=True).flatten(2).softmax(2).reshape(2, 1, 6, 6)).sum((2, 3)) | torch.bmm(h.flatten(2), g.mean(1).flatten(1).softmax(1)[:, :, None]).squeeze(2) | (h.flatten(2) @ g.mean(1).flatten(1).softmax(1)[:, :, None]).squeeze(2) | torch.einsum('bcn,bn->bc', h.flatten(2), g.mean(1).flatten(1).softmax(1))
 F.layer_norm(h, (6, 6), None, None) | [layernorm](h) | torch.layer_norm(h, (6, 6)) | F.layer_norm(input=h, normalized_shape=[6, 6])
 F.unfold(h, 2, stride=2) | [unfold](h) | h.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 1, 4, 5, 2, 3).reshape(2, 32, 9)

@@ -113,9 +113,17 @@ def out_of_place(handler):
         if not function.is_inplace:
             return handler(canonizer, call, function, **settings)
         target = function.args[0] if function.args else function.kwargs['input']
-        return target.copy_(handler(canonizer, call, function.out_of_place().put(target, kept(target)), **settings))
+        return become(target, handler(canonizer, call, function.out_of_place().put(target, kept(target)), **settings))
 
     return run
+
+
+def become(target, output):
+    '''What a function returns that changes a tensor in place, but was run out of place.'''
+    if target.requires_grad and (target.shape, target.dtype) == (output.shape, output.dtype):
+        # nothing is copied unless the network goes on with the tensor itself, see :py:func:`inplace.note_copy`
+        return output
+    return target.copy_(output)
 
 
 def kept(tensor):

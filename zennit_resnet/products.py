@@ -5,7 +5,7 @@ import string
 import torch
 import torch.nn.functional as F
 
-from .functions import FunctionCall, out_of_place, with_values, write_out
+from .functions import FunctionCall, become, out_of_place, with_values, write_out
 from .graph import is_attention, is_gate
 from .layer import Activation, AveragePool, FullyConnected, Gate, LinearMap, NonNegativeMap, Resampling
 
@@ -60,7 +60,7 @@ def run_on(canonizer, call, kind, function, signal, **settings):
     target = function.args[0] if function.args and function.is_inplace else signal
     if target is signal:
         return canonizer.run(call, kind, function.keep(signal), **settings)
-    return target.copy_(canonizer.run(call, kind, function.out_of_place().keep(signal), **settings))
+    return become(target, canonizer.run(call, kind, function.out_of_place().keep(signal), **settings))
 
 
 def run_first(canonizer, call, function, kind, **settings):
@@ -219,6 +219,12 @@ def einsum(canonizer, call, function):
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = list(operands[0])
     inputs, output = _subscripts(equation, operands)
+    signals = [key for key, elem in zip(inputs, operands) if elem.requires_grad]
+    if len(operands) > 1 and signals == [output] and set(''.join(inputs)) == set(output) and (
+        len(set(output)) == len(output) and not is_complex(*function.tensors())
+    ):
+        # elements are scaled
+        return canonizer.run(call, Gate, function)
     if len(operands) > 1:
         return _contract_many(canonizer, call, function, inputs, output, operands)
     # sums over positions, or a permutation or diagonal, of which the gradient is the rule
