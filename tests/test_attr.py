@@ -19,7 +19,7 @@ from captum.attr import visualization as viz
 from captum.attr._utils.lrp_rules import EpsilonRule
 from networks import UserNetwork, randomize
 from zennit.attribution import Gradient
-from zennit.composites import LayerMapComposite
+from zennit.composites import EpsilonPlus, LayerMapComposite
 from zennit.core import Composite
 from zennit.rules import Epsilon, Pass
 from zennit.torchvision import ResNetCanonizer
@@ -774,8 +774,10 @@ def test_independent_output():
             '''Logits.'''
             return x.detach()
 
-    with pytest.raises(ValueError, match='does not depend on the inputs'):
+    with pytest.raises(RuntimeError, match='Model has no gradient'):
         ResNetLRP(Model()).attribute(torch.randn(2, 3), target=1)
+    with pytest.raises(ValueError, match='does not depend on the inputs'):
+        CompositeAttribution(Model(), EpsilonPlus()).attribute(torch.randn(2, 3), target=1)
 
 
 def test_registered_composite():

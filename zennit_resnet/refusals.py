@@ -37,7 +37,7 @@ def refusal(label, module, name, reason, strict):
     reason: str
         Why there is no rule.
     strict: bool
-        Whether it is an error. It always is if the gradient is no substitute for a rule.
+        Whether it is an error, and not a warning.
 
     Returns
     -------
@@ -63,7 +63,7 @@ def refusal(label, module, name, reason, strict):
     def check(relevance):
         relevance = relevance if isinstance(relevance, tuple) else (relevance,)
         if any(elem is not None and bool((elem != 0).any()) for elem in relevance):
-            if strict or remedy is not None:
+            if strict:
                 raise UnsupportedOperation(message)
             warnings.warn(message, stacklevel=2)
 
