@@ -312,8 +312,9 @@ def rows_of(names=None):
                 layer, _, call = form.partition(' -> ')
                 name = re.sub(r'\(.*', '', layer)
                 if wanted(name, form):
-                    # a padding of copies is a function of its own
-                    yield 'layers', name, call or f'layer({default})', layer, 'padding_mode' not in layer
+                    # a padding of copies and samples at places are functions of their own, before a convolution
+                    is_alone = 'padding_mode' not in layer and 'Deform' not in layer
+                    yield 'layers', name, call or f'layer({default})', layer, is_alone
 
 
 def compare_twins(names=None):

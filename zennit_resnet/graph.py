@@ -254,7 +254,7 @@ def moves_first(node):
         return node._saved_indices[0] is not None
     if node.name().startswith('Permute'):
         return node._saved_dims[0] != 0
-    if node.name().startswith('Slice') and node._saved_step == 1 and not node._saved_start:
+    if node.name().startswith('SliceBackward') and node._saved_step == 1 and not node._saved_start:
         # PyTorch 2.4 has one for each colon of an index
         sizes = node._saved_self_sym_sizes
         dim = next(num for num in (node._saved_dim, node._saved_dim - 2 ** 64) if num < len(sizes))

@@ -33,7 +33,8 @@ def place(canonizer, call, function):
         given = function.bind('input', 'indices', 'values', 'accumulate')
         if given.get('accumulate'):
             return _accumulate(canonizer, call, function)
-    if len({id(elem) for elem in function.carriers}) > 1:
+    if len(function.carriers) > 1:
+        # the same tensor may be given twice
         return canonizer.run_known(function, function.carriers)
     return _fill(canonizer, call, function)
 
@@ -193,6 +194,19 @@ def reduce_branches(canonizer, call, function, tensors):
         output = with_values(functools.reduce(choose, tensors[1:], tensors[0].clone()), values)
     output = output.reshape(result.shape)
     return type(exact)((output, *exact[1:])) if isinstance(exact, tuple) else output
+
+
+def minimum(canonizer, call, function):
+    '''The smallest elements over dimensions, as the largest of the negatives.'''
+    given = function.bind('input', 'dim', 'keepdim')
+    settings = {key: given[key] for key in ('dim', 'keepdim') if key in given}
+    with torch.no_grad():
+        exact = function()
+    if isinstance(exact, tuple):
+        values = write_out(canonizer, _nth(function, 0), lambda: -torch.max(-given['input'], **settings).values)
+        return type(exact)((values, *exact[1:]))
+    largest = torch.max if function.name == 'min' else torch.amax
+    return write_out(canonizer, function, lambda: -largest(-given['input'], **settings))
 
 
 def _dims(input, dim):

@@ -216,7 +216,9 @@ def _extremum(canonizer, call, function):
     if function.name == 'max':
         return _pool(canonizer, call, function, MaxPool)
     tensors = moves.branches(function)
-    return function() if tensors is None else moves.reduce_branches(canonizer, call, function, tensors)
+    if tensors is not None:
+        return moves.reduce_branches(canonizer, call, function, tensors)
+    return moves.minimum(canonizer, call, function)
 
 
 def _pool(canonizer, call, function, kind):

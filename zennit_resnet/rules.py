@@ -145,7 +145,7 @@ def _share_evenly(lost, kept, examples=None):
         lost, kept, shape = lost.reshape(1, -1), kept.reshape(1, -1), kept.shape
         examples = torch.zeros(1, dtype=torch.long, device=kept.device)
     else:
-        lost, kept, shape = lost.flatten(1), kept.flatten(1), kept.shape
+        lost, kept, shape = lost.reshape(len(lost), -1), kept.reshape(len(kept), -1), kept.shape
     counts = kept.sum(1, keepdim=True)
     kept = torch.where(counts == 0, 1., kept)
     total = lost.new_zeros(len(kept)).index_add(0, examples, lost.sum(1))
