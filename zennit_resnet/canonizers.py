@@ -252,9 +252,11 @@ class ResidualCanonizer(Described, Canonizer):
             carriers = carriers or carriers_of(vars(output) if hasattr(output, '__dict__') else ())
             check_output(self.root, args, output, carriers)
             self.local.softmaxes.follow(carriers, self.is_gradient)
+            if self.is_gradient:
+                self.weights.finish(carriers)
         if self.local.is_active:
             if call.weights is not None and carriers:
-                self.weights.watch(call.weights, nodes_of(carriers), call.opaque, self.is_gradient)
+                self.weights.watch(call.weights, carriers, call.opaque, self.is_gradient)
             if not call.opaque:
                 self._guard(call, carriers)
             elif call.begin is not None:
@@ -558,12 +560,11 @@ class BlockCanonizer(ResidualCanonizer):
 
     def intercept(self, func, args, kwargs):
         '''Run a function.'''
-        stack = self._stack()
-        if not stack or 'softmax' not in name_of(func) or not torch.is_grad_enabled():
+        if 'softmax' not in getattr(func, '__name__', '') or not self._stack() or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         carriers = carriers_of((args, kwargs))
         function = FunctionCall(func, name_of(func), args, kwargs, carriers)
-        return self.pass_at_end(stack[-1], function) if carriers else function()
+        return self.pass_at_end(self._stack()[-1], function) if carriers else function()
 
 
 class _Interception(Watch):

@@ -29,8 +29,10 @@ class _State(threading.local):
         self.kept = {}
         # tensors which the network believes to be changed in place, with the tensors that took their place
         self.replaced = {}
-        # who reads weights in this memory in the backward pass, and what sees all functions at the moment
-        self.weights, self.watches = {}, set()
+        # who reads weights in the backward pass, also by the addresses of these once they are asked for
+        self.readers, self.read = [], {}
+        # what sees all functions at the moment
+        self.watches = set()
 
 
 _STATE = _State()
@@ -155,7 +157,7 @@ class Watch(TorchFunctionMode):
         settle((args, kwargs))
         self.look(func, args, kwargs)
         target = _changed(name, args, kwargs)
-        if _STATE.weights and (target is not None or name.startswith('_foreach')):
+        if (_STATE.readers or _STATE.read) and (target is not None or name.startswith('_foreach')):
             _preserve(args[:1] if target is None else target)
         clipped = _use(target, (args, kwargs), self.is_gradient and name in CLIPPING) if _STATE.kept else ()
         try:
@@ -235,7 +237,8 @@ def settle(value):
 def forget():
     '''Forget what was noted, after a forward pass.'''
     _STATE.replaced.clear()
-    _STATE.weights.clear()
+    _STATE.readers.clear()
+    _STATE.read.clear()
     for address in [address for address, kept in _STATE.kept.items() if not kept]:
         del _STATE.kept[address]
 
@@ -245,19 +248,25 @@ def is_followed():
     return bool(_STATE.watches)
 
 
-def note_weight(tensor, reader):
-    '''Have ``reader.preserve(address)`` called before the network changes a weight in place, while it runs.'''
+def note_reader(reader):
+    '''Have ``reader.preserve(address)`` called before the network changes a tensor of ``reader.tensors()`` in place.'''
     if is_followed():
-        _STATE.weights.setdefault(address_of(tensor), []).append(reader)
+        _STATE.readers.append(reader)
 
 
 def _preserve(value):
     '''Tell those who read weights that these are about to change.'''
     with DisableTorchFunction():
         for tensor in tensors_of(value):
-            address = address_of(tensor)
-            for reader in _STATE.weights.get(address, ()):
-                reader.preserve(address)
+            # what depends on the input is no weight
+            if tensor.requires_grad:
+                continue
+            while _STATE.readers:
+                reader = _STATE.readers.pop()
+                for elem in reader.tensors():
+                    _STATE.read.setdefault(address_of(elem), []).append(reader)
+            for reader in _STATE.read.get(address_of(tensor), ()):
+                reader.preserve(address_of(tensor))
 
 
 def _use(target, value, is_clipping):

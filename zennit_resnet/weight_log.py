@@ -4,7 +4,8 @@ from zennit.types import Linear
 
 from .block import BlockEpsilon
 from .core import SinglePass, rules_among
-from .inplace import note_weight
+from .graph import nodes_of
+from .inplace import note_reader
 from .weights import UsedWeights
 
 
@@ -59,15 +60,15 @@ class WeightLog:
                 )
         return weights
 
-    def watch(self, weights, nodes, is_opaque, is_gradient):
+    def watch(self, weights, outputs, is_opaque, is_gradient):
         '''Have an error raised if weights that are not copied change before they are read.
 
         Parameters
         ----------
         weights: :py:obj:`UsedWeights`
             Weights of a module that was called.
-        nodes: iterable of :py:obj:`torch.autograd.graph.Node`
-            The nodes of its outputs.
+        outputs: list of :py:obj:`torch.Tensor`
+            Its outputs.
         is_opaque: bool
             Whether the module has a rule.
         is_gradient: bool
@@ -76,18 +77,24 @@ class WeightLog:
         module = weights.module
         if not is_gradient and not (is_opaque and isinstance(module, Linear)):
             return
-        with DisableTorchFunction():
-            for tensor in module._parameters.values():
-                if tensor is not None:
-                    note_weight(tensor, weights)
-            checks = [weights.check_data] if is_gradient else []
-            rules = rules_among(module._forward_pre_hooks)
-            if any(rule.active and not isinstance(rule, (SinglePass, BlockEpsilon)) for rule in rules):
+        note_reader(weights)
+        rules = rules_among(module._forward_pre_hooks)
+        if any(rule.active and not isinstance(rule, (SinglePass, BlockEpsilon)) for rule in rules):
+            with DisableTorchFunction():
                 self.read[module] = UsedWeights(module)
-                checks.append(self.read[module].check)
-            for node in nodes:
-                for check in checks:
-                    node.register_prehook(check)
+                for node in nodes_of(outputs):
+                    node.register_prehook(self.read[module].check)
+
+    def finish(self, outputs):
+        '''Have an error raised in the backward pass if gradients are rules, and other data was assigned to a weight.'''
+        used = [weights for several in self.used.values() for weights in several]
+
+        def check(relevance):
+            for weights in used:
+                weights.check_data()
+
+        for node in nodes_of(outputs):
+            node.register_prehook(check)
 
     def renew(self, modules):
         '''Take the weights of modules that were folded for those to be read.'''

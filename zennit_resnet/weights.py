@@ -8,7 +8,7 @@ import functools
 import torch
 from torch.nn.utils import parametrize
 
-from .inplace import address_of, is_followed, note_weight
+from .inplace import address_of, is_followed, note_reader
 from .layer import Operation
 
 # What forward is made of in the classes of torch.nn that rules know, and what it reads.
@@ -48,7 +48,11 @@ def is_plain(module):
     bool
         ``True`` also for modules that are derived from no class in torch.nn but Module and its containers.
     '''
-    return not _has_own_forward(type(module)) and _FORWARD.isdisjoint(vars(module))
+    attributes = vars(module)
+    return not (
+        _has_own_forward(type(module)) or 'forward' in attributes or '_conv_forward' in attributes
+        or '_output_padding' in attributes
+    )
 
 
 class UsedWeights:
@@ -83,8 +87,12 @@ class UsedWeights:
         '''Take the weights that are in place now for those to be found later.'''
         self.found = _look(self.module)
 
+    def tensors(self):
+        '''The parameters, which the network must not change while it runs, as the rule reads them later.'''
+        return [tensor for tensor in self.module._parameters.values() if tensor is not None]
+
     def preserve(self, address):
-        '''Refuse to let the network change a weight while it runs, as the rule reads it later.'''
+        '''Refuse to let the network change one of them.'''
         raise RuntimeError(_describe(self.module, 'the network changes a weight in place'))
 
 
@@ -118,6 +126,8 @@ class UsedModule:
             inner = [elem for elem in module.modules() if elem is not module]
         # what is inside is not copied
         self.inner = [UsedWeights(elem) for elem in inner]
+        if self.kept:
+            note_reader(self)
         self.module = object.__new__(kind)
 
     def _keep(self, name, tensor):
@@ -129,8 +139,11 @@ class UsedModule:
             )
         alias = tensor.detach()
         self.kept[name] = alias, _version(alias)
-        note_weight(alias, self)
         return alias
+
+    def tensors(self):
+        '''The tensors which are copied if the network changes them while it runs.'''
+        return [tensor for tensor, _ in self.kept.values()]
 
     def preserve(self, address):
         '''Copy a weight which the network is about to change in place.'''
