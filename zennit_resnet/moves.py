@@ -13,7 +13,7 @@ PLACEMENTS = frozenset('''
     where masked_fill masked_fill_ masked_scatter masked_scatter_ index_fill index_fill_ fill_diagonal_ tril tril_ triu
     triu_ fill_ zero_ diag diag_embed diagflat block_diag max_unpool1d max_unpool2d max_unpool3d scatter scatter_
     index_copy index_copy_ index_put index_put_ put put_ select_scatter slice_scatter diagonal_scatter
-    as_strided_scatter _index_put_impl_
+    _index_put_impl_
 '''.split())
 # Sums of elements at places, to which the elements of a destination are added.
 SUMS_AT_PLACES = frozenset('scatter_add scatter_add_ index_add index_add_ scatter_reduce scatter_reduce_'.split())

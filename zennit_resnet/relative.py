@@ -7,7 +7,6 @@ those of R-LRP.
 import functools
 import itertools
 import math
-import re
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from zennit.types import Convolution, ConvolutionTranspose
 from . import windows
 from .arguments import Described
 from .core import SinglePass, check_choice
-from .layer import LinearMap, NonNegativeMap, Operation
+from .layer import LinearMap, NonNegativeMap
 from .memory import by_example
 from .weights import is_plain
 
@@ -57,12 +56,7 @@ class Relative(SinglePass):
     def store(self, module, *inputs):
         '''Keep the input.'''
         input, = inputs
-        ndim = module.weight.ndim if isinstance(module, Convolution) else 2 + _num_spatial(module)
-        if input.ndim < ndim or (isinstance(module, Convolution) and input.ndim > ndim):
-            raise ValueError(
-                f'{type(self).__name__} needs a batch, {module} got an input of shape {tuple(input.shape)}: add a '
-                'first dimension for a single example.'
-            )
+        windows.check_batch(self, module, input)
         if not len(input):
             raise ValueError(f'{type(self).__name__}: {module} got an empty batch of shape {tuple(input.shape)}!')
         return (input,)
@@ -217,10 +211,3 @@ class NoRule(Described, Hook):
     def register(self, module):
         '''Register nothing to the supplied module.'''
         return RemovableHandleList([RemovableHandle(self)])
-
-
-def _num_spatial(module):
-    '''Number of spatial dimensions of a pooling by its name, zero for other layers.'''
-    names = [module.name] if isinstance(module, Operation) else [base.__name__ for base in type(module).__mro__]
-    matches = (re.search(r'pool([1-3])d', name.lower()) for name in names)
-    return next((int(match[1]) for match in matches if match), 0)

@@ -111,8 +111,14 @@ class Refill(SinglePass):
         lower, = torch.autograd.grad(output, leaf, relevance, retain_graph=True)
         with torch.no_grad():
             zeros = module.forward(torch.zeros_like(input))
-            is_zero = (zeros == 0) & (module.forward(torch.ones_like(input)) == zeros)
-        lost = relevance.where(is_zero, 0.)
+            is_constant = module.forward(torch.ones_like(input)) == zeros
+        gap = relevance.where(~is_constant, 0.).double().sum() - lower.double().sum()
+        if bool(gap.abs() > 1e-3 * relevance.abs().double().sum()):
+            raise RuntimeError(
+                f'\'{module.name}\' puts several elements in the same place, for which the gradient is not defined: '
+                'have it put each in a place of its own.'
+            )
+        lost = relevance.where(is_constant & (zeros == 0), 0.)
         if not bool(lost.any()):
             return (lower,)
         kept = (torch.autograd.grad(output, leaf, torch.ones_like(output))[0] != 0).to(lower)
@@ -390,6 +396,7 @@ class ZPlus(SinglePass):
     def _smooth(self, module, args, kwargs):
         '''Smooth the relevance of the input.'''
         input = args[0] if args else kwargs['input']
+        windows.check_batch(self, module, input)
         stride = windows.overlapping_stride(module, input.ndim - 2)
         if stride is None or not (self.active and input.requires_grad and torch.is_grad_enabled()):
             return None
@@ -400,6 +407,8 @@ class ZPlus(SinglePass):
     def store(self, module, *inputs):
         '''Keep the input, whether this is a first layer, and whether the input is known to be non-negative.'''
         input, = inputs
+        if isinstance(module, (Convolution, MaxPool)):
+            windows.check_batch(self, module, input)
         first = is_first(input)
         if first and self.first_layer == 'zbox':
             bounds = [self._bound(name, module, input) for name in ('low', 'high')]

@@ -2,11 +2,13 @@
 import functools
 import itertools
 import math
+import re
 
 import torch
 import torch.nn.functional as F
-from zennit.types import ConvolutionTranspose
+from zennit.types import Convolution, ConvolutionTranspose
 
+from .layer import Operation
 from .memory import by_example
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -394,3 +396,20 @@ def adaptive_sizes(input, output):
         size = torch.tensor([end - begin for begin, end in adaptive_bounds(length, out)])
         sizes = sizes * size.to(sizes).view(-1, *(1,) * (num - dim - 1))
     return sizes
+
+
+def check_batch(rule, module, input):
+    '''Raise a ValueError if the input of a layer has no dimension of examples.'''
+    ndim = module.weight.ndim if isinstance(module, Convolution) else 2 + _num_spatial(module)
+    if input.ndim < ndim or (isinstance(module, Convolution) and input.ndim > ndim):
+        raise ValueError(
+            f'{type(rule).__name__} needs a batch, {module} got an input of shape {tuple(input.shape)}: add a first '
+            'dimension for a single example.'
+        )
+
+
+def _num_spatial(module):
+    '''Number of spatial dimensions of a pooling by its name, zero for other layers.'''
+    names = [module.name] if isinstance(module, Operation) else [base.__name__ for base in type(module).__mro__]
+    matches = (re.search(r'pool([1-3])d', name.lower()) for name in names)
+    return next((int(match[1]) for match in matches if match), 0)
