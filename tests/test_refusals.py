@@ -130,6 +130,11 @@ def test_frozen_backbone(model, create):
     '''Nothing of the output depends on the input.'''
     with pytest.raises(RuntimeError, match=rf'{type(model).__name__}.*no_grad'):
         explain(model, create())
+    # nothing sees functions any more, also if the context is not left
+    with create().context(model):
+        with pytest.raises(RuntimeError, match='no_grad'):
+            model(images().requires_grad_())
+        assert not torch.overrides._get_current_function_mode_stack()
 
 
 def test_predictions_within_a_context():

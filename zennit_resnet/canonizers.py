@@ -120,7 +120,10 @@ class ResidualCanonizer(Described, Canonizer):
         Raises
         ------
         TypeError
-            If rules can not be attached to a module, as it is a ScriptModule or runs replicas on several devices.
+            If rules can not be attached to a module, as it is a ScriptModule, quantized, sharded, or runs replicas on
+            several devices.
+        RuntimeError
+            In inference mode, in which there are no gradients.
         '''
         self.names = {module: name for name, module in root_module.named_modules()}
         if self._overlapping():
@@ -246,6 +249,8 @@ class ResidualCanonizer(Described, Canonizer):
         if not stack:
             settle(output)
             forget()
+            # before anything raises
+            self.interception.leave()
         carriers = carriers_of((output,))
         if not stack and self.local.is_active and self.local.is_grad_enabled:
             # also attributes of objects of any class
@@ -262,7 +267,6 @@ class ResidualCanonizer(Described, Canonizer):
             elif call.begin is not None:
                 self._note(carriers, call.begin)
         if not stack:
-            self.interception.leave()
             # nodes keep the tensors of the forward pass
             self.local.seen, self.local.known = set(), set()
             self._finish(carriers)
