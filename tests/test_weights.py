@@ -301,3 +301,63 @@ def test_weights_that_depend_on_the_input(name, how):
     '''Relevance should reach what they are computed from, for which there is no rule.'''
     with pytest.raises(RuntimeError, match='weight'):
         explain(Hyper(how), COMPOSITES[name]())
+
+
+@pytest.mark.parametrize('name', COMPOSITES)
+def test_put_back(name):
+    '''Weights that the network changes for a call and puts back are put back, also where that is an error.'''
+    class Averaged(nn.Module):
+        '''Runs with other weights.'''
+        def __init__(self):
+            super().__init__()
+            self.net = Net()
+
+        def forward(self, x):
+            '''Logits.'''
+            before = [param.detach().clone() for param in self.net.parameters()]
+            with torch.no_grad():
+                for param in self.net.parameters():
+                    param.mul_(.5)
+            try:
+                return self.net(x)
+            finally:
+                with torch.no_grad():
+                    for param, value in zip(self.net.parameters(), before):
+                        param.copy_(value)
+
+    model = Averaged().double()
+    state = {key: elem.clone() for key, elem in model.state_dict().items()}
+    if name in SINGLE_PASS:
+        explain(model, COMPOSITES[name]())
+    else:
+        with pytest.raises(RuntimeError):
+            explain(model, COMPOSITES[name]())
+    assert all(torch.equal(elem, state[key]) for key, elem in model.state_dict().items())
+
+
+@pytest.mark.parametrize('how', ['data', 'parameter'])
+@pytest.mark.parametrize('name', COMPOSITES)
+def test_changed_by_hooks(name, how):
+    '''Weights may be changed by hooks of the layer itself.'''
+    def change(layer, args):
+        kept.append(layer.weight.data if how == 'data' else layer.weight)
+        set_weight(layer, layer.weight.detach() * -2)
+
+    def put_back(layer, args, output):
+        set_weight(layer, kept.pop())
+
+    def set_weight(layer, value):
+        if how == 'data':
+            layer.weight.data = value
+        else:
+            layer.weight = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
+
+    kept, model, twin = [], Net().double(), Net().double()
+    twin.branch.weight.data *= -2
+    model.branch.register_forward_pre_hook(change)
+    model.branch.register_forward_hook(put_back)
+    if name in SINGLE_PASS or (name, how) == ('block', 'parameter'):
+        torch.testing.assert_close(explain(model, COMPOSITES[name]()), explain(twin, COMPOSITES[name]()))
+    else:
+        with pytest.raises(RuntimeError, match='weight'):
+            explain(model, COMPOSITES[name]())

@@ -170,19 +170,24 @@ def _is_affine(batch_norm, input, output):
     if input.ndim < 2 or input.shape != output.shape or not len(input):
         return False
     shape = (1, -1, *(1,) * (input.ndim - 2))
-    with torch.no_grad():
-        mean, scale = batch_norm.running_mean.view(shape), _scale(batch_norm).view(shape)
-        # one example is enough
-        expected, actual = (input.detach()[:1] - mean) * scale, output.detach()[:1]
-        if getattr(batch_norm, 'bias', None) is not None:
-            expected = expected + batch_norm.bias.view(shape)
+    # one example is enough
+    input, actual = input.detach()[:1], output.detach()[:1]
     tolerance = 1e3 * torch.finfo(actual.dtype).eps * max(float(actual.abs().amax()), 1.)
-    return bool(((expected - actual).abs() <= tolerance).all())
+    for eps in (batch_norm.eps,) if hasattr(batch_norm, 'eps') else (0., 1e-5, 1e-3):
+        with torch.no_grad():
+            vars(batch_norm)['eps'] = eps
+            expected = (input - batch_norm.running_mean.view(shape)) * _scale(batch_norm).view(shape)
+            if getattr(batch_norm, 'bias', None) is not None:
+                expected = expected + batch_norm.bias.view(shape)
+        # some have an activation, mostly this one
+        if any(bool(((elem - actual).abs() <= tolerance).all()) for elem in (expected, expected.clamp(min=0))):
+            return True
+    return False
 
 
 def _scale(batch_norm):
     '''Factors of batch normalization by running statistics, of shape (channels,).'''
-    scale = (batch_norm.running_var + getattr(batch_norm, 'eps', 0.)) ** -.5
+    scale = (batch_norm.running_var + batch_norm.eps) ** -.5
     return scale if getattr(batch_norm, 'weight', None) is None else scale * batch_norm.weight
 
 

@@ -1,4 +1,6 @@
 '''Weights of the modules that ran in a forward pass.'''
+import copy
+
 from torch._C import DisableTorchFunction
 from zennit.types import Linear
 
@@ -77,13 +79,13 @@ class WeightLog:
         module = weights.module
         if not is_gradient and not (is_opaque and isinstance(module, Linear)):
             return
-        note_reader(weights)
         rules = rules_among(module._forward_pre_hooks)
         if any(rule.active and not isinstance(rule, (SinglePass, BlockEpsilon)) for rule in rules):
-            with DisableTorchFunction():
-                self.read[module] = UsedWeights(module)
-                for node in nodes_of(outputs):
-                    node.register_prehook(self.read[module].check)
+            # those of the call, as a hook of the user may have put others back by now
+            weights = self.read[module] = copy.copy(weights)
+            for node in nodes_of(outputs):
+                node.register_prehook(weights.check)
+        note_reader(weights)
 
     def finish(self, outputs):
         '''Have an error raised in the backward pass if gradients are rules, and other data was assigned to a weight.'''

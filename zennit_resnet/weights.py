@@ -60,12 +60,14 @@ class UsedWeights:
     def __init__(self, module):
         self.module = module
         self.found = _look(module)
+        # whether the network has changed a parameter in place while it ran
+        self.is_changed = False
 
     def is_same(self, other):
         '''Whether these are the same tensors as others, none of them changed in place.'''
         return len(self.found) == len(other.found) and all(
-            # Zennit 1.0.0 has other objects for the same memory after its rules have run
-            address == before[1] and (tensor is not before[0] or version == before[2])
+            # Zennit 1.0.0 has new objects for the same memory after its rules have run
+            address == before[1] and (version == before[2] if tensor is before[0] else not version)
             for (tensor, address, version), before in zip(other.found, self.found)
         )
 
@@ -75,25 +77,25 @@ class UsedWeights:
 
     def check(self, *args):
         '''Raise a RuntimeError if the module has others, or if one was changed in place, as autograd does.'''
-        if not self.is_current():
+        if self.is_changed or not self.is_current():
             raise RuntimeError(_describe(self.module, 'weights were replaced or changed'))
 
     def check_data(self, *args):
         '''Raise a RuntimeError if one of the tensors has other ``data``, which autograd does not notice.'''
-        if any(_start(tensor) != address for tensor, address, _ in self.found):
-            raise RuntimeError(_describe(self.module, 'other data was assigned to a weight'))
+        if self.is_changed or any(_start(tensor) != address for tensor, address, _ in self.found):
+            raise RuntimeError(_describe(self.module, 'a weight was changed, or other data was assigned to it,'))
 
     def renew(self):
         '''Take the weights that are in place now for those to be found later.'''
         self.found = _look(self.module)
 
     def tensors(self):
-        '''The parameters, which the network must not change while it runs, as the rule reads them later.'''
+        '''The parameters, which the rule reads later.'''
         return [tensor for tensor in self.module._parameters.values() if tensor is not None]
 
     def preserve(self, address):
-        '''Refuse to let the network change one of them.'''
-        raise RuntimeError(_describe(self.module, 'the network changes a weight in place'))
+        '''Note that the network changes one of them. An error now would keep it from changing it back.'''
+        self.is_changed = True
 
 
 class UsedModule:
