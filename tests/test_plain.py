@@ -5,8 +5,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
 from zennit.attribution import Gradient
+from zennit.composites import EpsilonPlus
 
-from zennit_resnet import BlockLRP, RelativeLRP, ResNetLRP, UnsupportedOperation, initial_relevance
+from zennit_resnet import BlockLRP, RelativeLRP, ResNetLRP, UnsupportedOperation, initial_relevance, with_splitting
 from zennit_resnet.rules import PassThrough
 from zennit_resnet.weights import is_plain
 
@@ -246,6 +247,20 @@ def test_functions_of_torch(name):
     with Gradient(model=network(nn.CrossMapLRN2d(3)), composite=ResNetLRP()) as attributor:
         relevance = attributor(torch.randn(2, 3, 8, 8).double(), initial_relevance([1, 2], 'one'))[1]
     torch.testing.assert_close(relevance.sum((1, 2, 3)), torch.ones(2).double())
+
+
+@pytest.mark.parametrize('kind', ['standardized', 'causal'])
+def test_rules_of_zennit(kind):
+    '''Zennit runs the forward again with other parameters, which is wrong if it computes a weight from them.'''
+    create, dims = LAYERS[kind]
+    model, composite = network(create().double(), dims), with_splitting(EpsilonPlus())
+    if kind == 'standardized':
+        with pytest.raises(RuntimeError, match=r'layer \(StandardizedConv\).*ZPlus'):
+            explain(model, composite, dims)
+    else:
+        torch.testing.assert_close(
+            explain(model, composite, dims)[1], explain(network(inside_of(model.layer), dims), composite, dims)[1]
+        )
 
 
 def test_block_with_a_linear_layer_of_its_own():

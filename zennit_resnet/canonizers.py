@@ -17,13 +17,14 @@ from .graph import carriers_of, is_arithmetic, name_of, nodes_of, walk
 from .inplace import Watch, forget, note_copy, settle
 from .layer import Addition, Filling, Gate, LinearMap, Padding, Reduction
 from .merging import BatchNormMerge
-from .operations import ADDITIONS, TRANSPARENT, handle, is_training
+from .operations import ADDITIONS, CONVOLUTIONS, TRANSPARENT, handle, is_training
 from .refusals import (
     Softmaxes,
     UnsupportedOperation,  # noqa: F401, pylint: disable=unused-import
     check_output,
     check_parameters,
     check_rules,
+    check_weight,
     in_use,
     refusal,
     undo,
@@ -393,6 +394,8 @@ class ResidualCanonizer(Described, Canonizer):
         name = name_of(func)
         stack = self._stack()
         if not stack or stack[-1].opaque or not self.local.is_active or not torch.is_grad_enabled():
+            if stack and stack[-1].opaque and (name == 'linear' or name in CONVOLUTIONS) and self.local.is_active:
+                check_weight(self._label(stack[-1].module), stack[-1].module, args, kwargs)
             return func(*args, **kwargs)
         if name in TRANSPARENT and name != '__getitem__':
             return func(*args, **kwargs)

@@ -115,15 +115,26 @@ def check_output(root, args, output, carriers):
 def check_parameters(names):
     '''Raise a RuntimeError if a rule of Zennit modifies weights that are no parameters, which it would not find.'''
     for module, name in names.items():
-        if not isinstance(module, Linear) or 'weight' in module._parameters:
-            continue
-        for rule in rules_among(module._forward_pre_hooks):
-            if rule.active and not all(isinstance(elem, NoMod) for elem in getattr(rule, 'param_modifiers', ())):
-                raise RuntimeError(
-                    f'{name} ({type(module).__name__}) computes its weight (parametrization, weight norm, pruning). '
-                    f'Zennit\'s {type(rule).__name__} only modifies parameters: make the weight one (for instance with '
-                    'torch.nn.utils.parametrize.remove_parametrizations), or use a composite of this package.'
-                )
+        if isinstance(module, Linear) and 'weight' not in module._parameters:
+            _check_rule(f'{name} ({type(module).__name__})', module)
+
+
+def check_weight(label, module, args, kwargs):
+    '''The same for a weight that the forward of a layer computes, given the arguments of the function that uses it.'''
+    weight = kwargs['weight'] if 'weight' in kwargs else args[1]
+    if isinstance(module, Linear) and all(weight is not param for param in module._parameters.values()):
+        _check_rule(label, module)
+
+
+def _check_rule(label, module):
+    '''Raise a RuntimeError if a layer that computes its weight has a rule of Zennit that modifies parameters.'''
+    for rule in rules_among(module._forward_pre_hooks):
+        if rule.active and not all(isinstance(elem, NoMod) for elem in getattr(rule, 'param_modifiers', ())):
+            raise RuntimeError(
+                f'{label} computes its weight (parametrization, weight norm, pruning, or in its forward). Zennit\'s '
+                f'{type(rule).__name__} only modifies parameters: make the weight one (for instance with '
+                'torch.nn.utils.parametrize.remove_parametrizations), or use a composite of this package.'
+            )
 
 
 def check_rules(names, composite):
