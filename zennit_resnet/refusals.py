@@ -122,7 +122,9 @@ def check_parameters(names):
 def check_weight(label, module, args, kwargs):
     '''The same for a weight that the forward of a layer computes, given the arguments of the function that uses it.'''
     weight = kwargs['weight'] if 'weight' in kwargs else args[1]
-    if isinstance(module, Linear) and all(weight is not param for param in module._parameters.values()):
+    # Zennit 1.0.0 leaves attributes that hide parameters
+    own = *module._parameters.values(), vars(module).get('weight')
+    if isinstance(module, Linear) and all(weight is not elem for elem in own):
         _check_rule(label, module)
 
 
