@@ -84,7 +84,7 @@ class BatchNormMerge:
         input, nodes, linear, used, batch_norm = pair
         with DisableTorchFunction():
             # a normalization may be made of others, of which the inner one is found first
-            if all(nodes is not candidate[0] for candidate in self.candidates) and (
+            if all(nodes[0] is not candidate[0][0] for candidate in self.candidates) and (
                 isinstance(module, (BatchNorm, Normalization)) and (
                     # what has a rule of its own counts as what its type says
                     is_plain(module) or any(rule.active for rule in rules_among(module._forward_pre_hooks))
