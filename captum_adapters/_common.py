@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from zennit_resnet.attribution import select_output
-from zennit_resnet.core import varies
+from zennit_resnet.canonizers.eager import varies
 
 # Images that go through a network at once, unless there is a larger batch anyway
 DEFAULT_CHUNK = 32

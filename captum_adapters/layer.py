@@ -24,9 +24,9 @@ from zennit.core import Composite
 
 from captum_adapters.composite import CompositeAttribution, InitialRelevance, Place
 from captum_adapters.registration import Output
+from zennit_resnet._autograd import map_tensors, tensors_of, walk
 from zennit_resnet.arguments import check_flag, describe
 from zennit_resnet.canonizers import ResidualCanonizer
-from zennit_resnet.graph import map_tensors, tensors_of, walk
 from zennit_resnet.layer import Operation
 
 Layer = Union[Module, str]

@@ -14,7 +14,7 @@ from zennit.core import Composite
 
 import zennit_resnet.composites  # noqa: F401, registers composites by their names
 from zennit_resnet.attribution import select_output
-from zennit_resnet.core import Eager
+from zennit_resnet.canonizers.eager import Eager
 
 # What picks the tensor to explain from what a model returns
 Output = Union[None, str, int, Callable[[Any], Any]]

@@ -13,8 +13,9 @@ from zennit.attribution import Gradient
 from zennit.rules import AlphaBeta, Epsilon, Gamma, WSquare
 
 from zennit_resnet import ResNetLRP, initial_relevance
-from zennit_resnet.classic import ADDITION, SETTINGS, ClassicLRP, Duplicate, LinearSum, SignedAlphaBeta, drop_zero
+from zennit_resnet.classic import ADDITION, SETTINGS, ClassicLRP, drop_zero
 from zennit_resnet.layer import Addition
+from zennit_resnet.rules import Duplicate, LinearSum, SignedAlphaBeta
 
 
 def stabilizer(eps, mode='sign'):

@@ -25,8 +25,8 @@ from zennit.attribution import Gradient
 
 from zennit_resnet import ResNetLRP, initial_relevance
 from zennit_resnet.composites import RelativeLRP
-from zennit_resnet.contributions import Contributions, branch_factor
 from zennit_resnet.layer import Operation
+from zennit_resnet.rules.branch_scaling import Contributions, branch_factor
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from zennit_resnet import (
     initial_relevance,
     with_splitting,
 )
-from zennit_resnet.core import _COMPILER
+from zennit_resnet.canonizers.eager import _COMPILER
 from zennit_resnet.layer import Addition, Operation
 
 COMPOSITES = {

@@ -8,9 +8,11 @@ from torch.nn import functional as F
 from zennit.composites import EpsilonPlusFlat
 
 import captum_adapters.attr as adapters
-from zennit_resnet import BlockEpsilon, BlockLRP, ResNetLRP, block, canonizers, inplace, with_splitting
+from zennit_resnet import BlockEpsilon, BlockLRP, ResNetLRP, _inplace, with_splitting
+from zennit_resnet.canonizers import residual
 from zennit_resnet.composites import RelativeLRP
 from zennit_resnet.conservation import conservation_ledger
+from zennit_resnet.rules import block
 
 PLACES = ('forward', 'backward', 'layer', 'forward hook', 'forward pre-hook', 'hook of activation')
 COMPOSITES = {
@@ -90,8 +92,8 @@ def clean_state():
     for _ in modes:
         torch.overrides._pop_mode()
     torch.set_grad_enabled(True)
-    assert not modes and is_enabled and not canonizers.REGISTERED
-    assert not block._CALLS.__dict__.get('stack') and not inplace._STATE.replaced
+    assert not modes and is_enabled and not residual.REGISTERED
+    assert not block._CALLS.__dict__.get('stack') and not _inplace._STATE.replaced
 
 
 def explain(model):

@@ -4,13 +4,14 @@ import torch
 from torchvision.models import resnet18
 from zennit.attribution import Gradient
 
-from zennit_resnet import BlockLRP, RelativeLRP, ResNetLRP, initial_relevance, memory
+from zennit_resnet import BlockLRP, RelativeLRP, ResNetLRP, initial_relevance
+from zennit_resnet.rules import _linear_maps as maps
 
 
 @pytest.fixture(name='calls')
 def fixture_calls(monkeypatch):
     '''Go through all tensors example by example. Sizes of the batches a function was called with.'''
-    monkeypatch.setattr(memory, 'LARGE', 1)
+    monkeypatch.setattr(maps, 'LARGE', 1)
     return []
 
 
@@ -23,11 +24,11 @@ def test_by_example(calls, memory_format):
         calls.append(len(tensors[0]))
         return sum(tensors).abs()
 
-    result = memory.by_example(function, first, second)
+    result = maps.by_example(function, first, second)
     assert torch.equal(result, (first + second).abs()) and calls == [1] * 5
     assert result.is_contiguous(memory_format=memory_format)
     # another type, and fewer dimensions
-    result = memory.by_example(lambda elem: elem.double().sum((2, 3)), first)
+    result = maps.by_example(lambda elem: elem.double().sum((2, 3)), first)
     assert result.dtype == torch.float64 and torch.equal(result, first.double().sum((2, 3)))
 
 
@@ -42,7 +43,7 @@ def test_by_example_whole(calls, shapes):
         calls.append(first.shape)
         return first + second
 
-    assert torch.equal(memory.by_example(function, *tensors), tensors[0] + tensors[1])
+    assert torch.equal(maps.by_example(function, *tensors), tensors[0] + tensors[1])
     assert calls == [tensors[0].shape]
 
 
@@ -57,5 +58,5 @@ def test_composites(monkeypatch, composite):
             return attributor(input, initial_relevance([0, 2, 4]))[1]
 
     whole = attribute()
-    monkeypatch.setattr(memory, 'LARGE', 1)
+    monkeypatch.setattr(maps, 'LARGE', 1)
     assert torch.equal(attribute(), whole) and float(whole.abs().sum()) > 0

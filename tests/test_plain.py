@@ -8,8 +8,8 @@ from zennit.attribution import Gradient
 from zennit.composites import EpsilonPlus
 
 from zennit_resnet import BlockLRP, RelativeLRP, ResNetLRP, UnsupportedOperation, initial_relevance, with_splitting
+from zennit_resnet._weights import is_plain
 from zennit_resnet.rules import PassThrough
-from zennit_resnet.weights import is_plain
 
 COMPOSITES = {
     'ratio': ResNetLRP, 'merge': lambda: ResNetLRP('symmetric', batch_norm='merge', dead_units='drop'),

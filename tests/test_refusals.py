@@ -22,8 +22,8 @@ from zennit_resnet import (
     with_splitting,
 )
 from zennit_resnet.conservation import conservation_ledger
-from zennit_resnet.core import SinglePass
 from zennit_resnet.layer import Gate
+from zennit_resnet.rules import SinglePass
 
 COMPOSITES = {
     'ratio': ResNetLRP, 'relative': RelativeLRP, 'splitting': lambda: with_splitting(EpsilonPlus()),

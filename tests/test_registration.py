@@ -12,7 +12,7 @@ from zennit.attribution import Gradient
 from zennit.composites import EpsilonPlus, MixedComposite, NameMapComposite
 
 from zennit_resnet import BlockLRP, RelativeLRP, ResidualCanonizer, ResNetLRP, initial_relevance, with_splitting
-from zennit_resnet.canonizers import REGISTERED
+from zennit_resnet.canonizers.residual import REGISTERED
 
 OURS = {
     'ratio': ResNetLRP, 'merge': lambda: ResNetLRP(batch_norm='merge'), 'relative': RelativeLRP, 'block': BlockLRP,

@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 from zennit.composites import COMPOSITES
 
-from zennit_resnet import windows
 from zennit_resnet.composites import RelativeLRP
 from zennit_resnet.rules import Relative, RelativeMaxPool
+from zennit_resnet.rules import _linear_maps as maps
 
 LAYERS = {
     **LAYERS,
@@ -819,17 +819,17 @@ def test_windows(name):
     if hasattr(module, 'weight'):
         weight = torch.randn_like(module.weight)
         expected = output.flatten(1) @ matrix(with_weight(module, weight), shape).T
-        actual = windows.convolve_transposed(module, input, weight, output)
+        actual = maps.convolve_transposed(module, input, weight, output)
         assert_close(actual.detach(), expected.view(input.shape).detach(), 1e-12)
         counts = counts / (module.out_channels // module.groups)
-    assert torch.equal(windows.count_uses(module, input, output).expand(1, *shape)[0], counts)
+    assert torch.equal(maps.count_uses(module, input, output).expand(1, *shape)[0], counts)
 
 
 @pytest.mark.parametrize('length, out', [(7, 3), (5, 4), (3, 5), (6, 6), (1, 1), (224, 7), (13, 6)])
 def test_adaptive_bounds(length, out):
     '''Windows of adaptive poolings, as torch has them.'''
     weights = matrix(functools.partial(F.adaptive_avg_pool1d, output_size=out), (1, length)) > 0
-    bounds = windows.adaptive_bounds(length, out)
+    bounds = maps.adaptive_bounds(length, out)
     assert [list(range(*bound)) for bound in bounds] == [column.nonzero()[:, 0].tolist() for column in weights.T]
-    sizes = windows.adaptive_sizes(torch.zeros(1, 1, length), torch.zeros(1, 1, out))
+    sizes = maps.adaptive_sizes(torch.zeros(1, 1, length), torch.zeros(1, 1, out))
     assert sizes.flatten().tolist() == weights.sum(0).tolist()

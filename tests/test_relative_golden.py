@@ -6,8 +6,8 @@ from test_golden import Capture, build_layer, build_network
 from zennit.attribution import Gradient
 
 from zennit_resnet.composites import RelativeLRP
-from zennit_resnet.contributions import branch_factor
 from zennit_resnet.rules import Relative, RelativeMaxPool
+from zennit_resnet.rules.branch_scaling import branch_factor
 
 PRECISIONS = [pytest.param(torch.float64, 1e-9, id='float64'), pytest.param(torch.float32, 1e-3, id='float32')]
 

@@ -10,10 +10,19 @@ import torch
 import zennit.rules
 from torch.nn import functional as F
 
-from zennit_resnet import rules, windows
-from zennit_resnet.core import SinglePass
 from zennit_resnet.layer import Addition, Gate, Padding, Subsampling
-from zennit_resnet.rules import PassThrough, RatioSplit, ResidualOnly, SignalTakesAll, SymmetricSplit, Uncrop, ZPlus
+from zennit_resnet.rules import (
+    PassThrough,
+    RatioSplit,
+    ResidualOnly,
+    SignalTakesAll,
+    SinglePass,
+    SymmetricSplit,
+    Uncrop,
+    ZPlus,
+    zplus,
+)
+from zennit_resnet.rules import _linear_maps as maps
 
 
 def attribute(rule, module, *inputs, relevance=None):
@@ -753,7 +762,7 @@ def test_even_weight(kernel, stride, groups):
     '''The weights of each filter sum to the same at all positions modulo the stride, and to the same as before.'''
     module = torch.nn.Conv2d(4, 6, kernel, stride, groups=groups).double()
     weight = torch.rand_like(module.weight)
-    scaled = windows.even_weight(module, weight.clone())
+    scaled = maps.even_weight(module, weight.clone())
     phases = torch.stack([
         scaled[:, :, row::stride[0], col::stride[1]].sum((1, 2, 3))
         for row, col in itertools.product(*map(range, stride))
@@ -766,7 +775,7 @@ def test_even_weight_empty_phase():
     '''Positions without weight receive none, nor do filters without any weight break.'''
     module = torch.nn.Conv1d(1, 2, 4, 2).double()
     weight = torch.tensor([[[1., 0., 3., 0.]], [[0., 0., 0., 0.]]], dtype=torch.float64)
-    scaled = windows.even_weight(module, weight.clone())
+    scaled = maps.even_weight(module, weight.clone())
     assert torch.equal(scaled, weight)
 
 
@@ -782,8 +791,8 @@ def test_large_linear(monkeypatch, first_layer):
         sizes.extend([len(weight)] if bias is None else [])
         return linear(input, weight, bias)
 
-    monkeypatch.setattr(rules, 'LARGE', 10000)
-    monkeypatch.setattr(rules.F, 'linear', spy)
+    monkeypatch.setattr(maps, 'LARGE', 10000)
+    monkeypatch.setattr(zplus.F, 'linear', spy)
     assert_close(attribute(rule, copy.deepcopy(module), input, relevance=relevance)[2], expected)
     assert sizes[:3] == [33, 33, 4]
 
@@ -798,14 +807,14 @@ def test_convolve_cells(kind, stride, size, is_whole, groups):
     '''Averages of whole cells are the same as by average pooling, and so is the transposed map.'''
     module = kind(4, 6, 1, stride, groups=groups).double()
     input = torch.randn(2, 4, *size, dtype=torch.float64, requires_grad=True)
-    assert windows.is_sparse(module)
-    assert windows.whole_cells(module, input) == (stride if is_whole else None)
+    assert maps.is_sparse(module)
+    assert maps.whole_cells(module, input) == (stride if is_whole else None)
     padded = kind(4, 6, 1, stride, padding=1)
-    assert windows.whole_cells(padded, input) is None
+    assert maps.whole_cells(padded, input) is None
     if is_whole:
         shape = [length // step for length, step in zip(size, stride)]
-        expected = windows.convolve(module, input, module.weight, shape, spread=True)
-        output, transpose = windows.convolve_cells(module, input.detach(), module.weight.detach(), stride)
+        expected = maps.convolve(module, input, module.weight, shape, spread=True)
+        output, transpose = maps.convolve_cells(module, input.detach(), module.weight.detach(), stride)
         assert_close(output, expected.detach())
         upper = torch.randn_like(output)
         assert_close(transpose(upper), torch.autograd.grad(expected, input, upper)[0])
@@ -816,7 +825,7 @@ def test_convolve_cells(kind, stride, size, is_whole, groups):
 def test_smooth_conserves(size, stride):
     '''Smoothing conserves relevance and its sign, also in images smaller than the filter.'''
     relevance = torch.rand(2, 3, *size, dtype=torch.float64)
-    smooth = windows.smooth(relevance, stride)
+    smooth = maps.smooth(relevance, stride)
     assert smooth.shape == relevance.shape
     assert torch.allclose(smooth.sum((2, 3)), relevance.sum((2, 3)), rtol=1e-12)
     assert float(smooth.min()) >= 0
@@ -829,7 +838,7 @@ def test_smooth_removes_harmonics(stride):
     '''A lattice of dots becomes uniform, as the filter has zeros at all harmonics of the stride.'''
     relevance = torch.zeros(1, 1, 12 * stride, 12 * stride, dtype=torch.float64)
     relevance[..., ::stride, 1::stride] = stride ** 2
-    heatmap = interior(windows.smooth(relevance, (stride, stride)), 2 * stride)
+    heatmap = interior(maps.smooth(relevance, (stride, stride)), 2 * stride)
     assert torch.allclose(heatmap, torch.ones_like(heatmap))
 
 
@@ -839,7 +848,7 @@ def test_smooth_filter():
     relevance[..., 4, 4] = 1.
     expected = torch.zeros_like(relevance)
     expected[..., 2:7, 4] = torch.tensor([1., 2., 3., 2., 1.], dtype=torch.float64) / 9
-    assert torch.allclose(windows.smooth(relevance, (3, 1)), expected)
+    assert torch.allclose(maps.smooth(relevance, (3, 1)), expected)
 
 
 # -- splitting ---------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from zennit.attribution import Gradient
 from zennit.composites import EpsilonPlus
 
 from zennit_resnet import BlockLRP, RelativeLRP, ResidualCanonizer, ResNetLRP, initial_relevance, with_splitting
-from zennit_resnet.core import SinglePass
+from zennit_resnet.rules import SinglePass
 
 COMPOSITES = {
     'ratio': ResNetLRP,

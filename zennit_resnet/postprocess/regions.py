@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from .arguments import takes_maps
-from .core import check_choice
+from ..arguments import check_choice, takes_maps
 
 CONTOURS = ('largest_area', 'largest_filled', 'first')
 EXPANSIONS = {'bilinear': {'mode': 'bilinear', 'align_corners': False}, 'nearest': {'mode': 'nearest'}}

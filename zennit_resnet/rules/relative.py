@@ -10,15 +10,15 @@ import math
 
 import torch
 import torch.nn.functional as F
-from zennit.core import Hook, RemovableHandle, RemovableHandleList
+from zennit.core import RemovableHandle, RemovableHandleList
 from zennit.types import Convolution, ConvolutionTranspose
 
-from . import windows
-from .arguments import Described
-from .core import SinglePass, check_choice
-from .layer import LinearMap, NonNegativeMap
-from .memory import by_example
-from .weights import is_plain
+from .._weights import is_plain
+from ..arguments import check_choice
+from ..layer import LinearMap, NonNegativeMap
+from . import _linear_maps as maps
+from ._linear_maps import by_example
+from .base import SinglePass
 
 CARDINALITY = ('constant', 'per_position')
 
@@ -56,7 +56,7 @@ class Relative(SinglePass):
     def store(self, module, *inputs):
         '''Keep the input.'''
         input, = inputs
-        windows.check_batch(self, module, input)
+        maps.check_batch(self, module, input)
         if not len(input):
             raise ValueError(f'{type(self).__name__}: {module} got an empty batch of shape {tuple(input.shape)}!')
         return (input,)
@@ -104,14 +104,14 @@ class Relative(SinglePass):
                 in_channels, out_channels = module.weight.shape[1], module.weight.shape[0] // module.groups
             counts = out_channels * math.prod(kernel)
             if per_position:
-                counts = out_channels * windows.count_uses(module, input, relevance)
+                counts = out_channels * maps.count_uses(module, input, relevance)
             return in_channels * math.prod(kernel), counts
         if getattr(module, 'kernel_size', None) is not None:
-            size = math.prod(windows.as_tuple(module.kernel_size, num))
-            return size, windows.count_uses(module, input, relevance) if per_position else size
+            size = math.prod(maps.as_tuple(module.kernel_size, num))
+            return size, maps.count_uses(module, input, relevance) if per_position else size
         if getattr(module, 'output_size', None) is not None:
-            sizes = windows.adaptive_sizes(input, relevance)
-            return sizes, windows.count_uses(module, input, relevance) if per_position else 1
+            sizes = maps.adaptive_sizes(input, relevance)
+            return sizes, maps.count_uses(module, input, relevance) if per_position else 1
         # means over whole dimensions, of which each input has one output
         return max(input.numel() / relevance.numel(), 1), 1
 
@@ -127,7 +127,7 @@ class Relative(SinglePass):
                     module.forward(input)
                 )
             return torch.autograd.grad(output, input, relevance)[0]
-        return windows.convolve_transposed(module, input, module.weight.detach().to(relevance.dtype), relevance)
+        return maps.convolve_transposed(module, input, module.weight.detach().to(relevance.dtype), relevance)
 
 
 class RelativeMaxPool(Relative):
@@ -169,7 +169,7 @@ def _check_examples(module, input):
 def _credit_windows(module, input, relevance):
     '''Give each maximum of the windows of a max pooling the relevance of the output.'''
     num, shape = input.ndim - 2, relevance.shape[2:]
-    kernel, stride, dilation, pads = windows.settings(module, num)
+    kernel, stride, dilation, pads = maps.settings(module, num)
     # with ceil_mode, windows may reach beyond the padding
     pads = [(before, max((out - 1) * step + (size - 1) * dil + 1 - length - before, 0))
             for out, step, size, dil, length, (before, _) in
@@ -197,17 +197,10 @@ def _credit_windows(module, input, relevance):
 def _credit_adaptive(input, relevance):
     '''Give each maximum of the windows of an adaptive max pooling the relevance of the output.'''
     lower, shape = torch.zeros_like(input), relevance.shape[2:]
-    bounds = [windows.adaptive_bounds(*lengths) for lengths in zip(input.shape[2:], shape)]
+    bounds = [maps.adaptive_bounds(*lengths) for lengths in zip(input.shape[2:], shape)]
     dims = tuple(range(2, input.ndim))
     for cell in itertools.product(*map(range, shape)):
         window = (..., *(slice(*bound[index]) for bound, index in zip(bounds, cell)))
         maximum = input[window].amax(dims, keepdim=True)
         lower[window] += relevance[(..., *(slice(start, start + 1) for start in cell))] * (input[window] == maximum)
     return lower
-
-
-class NoRule(Described, Hook):
-    '''Leaves the gradient as it is, where the composite of a canonizer has to name a rule.'''
-    def register(self, module):
-        '''Register nothing to the supplied module.'''
-        return RemovableHandleList([RemovableHandle(self)])

@@ -1,13 +1,13 @@
 '''What a canonizer refuses to follow, and what to do about it.'''
 import warnings
 
-from torch._C import DisableTorchFunction
 from zennit.rules import NoMod
 from zennit.types import Linear
 
-from .block import BlockEpsilon
-from .core import SinglePass, rules_among
-from .graph import carriers_of, end_of, nodes_of, tensors_of
+from .._autograd import carriers_of, end_of, nodes_of, tensors_of
+from .._compat import DisableTorchFunction, pre_hooks_of, rules_of
+from ..rules.base import SinglePass
+from ..rules.block import BlockEpsilon
 
 # What to do about functions for which a layer map is the wrong remedy.
 REMEDIES = {
@@ -130,7 +130,7 @@ def check_weight(label, module, args, kwargs):
 
 def _check_rule(label, module):
     '''Raise a RuntimeError if a layer that computes its weight has a rule of Zennit that modifies parameters.'''
-    for rule in rules_among(module._forward_pre_hooks):
+    for rule in rules_of(module):
         if rule.active and not all(isinstance(elem, NoMod) for elem in getattr(rule, 'param_modifiers', ())):
             raise RuntimeError(
                 f'{label} computes its weight (parametrization, weight norm, pruning, or in its forward). Zennit\'s '
@@ -144,9 +144,9 @@ def check_rules(names, composite):
     known = () if composite is None else composite.hook_refs
     for module, name in names.items():
         # that of the canonizer, and one of the composite
-        if len(module._forward_pre_hooks) <= 2:
+        if len(pre_hooks_of(module)) <= 2:
             continue
-        rules = [rule for rule in rules_among(module._forward_pre_hooks) if rule.active]
+        rules = [rule for rule in rules_of(module) if rule.active]
         foreign = [rule for rule in rules if rule not in known and not isinstance(rule, (SinglePass, BlockEpsilon))]
         if foreign and len(rules) > len(foreign):
             raise RuntimeError(

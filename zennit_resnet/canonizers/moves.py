@@ -4,8 +4,9 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from .._compat import version_of
+from ..layer import Addition, Filling, NonNegativeMap, Reduction
 from .functions import FunctionCall, kept, out_of_place, with_values, write_out
-from .layer import Addition, Filling, NonNegativeMap, Reduction
 from .products import run_first
 
 # Elements among constants, if only one tensor carries relevance: of several, the gradient is the rule.
@@ -162,7 +163,7 @@ def branches(function):
     if noted is None or not isinstance(dim, int) or isinstance(dim, bool) or given.get('dtype') is not None:
         return None
     tensors, stacked, is_stack, versions = noted
-    is_changed = [elem._version for elem in (input, *tensors)] != versions  # pylint: disable=protected-access
+    is_changed = list(map(version_of, (input, *tensors))) != versions
     if is_changed or dim % input.ndim != stacked:
         return None
     return tensors if is_stack else [elem.squeeze(stacked) for elem in tensors]
@@ -172,7 +173,7 @@ def note_stacked(output, tensors, dim, is_stack):
     '''Note which tensors were stacked along a dimension, or concatenated with one element each.'''
     dim = dim % output.ndim
     if is_stack or all(elem.ndim == output.ndim and elem.shape[dim] == 1 for elem in tensors):
-        versions = [elem._version for elem in (output, *tensors)]  # pylint: disable=protected-access
+        versions = list(map(version_of, (output, *tensors)))
         output._stacked = tuple(tensors), dim, is_stack, versions
 
 

@@ -5,11 +5,10 @@ from contextlib import nullcontext
 from numbers import Number
 
 import torch
-from torch._C import DisableTorchFunction
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter as keep_version
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.overrides import TorchFunctionMode
 
-from .graph import name_of, tensors_of
+from ._autograd import name_of, tensors_of
+from ._compat import DisableTorchFunction, function_modes, is_view, keep_version, pop_mode, push_mode, version_of
 
 # Functions after which each entry is the same as before, or has a gradient of zero (but may have relevance).
 CLIPPING = frozenset('relu relu_ relu6 hardtanh hardtanh_ clamp_ clip_ clamp_min_ clamp_max_ threshold_'.split())
@@ -52,7 +51,7 @@ class Kept:
     '''
     def __init__(self, tensor):
         self._tensor = tensor.detach()
-        self._version = self._tensor._version
+        self._version = version_of(self._tensor)
         self.is_used = False
         if is_watched():
             self.address = address_of(tensor)
@@ -63,16 +62,16 @@ class Kept:
     @property
     def is_changed(self):
         '''Whether the network has changed the tensor in a way which nobody noted.'''
-        return self._tensor._version != self._version
+        return version_of(self._tensor) != self._version
 
     def copy(self):
         '''Copy the values, which are about to change.'''
         self._tensor = self._tensor.clone()
-        self._version, self.address = self._tensor._version, None
+        self._version, self.address = version_of(self._tensor), None
 
     def accept(self):
         '''Take the values as they are now.'''
-        self._version = self._tensor._version
+        self._version = version_of(self._tensor)
 
     def clear(self):
         '''Forget the values, which are not needed.'''
@@ -103,7 +102,7 @@ class _Follow(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor, current):
         '''Copy what is not in the same memory.'''
-        ctx.is_view = tensor._is_view()
+        ctx.is_view = is_view(tensor)
         if tensor.data_ptr() != current.data_ptr():
             tensor.copy_(current)
         ctx.mark_dirty(tensor)
@@ -119,7 +118,7 @@ class _Follow(torch.autograd.Function):
 
 def is_watched():
     '''Whether functions on tensors are seen.'''
-    return any(isinstance(mode, Watch) for mode in _get_current_function_mode_stack())
+    return any(isinstance(mode, Watch) for mode in function_modes())
 
 
 class Watch(TorchFunctionMode):
@@ -130,17 +129,17 @@ class Watch(TorchFunctionMode):
     def enter(self):
         '''Begin, unless an interrupt has skipped the end.'''
         _STATE.watches.add(self)
-        if self not in _get_current_function_mode_stack():
-            _push_mode(self)
+        if self not in function_modes():
+            push_mode(self)
 
     def leave(self):
         '''End, wherever it is among other modes.'''
         _STATE.watches.discard(self)
         others = []
-        while self in _get_current_function_mode_stack():
-            others.append(_pop_mode())
+        while self in function_modes():
+            others.append(pop_mode())
         for mode in reversed(others[:-1]):
-            _push_mode(mode)
+            push_mode(mode)
 
     def look(self, func, args, kwargs):
         '''Look at a function which is about to run, before what it changes is copied for those that keep it.'''
@@ -206,7 +205,7 @@ def replace(tensor, current):
         The tensor that was.
     '''
     # a view may be the only reference to a part of another tensor
-    reference = (lambda: tensor) if tensor._is_view() else weakref.ref(tensor)
+    reference = (lambda: tensor) if is_view(tensor) else weakref.ref(tensor)
     _STATE.replaced.setdefault(address_of(tensor), []).append((reference, current))
 
 
@@ -230,7 +229,7 @@ def settle(value):
                     if is_copied:
                         _use(original, original, False)
                     # other views of the same tensor only find out by its version that its history is another
-                    with nullcontext() if is_copied and original._is_view() else keep_version(original):
+                    with nullcontext() if is_copied and is_view(original) else keep_version(original):
                         _Follow.apply(original, current)
 
 

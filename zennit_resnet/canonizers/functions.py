@@ -1,7 +1,8 @@
 '''Calls of functions, and other ways to write them.'''
 import torch
 
-from .graph import map_tensors, tensors_of
+from .._autograd import map_tensors, tensors_of
+from .._compat import is_view
 
 # What PyTorch calls some arguments as well.
 ALIASES = {'self': 'input', 'axis': 'dim', 'keepdims': 'keepdim'}
@@ -149,7 +150,7 @@ def with_values(output, exact):
     if output.shape != exact.shape:
         output = output.reshape(exact.shape)
     # the graph of a view is made anew once its values change, of which not all functions are capable
-    output = output.clone() if output._is_view() else output  # pylint: disable=protected-access
+    output = output.clone() if is_view(output) else output
     with torch.no_grad():
         output.copy_(exact)
     return output

@@ -1,11 +1,15 @@
-'''Questions on how tensors were computed, answered by their graphs.'''
+'''Queries on the autograd graph: the only module that reads the names, numbers and saved fields of its nodes.
+
+``tests/test_autograd.py`` has a canary for each name that is read here: another name would silently make gates of
+signals, or have operations attributed to other layers.
+'''
 import copy
 import dataclasses
 
 import torch
-from torch._C import DisableTorchFunction
 from zennit.types import Activation, AvgPool, Convolution, MaxPool
 
+from ._compat import DisableTorchFunction
 from .layer import Addition, Concatenation, Filling, Gate, Operation
 
 SIGMOIDS = frozenset('sigmoid sigmoid_ hardsigmoid softmax special_softmax special_expit'.split())
@@ -98,6 +102,55 @@ def nodes_of(tensors):
         return {tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None}
 
 
+# -- nodes -------------------------------------------------------------------------------------------------------------
+
+def sequence_of(node):
+    '''Number of a node: those created later have larger ones. Only leaves have no proper number.'''
+    return node._sequence_nr()
+
+
+def next_sequence():
+    '''Number of the node that will be created next.'''
+    return torch.autograd._get_sequence_nr()
+
+
+def is_leaf(node):
+    '''Whether a node is that of a leaf, which accumulates gradients.'''
+    return 'AccumulateGrad' in node.name()
+
+
+def function_of(node):
+    '''Name of a node without namespaces.'''
+    return node.name().rpartition('::')[2]
+
+
+def class_of(node):
+    '''Class of the custom autograd function that a node belongs to, None for others.'''
+    return getattr(node, '_forward_cls', None)
+
+
+def metadata_of(node):
+    '''Shapes and types of the outputs of a node, empty where it does not tell, as some of PyTorch 2.4.'''
+    return getattr(node, '_input_metadata', ())
+
+
+def rule_of(node):
+    '''The single-pass rule that is the backward function of a node, None if there is none.'''
+    return getattr(node, 'rule', None)
+
+
+def module_of(node):
+    '''The layer of that rule, None if there is none.'''
+    return getattr(node, 'module', None)
+
+
+def is_move(node):
+    '''Whether a node only gives elements another shape or order, or copies them.'''
+    return any(key in node.name() for key in MOVES)
+
+
+# -- questions ---------------------------------------------------------------------------------------------------------
+
 def depends_on(tensor, source):
     '''Whether a tensor was computed from another, or from what that is a copy of, by their graphs.'''
     if tensor.grad_fn is None or not source.requires_grad:
@@ -108,8 +161,7 @@ def depends_on(tensor, source):
     while any(key in target.name() for key in COPIES) and len(target.next_functions) == 1:
         target, output_nr = target.next_functions[0]
     # nodes are numbered in the order of their creation, only leaves have no proper number
-    is_leaf = 'AccumulateGrad' in target.name()
-    oldest = -1 if is_leaf else target._sequence_nr()  # pylint: disable=protected-access
+    oldest = -1 if is_leaf(target) else sequence_of(target)
     queue, seen = [tensor.grad_fn], set()
     while queue:
         for node, index in queue.pop().next_functions:
@@ -118,7 +170,7 @@ def depends_on(tensor, source):
             if node == target and index == output_nr:
                 return True
             seen.add((node, index))
-            if node._sequence_nr() > oldest:  # pylint: disable=protected-access
+            if sequence_of(node) > oldest:
                 queue.append(node)
     return False
 
@@ -147,7 +199,7 @@ def is_gate(tensor, with_tanh=True):
 def end_of(node):
     '''The last function before an output that does more than moving, selecting or averaging elements.'''
     while len(_parents(node)) == 1 and (
-        isinstance(getattr(node, 'module', None), AvgPool) or _stem(node).startswith(REORDERS)
+        isinstance(module_of(node), AvgPool) or _stem(node).startswith(REORDERS)
         or any(key in _stem(node) for key in MOVES + AVERAGES)
     ):
         node, = _parents(node)
@@ -161,7 +213,7 @@ def is_attention(tensor):
 
 
 def _is_layer(node):
-    return isinstance(getattr(node, 'module', None), (Convolution, torch.nn.Linear))
+    return isinstance(module_of(node), (Convolution, torch.nn.Linear))
 
 
 def is_arithmetic(node):
@@ -171,7 +223,7 @@ def is_arithmetic(node):
 
 def _is_sigmoid(node, with_tanh):
     '''Whether a function is a sigmoid, which may be one that networks write as a shift, clipped on both sides.'''
-    module, name = getattr(node, 'module', None), node.name()
+    module, name = module_of(node), node.name()
     function = getattr(module, 'name', None)
     if isinstance(module, torch.nn.Tanh) or function in TANHS or name.startswith('Tanh'):
         return with_tanh
@@ -197,7 +249,7 @@ def _clips(node, module):
 def _scales(node):
     '''Whether a function moves or scales what it is given.'''
     stem = _stem(node)
-    return isinstance(getattr(node, 'module', None), Gate) or stem in SCALES or any(key in stem for key in MOVES)
+    return isinstance(module_of(node), Gate) or stem in SCALES or any(key in stem for key in MOVES)
 
 
 def _combines(node):

@@ -14,8 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from .arguments import check_flag, check_number, takes_maps
-from .core import check_choice
+from ..arguments import check_choice, check_flag, check_number, takes_maps
 from .regions import (
     binarize,
     check_heatmap,
@@ -189,19 +188,19 @@ def c1c(
     heatmap: :py:obj:`torch.Tensor`
         Heatmaps of shape (batch, height, width). Each is processed on its own. They are not modified.
     size: int or tuple[int, int], optional
-        Size to reduce heatmaps to. Default is 28. See :py:func:`~zennit_resnet.regions.reduce_heatmap`.
+        Size to reduce heatmaps to. Default is 28. See :py:func:`~zennit_resnet.postprocess.reduce_heatmap`.
     threshold: str, float or callable, optional
         What is above it may belong to the component. Default is ``'mean'``. See
-        :py:func:`~zennit_resnet.regions.binarize`.
+        :py:func:`~zennit_resnet.postprocess.binarize`.
     select: str, optional
         With ``'area'`` (default, as the paper describes it), it is the component with the most pixels. With
         ``'max_value'`` (as in code of the same group), it is the one that holds the largest value, or the whole map if
         nothing is above the threshold. That code also triples the values inside, which has no effect on pictures or
         rankings, and is left out.
     connectivity: int, optional
-        Either 8 (default) or 4. See :py:func:`~zennit_resnet.regions.largest_component`.
+        Either 8 (default) or 4. See :py:func:`~zennit_resnet.postprocess.largest_component`.
     expand: str, optional
-        Either ``'bilinear'`` (default) or ``'nearest'``. See :py:func:`~zennit_resnet.regions.expand_heatmap`.
+        Either ``'bilinear'`` (default) or ``'nearest'``. See :py:func:`~zennit_resnet.postprocess.expand_heatmap`.
     outside: str, optional
         What values outside the component become. With ``'zero'`` (default), pixels outside outrank negative relevance
         inside, if heatmaps are ranked afterwards. With ``'minimum'``, they become the lowest value of the reduced map,
@@ -265,19 +264,20 @@ def c3(
     heatmap: :py:obj:`torch.Tensor`
         Heatmaps of shape (batch, height, width). Each is processed on its own. They are not modified.
     size: int or tuple[int, int], optional
-        Size to reduce heatmaps to. Default is 28 as in the paper. See :py:func:`~zennit_resnet.regions.reduce_heatmap`.
+        Size to reduce heatmaps to. Default is 28, as in the paper. See
+        :py:func:`~zennit_resnet.postprocess.reduce_heatmap`.
     threshold: str, float or callable, optional
         What is above it may belong to the contour. Default is ``'mean'``. See
-        :py:func:`~zennit_resnet.regions.binarize`.
+        :py:func:`~zennit_resnet.postprocess.binarize`.
     component_threshold: str, float or callable, optional
         What is above it may belong to the component. Default is None, which is ``threshold``.
     contour: str, optional
         Either ``'largest_area'`` (default), ``'largest_filled'`` or ``'first'``. See
-        :py:func:`~zennit_resnet.regions.largest_contour`.
+        :py:func:`~zennit_resnet.postprocess.largest_contour`.
     connectivity: int, optional
-        Either 8 (default) or 4. See :py:func:`~zennit_resnet.regions.largest_component`.
+        Either 8 (default) or 4. See :py:func:`~zennit_resnet.postprocess.largest_component`.
     expand: str, optional
-        Either ``'bilinear'`` (default) or ``'nearest'``. See :py:func:`~zennit_resnet.regions.expand_heatmap`.
+        Either ``'bilinear'`` (default) or ``'nearest'``. See :py:func:`~zennit_resnet.postprocess.expand_heatmap`.
     outside: str, optional
         What values outside both masks become. With ``'zero'`` (default, Eq. (4)), pixels outside outrank negative
         relevance inside, if heatmaps are ranked afterwards. With ``'minimum'``, they become the lowest value of the
@@ -441,7 +441,7 @@ def attention_errors(heatmap, mask, threshold='mean', coverage=0.5, precision=0.
         Masks of shape (batch, height, width), where all but zero belongs to the object.
     threshold: str, float or callable, optional
         What is above it is attended. Default is ``'mean'``, as for :py:func:`c3`. See
-        :py:func:`~zennit_resnet.regions.binarize`.
+        :py:func:`~zennit_resnet.postprocess.binarize`.
     coverage: float, optional
         Share of the object that is enough. Default is 0.5.
     precision: float, optional

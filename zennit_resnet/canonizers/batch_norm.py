@@ -4,15 +4,15 @@ import functools
 import weakref
 
 import torch
-from torch._C import DisableTorchFunction
 from torch.nn.utils.parametrize import is_parametrized
 from zennit.core import RemovableHandleList
 from zennit.types import BatchNorm, ConvolutionTranspose, Linear
 
-from .core import SinglePass, rules_among
-from .graph import count_uses, nodes_of
-from .layer import Normalization
-from .weights import UsedModule, UsedWeights, is_plain
+from .._autograd import count_uses, nodes_of, rule_of, sequence_of
+from .._compat import DisableTorchFunction, rules_of
+from .._weights import UsedModule, UsedWeights, is_plain
+from ..layer import Normalization
+from ..rules.base import SinglePass
 
 
 class BatchNormMerge:
@@ -47,9 +47,9 @@ class BatchNormMerge:
             # a layer with a forward of its own may return the output of a functional one, or do more than that
             if reference() is output:
                 return
-            has_single_pass = hasattr(output.grad_fn, 'rule')
+            has_single_pass = rule_of(output.grad_fn) is not None
             if isinstance(output.grad_fn.module, Linear) if has_single_pass else (
-                is_plain(module) or rules_among(module._forward_pre_hooks)
+                is_plain(module) or rules_of(module)
             ):
                 # the node of a single-pass rule has the weights of its call
                 used = None if has_single_pass else UsedWeights(module)
@@ -87,7 +87,7 @@ class BatchNormMerge:
             if all(nodes[0] is not candidate[0][0] for candidate in self.candidates) and (
                 isinstance(module, (BatchNorm, Normalization)) and (
                     # what has a rule of its own counts as what its type says
-                    is_plain(module) or any(rule.active for rule in rules_among(module._forward_pre_hooks))
+                    is_plain(module) or any(rule.active for rule in rules_of(module))
                 ) or _is_affine(batch_norm.module, input, output)
             ):
                 self.candidates.append((nodes, linear, used, batch_norm, output.grad_fn))
@@ -118,7 +118,7 @@ class BatchNormMerge:
             if any(uses.get(node) != 1 for node in nodes) or calls[linear] != 1 or result not in uses:
                 continue
             node = nodes[0]
-            if isinstance(getattr(node, 'rule', None), SinglePass):
+            if isinstance(rule_of(node), SinglePass):
                 # the node has a copy of the layer
                 node.context = functools.partial(_folded, node.module, batch_norm)
             else:
@@ -193,7 +193,7 @@ def _scale(batch_norm):
 
 def _number(tensor):
     '''Number of the node that has computed a tensor, which no other has, None for leaves.'''
-    return None if tensor.grad_fn is None else tensor.grad_fn._sequence_nr()  # pylint: disable=protected-access
+    return None if tensor.grad_fn is None else sequence_of(tensor.grad_fn)
 
 
 def _weights(linear):

@@ -9,15 +9,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from torch._C import DisableTorchFunction
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.modules import module as torch_module
 from zennit.core import Hook
 
-from .block import BlockEpsilon, GradientTimesInput
-from .causes import CAUSES, Note, Witness, is_affine, precise
-from .core import SinglePass, rules_among
-from .graph import walk
+from .._autograd import function_of, is_leaf, next_sequence, sequence_of, walk
+from .._compat import DisableTorchFunction, rules_of
+from ..rules.base import SinglePass
+from ..rules.block import BlockEpsilon, GradientTimesInput
+from .losses import CAUSES, Note, Witness, is_affine, precise
 
 
 @dataclass
@@ -198,7 +198,7 @@ class Recorder:
         if threading.get_ident() != self.thread or not (self.stack or module is self.model):
             return
         with DisableTorchFunction():
-            found = rules_among(module._forward_pre_hooks) + rules_among(module._forward_hooks)
+            found = rules_of(module, with_post=True)
             rules = [hook for hook in dict.fromkeys(found) if hook in self.composite.hook_refs]
             call = Call(module, self.stack[-1] if self.stack else None, rules)
             for hook in rules:
@@ -238,7 +238,7 @@ class Recorder:
 
     def _mark(self, call):
         '''Operations from now on belong to a call.'''
-        self.starts.append(torch.autograd._get_sequence_nr())
+        self.starts.append(next_sequence())
         self.owners.append(call)
 
     def _keep(self, value):
@@ -276,7 +276,7 @@ class Recorder:
         edge = get_gradient_edge(input)
         self.input = edge.node, edge.output_nr
         nodes = list(walk([output.grad_fn]))
-        self.nodes = [node for node in nodes if 'AccumulateGrad' not in node.name()]
+        self.nodes = [node for node in nodes if not is_leaf(node)]
         self.leading = _leading(nodes, edge.node)
         self.indices = {node: index for index, node in enumerate(self.nodes)}
         self.output, self.seed = output.grad_fn, self._measure(seed)
@@ -398,7 +398,7 @@ class Recorder:
         )
 
     def _number(self, index):
-        return self.nodes[index]._sequence_nr()
+        return sequence_of(self.nodes[index])
 
     def _owner(self, index):
         '''The call during which an operation ran.'''
@@ -467,7 +467,7 @@ def _leading(nodes, target):
 
 def _function_name(node):
     '''Name of a function by its node in the graph, such as add for AddBackward0.'''
-    name = re.sub('Backward[0-9]*$', '', node.name().rpartition('::')[2]).lstrip('_')
+    name = re.sub('Backward[0-9]*$', '', function_of(node)).lstrip('_')
     return re.sub('(?<=[a-z0-9])(?=[A-Z])', '_', name).lower()
 
 

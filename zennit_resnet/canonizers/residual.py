@@ -1,26 +1,27 @@
 '''Canonizers which make the operations of residual networks visible to rules.'''
 import gc
-import sys
+import threading
 import weakref
+from contextlib import contextmanager
 
 import torch
-from torch._C import DisableTorchFunction
 from zennit.canonizers import Canonizer
-from zennit.core import Composite, RemovableHandleList
+from zennit.core import RemovableHandleList
 
-from .arguments import Described, check_flag
-from .block import note_addition
+from .._autograd import carriers_of, class_of, function_of, is_arithmetic, name_of, nodes_of, walk
+from .._compat import DisableTorchFunction, caller, in_backward, is_replacing, is_running, registering_composite
+from .._inplace import Watch, forget, note_copy, settle
+from ..arguments import Described, check_choice, check_flag
+from ..layer import Addition, Filling, Gate, LinearMap, Padding, Reduction
+from ..rules.passing import Proportional, Refill, SignalTakesAll, Uncrop
+from ..rules.splitting import RatioSplit
+from .batch_norm import BatchNormMerge
 from .calls import Call, Local, is_opaque, single_pass
-from .core import Eager, check_choice, check_evaluation, is_active, is_running
+from .eager import Eager, check_evaluation, is_active
 from .functions import FunctionCall
-from .graph import carriers_of, is_arithmetic, name_of, nodes_of, walk
-from .inplace import Watch, forget, note_copy, settle
-from .layer import Addition, Filling, Gate, LinearMap, Padding, Reduction
-from .merging import BatchNormMerge
-from .operations import ADDITIONS, CONVOLUTIONS, TRANSPARENT, handle, is_training
+from .operations import CONVOLUTIONS, TRANSPARENT, handle, is_training
 from .refusals import (
     Softmaxes,
-    UnsupportedOperation,  # noqa: F401, pylint: disable=unused-import
     check_output,
     check_parameters,
     check_rules,
@@ -29,7 +30,6 @@ from .refusals import (
     refusal,
     undo,
 )
-from .rules import Proportional, RatioSplit, Refill, SignalTakesAll, Uncrop
 from .weight_log import WeightLog
 
 # Rules for operations that no composite of Zennit knows about, unless the composite in use has another for them.
@@ -45,10 +45,25 @@ DEFAULT_RULES = (
 REGISTERED = []
 # Composites of Zennit that were registered while they were in use.
 REPLACED = weakref.WeakSet()
+# The composite of this package that is being registered. Those of Zennit do not tell their canonizers who they are.
+_REGISTERING = threading.local()
 
 
 # Functions of PyTorch with a backward function of their own that change nothing, such as that of backward hooks.
 IDENTITIES = frozenset(['BackwardHookFunction'])
+
+
+@contextmanager
+def registering(composite):
+    '''Have canonizers that are applied in this context ask a composite for the rules of operations.'''
+    outer = getattr(_REGISTERING, 'composite', None)
+    _REGISTERING.composite = composite
+    try:
+        yield
+    finally:
+        _REGISTERING.composite = outer
+
+
 class ResidualCanonizer(Described, Canonizer):
     '''Canonizer for residual networks of any source.
 
@@ -99,8 +114,18 @@ class ResidualCanonizer(Described, Canonizer):
         -------
         list of :py:obj:`ResidualCanonizer`
             A list of the single instance that was registered.
+
+        Raises
+        ------
+        RuntimeError
+            If no composite is being registered, or if it is in use for another network.
         '''
-        composite = _calling_composite()
+        composite = getattr(_REGISTERING, 'composite', None) or registering_composite()
+        if composite is None:
+            raise RuntimeError(
+                f'{type(self).__name__} has no composite to ask for rules: give it to a composite, as '
+                'in EpsilonPlus(canonizers=[ResidualCanonizer()]), or call its register(model, composite).'
+            )
         if composite in REPLACED:
             REPLACED.discard(composite)
             raise RuntimeError(in_use(composite))
@@ -165,7 +190,7 @@ class ResidualCanonizer(Described, Canonizer):
         self.interception.leave()
         if self.finalizer is not None:
             self.finalizer.detach()
-        if self.names and self._is_replaced():
+        if self.names and is_replacing():
             REPLACED.add(self._composite())
         self.handles.remove()
         self.merge.remove()
@@ -216,7 +241,7 @@ class ResidualCanonizer(Described, Canonizer):
         carriers = carriers_of(args) if opaque and stack and not stack[-1].opaque else ()
         begin = nodes_of(carriers) if carriers else None
         counts = self.local.counts.setdefault(module, {})
-        stack.append(Call(module, opaque, counts, changes, begin, weights, sys._getframe(1)))
+        stack.append(Call(module, opaque, counts, changes, begin, weights, caller()))
 
     def _recover(self):
         '''Forget a forward pass that was interrupted by an exception for which PyTorch runs no hooks.'''
@@ -282,7 +307,7 @@ class ResidualCanonizer(Described, Canonizer):
             self.paused = None
             return
         # checkpointing runs parts of the network again in the backward pass, for which all folded weights remain
-        self.paused = self.merge.pause() if torch._C._current_graph_task_id() != -1 else None
+        self.paused = self.merge.pause() if in_backward() else None
         self.merge.unfold()
         self._detach()
         self.eager.pause_compiler()
@@ -308,13 +333,6 @@ class ResidualCanonizer(Described, Canonizer):
     def _label(self, module):
         '''Name and type of a module.'''
         return f'{self.names.get(module) or "The model"} ({type(module).__name__})'
-
-    def _is_replaced(self):
-        '''Whether Zennit removes the composite because it is registered for another network, without asking.'''
-        frame = sys._getframe(1)
-        while frame is not None and frame.f_code is not Composite.remove.__code__:
-            frame = frame.f_back
-        return frame is not None and frame.f_back.f_code is Composite.register.__code__
 
     def _overlapping(self):
         '''Other canonizers in use for the same modules.'''
@@ -411,7 +429,7 @@ class ResidualCanonizer(Described, Canonizer):
         ----------
         call: object
             The call of the module that runs the function.
-        function: :py:obj:`zennit_resnet.operations.FunctionCall`
+        function: :py:obj:`zennit_resnet.canonizers.functions.FunctionCall`
             The function with its arguments.
         reason: str
             Why there is no rule, for the message once relevance does reach it.
@@ -433,7 +451,7 @@ class ResidualCanonizer(Described, Canonizer):
         ----------
         call: object
             The call of the module that runs the function.
-        function: :py:obj:`zennit_resnet.operations.FunctionCall`
+        function: :py:obj:`zennit_resnet.canonizers.functions.FunctionCall`
             The function with its arguments.
 
         Returns
@@ -454,15 +472,15 @@ class ResidualCanonizer(Described, Canonizer):
     def _guard(self, call, outputs):
         '''Custom autograd functions, scripted and mapped ones are not intercepted. Relevance must not reach them.'''
         for node in walk(nodes_of(outputs), self.local.seen):
-            source = getattr(node, '_forward_cls', None)
+            source = class_of(node)
             if node in self.local.known:
                 continue
             if source is not None and source.__name__ not in IDENTITIES and (
-                source.__module__.partition('.')[0] not in ('zennit', __package__)
+                source.__module__.partition('.')[0] not in ('zennit', __package__.partition('.')[0])
             ):
                 node.register_prehook(self._check(call, source.__qualname__, 'it has a backward function of its own'))
             elif is_arithmetic(node):
-                name = node.name().rpartition('::')[2]
+                name = function_of(node)
                 node.register_prehook(self._check(call, name, 'it runs in a scripted or mapped function'))
 
     def _note(self, outputs, begin):
@@ -533,7 +551,7 @@ class ResidualCanonizer(Described, Canonizer):
             The call of the module that runs the function.
         kind: type
             Class of the stand-in, see :py:mod:`zennit_resnet.layer`.
-        function: :py:obj:`zennit_resnet.operations.FunctionCall`
+        function: :py:obj:`zennit_resnet.canonizers.functions.FunctionCall`
             The function with its arguments.
         **settings
             Attributes of the stand-in, which its rule needs to know.
@@ -550,30 +568,6 @@ class ResidualCanonizer(Described, Canonizer):
         return self.run_known(lambda: standin(*function.carriers), function.carriers)
 
 
-class BlockCanonizer(ResidualCanonizer):
-    '''Canonizer which finds residual blocks, for :py:class:`~zennit_resnet.rules.BlockEpsilon`.
-
-    A block is a module which adds two tensors that depend on the input in its own forward. No function is replaced, as
-    the rule takes the gradient of whatever a block computes.
-    '''
-    is_gradient = True
-
-    def look(self, func, args, kwargs):
-        '''Note additions.'''
-        super().look(func, args, kwargs)
-        stack = self._stack()
-        if stack and name_of(func) in ADDITIONS and len(carriers_of((args, kwargs))) == 2:
-            note_addition(stack[-1].module)
-
-    def intercept(self, func, args, kwargs):
-        '''Run a function.'''
-        if 'softmax' not in getattr(func, '__name__', '') or not self._stack() or not torch.is_grad_enabled():
-            return func(*args, **kwargs)
-        carriers = carriers_of((args, kwargs))
-        function = FunctionCall(func, name_of(func), args, kwargs, carriers)
-        return self.pass_at_end(self._stack()[-1], function) if carriers else function()
-
-
 class _Interception(Watch):
     '''Hand all functions on tensors over to the canonizer.'''
     def __init__(self, canonizer, is_gradient):
@@ -588,17 +582,3 @@ class _Interception(Watch):
     def run(self, func, args, kwargs):
         '''Run a function, through a module that stands for it if it is an operation on relevance.'''
         return self.canonizer.intercept(func, args, kwargs)
-
-
-def _calling_composite():
-    '''The composite that is being registered.
-
-    Composites of Zennit do not tell their canonizers who they are, but operations found later need their rules.
-    '''
-    frame = sys._getframe(1)
-    while frame is not None:
-        caller = frame.f_locals.get('self')
-        if isinstance(caller, Composite) and frame.f_code.co_name == 'register':
-            return caller
-        frame = frame.f_back
-    return None

@@ -12,9 +12,9 @@ from zennit import rules as zennit_rules
 from zennit.core import Hook
 from zennit.types import BatchNorm, Linear
 
-from .block import BlockEpsilon
-from .layer import LinearMap, Normalization
-from .rules import ZPlus
+from ..layer import LinearMap, Normalization
+from ..rules.block import BlockEpsilon
+from ..rules.zplus import ZPlus
 
 CAUSES = ('bias', 'stabilizer', 'dead_units', 'no_rule', 'unexplained')
 

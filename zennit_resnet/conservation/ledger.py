@@ -12,13 +12,13 @@ from contextlib import contextmanager
 import torch
 from zennit.core import Composite
 
-from .arguments import check_flag, check_module, check_number, check_precision, check_rule, show
-from .attribution import initial_relevance, select_output
-from .block import GradientTimesInput
-from .causes import CAUSES, precise
-from .core import Eager, check_evaluation
-from .flow import Recorder
-from .image import plot_ledger
+from ..arguments import check_flag, check_module, check_number, check_precision, check_rule, show
+from ..attribution import initial_relevance, select_output
+from ..canonizers.eager import Eager, check_evaluation
+from ..rules.block import GradientTimesInput
+from .losses import CAUSES, precise
+from .plot import plot_ledger
+from .recorder import Recorder
 
 ADVICE = {
     'bias': 'biases have a share of the output. With zero_params=\'bias\', rules of Zennit leave them out',
@@ -36,9 +36,9 @@ class Ledger:
 
     Attributes
     ----------
-    rows: list[:py:obj:`~zennit_resnet.flow.Row`]
+    rows: list[:py:obj:`~zennit_resnet.conservation.Row`]
         Layers, and functions between them.
-    blocks: list[:py:obj:`~zennit_resnet.flow.Row`]
+    blocks: list[:py:obj:`~zennit_resnet.conservation.Row`]
         Modules which contain others, in the order of the backward pass. They sum up what happens inside.
     initial: :py:obj:`torch.Tensor`
         Sum of the initial relevance, of shape (batch,) and type float64.
@@ -95,7 +95,7 @@ class Ledger:
 
         Returns
         -------
-        list[:py:obj:`~zennit_resnet.flow.Row`]
+        list[:py:obj:`~zennit_resnet.conservation.Row`]
             The module's calls, and functions in it.
 
         Raises
@@ -167,7 +167,7 @@ class Ledger:
 
         Returns
         -------
-        list[:py:obj:`~zennit_resnet.flow.Row`]
+        list[:py:obj:`~zennit_resnet.conservation.Row`]
             Rows which lose or gain anything.
 
         Raises
@@ -324,7 +324,7 @@ class Ledger:
         Returns
         -------
         list[dict]
-            One dict for each example and row or block, with the attributes of :py:class:`~zennit_resnet.flow.Row`, and
+            One dict for each example and row or block, with the attributes of :py:class:`Row`, and
             what is lost relative to the initial relevance.
         '''
         records = []

@@ -1,179 +1,19 @@
 '''Base class of rules that replace the gradient of a layer.'''
 import copy
-import sys
 import threading
 from contextlib import nullcontext
 
 import torch
-from torch._C import DisableTorchFunction, _set_grad_enabled
 from torch.utils.checkpoint import CheckpointError
 from zennit.core import Hook, RemovableHandle, RemovableHandleList
-from zennit.types import BatchNorm
 
-from .arguments import Described
-from .inplace import keep_version
-from .layer import Operation
-from .weights import UsedModule
+from .._compat import DisableTorchFunction, is_view, keep_version, rules_of, set_grad_enabled, version_of
+from .._weights import UsedModule
+from ..arguments import Described
+from ..layer import Operation
 
-
-def check_choice(name, value, choices):
-    '''Raise a ValueError which names the argument, its value and the choices, if the value is not among them.'''
-    if value not in choices:
-        raise ValueError(f'{name}={value!r} is not one of {", ".join(map(repr, choices))}!')
-
-
-def is_active(composite):
-    '''Whether any rule of a composite, or the lack of any, counts.'''
-    return not composite.hook_refs or any(hook.active for hook in composite.hook_refs)
-
-
-def varies(module):
-    '''Whether the output of a module for a sample depends on chance or on other samples, as it is in training mode.'''
-    kinds = (BatchNorm, torch.nn.modules.dropout._DropoutNd, torch.nn.RReLU)  # pylint: disable=protected-access
-    # stochastic depth is a module of torchvision, timm, and many networks
-    # frozen modules of torch.jit have no mode
-    return getattr(module, 'training', False) and (
-        isinstance(module, kinds) or type(module).__name__.startswith(('Drop', 'StochasticDepth'))
-    )
-
-
-def check_evaluation(model):
-    '''Raise a RuntimeError which names the module if the output of any depends on chance or on other samples.
-
-    Parameters
-    ----------
-    model: :py:obj:`torch.nn.Module`
-        The network.
-    '''
-    for name, module in model.named_modules():
-        if varies(module):
-            raise RuntimeError(
-                f'{name or "The model"} ({type(module).__name__}) is in training mode, in which the output for one '
-                'sample depends on chance or on the other samples. Call model.eval() first.'
-            )
-
-
-def rules_among(hooks):
-    '''Rules that the hooks of a module, ``(id: hook)``, belong to.'''
-    owners = (getattr(hook, '__self__', None) for hook in hooks.values())
-    return [owner for owner in owners if isinstance(owner, Hook)]
-
-
-def is_running(frame):
-    '''Whether a frame is among those that are executed, and not one that an interrupt has left without running hooks.
-
-    PyTorch runs no hooks for exceptions that are not errors, such as a KeyboardInterrupt.
-    '''
-    current = sys._getframe(1)
-    while current is not None and current is not frame:
-        current = current.f_back
-    return current is not None
-
-
-class _Compiler:
-    '''Has functions that were compiled run in Python, as long as anyone needs that.
-
-    PyTorch has a single setting for all functions and threads, and none before version 2.6.
-    '''
-    def __init__(self):
-        self.lock = threading.Lock()
-        self.users, self.stance = set(), None
-
-    def pause(self, user):
-        '''Run functions in Python for a user, and at least those of which the compiler is loaded by now.'''
-        with self.lock:
-            self.users.add(user)
-            if self.stance is None and 'torch._dynamo' in sys.modules and hasattr(torch.compiler, 'set_stance'):
-                self.stance = torch.compiler.set_stance('force_eager')
-
-    def resume(self, user):
-        '''Run functions as before, unless there are other users.'''
-        with self.lock:
-            self.users.discard(user)
-            if not self.users and self.stance is not None:
-                self.stance.__exit__(None, None, None)
-                self.stance = None
-
-
-_COMPILER = _Compiler()
-
-
-class Eager:
-    '''Has all modules of a network run in Python, where rules can be attached to them.
-
-    Modules that were compiled, by :py:func:`torch.compile` or :py:meth:`torch.nn.Module.compile`, run as before until
-    this is removed. So do functions that were compiled, which may be inside of the network or around it.
-
-    Parameters
-    ----------
-    root_module: :py:obj:`torch.nn.Module`
-        The network.
-
-    Raises
-    ------
-    TypeError
-        If a module is a ScriptModule, quantized, sharded, or runs replicas on several devices.
-    RuntimeError
-        In inference mode, in which there are no gradients.
-    '''
-    def __init__(self, root_module):
-        self.replaced, self.is_copy = [], False
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError(
-                'There is no relevance within torch.inference_mode(): leave it, torch.enable_grad() is not enough.'
-            )
-        for name, module in root_module.named_modules():
-            label = f'{name or "The model"} ({type(module).__name__})'
-            if isinstance(module, torch.jit.ScriptModule):
-                raise TypeError(
-                    f'{label} is a ScriptModule, to which no rules can be attached: use the module it was made from.'
-                )
-            if isinstance(module, torch.nn.DataParallel) and len(module.device_ids) > 1:
-                raise TypeError(
-                    f'{label} runs replicas of its module on several devices, to which no rules are attached: use the '
-                    'module inside, which is its attribute \'module\'.'
-                )
-            if any('FSDP' in base.__name__ or 'FullySharded' in base.__name__ for base in type(module).__mro__):
-                raise TypeError(
-                    f'{label} is sharded among processes, and rules need whole weights: explain the network before '
-                    'fully_shard or FullyShardedDataParallel.'
-                )
-            if 'quantized' in type(module).__module__.split('.'):
-                raise TypeError(
-                    f'{label} is quantized, and rules need floating point numbers: explain the network before it is '
-                    'converted.'
-                )
-        for module in root_module.modules():
-            original = module._modules.get('_orig_mod')
-            if original is not None and 'forward' in vars(module):
-                self._replace(module, 'forward', original.__call__)
-            if vars(module).get('_compiled_call_impl') is not None:
-                self._replace(module, '_compiled_call_impl', None)
-        self.pause_compiler()
-
-    def __deepcopy__(self, memo):
-        '''Copy of a network within the context, which nobody removes, and for which nothing shall be paused.'''
-        duplicate = copy.copy(self)
-        duplicate.replaced, duplicate.is_copy = [], True
-        return duplicate
-
-    def pause_compiler(self):
-        '''Have functions run in Python, also if nothing had been compiled before.'''
-        if not self.is_copy:
-            _COMPILER.pause(self)
-
-    def _replace(self, module, key, value):
-        # compiled modules hand attributes on to the module inside
-        self.replaced.append((vars(module), key, vars(module)[key]))
-        vars(module)[key] = value
-
-    def remove(self):
-        '''Leave all modules as they were found.'''
-        while self.replaced:
-            attributes, key, value = self.replaced.pop()
-            attributes[key] = value
-        _COMPILER.resume(self)
-
+# Whose rules may be nested.
+PACKAGE = __package__.partition('.')[0]
 
 # Arguments of the function below before the inputs.
 _NUM_SETTINGS = 6
@@ -254,7 +94,7 @@ class _Pending:
     '''What is kept of a call of a layer while it runs.'''
     def __init__(self, module, carriers):
         self.module, self.carriers = module, carriers
-        self.versions = [elem._version for elem in carriers]  # pylint: disable=protected-access
+        self.versions = list(map(version_of, carriers))
         self.stored = self.used = None
 
     def finish(self):
@@ -329,7 +169,7 @@ class SinglePass(Described, Hook):
         '''Undo what a call has left behind if an interrupt has skipped the forward hook.'''
         pending = self._pending.pop(threading.get_ident(), None)
         if pending is not None:
-            _set_grad_enabled(True)
+            set_grad_enabled(True)
             pending.finish()
 
     def register(self, module):
@@ -340,11 +180,11 @@ class SinglePass(Described, Hook):
         RuntimeError
             If the module has a rule of Zennit already.
         '''
-        for rule in rules_among(module._forward_pre_hooks):
-            if not isinstance(rule, SinglePass) and not type(rule).__module__.startswith(__package__):
+        for rule in rules_of(module):
+            if not isinstance(rule, SinglePass) and not type(rule).__module__.startswith(PACKAGE):
                 raise RuntimeError(
                     f'{type(module).__name__} has the rule {type(rule).__name__} already, within which no rule of '
-                    f'{__package__} can be used: leave the context of that rule first.'
+                    f'{PACKAGE} can be used: leave the context of that rule first.'
                 )
         return RemovableHandleList([
             RemovableHandle(self),
@@ -363,7 +203,7 @@ class SinglePass(Described, Hook):
             ]
             if not carriers or not self.active or not torch.is_grad_enabled():
                 return
-            _set_grad_enabled(False)
+            set_grad_enabled(False)
             pending = self._pending[threading.get_ident()] = _Pending(module, carriers)
             try:
                 if self.reads_layer:
@@ -380,7 +220,7 @@ class SinglePass(Described, Hook):
             return None
         carriers = pending.carriers
         with DisableTorchFunction():
-            _set_grad_enabled(True)
+            set_grad_enabled(True)
             pending.finish()
             if output is None:
                 # the layer raised
@@ -398,10 +238,10 @@ class SinglePass(Described, Hook):
                     f'{type(module).__name__} returned {type(first).__name__}!'
                 )
             inplace = next((index for index, elem in enumerate(carriers) if elem is first), None)
-            if inplace is not None and first._version == pending.versions[inplace]:  # pylint: disable=protected-access
+            if inplace is not None and version_of(first) == pending.versions[inplace]:
                 # the layer is the identity
                 return None
-            if first._is_view():  # pylint: disable=protected-access
+            if is_view(first):
                 # views that were made without gradients can not be modified in-place
                 first = first.detach()
             if pending.used is not None:
@@ -416,4 +256,3 @@ class SinglePass(Described, Hook):
                 )
         # functions such as the maximum along a dimension return tuples with names
         return type(output)((first, *output[1:])) if isinstance(output, tuple) else first
-

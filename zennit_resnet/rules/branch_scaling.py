@@ -6,12 +6,13 @@ import math
 
 import torch
 
-from .arguments import check_number
-from .core import SinglePass, check_choice
-from .graph import MOVES, moves_first, walk
-from .memory import by_example
+from .._autograd import function_of, is_move, metadata_of, moves_first, rule_of, walk
+from ..arguments import check_choice, check_number
+from ._linear_maps import by_example
+from .base import SinglePass
+from .passing import PassThrough, SignalTakesAll
 from .relative import Relative
-from .rules import PassThrough, SignalTakesAll, SymmetricSplit
+from .splitting import SymmetricSplit
 
 NORMALIZATION = ('signed', 'l1')
 
@@ -145,13 +146,13 @@ class Contributions:
                    if parent is not None and node not in begins]
             for node in walk(roots, before)
         }
-        used = {node.rule for node in parents if isinstance(getattr(node, 'rule', None), SinglePass)}
+        used = {node.rule for node in parents if isinstance(rule_of(node), SinglePass)}
         if not used.issubset(rules) and not any(isinstance(rule, Relative) for rule in used.intersection(rules)):
             return False
         if not roots:
             return True
         # in PyTorch 2.4, not all nodes tell
-        results = [elem for node in parents for elem in getattr(node, '_input_metadata', ())]
+        results = [elem for node in parents for elem in metadata_of(node)]
         if any(elem.dtype == torch.float16 for elem in (*outputs, *results)):
             raise TypeError(
                 'Contributions are products of all activations along a path, for which float16 has not the range: '
@@ -159,7 +160,7 @@ class Contributions:
             )
         for node in parents:
             if self.batch_size > 1 and moves_first(node):
-                node.register_prehook(functools.partial(self._note_moved, node.name()))
+                node.register_prehook(functools.partial(self._note_moved, function_of(node)))
         pending = collections.Counter(parent for edges in parents.values() for _, parent in edges)
         is_single = sum(pending[node] for node, edges in parents.items() if not edges) == 1
         states = itertools.count(1)
@@ -187,7 +188,7 @@ class Contributions:
                         self.exponents[state] = self.exponents[0]
                     else:
                         edges[child][index] = functools.partial(
-                            self._meet, path, state, isinstance(getattr(child, 'rule', None), Relative)
+                            self._meet, path, state, isinstance(rule_of(child), Relative)
                         )
                 path = _Path(state)
                 meetings[node] = path
@@ -195,7 +196,7 @@ class Contributions:
                 (child, index, path), = arrivals[node]
                 if child is None:
                     meetings[node] = path
-                if isinstance(getattr(child, 'rule', None), Relative):
+                if isinstance(rule_of(child), Relative):
                     state, path.state = path.state, next(states)
                     edges[child][index] = functools.partial(self._rescale, state, path.state)
             if is_input:
@@ -221,7 +222,7 @@ class Contributions:
             node.register_prehook(functools.partial(
                 self._divide, state, compared.get(node), [path.begin for path in paths.values()]
             ))
-            if not isinstance(getattr(node, 'rule', None), SymmetricSplit):
+            if not isinstance(rule_of(node), SymmetricSplit):
                 node.register_hook(functools.partial(self._take, {
                     index: path.begin for index, path in paths.items() if path.begin in changed
                 }))
@@ -357,5 +358,5 @@ def _excess(magnitude):
 
 def _is_identity(node):
     '''Whether contributions remain as they are.'''
-    rule = getattr(node, 'rule', None)
-    return isinstance(rule, (PassThrough, SignalTakesAll)) or any(key in node.name() for key in MOVES)
+    rule = rule_of(node)
+    return isinstance(rule, (PassThrough, SignalTakesAll)) or is_move(node)

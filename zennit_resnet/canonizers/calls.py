@@ -4,13 +4,14 @@ import threading
 import torch
 from zennit.types import Activation, AvgPool, BatchNorm, Linear, MaxPool
 
-from .core import SinglePass, rules_among
-from .weights import is_plain
+from .._compat import Dropout, pre_hooks_of, rules_of
+from .._weights import is_plain
+from ..rules.base import SinglePass
 
 # Modules of which the composite was asked already, and of which the gradient is the rule if it has none.
 COVERED = (
     Linear, BatchNorm, Activation, AvgPool, MaxPool, torch.nn.Identity, torch.nn.Flatten, torch.nn.Unflatten,
-    torch.nn.modules.dropout._DropoutNd, torch.nn.PixelShuffle,  # pylint: disable=protected-access
+    Dropout, torch.nn.PixelShuffle,
 )
 
 
@@ -39,13 +40,13 @@ class Call:
 
 def single_pass(module):
     '''The rule within which a module runs without gradients, None if there is none.'''
-    return next((hook.__self__ for hook in module._forward_pre_hooks.values()
+    return next((hook.__self__ for hook in pre_hooks_of(module)
                  if getattr(hook, '__func__', None) is SinglePass._pre_forward and hook.__self__.active), None)
 
 
 def is_opaque(module):
     '''Whether what happens inside a module is covered by a rule of the module itself.'''
-    if any(rule.active for rule in rules_among(module._forward_pre_hooks)):
+    if any(rule.active for rule in rules_of(module)):
         return True
     return (
         isinstance(module, COVERED)

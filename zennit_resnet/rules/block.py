@@ -1,17 +1,15 @@
 '''A residual block as one layer (Doublet et al., C3-LRP).'''
 import copy
-import sys
 import threading
 
 import torch
-from torch._C import DisableTorchFunction
 from zennit.core import Hook, RemovableHandle, RemovableHandleList, Stabilizer
 
-from .arguments import Described, check_flag, check_stabilizer
-from .core import check_choice, is_running
-from .graph import carriers_of, map_tensors
-from .inplace import Kept, is_watched, replace, settle
-from .memory import by_example
+from .._autograd import carriers_of, map_tensors
+from .._compat import DisableTorchFunction, caller, is_running, version_of
+from .._inplace import Kept, is_watched, replace, settle
+from ..arguments import Described, check_choice, check_flag, check_stabilizer
+from ._linear_maps import by_example
 
 _CALLS = threading.local()
 
@@ -40,7 +38,7 @@ class _Call:
         # a leaf, such as the network's input, must not be changed
         alias = tensor.detach().clone() if tensor.is_leaf else tensor.detach()
         given = _Enter.apply(self, [alias], tensor, self.keep(tensor))
-        self.inputs.append((tensor, given, tensor._version))
+        self.inputs.append((tensor, given, version_of(tensor)))
         return given
 
     def leave(self, tensor):
@@ -241,14 +239,14 @@ class BlockEpsilon(Described, Hook):
 
     def _pre_forward(self, module, args, kwargs):
         with DisableTorchFunction():
-            call, stack = _Call(self, module, sys._getframe(1)), _CALLS.__dict__.setdefault('stack', [])
+            call, stack = _Call(self, module, caller()), _CALLS.__dict__.setdefault('stack', [])
             while stack and not is_running(stack[-1].frame):
                 stack.pop()
             stack.append(call)
             if not self.active or not torch.is_grad_enabled():
                 return None
             if self.form == 'gradient':
-                call.inputs = [(elem, elem, elem._version) for elem in carriers_of((args, kwargs))]
+                call.inputs = [(elem, elem, version_of(elem)) for elem in carriers_of((args, kwargs))]
                 return None
             return map_tensors(call.enter, (args, kwargs))
 
@@ -270,7 +268,7 @@ class BlockEpsilon(Described, Hook):
             result = map_tensors(call.leave, output)
             for elem, given, version in inputs:
                 # what the module has changed in place is an output as well
-                if elem._version != version and (call.is_layer or given is not elem):
+                if version_of(elem) != version and (call.is_layer or given is not elem):
                     replace(elem, result if given is output else call.leave(given))
                     if not is_watched():
                         settle(elem)

@@ -1,9 +1,4 @@
-'''Rules for residual networks.
-
-All rules here run in a single pass: the layer's own graph is replaced with a function whose backward *is* the rule, so
-nothing is computed that the rule does not need. Equations are those of Otsuki et al. 2024 (Layer-Wise Relevance
-Propagation for ResNet) unless said otherwise.
-'''
+'''The z+ rule for linear layers, convolutions and poolings, Eq. (2) of Otsuki et al. 2024, in a single pass.'''
 import functools
 
 import torch
@@ -11,22 +6,13 @@ import torch.nn.functional as F
 from zennit.core import RemovableHandle, RemovableHandleList, Stabilizer
 from zennit.types import Convolution, ConvolutionTranspose, MaxPool
 
-from . import windows
-from .arguments import (
-    as_bound,
-    check_bounds,
-    check_inside,
-    check_rule,
-    check_stabilizer,
-    spread_bound,
-)
-from .block import BlockEpsilon  # noqa: F401, pylint: disable=unused-import
-from .core import SinglePass, check_choice
-from .graph import depends_on, is_first
-from .layer import NonNegativeMap, Signed, Subsampling
-from .memory import LARGE, by_example
-from .relative import Relative, RelativeMaxPool  # noqa: F401, pylint: disable=unused-import
-from .weights import is_plain
+from .._autograd import is_first, module_of
+from .._weights import is_plain
+from ..arguments import as_bound, check_bounds, check_choice, check_inside, check_stabilizer, spread_bound
+from ..layer import NonNegativeMap, Signed, Subsampling
+from . import _linear_maps as maps
+from .base import SinglePass
+from .passing import share_evenly
 
 FIRST_LAYER = ('zplus', 'literal', 'ones', 'zbox', 'wsquare', 'flat')
 PROJECTION = ('spread', 'literal')
@@ -34,257 +20,6 @@ DEAD_UNITS = ('spread', 'drop')
 MAXPOOL = ('winner', 'average', 'avg2x2')
 RELU = ('relu', 'relu_', 'relu6')
 COVERAGE = ('literal', 'even')
-
-
-class PassThrough(SinglePass):
-    '''Relevance passes element-wise activations and normalizations unchanged: R' = R.'''
-    reads_layer = False
-
-    def store(self, module, *inputs):
-        '''Nothing but the layer's input is needed, and only one input can receive the relevance.'''
-        if len(inputs) != 1:
-            raise ValueError(f'{type(self).__name__} is for one input, {type(module).__name__} got {len(inputs)}!')
-        return ()
-
-    def propagate(self, module, stored, relevance):
-        '''Pass relevance on.'''
-        return (relevance,)
-
-
-class SignalTakesAll(SinglePass):
-    '''All relevance of a product follows the signal, the gate counts as a constant (Arras et al. 2017).'''
-    reads_layer = False
-
-    def propagate(self, module, stored, relevance):
-        '''Pass relevance on to the signal only.'''
-        return (relevance,)
-
-
-class Uncrop(SinglePass):
-    '''Relevance of the elements that a padding added goes back to elements that exist, so that nothing is lost.
-
-    Along spatial dimensions it goes to the nearest element, along the channels it is shared evenly. Elements with a
-    value of zero receive relevance from dead units, from rules for the first layer that treat all inputs alike, and
-    from symmetric splitting with a skip connection that is padded with channels.
-    '''
-    def store(self, module, *inputs):
-        '''Keep the amounts, which may be others for another input.'''
-        return (torch.tensor([(dim, *amounts) for dim, amounts in module.amounts.items()]),)
-
-    def propagate(self, module, stored, relevance):
-        '''Fold relevance back.'''
-        for dim, before, after in stored[0].tolist():
-            length = relevance.shape[dim] - max(before, 0) - max(after, 0)
-            inner = relevance.narrow(dim, max(before, 0), length).clone()
-            for start, amount, edge in ((0, before, 0), (relevance.shape[dim] - max(after, 0), after, length - 1)):
-                if amount > 0:
-                    outer = relevance.narrow(dim, start, amount).sum(dim, keepdim=True)
-                    if dim >= 2:
-                        inner.narrow(dim, edge, 1).add_(outer)
-                    else:
-                        inner.add_(outer / length)
-            # negative amounts crop
-            relevance = F.pad(inner, [value for num in reversed(range(inner.ndim)) for value in (
-                (max(-before, 0), max(-after, 0)) if num == dim else (0, 0)
-            )])
-        return (relevance,)
-
-
-class Refill(SinglePass):
-    '''Relevance of zeros that were put in place of elements goes back evenly to the elements that were kept.
-
-    Elements that were kept receive their own relevance, as the gradient has it. That of constants which are zero is
-    shared among all elements of the same example that were kept, or among all of its elements if none was. Constants
-    which are not zero keep their part, as concatenated ones do.
-    '''
-    def store(self, module, *inputs):
-        '''Keep the input, of which the order may decide what is kept.'''
-        input, = inputs
-        return (input,)
-
-    def propagate(self, module, stored, relevance):
-        '''Take the gradient, and share what arrives at zeros.'''
-        input, = stored
-        with torch.enable_grad():
-            leaf = input.detach().requires_grad_()
-            output = module.forward(leaf)
-        lower, = torch.autograd.grad(output, leaf, relevance, retain_graph=True)
-        with torch.no_grad():
-            zeros = module.forward(torch.zeros_like(input))
-            is_constant = module.forward(torch.ones_like(input)) == zeros
-        gap = relevance.where(~is_constant, 0.).double().sum() - lower.double().sum()
-        if bool(gap.abs() > 1e-3 * relevance.abs().double().sum()):
-            raise RuntimeError(
-                f'\'{module.name}\' puts several elements in the same place, for which the gradient is not defined: '
-                'have it put each in a place of its own.'
-            )
-        lost = relevance.where(is_constant & (zeros == 0), 0.)
-        if not bool(lost.any()):
-            return (lower,)
-        kept = (torch.autograd.grad(output, leaf, torch.ones_like(output))[0] != 0).to(lower)
-        return (lower + _share_evenly(lost, kept, module.examples),)
-
-
-class Proportional(SinglePass):
-    '''Elements receive relevance in proportion to what they add to a norm, a deviation, ...: R' = R a_i / sum_k a_k.
-
-    If no element adds anything, all receive equal parts.
-    '''
-    def store(self, module, *inputs):
-        '''Keep the input.'''
-        input, = inputs
-        return (input,)
-
-    def propagate(self, module, stored, relevance):
-        '''Share relevance by the amounts.'''
-        amounts = module.amounts(stored[0])
-        total = amounts.sum(module.dims, keepdim=True)
-        shares = torch.where(total == 0, total.numel() / amounts.numel(), amounts / total)
-        return (relevance.reshape(total.shape) * shares,)
-
-
-def _share_evenly(lost, kept, examples=None):
-    '''Share relevance evenly among elements that are marked with one, of the same example if there is one for each.'''
-    if examples is None and lost.ndim and kept.ndim and len(lost) == len(kept):
-        examples = torch.arange(len(kept), device=kept.device)
-    if examples is None:
-        lost, kept, shape = lost.reshape(1, -1), kept.reshape(1, -1), kept.shape
-        examples = torch.zeros(1, dtype=torch.long, device=kept.device)
-    else:
-        lost, kept, shape = lost.reshape(len(lost), -1), kept.reshape(len(kept), -1), kept.shape
-    counts = kept.sum(1, keepdim=True)
-    kept = torch.where(counts == 0, 1., kept)
-    total = lost.new_zeros(len(kept)).index_add(0, examples, lost.sum(1))
-    return (total[:, None] * kept / kept.sum(1, keepdim=True)).reshape(shape)
-
-
-class Split(SinglePass):
-    '''Base class of rules which split relevance at an addition, such as the end of a residual block.
-
-    Relevance R of the sum is divided into one part for each addend. The parts sum to R element by element, Eq. (4).
-    '''
-    reads_layer = False
-
-    def shares(self, *addends):
-        '''Compute the share of each addend but the last, which receives what the others leave.
-
-        Parameters
-        ----------
-        *addends: tuple of :py:obj:`torch.Tensor`
-            Addends as they enter the addition, which can be broadcast to a common shape.
-
-        Returns
-        -------
-        list of :py:obj:`torch.Tensor` or float
-            Shares between 0 and 1, which can be broadcast to the shape of the sum.
-        '''
-        raise NotImplementedError()
-
-    def split(self, relevance, *addends):
-        '''Split relevance.
-
-        Parameters
-        ----------
-        relevance: :py:obj:`torch.Tensor`
-            Relevance of the sum, of the addends' common shape.
-        *addends: tuple of :py:obj:`torch.Tensor`
-            The addends.
-
-        Returns
-        -------
-        tuple of :py:obj:`torch.Tensor`
-            Relevance of each addend, of the shape of ``relevance``.
-        '''
-        return self._divide(relevance, self.shares(*addends))
-
-    @staticmethod
-    def _divide(relevance, shares):
-        parts, rest = [], relevance
-        for share in shares:
-            parts.append(relevance * share)
-            rest = rest - parts[-1]
-        return (*parts, rest)
-
-    def store(self, module, *inputs):
-        '''Compute the shares, as an in-place addition overwrites its first addend.'''
-        # modules of users have none
-        factors = getattr(module, 'factors', None) or (1,) * len(inputs)
-        inputs = [elem if factor == 1 else elem * factor for elem, factor in zip(inputs, factors)]
-        return tuple(torch.as_tensor(share, dtype=None if isinstance(share, torch.Tensor) else torch.float64)
-                     for share in self.shares(*inputs))
-
-    def propagate(self, module, stored, relevance):
-        '''Split relevance by the shares.'''
-        return self._divide(relevance, stored)
-
-
-class RatioSplit(Split):
-    '''Ratio-based relevance splitting, Eqs. (6) and (7): each addend h_i receives ``R |h_i| / sum_k |h_k|``.
-
-    Where all addends are zero, they receive equal parts.
-    '''
-    def shares(self, *addends):
-        '''Share of the magnitudes.'''
-        addends = [elem if elem.dtype == torch.float64 else elem.float() for elem in addends]
-        return [by_example(self._share, addends[num], *addends[:num], *addends[num + 1:])
-                for num in range(len(addends) - 1)]
-
-    @staticmethod
-    def _share(*addends):
-        '''Share of the first addend.'''
-        share, total, *others = (elem.abs() for elem in torch.broadcast_tensors(*addends))
-        for elem in (*others, share):
-            total.add_(elem)
-        return share.div_(total).nan_to_num_(1 / len(addends))
-
-
-class SymmetricSplit(Split):
-    '''Symmetric relevance splitting, Eq. (5): each of n addends receives R / n.'''
-    def shares(self, *addends):
-        '''Equal shares.'''
-        return [1 / len(addends)] * (len(addends) - 1)
-
-    @staticmethod
-    def _divide(relevance, shares):
-        if len(shares) > 1:
-            return Split._divide(relevance, shares)
-        # both halves are the same
-        return (relevance * shares[0],) * 2
-
-
-class ResidualOnly(Split):
-    '''Identity skip connections receive no relevance (ablation, rows (i) and (iii) of Table 2).
-
-    An addend is an identity skip connection if another addend was computed from it. Additions without one, such as the
-    end of a block whose skip connection is a projection, are left to another rule.
-
-    Parameters
-    ----------
-    rule: :py:obj:`Split`, optional
-        The rule for additions without identity skip connection, and among several residual branches.
-
-    Raises
-    ------
-    TypeError
-        If ``rule`` is not an instance of a :py:obj:`Split`.
-    '''
-    def __init__(self, rule=None):
-        super().__init__()
-        self.rule = RatioSplit() if rule is None else rule
-        check_rule('rule', self.rule, Split)
-
-    def shares(self, *addends):
-        '''Share of the residual branches.'''
-        identity = [
-            any(depends_on(other, elem) for other in addends if other is not elem) for elem in addends
-        ]
-        branches = [elem for elem, is_identity in zip(addends, identity) if not is_identity]
-        if len(branches) in (0, len(addends)):
-            return self.rule.shares(*addends)
-        parts = self.rule.shares(*branches)
-        parts.append(1 - sum(parts))
-        parts = iter(parts)
-        return [0. if is_identity else next(parts) for is_identity in identity][:-1]
 
 
 class ZPlus(SinglePass):
@@ -396,24 +131,24 @@ class ZPlus(SinglePass):
     def _smooth(self, module, args, kwargs):
         '''Smooth the relevance of the input.'''
         input = args[0] if args else kwargs['input']
-        windows.check_batch(self, module, input)
-        stride = windows.overlapping_stride(module, input.ndim - 2)
+        maps.check_batch(self, module, input)
+        stride = maps.overlapping_stride(module, input.ndim - 2)
         if stride is None or not (self.active and input.requires_grad and torch.is_grad_enabled()):
             return None
         input = input.view_as(input)
-        input.register_hook(lambda relevance: windows.smooth(relevance, stride))
+        input.register_hook(lambda relevance: maps.smooth(relevance, stride))
         return ((input, *args[1:]), kwargs) if args else (args, {**kwargs, 'input': input})
 
     def store(self, module, *inputs):
         '''Keep the input, whether this is a first layer, and whether the input is known to be non-negative.'''
         input, = inputs
         if isinstance(module, (Convolution, MaxPool)):
-            windows.check_batch(self, module, input)
+            maps.check_batch(self, module, input)
         first = is_first(input)
         if first and self.first_layer == 'zbox':
             bounds = [self._bound(name, module, input) for name in ('low', 'high')]
             check_inside(input, *bounds, (self._low.dtype, self._high.dtype))
-        source = getattr(input.grad_fn, 'module', None)
+        source = module_of(input.grad_fn)
         is_relu = type(source) in (torch.nn.ReLU, torch.nn.ReLU6) or getattr(source, 'name', '') in RELU
         return input, torch.tensor([first, is_relu])
 
@@ -478,7 +213,7 @@ class ZPlus(SinglePass):
         pairs = [(elem, part(weight)) for elem, part in pairs]
         if self.coverage == 'even':
             # each pair by itself, so that a sample does not depend on whether others in its batch have negative values
-            pairs = [(elem, windows.even_weight(module, weight)) for elem, weight in pairs]
+            pairs = [(elem, maps.even_weight(module, weight)) for elem, weight in pairs]
         if len(pairs) > 1 and _is_plain_convolution(module) and module.groups == 1:
             # a single convolution of more channels is faster than one after the other
             inputs, weights = zip(*pairs)
@@ -519,12 +254,12 @@ class ZPlus(SinglePass):
         if isinstance(module, torch.nn.Linear) and not isinstance(module, Signed):
             return weight.map(input), weight.transpose
         if isinstance(module, Convolution):
-            if self.projection == 'literal' or not windows.is_sparse(module):
-                output = windows.convolve(module, input, weight, shape)
-                return output, functools.partial(windows.convolve_transposed, module, input, weight)
-            cells = windows.whole_cells(module, input)
+            if self.projection == 'literal' or not maps.is_sparse(module):
+                output = maps.convolve(module, input, weight, shape)
+                return output, functools.partial(maps.convolve_transposed, module, input, weight)
+            cells = maps.whole_cells(module, input)
             if cells is not None:
-                return windows.convolve_cells(module, input, weight, cells)
+                return maps.convolve_cells(module, input, weight, cells)
         with torch.enable_grad():
             leaf = input.detach().requires_grad_()
             result = self._linear(module, leaf, weight, shape)
@@ -535,12 +270,12 @@ class ZPlus(SinglePass):
     def _linear(self, module, input, weight, shape):
         '''A convolution or pooling as a linear map of an input to an output of a spatial shape, with another weight.'''
         if isinstance(module, Convolution):
-            return windows.convolve(module, input, weight, shape, self.projection == 'spread')
+            return maps.convolve(module, input, weight, shape, self.projection == 'spread')
         if isinstance(module, MaxPool):
             if self.maxpool == 'average':
-                output = windows.average(module, input, self.coverage == 'even')
+                output = maps.average(module, input, self.coverage == 'even')
             else:
-                output = windows.AVG_POOL[input.ndim - 2](input, 2, 2)
+                output = maps.AVG_POOL[input.ndim - 2](input, 2, 2)
             if output.shape[2:] != shape:
                 raise ValueError(
                     f'maxpool={self.maxpool!r} makes an output of size {tuple(output.shape[2:])} of a max pooling with '
@@ -548,7 +283,7 @@ class ZPlus(SinglePass):
                 )
             return output
         if isinstance(module, Subsampling):
-            return windows.pool_cells(input, module.steps)
+            return maps.pool_cells(input, module.steps)
         if isinstance(module, Signed):
             return module.linear(input, torch.ones_like if weight is None else weight)
         return module.forward(input)
@@ -576,7 +311,7 @@ class ZPlus(SinglePass):
             # places outside of the image read nothing
             lost = relevance.where(output == 0, 0.)
             if bool(lost.any()):
-                lower = lower + _share_evenly(lost, torch.ones_like(input), getattr(module, 'examples', None))
+                lower = lower + share_evenly(lost, torch.ones_like(input), getattr(module, 'examples', None))
         return lower.reshape(input.shape)
 
     def _winner(self, module, input, relevance):
@@ -589,14 +324,14 @@ class ZPlus(SinglePass):
 
     def _smooth_lower(self, module, relevance):
         '''Smooth the relevance of the input of overlapping windows with a stride.'''
-        stride = windows.overlapping_stride(module, relevance.ndim - 2) if self.coverage == 'even' else None
-        return relevance if stride is None else windows.smooth(relevance, stride)
+        stride = maps.overlapping_stride(module, relevance.ndim - 2) if self.coverage == 'even' else None
+        return relevance if stride is None else maps.smooth(relevance, stride)
 
 
 class _Rows:
     '''Part of the weight of a fully connected layer, computed for some outputs at a time: it may take most memory.'''
     def __init__(self, weight, part):
-        self.weights = weight.split(max(LARGE // max(weight.shape[1], 1), 1))
+        self.weights = weight.split(max(maps.LARGE // max(weight.shape[1], 1), 1))
         self.part = part
 
     def map(self, input):

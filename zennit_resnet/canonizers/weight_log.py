@@ -1,14 +1,14 @@
 '''Weights of the modules that ran in a forward pass.'''
 import copy
 
-from torch._C import DisableTorchFunction
 from zennit.types import Linear
 
-from .block import BlockEpsilon
-from .core import SinglePass, rules_among
-from .graph import nodes_of
-from .inplace import note_reader
-from .weights import UsedWeights
+from .._autograd import nodes_of
+from .._compat import DisableTorchFunction, rules_of
+from .._inplace import note_reader
+from .._weights import UsedWeights
+from ..rules.base import SinglePass
+from ..rules.block import BlockEpsilon
 
 
 class WeightLog:
@@ -79,7 +79,7 @@ class WeightLog:
         module = weights.module
         if not is_gradient and not (is_opaque and isinstance(module, Linear)):
             return
-        rules = rules_among(module._forward_pre_hooks)
+        rules = rules_of(module)
         if any(rule.active and not isinstance(rule, (SinglePass, BlockEpsilon)) for rule in rules):
             # those of the call, as a hook of the user may have put others back by now
             weights = self.read[module] = copy.copy(weights)

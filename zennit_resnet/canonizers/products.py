@@ -5,9 +5,9 @@ import string
 import torch
 import torch.nn.functional as F
 
+from .._autograd import is_attention, is_gate, module_of
+from ..layer import Activation, AveragePool, FullyConnected, Gate, LinearMap, NonNegativeMap, Resampling
 from .functions import FunctionCall, become, out_of_place, with_values, write_out
-from .graph import is_attention, is_gate
-from .layer import Activation, AveragePool, FullyConnected, Gate, LinearMap, NonNegativeMap, Resampling
 
 # Products of two tensors.
 CONTRACTIONS = frozenset('''
@@ -107,7 +107,7 @@ def multiply(canonizer, call, function):
 def _is_softmax(left, right):
     '''Whether exponentials are divided by their sum.'''
     parents = () if right.grad_fn is None else [node for node, _ in right.grad_fn.next_functions]
-    name, below = (getattr(getattr(elem.grad_fn, 'module', None), 'name', '') for elem in (left, right))
+    name, below = (getattr(module_of(elem.grad_fn), 'name', '') for elem in (left, right))
     return name in ('exp', 'exp_') and below == 'sum' and left.grad_fn in parents
 
 

@@ -4,10 +4,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from . import moves, products
-from .functions import FunctionCall
-from .graph import name_of
-from .layer import (
+from .._autograd import name_of
+from .._compat import OpOverload
+from ..layer import (
     Activation,
     Addition,
     AveragePool,
@@ -25,6 +24,8 @@ from .layer import (
     Padding,
     Subsampling,
 )
+from . import moves, products
+from .functions import FunctionCall
 
 # Functions which move or select elements or are the identity in evaluation, so that the gradient is the exact rule.
 TRANSPARENT = frozenset('''
@@ -296,7 +297,7 @@ def _linear(canonizer, call, function):
 
 def _with_settings(func, names):
     '''A function which is only given some settings: overloads take lists where others take numbers.'''
-    if not isinstance(func, torch._ops.OpOverload):  # pylint: disable=protected-access
+    if not isinstance(func, OpOverload):
         return func
     return lambda *args, **kwargs: func(*args, **{key: elem for key, elem in kwargs.items() if key in names})
 

@@ -8,11 +8,12 @@ import functools
 import torch
 from torch.nn.utils import parametrize
 
-from .inplace import address_of, is_followed, note_reader
+from ._compat import FORWARD_PARTS, version_of
+from ._inplace import address_of, is_followed, note_reader
 from .layer import Operation
 
 # What forward is made of in the classes of torch.nn that rules know, and what it reads.
-_FORWARD = frozenset(('forward', '_conv_forward', '_output_padding'))
+_FORWARD = frozenset(('forward', *FORWARD_PARTS))
 _WEIGHTS = frozenset(('weight', 'bias', 'running_mean', 'running_var'))
 
 
@@ -50,8 +51,7 @@ def is_plain(module):
     '''
     attributes = vars(module)
     return not (
-        _has_own_forward(type(module)) or 'forward' in attributes or '_conv_forward' in attributes
-        or '_output_padding' in attributes
+        _has_own_forward(type(module)) or 'forward' in attributes or any(part in attributes for part in FORWARD_PARTS)
     )
 
 
@@ -140,7 +140,7 @@ class UsedModule:
                 'relevance should reach it as well, for which there is no rule: give the layer a rule of your own.'
             )
         alias = tensor.detach()
-        self.kept[name] = alias, _version(alias)
+        self.kept[name] = alias, version_of(alias)
         return alias
 
     def tensors(self):
@@ -150,9 +150,9 @@ class UsedModule:
     def preserve(self, address):
         '''Copy a weight which the network is about to change in place.'''
         for name, (tensor, version) in self.kept.items():
-            if address_of(tensor) == address and _version(tensor) == version:
+            if address_of(tensor) == address and version_of(tensor) == version:
                 duplicate = tensor.clone()
-                self.kept[name] = duplicate, _version(duplicate)
+                self.kept[name] = duplicate, version_of(duplicate)
                 for values in (self.own, self.own['_parameters'], self.own['_buffers']):
                     if values.get(name) is tensor:
                         values[name] = duplicate
@@ -169,7 +169,7 @@ class UsedModule:
     def check(self):
         '''Raise a RuntimeError if a weight was changed in place since, as autograd does.'''
         for name, (tensor, version) in self.kept.items():
-            if _version(tensor) != version:
+            if version_of(tensor) != version:
                 raise RuntimeError(_describe(self.module, f'\'{name}\' was changed in place'))
         for weights in self.inner:
             weights.check()
@@ -178,17 +178,9 @@ class UsedModule:
 def _look(module):
     '''Parameters and buffers of a module, where they are in memory, and how often they were changed in place.'''
     return [
-        (tensor, _start(tensor), _version(tensor))
+        (tensor, _start(tensor), version_of(tensor))
         for tensors in (module._parameters, module._buffers) for tensor in tensors.values() if tensor is not None
     ]
-
-
-def _version(tensor):
-    '''How often a tensor was changed in place, None for those of inference mode, of which nobody counts it.'''
-    try:
-        return tensor._version  # pylint: disable=protected-access
-    except RuntimeError:
-        return None
 
 
 def _start(tensor):

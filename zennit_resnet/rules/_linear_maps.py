@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 from zennit.types import Convolution, ConvolutionTranspose
 
-from .layer import Operation
-from .memory import by_example
+from .._compat import padding_of
+from ..layer import Operation
+
+# From this number of elements on, memory is asked for anew each time, which takes longer than what is computed
+LARGE = 2 ** 21
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -56,7 +59,7 @@ def convolve(module, input, weight, shape, spread=False):
     padding = module.padding if isinstance(module.padding, str) else as_tuple(module.padding, num)
     if module.padding_mode != 'zeros':
         # pylint: disable=protected-access
-        input = F.pad(input, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+        input = F.pad(input, padding_of(module), mode=module.padding_mode)
         padding = (0,) * num
     kernel = tuple(weight.shape[2:])
     if not spread or not is_sparse(module):
@@ -413,3 +416,36 @@ def _num_spatial(module):
     names = [module.name] if isinstance(module, Operation) else [base.__name__ for base in type(module).__mro__]
     matches = (re.search(r'pool([1-3])d', name.lower()) for name in names)
     return next((int(match[1]) for match in matches if match), 0)
+
+
+def by_example(function, *tensors):
+    '''Apply a function which treats examples independently to one example after the other, where this is faster.
+
+    On CPU, intermediate results of large tensors do not fit into the cache, and their memory comes from the operating
+    system and goes back to it. Those of a single example are much smaller.
+
+    Parameters
+    ----------
+    function: callable
+        A function of as many tensors, which returns a new tensor with an entry of its first dimension for each example.
+    *tensors: tuple of :py:obj:`torch.Tensor`
+        Tensors of which the first dimension is that of examples, or which can be broadcast.
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor`
+        What the function returns for the tensors.
+    '''
+    # tensors of fewer dimensions are broadcast along that of the examples
+    first, lengths = tensors[0], {(elem.ndim, *elem.shape[:1]) for elem in tensors}
+    if first.device.type != 'cpu' or first.numel() < LARGE or len(lengths) > 1 or first.shape[:1].numel() < 2:
+        return function(*tensors)
+    result = None
+    for index, parts in enumerate(zip(*(elem.split(1) for elem in tensors))):
+        part = function(*parts)
+        if result is None:
+            # of the layout of the input where possible, such as channels last
+            result = (torch.empty_like(first, dtype=part.dtype) if first.shape[1:] == part.shape[1:]
+                      else part.new_empty((len(first), *part.shape[1:])))
+        result[index:index + 1] = part
+    return result
