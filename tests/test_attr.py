@@ -17,7 +17,7 @@ from captum._utils.common import _select_targets
 from captum.attr import LRP, GradientAttribution, NoiseTunnel
 from captum.attr import visualization as viz
 from captum.attr._utils.lrp_rules import EpsilonRule
-from networks import UserNetwork, randomize
+from helpers.networks import UserNetwork, randomize
 from zennit.attribution import Gradient
 from zennit.composites import EpsilonPlus, LayerMapComposite
 from zennit.core import Composite

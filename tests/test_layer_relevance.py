@@ -8,7 +8,7 @@ import torch
 import torchvision
 from captum.attr import LayerAttribution, LayerLRP, NoiseTunnel
 from captum.attr._utils.lrp_rules import EpsilonRule
-from networks import UserNetwork, randomize
+from helpers.networks import UserNetwork, randomize
 from test_attr import assert_state, in_threads, resident, state_of
 from zennit.attribution import Gradient
 from zennit.composites import EpsilonPlus, LayerMapComposite

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden_cases import golden_cases, relative_error, tensor
-from networks import UserNetwork, randomize
+from helpers.networks import UserNetwork, randomize
 
 from captum_adapters import _common
 from captum_adapters._common import NegativeMapWarning, check_target, pixel_maps, select_target

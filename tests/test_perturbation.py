@@ -13,7 +13,7 @@ import pytest
 import torch
 from captum.attr import LayerAttribution, NoiseTunnel
 from captum.metrics import infidelity, sensitivity_max
-from networks import UserNetwork, randomize
+from helpers.networks import UserNetwork, randomize
 
 from captum_adapters import perturbation, score_cam
 from captum_adapters.metrics import ProbabilityWarning

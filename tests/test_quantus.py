@@ -17,7 +17,7 @@ from captum.attr import (
     NoiseTunnel,
     Saliency,
 )
-from networks import UserNetwork, randomize
+from helpers.networks import UserNetwork, randomize
 
 from captum_adapters import quantus as adapter
 from captum_adapters._common import NegativeMapWarning

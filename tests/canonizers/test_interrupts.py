@@ -1,8 +1,8 @@
 '''Exceptions that are not errors, for which PyTorch runs no hooks, leave nothing behind.'''
 import pytest
 import torch
-from networks import randomize
-from test_integrity import Snapshot
+from helpers.networks import randomize
+from helpers.state import Snapshot
 from torch import nn
 from torch.nn import functional as F
 from zennit.composites import EpsilonPlusFlat

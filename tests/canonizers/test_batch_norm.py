@@ -2,7 +2,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import randomize
+from helpers.networks import randomize
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 from zennit.attribution import Gradient

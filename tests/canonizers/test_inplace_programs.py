@@ -1,11 +1,11 @@
 '''Laws for random programs that work in place: relevance is that of the same program out of place.'''
 import pytest
 import torch
+from helpers.inplace import COMPOSITES, ZENNIT_1
+from helpers.networks import randomize
+from helpers.profile import PROFILE, single_thread  # noqa: F401
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from networks import randomize
-from test_inplace import COMPOSITES, ZENNIT_1
-from test_properties import PROFILE, single_thread  # noqa: F401
 from torch import nn
 from torch.nn import functional as F
 

@@ -3,8 +3,8 @@ import warnings
 
 import pytest
 import torch
-from networks import randomize
-from test_integrity import Snapshot
+from helpers.networks import randomize
+from helpers.state import Snapshot
 from torch import nn
 from torch.nn import functional as F
 from zennit.attribution import Gradient

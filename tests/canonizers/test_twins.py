@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from operations import RELATIVE, RESNET, build, explain, images, index, mask, stretched
+from helpers.operations import RELATIVE, RESNET, build, explain, images, index, mask, stretched
 from torch import nn
 
 

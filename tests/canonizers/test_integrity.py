@@ -8,7 +8,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torchvision
-from networks import UserNetwork, randomize
+from helpers.networks import UserNetwork, randomize
+from helpers.state import Snapshot, assert_global_state
 from torch.utils.checkpoint import checkpoint
 from zennit.attribution import Gradient
 from zennit.composites import EpsilonAlpha2Beta1, EpsilonPlus, EpsilonPlusFlat
@@ -52,13 +53,6 @@ def clean_state():
     assert not modes and is_enabled and not waiting
 
 
-def assert_global_state():
-    '''No mode of PyTorch is left behind.'''
-    assert torch.is_grad_enabled()
-    assert not torch.overrides._get_current_function_mode_stack()
-    assert not torch.is_autocast_enabled('cpu')
-
-
 def build_model(dtype=torch.float64, name='user'):
     '''A model of which some parameters are frozen and some modules have in-place activations.'''
     torch.manual_seed(1)
@@ -79,46 +73,6 @@ def attribute(model, composite, input, target=1):
     '''Relevance of the input.'''
     with Gradient(model=model, composite=composite) as attributor:
         return attributor(input, initial_relevance(target, 'one'))[1]
-
-
-class Snapshot:
-    '''All there is to a model: identities, values, orders, flags and hooks.'''
-    def __init__(self, model):
-        self.model = model
-        self.state = self.describe()
-        self.values = {key: value.detach().clone() for key, value in model.state_dict().items()}
-        self.keys = list(self.values)
-        self.buffer = io.BytesIO()
-        torch.save(model.state_dict(), self.buffer)
-
-    def describe(self):
-        '''Flat list of paths and the objects to be found there.'''
-        result = []
-        for name, module in self.model.named_modules():
-            result.append(((name,), module))
-            for key, value in module.__dict__.items():
-                result.append(((name, key), value))
-                if isinstance(value, dict):
-                    result.extend(((name, key, inner), elem) for inner, elem in value.items())
-        result.extend(
-            ((name, 'requires_grad'), param.requires_grad) for name, param in self.model.named_parameters()
-        )
-        result.extend(((name, 'grad'), param.grad) for name, param in self.model.named_parameters())
-        result.extend(((name, 'type'), type(param)) for name, param in self.model.named_parameters())
-        return result
-
-    def check(self):
-        '''Compare the model with how it was.'''
-        state = self.describe()
-        assert [path for path, _ in state] == [path for path, _ in self.state]
-        for (path, value), (_, former) in zip(state, self.state):
-            assert value is former or (isinstance(value, (int, float, str, tuple, bool)) and value == former), path
-        assert list(self.model.state_dict()) == self.keys
-        for key, value in self.model.state_dict().items():
-            assert value.dtype == self.values[key].dtype and torch.equal(value, self.values[key]), key
-        self.buffer.seek(0)
-        self.model.load_state_dict(torch.load(self.buffer, weights_only=True), strict=True)
-        assert_global_state()
 
 
 class BadHook(Hook):

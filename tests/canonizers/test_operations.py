@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from operations import FUNCTIONS, OTHERS, REGIONS, RELATIVE, RESNET, build, check, explain, images, regions
+from helpers.operations import FUNCTIONS, OTHERS, REGIONS, RELATIVE, RESNET, build, check, explain, images, regions
 from torch import nn
 
 from zennit_resnet import RelativeLRP, ResNetLRP, UnsupportedOperation

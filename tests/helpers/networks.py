@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 
-SHARED = Path(__file__).parent.parent.parent / 'shared'
+SHARED = Path(__file__).parents[3] / 'shared'
 
 
 class CifarBlock(torch.nn.Module):
@@ -160,3 +161,53 @@ def imagenet_samples(transform):
         rows = list(csv.DictReader(file))
     images = [transform(Image.open(folder / row['file']).convert('RGB')) for row in rows]
     return torch.stack(images), torch.tensor([int(row['imagenet_index']) for row in rows])
+
+
+class Segmentation(torch.nn.Module):
+    '''A network for segmentation, averaged over positions.'''
+    def __init__(self, build):
+        super().__init__()
+        self.model = build(weights=None, weights_backbone=None, num_classes=5)
+
+    def forward(self, x):
+        '''Logits of the image.'''
+        return self.model(x)['out'].mean((2, 3))
+
+
+def build_torchvision(name):
+    '''A network of torchvision with random weights.'''
+    if hasattr(torchvision.models.segmentation, name):
+        return Segmentation(getattr(torchvision.models.segmentation, name))
+    settings = {}
+    if name in ('googlenet', 'inception_v3'):
+        settings = {'init_weights': False, 'aux_logits': True, 'transform_input': True}
+    if name == 'vgg16_bn':
+        # without weights for hundreds of MB in the classifier
+        model = torchvision.models.VGG(torchvision.models.vgg16_bn(num_classes=1).features[:], 7, False)
+        model.avgpool = torch.nn.AdaptiveAvgPool2d(1)
+        model.classifier = torch.nn.Sequential(torch.nn.Linear(512, 64), torch.nn.ReLU(), torch.nn.Linear(64, 7))
+        return model
+    return getattr(torchvision.models, name)(num_classes=7, **settings)
+
+
+def build_timm(name):
+    '''A network of timm with random weights.'''
+    return pytest.importorskip('timm').create_model(name, num_classes=7)
+
+
+def prepare(model):
+    '''A network in double precision and evaluation mode with normalizations that are not the identity.'''
+    return randomize(model.double().eval())
+
+
+class Function(torch.nn.Module):
+    '''A module which runs a function, with modules and parameters as its attributes.'''
+    def __init__(self, function, **attributes):
+        super().__init__()
+        self.function = function
+        for key, value in attributes.items():
+            setattr(self, key, value)
+
+    def forward(self, *inputs):
+        '''Run the function.'''
+        return self.function(self, *inputs)

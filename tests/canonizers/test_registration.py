@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 import torchvision
-from networks import UserNetwork, randomize
+from helpers.networks import UserNetwork, randomize
 from torch import nn
 from zennit.attribution import Gradient
 from zennit.composites import EpsilonPlus, MixedComposite, NameMapComposite

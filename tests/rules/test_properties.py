@@ -5,41 +5,26 @@ HYPOTHESIS_PROFILE=thorough tries more examples, and others each time.
 import contextlib
 import copy
 import operator
-import os
 from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, assume, example, given, settings
+from helpers.layers import attribute
+from helpers.ledger import check_sums
+from helpers.networks import randomize
+from helpers.profile import PROFILE
+from helpers.state import Snapshot
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from networks import randomize
-from test_conservation import check_sums
-from test_integrity import Snapshot
-from test_rules import attribute
 from zennit.composites import EpsilonPlusFlat
 
 from zennit_resnet import BlockLRP, RelativeLRP, ResNetLRP, initial_relevance, with_splitting
 from zennit_resnet.conservation import conservation_ledger
 from zennit_resnet.rules import Relative, RelativeMaxPool, ZPlus
 
-_COMMON = {'deadline': None, 'database': None, 'suppress_health_check': [HealthCheck.too_slow]}
-PROFILES = {
-    'quick': settings(max_examples=40, derandomize=True, **_COMMON),
-    'thorough': settings(max_examples=400, derandomize=False, print_blob=True, **_COMMON),
-}
-PROFILE = PROFILES[os.environ.get('HYPOTHESIS_PROFILE', 'quick')]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 DTYPES = st.sampled_from([torch.float64, torch.float64, torch.float32])
-
-
-@pytest.fixture(autouse=True)
-def single_thread():
-    '''Small inputs do not profit from threads.'''
-    number = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(number)
 
 
 def assert_equal(actual, expected, dtype, scale=None):

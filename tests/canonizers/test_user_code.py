@@ -8,7 +8,7 @@ from collections import namedtuple
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import randomize
+from helpers.networks import randomize
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint

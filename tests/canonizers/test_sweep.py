@@ -10,7 +10,7 @@ from zennit.rules import Norm, Pass
 from zennit_resnet import ResNetLRP, with_splitting
 from zennit_resnet.layer import Convolution2d
 
-sys.path.insert(0, str(Path(__file__).parent.parent / 'benchmarks'))
+sys.path.insert(0, str(Path(__file__).parents[2] / 'benchmarks'))
 import sweep  # noqa: E402
 import sweep_networks  # noqa: E402
 

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
 from golden_cases import golden_cases, tensor
-from networks import CifarResNet, UserNetwork, randomize
+from helpers.golden import FIRST_LAYER, build_network
+from helpers.ledger import check_sums
+from helpers.networks import CifarResNet, UserNetwork, randomize
 from PIL import Image
 from safetensors.torch import save_file
-from test_golden import FIRST_LAYER, build_network
 from torch import nn
 from torch.nn.modules import module as torch_module
 from torchvision.models import get_model
@@ -87,15 +88,6 @@ def close(actual, expected, tolerance=1e-10):
     actual, expected = (torch.as_tensor(value, dtype=torch.float64) for value in (actual, expected))
     assert actual.shape == expected.shape
     return bool(((actual - expected).abs() <= tolerance * expected.abs().clamp(min=1)).all())
-
-
-def check_sums(ledger, tolerance=1e-9):
-    '''All rows together lose what is lost between output and input, and causes are complete.'''
-    scale = sum(row.arrives_magnitude for row in ledger) + ledger.scale
-    assert bool(((sum(row.lost for row in ledger) - (ledger.initial - ledger.final)).abs() <= tolerance * scale).all())
-    for row in (*ledger.rows, *ledger.blocks):
-        assert tuple(row.lost_by) == CAUSES
-        assert bool(((sum(row.lost_by.values()) - row.lost).abs() <= tolerance * scale).all())
 
 
 # -- measurement -------------------------------------------------------------------------------------------------------

@@ -5,9 +5,9 @@ Numbers of equations are those of Nyiri and Gibaru.
 import pytest
 import torch
 from golden_cases import golden_cases, relative_error, tensor
-from networks import randomize
-from test_golden import build_layer
-from test_rules import attribute, matrix, with_weight
+from helpers.golden import build_layer
+from helpers.layers import attribute, matrix, with_weight
+from helpers.networks import randomize
 from torchvision.models import resnet18
 from zennit.attribution import Gradient
 from zennit.rules import AlphaBeta, Epsilon, Gamma, WSquare

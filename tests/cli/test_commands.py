@@ -29,7 +29,7 @@ from zennit_resnet.postprocess import c1c, c3, heat_quantization, sum_channels
 from zennit_resnet.rules import SymmetricSplit
 
 CLASSES = ['tabby cat', 'golf ball', 'church']
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SIZE = 64
 
 

@@ -13,11 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torchvision
-from networks import CifarResNet, UserNetwork, randomize
-from test_integrity import Snapshot
-from test_networks import Function, build_timm, build_torchvision, prepare
-from test_relative import composite_attribute, explain, naive_max_pool, naive_relative
-from test_rules import assert_close
+from helpers.layers import assert_close
+from helpers.networks import CifarResNet, Function, UserNetwork, build_timm, build_torchvision, prepare, randomize
+from helpers.relative import composite_attribute, explain, naive_max_pool, naive_relative
+from helpers.state import Snapshot
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
@@ -660,7 +659,7 @@ def test_photograph():
     from pathlib import Path
 
     from zennit_resnet.models import load_classifier
-    assets = Path(__file__).parent.parent / 'examples' / 'assets'
+    assets = Path(__file__).parents[2] / 'examples' / 'assets'
     if not (assets / 'photos').is_dir():
         pytest.skip('photographs only come with a checkout of the project')
     from zennit_resnet.image import read_image

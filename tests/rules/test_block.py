@@ -2,7 +2,7 @@
 import pytest
 import torch
 from golden_cases import golden_cases, relative_error, tensor
-from test_golden import Capture, build_layer, build_network
+from helpers.golden import Capture, build_layer, build_network
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from zennit.attribution import Gradient
 from zennit.composites import COMPOSITES

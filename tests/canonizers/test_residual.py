@@ -5,13 +5,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from networks import (
+from helpers.networks import (
     CifarResNet,
+    Function,
     UserNetwork,
+    build_timm,
+    build_torchvision,
     cifar_images,
     cifar_network,
     efficientnet_lite0,
     imagenet_samples,
+    prepare,
     randomize,
 )
 from torchvision import transforms
@@ -33,17 +37,6 @@ from zennit_resnet.rules import SignalTakesAll, Split
 
 # -- whole networks ----------------------------------------------------------------------------------------------------
 
-class Segmentation(torch.nn.Module):
-    '''A network for segmentation, averaged over positions.'''
-    def __init__(self, build):
-        super().__init__()
-        self.model = build(weights=None, weights_backbone=None, num_classes=5)
-
-    def forward(self, x):
-        '''Logits of the image.'''
-        return self.model(x)['out'].mean((2, 3))
-
-
 TORCHVISION = {name: 64 for name in (
     'resnet18', 'resnet34', 'resnet50', 'resnext50_32x4d', 'wide_resnet50_2', 'regnet_y_400mf', 'regnet_x_400mf',
     'mobilenet_v2', 'mobilenet_v3_small', 'efficientnet_b0', 'convnext_tiny', 'densenet121', 'vgg16_bn',
@@ -54,32 +47,6 @@ TIMM = (
     'resnet26d', 'resnet50d', 'seresnet18', 'seresnet33ts', 'resnetv2_50', 'ecaresnet26t', 'nf_resnet26',
     'tf_efficientnet_lite0', 'convnext_atto', 'res2net50_26w_4s', 'skresnet18', 'dla34',
 )
-
-
-def build_torchvision(name):
-    '''A network of torchvision with random weights.'''
-    if hasattr(torchvision.models.segmentation, name):
-        return Segmentation(getattr(torchvision.models.segmentation, name))
-    settings = {}
-    if name in ('googlenet', 'inception_v3'):
-        settings = {'init_weights': False, 'aux_logits': True, 'transform_input': True}
-    if name == 'vgg16_bn':
-        # without weights for hundreds of MB in the classifier
-        model = torchvision.models.VGG(torchvision.models.vgg16_bn(num_classes=1).features[:], 7, False)
-        model.avgpool = torch.nn.AdaptiveAvgPool2d(1)
-        model.classifier = torch.nn.Sequential(torch.nn.Linear(512, 64), torch.nn.ReLU(), torch.nn.Linear(64, 7))
-        return model
-    return getattr(torchvision.models, name)(num_classes=7, **settings)
-
-
-def build_timm(name):
-    '''A network of timm with random weights.'''
-    return pytest.importorskip('timm').create_model(name, num_classes=7)
-
-
-def prepare(model):
-    '''A network in double precision and evaluation mode with normalizations that are not the identity.'''
-    return randomize(model.double().eval())
 
 
 def images(size, batch=2):
@@ -286,19 +253,6 @@ def test_efficientnet_lite0():
 
 
 # -- operations --------------------------------------------------------------------------------------------------------
-
-class Function(torch.nn.Module):
-    '''A module which runs a function, with modules and parameters as its attributes.'''
-    def __init__(self, function, **attributes):
-        super().__init__()
-        self.function = function
-        for key, value in attributes.items():
-            setattr(self, key, value)
-
-    def forward(self, *inputs):
-        '''Run the function.'''
-        return self.function(self, *inputs)
-
 
 def propagate(model, inputs, composite=None, relevance=None):
     '''Output, relevance of the output and of each input, and all stand-ins by name.'''
