@@ -652,7 +652,7 @@ def test_large_linear(monkeypatch, first_layer):
         sizes.extend([len(weight)] if bias is None else [])
         return linear(input, weight, bias)
 
-    monkeypatch.setattr(maps, 'LARGE', 10000)
+    monkeypatch.setattr(zplus, 'LARGE', 10000)
     monkeypatch.setattr(zplus.F, 'linear', spy)
     assert_close(attribute(rule, copy.deepcopy(module), input, relevance=relevance)[2], expected)
     assert sizes[:3] == [33, 33, 4]

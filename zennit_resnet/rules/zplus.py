@@ -11,6 +11,7 @@ from .._weights import is_plain
 from ..arguments import as_bound, check_bounds, check_choice, check_inside, check_stabilizer, spread_bound
 from ..layer import NonNegativeMap, Signed, Subsampling
 from . import _linear_maps as maps
+from ._linear_maps import LARGE
 from .base import SinglePass
 from .passing import share_evenly
 
@@ -331,7 +332,7 @@ class ZPlus(SinglePass):
 class _Rows:
     '''Part of the weight of a fully connected layer, computed for some outputs at a time: it may take most memory.'''
     def __init__(self, weight, part):
-        self.weights = weight.split(max(maps.LARGE // max(weight.shape[1], 1), 1))
+        self.weights = weight.split(max(LARGE // max(weight.shape[1], 1), 1))
         self.part = part
 
     def map(self, input):
