@@ -10,7 +10,7 @@ from zennit.core import Composite, RemovableHandleList
 
 from .arguments import Described, check_flag
 from .block import note_addition
-from .calls import Call, Local, is_opaque, single_pass
+from .calls import Call, Local, is_opaque, keep_stored, single_pass
 from .core import Eager, check_choice, check_evaluation, is_active, is_running
 from .functions import FunctionCall
 from .graph import carriers_of, is_arithmetic, name_of, nodes_of, walk
@@ -304,6 +304,8 @@ class ResidualCanonizer(Described, Canonizer):
             self.leaves = {module: single_pass(module) for module in self.names
                            if module is not self.root and not module._modules}
             check_parameters(self.names)
+            for module in self.names:
+                self.handles.extend(keep_stored(module))
 
     def _label(self, module):
         '''Name and type of a module.'''
@@ -523,6 +525,7 @@ class ResidualCanonizer(Described, Canonizer):
             if composite is not None:
                 composite.hook_refs.add(hook)
             self.handles.append(hook.register(standin))
+            self.handles.extend(keep_stored(standin))
 
     def run(self, call, kind, function, **settings):
         '''Run a function through the stand-in for it.
