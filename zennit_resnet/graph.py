@@ -8,7 +8,7 @@ from zennit.types import Activation, AvgPool, Convolution, MaxPool
 
 from .layer import Addition, Concatenation, Filling, Gate, Operation
 
-SIGMOIDS = frozenset('sigmoid sigmoid_ hardsigmoid softmax special_softmax special_expit'.split())
+SIGMOIDS = frozenset('sigmoid sigmoid_ hardsigmoid softmax softmax_ special_softmax special_expit'.split())
 # Functions of which the output may be anything, whatever they are given.
 UNBOUNDED = frozenset('exp exp_ exp2 exp2_ special_exp2 __rpow__'.split())
 SIGMOID_MODULES = (torch.nn.Sigmoid, torch.nn.Hardsigmoid, torch.nn.Softmax)
@@ -27,8 +27,14 @@ SHIFTS, SCALES = ('Add', 'Sub', 'Rsub'), ('Mul', 'Div', 'Neg')
 AVERAGES = ('Pool', 'Upsample', 'Mean', 'Sum')
 CLIPS = ('Clamp', 'Hardtanh', 'Relu', 'Where', 'Masked', 'Maximum', 'Minimum')
 COMBINES = (Addition, Concatenation, Filling, Gate, Activation, AvgPool, MaxPool, torch.nn.Upsample)
+# Functions that scale or bound a sum, as a softmax that is written out may do with that of its exponentials.
+SCALED = frozenset('add sub mul div truediv clamp clamp_min clampmin clip neg'.split())
+INVERSES = frozenset('reciprocal pow div truediv rtruediv rdiv'.split())
+# Functions that a softmax may be written with.
+SOFT = frozenset('exp exp2 expm1 logsumexp logaddexp softplus sigmoid tanh softmax logsoftmax logsigmoid'.split())
 # Functions of several tensors.
 PRODUCTS = frozenset('Bmm Mm Mv Dot Baddbmm Addmm Addbmm'.split())
+LAYERS = PRODUCTS | {'Convolution', 'Linear'}
 ARITHMETIC = PRODUCTS | frozenset('Add Sub Rsub Mul Div Addcmul Addcdiv Lerp Where'.split())
 
 
@@ -154,6 +160,110 @@ def end_of(node):
     return node
 
 
+def is_shift(tensor, other):
+    '''Whether another tensor has the largest elements of a tensor, as what a softmax subtracts first.'''
+    node = _skip(other.grad_fn)
+    return _function(node) in ('max', 'amax') and len(_parents(node)) == 1 and (
+        _skip(_parents(node)[0]) is _skip(tensor.grad_fn)
+    )
+
+
+def is_log_sum(node):
+    '''Whether a function is the logarithm of a sum of exponentials.'''
+    node = _skip(node, ('neg', 'negative'))
+    name, lower = _function(node), () if node is None else _parents(node)
+    if name == 'add' and len(lower) == 2:
+        # the largest element, and the rest of the sum
+        return any(map(is_log_sum, lower))
+    return name == 'logsumexp' or name == 'log' and is_sum(lower[0])
+
+
+def are_probabilities(values):
+    '''Whether elements along a dimension other than that of examples sum to one, or their exponentials do.'''
+    if not values.is_floating_point() or not values.numel():
+        return False
+    values = values.detach()
+    tolerance, candidates = min(1e3 * torch.finfo(values.dtype).eps, 1e-2), [values.exp()]
+    if bool((values >= 0).all()):
+        candidates = [values, (-values).exp()]
+    return any(
+        length > 1 and bool(((elem.sum(dim) - 1).abs() <= tolerance).all())
+        for elem in candidates for dim, length in enumerate(values.shape) if dim or values.ndim == 1
+    )
+
+
+def is_sum(node, is_inverse=False):
+    '''Whether a function is a sum of exponentials, or the inverse of one.'''
+    if is_inverse:
+        node = _skip(node, INVERSES)
+    node = _skip(node, SCALED)
+    return _function(node) == 'sum' and _function(_skip(_parents(node)[0], SCALED)) == 'exp'
+
+
+def _normalizes(node):
+    '''Whether a function of two tensors normalizes exponentials, or subtracts the logarithm of their sum.'''
+    lower, name = _parents(node), _function(node)
+    if len(lower) != 2 or name not in ('sub', 'add', 'div', 'mul'):
+        return False
+    if name in ('sub', 'add'):
+        return any(map(is_log_sum, lower))
+    return any(is_sum(elem, name == 'mul') for elem in lower)
+
+
+def softmaxes_before(outputs):
+    '''Softmaxes after the last layers before the outputs of a network, written out or not, by their graphs.
+
+    Parameters
+    ----------
+    outputs: list of :py:obj:`torch.Tensor`
+        The outputs.
+
+    Returns
+    -------
+    softmaxes: list of :py:obj:`torch.autograd.graph.Node`
+        Softmaxes.
+    is_only: bool
+        Whether all paths from the outputs to these layers pass one.
+    names: set[str]
+        Names of other functions.
+    '''
+    softmaxes, names, seen, is_only = [], set(), set(), True
+    queue = list(nodes_of(outputs))
+    while queue:
+        node = queue.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        name = _function(node)
+        names.add(name)
+        if name in ('softmax', 'logsoftmax') or _normalizes(node):
+            softmaxes.append(node)
+        elif _is_layer(node) or _stem(node) in LAYERS or not _parents(node):
+            is_only = False
+        else:
+            queue.extend(_parents(node))
+    return softmaxes, is_only, names
+
+
+def _function(node):
+    '''Name of the function that a node is of, which may have run through a module.'''
+    if node is None:
+        return ''
+    module = getattr(node, 'module', None)
+    if isinstance(module, Operation):
+        return module.name.strip('_').replace('special_', '').replace('log_s', 'logs')
+    return _stem(node).lower()
+
+
+def _skip(node, names=()):
+    '''The function before those that move elements, and those of some names.'''
+    while node is not None and len(_parents(node)) == 1 and (
+        _function(node) in names or any(key in _stem(node) for key in MOVES)
+    ):
+        node, = _parents(node)
+    return node
+
+
 def is_attention(tensor):
     '''Whether a tensor was computed from a product of two tensors over dimensions, after the last layers before it.'''
     layers = (node for node in walk([tensor.grad_fn]) if _is_layer(node))
@@ -263,6 +373,18 @@ def moves_first(node):
     # negative numbers are stored as large ones
     dims = [getattr(node, key) for key in ('_saved_dim', '_saved_dim0', '_saved_dim1') if hasattr(node, key)]
     return 0 in (*dims, *getattr(node, '_saved_dims', ())) or node.name().startswith('TBackward')
+
+
+def moved_before(tensor):
+    '''Whether what moves elements right before a tensor also moves them along the first dimension.'''
+    node = tensor.grad_fn
+    while node is not None and len(_parents(node)) == 1 and (
+        _stem(node).startswith(REORDERS) or any(key in _stem(node) for key in MOVES)
+    ):
+        if moves_first(node):
+            return True
+        node, = _parents(node)
+    return False
 
 
 def count_uses(nodes):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from . import moves, products
 from .functions import FunctionCall
-from .graph import name_of
+from .graph import are_probabilities, is_log_sum, is_shift, name_of
 from .layer import (
     Activation,
     Addition,
@@ -157,6 +157,9 @@ def _add(canonizer, call, function):
         if function.name in ('__rsub__', 'rsub'):
             factors.reverse()
     if len(function.carriers) == 2:
+        output = _normalize(canonizer, call, function, (left, right), factors)
+        if output is not None:
+            return output
         return canonizer.run(call, Addition, function, factors=None if factors == [1, 1] else tuple(factors))
     if factors[0 if left is function.carriers[0] else 1] == 1:
         # the gradient of adding a constant passes all relevance on
@@ -164,6 +167,19 @@ def _add(canonizer, call, function):
         canonizer.merge.note_shift(function.carriers[0], output)
         return output
     return canonizer.run(call, Gate, function)
+
+
+def _normalize(canonizer, call, function, operands, factors):
+    '''Subtract what a softmax that is written out does, as a constant. Return None if it is anything else.'''
+    for (signal, other), (factor, sign) in zip((operands, operands[::-1]), (factors, factors[::-1])):
+        if factor != 1:
+            continue
+        if sign == -1 and signal.shape != other.shape and is_shift(signal, other):
+            return canonizer.run_known(function.keep(signal), [signal])
+        if is_log_sum(other.grad_fn) and are_probabilities(signal.detach() + sign * other.detach()):
+            given = function.func, 'log_softmax', function.args, function.kwargs, function.carriers
+            return canonizer.pass_at_end(call, FunctionCall(*given).keep(signal))
+    return None
 
 
 def _unary(canonizer, call, function, kind):
