@@ -8,11 +8,17 @@ from zennit.types import Activation, AvgPool, Convolution, MaxPool
 
 from .layer import Addition, Concatenation, Filling, Gate, Operation
 
-SIGMOIDS = frozenset('sigmoid sigmoid_ hardsigmoid softmax softmax_ special_softmax special_expit'.split())
+SIGMOIDS = frozenset('sigmoid hardsigmoid softmax expit ndtr'.split())
 # Functions of which the output may be anything, whatever they are given.
 UNBOUNDED = frozenset('exp exp_ exp2 exp2_ special_exp2 __rpow__'.split())
-SIGMOID_MODULES = (torch.nn.Sigmoid, torch.nn.Hardsigmoid, torch.nn.Softmax)
-TANHS = frozenset('tanh tanh_'.split())
+# Logarithms of sigmoids, and of what is one more than an exponential.
+LOG_SIGMOIDS = frozenset('logsigmoid logsoftmax'.split())
+SOFTPLUS = frozenset('softplus logaddexp'.split())
+NEGATIONS = frozenset('neg negative rsub'.split())
+EXPONENTIALS = frozenset('exp exp2 rpow'.split())
+LOWER, UPPER = (frozenset(names.split()) for names in (
+    'clamp clampmin clamp_min relu maximum max fmax threshold', 'clamp clampmax clamp_max minimum min fmin'
+))
 COPIES = ('Clone', 'ToCopy')
 # Functions that move elements along the dimensions they name.
 REORDERS = (
@@ -194,10 +200,27 @@ def are_probabilities(values):
 
 def is_sum(node, is_inverse=False):
     '''Whether a function is a sum of exponentials, or the inverse of one.'''
+    return _exponential(node, is_inverse) is not None
+
+
+def is_exponential(node):
+    '''Whether a function has some elements of exponentials.'''
+    while node is not None and len(_parents(node)) == 1 and (
+        _stem(node).startswith(REORDERS) or any(key in _stem(node) for key in MOVES)
+    ):
+        node, = _parents(node)
+    return _function(node) == 'exp'
+
+
+def _exponential(node, is_inverse):
+    '''The exponentials that a function sums up, None if it does anything else.'''
     if is_inverse:
         node = _skip(node, INVERSES)
     node = _skip(node, SCALED)
-    return _function(node) == 'sum' and _function(_skip(_parents(node)[0], SCALED)) == 'exp'
+    if _function(node) != 'sum':
+        return None
+    node = _skip(_parents(node)[0], SCALED)
+    return node if _function(node) == 'exp' else None
 
 
 def _normalizes(node):
@@ -252,7 +275,10 @@ def _function(node):
     module = getattr(node, 'module', None)
     if isinstance(module, Operation):
         return module.name.strip('_').replace('special_', '').replace('log_s', 'logs')
-    return _stem(node).lower()
+    if module is not None and hasattr(node, 'rule'):
+        kind = next(base for base in type(module).__mro__ if base.__module__.startswith('torch.nn.'))
+        return kind.__name__.lower()
+    return _stem(node).rpartition('::')[2].lower().replace('special', '')
 
 
 def _skip(node, names=()):
@@ -281,18 +307,90 @@ def is_arithmetic(node):
 
 def _is_sigmoid(node, with_tanh):
     '''Whether a function is a sigmoid, which may be one that networks write as a shift, clipped on both sides.'''
-    module, name = getattr(node, 'module', None), node.name()
-    function = getattr(module, 'name', None)
-    if isinstance(module, torch.nn.Tanh) or function in TANHS or name.startswith('Tanh'):
+    module, name = getattr(node, 'module', None), _function(node)
+    if _is_tanh(node):
         return with_tanh
-    if isinstance(module, SIGMOID_MODULES) or function in SIGMOIDS or name.startswith(('Sigm', 'Hardsigm', 'Softmax')):
+    if name in SIGMOIDS or _is_logistic(node, name):
         return True
+    if len(_parents(node)) == 1 and _stem(node) in SHIFTS:
+        # one and a hyperbolic tangent
+        below = _unscaled(node)
+        return below is not None and _is_tanh(below)
     if not _clips(node, module):
-        return False
+        # on one side after the other
+        below = _skip(_parents(node)[0]) if len(_parents(node)) == 1 else None
+        if not any(name in first and _function(below) in other for first, other in ((LOWER, UPPER), (UPPER, LOWER))):
+            return False
+        node = below
+    below = _unscaled(node)
+    return below is not None and _stem(below) in SHIFTS and len(_parents(below)) == 1
+
+
+def _unscaled(node):
+    '''The function before one, and before those that scale its result, None if there are several.'''
     lower = _parents(node)
     while len(lower) == 1 and _scales(lower[0]):
         lower = _parents(lower[0])
-    return len(lower) == 1 and _stem(lower[0]) in SHIFTS and len(_parents(lower[0])) == 1
+    return lower[0] if len(lower) == 1 else None
+
+
+def _is_tanh(node):
+    '''Whether a function is a hyperbolic tangent, or clips between minus one and one.'''
+    if _function(node) in ('tanh', '_tanh'):
+        return True
+    module = getattr(node, 'module', None)
+    bounds = getattr(module, 'bounds', None)
+    if isinstance(module, torch.nn.Hardtanh) and not isinstance(module, torch.nn.ReLU6):
+        bounds = module.min_val, module.max_val
+    for key in ('_saved_min', '_saved_min_val'):
+        if hasattr(node, key):
+            bounds = getattr(node, key), getattr(node, key.replace('min', 'max'))
+    return bounds is not None and all(isinstance(elem, (int, float)) for elem in bounds) and bounds == (-1, 1)
+
+
+def _is_logistic(node, name):
+    '''Whether a function is a sigmoid or softmax that is written out with exponentials.'''
+    lower = _parents(node)
+    if len(lower) != 1:
+        return False
+    below = _skip(lower[0])
+    if name == 'exp':
+        below_name = _function(below)
+        if below_name == 'sub' and len(_parents(below)) == 2:
+            # h - softplus(h)
+            return any(_is_softplus(elem) or is_log_sum(elem) for elem in _parents(below))
+        return below_name in LOG_SIGMOIDS or below_name in NEGATIONS and _is_softplus(_parents(below)[0])
+    if name == 'mul':
+        # what PyTorch makes of a number that is divided
+        below, name = _skip(_parents(below)[0]) if _function(below) == 'reciprocal' else None, 'reciprocal'
+    is_inverse = name in ('reciprocal', 'rtruediv', 'rdiv', 'div', 'truediv')
+    exponent = getattr(node, '_saved_exponent', None)
+    return (is_inverse or isinstance(exponent, (int, float)) and exponent == -1) and is_one_more(below)
+
+
+def _is_softplus(node):
+    '''Whether a function is the logarithm of what is one more than an exponential.'''
+    node = _skip(node)
+    name = _function(node)
+    if name not in ('log', 'log1p'):
+        return name in SOFTPLUS
+    below = _skip(_parents(node)[0])
+    return is_one_more(below) if name == 'log' else _is_exponential(below)
+
+
+def is_one_more(node):
+    '''Whether a function adds a constant to an exponential.'''
+    node = _skip(node)
+    if _function(node) not in ('add', 'radd') or len(_parents(node)) != 1:
+        return False
+    return _is_exponential(_skip(_parents(node)[0]))
+
+
+def _is_exponential(node):
+    '''Whether a function has its argument as an exponent.'''
+    return _function(node) in EXPONENTIALS or node is not None and (
+        node.name() in ('PowBackward1', 'PowBackward2') and isinstance(node._saved_exponent, torch.Tensor)
+    )
 
 
 def _clips(node, module):

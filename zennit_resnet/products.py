@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .functions import FunctionCall, become, out_of_place, with_values, write_out
-from .graph import are_probabilities, is_attention, is_gate, is_sum
+from .graph import are_probabilities, is_attention, is_exponential, is_gate, is_one_more, is_sum
 from .layer import Activation, AveragePool, FullyConnected, Gate, LinearMap, NonNegativeMap, Resampling
 
 # Products of two tensors.
@@ -101,6 +101,10 @@ def multiply(canonizer, call, function):
         canonizer.note_softmax(call, 'softmax', output, is_passed=True)
         return output
     signal = 0 if is_division else find_signal([left, right])
+    if is_division and is_one_more(right.grad_fn) and bool(((right - left).detach() - 1).abs().amax() <= 1e-3):
+        # e^h / (e^h + 1)
+        name = 'sigmoid_' if function.is_inplace else 'sigmoid'
+        function = FunctionCall(function.func, name, function.args, function.kwargs, function.carriers)
     if signal is None:
         return canonizer.refuse(call, function, (
             f'which factor is the signal and which the gate is ambiguous: shapes {tuple(left.shape)} and '
@@ -116,8 +120,10 @@ def _exponentials(left, right, is_division):
     for index, signal, other in pairs:
         if is_sum(other.grad_fn, not is_division):
             with torch.no_grad():
-                if are_probabilities(signal / other if is_division else signal * other):
-                    return index
+                values = signal / other if is_division else signal * other
+            # those of some classes do not sum to one
+            if are_probabilities(values) or is_exponential(signal.grad_fn) and bool((values <= 1).all()):
+                return index
     return None
 
 
