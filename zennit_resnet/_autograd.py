@@ -12,11 +12,17 @@ from zennit.types import Activation, AvgPool, Convolution, MaxPool
 from ._compat import DisableTorchFunction
 from .layer import Addition, Concatenation, Filling, Gate, Operation
 
-SIGMOIDS = frozenset('sigmoid sigmoid_ hardsigmoid softmax special_softmax special_expit'.split())
+SIGMOIDS = frozenset('sigmoid hardsigmoid softmax expit ndtr'.split())
 # Functions of which the output may be anything, whatever they are given.
 UNBOUNDED = frozenset('exp exp_ exp2 exp2_ special_exp2 __rpow__'.split())
-SIGMOID_MODULES = (torch.nn.Sigmoid, torch.nn.Hardsigmoid, torch.nn.Softmax)
-TANHS = frozenset('tanh tanh_'.split())
+# Logarithms of sigmoids, and of what is one more than an exponential.
+LOG_SIGMOIDS = frozenset('logsigmoid logsoftmax'.split())
+SOFTPLUS = frozenset('softplus logaddexp'.split())
+NEGATIONS = frozenset('neg negative rsub'.split())
+EXPONENTIALS = frozenset('exp exp2 rpow'.split())
+LOWER, UPPER = (frozenset(names.split()) for names in (
+    'clamp clampmin clamp_min relu maximum max fmax threshold', 'clamp clampmax clamp_max minimum min fmin'
+))
 COPIES = ('Clone', 'ToCopy')
 # Functions that move elements along the dimensions they name.
 REORDERS = (
@@ -31,8 +37,14 @@ SHIFTS, SCALES = ('Add', 'Sub', 'Rsub'), ('Mul', 'Div', 'Neg')
 AVERAGES = ('Pool', 'Upsample', 'Mean', 'Sum')
 CLIPS = ('Clamp', 'Hardtanh', 'Relu', 'Where', 'Masked', 'Maximum', 'Minimum')
 COMBINES = (Addition, Concatenation, Filling, Gate, Activation, AvgPool, MaxPool, torch.nn.Upsample)
+# Functions that scale or bound a sum, as a softmax that is written out may do with that of its exponentials.
+SCALED = frozenset('add sub mul div truediv clamp clamp_min clampmin clip neg'.split())
+INVERSES = frozenset('reciprocal pow div truediv rtruediv rdiv'.split())
+# Functions that a softmax may be written with.
+SOFT = frozenset('exp exp2 expm1 logsumexp logaddexp softplus sigmoid tanh softmax logsoftmax logsigmoid'.split())
 # Functions of several tensors.
 PRODUCTS = frozenset('Bmm Mm Mv Dot Baddbmm Addmm Addbmm'.split())
+LAYERS = PRODUCTS | {'Convolution', 'Linear'}
 ARITHMETIC = PRODUCTS | frozenset('Add Sub Rsub Mul Div Addcmul Addcdiv Lerp Where'.split())
 
 
@@ -206,6 +218,130 @@ def end_of(node):
     return node
 
 
+def is_shift(tensor, other):
+    '''Whether another tensor has the largest elements of a tensor, as what a softmax subtracts first.'''
+    node = _skip(other.grad_fn)
+    return _function(node) in ('max', 'amax') and len(_parents(node)) == 1 and (
+        _skip(_parents(node)[0]) is _skip(tensor.grad_fn)
+    )
+
+
+def is_log_sum(node):
+    '''Whether a function is the logarithm of a sum of exponentials.'''
+    node = _skip(node, ('neg', 'negative'))
+    name, lower = _function(node), () if node is None else _parents(node)
+    if name == 'add' and len(lower) == 2:
+        # the largest element, and the rest of the sum
+        return any(map(is_log_sum, lower))
+    return name == 'logsumexp' or name == 'log' and is_sum(lower[0])
+
+
+def are_probabilities(values):
+    '''Whether elements along a dimension other than that of examples sum to one, or their exponentials do.'''
+    if not values.is_floating_point() or not values.numel():
+        return False
+    values = values.detach()
+    tolerance, candidates = min(1e3 * torch.finfo(values.dtype).eps, 1e-2), [values.exp()]
+    if bool((values >= 0).all()):
+        candidates = [values, (-values).exp()]
+    return any(
+        length > 1 and bool(((elem.sum(dim) - 1).abs() <= tolerance).all())
+        for elem in candidates for dim, length in enumerate(values.shape) if dim or values.ndim == 1
+    )
+
+
+def is_sum(node, is_inverse=False):
+    '''Whether a function is a sum of exponentials, or the inverse of one.'''
+    return _exponential(node, is_inverse) is not None
+
+
+def is_exponential(node):
+    '''Whether a function has some elements of exponentials.'''
+    while node is not None and len(_parents(node)) == 1 and (
+        _stem(node).startswith(REORDERS) or any(key in _stem(node) for key in MOVES)
+    ):
+        node, = _parents(node)
+    return _function(node) == 'exp'
+
+
+def _exponential(node, is_inverse):
+    '''The exponentials that a function sums up, None if it does anything else.'''
+    if is_inverse:
+        node = _skip(node, INVERSES)
+    node = _skip(node, SCALED)
+    if _function(node) != 'sum':
+        return None
+    node = _skip(_parents(node)[0], SCALED)
+    return node if _function(node) == 'exp' else None
+
+
+def _normalizes(node):
+    '''Whether a function of two tensors normalizes exponentials, or subtracts the logarithm of their sum.'''
+    lower, name = _parents(node), _function(node)
+    if len(lower) != 2 or name not in ('sub', 'add', 'div', 'mul'):
+        return False
+    if name in ('sub', 'add'):
+        return any(map(is_log_sum, lower))
+    return any(is_sum(elem, name == 'mul') for elem in lower)
+
+
+def softmaxes_before(outputs):
+    '''Softmaxes after the last layers before the outputs of a network, written out or not, by their graphs.
+
+    Parameters
+    ----------
+    outputs: list of :py:obj:`torch.Tensor`
+        The outputs.
+
+    Returns
+    -------
+    softmaxes: list of :py:obj:`torch.autograd.graph.Node`
+        Softmaxes.
+    is_only: bool
+        Whether all paths from the outputs to these layers pass one.
+    names: set[str]
+        Names of other functions.
+    '''
+    softmaxes, names, seen, is_only = [], set(), set(), True
+    queue = list(nodes_of(outputs))
+    while queue:
+        node = queue.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        name = _function(node)
+        names.add(name)
+        if name in ('softmax', 'logsoftmax') or _normalizes(node):
+            softmaxes.append(node)
+        elif _is_layer(node) or _stem(node) in LAYERS or not _parents(node):
+            is_only = False
+        else:
+            queue.extend(_parents(node))
+    return softmaxes, is_only, names
+
+
+def _function(node):
+    '''Name of the function that a node is of, which may have run through a module.'''
+    if node is None:
+        return ''
+    module = module_of(node)
+    if isinstance(module, Operation):
+        return module.name.strip('_').replace('special_', '').replace('log_s', 'logs')
+    if module is not None and hasattr(node, 'rule'):
+        kind = next(base for base in type(module).__mro__ if base.__module__.startswith('torch.nn.'))
+        return kind.__name__.lower()
+    return _stem(node).rpartition('::')[2].lower().replace('special', '')
+
+
+def _skip(node, names=()):
+    '''The function before those that move elements, and those of some names.'''
+    while node is not None and len(_parents(node)) == 1 and (
+        _function(node) in names or any(key in _stem(node) for key in MOVES)
+    ):
+        node, = _parents(node)
+    return node
+
+
 def is_attention(tensor):
     '''Whether a tensor was computed from a product of two tensors over dimensions, after the last layers before it.'''
     layers = (node for node in walk([tensor.grad_fn]) if _is_layer(node))
@@ -223,18 +359,90 @@ def is_arithmetic(node):
 
 def _is_sigmoid(node, with_tanh):
     '''Whether a function is a sigmoid, which may be one that networks write as a shift, clipped on both sides.'''
-    module, name = module_of(node), node.name()
-    function = getattr(module, 'name', None)
-    if isinstance(module, torch.nn.Tanh) or function in TANHS or name.startswith('Tanh'):
+    module, name = module_of(node), _function(node)
+    if _is_tanh(node):
         return with_tanh
-    if isinstance(module, SIGMOID_MODULES) or function in SIGMOIDS or name.startswith(('Sigm', 'Hardsigm', 'Softmax')):
+    if name in SIGMOIDS or _is_logistic(node, name):
         return True
+    if len(_parents(node)) == 1 and _stem(node) in SHIFTS:
+        # one and a hyperbolic tangent
+        below = _unscaled(node)
+        return below is not None and _is_tanh(below)
     if not _clips(node, module):
-        return False
+        # on one side after the other
+        below = _skip(_parents(node)[0]) if len(_parents(node)) == 1 else None
+        if not any(name in first and _function(below) in other for first, other in ((LOWER, UPPER), (UPPER, LOWER))):
+            return False
+        node = below
+    below = _unscaled(node)
+    return below is not None and _stem(below) in SHIFTS and len(_parents(below)) == 1
+
+
+def _unscaled(node):
+    '''The function before one, and before those that scale its result, None if there are several.'''
     lower = _parents(node)
     while len(lower) == 1 and _scales(lower[0]):
         lower = _parents(lower[0])
-    return len(lower) == 1 and _stem(lower[0]) in SHIFTS and len(_parents(lower[0])) == 1
+    return lower[0] if len(lower) == 1 else None
+
+
+def _is_tanh(node):
+    '''Whether a function is a hyperbolic tangent, or clips between minus one and one.'''
+    if _function(node) in ('tanh', '_tanh'):
+        return True
+    module = module_of(node)
+    bounds = getattr(module, 'bounds', None)
+    if isinstance(module, torch.nn.Hardtanh) and not isinstance(module, torch.nn.ReLU6):
+        bounds = module.min_val, module.max_val
+    for key in ('_saved_min', '_saved_min_val'):
+        if hasattr(node, key):
+            bounds = getattr(node, key), getattr(node, key.replace('min', 'max'))
+    return bounds is not None and all(isinstance(elem, (int, float)) for elem in bounds) and bounds == (-1, 1)
+
+
+def _is_logistic(node, name):
+    '''Whether a function is a sigmoid or softmax that is written out with exponentials.'''
+    lower = _parents(node)
+    if len(lower) != 1:
+        return False
+    below = _skip(lower[0])
+    if name == 'exp':
+        below_name = _function(below)
+        if below_name == 'sub' and len(_parents(below)) == 2:
+            # h - softplus(h)
+            return any(_is_softplus(elem) or is_log_sum(elem) for elem in _parents(below))
+        return below_name in LOG_SIGMOIDS or below_name in NEGATIONS and _is_softplus(_parents(below)[0])
+    if name == 'mul':
+        # what PyTorch makes of a number that is divided
+        below, name = _skip(_parents(below)[0]) if _function(below) == 'reciprocal' else None, 'reciprocal'
+    is_inverse = name in ('reciprocal', 'rtruediv', 'rdiv', 'div', 'truediv')
+    exponent = getattr(node, '_saved_exponent', None)
+    return (is_inverse or isinstance(exponent, (int, float)) and exponent == -1) and is_one_more(below)
+
+
+def _is_softplus(node):
+    '''Whether a function is the logarithm of what is one more than an exponential.'''
+    node = _skip(node)
+    name = _function(node)
+    if name not in ('log', 'log1p'):
+        return name in SOFTPLUS
+    below = _skip(_parents(node)[0])
+    return is_one_more(below) if name == 'log' else _is_exponential(below)
+
+
+def is_one_more(node):
+    '''Whether a function adds a constant to an exponential.'''
+    node = _skip(node)
+    if _function(node) not in ('add', 'radd') or len(_parents(node)) != 1:
+        return False
+    return _is_exponential(_skip(_parents(node)[0]))
+
+
+def _is_exponential(node):
+    '''Whether a function has its argument as an exponent.'''
+    return _function(node) in EXPONENTIALS or node is not None and (
+        node.name() in ('PowBackward1', 'PowBackward2') and isinstance(node._saved_exponent, torch.Tensor)
+    )
 
 
 def _clips(node, module):
@@ -254,7 +462,7 @@ def _scales(node):
 
 def _combines(node):
     '''Whether a function moves, averages, scales, clips or adds up what it is given.'''
-    stem, module = _stem(node), getattr(node, 'module', None)
+    stem, module = _stem(node), module_of(node)
     if isinstance(module, Operation) and module.name in UNBOUNDED:
         return False
     return (
@@ -315,6 +523,18 @@ def moves_first(node):
     # negative numbers are stored as large ones
     dims = [getattr(node, key) for key in ('_saved_dim', '_saved_dim0', '_saved_dim1') if hasattr(node, key)]
     return 0 in (*dims, *getattr(node, '_saved_dims', ())) or node.name().startswith('TBackward')
+
+
+def moved_before(tensor):
+    '''Whether what moves elements right before a tensor also moves them along the first dimension.'''
+    node = tensor.grad_fn
+    while node is not None and len(_parents(node)) == 1 and (
+        _stem(node).startswith(REORDERS) or any(key in _stem(node) for key in MOVES)
+    ):
+        if moves_first(node):
+            return True
+        node, = _parents(node)
+    return False
 
 
 def count_uses(nodes):

@@ -229,3 +229,113 @@ def test_normalization_of_one():
     relevance = Gradient(model, ResNetLRP())(x, initial_relevance(1))[1]
     single = Gradient(model, ResNetLRP())(x[1:], initial_relevance(1))[1]
     torch.testing.assert_close(relevance[1:], single)
+
+
+# -- statistics of the batch that are written by hand ------------------------------------------------------------------
+
+def without_gradient(h):
+    '''Statistics that are no part of the graph.'''
+    with torch.no_grad():
+        mean, var = h.mean((0, 2, 3), keepdim=True), h.var((0, 2, 3), keepdim=True)
+    return (h - mean) / (var + 1e-5).sqrt()
+
+
+def by_both(h):
+    '''The function that returns both.'''
+    var, mean = torch.var_mean(h, (0, 2, 3), keepdim=True)
+    return (h - mean) / (var + 1e-5).sqrt()
+
+
+def rows(h):
+    '''One row for each channel.'''
+    return h.transpose(0, 1).reshape(h.shape[1], -1)
+
+
+STATISTICS = {
+    'mean': lambda h: h - h.mean((0, 2, 3), keepdim=True), 'mean of images': lambda h: h - h.mean(0),
+    'keywords': lambda h: torch.sub(h, torch.mean(input=h, dim=[0], keepdim=True)),
+    'negative': lambda h: h - h.mean(-4),
+    'axis': lambda h: h - h.mean(axis=0), 'std': lambda h: h / h.std(0), 'var': lambda h: h / (h.var(0) + 1e-5).sqrt(),
+    'var_mean': by_both, 'std_mean': lambda h: h - torch.std_mean(h, 0)[1], 'sum': lambda h: h - h.sum(0) / len(h),
+    'amax': lambda h: h / h.amax((0, 2, 3), keepdim=True).clamp(min=.1), 'max of all': lambda h: h / h.max(),
+    'mean of all': lambda h: h - h.mean(), 'in place': lambda h: h.clone().sub_(h.mean(0)),
+    'detached': lambda h: h - h.mean(0).detach(), 'of detached': lambda h: h - h.detach().mean(0),
+    'without gradient': without_gradient, 'gate': lambda h: h * h.mean((0, 2, 3), keepdim=True).sigmoid(),
+    'rows': lambda h: h - rows(h).mean(1)[:, None, None], 'std of rows': lambda h: h / rows(h).std(1)[:, None, None],
+    'channels last': lambda h: h - h.permute(0, 2, 3, 1).reshape(-1, h.shape[1]).mean(0)[:, None, None],
+    'einsum': lambda h: h - torch.einsum('bchw->c', h)[:, None, None] / h[:, 0].numel(),
+    'product': lambda h: h - (torch.ones(1, len(h)).double() / len(h) @ h.flatten(1)).view(1, *h.shape[1:]),
+    'norm': lambda h: h / h.norm(dim=0), 'normalize': lambda h: F.normalize(h, dim=0),
+    'norm of all': lambda h: h / h.norm(),
+    'layer_norm': lambda h: F.layer_norm(rows(h), [rows(h).shape[1]]).view(-1, len(h), *h.shape[2:]).transpose(0, 1),
+    'instance_norm': lambda h: F.instance_norm(rows(h)[None])[0].view(-1, len(h), *h.shape[2:]).transpose(0, 1),
+    'softmax': lambda h: h * h.softmax(0), 'median': lambda h: h - h.median(0).values, 'cumsum': lambda h: h.cumsum(0),
+    'stack': lambda h: h - torch.stack(list(h)).mean(0), 'sum of list': lambda h: h - sum(h) / len(h),
+    'first': lambda h: h - h[:1] / 2, 'neighbour': lambda h: h + h.roll(1, 0), 'nanmean': lambda h: h - h.nanmean(0),
+}
+
+
+@pytest.mark.parametrize('name', [*MERGING, 'pass', 'block'])
+@pytest.mark.parametrize('how', STATISTICS)
+def test_statistics_by_hand(how, name):
+    '''The map of one image must not depend on others.'''
+    create = {**MERGING, 'pass': ResNetLRP, 'block': BlockLRP}[name]
+    model, x = network(lambda norm: Function(STATISTICS[how])), torch.randn(2, 3, 9, 9).double()
+    with pytest.raises(RuntimeError, match='norm .*one image at a time'):
+        Gradient(model, create())(x, initial_relevance(1))
+    # nothing is left behind
+    with torch.no_grad():
+        model(x)
+    Gradient(network(), create())(x, initial_relevance(1))
+
+
+INDEPENDENT = {
+    'logged': lambda h: (h.mean(0), h)[1], 'branches': lambda h: torch.stack([h, h.flip(1)]).sum(0),
+    'softmax': lambda h: h * ((h - h.max()).exp() / (h - h.max()).exp().sum(1, keepdim=True)),
+    'one by one': lambda h: torch.cat([elem - elem.mean((0, 2, 3), keepdim=True) for elem in h.split(1)]),
+    'channels': lambda h: (h.flatten(0, 1) - h.flatten(0, 1).mean((1, 2), keepdim=True)).view_as(h),
+    'groups': lambda h: F.normalize(h.reshape(len(h), 2, -1), dim=2).view_as(h),
+    'channels first': lambda h: h + h.transpose(0, 1).mean(0)[:, None], 'instances': lambda h: h - h.mean((2, 3), True),
+}
+
+
+@pytest.mark.parametrize('name', ['ratio', 'zennit', 'pass', 'block'])
+@pytest.mark.parametrize('how', INDEPENDENT)
+def test_no_statistics(how, name):
+    '''Other reductions are none of the batch, whatever their dimensions are.'''
+    create = {**MERGING, 'pass': ResNetLRP, 'block': BlockLRP}[name]
+    model, x = network(lambda norm: Function(INDEPENDENT[how])), torch.randn(3, 3, 9, 9).double()
+    calls = []
+    model.register_forward_hook(lambda *args: calls.append(0))
+    relevance = Gradient(model, create())(x, initial_relevance(1))[1]
+    for num in range(3):
+        single = Gradient(model, create())(x[num:num + 1], initial_relevance(1))[1]
+        torch.testing.assert_close(relevance[num:num + 1], single, rtol=1e-6, atol=1e-9)
+    # it runs again only if it may be one
+    is_suspicious = how in ('logged', 'softmax', 'one by one', 'channels first') or (how, name) == ('branches', 'block')
+    assert len(calls) == (6 if is_suspicious else 4)
+
+
+def test_arguments_by_name():
+    '''Inputs may be given in any way, and not all of them have examples.'''
+    class Net(nn.Module):
+        '''Takes a dict.'''
+        def __init__(self, is_mixing):
+            super().__init__()
+            self.net, self.is_mixing = network(), is_mixing
+
+        def forward(self, inputs, scale):
+            '''Logits, and the mean.'''
+            x = inputs['image'] * scale
+            return (self.net(x - x.mean(0) if self.is_mixing else x), x.mean(0))
+
+    x = torch.randn(2, 3, 9, 9).double().requires_grad_()
+    for is_mixing in (True, False):
+        model = Net(is_mixing)
+        with ResNetLRP().context(model):
+            if is_mixing:
+                with pytest.raises(RuntimeError, match='one image at a time'):
+                    model({'image': x}, scale=torch.ones(3, 1, 1).double())
+            else:
+                output, _ = model(inputs={'image': x}, scale=torch.ones(3, 1, 1).double())
+                assert bool(torch.autograd.grad(output[:, 0].sum(), x)[0].any())

@@ -102,11 +102,107 @@ def test_softmax_without_relevance():
         explain(Net(lambda x: x * x.softmax(1)), ResNetLRP())
 
 
-@pytest.mark.parametrize('end', ['F.softmax', 'module with log'])
+def shifted(h):
+    '''Exponentials of logits without the largest.'''
+    return (h - h.max(1, keepdim=True).values).exp()
+
+
+WRITTEN = {
+    'logsumexp': lambda h: h - h.logsumexp(1, keepdim=True),
+    'torch': lambda h: torch.sub(h, torch.logsumexp(h, 1)[:, None]),
+    'special': lambda h: h - torch.special.logsumexp(h, -1, True), 'negative': lambda h: h + -h.logsumexp(1, True),
+    'log of sum': lambda h: h - h.exp().sum(1, keepdim=True).log(), 'in place': lambda h: h.sub_(h.logsumexp(1, True)),
+    'expanded': lambda h: h - h.logsumexp(1, keepdim=True).expand_as(h),
+    'log without largest': lambda h: h - h.amax(1, True) - shifted(h).sum(1, keepdim=True).log(),
+    'largest added': lambda h: h - (h.amax(1, True) + shifted(h).sum(1, keepdim=True).log()),
+    'quotient': lambda h: h.exp() / h.exp().sum(1, keepdim=True),
+    'without largest': lambda h: shifted(h) / shifted(h).sum(1, keepdim=True),
+    'without largest of all': lambda h: (h - h.max()).exp() / (h - h.max()).exp().sum(1, keepdim=True),
+    'detached': lambda h: (h - h.detach().amax(1, True)).exp() / (h - h.detach().amax(1, True)).exp().sum(1)[:, None],
+    'product': lambda h: h.exp() * h.exp().sum(1, keepdim=True).reciprocal(),
+    'power': lambda h: h.exp() * h.exp().sum(1, keepdim=True) ** -1,
+    'stabilized': lambda h: h.exp() / (h.exp().sum(1, keepdim=True) + 1e-16),
+}
+# written such that it is not known which tensor has the logits
+UNKNOWN = {
+    'exponentials': lambda h: (h - h.logsumexp(1, keepdim=True)).exp(), 'log_softmax': lambda h: h.log_softmax(1).exp(),
+    'normalize': lambda h: F.normalize(h.exp(), p=1, dim=1), 'norm': lambda h: h.exp() / h.exp().norm(1, 1, True),
+    'pairs': lambda h: 1 / (h[:, None] - h[:, :, None]).exp().sum(2), 'softmin': lambda h: F.softmin(h, 1),
+    'sigmoids': lambda h: torch.stack([(h[:, 1] - h[:, 0]).sigmoid(), (h[:, 0] - h[:, 1]).sigmoid()], 1),
+    'complement': lambda h: torch.stack([(h[:, 1] - h[:, 0]).sigmoid(), 1 - (h[:, 1] - h[:, 0]).sigmoid()], 1),
+    'negative': lambda h: h.logsumexp(1, keepdim=True) - h,
+}
+# what may follow a softmax
+FOLLOWING = {
+    'clamp': lambda p: p.clamp(1e-7, 1), 'log': lambda p: p.log(), 'log of shifted': lambda p: (p + 1e-9).log(),
+    'product': lambda p: p * 2, 'mask': lambda p: p * torch.ones(5).double(), 'complement': lambda p: 1 - p,
+    'mean': lambda p: torch.stack([p, p.flip(1)]).mean(0), 'square': lambda p: p ** 2, 'negative': lambda p: -p,
+}
+
+
+@pytest.mark.parametrize('name', COMPOSITES)
+@pytest.mark.parametrize('end', WRITTEN)
+def test_softmax_written_out(end, name):
+    '''However it is written.'''
+    with pytest.warns(UserWarning, match='logits'):
+        relevance = explain(Net(WRITTEN[end]), COMPOSITES[name]())
+    torch.testing.assert_close(relevance, explain(Net(), COMPOSITES[name]()), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize('name', COMPOSITES)
+@pytest.mark.parametrize('end', UNKNOWN)
+def test_softmax_written_otherwise(end, name):
+    '''It is known by its values.'''
+    with pytest.raises(UnsupportedOperation, match='logits') as caught:
+        with Gradient(model=Net(UNKNOWN[end]).double(), composite=COMPOSITES[name]()) as attributor:
+            attributor(images(), initial_relevance([0, 1], 'one'))
+    assert 'strict' not in str(caught.value)
+
+
+@pytest.mark.parametrize('name', COMPOSITES)
+@pytest.mark.parametrize('following', FOLLOWING)
+def test_after_softmax_written_out(following, name):
+    '''What follows has to be left out as well.'''
+    with pytest.raises(UnsupportedOperation, match='logits'):
+        explain(Net(lambda h: FOLLOWING[following](h.exp() / h.exp().sum(1, keepdim=True))), COMPOSITES[name]())
+
+
+BLOCKED = {
+    **ENDS, **WRITTEN, **UNKNOWN,
+    **{f'{name} of {end}': lambda h, f=following, end=end: f({**ENDS, **WRITTEN}[end](h))
+       for name, following in FOLLOWING.items() for end in ('F.softmax', 'quotient', 'product')},
+}
+
+
+@pytest.mark.parametrize('end', BLOCKED)
 def test_softmax_with_blocks(end):
     '''BlockLRP takes gradients, and those of a softmax sum to zero.'''
     with pytest.raises(UnsupportedOperation, match='logits'):
-        explain(Net(ENDS[end]), BlockLRP())
+        with Gradient(model=Net(BLOCKED[end]).double(), composite=BlockLRP()) as attributor:
+            attributor(images(), initial_relevance([0, 1], 'one'))
+
+
+@pytest.mark.parametrize('function', [
+    lambda h: h.sigmoid(), lambda h: h - h.mean(1, keepdim=True), lambda h: h / (1 + h.abs()), lambda h: h.exp(),
+    lambda h: h - h.roll(1, 1).logsumexp(1, keepdim=True) / 2,
+])
+def test_no_softmax(function):
+    '''What is none is taken for none.'''
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for create in (*COMPOSITES.values(), BlockLRP):
+            assert bool(explain(Net(function), create()).isfinite().all())
+
+
+@pytest.mark.parametrize('function', [
+    lambda h: h.softmax(1), lambda h: h.exp() / h.exp().sum(1, keepdim=True), lambda h: F.log_softmax(h, 1),
+])
+def test_softmax_within_a_network(function):
+    '''Gradients of a softmax that layers follow are those of any function.'''
+    model = nn.Sequential(Net(function), nn.Linear(5, 5))
+    assert bool(explain(model, BlockLRP()).isfinite().all())
+    with pytest.raises(UnsupportedOperation, match='logits'):
+        explain(model, ResNetLRP())
 
 
 # -- networks without a gradient ---------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 '''Twins: the same function, written otherwise, has the same map.'''
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from helpers.operations import RELATIVE, RESNET, build, explain, images, index, mask, stretched
+from helpers.operations import OTHERS, RELATIVE, RESNET, build, explain, images, index, mask, stretched
 from torch import nn
 
 
@@ -201,3 +203,65 @@ def test_twins(name, label, is_first):
             maps.append(explain(model, images(), COMPOSITES[label]())[1])
         for num, other in enumerate(maps[1:], 1):
             assert torch.allclose(maps[0], other, rtol=1e-9, atol=1e-11 * maps[0].abs().max().item()), num
+
+
+# -- gates -------------------------------------------------------------------------------------------------------------
+
+def with_zero(h):
+    '''Logits of two classes, of which the other is zero.'''
+    return torch.stack([h, torch.zeros_like(h)], 1)
+
+
+SIGMOIDS = {
+    'sigmoid': torch.sigmoid, 'module': nn.Sigmoid(), 'expit': torch.special.expit,
+    'in place': lambda h: h.clone().sigmoid_(),
+    'softplus': lambda h: torch.exp(-F.softplus(-h)), 'softplus module': lambda h: (-nn.Softplus()(-h)).exp(),
+    'logsigmoid': lambda h: F.logsigmoid(h).exp(), 'logsigmoid module': lambda h: nn.LogSigmoid()(h).exp(),
+    'reciprocal': lambda h: (1 + (-h).exp()).reciprocal(), 'quotient': lambda h: 1 / (1 + torch.exp(-h)),
+    'method': lambda h: (1 + torch.exp(-h)).pow(-1), 'operator': lambda h: (torch.exp(-1 * h) + 1) ** -1,
+    'power': lambda h: torch.pow(torch.exp(-h) + 1., -1.),
+    'constant': lambda h: torch.ones_like(h) / (1 + torch.exp(-h)),
+    'all in place': lambda h: (-h).exp().add_(1).reciprocal_(), 'base': lambda h: 1 / (1 + math.e ** -h),
+    'tanh': lambda h: .5 * (1 + torch.tanh(h / 2)), 'tanh module': lambda h: nn.Tanh()(h * .5) / 2 + .5,
+    'softmax': lambda h: with_zero(h).softmax(1)[:, 0], 'softmin': lambda h: F.softmin(-with_zero(h), 1)[:, 0],
+    'log_softmax': lambda h: with_zero(h).log_softmax(1).exp()[:, 0],
+    'softmax written out': lambda h: with_zero(h).exp()[:, 0] / with_zero(h).exp().sum(1),
+    'normalized': lambda h: (with_zero(h).exp() / with_zero(h).exp().sum(1, keepdim=True))[:, 0],
+    'logsumexp': lambda h: (with_zero(h) - with_zero(h).logsumexp(1, keepdim=True)).exp()[:, 0],
+    'logsumexp of one': lambda h: (h - with_zero(h).logsumexp(1)).exp(),
+    'odds': lambda h: h.exp() / (1 + h.exp()), 'difference': lambda h: (h - F.softplus(h)).exp(),
+    'log1p': lambda h: torch.exp(-torch.log1p(torch.exp(-h))),
+    'log': lambda h: torch.exp(-torch.log(1 + torch.exp(-h))),
+    'logaddexp': lambda h: torch.exp(-torch.logaddexp(h.new_zeros(()), -h)),
+    'complement': lambda h: 1 - 1 / (1 + torch.exp(h)),
+}
+HARD = {
+    'hardsigmoid': F.hardsigmoid, 'module': nn.Hardsigmoid(), 'clamp': lambda h: torch.clamp(h / 6 + .5, 0, 1),
+    'keywords': lambda h: F.hardtanh(h / 6 + .5, min_val=0., max_val=1.), 'relu6': lambda h: F.relu6(h + 3) / 6,
+    'two clamps': lambda h: (h / 6 + .5).clamp(min=0).clamp(max=1), 'relu': lambda h: F.relu(h / 6 + .5).clamp(max=1),
+    'hardtanh': lambda h: (F.hardtanh(h / 3) + 1) / 2, 'hardtanh module': lambda h: nn.Hardtanh()(h / 3) * .5 + .5,
+    'symmetric': lambda h: (h / 3).clamp(-1, 1) / 2 + .5, 'methods': lambda h: h.add(3).clip(min=0, max=6).div(6),
+    'extrema': lambda h: torch.minimum(torch.maximum(h / 6 + .5, h.new_zeros(())), h.new_ones(())),
+}
+PRODUCTS = {
+    'gate': lambda h, g: h * g(2 * h.flip(1)), 'swapped': lambda h, g: g(2 * h.flip(1)) * h,
+    'tanh': lambda h, g: h.flip(2).tanh() * g(h), 'both': lambda h, g: h.flip(2) * g(h) + h * (1 - g(h)),
+    'einsum': lambda h, g: torch.einsum('bchw,bchw->bc', h, g(2 * h.flip(1)))[:, :, None, None] + h,
+}
+
+
+@pytest.mark.parametrize('label', ['ratio', 'symmetric', 'merge', 'relative', 'zennit'])
+@pytest.mark.parametrize('product', PRODUCTS)
+@pytest.mark.parametrize('spellings', [SIGMOIDS, HARD], ids=['soft', 'hard'])
+def test_gates(spellings, product, label):
+    '''A gate is one however its sigmoid is written.'''
+    maps = {
+        name: explain(
+            build(lambda h, net, gate=gate: PRODUCTS[product](h, gate), is_relu=False), images(),
+            {**COMPOSITES, **OTHERS}[label]()
+        )[1]
+        for name, gate in spellings.items()
+    }
+    expected, *_ = maps.values()
+    for name, actual in maps.items():
+        assert torch.allclose(actual, expected, rtol=1e-9, atol=1e-11 * expected.abs().max().item()), name

@@ -1,4 +1,8 @@
 '''Relevance is that of the weights which the forward pass used, whatever is in place before and after it.'''
+import copy
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,7 +10,9 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 from zennit.attribution import Gradient
-from zennit.composites import EpsilonPlus
+from zennit.composites import EpsilonAlpha2Beta1, EpsilonPlus
+from zennit.core import Hook
+from zennit.rules import Epsilon, Gamma, Norm, Pass
 
 from zennit_resnet import BlockLRP, RelativeLRP, ResidualCanonizer, ResNetLRP, initial_relevance, with_splitting
 from zennit_resnet.rules import SinglePass
@@ -299,7 +305,7 @@ def test_a_layer_with_two_weights(name):
 @pytest.mark.parametrize('name', ['ratio', 'merge', 'splitting'])
 def test_weights_that_depend_on_the_input(name, how):
     '''Relevance should reach what they are computed from, for which there is no rule.'''
-    with pytest.raises(RuntimeError, match='weight'):
+    with pytest.raises(RuntimeError, match='weight|over the 2 images'):
         explain(Hyper(how), COMPOSITES[name]())
 
 
@@ -361,3 +367,90 @@ def test_changed_by_hooks(name, how):
     else:
         with pytest.raises(RuntimeError, match='weight'):
             explain(model, COMPOSITES[name]())
+
+
+# -- several calls of a layer ------------------------------------------------------------------------------------------
+
+class Repeated(nn.Module):
+    '''Layers of all types that are called twice, or have copies for the second call.'''
+    def __init__(self, shared):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.act, self.head = nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Linear(6, 4)
+        first = nn.ModuleDict({
+            'conv': nn.Conv2d(6, 6, 3, padding=1), 'act': nn.ReLU(), 'pool': nn.AvgPool2d(2, 1), 'mid': nn.Linear(6, 6),
+        })
+        self.first, self.second = first, first if shared else copy.deepcopy(first)
+
+    def forward(self, x):
+        '''Logits.'''
+        x = self.act(self.stem(x))
+        for part in (self.first, self.second):
+            x = F.relu(part['pool'](part['act'](x + part['conv'](x))))
+        x = F.avg_pool2d(x, 2).flatten(2).mean(2)
+        for part in (self.first, self.second):
+            x = F.linear(part['mid'](x).relu(), part['mid'].weight)
+        return self.head(x)
+
+
+class Output(Hook):
+    '''Stores the output, and has relevance in proportion to it.'''
+    def forward(self, module, input, output, *args):
+        '''With Zennit 1, keyword arguments come before the output.'''
+        self.stored_tensors['output'] = (args or (output,))[-1]
+
+    def backward(self, module, grad_input, grad_output):
+        '''Of the shape of the input.'''
+        return (grad_output[0] * self.stored_tensors['output'].sigmoid(),)
+
+
+RULES = {
+    'splitting': lambda: with_splitting(EpsilonPlus()), 'alpha beta': lambda: with_splitting(EpsilonAlpha2Beta1()),
+    'canonizer': lambda: EpsilonPlus(canonizers=[ResidualCanonizer()]),
+    'layer map': lambda: ResNetLRP(layer_map=[
+        (nn.Conv2d, Gamma(.5)), (nn.AvgPool2d, Norm()), (nn.Linear, Epsilon()), (nn.ReLU, Pass()),
+    ]),
+    'own': lambda: ResNetLRP(layer_map=[(nn.ReLU, Output())]),
+    'relative': lambda: RelativeLRP(layer_map=[(nn.Conv2d, Gamma(.5))]),
+    'block': lambda: BlockLRP(layer_map=[(nn.Conv2d, Epsilon(.5))]),
+}
+
+
+@pytest.mark.parametrize('name', RULES)
+def test_rules_of_zennit_for_several_calls(name):
+    '''They find the tensors of each call.'''
+    expected, actual = (explain(Repeated(shared), RULES[name]()) for shared in (False, True))
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize('name', RULES)
+def test_rules_of_zennit_for_several_passes(name):
+    '''The backward pass of one forward pass may come after others.'''
+    model, seed = Repeated(False).double().eval(), initial_relevance(1)
+    inputs = [torch.randn(2, 3, size, size).double().requires_grad_() for size in (12, 14, 12)]
+    with RULES[name]().context(model):
+        expected = []
+        for x in inputs:
+            output = model(x)
+            expected += torch.autograd.grad(output, x, seed(output))
+        outputs = [model(x) for x in inputs]
+        with torch.no_grad():
+            model(inputs[0].detach())
+        for output, x, relevance in zip(outputs, inputs, expected):
+            torch.testing.assert_close(torch.autograd.grad(output, x, seed(output))[0], relevance, rtol=1e-9, atol=0)
+
+
+def test_calls_leave_nothing():
+    '''What a rule of Zennit has stored is freed with the graph of each call.'''
+    x, refs = torch.randn(2, 3, 12, 12).double().requires_grad_(), []
+    model, composite = Repeated(True).double().eval(), RULES['own']()
+    model.first['conv'].register_forward_hook(lambda module, args, output: refs.append(weakref.ref(output)))
+    gc.disable()
+    try:
+        with composite.context(model):
+            for _ in range(3):
+                model(x).sum().backward()
+            assert sum(ref() is not None for ref in refs[:-2]) == 0
+        assert sum(ref() is not None for ref in refs) == 0
+    finally:
+        gc.enable()

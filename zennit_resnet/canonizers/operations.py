@@ -4,7 +4,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from .._autograd import name_of
+from .._autograd import are_probabilities, is_log_sum, is_shift, name_of
 from .._compat import OpOverload
 from ..layer import (
     Activation,
@@ -84,6 +84,7 @@ ACTIVATIONS |= {
 }
 # The largest or smallest of two tensors, which clip a tensor if the other is a constant.
 EXTREMA = frozenset('maximum minimum fmax fmin max min amin'.split())
+POWERS = frozenset('pow pow_ __pow__ __ipow__ float_power float_power_'.split())
 CLIPPED = frozenset('relu6 hardtanh hardtanh_'.split())
 NORMALIZATIONS = frozenset(
     'batch_norm layer_norm group_norm instance_norm rms_norm local_response_norm normalize'.split()
@@ -158,6 +159,9 @@ def _add(canonizer, call, function):
         if function.name in ('__rsub__', 'rsub'):
             factors.reverse()
     if len(function.carriers) == 2:
+        output = _normalize(canonizer, call, function, (left, right), factors)
+        if output is not None:
+            return output
         return canonizer.run(call, Addition, function, factors=None if factors == [1, 1] else tuple(factors))
     if factors[0 if left is function.carriers[0] else 1] == 1:
         # the gradient of adding a constant passes all relevance on
@@ -167,14 +171,36 @@ def _add(canonizer, call, function):
     return canonizer.run(call, Gate, function)
 
 
+def _normalize(canonizer, call, function, operands, factors):
+    '''Subtract what a softmax that is written out does, as a constant. Return None if it is anything else.'''
+    for (signal, other), (factor, sign) in zip((operands, operands[::-1]), (factors, factors[::-1])):
+        if factor != 1:
+            continue
+        if sign == -1 and signal.shape != other.shape and is_shift(signal, other):
+            return canonizer.run_known(function.keep(signal), [signal])
+        if is_log_sum(other.grad_fn) and are_probabilities(signal.detach() + sign * other.detach()):
+            name = 'log_softmax_' if function.is_inplace else 'log_softmax'
+            function = FunctionCall(function.func, name, function.args, function.kwargs, function.carriers)
+            output = products.run_on(canonizer, call, Gate, function, signal)
+            canonizer.note_softmax(call, name, output, is_passed=True)
+            return output
+    return None
+
+
 def _unary(canonizer, call, function, kind):
     if len(function.carriers) > 1:
         return canonizer.refuse(call, function, 'more than one of its arguments does')
     if kind is Activation:
         given = function.bind('input', 'min', 'max')
-        is_clipped = given.get('min') is not None and given.get('max') is not None
+        bounds = given.get('min', given.get('min_val')), given.get('max', given.get('max_val'))
+        is_clipped = bounds[0] is not None and bounds[1] is not None or function.name in CLIPPED
+        if function.name.startswith('hardtanh'):
+            bounds = tuple(default if value is None else value for default, value in zip((-1, 1), bounds))
+        if function.name in POWERS and function.bind('input', 'exponent').get('exponent') == -1:
+            name = 'reciprocal_' if function.is_inplace else 'reciprocal'
+            function = FunctionCall(function.func, name, function.args, function.kwargs, function.carriers)
         return products.run_on(
-            canonizer, call, kind, function, function.carriers[0], is_clipped=is_clipped or function.name in CLIPPED
+            canonizer, call, kind, function, function.carriers[0], is_clipped=is_clipped, bounds=bounds
         )
     return canonizer.run(call, kind, function)
 

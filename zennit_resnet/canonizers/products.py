@@ -5,7 +5,7 @@ import string
 import torch
 import torch.nn.functional as F
 
-from .._autograd import is_attention, is_gate, module_of
+from .._autograd import are_probabilities, is_attention, is_exponential, is_gate, is_one_more, is_sum
 from ..layer import Activation, AveragePool, FullyConnected, Gate, LinearMap, NonNegativeMap, Resampling
 from .functions import FunctionCall, become, out_of_place, with_values, write_out
 
@@ -92,23 +92,39 @@ def multiply(canonizer, call, function):
         return canonizer.run(call, Activation, FunctionCall(
             lambda input: func(input, input), function.name, (left,), {}, [left]
         ))
+    signal = _exponentials(left, right, is_division)
+    if signal is not None:
+        # a softmax
+        name = 'softmax_' if function.is_inplace else 'softmax'
+        function = FunctionCall(function.func, name, function.args, function.kwargs, function.carriers)
+        output = run_on(canonizer, call, Gate, function, (left, right)[signal])
+        canonizer.note_softmax(call, 'softmax', output, is_passed=True)
+        return output
     signal = 0 if is_division else find_signal([left, right])
+    if is_division and is_one_more(right.grad_fn) and bool(((right - left).detach() - 1).abs().amax() <= 1e-3):
+        # e^h / (e^h + 1)
+        name = 'sigmoid_' if function.is_inplace else 'sigmoid'
+        function = FunctionCall(function.func, name, function.args, function.kwargs, function.carriers)
     if signal is None:
         return canonizer.refuse(call, function, (
             f'which factor is the signal and which the gate is ambiguous: shapes {tuple(left.shape)} and '
             f'{tuple(right.shape)}, and none or both were computed from sigmoids alone'
         ))
-    if is_division and _is_softmax(left, right):
-        function.name = 'softmax'
     # the gate counts as a constant, what computes it is not visited in the backward pass
     return run_on(canonizer, call, Gate, function, (left, right)[signal])
 
 
-def _is_softmax(left, right):
-    '''Whether exponentials are divided by their sum.'''
-    parents = () if right.grad_fn is None else [node for node, _ in right.grad_fn.next_functions]
-    name, below = (getattr(module_of(elem.grad_fn), 'name', '') for elem in (left, right))
-    return name in ('exp', 'exp_') and below == 'sum' and left.grad_fn in parents
+def _exponentials(left, right, is_division):
+    '''Index of the factor that has exponentials, if the other normalizes them by their sum, as a softmax does.'''
+    pairs = [(0, left, right)] if is_division else [(0, left, right), (1, right, left)]
+    for index, signal, other in pairs:
+        if is_sum(other.grad_fn, not is_division):
+            with torch.no_grad():
+                values = signal / other if is_division else signal * other
+            # those of some classes do not sum to one
+            if are_probabilities(values) or is_exponential(signal.grad_fn) and bool((values <= 1).all()):
+                return index
+    return None
 
 
 COMPLEX = 'it computes with complex numbers, which have no positive or negative parts for a rule'

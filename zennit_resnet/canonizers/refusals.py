@@ -1,10 +1,20 @@
 '''What a canonizer refuses to follow, and what to do about it.'''
 import warnings
 
+import torch
 from zennit.rules import NoMod
 from zennit.types import Linear
 
-from .._autograd import carriers_of, end_of, nodes_of, tensors_of
+from .._autograd import (
+    SOFT,
+    are_probabilities,
+    carriers_of,
+    end_of,
+    metadata_of,
+    nodes_of,
+    softmaxes_before,
+    tensors_of,
+)
 from .._compat import DisableTorchFunction, pre_hooks_of, rules_of
 from ..rules.base import SinglePass
 from ..rules.block import BlockEpsilon
@@ -75,21 +85,47 @@ class Softmaxes:
     def __init__(self):
         self.checks = {}
 
-    def add(self, node, check):
-        '''Note the node of a softmax, with a hook that refuses relevance.'''
-        self.checks[node] = check
+    def add(self, node, check, is_passed=False):
+        '''Note the node of a softmax, with a hook that refuses relevance, and whether it passes relevance anyway.'''
+        self.checks[node] = check, is_passed
 
-    def follow(self, outputs, is_gradient):
-        '''Add hooks, given the outputs of the network, and whether the gradient is the rule of all functions.'''
-        at_end = {end_of(node) for node in nodes_of(outputs)} if self.checks else ()
-        for node, check in self.checks.items():
-            if node in at_end and not is_gradient:
-                node.register_prehook(_explain_logits)
-                node.register_hook(lambda lower, relevance: (relevance[0], *lower[1:]))
-            elif node in at_end or not is_gradient:
-                # gradients of a softmax sum to zero
+    def follow(self, outputs, is_gradient, create_check):
+        '''Add hooks after a forward pass.
+
+        Parameters
+        ----------
+        outputs: list of :py:obj:`torch.Tensor`
+            Outputs of the network that carry relevance.
+        is_gradient: bool
+            Whether the gradient is the rule of all functions.
+        create_check: callable
+            Function without arguments that creates a hook which refuses relevance.
+        '''
+        at_end = {end_of(node) for node in nodes_of(outputs)} if self.checks else set()
+        for node, (check, is_passed) in self.checks.items():
+            if node not in at_end:
                 node.register_prehook(check)
+                continue
+            node.register_prehook(_explain_logits)
+            if not is_passed:
+                node.register_hook(lambda lower, relevance: (relevance[0], *lower[1:]))
+        if at_end.isdisjoint(self.checks):
+            self._check_end(outputs, is_gradient, create_check)
         self.checks = {}
+
+    @staticmethod
+    def _check_end(outputs, is_gradient, create_check):
+        '''Refuse relevance of softmaxes at the end that are not known, or of which all gradients sum to zero.'''
+        softmaxes, is_only, names = softmaxes_before(outputs)
+        if softmaxes and is_gradient:
+            shapes = {elem.shape for elem in outputs}
+            for node in softmaxes:
+                if is_only or any(torch.Size(elem.shape) in shapes for elem in metadata_of(node)):
+                    node.register_prehook(create_check())
+        if softmaxes or not names.isdisjoint(SOFT):
+            for output in outputs:
+                if output.grad_fn is not None and are_probabilities(output):
+                    output.grad_fn.register_prehook(create_check())
 
 
 def _explain_logits(relevance):

@@ -16,10 +16,11 @@ from ..layer import Addition, Filling, Gate, LinearMap, Padding, Reduction
 from ..rules.passing import Proportional, Refill, SignalTakesAll, Uncrop
 from ..rules.splitting import RatioSplit
 from .batch_norm import BatchNormMerge
-from .calls import Call, Local, is_opaque, single_pass
+from .batches import WATCHED, batch_size, depends_on_batch, may_mix
+from .calls import Call, Local, is_opaque, keep_stored, single_pass
 from .eager import Eager, check_evaluation, is_active
 from .functions import FunctionCall
-from .operations import CONVOLUTIONS, TRANSPARENT, handle, is_training
+from .operations import CONVOLUTIONS, TRAINING, TRANSPARENT, handle, is_training
 from .refusals import (
     Softmaxes,
     check_output,
@@ -180,6 +181,7 @@ class ResidualCanonizer(Described, Canonizer):
         self.merge = BatchNormMerge()
         for param in self.trainable:
             param.requires_grad_(False)
+        self.handles.append(root_module.register_forward_pre_hook(self._note_arguments, with_kwargs=True))
         for module in self.names:
             self.handles.append(module.register_forward_pre_hook(self._enter))
             self.handles.append(module.register_forward_hook(self._leave, always_call=True))
@@ -214,6 +216,10 @@ class ResidualCanonizer(Described, Canonizer):
 
     # -- which module runs ---------------------------------------------------------------------------------------------
 
+    def _note_arguments(self, module, args, kwargs):
+        if not self.local.__dict__.get('stack') and not self.local.__dict__.get('is_checking'):
+            self.local.given, self.local.batch = (args, kwargs), batch_size((args, kwargs))
+
     def _enter(self, module, args):
         rule = self.leaves.get(module)
         if rule is not None and rule.active and self.local.__dict__.get('stack'):
@@ -222,9 +228,14 @@ class ResidualCanonizer(Described, Canonizer):
             settle(args)
             self.weights.note(module, self.local.is_active, self.paused is not None)
             return
+        if self.local.__dict__.get('is_checking'):
+            return
         self.local.__dict__.setdefault('stack', [])
         stack = self._stack()
         if not stack:
+            self.local.mixing = None
+            if module is not self.root:
+                self.local.given, self.local.batch = None, 0
             self.local.counts, self.local.seen, self.local.known, self.local.softmaxes = {}, set(), set(), Softmaxes()
             self.local.is_grad_enabled = torch.is_grad_enabled()
             self.local.leaf = None
@@ -281,8 +292,11 @@ class ResidualCanonizer(Described, Canonizer):
         if not stack and self.local.is_active and self.local.is_grad_enabled:
             # also attributes of objects of any class
             carriers = carriers or carriers_of(vars(output) if hasattr(output, '__dict__') else ())
+            self._check_batch(output)
             check_output(self.root, args, output, carriers)
-            self.local.softmaxes.follow(carriers, self.is_gradient)
+            self.local.softmaxes.follow(carriers, self.is_gradient, lambda: refusal(
+                self._label(self.root), self.root, 'softmax', 'it is not the output', self.strict
+            ))
             if self.is_gradient:
                 self.weights.finish(carriers)
         if self.local.is_active:
@@ -296,6 +310,23 @@ class ResidualCanonizer(Described, Canonizer):
             # nodes keep the tensors of the forward pass
             self.local.seen, self.local.known = set(), set()
             self._finish(carriers)
+
+    def _check_batch(self, output):
+        '''Raise a RuntimeError if functions that may compute something from several images do.'''
+        given, self.local.given = self.local.given, None
+        if self.local.mixing is None or self.paused is not None:
+            return
+        self.local.is_checking = True
+        try:
+            is_dependent = depends_on_batch(self.root, given, output)
+        finally:
+            self.local.is_checking = False
+        if is_dependent:
+            label, name = self.local.mixing
+            raise RuntimeError(
+                f'{label} calls \'{name}\' over the {self.local.batch} images of the batch, by which the output for '
+                'one image depends on the others: explain one image at a time, or use running statistics.'
+            )
 
     def _start(self, args):
         if self not in REGISTERED:
@@ -329,6 +360,8 @@ class ResidualCanonizer(Described, Canonizer):
             self.leaves = {module: single_pass(module) for module in self.names
                            if module is not self.root and not module._modules}
             check_parameters(self.names)
+            for module in self.names:
+                self.handles.extend(keep_stored(module))
 
     def _label(self, module):
         '''Name and type of a module.'''
@@ -373,7 +406,12 @@ class ResidualCanonizer(Described, Canonizer):
         RuntimeError
             If what it returns depends on chance or on other samples, as it is called for training.
         '''
-        if not is_training(func, args, kwargs):
+        name = name_of(func)
+        size = self.local.batch
+        if size > 1 and name in WATCHED and self.local.mixing is None and may_mix(name, args, kwargs, size):
+            stack = self._stack()
+            self.local.mixing = self._label(stack[-1].module if stack else self.root), name
+        if name not in TRAINING or not is_training(func, args, kwargs):
             return
         stack = self._stack()
         if not stack or not self.local.is_active or not (torch.is_grad_enabled() or self.local.leaf is not None):
@@ -460,10 +498,15 @@ class ResidualCanonizer(Described, Canonizer):
             What the function returns.
         '''
         output = self.run_known(function, function.carriers)
+        self.note_softmax(call, function.name, output)
+        return output
+
+    def note_softmax(self, call, name, output, is_passed=False):
+        '''Note what a softmax returned, and whether a rule passes its relevance.'''
         with DisableTorchFunction():
             if output.requires_grad:
-                self.local.softmaxes.add(output.grad_fn, self._check(call, function.name, 'it is not the output'))
-        return output
+                check = self._check(call, name, 'it is not the output')
+                self.local.softmaxes.add(output.grad_fn, check, is_passed)
 
     def _check(self, call, name, reason):
         '''A backward hook which raises or warns if there is any relevance.'''
@@ -541,6 +584,7 @@ class ResidualCanonizer(Described, Canonizer):
             if composite is not None:
                 composite.hook_refs.add(hook)
             self.handles.append(hook.register(standin))
+            self.handles.extend(keep_stored(standin))
 
     def run(self, call, kind, function, **settings):
         '''Run a function through the stand-in for it.
