@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 import captum_adapters.attr
-from captum_adapters._common import warn_negative_maps
+from captum_adapters._validation import warn_negative_maps
 from captum_adapters.attr import LayerRelevance
 
 # Linear interpolation by the number of all dimensions

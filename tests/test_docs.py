@@ -38,8 +38,8 @@ COMMANDS = [
     for path, text in TEXTS.items() for block in SHELL.findall(text) for found in commands(block)
 ]
 PACKAGES = (
-    'zennit_resnet', 'captum_adapters.attr', 'captum_adapters.abn', 'captum_adapters.metrics',
-    'captum_adapters.metrics.accumulate', 'captum_adapters.metrics.plots', 'captum_adapters.quantus',
+    'zennit_resnet', 'captum_adapters.attr', 'captum_adapters.attr.abn', 'captum_adapters.metrics',
+    'captum_adapters.metrics.torchmetrics', 'captum_adapters.metrics.plots', 'captum_adapters.quantus',
     'captum_adapters.evaluation',
 )
 

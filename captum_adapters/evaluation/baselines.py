@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import Module
 
-from captum_adapters.abn import ABN, load_abn
 from captum_adapters.attr import RISE, ScoreCAM
+from captum_adapters.attr.abn import ABN, load_abn
 from zennit_resnet.models import Classifier
 
 

@@ -20,9 +20,9 @@ from captum_adapters.metrics import (
     mask_pointing,
     pixel_accuracy,
 )
-from captum_adapters.metrics._perturbed import count_grid
+from captum_adapters.metrics._perturbation import count_grid
 from captum_adapters.metrics._top import sort_scores, tied_pixels
-from captum_adapters.metrics.ranking import PERCENTS
+from captum_adapters.metrics.pixel_accuracy import PERCENTS
 from zennit_resnet.postprocess import attention_errors
 
 

@@ -21,8 +21,8 @@ from captum_adapters.evaluation.measures import DEFAULT, MASKED, TOP, check_metr
 from captum_adapters.evaluation.methods import Method
 from captum_adapters.evaluation.records import fingerprint
 from captum_adapters.metrics._top import top_counts
-from captum_adapters.metrics.curves import PROTOCOLS
-from captum_adapters.metrics.ranking import PERCENTS
+from captum_adapters.metrics.insertion_deletion import PROTOCOLS
+from captum_adapters.metrics.pixel_accuracy import PERCENTS
 from zennit_resnet.models import Classifier, find_embedded, load_classifier
 
 PACKAGES = ("zennit-resnet", "torch", "torchvision", "zennit", "captum", "numpy")

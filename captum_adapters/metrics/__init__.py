@@ -3,16 +3,16 @@
 Functions on tensors, with one value for each example.
 """
 
-from captum_adapters._common import NegativeMapWarning
+from captum_adapters._validation import NegativeMapWarning
 from captum_adapters.metrics._checks import ProbabilityWarning
 from captum_adapters.metrics._top import top_fraction
-from captum_adapters.metrics.curves import (
+from captum_adapters.metrics.insertion_deletion import (
     Areas,
     InsertionDeletion,
     insertion_deletion,
     keio_areas,
 )
-from captum_adapters.metrics.masks import (
+from captum_adapters.metrics.localization import (
     MaskDistance,
     MaskPointing,
     boxes_to_masks,
@@ -20,7 +20,7 @@ from captum_adapters.metrics.masks import (
     mask_distance,
     mask_pointing,
 )
-from captum_adapters.metrics.ranking import (
+from captum_adapters.metrics.pixel_accuracy import (
     PixelAccuracy,
     cross_model_accuracy,
     keep_top,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_adapters._common import pixel_maps, single_tensor
+from captum_adapters._validation import pixel_maps, single_tensor
 
 # Rounding to bfloat16 changes a sum of probabilities by less
 SUM_TOLERANCE = 5e-3

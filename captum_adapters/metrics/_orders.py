@@ -6,9 +6,9 @@ from typing import NamedTuple, Union
 import torch
 from torch import Tensor
 
-from captum_adapters._common import double_dtype
+from captum_adapters._validation import double_dtype
 from captum_adapters.metrics._checks import positive_integer
-from captum_adapters.metrics._perturbed import _random_orders
+from captum_adapters.metrics._perturbation import _random_orders
 from captum_adapters.metrics._top import (
     order_to_ranks,
     sort_scores,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_adapters._common import double_dtype
+from captum_adapters._validation import double_dtype
 from captum_adapters.metrics._checks import to_tensor
 
 Percent = Union[int, float, Fraction]

@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from captum_adapters.metrics.curves import InsertionDeletion
-from captum_adapters.metrics.ranking import PixelAccuracy
+from captum_adapters.metrics.insertion_deletion import InsertionDeletion
+from captum_adapters.metrics.pixel_accuracy import PixelAccuracy
 from captum_adapters.metrics.statistics import Scores, bootstrap_interval
 
 Clusters = Optional[Union[Tensor, Sequence[object], NDArray[np.generic]]]

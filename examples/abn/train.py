@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from captum_adapters.abn import AttentionBranchNetwork, save_abn
+from captum_adapters.attr.abn import AttentionBranchNetwork, save_abn
 from zennit_resnet.image import read_image
 from zennit_resnet.models import SUFFIXES, load_classifier
 

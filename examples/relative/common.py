@@ -15,8 +15,8 @@ from zennit.attribution import Gradient
 from zennit.composites import COMPOSITES
 
 from captum_adapters.metrics import top_fraction
+from captum_adapters.metrics.pixel_accuracy import PERCENTS
 from captum_adapters.metrics.plots import plot_curves
-from captum_adapters.metrics.ranking import PERCENTS
 from zennit_resnet import initial_relevance
 from zennit_resnet.classic import SETTINGS, ClassicLRP
 from zennit_resnet.composites import RelativeLRP

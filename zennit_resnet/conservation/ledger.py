@@ -7,14 +7,15 @@ lose adds up to the difference of the initial relevance and the relevance at the
 import csv
 import json
 import math
-from contextlib import contextmanager
+from contextlib import nullcontext
 
 import torch
 from zennit.core import Composite
 
 from ..arguments import check_flag, check_module, check_number, check_precision, check_rule, show
 from ..attribution import initial_relevance, select_output
-from ..canonizers.eager import Eager, check_evaluation
+from ..canonizers.eager import check_evaluation
+from ..registration import registered
 from ..rules.block import GradientTimesInput
 from .losses import CAUSES, precise
 from .plot import plot_ledger
@@ -524,30 +525,9 @@ def assert_conserved(
     return ledger
 
 
-@contextmanager
 def _registered(model, composite):
     '''Register a composite unless it is already, and leave no trace of it.'''
-    if composite.handles:
-        yield
-        return
-    eager = Eager(model)
-    # Zennit's canonizers leave copies of parameters behind, and some of its rules other objects
-    found = [
-        (module, *map(dict, (vars(module), module._parameters, module._buffers))) for module in model.modules()
-    ]
-    try:
-        composite.register(model)
-        yield
-    finally:
-        composite.remove()
-        for module, attributes, parameters, buffers in found:
-            for key in vars(module).keys() - attributes.keys():
-                del vars(module)[key]
-            vars(module).update(attributes)
-            for current, before in ((module._parameters, parameters), (module._buffers, buffers)):
-                current.clear()
-                current.update(before)
-        eager.remove()
+    return nullcontext() if composite.handles else registered(composite, model)
 
 
 def _check_output(output, input):

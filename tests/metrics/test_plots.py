@@ -1,5 +1,4 @@
 '''Plots of metrics show what they should, and leave no trace.'''
-import doctest
 import io
 
 import matplotlib
@@ -10,7 +9,7 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
-from captum_adapters.metrics import bootstrap_interval, insertion_deletion, pixel_accuracy, plots
+from captum_adapters.metrics import bootstrap_interval, insertion_deletion, pixel_accuracy
 from captum_adapters.metrics.plots import plot_accuracy, plot_curves, plot_insertion_deletion
 
 
@@ -157,9 +156,3 @@ def test_accuracy():
     assert axes.get_xlim() == (0, 100) and axes.get_ylabel() == 'Accuracy'
     draw(axes.figure)
     assert plot_accuracy(results, axes=axes) is axes
-
-
-def test_examples():
-    '''The examples in the documentation hold.'''
-    result = doctest.testmod(plots)
-    assert result.attempted > 0 and result.failed == 0

@@ -2,6 +2,7 @@
 
 import copy
 import typing
+from difflib import get_close_matches
 from typing import Any, Callable, Literal, NamedTuple, Optional, Union
 
 import torch
@@ -16,21 +17,19 @@ from captum.attr._utils.attribution import GradientAttribution
 from captum.log import log_usage
 from torch import Tensor
 from torch.nn import Module
-from zennit.composites import BetaSmooth, DeconvNet, GuidedBackprop
+from zennit.composites import COMPOSITES, BetaSmooth, DeconvNet, GuidedBackprop
 from zennit.core import Composite
 
-from captum_adapters._common import check_range, check_target, double_dtype, have_rows
-from captum_adapters.registration import (
-    Output,
-    create_composite,
-    registered,
-    unwrap,
-)
+import zennit_resnet.composites  # noqa: F401, registers composites by their names
+from captum_adapters._validation import check_range, check_target, double_dtype, have_rows
 from zennit_resnet.arguments import check_flag, check_precision, describe
 from zennit_resnet.attribution import check_key, select_output
 from zennit_resnet.postprocess import c1c, c3, heat_quantization, sum_channels
+from zennit_resnet.registration import registered, unwrap
 
 InitialRelevance = Union[str, Callable[[Tensor], Tensor]]
+# What picks the tensor to explain from what a model returns
+Output = Union[None, str, int, Callable[[Any], Any]]
 Postprocess = Union[None, str, Callable[[Tensor], Tensor]]
 
 POSTPROCESS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -560,3 +559,30 @@ def _relevance(place: Place, gradient: Optional[Tensor]) -> Tensor:
         return torch.zeros_like(place.tensor)
     gradient = gradient.detach()
     return gradient if place.factor is None else gradient * place.factor
+
+
+def create_composite(composite: Any) -> Composite:
+    """Get an instance of a composite."""
+    factory = composite
+    if isinstance(composite, str):
+        if composite not in COMPOSITES:
+            similar = get_close_matches(composite, COMPOSITES)
+            raise ValueError(
+                f"composite={composite!r} is not registered: choose one of"
+                f" {', '.join(map(repr, similar or COMPOSITES))}."
+            )
+        factory = COMPOSITES[composite]
+    if isinstance(factory, type) and issubclass(factory, Composite):
+        try:
+            return factory()
+        except TypeError as error:
+            raise TypeError(
+                f"composite={composite!r} can not be created without arguments, give an"
+                f" instance: {error}"
+            ) from error
+    if not isinstance(composite, Composite):
+        raise TypeError(
+            f"composite={composite!r} is neither a composite of Zennit nor the name of"
+            " one."
+        )
+    return composite

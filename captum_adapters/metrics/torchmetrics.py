@@ -16,22 +16,22 @@ from torch import Tensor
 
 from captum_adapters.metrics._checks import positive_integer
 from captum_adapters.metrics._top import percent_list, top_counts
-from captum_adapters.metrics.curves import InsertionDeletion, insertion_deletion
-from captum_adapters.metrics.masks import (
+from captum_adapters.metrics.insertion_deletion import InsertionDeletion, insertion_deletion
+from captum_adapters.metrics.localization import (
     MaskDistance,
     MaskPointing,
     conservation_gap,
     mask_distance,
     mask_pointing,
 )
-from captum_adapters.metrics.ranking import PixelAccuracy, pixel_accuracy
+from captum_adapters.metrics.pixel_accuracy import PixelAccuracy, pixel_accuracy
 
 try:
     from torchmetrics import Metric
     from torchmetrics.utilities import dim_zero_cat
 except ModuleNotFoundError as error:
     raise ImportError(
-        "captum_adapters.metrics.accumulate needs torchmetrics, which is optional:"
+        "captum_adapters.metrics.torchmetrics needs torchmetrics, which is optional:"
         ' pip install "zennit-resnet[metrics]"'
     ) from error
 
@@ -204,7 +204,7 @@ class InsertionDeletionMetric(_PerExample[InsertionDeletion]):
     Examples::
 
         >>> import torch
-        >>> from captum_adapters.metrics.accumulate import InsertionDeletionMetric
+        >>> from captum_adapters.metrics.torchmetrics import InsertionDeletionMetric
         >>> metric = InsertionDeletionMetric(n_steps=4)
         >>> for sample_ids in torch.arange(6).split(2):
         ...     images = torch.rand(2, 1, 4, 4)
@@ -269,7 +269,7 @@ class PixelAccuracyMetric(_PerExample[PixelAccuracy]):
     Examples::
 
         >>> import torch
-        >>> from captum_adapters.metrics.accumulate import PixelAccuracyMetric
+        >>> from captum_adapters.metrics.torchmetrics import PixelAccuracyMetric
         >>> metric = PixelAccuracyMetric(percents=(10, 100), reference="prediction")
         >>> images = torch.rand(3, 3, 4, 4)
         >>> metric.update([7, 8, 9], lambda x: x.mean((2, 3)), images, images)
@@ -328,7 +328,7 @@ class MaskPointingMetric(_PerExample[MaskPointing]):
     Examples::
 
         >>> import torch
-        >>> from captum_adapters.metrics.accumulate import MaskPointingMetric
+        >>> from captum_adapters.metrics.torchmetrics import MaskPointingMetric
         >>> metric = MaskPointingMetric(percents=(25,))
         >>> maps = torch.tensor([[[0.9, 0.8], [0.1, 0.0]]])
         >>> metric.update([0], maps, maps > 0.5)

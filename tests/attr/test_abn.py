@@ -1,7 +1,6 @@
 '''Tests for attention branch networks: structure, attribution, weights, and the script which trains them.'''
 import copy
 import csv
-import doctest
 import runpy
 import sys
 from pathlib import Path
@@ -13,10 +12,9 @@ from PIL import Image
 from torch.nn.functional import batch_norm, conv2d, cross_entropy, interpolate
 from torchvision.models import resnet18, resnet50, vgg11
 
-from captum_adapters import abn
-from captum_adapters.abn import ABN, AttentionBranchNetwork, load_abn, save_abn
+from captum_adapters.attr.abn import ABN, AttentionBranchNetwork, load_abn, save_abn
 
-SCRIPT = Path(__file__).parent.parent / 'examples' / 'abn' / 'train.py'
+SCRIPT = Path(__file__).parent.parent.parent / 'examples' / 'abn' / 'train.py'
 N_CLASSES = 3
 
 
@@ -438,9 +436,3 @@ def test_train_errors(train, data, capsys):
             train(*arguments)
         assert caught.value.code == 2
         assert message in capsys.readouterr().err.splitlines()[-1], arguments
-
-
-def test_docstrings():
-    '''All examples run.'''
-    result = doctest.testmod(abn)
-    assert result.attempted and not result.failed

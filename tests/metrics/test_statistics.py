@@ -1,5 +1,4 @@
 '''Statistics, against scipy, closed forms, all combinations, and their rates of error; and plots of curves.'''
-import doctest
 import math
 from itertools import combinations, product
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from captum_adapters.metrics import bootstrap_interval, compare, holm, statistics
+from captum_adapters.metrics import bootstrap_interval, compare, holm
 from captum_adapters.metrics.statistics import Comparison
 
 
@@ -300,9 +299,3 @@ def test_interval_errors():
     ):
         with pytest.raises(ValueError, match=message):
             bootstrap_interval([1., 2.], **options)
-
-
-def test_examples():
-    '''The examples in the documentation hold.'''
-    result = doctest.testmod(statistics)
-    assert result.attempted > 0 and result.failed == 0

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from captum._utils.typing import BaselineType, TargetType
 from torch import Tensor
 
-from captum_adapters._common import (
+from captum_adapters._validation import (
     at_least_single,
     check_baselines,
     check_images,
@@ -31,7 +31,7 @@ from captum_adapters.metrics._checks import (
     rank_maps,
     to_tensor,
 )
-from captum_adapters.metrics._perturbed import (
+from captum_adapters.metrics._perturbation import (
     PerturbedImages,
     blur,
     count_grid,

@@ -22,8 +22,12 @@ from torch.nn import Module
 from torch.nn.modules.module import register_module_forward_pre_hook
 from zennit.core import Composite
 
-from captum_adapters.composite import CompositeAttribution, InitialRelevance, Place
-from captum_adapters.registration import Output
+from captum_adapters.attr.composite import (
+    CompositeAttribution,
+    InitialRelevance,
+    Output,
+    Place,
+)
 from zennit_resnet._autograd import map_tensors, tensors_of, walk
 from zennit_resnet.arguments import check_flag, describe
 from zennit_resnet.canonizers import ResidualCanonizer

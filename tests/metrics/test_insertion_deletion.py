@@ -1,5 +1,4 @@
 '''Insertion and deletion against closed forms, plain loops and golden cases.'''
-import doctest
 import warnings
 from pathlib import Path
 
@@ -10,12 +9,11 @@ import torch.nn.functional as F
 from golden_cases import golden_cases, relative_error, tensor
 from helpers.networks import UserNetwork, randomize
 
-from captum_adapters import _common
-from captum_adapters._common import NegativeMapWarning, check_target, pixel_maps, select_target
-from captum_adapters.metrics import ProbabilityWarning, _perturbed, curves
-from captum_adapters.metrics.curves import insertion_deletion
+from captum_adapters._validation import NegativeMapWarning, check_target, pixel_maps, select_target
+from captum_adapters.metrics import ProbabilityWarning, _perturbation
+from captum_adapters.metrics.insertion_deletion import insertion_deletion
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 HEIGHT, WIDTH = 6, 7
 CURVES = ('insertion', 'deletion', 'id_score', 'insertion_curve', 'deletion_curve')
 
@@ -179,7 +177,7 @@ def test_reference(name, baseline, levels):
         result = insertion_deletion(
             model, input, heat, baselines, target, insertion_baselines=insertion_baselines, seed=3, **options
         )
-    permutations = _perturbed._random_orders(input, 3, None).tolist() if ties == 'random' else [None, None]
+    permutations = _perturbation._random_orders(input, 3, None).tolist() if ties == 'random' else [None, None]
     for num in range(2):
         expected = loop_curves(
             model, input[num].numpy(), heat[num].numpy(), target[num], counts, ties, inserted[num].numpy(),
@@ -512,12 +510,12 @@ def test_random_ties():
     for ids, equal in ((None, True), ([7, 7], True), ([7, 8], False), (torch.tensor([7, 8]), False), ('ab', False)):
         curves = insertion_deletion(model, twice, heats, target=0, ties='random', sample_ids=ids).insertion_curve
         assert torch.equal(curves[0], curves[1]) == equal
-    values, order = heat.flatten(1), _perturbed.rank_pixels(heat.flatten(1), 'random', input, 0, None)[0]
+    values, order = heat.flatten(1), _perturbation.rank_pixels(heat.flatten(1), 'random', input, 0, None)[0]
     assert torch.equal(values.gather(1, order), values.sort(1, descending=True).values)
     assert torch.equal(order.sort(1).values, torch.arange(HEIGHT * WIDTH).expand(2, -1))
     # another default device changes nothing
     with torch.device('meta'):
-        assert torch.equal(_perturbed.rank_pixels(heat.flatten(1), 'random', input, 0, None)[0], order)
+        assert torch.equal(_perturbation.rank_pixels(heat.flatten(1), 'random', input, 0, None)[0], order)
     with pytest.raises(ValueError, match='3 sample_ids for 2 examples'):
         insertion_deletion(model, input, heat, target=0, ties='random', sample_ids=[1, 2, 3])
 
@@ -639,7 +637,7 @@ def test_blur():
     point = torch.zeros(1, 2, 21, 21)
     point[:, 1, 10, 10] = 1
     with torch.autocast('cpu', torch.bfloat16):
-        blurred = _perturbed.blur(point)
+        blurred = _perturbation.blur(point)
     assert not blurred[0, 0].any() and blurred.dtype == torch.float32
     assert np.allclose(blurred[0, 1, 5:16, 5:16], kernel, atol=1e-7)
     assert abs(float(blurred.sum()) - 1) < 1e-6
@@ -899,15 +897,8 @@ def test_photo():
 
 def test_published_grid():
     '''The published protocols have 101 and 225 points on 224 x 224 pixels.'''
-    counts = _perturbed.count_grid(224 ** 2, None, 500, ends=False)
+    counts = _perturbation.count_grid(224 ** 2, None, 500, ends=False)
     assert len(counts) == 101 and counts[0] == 501 and counts[-2] == 50001 and counts[-1] == 224 ** 2
-    assert len(_perturbed.count_grid(224 ** 2, None, 224)) == 225
-    counts = _perturbed.count_grid(224 ** 2, 100, None)
+    assert len(_perturbation.count_grid(224 ** 2, None, 224)) == 225
+    counts = _perturbation.count_grid(224 ** 2, 100, None)
     assert len(counts) == 101 and counts[:3].tolist() == [0, 502, 1004]
-
-
-@pytest.mark.parametrize('module', [_common, curves], ids=lambda module: module.__name__)
-def test_examples(module):
-    '''Examples in docstrings are right.'''
-    result = doctest.testmod(module)
-    assert result.attempted and not result.failed

@@ -12,7 +12,7 @@ from captum.attr import LayerAttribution
 from captum.log import log_usage
 from torch import Tensor
 
-from captum_adapters._common import (
+from captum_adapters._validation import (
     DEFAULT_CHUNK,
     at_least_single,
     check_output,
@@ -20,7 +20,7 @@ from captum_adapters._common import (
     have_rows,
     select_target,
 )
-from captum_adapters.perturbation import _check_inputs
+from captum_adapters.attr.rise import _check_inputs
 
 
 class ScoreCAM(LayerAttribution):
@@ -56,7 +56,7 @@ class ScoreCAM(LayerAttribution):
 
         >>> import torch
         >>> from captum.attr import LayerAttribution
-        >>> from captum_adapters.score_cam import ScoreCAM
+        >>> from captum_adapters.attr.score_cam import ScoreCAM
         >>> net = torch.nn.Sequential(
         ...     torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.ReLU(),
         ...     torch.nn.Flatten(), torch.nn.Linear(72, 5))

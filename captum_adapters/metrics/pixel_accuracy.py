@@ -8,7 +8,7 @@ from captum._utils.typing import BaselineType, TargetType
 from numpy.typing import NDArray
 from torch import Tensor
 
-from captum_adapters._common import (
+from captum_adapters._validation import (
     check_baselines,
     check_images,
     check_range,

@@ -20,14 +20,14 @@ from torch import Tensor
 from torch.nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, Linear, Module
 from torchvision import models
 
-from captum_adapters._common import (
+from captum_adapters._validation import (
     check_evaluation,
     check_images,
     check_range,
     check_target,
 )
-from captum_adapters.registration import unwrap
 from zennit_resnet.models import SUFFIXES, _read_state, _suggest
+from zennit_resnet.registration import unwrap
 
 _TRUNK = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
 _PERCEPTION = ("layer4", "avgpool", "fc")
@@ -147,7 +147,7 @@ class AttentionBranchNetwork(Module):
 
         >>> import torch
         >>> from torchvision.models import resnet18
-        >>> from captum_adapters.abn import AttentionBranchNetwork
+        >>> from captum_adapters.attr.abn import AttentionBranchNetwork
         >>> net = AttentionBranchNetwork(resnet18(num_classes=5).eval())
         >>> images = torch.rand(2, 3, 64, 64)
         >>> attention_logits, logits, attention = net.forward_branches(images)
@@ -278,7 +278,7 @@ class ABN(Attribution):
 
         >>> import torch
         >>> from torchvision.models import resnet18
-        >>> from captum_adapters.abn import ABN, AttentionBranchNetwork
+        >>> from captum_adapters.attr.abn import ABN, AttentionBranchNetwork
         >>> net = AttentionBranchNetwork(resnet18(num_classes=5)).eval()
         >>> images = torch.rand(2, 3, 64, 64)
         >>> attributions = ABN(net).attribute(images)
@@ -452,7 +452,7 @@ def load_abn(
         >>> import tempfile
         >>> import torch
         >>> from torchvision.models import resnet18
-        >>> from captum_adapters.abn import (
+        >>> from captum_adapters.attr.abn import (
         ...     AttentionBranchNetwork, load_abn, save_abn)
         >>> net = AttentionBranchNetwork(resnet18(num_classes=5)).eval()
         >>> with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,5 @@
 '''Attribution classes behave as Captum's own do, and give what Zennit's route gives.'''
 import copy
-import doctest
 import gc
 import inspect
 import threading
@@ -18,6 +17,7 @@ from captum.attr import LRP, GradientAttribution, NoiseTunnel
 from captum.attr import visualization as viz
 from captum.attr._utils.lrp_rules import EpsilonRule
 from helpers.networks import UserNetwork, randomize
+from helpers.state import assert_state, in_threads, resident, state_of
 from zennit.attribution import Gradient
 from zennit.composites import EpsilonPlus, LayerMapComposite
 from zennit.core import Composite
@@ -25,12 +25,10 @@ from zennit.rules import Epsilon, Pass
 from zennit.torchvision import ResNetCanonizer
 from zennit.types import Activation
 
-import captum_adapters.attr
-import captum_adapters.composite
 from captum_adapters.attr import C3LRP, RISE, CompositeAttribution, RelativeLRP, ResNetLRP, ScoreCAM
-from captum_adapters.registration import exclusive, parts_of, unwrap
-from zennit_resnet import UnsupportedOperation, composites, initial_relevance, with_splitting
+from zennit_resnet import UnsupportedOperation, composites, initial_relevance, registration, with_splitting
 from zennit_resnet.postprocess import c1c, c3, heat_quantization, sum_channels
+from zennit_resnet.registration import exclusive, parts_of, unwrap
 
 # Name, class or factory, composite for Zennit's route, and post-processing
 METHODS = [
@@ -126,25 +124,6 @@ def route(model, composite, x, value, postprocess=None):
     if postprocess is None:
         return relevance.detach()
     return (postprocess(sum_channels(relevance.detach()))[:, None] / x.shape[1]).expand_as(x)
-
-
-def state_of(model):
-    '''All that must be as it was.'''
-    return [
-        (name, module, {key: id(value) for key, value in module._parameters.items()},
-         {key: id(value) for key, value in module._buffers.items()}, dict(module._modules), module.training,
-         sorted(vars(module)), *(list(getattr(module, key)) for key in (
-             '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
-         )), [(elem.requires_grad, elem.grad) for elem in module._parameters.values() if elem is not None])
-        for name, module in model.named_modules()
-    ], {key: value.clone() for key, value in model.state_dict().items()}
-
-
-def assert_state(model, state):
-    '''Everything is as it was.'''
-    now = state_of(model)
-    assert now[0] == state[0]
-    assert list(now[1]) == list(state[1]) and all(torch.equal(now[1][key], state[1][key]) for key in now[1])
 
 
 # -- results -----------------------------------------------------------------------------------------------------------
@@ -890,26 +869,6 @@ def test_registered_in_insights(cls, monkeypatch):
 
 # -- threads and memory ------------------------------------------------------------------------------------------------
 
-def in_threads(*functions):
-    '''Run functions in threads at the same time, and get their results or errors.'''
-    results, barrier = [None] * len(functions), threading.Barrier(len(functions))
-
-    def run(num, function):
-        barrier.wait()
-        try:
-            results[num] = function()
-        except Exception as error:  # pylint: disable=broad-except
-            results[num] = error
-
-    threads = [threading.Thread(target=run, args=elem) for elem in enumerate(functions)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
-    return results
-
-
 @each_method
 @pytest.mark.parametrize('shared', ['nothing', 'model', 'composite'])
 def test_threads(method, shared):
@@ -1000,13 +959,7 @@ def test_turns_after_errors():
         order.append('main')
     thread.join(60)
     assert order == ['main', 'thread']
-    assert not captum_adapters.registration._HOLDERS
-
-
-def resident():
-    '''Resident memory of the process in MB.'''
-    with open('/proc/self/statm', encoding='utf-8') as file:
-        return int(file.read().split()[1]) * 4096 / 2 ** 20
+    assert not registration._HOLDERS
 
 
 class Small(torch.nn.Module):
@@ -1083,7 +1036,7 @@ def test_shipped_network(splitting):
 
     from zennit_resnet.models import load_classifier
     classifier = load_classifier()
-    folder = Path(__file__).parent.parent / 'examples' / 'assets' / 'photos'
+    folder = Path(__file__).parent.parent.parent / 'examples' / 'assets' / 'photos'
     x = torch.stack([
         classifier.transform(Image.open(folder / name).convert('RGB')) for name in ('gc_cathedral.jpg', 'gc_dog.jpg')
     ])
@@ -1094,11 +1047,3 @@ def test_shipped_network(splitting):
     )
     assert bool((delta.abs() < 1e-3 * logits.abs()).all())
     assert torch.allclose(attributions.sum((1, 2, 3)), logits, rtol=1e-3)
-
-
-@pytest.mark.parametrize('name', ['attr', 'composite', 'layer'])
-def test_docstrings(name):
-    '''All examples run.'''
-    module = getattr(captum_adapters, name)
-    result = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
-    assert result.attempted and not result.failed

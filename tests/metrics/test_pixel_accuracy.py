@@ -1,5 +1,4 @@
 '''Accuracy on the most relevant pixels, against golden cases and loops over examples.'''
-import doctest
 import math
 from decimal import Decimal
 from fractions import Fraction
@@ -12,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from golden_cases import golden_cases, tensor
 
-from captum_adapters._common import NegativeMapWarning
-from captum_adapters.metrics import _top, cross_model_accuracy, keep_top, pixel_accuracy, ranking, top_fraction
+from captum_adapters._validation import NegativeMapWarning
+from captum_adapters.metrics import cross_model_accuracy, keep_top, pixel_accuracy, top_fraction
 from captum_adapters.metrics._top import descending_order, descending_ranks, percent_tensors, top_counts
-from captum_adapters.metrics.ranking import PERCENTS
+from captum_adapters.metrics.pixel_accuracy import PERCENTS
 from zennit_resnet.image import read_image
 from zennit_resnet.models import load_classifier
 
-PHOTOS = Path(__file__).parent.parent / 'examples' / 'assets' / 'photos'
+PHOTOS = Path(__file__).parent.parent.parent / 'examples' / 'assets' / 'photos'
 
 
 @pytest.fixture
@@ -605,10 +604,3 @@ def test_photograph():
     assert best.correct.tolist() == [[True, True], [True, True]]
     assert worst.correct.tolist() == [[False, True], [False, True]]
     assert best.counts.tolist() == [12544, 50176]
-
-
-def test_examples():
-    '''The examples in the documentation hold.'''
-    for module in (_top, ranking):
-        result = doctest.testmod(module)
-        assert result.attempted > 0 and result.failed == 0

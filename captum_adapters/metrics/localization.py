@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
-from captum_adapters._common import double_dtype, warn_negative_maps
+from captum_adapters._validation import double_dtype, warn_negative_maps
 from captum_adapters.metrics._checks import (
     as_batch,
     positive_integer,
@@ -17,7 +17,7 @@ from captum_adapters.metrics._checks import (
     to_tensor,
 )
 from captum_adapters.metrics._top import Percents, means_of_top, percent_tensors
-from captum_adapters.metrics.ranking import PERCENTS
+from captum_adapters.metrics.pixel_accuracy import PERCENTS
 
 Maps = Union[Tensor, NDArray[Any], tuple[Tensor, ...]]
 

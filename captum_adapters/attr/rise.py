@@ -18,7 +18,7 @@ from captum.attr._utils.attribution import PerturbationAttribution
 from captum.log import log_usage
 from torch import Tensor
 
-from captum_adapters._common import (
+from captum_adapters._validation import (
     DEFAULT_CHUNK,
     at_least_single,
     check_evaluation,
@@ -73,7 +73,7 @@ class RISE(PerturbationAttribution):
     Examples::
 
         >>> import torch
-        >>> from captum_adapters.perturbation import RISE
+        >>> from captum_adapters.attr.rise import RISE
         >>> # the score is the brightness of the right half
         >>> rise = RISE(lambda images: images[..., 4:].sum((1, 2, 3)))
         >>> image = torch.ones(1, 3, 8, 8)
@@ -183,7 +183,7 @@ class RISE(PerturbationAttribution):
         Examples::
 
             >>> import torch
-            >>> from captum_adapters.perturbation import RISE
+            >>> from captum_adapters.attr.rise import RISE
             >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 5))
             >>> images = torch.rand(2, 3, 4, 4)
             >>> attributions = RISE(net).attribute(

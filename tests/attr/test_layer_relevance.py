@@ -9,7 +9,7 @@ import torchvision
 from captum.attr import LayerAttribution, LayerLRP, NoiseTunnel
 from captum.attr._utils.lrp_rules import EpsilonRule
 from helpers.networks import UserNetwork, randomize
-from test_attr import assert_state, in_threads, resident, state_of
+from helpers.state import assert_state, in_threads, resident, state_of
 from zennit.attribution import Gradient
 from zennit.composites import EpsilonPlus, LayerMapComposite
 from zennit.core import Composite
@@ -244,7 +244,7 @@ def test_shipped_network():
 
     from zennit_resnet.models import load_classifier
     classifier = load_classifier()
-    path = Path(__file__).parent.parent / 'examples' / 'assets' / 'photos' / 'gc_cathedral.jpg'
+    path = Path(__file__).parent.parent.parent / 'examples' / 'assets' / 'photos' / 'gc_cathedral.jpg'
     x = classifier.transform(Image.open(path).convert('RGB'))[None]
     target = int(classifier.model(x).argmax())
     names = [f'layer{stage}.{num}' for stage, count in enumerate((3, 4, 6, 3), 1) for num in range(count)]

@@ -1,8 +1,4 @@
-"""Attribution classes for Captum.
-
-LRP of residual networks by the composites of :mod:`zennit_resnet.composites`, in
-Captum's manner. The classes for layers and of other methods are listed here as well.
-"""
+"""LRP of residual networks: the composites of :mod:`zennit_resnet.composites`."""
 
 from collections.abc import Sequence
 from typing import Any, Callable, Optional, Union
@@ -11,25 +7,12 @@ from torch import Tensor
 from torch.nn import Module
 
 import zennit_resnet.composites as composites
-from captum_adapters.composite import (
+from captum_adapters.attr.composite import (
     CompositeAttribution,
     InitialRelevance,
+    Output,
     Postprocess,
 )
-from captum_adapters.layer import LayerRelevance
-from captum_adapters.perturbation import RISE
-from captum_adapters.registration import Output
-from captum_adapters.score_cam import ScoreCAM
-
-__all__ = [
-    "C3LRP",
-    "CompositeAttribution",
-    "LayerRelevance",
-    "RISE",
-    "RelativeLRP",
-    "ResNetLRP",
-    "ScoreCAM",
-]
 
 Stabilizer = Union[float, Callable[[Tensor], Tensor]]
 LayerMap = list[tuple[Any, Any]]

@@ -1,5 +1,4 @@
 '''Relevance inside of masks, its distance to them, and its conservation, against golden cases and loops over pixels.'''
-import doctest
 import math
 from fractions import Fraction
 from itertools import permutations
@@ -9,10 +8,10 @@ import pytest
 import torch
 from golden_cases import golden_cases, tensor
 
-from captum_adapters._common import NegativeMapWarning
-from captum_adapters.metrics import boxes_to_masks, conservation_gap, mask_distance, mask_pointing, masks
-from captum_adapters.metrics.masks import distance_maps
-from captum_adapters.metrics.ranking import PERCENTS
+from captum_adapters._validation import NegativeMapWarning
+from captum_adapters.metrics import boxes_to_masks, conservation_gap, mask_distance, mask_pointing
+from captum_adapters.metrics.localization import distance_maps
+from captum_adapters.metrics.pixel_accuracy import PERCENTS
 
 NORMALIZATIONS = {'max_distance': 'max', 'diagonal': 'diagonal'}
 nan = pytest.approx(math.nan, nan_ok=True)
@@ -392,9 +391,3 @@ def test_conservation_gap():
     for wrong in ([1., 2.], None, np.array(['a'])):
         with pytest.raises(TypeError, match='attributions'):
             conservation_gap(wrong, 1)
-
-
-def test_examples():
-    '''The examples in the documentation hold.'''
-    result = doctest.testmod(masks)
-    assert result.attempted > 0 and result.failed == 0

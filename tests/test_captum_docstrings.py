@@ -1,0 +1,41 @@
+'''All examples in docstrings of captum_adapters run, and its packages import what is heavy only where it is needed.'''
+import doctest
+import importlib
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import captum_adapters
+import captum_adapters.attr
+import captum_adapters.metrics
+
+MODULES = sorted(
+    f'{package.__name__}.{info.name}'
+    for package in (captum_adapters, captum_adapters.attr, captum_adapters.metrics)
+    for info in pkgutil.iter_modules(package.__path__)
+    if not info.ispkg and info.name not in ('__main__', 'cli')
+)
+# without any public name that could have an example
+WITHOUT = ('_checks', '_orders', '_compat', '_forward', '_perturbation', '_validation')
+OPTIONAL = {'score_cam': 'torchcam', 'torchmetrics': 'torchmetrics'}
+
+
+@pytest.mark.parametrize('name', MODULES)
+def test_examples(name):
+    '''The examples in docstrings are right.'''
+    last = name.rpartition('.')[2]
+    if last in OPTIONAL:
+        pytest.importorskip(OPTIONAL[last])
+    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    assert result.failed == 0 and (result.attempted or last in WITHOUT)
+
+
+@pytest.mark.parametrize('name', ['zennit_resnet', 'captum_adapters.attr', 'captum_adapters.metrics'])
+def test_imports(name):
+    '''Optional packages are not imported before they are needed, and Captum's classes not by zennit_resnet.'''
+    heavy = ['torchmetrics', 'quantus', 'torchcam', 'captum_adapters.metrics.plots', 'captum_adapters.evaluation']
+    heavy += ['captum', 'captum_adapters'] if name == 'zennit_resnet' else ['click']
+    code = f'import sys, {name}; print([name for name in {heavy} if name in sys.modules])'
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout == '[]\n'
