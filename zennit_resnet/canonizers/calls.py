@@ -26,7 +26,7 @@ class Local(threading.local):
         return Local()
 
 
-class Call:
+class ModuleCall:
     '''A call of a module, with the number of operations of each kind in all of its calls so far.
 
     It is known which tensor an activation changes in place, as rules may give it a copy, and from which nodes of the

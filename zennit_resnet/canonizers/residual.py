@@ -15,7 +15,7 @@ from ..arguments import Described, check_choice, check_flag
 from ..layer import LinearMap
 from .batch_norm import BatchNormMerge
 from .batches import WATCHED, batch_size, depends_on_batch, may_mix
-from .calls import Call, Local, is_opaque, keep_stored, single_pass
+from .calls import Local, ModuleCall, is_opaque, keep_stored, single_pass
 from .eager import Eager, check_evaluation, is_active
 from .functions import FunctionCall
 from .layers import LINEAR
@@ -242,7 +242,7 @@ class ResidualCanonizer(Described, Canonizer):
         carriers = carriers_of(args) if opaque and stack and not stack[-1].opaque else ()
         begin = nodes_of(carriers) if carriers else None
         counts = self.local.counts.setdefault(module, {})
-        stack.append(Call(module, opaque, counts, changes, begin, weights, caller()))
+        stack.append(ModuleCall(module, opaque, counts, changes, begin, weights, caller()))
 
     def _recover(self):
         '''Forget a forward pass that was interrupted by an exception for which PyTorch runs no hooks.'''

@@ -51,7 +51,7 @@ class Note(NamedTuple):
     smallest: torch.Tensor
 
 
-class Witness:
+class LossProbe:
     '''Takes notes of what rules compute while they run, without any influence on it.
 
     Parameters

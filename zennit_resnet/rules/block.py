@@ -14,7 +14,7 @@ from ._linear_maps import by_example
 _CALLS = threading.local()
 
 
-class _Call:
+class _BlockCall:
     '''A call of a module with a :py:class:`BlockEpsilon` rule, which is one layer unless it is part of another.'''
     def __init__(self, rule, module, frame=None):
         self.rule = rule
@@ -239,7 +239,7 @@ class BlockEpsilon(Described, Hook):
 
     def _pre_forward(self, module, args, kwargs):
         with DisableTorchFunction():
-            call, stack = _Call(self, module, caller()), _CALLS.__dict__.setdefault('stack', [])
+            call, stack = _BlockCall(self, module, caller()), _CALLS.__dict__.setdefault('stack', [])
             while stack and not is_running(stack[-1].frame):
                 stack.pop()
             stack.append(call)
@@ -295,7 +295,7 @@ class GradientTimesInput(BlockEpsilon):
         if not self.active or not torch.is_grad_enabled():
             return None
         with DisableTorchFunction():
-            call = _Call(self, module)
+            call = _BlockCall(self, module)
             given, call.inputs = map_tensors(call.enter, (args, kwargs)), []
         return given
 
@@ -303,7 +303,7 @@ class GradientTimesInput(BlockEpsilon):
         if output is None or not self.active or not torch.is_grad_enabled():
             return None
         with DisableTorchFunction():
-            return map_tensors(_Call(self, module).leave, output)
+            return map_tensors(_BlockCall(self, module).leave, output)
 
     def copy(self):
         '''Return a copy of this hook.'''
