@@ -16,7 +16,7 @@ from .core import Eager, check_choice, check_evaluation, is_active, is_running
 from .functions import FunctionCall
 from .graph import carriers_of, is_arithmetic, name_of, nodes_of, walk
 from .inplace import Watch, forget, note_copy, settle
-from .layer import Addition, Filling, Gate, LinearMap, Padding, Reduction
+from .layer import Addition, Filling, Gate, Padding, Reduction
 from .merging import BatchNormMerge
 from .operations import ADDITIONS, CONVOLUTIONS, TRAINING, TRANSPARENT, handle, is_training
 from .refusals import (
@@ -543,7 +543,7 @@ class ResidualCanonizer(Described, Canonizer):
             self.standins[key] = call.module, label, standin
             prefix = self.names.get(call.module, '')
             self._hook(f'{prefix}.{label}' if prefix else label, standin)
-            if self.batch_norm == 'merge' and kind is not LinearMap:
+            if self.batch_norm == 'merge':
                 self.merge.watch(standin)
         standin = self.standins[key][2]
         standin.name = name

@@ -90,8 +90,11 @@ NORMALIZATIONS = frozenset(
 )
 # They return their statistics as well.
 NATIVE_NORMALIZATIONS = frozenset(
-    'native_layer_norm native_group_norm _native_batch_norm_legit_no_training _fused_rms_norm'.split()
+    'native_layer_norm native_group_norm _fused_rms_norm'.split()
 )
+NATIVE_BATCH_NORMS = frozenset('''
+    native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm miopen_batch_norm
+'''.split())
 AVERAGES = frozenset('''
     avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d mean sum
     _adaptive_avg_pool2d _adaptive_avg_pool3d
@@ -124,6 +127,7 @@ TRAINING = {
     **dict.fromkeys(('dropout', 'dropout1d', 'dropout2d', 'dropout3d'), (2, True)),
     **dict.fromkeys(('alpha_dropout', 'feature_alpha_dropout'), (2, False)),
     'rrelu': (3, False), 'batch_norm': (5, False),
+    **{name: (5, False) for name in NATIVE_BATCH_NORMS if 'no_training' not in name},
 }
 
 
@@ -138,7 +142,7 @@ def is_training(func, args, kwargs):
         return False
     if 'dropout' in name:
         return given.get(1, kwargs.get('p', .5)) > 0
-    if name != 'batch_norm':
+    if 'batch_norm' not in name:
         return True
     given = _batch_norm_arguments(func, args, kwargs)
     # without statistics, it may be a normalization of another kind, of a tensor that was reshaped to have no examples
@@ -162,12 +166,17 @@ def _add(canonizer, call, function):
         if output is not None:
             return output
         return canonizer.run(call, Addition, function, factors=None if factors == [1, 1] else tuple(factors))
-    if factors[0 if left is function.carriers[0] else 1] == 1:
+    signal, = function.carriers
+    is_left, found = left is signal, canonizer.merge.find(signal)
+    factor, shift = factors[0 if is_left else 1], (right if is_left else left, factors[1 if is_left else 0])
+    shift = None if found is None else shift[0] if shift[1] == 1 else shift[0] * shift[1]
+    if factor == 1:
         # the gradient of adding a constant passes all relevance on
         output = function()
-        canonizer.merge.note_shift(function.carriers[0], output)
-        return output
-    return canonizer.run(call, Gate, function)
+    else:
+        output = canonizer.run(call, Gate, function)
+    canonizer.merge.note(found, signal, output, None if factor == 1 else factor, shift)
+    return output
 
 
 def _normalize(canonizer, call, function, operands, factors):
@@ -212,6 +221,17 @@ def _batch_norm(canonizer, call, function):
     settings = {key: None if given.get(key) is None else given[key].detach()
                 for key in ('running_mean', 'running_var', 'weight', 'bias')}
     return canonizer.run(call, Normalization, function, eps=given.get('eps', 1e-5), **settings)
+
+
+def _native_batch_norm(canonizer, call, function):
+    '''A batch normalization that returns statistics as well.'''
+    names = ('weight', 'bias', 'running_mean', 'running_var')
+    flags = ('training',) if 'no_training' not in function.name else ()
+    given = function.bind('input', *names, *flags, 'momentum', 'eps')
+    if len(function.carriers) > 1 or given.get('running_mean') is None:
+        return products.run_first(canonizer, call, function, Normalization)
+    settings = {key: None if given.get(key) is None else given[key].detach() for key in names}
+    return products.run_first(canonizer, call, function, Normalization, eps=given.get('eps', 1e-5), **settings)
 
 
 def _batch_norm_arguments(func, args, kwargs):
@@ -384,6 +404,7 @@ HANDLERS = {
         (AVERAGES, AveragePool), (MAXIMA, MaxPool),
     ) for name in names},
     **dict.fromkeys(NATIVE_NORMALIZATIONS, partial(products.run_first, kind=Normalization)),
+    **dict.fromkeys(NATIVE_BATCH_NORMS, _native_batch_norm),
     **dict.fromkeys(EXTREMA, _extremum),
     **dict.fromkeys(INTERPOLATIONS, products.interpolate),
     **dict.fromkeys(CONCATENATIONS, _concatenate),

@@ -84,8 +84,18 @@ def multiply(canonizer, call, function):
             return canonizer.refuse(call, function, COMPLEX)
         signal, = function.carriers
         is_divisor = is_division and signal is (left if function.name in ('__rdiv__', '__rtruediv__') else right)
-        # a constant divided by a tensor is a function of each element, as its reciprocal is
-        return run_on(canonizer, call, Activation if is_divisor else Gate, function, signal)
+        if is_divisor:
+            # a constant divided by a tensor is a function of each element, as its reciprocal is
+            return run_on(canonizer, call, Activation, function, signal)
+        found, constant = canonizer.merge.find(signal), right if signal is left else left
+        if function.name in ('__rdiv__', '__rtruediv__'):
+            constant = left
+        output = run_on(canonizer, call, Gate, function, signal)
+        if found is not None and not is_division:
+            canonizer.merge.note(found, signal, output, constant)
+        elif found is not None:
+            canonizer.merge.note(found, signal, output, 1 / constant)
+        return output
     if left is right and not is_division:
         # a square
         func = function.func
@@ -240,7 +250,15 @@ def einsum(canonizer, call, function):
         len(set(output)) == len(output) and not is_complex(*function.tensors())
     ):
         # elements are scaled
-        return canonizer.run(call, Gate, function)
+        found, signal = canonizer.merge.find(function.carriers[0]), function.carriers[0]
+        result = canonizer.run(call, Gate, function)
+        if found is not None:
+            kept = ''.join(key for key in output if any(key in elem for elem in inputs if elem is not signals[0]))
+            others = [(key, elem) for key, elem in zip(inputs, operands) if elem is not signal]
+            scale = torch.einsum(f'{",".join(key for key, _ in others)}->{kept}', *(elem for _, elem in others))
+            scale = scale.reshape([signal.shape[num] if key in kept else 1 for num, key in enumerate(output)])
+            canonizer.merge.note(found, signal, result, scale)
+        return result
     if len(operands) > 1:
         return _contract_many(canonizer, call, function, inputs, output, operands)
     # sums over positions, or a permutation or diagonal, of which the gradient is the rule
