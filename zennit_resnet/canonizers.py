@@ -18,6 +18,7 @@ from .graph import carriers_of, is_arithmetic, name_of, nodes_of, walk
 from .inplace import Watch, forget, note_copy, settle
 from .layer import Addition, Filling, Gate, Padding, Reduction
 from .merging import BatchNormMerge
+from .moves import EXAMPLES, note_examples
 from .operations import ADDITIONS, CONVOLUTIONS, TRAINING, TRANSPARENT, handle, is_training
 from .refusals import (
     Softmaxes,
@@ -435,12 +436,16 @@ class ResidualCanonizer(Described, Canonizer):
             if stack and stack[-1].opaque and (name == 'linear' or name in CONVOLUTIONS) and self.local.is_active:
                 check_weight(self._label(stack[-1].module), stack[-1].module, args, kwargs)
             return func(*args, **kwargs)
-        if name in TRANSPARENT and name != '__getitem__':
+        if name in TRANSPARENT and name not in EXAMPLES:
             return func(*args, **kwargs)
         carriers = carriers_of((args, kwargs))
         if not carriers:
             return func(*args, **kwargs)
-        return handle(self, stack[-1], FunctionCall(func, name, args, kwargs, carriers))
+        function = FunctionCall(func, name, args, kwargs, carriers)
+        output = handle(self, stack[-1], function) if name not in EXAMPLES or name == '__getitem__' else function()
+        if self.local.batch > 1 and name in EXAMPLES:
+            note_examples(function, output, self.local.batch)
+        return output
 
     def refuse(self, call, function, reason):
         '''Run a function which relevance must not reach. What computes a gate may be anything.

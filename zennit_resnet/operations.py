@@ -284,6 +284,10 @@ def _pool(canonizer, call, function, kind):
 def _concatenate(canonizer, call, function):
     given = function.bind('tensors', 'dim')
     tensors, dim = given['tensors'], given.get('dim', 0)
+    if function.name in ('stack', 'cat', 'concat', 'concatenate'):
+        whole = moves.all_examples(tensors, dim, function.name == 'stack')
+        if whole is not None:
+            return whole.clone()
     is_padded = function.name in ('cat', 'concat', 'concatenate') and len(function.carriers) == 1
     if not is_padded or len(tensors) < 2 or any(bool(elem.any()) for elem in tensors if not elem.requires_grad):
         output = canonizer.run(call, Concatenation, function)
