@@ -517,12 +517,29 @@ def moves_first(node):
     if node.name().startswith('SliceBackward') and node._saved_step == 1 and not node._saved_start:
         # PyTorch 2.4 has one for each colon of an index
         sizes = node._saved_self_sym_sizes
-        dim = next(num for num in (node._saved_dim, node._saved_dim - 2 ** 64) if num < len(sizes))
+        dim = _dim(node, sizes)
         if node._saved_end is None or node._saved_end >= sizes[dim]:
             return False
     # negative numbers are stored as large ones
     dims = [getattr(node, key) for key in ('_saved_dim', '_saved_dim0', '_saved_dim1') if hasattr(node, key)]
     return 0 in (*dims, *getattr(node, '_saved_dims', ())) or node.name().startswith('TBackward')
+
+
+def _dim(node, sizes):
+    '''The dimension along which a function is. Negative numbers are stored as large ones.'''
+    return next(num for num in (node._saved_dim, node._saved_dim - 2 ** 64) if num < len(sizes))
+
+
+def origin_of(tensor):
+    '''The last function before a tensor that does more than moving all of its elements, and those after it.'''
+    node, moves = tensor.grad_fn, []
+    while node is not None and len(_parents(node)) == 1 and (
+        any(key in _stem(node) for key in MOVES) and 'Expand' not in _stem(node) or _stem(node) == 'T'
+        or _stem(node) == 'Select' and node._saved_self_sym_sizes[_dim(node, node._saved_self_sym_sizes)] == 1
+    ):
+        moves.append(node)
+        node, = _parents(node)
+    return node, tuple(reversed(moves))
 
 
 def moved_before(tensor):

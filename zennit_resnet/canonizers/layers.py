@@ -58,12 +58,17 @@ def add(canonizer, call, function):
         if output is not None:
             return output
         return canonizer.run(call, Addition, function, factors=None if factors == [1, 1] else tuple(factors))
-    if factors[0 if left is function.carriers[0] else 1] == 1:
+    signal, = function.carriers
+    is_left, found = left is signal, canonizer.merge.find(signal)
+    factor, shift = factors[0 if is_left else 1], (right if is_left else left, factors[1 if is_left else 0])
+    shift = None if found is None else shift[0] if shift[1] == 1 else shift[0] * shift[1]
+    if factor == 1:
         # the gradient of adding a constant passes all relevance on
         output = function()
-        canonizer.merge.note_shift(function.carriers[0], output)
-        return output
-    return canonizer.run(call, Gate, function)
+    else:
+        output = canonizer.run(call, Gate, function)
+    canonizer.merge.note(found, signal, output, None if factor == 1 else factor, shift)
+    return output
 
 
 def normalize(canonizer, call, function, operands, factors):
@@ -111,6 +116,17 @@ def batch_norm(canonizer, call, function):
     settings = {key: None if given.get(key) is None else given[key].detach()
                 for key in ('running_mean', 'running_var', 'weight', 'bias')}
     return canonizer.run(call, Normalization, function, eps=given.get('eps', 1e-5), **settings)
+
+
+def native_batch_norm(canonizer, call, function):
+    '''A batch normalization that returns statistics as well.'''
+    names = ('weight', 'bias', 'running_mean', 'running_var')
+    flags = ('training',) if 'no_training' not in function.name else ()
+    given = function.bind('input', *names, *flags, 'momentum', 'eps')
+    if len(function.carriers) > 1 or given.get('running_mean') is None:
+        return products.run_first(canonizer, call, function, Normalization)
+    settings = {key: None if given.get(key) is None else given[key].detach() for key in names}
+    return products.run_first(canonizer, call, function, Normalization, eps=given.get('eps', 1e-5), **settings)
 
 
 def batch_norm_arguments(func, args, kwargs):
@@ -167,6 +183,10 @@ def concatenate(canonizer, call, function):
     '''Concatenate tensors.'''
     given = function.bind('tensors', 'dim')
     tensors, dim = given['tensors'], given.get('dim', 0)
+    if function.name in ('stack', 'cat', 'concat', 'concatenate'):
+        whole = moves.all_examples(tensors, dim, function.name == 'stack')
+        if whole is not None:
+            return whole.clone()
     is_padded = function.name in ('cat', 'concat', 'concatenate') and len(function.carriers) == 1
     if not is_padded or len(tensors) < 2 or any(bool(elem.any()) for elem in tensors if not elem.requires_grad):
         output = canonizer.run(call, Concatenation, function)

@@ -79,8 +79,18 @@ def multiply(canonizer, call, function):
             return canonizer.refuse(call, function, COMPLEX)
         signal, = function.carriers
         is_divisor = is_division and signal is (left if function.name in ('__rdiv__', '__rtruediv__') else right)
-        # a constant divided by a tensor is a function of each element, as its reciprocal is
-        return run_on(canonizer, call, Activation if is_divisor else Gate, function, signal)
+        if is_divisor:
+            # a constant divided by a tensor is a function of each element, as its reciprocal is
+            return run_on(canonizer, call, Activation, function, signal)
+        found, constant = canonizer.merge.find(signal), right if signal is left else left
+        if function.name in ('__rdiv__', '__rtruediv__'):
+            constant = left
+        output = run_on(canonizer, call, Gate, function, signal)
+        if found is not None and not is_division:
+            canonizer.merge.note(found, signal, output, constant)
+        elif found is not None:
+            canonizer.merge.note(found, signal, output, 1 / constant)
+        return output
     if left is right and not is_division:
         # a square
         func = function.func
@@ -230,16 +240,43 @@ def einsum(canonizer, call, function):
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = list(operands[0])
     inputs, output = _subscripts(equation, operands)
-    signals = [key for key, elem in zip(inputs, operands) if elem.requires_grad]
-    if len(operands) > 1 and signals == [output] and set(''.join(inputs)) == set(output) and (
-        len(set(output)) == len(output) and not is_complex(*function.tensors())
-    ):
-        # elements are scaled
-        return canonizer.run(call, Gate, function)
+    # a sum over a single position is none
+    sums = {letter for key, elem in zip(inputs, operands) for letter, size in zip(key, elem.shape)
+            if letter not in output and size > 1}
+    is_product = not sums and set(output) <= set(''.join(inputs)) and all(
+        len(set(key)) == len(key) for key in (*inputs, output)
+    )
+    if len(operands) > 1 and is_product:
+        return _multiply_aligned(canonizer, call, function, inputs, output, operands)
     if len(operands) > 1:
         return _contract_many(canonizer, call, function, inputs, output, operands)
     # sums over positions, or a permutation or diagonal, of which the gradient is the rule
     return function() if set(inputs[0]) <= set(output) else canonizer.run(call, NonNegativeMap, function, examples=None)
+
+
+def _multiply_aligned(canonizer, call, function, inputs, output, operands):
+    '''A product of elements, without a sum, of tensors of which the dimensions have letters.'''
+    picked, refused = _pick(canonizer, call, function)
+    if picked is None:
+        return refused
+    signal, = picked.carriers
+    index = next(num for num, elem in enumerate(operands) if elem is signal)
+
+    def aligned(key, elem):
+        if not set(key) <= set(output):
+            elem = elem[tuple(slice(None) if letter in output else 0 for letter in key)]
+            key = ''.join(letter for letter in key if letter in output)
+        elem = elem.permute([key.index(letter) for letter in output if letter in key])
+        return elem[tuple(slice(None) if letter in key else None for letter in output)]
+
+    def twin():
+        product = aligned(inputs[index], signal)
+        for num, (key, elem) in enumerate(zip(inputs, operands)):
+            if num != index:
+                product = product * aligned(key, elem.detach())
+        return product
+
+    return write_out(canonizer, function, twin)
 
 
 def _subscripts(equation, operands):

@@ -12,13 +12,13 @@ from .._autograd import carriers_of, class_of, function_of, is_arithmetic, name_
 from .._compat import DisableTorchFunction, caller, in_backward, is_replacing, is_running, registering_composite
 from .._inplace import Watch, forget, note_copy, settle
 from ..arguments import Described, check_choice, check_flag
-from ..layer import LinearMap
 from .batch_norm import BatchNormMerge
 from .batches import WATCHED, batch_size, depends_on_batch, may_mix
 from .calls import Local, ModuleCall, is_opaque, keep_stored, single_pass
 from .eager import Eager, check_evaluation, is_active
 from .functions import FunctionCall
 from .layers import LINEAR
+from .moves import EXAMPLES, note_examples
 from .operations import DEFAULT_RULES, TRAINING, TRANSPARENT, handle, is_training
 from .refusals import (
     Softmaxes,
@@ -443,12 +443,16 @@ class ResidualCanonizer(Described, Canonizer):
             if stack and stack[-1].opaque and name in LINEAR and self.local.is_active:
                 check_weight(self._label(stack[-1].module), stack[-1].module, args, kwargs)
             return func(*args, **kwargs)
-        if name in TRANSPARENT:
+        if name in TRANSPARENT and name not in EXAMPLES:
             return func(*args, **kwargs)
         carriers = carriers_of((args, kwargs))
         if not carriers:
             return func(*args, **kwargs)
-        return handle(self, stack[-1], FunctionCall(func, name, args, kwargs, carriers))
+        function = FunctionCall(func, name, args, kwargs, carriers)
+        output = handle(self, stack[-1], function) if name not in EXAMPLES or name == '__getitem__' else function()
+        if self.local.batch > 1 and name in EXAMPLES:
+            note_examples(function, output, self.local.batch)
+        return output
 
     def refuse(self, call, function, reason):
         '''Run a function which relevance must not reach. What computes a gate may be anything.
@@ -551,7 +555,7 @@ class ResidualCanonizer(Described, Canonizer):
             self.standins[key] = call.module, label, standin
             prefix = self.names.get(call.module, '')
             self._hook(f'{prefix}.{label}' if prefix else label, standin)
-            if self.batch_norm == 'merge' and kind is not LinearMap:
+            if self.batch_norm == 'merge':
                 self.merge.watch(standin)
         standin = self.standins[key][2]
         standin.name = name
