@@ -530,10 +530,10 @@ def _dim(node, sizes):
     return next(num for num in (node._saved_dim, node._saved_dim - 2 ** 64) if num < len(sizes))
 
 
-def origin_of(tensor):
-    '''The last function before a tensor that does more than moving all of its elements, and those after it.'''
+def origin_of(tensor, known=()):
+    '''The last function before a tensor that is known or does more than moving its elements, and those after it.'''
     node, moves = tensor.grad_fn, []
-    while node is not None and len(_parents(node)) == 1 and (
+    while node is not None and node not in known and len(_parents(node)) == 1 and (
         any(key in _stem(node) for key in MOVES) and 'Expand' not in _stem(node) or _stem(node) == 'T'
         or _stem(node) == 'Select' and node._saved_self_sym_sizes[_dim(node, node._saved_self_sym_sizes)] == 1
     ):

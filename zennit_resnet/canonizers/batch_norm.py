@@ -8,13 +8,19 @@ from typing import NamedTuple
 import torch
 from torch.nn.utils.parametrize import is_parametrized
 from zennit.core import RemovableHandleList
-from zennit.types import BatchNorm, Convolution, ConvolutionTranspose, Linear
+from zennit.types import BatchNorm, ConvolutionTranspose, Linear
 
 from .._autograd import count_uses, nodes_of, origin_of, rule_of, sequence_of
 from .._compat import DisableTorchFunction, rules_of
 from .._weights import UsedModule, UsedWeights, is_plain
 from ..layer import LinearMap, Normalization
 from ..rules.base import SinglePass
+
+# By their numbers of spatial dimensions.
+CONVOLUTIONS = (
+    (torch.nn.Conv1d, torch.nn.ConvTranspose1d), (torch.nn.Conv2d, torch.nn.ConvTranspose2d),
+    (torch.nn.Conv3d, torch.nn.ConvTranspose3d),
+)
 
 
 class Produced(NamedTuple):
@@ -32,12 +38,12 @@ class Produced(NamedTuple):
         Its weights, None if the node of the layer has them.
     nodes: tuple of :py:obj:`torch.autograd.graph.Node`
         Nodes from that of the layer to that of the tensor.
-    edge: :py:obj:`torch.autograd.graph.GradientEdge`
-        Where the output of the layer came out of the graph.
+    output_nr: int
+        Which output of its node that of the layer is.
     shape: tuple[int, ...]
         Its shape.
-    given: :py:obj:`torch.Tensor`
-        The input of the layer without values.
+    given: tuple[int, ...] or None
+        The shape of the input of the layer, where it is needed.
     scale: :py:obj:`torch.Tensor` or None
         What elements of a channel are multiplied with, None if it is one.
     shift: :py:obj:`torch.Tensor` or None
@@ -50,9 +56,9 @@ class Produced(NamedTuple):
     linear: torch.nn.Module
     used: UsedWeights
     nodes: tuple
-    edge: object
+    output_nr: int
     shape: tuple
-    given: torch.Tensor
+    given: tuple
     dim: int
     scale: torch.Tensor = None
     shift: torch.Tensor = None
@@ -99,10 +105,9 @@ class BatchNormMerge:
             ):
                 # the node of a single-pass rule has the weights of its call
                 used = None if has_single_pass else UsedWeights(module)
-                edge = torch.autograd.graph.get_gradient_edge(output)
-                given = next((elem for elem in args if isinstance(elem, torch.Tensor)), output)
+                given = args[0].shape if isinstance(module, LinearMap) else None
                 self._keep(
-                    output, module, used, (output.grad_fn,), edge, output.shape, given.detach().to('meta'),
+                    output, module, used, (output.grad_fn,), output.output_nr, output.shape, given,
                     _channels(module, output.ndim)
                 )
                 self.calls[module] = self.calls.get(module, 0) + 1
@@ -133,7 +138,7 @@ class BatchNormMerge:
             # something else may have changed it in place, such as an addition
             if produced is not None and produced.reference() is tensor and _number(tensor) == produced.number:
                 return produced, ()
-            node, moves = origin_of(tensor)
+            node, moves = origin_of(tensor, self.last)
             return (self.last[node], moves) if moves and node in self.last else None
 
     def note(self, found, input, output, scale=None, shift=None):
@@ -295,7 +300,8 @@ def _channels(linear, ndim):
     '''Dimension of the output of a linear layer that has the channels, None if it is not known.'''
     if isinstance(linear, LinearMap):
         return None
-    return ndim + 1 - linear.weight.ndim if isinstance(linear, Convolution) else ndim - 1
+    # weights may be computed whenever they are asked for
+    return next((ndim - 1 - num for num, kinds in enumerate(CONVOLUTIONS, 1) if isinstance(linear, kinds)), ndim - 1)
 
 
 def _pulled(produced, tensor, moves, value):
@@ -308,7 +314,8 @@ def _pulled(produced, tensor, moves, value):
     if len(produced.nodes) == 1 and not moves:
         return value
     # nothing in between changes relevance
-    value, = torch.autograd.grad(tensor, produced.edge, value, retain_graph=True)
+    edge = torch.autograd.graph.GradientEdge(produced.nodes[0], produced.output_nr)
+    value, = torch.autograd.grad(tensor, edge, value, retain_graph=True)
     return value
 
 
@@ -347,7 +354,7 @@ def _axis_of_map(linear, given, dim, size):
     '''Axis of the weight of any linear map that has the channels, which are a dimension of its output.'''
     generator, weight = torch.Generator().manual_seed(0), linear.weight.detach()
     input, factors = (
-        torch.rand(shape, generator=generator, dtype=torch.double).to(weight) for shape in (given.shape, (size,))
+        torch.rand(shape, generator=generator, dtype=torch.double).to(weight) for shape in (given, (size,))
     )
     with torch.no_grad():
         output = linear.product(input, weight)

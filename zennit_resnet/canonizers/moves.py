@@ -207,7 +207,7 @@ def note_examples(function, output, size):
         output = dict(enumerate(output)) if len(output) == size else {}
     for index, elem in output.items():
         if elem.shape in (input.shape[1:], (1, *input.shape[1:])):
-            elem._example = input, index, (input._version, elem._version)  # pylint: disable=protected-access
+            elem._example = input, index, (version_of(input), version_of(elem))
 
 
 def all_examples(tensors, dim, is_stack):
@@ -217,7 +217,7 @@ def all_examples(tensors, dim, is_stack):
         return None
     input = notes[0][0]
     is_whole = len(notes) == len(input) and dim in (0, -input.ndim) and all(
-        elem is input and index == num and versions == (input._version, tensor._version)
+        elem is input and index == num and versions == (version_of(input), version_of(tensor))
         and (tensor.ndim < input.ndim) == is_stack
         for num, (tensor, (elem, index, versions)) in enumerate(zip(tensors, notes))
     )

@@ -266,8 +266,11 @@ def _multiply_aligned(canonizer, call, function, inputs, output, operands):
         if not set(key) <= set(output):
             elem = elem[tuple(slice(None) if letter in output else 0 for letter in key)]
             key = ''.join(letter for letter in key if letter in output)
-        elem = elem.permute([key.index(letter) for letter in output if letter in key])
-        return elem[tuple(slice(None) if letter in key else None for letter in output)]
+        order = [key.index(letter) for letter in output if letter in key]
+        elem = elem if order == sorted(order) else elem.permute(order)
+        for num, letter in enumerate(output):
+            elem = elem if letter in key else elem.unsqueeze(num)
+        return elem
 
     def twin():
         product = aligned(inputs[index], signal)
