@@ -100,8 +100,8 @@ def test_links(path):
 
 def test_overview():
     '''All pages are listed in the overview, and in the tree of the site.'''
-    pages = {path.relative_to(DOCS).with_suffix('').as_posix() for path in (*DOCS.glob('*.md'), *DOCS.glob('results/*.md'))}
-    pages -= {'README'}
+    paths = *DOCS.glob('*.md'), *DOCS.glob('results/*.md')
+    pages = {path.relative_to(DOCS).with_suffix('').as_posix() for path in paths} - {'README'}
     assert pages == set(re.findall(r'\]\((results/[\w-]+|[\w-]+)\.md\)', TEXTS[DOCS / 'README.md']))
     tree = (DOCS / 'index.rst').read_text(encoding='utf-8')
     assert pages == set(re.findall(r'^   (results/[\w-]+|[\w-]+)$', tree, re.M))
