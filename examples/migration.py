@@ -22,6 +22,7 @@ COMPOSITES = {
         canonizers=[ResidualCanonizer(batch_norm='merge')], layer_map=[(Addition, LinearSum(Norm()))]),
     'with_splitting': with_splitting(EpsilonPlusFlat(canonizers=[ResNetCanonizer()])),
     'without biases': with_splitting(EpsilonPlusFlat(canonizers=[ResNetCanonizer()], zero_params='bias')),
+    'batch norm not merged': with_splitting(EpsilonPlusFlat(zero_params='bias')),
     'ResNetLRP': ResNetLRP(),
 }
 

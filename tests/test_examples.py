@@ -79,9 +79,9 @@ def test_migration(capsys):
     before, after = (maps[name] for name in ('EpsilonPlusFlat, Zennit', 'the same numbers'))
     assert (after - before).abs().max() < 1e-3 * before.abs().max()
     sums = floats(r'logit (\S+) +sum (\S+) +cosine (\S+)', capsys.readouterr().out)
-    assert len(sums) == 7 and sums[-1][2] > .9999
-    gaps = [abs(total / logit - 1) for logit, total, _ in sums[:5]]
-    assert gaps[4] < 1e-3 and gaps[3] < 1e-3 < min(gaps[:3])
+    assert len(sums) == 8 and sums[-1][2] > .9999
+    gaps = [abs(total / logit - 1) for logit, total, _ in sums[:6]]
+    assert max(gaps[3:]) < 5e-3 < 5e-2 < min(gaps[:3])
 
 
 def test_own_resnet(capsys):
