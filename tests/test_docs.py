@@ -125,6 +125,15 @@ def test_anchors():
     assert wrong == []
 
 
+def test_paths():
+    '''Scripts that pages name exist, and so do pages that scripts and docstrings name.'''
+    named = re.findall(r'python ((?:examples|benchmarks)/[\w/]+\.py)', ''.join(TEXTS.values()))
+    folders = 'zennit_resnet', 'captum_adapters', 'examples', 'benchmarks'
+    for path in (ROOT / 'noxfile.py', *(path for name in folders for path in (ROOT / name).glob('**/*.py'))):
+        named += re.findall(r'\bdocs/[\w/.-]*\w', path.read_text(encoding='utf-8'))
+    assert [name for name in named if name != 'docs/_build' and not (ROOT / name).exists()] == []
+
+
 def messages():
     '''All texts in the packages, with an ellipsis for what is not known before they run.'''
     for path in (path for name in ('zennit_resnet', 'captum_adapters') for path in (ROOT / name).glob('**/*.py')):
