@@ -18,9 +18,9 @@ from captum.attr import (
 )
 from networks import UserNetwork, randomize
 
-from captum_adapters._validation import NegativeMapWarning
 from captum_adapters.attr import C3LRP, LayerRelevance, RelativeLRP, ResNetLRP
 from captum_adapters.attr.rise import RISE
+from captum_adapters.metrics import NegativeMapWarning
 from captum_adapters.quantus import explain, explainer
 
 TARGETS = np.array([1, 4, 0])

@@ -4,35 +4,30 @@ import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Optional, TypeVar, Union
+from typing import NamedTuple, Optional, Union
 
 import torch
 import torch.nn.functional as F
-from captum._utils.common import (
-    _format_additional_forward_args,
-    _format_output,
-    _is_tuple,
-)
-from captum._utils.typing import TargetType
-from captum.attr._utils.attribution import Attribution
+from captum.attr import Attribution
 from captum.log import log_usage
 from torch import Tensor
 from torch.nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, Linear, Module
 from torchvision import models
 
 from captum_adapters._validation import (
+    TargetType,
+    TensorOrTuple,
     check_evaluation,
     check_images,
     check_range,
     check_target,
+    split_args,
 )
 from zennit_resnet.models import SUFFIXES, _read_state, _suggest
 from zennit_resnet.registration import unwrap
 
 _TRUNK = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
 _PERCEPTION = ("layer4", "avgpool", "fc")
-
-TensorOrTuple = TypeVar("TensorOrTuple", Tensor, tuple[Tensor, ...])
 
 
 class Branches(NamedTuple):
@@ -348,7 +343,7 @@ class ABN(Attribution):
                 f"inputs of {images.dtype} are no images for the network: convert them"
                 " to floating point numbers."
             )
-        if _format_additional_forward_args(additional_forward_args):
+        if split_args(additional_forward_args, 1)[0]:
             raise ValueError(
                 "An AttentionBranchNetwork has a single input, but there are"
                 " additional_forward_args."
@@ -373,7 +368,7 @@ class ABN(Attribution):
                 " the weights."
             )
         attributions = (maps / images.shape[1]).repeat(1, images.shape[1], 1, 1)
-        return _format_output(_is_tuple(inputs), (attributions,))
+        return (attributions,) if isinstance(inputs, tuple) else attributions
 
 
 def save_abn(

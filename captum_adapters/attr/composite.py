@@ -6,14 +6,7 @@ from difflib import get_close_matches
 from typing import Any, Callable, Literal, NamedTuple, Optional, Union
 
 import torch
-from captum._utils.common import (
-    _format_additional_forward_args,
-    _format_output,
-    _format_tensor_into_tuples,
-    _is_tuple,
-)
-from captum._utils.typing import TargetType, TensorOrTupleOfTensorsGeneric
-from captum.attr._utils.attribution import GradientAttribution
+from captum.attr import GradientAttribution
 from captum.log import log_usage
 from torch import Tensor
 from torch.nn import Module
@@ -21,7 +14,15 @@ from zennit.composites import COMPOSITES, BetaSmooth, DeconvNet, GuidedBackprop
 from zennit.core import Composite
 
 import zennit_resnet.composites  # noqa: F401, registers composites by their names
-from captum_adapters._validation import check_range, check_target, double_dtype, have_rows
+from captum_adapters._validation import (
+    Inputs,
+    TargetType,
+    TensorOrTuple,
+    check_range,
+    check_target,
+    double_dtype,
+    split_args,
+)
 from zennit_resnet.arguments import check_flag, check_precision, describe
 from zennit_resnet.attribution import check_key, select_output
 from zennit_resnet.postprocess import c1c, c3, heat_quantization, sum_channels
@@ -197,23 +198,23 @@ class CompositeAttribution(GradientAttribution):
     @typing.overload
     def attribute(
         self,
-        inputs: TensorOrTupleOfTensorsGeneric,
+        inputs: TensorOrTuple,
         target: TargetType = None,
         additional_forward_args: object = None,
         return_convergence_delta: Literal[False] = False,
         internal_batch_size: Optional[int] = None,
-    ) -> TensorOrTupleOfTensorsGeneric: ...
+    ) -> TensorOrTuple: ...
 
     @typing.overload
     def attribute(
         self,
-        inputs: TensorOrTupleOfTensorsGeneric,
+        inputs: TensorOrTuple,
         target: TargetType = None,
         additional_forward_args: object = None,
         *,
         return_convergence_delta: Literal[True],
         internal_batch_size: Optional[int] = None,
-    ) -> tuple[TensorOrTupleOfTensorsGeneric, Tensor]: ...
+    ) -> tuple[TensorOrTuple, Tensor]: ...
 
     @log_usage()
     def attribute(
@@ -284,7 +285,7 @@ class CompositeAttribution(GradientAttribution):
             inputs, target, additional_forward_args, internal_batch_size, _run
         )
         relevance = tuple(map(self._postprocess, relevance))
-        attributions = _format_output(_is_tuple(inputs), relevance)
+        attributions = relevance if isinstance(inputs, tuple) else relevance[0]
         if return_convergence_delta:
             return attributions, self.compute_convergence_delta(relevance, initial)
         return attributions
@@ -299,7 +300,7 @@ class CompositeAttribution(GradientAttribution):
         )
 
     def compute_convergence_delta(
-        self, attributions: Union[Tensor, tuple[Tensor, ...]], output: Tensor
+        self, attributions: Inputs, output: Tensor
     ) -> Tensor:
         r"""Initial relevance minus the sum of attributions.
 
@@ -331,7 +332,8 @@ class CompositeAttribution(GradientAttribution):
         # sums of many terms would otherwise have a delta of their own
         dtype = double_dtype(output.device)
         delta = initial.to(dtype)
-        for tensor in _format_tensor_into_tuples(attributions):
+        given = attributions if isinstance(attributions, tuple) else (attributions,)
+        for tensor in given:
             if len(tensor) != len(initial):
                 raise ValueError(
                     f"There are attributions of {len(tensor)} examples, but initial"
@@ -343,7 +345,7 @@ class CompositeAttribution(GradientAttribution):
 
     def _explain(
         self,
-        inputs: Union[Tensor, tuple[Tensor, ...]],
+        inputs: Inputs,
         target: TargetType,
         additional_forward_args: object,
         internal_batch_size: Optional[int],
@@ -353,8 +355,7 @@ class CompositeAttribution(GradientAttribution):
         tensors = _check_inputs(inputs, None if self._takes_integers else self.model)
         batch = len(tensors[0])
         index = check_target(target, batch, allow_negative=True)
-        args = _format_additional_forward_args(additional_forward_args) or ()
-        divided = have_rows(additional_forward_args, batch)
+        args, divided = split_args(additional_forward_args, batch)
         size = batch if internal_batch_size is None else internal_batch_size
         if not isinstance(size, int) or size < 1:
             raise ValueError(
@@ -394,7 +395,7 @@ class CompositeAttribution(GradientAttribution):
             torch.enable_grad(),
             registered(self.composite, module, self.output),
         ):
-            # a graph can not be made of tensors which inference mode has created
+            # a graph cannot be made of tensors which inference mode has created
             leaves = tuple(
                 _as_constant(elem).requires_grad_(elem.is_floating_point())
                 for elem in tensors
@@ -512,7 +513,7 @@ def _run(
 
 
 def _check_inputs(
-    inputs: Union[Tensor, tuple[Tensor, ...]], model: Optional[Module] = None
+    inputs: Inputs, model: Optional[Module] = None
 ) -> tuple[Tensor, ...]:
     """Inputs as a tuple of tensors, which can have relevance if there is a model."""
     given = inputs if isinstance(inputs, tuple) else (inputs,)
@@ -531,7 +532,7 @@ def _check_inputs(
             ]
             layer = repr(names[0]) if names else "layer"
             raise TypeError(
-                f"inputs of {tensor.dtype} can not have relevance: explain the output"
+                f"inputs of {tensor.dtype} cannot have relevance: explain the output"
                 f" of the layer that they enter, with LayerRelevance(model, {layer}), or"
                 " give them as additional_forward_args."
             )
@@ -577,7 +578,7 @@ def create_composite(composite: Any) -> Composite:
             return factory()
         except TypeError as error:
             raise TypeError(
-                f"composite={composite!r} can not be created without arguments, give an"
+                f"composite={composite!r} cannot be created without arguments, give an"
                 f" instance: {error}"
             ) from error
     if not isinstance(composite, Composite):

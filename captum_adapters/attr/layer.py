@@ -10,18 +10,16 @@ from functools import partial
 from typing import Any, Callable, Optional, Union
 
 import torch
-from captum._utils.common import _format_outputs
-from captum._utils.typing import TargetType
-from captum.attr._utils.attribution import LayerAttribution
+from captum.attr import LayerAttribution
 from captum.log import log_usage
 from torch import Tensor
-from torch._C import DisableTorchFunction
-from torch._C._autograd import _get_sequence_nr
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import Module
 from torch.nn.modules.module import register_module_forward_pre_hook
 from zennit.core import Composite
 
+from captum_adapters._compat import DisableTorchFunction, next_sequence_nr, sequence_nr
+from captum_adapters._validation import Inputs, TargetType
 from captum_adapters.attr.composite import (
     CompositeAttribution,
     InitialRelevance,
@@ -120,7 +118,7 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
     @log_usage()
     def attribute(
         self,
-        inputs: Union[Tensor, tuple[Tensor, ...]],
+        inputs: Inputs,
         target: TargetType = None,
         additional_forward_args: object = None,
         return_convergence_delta: bool = False,
@@ -195,7 +193,8 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
             partial(self._run_layers, attribute_to_layer_input),
         )
         is_list = isinstance(self.layer, list)
-        attributions = _format_outputs(is_list, layers)
+        found = [layer if len(layer) > 1 else layer[0] for layer in layers]
+        attributions = found if is_list else found[0]
         if not return_convergence_delta:
             return attributions
         deltas = [self.compute_convergence_delta(layer, initial) for layer in layers]
@@ -250,7 +249,7 @@ class _Recorder:
         self.batch = batch
         self.is_gradient = getattr(composite, "propagates", "relevance") == "gradient"
         self.thread = threading.get_ident()
-        # where inputs of integers are, which can not require gradients: the graph then
+        # where inputs of integers are, which cannot require gradients: the graph then
         # begins at the output of modules that take them
         self.integers: set[int] = set()
         self.has_begun = False
@@ -322,7 +321,7 @@ class _Recorder:
         if module not in self.handles:
             # by now all rules have their hooks, so this is the last one
             self.handles[module] = module.register_forward_hook(self._leave)
-        call = _Call(_get_sequence_nr())
+        call = _Call(next_sequence_nr())
         self.calls[key].append(call)
         if self.of_input:
             self._check_begun(key, args)
@@ -363,7 +362,7 @@ class _Recorder:
             if self.integers and list(_integers(args)):
                 output = self._begin(output)
             self._check_begun(key, output)
-        call.end = _get_sequence_nr()
+        call.end = next_sequence_nr()
         places = self._places(key, output)
         if not self.of_input:
             call.places = places
@@ -479,7 +478,7 @@ def _collect(calls: list[_Call], output: Any) -> None:
     for node in walk([elem.grad_fn for elem in _tensors(output)]):
         for index, edge in enumerate(node.next_functions):
             for call, parts in wanted.get(edge, ()):
-                if call.begin <= node._sequence_nr() < call.end:
+                if call.begin <= sequence_nr(node) < call.end:
                     # after the hooks of the composite, which may change it
                     node.register_hook(partial(_put_down, index, parts))
 

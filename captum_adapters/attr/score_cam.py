@@ -3,24 +3,26 @@
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
-from typing import Any, Callable, Iterator, Optional, Union
+from typing import Any, Callable, Iterator, Optional
 
 import torch
-from captum._utils.common import _format_additional_forward_args
-from captum._utils.typing import TargetType
 from captum.attr import LayerAttribution
 from captum.log import log_usage
 from torch import Tensor
 
+from captum_adapters._compat import cam_activation, set_cam_activation
 from captum_adapters._validation import (
     DEFAULT_CHUNK,
+    Inputs,
+    TargetType,
     at_least_single,
     check_output,
     check_target,
-    have_rows,
+    positive_integer,
     select_target,
+    split_args,
 )
-from captum_adapters.attr.rise import _check_inputs
+from captum_adapters.attr.rise import check_inputs
 
 
 class ScoreCAM(LayerAttribution):
@@ -56,7 +58,7 @@ class ScoreCAM(LayerAttribution):
 
         >>> import torch
         >>> from captum.attr import LayerAttribution
-        >>> from captum_adapters.attr.score_cam import ScoreCAM
+        >>> from captum_adapters.attr import ScoreCAM
         >>> net = torch.nn.Sequential(
         ...     torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.ReLU(),
         ...     torch.nn.Flatten(), torch.nn.Linear(72, 5))
@@ -87,7 +89,7 @@ class ScoreCAM(LayerAttribution):
     @log_usage()
     def attribute(
         self,
-        inputs: Union[Tensor, tuple[Tensor, ...]],
+        inputs: Inputs,
         target: TargetType = None,
         additional_forward_args: object = None,
         perturbations_per_eval: int = DEFAULT_CHUNK,
@@ -126,20 +128,16 @@ class ScoreCAM(LayerAttribution):
             TypeError: If the layer's output, or the network's, is not a tensor, or the
                     target is not of integers.
         """
-        images = _check_inputs(inputs)
+        images = check_inputs(inputs)
         if len(images) > 1:
             raise ValueError(
                 f"There are {len(images)} inputs, but Score-CAM masks a single one:"
                 " give the others as additional_forward_args."
             )
-        if perturbations_per_eval < 1:
-            raise ValueError(
-                f"perturbations_per_eval={perturbations_per_eval} is not positive."
-            )
+        positive_integer("perturbations_per_eval", perturbations_per_eval)
         batch = len(images[0])
         index = check_target(target, batch, allow_negative=True)
-        args = _format_additional_forward_args(additional_forward_args) or ()
-        per_example = have_rows(additional_forward_args, batch)
+        args, per_example = split_args(additional_forward_args, batch)
         maps = []
         for row, image in enumerate(images[0].detach().split(1)):
             network = _SingleScore(
@@ -158,7 +156,7 @@ class ScoreCAM(LayerAttribution):
                 with extractor:
                     with self.layer.register_forward_hook(copying):
                         network(image)
-                    if extractor.hook_a[0] is None:
+                    if cam_activation(extractor) is None:
                         raise ValueError(
                             f"The layer {type(self.layer).__name__} is not used by"
                             " forward_func: choose one that is."
@@ -240,7 +238,7 @@ class _SingleScore(torch.nn.Module):
 
 def _copy_activation(extractor: Any, *_: Any) -> None:
     """Copy what torch-cam keeps, as the network may change its layer's output."""
-    extractor.hook_a[0] = extractor.hook_a[0].clone()
+    set_cam_activation(extractor, cam_activation(extractor).clone())
 
 
 @contextmanager
