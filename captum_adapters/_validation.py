@@ -2,6 +2,8 @@
 
 import operator
 import warnings
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any, Callable, Optional, TypeVar, Union
 
 import numpy as np
@@ -104,6 +106,12 @@ def to_tensor(value: Any, name: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, but is {type(value).__name__}.")
     return value
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """The end of a message with similar names."""
+    similar = get_close_matches(name, known)
+    return f": did you mean {' or '.join(similar)}?" if similar else ""
 
 
 # -- images and maps -------------------------------------------------------------------

@@ -1,9 +1,7 @@
 """Captum attributions by Zennit composites."""
 
 import copy
-import typing
-from difflib import get_close_matches
-from typing import Any, Callable, Literal, NamedTuple, Optional, Union
+from typing import Any, Callable, NamedTuple, Optional, Union
 
 import torch
 from captum.attr import GradientAttribution
@@ -17,11 +15,11 @@ import zennit_resnet.composites  # noqa: F401, registers composites by their nam
 from captum_adapters._validation import (
     Inputs,
     TargetType,
-    TensorOrTuple,
     check_range,
     check_target,
     double_dtype,
     split_args,
+    suggest,
 )
 from zennit_resnet.arguments import check_flag, check_precision, describe
 from zennit_resnet.attribution import check_key, select_output
@@ -195,27 +193,6 @@ class CompositeAttribution(GradientAttribution):
         """Whether there is a convergence delta, which is always so."""
         return True
 
-    @typing.overload
-    def attribute(
-        self,
-        inputs: TensorOrTuple,
-        target: TargetType = None,
-        additional_forward_args: object = None,
-        return_convergence_delta: Literal[False] = False,
-        internal_batch_size: Optional[int] = None,
-    ) -> TensorOrTuple: ...
-
-    @typing.overload
-    def attribute(
-        self,
-        inputs: TensorOrTuple,
-        target: TargetType = None,
-        additional_forward_args: object = None,
-        *,
-        return_convergence_delta: Literal[True],
-        internal_batch_size: Optional[int] = None,
-    ) -> tuple[TensorOrTuple, Tensor]: ...
-
     @log_usage()
     def attribute(
         self,
@@ -225,8 +202,7 @@ class CompositeAttribution(GradientAttribution):
         return_convergence_delta: bool = False,
         internal_batch_size: Optional[int] = None,
     ) -> Any:
-        r"""
-        Args:
+        r"""Args:
 
             inputs (Tensor or tuple[Tensor]): Inputs of shape (batch, ...), of floating
                     point numbers. They are not changed, and need not require gradients.
@@ -266,19 +242,6 @@ class CompositeAttribution(GradientAttribution):
             RuntimeError: If the model is in training mode with batch norm or dropout
                     (by composites of this project), or the composite is in use already.
             UnsupportedOperation: If there is no rule for an operation of the model.
-
-        Examples::
-
-            >>> import torch
-            >>> from torchvision.models import resnet18
-            >>> from captum_adapters.attr import ResNetLRP
-            >>> net, images = resnet18().eval(), torch.rand(2, 3, 32, 32)
-            >>> attributions, delta = ResNetLRP(net).attribute(
-            ...     images, target=torch.tensor([3, 7]), return_convergence_delta=True)
-            >>> attributions.shape, delta.shape
-            (torch.Size([2, 3, 32, 32]), torch.Size([2]))
-            >>> bool((delta.abs() < 1e-3 * net(images)[[0, 1], [3, 7]].abs()).all())
-            True
         """
         check_flag("return_convergence_delta", return_convergence_delta)
         (relevance,), initial = self._explain(
@@ -302,10 +265,7 @@ class CompositeAttribution(GradientAttribution):
     def compute_convergence_delta(
         self, attributions: Inputs, output: Tensor
     ) -> Tensor:
-        r"""Initial relevance minus the sum of attributions.
-
-        It is zero if relevance is conserved. What it amounts to otherwise depends on
-        the rules: see the classes.
+        """Initial relevance minus the sum of attributions, zero if relevance is conserved.
 
         Args:
 
@@ -318,15 +278,6 @@ class CompositeAttribution(GradientAttribution):
 
         Raises:
             ValueError: If numbers of examples differ.
-
-        Examples::
-
-            >>> import torch
-            >>> from captum_adapters.attr import ResNetLRP
-            >>> lrp = ResNetLRP(torch.nn.Linear(2, 1))
-            >>> attributions = torch.tensor([[1.0, 2.0], [3.0, 5.0]])
-            >>> lrp.compute_convergence_delta(attributions, torch.tensor([3.0, 10.0]))
-            tensor([0., 2.])
         """
         initial = output.detach().flatten()
         # sums of many terms would otherwise have a delta of their own
@@ -567,10 +518,9 @@ def create_composite(composite: Any) -> Composite:
     factory = composite
     if isinstance(composite, str):
         if composite not in COMPOSITES:
-            similar = get_close_matches(composite, COMPOSITES)
             raise ValueError(
-                f"composite={composite!r} is not registered: choose one of"
-                f" {', '.join(map(repr, similar or COMPOSITES))}."
+                f"composite={composite!r} is not registered"
+                f"{suggest(composite, COMPOSITES) or ', as ' + ', '.join(COMPOSITES)}"
             )
         factory = COMPOSITES[composite]
     if isinstance(factory, type) and issubclass(factory, Composite):

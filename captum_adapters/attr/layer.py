@@ -37,18 +37,17 @@ Layer = Union[Module, str]
 class LayerRelevance(CompositeAttribution, LayerAttribution):
     r"""Relevance at the inputs or outputs of layers and blocks.
 
-    The way to heatmaps of lower resolution than the input's (sum over channels), and to
-    the relevance of single channels. The relevance of a layer's output is all that
-    arrives there: for a residual block, what both branches of the next block propagate.
-    The relevance of a layer's input is what this layer propagates to it, and not what
+    For heatmaps of lower resolution than the input's (sum over channels), and for the
+    relevance of single channels. The relevance of a layer's output is all that arrives
+    there: for a residual block, what both branches of the next block propagate. The
+    relevance of a layer's input is what this layer propagates to it, and not what
     others do that use the same tensor: for an addition, the shares of skip connection
     and residual branch. (All of it counts if a layer returns its input as it is.)
 
     Besides modules, layers may be given by name. Operations which the network computes
     by functions only have names: those of additions are `layer1.0.addition`,
-    `layer1.0.addition_1`, ..., see :mod:`zennit_resnet.layer`. The number of a call is
-    added to the names of modules that are called several times, as `layer1.0.relu#2`
-    for the second call.
+    `layer1.0.addition_1`, ..., see :mod:`zennit_resnet.layer`. A module that is called
+    several times needs the number of the call, as `layer1.0.relu#2` for the second.
 
     Composites such as :class:`~zennit_resnet.composites.BlockLRP` propagate relevance
     divided by the activation, which is multiplied by it here. It is relevance of the
@@ -59,18 +58,11 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
         model (torch.nn.Module): The network, in evaluation mode.
         layer (torch.nn.Module, str or list): One or several layers, as modules or by
                 their names (without the `module.` of wrapped models).
-        composite (Composite, type or str, optional): See :class:`CompositeAttribution`.
-                Default: `"resnet_lrp_ratio"`
-        initial_relevance (str or callable, optional): See
-                :class:`CompositeAttribution`.
-                Default: `"logit"`
-        output (str, int or callable, optional): Which of several outputs to explain,
-                see :class:`CompositeAttribution`.
-                Default: None
+        composite, initial_relevance, output: See :class:`CompositeAttribution`.
 
     Raises:
-        TypeError: If `model` is not a module, `composite` not a composite, or a layer
-                is neither a module nor a name.
+        TypeError: As :class:`CompositeAttribution`, or if a layer is neither a module
+                nor a name.
         ValueError: If a name of a composite or initial relevance is unknown.
 
     Examples::
@@ -125,28 +117,18 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
         attribute_to_layer_input: bool = False,
         internal_batch_size: Optional[int] = None,
     ) -> Any:
-        r"""
-        Args:
+        r"""Args:
 
             inputs (Tensor or tuple[Tensor]): Inputs of shape (batch, ...), as for
                     :meth:`CompositeAttribution.attribute`, or integers, such as the
                     indices of words: the layer then is the embedding which they enter,
                     or any behind it.
-            target (int, tuple, Tensor, or list, optional): Output to explain, as for
+            target, additional_forward_args, return_convergence_delta, ...: See
                     :meth:`CompositeAttribution.attribute`.
-                    Default: None
-            additional_forward_args (Any, optional): Further arguments of the model,
-                    after the inputs.
-                    Default: None
-            return_convergence_delta (bool, optional): Whether to return the delta, too.
-                    Default: False
             attribute_to_layer_input (bool, optional): Whether to return the relevance
                     of the layers' inputs (those given by position) in the place of
                     their outputs.
                     Default: False
-            internal_batch_size (int, optional): Number of examples to run at once, as
-                    for :meth:`CompositeAttribution.attribute`.
-                    Default: None, for all
 
         Returns:
             **attributions**, or 2-element tuple of **attributions**, **delta**:
@@ -170,18 +152,6 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
                     give floating point tensors.
             RuntimeError: As :meth:`CompositeAttribution.attribute`, or if a layer is
                     inside of a module with a rule for all that it contains.
-
-        Examples::
-
-            >>> import torch
-            >>> from torchvision.models import resnet18
-            >>> from captum_adapters.attr import LayerRelevance
-            >>> net, images = resnet18().eval(), torch.rand(1, 3, 64, 64)
-            >>> skip, residual = LayerRelevance(net, "layer1.0.addition").attribute(
-            ...     images, target=3, attribute_to_layer_input=True)
-            >>> total = (skip + residual).sum((1, 2, 3))
-            >>> torch.allclose(total, net(images)[:, 3], rtol=1e-3)
-            True
         """
         check_flag("return_convergence_delta", return_convergence_delta)
         check_flag("attribute_to_layer_input", attribute_to_layer_input)

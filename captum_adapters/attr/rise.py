@@ -104,19 +104,14 @@ class RISE(PerturbationAttribution):
         perturbations_per_eval: Optional[int] = None,
         show_progress: bool = False,
     ) -> Inputs:
-        r"""
-        Args:
+        r"""Args:
 
             inputs (Tensor or tuple[Tensor]): Images of shape (batch, channels, height,
-                    width), or with one or three spatial dimensions instead. If there
-                    are several tensors, then each of them has masks of its own;
-                    those which shall not be masked belong into
-                    `additional_forward_args`.
-            target (int, tuple, Tensor, or list, optional): Output to explain, as in
-                    Captum: an integer or a tensor with a single one for all examples, a
-                    list of integers or a 1D tensor with one for each, a tuple with the
-                    indices of all output dimensions but the batch, or a list of tuples.
-                    Not necessary for a single output.
+                    width), or with one or three spatial dimensions instead. Each of
+                    several tensors has masks of its own. What shall not be masked
+                    belongs into `additional_forward_args`.
+            target (int, tuple, Tensor, or list, optional): See
+                    :meth:`CompositeAttribution.attribute`.
                     Default: None
             additional_forward_args (Any, optional): Further arguments of
                     `forward_func`. Those tensors that have a row for each example are
@@ -140,13 +135,9 @@ class RISE(PerturbationAttribution):
             seed (int, optional): Seed of the masks. The global random state is neither
                     used nor changed.
                     Default: 0
-            output (str or callable, optional): What the score is: `"softmax"` for the
-                    probability of the target among classes (dimension 1) as in the
-                    paper, `"identity"` or `"logit"` for what `forward_func` returns
-                    (also if these already are probabilities, of which `"softmax"`
-                    warns), or a function from the output to scores of the same number
-                    of rows, from which the target is chosen. A single output is its own
-                    score in any case.
+            output (str or callable, optional): What the score is, see
+                    :func:`captum_adapters.metrics.insertion_deletion`. The paper's is
+                    the probability.
                     Default: `"softmax"`
             normalization (str, optional): What sums are divided by: `"coverage"` for
                     the sum of the masks at the pixel, so that the result is the mean
@@ -163,9 +154,9 @@ class RISE(PerturbationAttribution):
             *Tensor* or *tuple[Tensor]* of **attributions**:
             - **attributions** (*Tensor* or *tuple[Tensor]*):
                     Importance in units of the score, of the shape and type of the
-                    inputs, as of Captum's other methods. As masks cover all channels,
-                    these are the same: `attributions[:, :1]` is the paper's map. A
-                    tuple is returned if inputs are a tuple.
+                    inputs. As masks cover all channels, these are the same:
+                    `attributions[:, :1]` is the paper's map. A tuple is returned if
+                    inputs are a tuple.
 
         Raises:
             ValueError: If there are no spatial dimensions or no examples, an argument
@@ -175,18 +166,6 @@ class RISE(PerturbationAttribution):
                     batch norm or dropout.
             TypeError: If inputs are not floating point tensors, the target is not of
                     integers, or the output is not a tensor.
-
-        Examples::
-
-            >>> import torch
-            >>> from captum_adapters.attr import RISE
-            >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 5))
-            >>> images = torch.rand(2, 3, 4, 4)
-            >>> attributions = RISE(net).attribute(
-            ...     images, target=[1, 4], n_masks=50, grid_size=3)
-            >>> heatmaps = attributions[:, 0]
-            >>> heatmaps.shape
-            torch.Size([2, 4, 4])
         """
         images = check_inputs(inputs)
         batch = len(images[0])
@@ -313,10 +292,9 @@ def _draw_grids(
     probability: float,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Which cells are visible, and by how many pixels they are shifted.
+    """Which cells are visible, and by how many pixels they are shifted, on the CPU.
 
-    Returns bool of shape (masks, *cells) and integers of shape (masks, dimensions), on
-    the CPU for whatever device, the default one included.
+    Bool of shape (masks, *cells) and integers of shape (masks, dimensions).
     """
     size = image.shape[2:]
     cells = (grid_size,) * len(size) if isinstance(grid_size, int) else tuple(grid_size)

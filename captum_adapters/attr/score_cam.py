@@ -94,20 +94,14 @@ class ScoreCAM(LayerAttribution):
         additional_forward_args: object = None,
         perturbations_per_eval: int = DEFAULT_CHUNK,
     ) -> Tensor:
-        r"""
-        Args:
+        r"""Args:
 
             inputs (Tensor or tuple[Tensor]): Images of shape (batch, channels, height,
                     width). Further inputs belong into `additional_forward_args`.
-            target (int, tuple, Tensor, or list, optional): Output to explain, as in
-                    Captum: an integer or a tensor with a single one for all examples, a
-                    list of integers or a 1D tensor with one for each, a tuple with the
-                    indices of all output dimensions but the batch, or a list of tuples.
-                    Not necessary for a single output. It should be a logit.
+            target (int, tuple, Tensor, or list, optional): See
+                    :meth:`CompositeAttribution.attribute`. It should be a logit.
                     Default: None
-            additional_forward_args (Any, optional): Further arguments of
-                    `forward_func`. Those tensors that have a row for each example are
-                    given with the row of each masked image's example.
+            additional_forward_args (Any, optional): See :meth:`RISE.attribute`.
                     Default: None
             perturbations_per_eval (int, optional): Number of masked images to evaluate
                     at once.
@@ -168,13 +162,7 @@ class ScoreCAM(LayerAttribution):
 class _SingleScore(torch.nn.Module):
     """The target's output of one example, as a network with images as only input.
 
-    Args:
-
-        forward_func (callable): The network.
-        layer (torch.nn.Module): A layer of it.
-        target (Tensor or None): Target of the example, of one row.
-        args (tuple): Further arguments.
-        rows (list[int or None]): Which row of a further argument is the example's.
+    `rows` tells which row of a further argument is the example's, if it has any.
     """
 
     def __init__(

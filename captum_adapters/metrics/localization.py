@@ -317,10 +317,9 @@ def boxes_to_masks(
     """Masks of the pixels inside of bounding boxes.
 
     Coordinates are those of an image whose upper left corner is (0, 0) and whose lower
-    right corner is (width, height), so the pixel in column x and row y covers x to
-    x + 1 and y to y + 1. A pixel is inside of a box if its center is. With integers,
-    the columns x0 to x1 - 1 and the rows y0 to y1 - 1 are. What is outside of the image
-    is cut off.
+    right corner is (width, height). A pixel is inside of a box if its center is: with
+    integers, the columns x0 to x1 - 1 and the rows y0 to y1 - 1 are. What is outside of
+    the image is cut off.
 
     Boxes are often given otherwise: Pascal VOC and ImageNet count pixels from 1 and
     include the last (subtract 1 from x0 and y0), and COCO gives (x0, y0, width,
@@ -346,11 +345,8 @@ def boxes_to_masks(
     Examples::
 
         >>> from captum_adapters.metrics import boxes_to_masks
-        >>> boxes_to_masks([[(1, 0, 3, 1)], []], (2, 3)).int()
+        >>> boxes_to_masks([[(1, 0, 3, 1)]], (2, 3)).int()
         tensor([[[0, 1, 1],
-                 [0, 0, 0]],
-        <BLANKLINE>
-                [[0, 0, 0],
                  [0, 0, 0]]], dtype=torch.int32)
     """
     height, width = size

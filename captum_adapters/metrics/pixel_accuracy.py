@@ -42,10 +42,9 @@ class PixelAccuracy(NamedTuple):
     Attributes:
 
         correct (Tensor): Whether the predicted class is the reference, bool of shape
-                (batch, percents). Where the percentage divides pixels of equal
-                attributions, it is that of a single random order of these.
+                (batch, percents), in the first order of ties.
         predictions (Tensor): Class with the largest output, of shape (batch, percents),
-                for the same order.
+                in the same order.
         reference (Tensor): Class that each example's predictions are compared with, of
                 shape (batch,).
         counts (Tensor): Number of pixels, or inputs, that are kept, of shape

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 from torch import Tensor
 
-from captum_adapters._validation import positive_integer
+from captum_adapters._validation import check_choice, positive_integer
 
 Scores = Union[Tensor, ArrayLike]
 
@@ -235,8 +235,7 @@ def bootstrap_interval(
         True
     """
     _check_resampling(confidence, n_resamples)
-    if method not in ("bca", "percentile"):
-        raise ValueError(f"method={method!r} is not one of 'bca' and 'percentile'.")
+    check_choice("method", method, ("bca", "percentile"))
     array = _to_array(values, "values")
     index = _cluster_index(clusters, len(array))
     valid = ~np.isnan(array).any(tuple(range(1, array.ndim)))
@@ -404,7 +403,7 @@ def compare(
     """Compare methods by their scores on the same examples.
 
     How much scores differ from example to example is usually far more than how much
-    methods differ on an example, so that the differences per example are what is
+    methods differ on an example, so the differences per example are what is
     informative, and not the means with their own confidence intervals.
 
     Args:
@@ -413,13 +412,7 @@ def compare(
                 same examples in the same order, of shape (n,). Examples with NaN in one
                 of two scores are left out of their comparison.
         baseline (str, optional): Name of the method that all others are compared with.
-                By default, all pairs of methods are compared.
-                Default: None
-        clusters (Tensor or sequence, optional): The cluster of each example, for
-                instance its class, as numbers or names of shape (n,). If examples of a
-                cluster resemble each other, intervals and p-values are too small
-                without. See :func:`bootstrap_interval`.
-                Default: None
+                Default: None, for all pairs of methods
         test (str, optional): Two-sided test of paired differences.
 
                 - `"permutation"`: whether the mean is zero, by the signs of the
@@ -430,14 +423,9 @@ def compare(
                   clusters, the ranks' sum is tested by reversing signs as above.
 
                 Default: `"permutation"`
-        confidence (float, optional): Level of confidence of the bootstrap intervals
-                (bias-corrected and accelerated, of each comparison alone).
-                Default: 0.95
-        n_resamples (int, optional): Number of resamples of the interval, and of the
-                test.
-                Default: 9999
-        seed (int, optional): Seed of both.
-                Default: 0
+        clusters, confidence, n_resamples, seed: See :func:`bootstrap_interval`. If
+                examples of a cluster resemble each other, intervals and p-values are
+                too small without clusters.
 
     Returns:
         list[Comparison]: A named tuple for each pair, of which `_asdict()` makes a row
@@ -460,8 +448,7 @@ def compare(
         (0.18, 0.0625, 1)
     """
     _check_resampling(confidence, n_resamples)
-    if test not in ("permutation", "wilcoxon"):
-        raise ValueError(f"test={test!r} is not one of 'permutation' and 'wilcoxon'.")
+    check_choice("test", test, ("permutation", "wilcoxon"))
     if len(scores) < 2:
         raise ValueError(f"scores are of {len(scores)} methods: give two or more.")
     if baseline is not None and baseline not in scores:
