@@ -2,7 +2,7 @@
 
 Quantus is not needed for anything else here: ``pip install quantus "numpy<2" "pandas<3"``, as its area under the curve
 needs numpy 1. The definition of the published code (Otsuki et al. 2024) is written down below, one image at a time.
-Prints the tables of docs/metrics-comparison.md, for which there were ten validation images of Imagenette. Times are
+Prints the tables of docs/metrics.md, for which there were ten validation images of Imagenette. Times are
 those of the processor, as they depend less on what else it does.
 
     python examples/compare_quantus.py image.jpg ...
