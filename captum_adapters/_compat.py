@@ -1,28 +1,14 @@
-"""All private names of other packages that this one uses.
+"""Private names of Captum and torch-cam. Those of PyTorch and Zennit are in
+:mod:`zennit_resnet._compat` and :mod:`zennit_resnet._autograd`.
 
-Checked with torch 2.14, captum 0.9.0 and torch-cam 0.5.0. `tests/test_compat_captum.py`
-fails if one of them moves, or behaves in another way.
+There is none of Captum 0.9.0: what it keeps private is written out in
+:mod:`captum_adapters._validation`. Checked with torch-cam 0.5.0.
+`tests/test_compat_captum.py` fails if something moves, or behaves in another way.
 """
 
 from typing import Any
 
 from torch import Tensor
-from torch._C import DisableTorchFunction
-from torch._C._autograd import _get_sequence_nr
-
-__all__ = ["DisableTorchFunction", "cam_activation", "next_sequence_nr", "sequence_nr"]
-
-
-def next_sequence_nr() -> int:
-    """Number that the next operation of this thread will have in the graph."""
-    number: int = _get_sequence_nr()
-    return number
-
-
-def sequence_nr(node: Any) -> int:
-    """Number of the operation that has made a node of the graph."""
-    number: int = node._sequence_nr()
-    return number
 
 
 def cam_activation(extractor: Any) -> Any:

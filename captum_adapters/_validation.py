@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from zennit_resnet.arguments import check_choice
 from zennit_resnet.attribution import select_output
-from zennit_resnet.core import check_choice, varies
+from zennit_resnet.canonizers.eager import varies
 
 # Captum's types of arguments, which it does not export
 BaselineType = Union[None, Tensor, int, float, tuple[Union[Tensor, int, float], ...]]
@@ -109,9 +110,13 @@ def to_tensor(value: Any, name: str) -> Tensor:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """The end of a message with similar names."""
+    """The end of a message with similar names, or some if there is none."""
+    known = list(known)
     similar = get_close_matches(name, known)
-    return f": did you mean {' or '.join(similar)}?" if similar else ""
+    if similar:
+        return f": did you mean {' or '.join(map(repr, similar))}?"
+    more = ", ..." if len(known) > 8 else "."
+    return f": choose one of {', '.join(map(repr, known[:8]))}{more}"
 
 
 # -- images and maps -------------------------------------------------------------------

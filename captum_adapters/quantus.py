@@ -222,7 +222,7 @@ def _create(
         if layer not in modules:
             raise ValueError(
                 f"layer={layer!r} is not a module of {type(model).__name__}"
-                f"{suggest(layer, modules)}."
+                f"{suggest(layer, modules)}"
             )
         init_kwargs = {**init_kwargs, "layer": modules[layer]}
     attribution = factory(model, **init_kwargs)
@@ -242,7 +242,7 @@ def _find(name: str) -> Callable[..., Attribution]:
             if inspect.isclass(value) and issubclass(value, Attribution):
                 known.setdefault(key, value)
     if name not in known:
-        raise ValueError(f"method={name!r} is unknown{suggest(name, known)}.")
+        raise ValueError(f"method={name!r} is unknown{suggest(name, known)}")
     return known[name]
 
 

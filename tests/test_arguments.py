@@ -32,12 +32,12 @@ from zennit_resnet import (
     initial_relevance,
     with_splitting,
 )
-from zennit_resnet.classic import ClassicLRP, LinearSum, SignedAlphaBeta
+from zennit_resnet.classic import ClassicLRP
 from zennit_resnet.cli import main
 from zennit_resnet.composites import ResNetLRPSymmetric, SplittingComposite
 from zennit_resnet.conservation import conservation_ledger
-from zennit_resnet.contributions import branch_factor
-from zennit_resnet.core import SinglePass
+from zennit_resnet.rules import LinearSum, SignedAlphaBeta, SinglePass
+from zennit_resnet.rules.branch_scaling import branch_factor
 
 NETWORK = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3)).eval()
 NETWORK(torch.zeros(1, 3, 6, 6))

@@ -1,9 +1,11 @@
 '''Canaries for what captum_adapters needs of other packages beyond what they promise.
 
-Checked with torch 2.14, captum 0.9.0 and torch-cam 0.5.0. Where one fails, maps would be wrong without an error, or
-calls fail: look at `captum_adapters/_compat.py` and at the places that use it.
+Checked with Captum 0.9.0 and torch-cam 0.5.0. Those for PyTorch and Zennit are in test_compat.py and test_autograd.py.
+Where one fails, maps would be wrong without an error, or calls fail: see the docstring of captum_adapters/_compat.py.
 '''
+import re
 import typing
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,44 +13,20 @@ from captum._utils import common
 from captum._utils import typing as captum_typing
 from captum.attr import InputXGradient, NoiseTunnel
 from captum.log import log_usage
-from torch.overrides import TorchFunctionMode
 
+import captum_adapters
 from captum_adapters import _compat, _validation
 
-
-def test_sequence_numbers():
-    '''A thread numbers operations in the order in which it runs them, by which calls of layers are known.'''
-    x = torch.rand(2, requires_grad=True)
-    begin = _compat.next_sequence_nr()
-    first = x * 2
-    middle = _compat.next_sequence_nr()
-    second = first.exp()
-    end = _compat.next_sequence_nr()
-    assert begin <= _compat.sequence_nr(first.grad_fn) < middle <= _compat.sequence_nr(second.grad_fn) < end
-    # views and copies are operations too
-    assert end <= _compat.sequence_nr(second.view(1, 2).grad_fn) < _compat.next_sequence_nr()
-    with torch.no_grad():
-        before = _compat.next_sequence_nr()
-        second + 1
-        assert _compat.next_sequence_nr() == before
+PRIVATE = re.compile(r'\bcaptum\.(?:\w+\.)*_\w+|from torch\._\w+|torch\._C|_sequence_nr|hook_a\b|_orig_mod')
 
 
-def test_torch_function():
-    '''What reads off the places of relevance is not seen by modes, which would run it by surrogates.'''
-    seen = []
-
-    class Mode(TorchFunctionMode):
-        '''Takes down functions.'''
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            seen.append(func)
-            return func(*args, **(kwargs or {}))
-
-    with Mode():
-        with _compat.DisableTorchFunction():
-            torch.rand(1) + 1
-        assert not seen
-        torch.rand(1) + 1
-    assert seen
+def test_private_names_are_fenced():
+    '''No other module uses private names of Captum, PyTorch and torch-cam.'''
+    found = []
+    for path in Path(captum_adapters.__file__).parent.rglob('*.py'):
+        if path.name != '_compat.py':
+            found += [(path.name, match[0]) for match in PRIVATE.finditer(path.read_text(encoding='utf-8'))]
+    assert found == []
 
 
 def test_types():

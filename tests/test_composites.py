@@ -18,7 +18,6 @@ from zennit.torchvision import ResNetCanonizer
 from zennit_resnet.attribution import initial_relevance
 from zennit_resnet.canonizers import ResidualCanonizer
 from zennit_resnet.composites import ResNetLRP, SplittingComposite, with_splitting
-from zennit_resnet.core import SinglePass
 from zennit_resnet.image import read_image
 from zennit_resnet.layer import (
     Activation,
@@ -33,7 +32,7 @@ from zennit_resnet.layer import (
     Padding,
     Subsampling,
 )
-from zennit_resnet.rules import PassThrough, RatioSplit, ResidualOnly, SymmetricSplit, ZPlus
+from zennit_resnet.rules import PassThrough, RatioSplit, ResidualOnly, SinglePass, SymmetricSplit, ZPlus
 
 ASSETS = Path(__file__).parent.parent / 'examples' / 'assets'
 WEIGHTS = ASSETS / 'resnet50_imagenette.safetensors'

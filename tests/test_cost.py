@@ -1,7 +1,7 @@
 '''What explanations cost, by the number of multiplications: times are for benchmarks.'''
 import pytest
 import torch
-from test_networks import build_torchvision
+from helpers.networks import build_torchvision
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from zennit.attribution import Gradient

@@ -116,5 +116,9 @@ def test_reference(name):
         key for key, value in vars(module).items()
         if not key.startswith('_') and getattr(value, '__module__', None) == name
     ]
-    missing = [key for key in public if not {name, getattr(getattr(module, key), '__module__', name)} & documented]
+    # rooms document what they export
+    exported = {key for room in documented - {'zennit_resnet.cli'}
+                for key in getattr(importlib.import_module(room), '__all__', ())}
+    missing = [key for key in public if key not in exported
+               and not {name, getattr(getattr(module, key), '__module__', name)} & documented]
     assert missing == []

@@ -15,11 +15,11 @@ import PIL
 import pytest
 import torch
 from click.testing import CliRunner
+from helpers.profile import PROFILE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
-from test_properties import PROFILE
 from torchvision.models import get_model, get_model_weights, resnet18
 
 from zennit_resnet.cli import main

@@ -45,6 +45,12 @@ def check_number(name, value, minimum=-math.inf, maximum=math.inf, finite=True):
         raise ValueError(f'{name}={value!r} is out of range: choose a number {" and ".join(bounds)}!')
 
 
+def check_choice(name, value, choices):
+    '''Raise a ValueError which names the argument, its value and the choices, if the value is not among them.'''
+    if value not in choices:
+        raise ValueError(f'{name}={value!r} is not one of {", ".join(map(repr, choices))}!')
+
+
 def check_flag(name, value):
     '''Raise a TypeError which names an argument and its value, unless it is True or False.'''
     if not isinstance(value, (bool, np.bool_)):

@@ -1,12 +1,11 @@
 '''What relevance starts from.'''
 import dataclasses
-import sys
 from collections.abc import Mapping
 
 import torch
 
-from .arguments import check_module, show
-from .core import check_choice
+from ._compat import caller
+from .arguments import check_choice, check_module, show
 
 VALUES = ('logit', 'softmax', 'one')
 # Names of the output to explain in libraries that return several, in the order in which to suggest one
@@ -201,7 +200,7 @@ def initial_relevance(target, value='logit', output=None):
     def attr_output(result):
         '''Compute the relevance at the output.'''
         # the caller takes the gradient of all that the network has returned, after this
-        is_zennit = sys._getframe(1).f_globals.get('__name__') == 'zennit.attribution'
+        is_zennit = caller().f_globals.get('__name__') == 'zennit.attribution'
         if output is not None and is_zennit and not isinstance(result, torch.Tensor):
             raise TypeError(
                 f'Zennit\'s attributors take the gradient of all that the network returns, which is '

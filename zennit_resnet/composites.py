@@ -8,25 +8,38 @@ from zennit.core import Composite
 from zennit.torchvision import ResNetCanonizer
 from zennit.types import Activation, AvgPool, BatchNorm, Convolution, MaxPool
 
-from .arguments import Described, check_canonizers, check_flag, check_layer_map, check_module, check_rule, describe
-from .block import BlockEpsilon, GradientTimesInput
+from ._autograd import carriers_of
+from ._weights import is_plain
+from .arguments import (
+    Described,
+    check_canonizers,
+    check_choice,
+    check_flag,
+    check_layer_map,
+    check_module,
+    check_rule,
+    describe,
+)
 from .canonizers import BlockCanonizer, ResidualCanonizer
-from .contributions import Contributions
-from .core import check_choice, is_active
-from .graph import carriers_of
+from .canonizers.eager import is_active
+from .canonizers.refusals import in_use
+from .canonizers.residual import registering
 from .layer import Addition, Filling, Gate, Padding, Subsampling
-from .refusals import in_use
-from .relative import NoRule, Relative, RelativeMaxPool
 from .rules import (
+    BlockEpsilon,
+    Contributions,
+    GradientTimesInput,
+    NoRule,
     PassThrough,
     RatioSplit,
+    Relative,
+    RelativeMaxPool,
     ResidualOnly,
     SignalTakesAll,
     SymmetricSplit,
     Uncrop,
     ZPlus,
 )
-from .weights import is_plain
 
 SPLITTING = {'ratio': RatioSplit, 'symmetric': SymmetricSplit}
 
@@ -81,7 +94,8 @@ class _Transaction(Described):
         if self.handles:
             raise RuntimeError(in_use(self))
         try:
-            super().register(module)
+            with registering(self):
+                super().register(module)
         except BaseException:
             self.remove()
             raise
@@ -305,7 +319,7 @@ class RelativeLRP(_LayerMap):
 
     Every layer multiplies with its input. Contributions are not conserved, and only their ratios within one example
     have a meaning: what is propagated is rescaled for each example, and in addition for each branch of a residual block
-    (Proposition 14), see :py:class:`~zennit_resnet.contributions.Contributions`. If relevance starts from the logit of
+    (Proposition 14), see :py:class:`~zennit_resnet.rules.Contributions`. If relevance starts from the logit of
     the target, what is propagated to the input of a network without skip connections times exp(``log_scale``) is what
     the equations say.
 

@@ -134,9 +134,12 @@ class Activation(Operation, torch.nn.ReLU):
     ----------
     is_clipped: bool
         Whether its values have bounds on both sides.
+    bounds: tuple
+        Its lower and upper bound as they were given.
     '''
     label = 'activation'
     is_clipped = False
+    bounds = None, None
 
 
 class Normalization(Operation, torch.nn.BatchNorm2d):

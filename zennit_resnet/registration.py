@@ -6,8 +6,9 @@ from contextlib import ExitStack, contextmanager
 from torch.nn import DataParallel, Module
 from torch.nn.parallel import DistributedDataParallel
 
+from ._compat import COMPILED_MODULE
 from .attribution import select_output
-from .core import Eager
+from .canonizers.eager import Eager
 
 _TURN = threading.Condition()
 # which thread uses an object, by the id of the object, and how often
@@ -123,7 +124,7 @@ def unwrap(model):
     if isinstance(model, DistributedDataParallel):
         return unwrap(model.module)
     # compiled modules call no hooks
-    original = getattr(model, '_orig_mod', None)
+    original = getattr(model, COMPILED_MODULE, None)
     return unwrap(original) if isinstance(original, Module) else (model, model)
 
 

@@ -23,6 +23,7 @@ from captum_adapters._validation import (
     check_range,
     check_target,
     split_args,
+    suggest,
 )
 from zennit_resnet.registration import unwrap
 
@@ -374,8 +375,8 @@ def load_abn(
     ]
     if architecture not in names:
         raise ValueError(
-            f"{architecture!r} is not a residual network of torchvision: choose one of"
-            f" {', '.join(names)}."
+            f"{architecture!r} is not a residual network of"
+            f" torchvision{suggest(architecture, names)}"
         )
     state = _read(Path(path))
     if not any(key.startswith("attention_branch.") for key in state):

@@ -519,8 +519,8 @@ def create_composite(composite: Any) -> Composite:
     if isinstance(composite, str):
         if composite not in COMPOSITES:
             raise ValueError(
-                f"composite={composite!r} is not registered"
-                f"{suggest(composite, COMPOSITES) or ', as ' + ', '.join(COMPOSITES)}"
+                f"composite={composite!r} is not"
+                f" registered{suggest(composite, COMPOSITES)}"
             )
         factory = COMPOSITES[composite]
     if isinstance(factory, type) and issubclass(factory, Composite):

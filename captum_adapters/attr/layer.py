@@ -5,7 +5,6 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from functools import partial
 from typing import Any, Callable, Optional, Union
 
@@ -18,17 +17,23 @@ from torch.nn import Module
 from torch.nn.modules.module import register_module_forward_pre_hook
 from zennit.core import Composite
 
-from captum_adapters._compat import DisableTorchFunction, next_sequence_nr, sequence_nr
-from captum_adapters._validation import Inputs, TargetType
+from captum_adapters._validation import Inputs, TargetType, suggest
 from captum_adapters.attr.composite import (
     CompositeAttribution,
     InitialRelevance,
     Output,
     Place,
 )
+from zennit_resnet._autograd import (
+    map_tensors,
+    next_sequence,
+    sequence_of,
+    tensors_of,
+    walk,
+)
+from zennit_resnet._compat import COMPILED_MODULE, DisableTorchFunction
 from zennit_resnet.arguments import check_flag, describe
 from zennit_resnet.canonizers import ResidualCanonizer
-from zennit_resnet.graph import map_tensors, tensors_of, walk
 from zennit_resnet.layer import Operation
 
 Layer = Union[Module, str]
@@ -291,7 +296,7 @@ class _Recorder:
         if module not in self.handles:
             # by now all rules have their hooks, so this is the last one
             self.handles[module] = module.register_forward_hook(self._leave)
-        call = _Call(next_sequence_nr())
+        call = _Call(next_sequence())
         self.calls[key].append(call)
         if self.of_input:
             self._check_begun(key, args)
@@ -332,7 +337,7 @@ class _Recorder:
             if self.integers and list(_integers(args)):
                 output = self._begin(output)
             self._check_begun(key, output)
-        call.end = next_sequence_nr()
+        call.end = next_sequence()
         places = self._places(key, output)
         if not self.of_input:
             call.places = places
@@ -390,14 +395,10 @@ class _Recorder:
             return "."
         names = [name for name, _ in self.root.named_modules() if name]
         # names are those within wrappers
-        bare = re.sub(r"^(module\.|_orig_mod\.)+", "", key)
-        similar = [bare] if bare in names else get_close_matches(key, names)
-        if similar:
-            question = f"did you mean {' or '.join(map(repr, similar))}?"
-        else:
-            more = ", ..." if len(names) > 8 else ""
-            question = f"choose from {', '.join(map(repr, names[:8]))}{more}"
-        return f", as there is none: {question}"
+        bare = re.sub(rf"^(module\.|{COMPILED_MODULE}\.)+", "", key)
+        if bare in names:
+            return f", as there is none: did you mean {bare!r}?"
+        return f", as there is none{suggest(key, names)}"
 
     def _name(self, key: Union[Module, str]) -> str:
         return key if isinstance(key, str) else self.paths[key]
@@ -448,7 +449,7 @@ def _collect(calls: list[_Call], output: Any) -> None:
     for node in walk([elem.grad_fn for elem in _tensors(output)]):
         for index, edge in enumerate(node.next_functions):
             for call, parts in wanted.get(edge, ()):
-                if call.begin <= sequence_nr(node) < call.end:
+                if call.begin <= sequence_of(node) < call.end:
                     # after the hooks of the composite, which may change it
                     node.register_hook(partial(_put_down, index, parts))
 

@@ -16,8 +16,8 @@ from captum._utils.common import _select_targets
 from captum.attr import LRP, GradientAttribution, NoiseTunnel
 from captum.attr import visualization as viz
 from captum.attr._utils.lrp_rules import EpsilonRule
+from helpers.networks import UserNetwork, randomize
 from helpers.state import assert_state, in_threads, resident, state_of
-from networks import UserNetwork, randomize
 from zennit.attribution import Gradient
 from zennit.composites import EpsilonPlus, LayerMapComposite
 from zennit.core import Composite
@@ -712,7 +712,7 @@ def test_bad_calls(method, kwargs, error, message):
     (lambda: ResNetLRP(network(), splitting='x'), ValueError, 'splitting=\'x\''),
     (lambda: ResNetLRP(network(), initial_relevance='x'), ValueError, 'initial_relevance=\'x\''),
     (lambda: C3LRP(network(), postprocess='x'), ValueError, 'postprocess=\'x\''),
-    (lambda: CompositeAttribution(network(), 'resnet_lrp'), ValueError, 'choose one of.*\'resnet_lrp_ratio\''),
+    (lambda: CompositeAttribution(network(), 'resnet_lrp'), ValueError, 'did you mean .*resnet_lrp_ratio'),
     (lambda: CompositeAttribution(network(), 3), TypeError, 'composite=3'),
     (lambda: CompositeAttribution(network(), dict), TypeError, 'dict.*neither a composite'),
     (lambda: CompositeAttribution(network(), 'epsilon_gamma_box'), TypeError, 'epsilon_gamma_box.*give an instance'),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from captum.attr import LayerAttribution, NoiseTunnel
 from captum.metrics import infidelity, sensitivity_max
-from networks import UserNetwork, randomize
+from helpers.networks import UserNetwork, randomize
 
 from captum_adapters.attr import rise as perturbation
 from captum_adapters.attr.rise import RISE

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden_cases import golden_cases, relative_error, tensor
-from networks import UserNetwork, randomize
+from helpers.networks import UserNetwork, randomize
 
 from captum_adapters._validation import check_target, pixel_maps, select_target
 from captum_adapters.metrics import NegativeMapWarning, ProbabilityWarning, _perturbation, _ranking

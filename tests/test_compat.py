@@ -1,0 +1,258 @@
+'''Canaries for what is private in Python, PyTorch and Zennit: each fails where an upgrade would make maps wrong.
+
+Checked with Python 3.10 to 3.13, PyTorch 2.4 to 2.13, Zennit 0.5.1 and 1.0.0.
+'''
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from zennit.composites import EpsilonPlus
+from zennit.core import BasicHook, Composite
+from zennit.rules import Epsilon
+
+import zennit_resnet
+from zennit_resnet import ResidualCanonizer, ResNetLRP, _compat
+
+PACKAGE = Path(zennit_resnet.__file__).parent
+# Names of autograd nodes, their numbers and what they save; modes, versions, hooks and frames.
+PRIVATE = re.compile(
+    r'torch\._|_saved_\w+|_sequence_nr|_forward_cls|_input_metadata|_forward(_pre)?_hooks|_getframe|_is_view|\._version'
+    r'|_unsafe_preserve|_function_mode|_compiled_call_impl|_orig_mod|_conv_forward|_reversed_padding|_DropoutNd'
+)
+
+
+def test_private_names_are_fenced():
+    '''No other module of the package uses them, docstrings and comments aside.'''
+    found = []
+    for path in PACKAGE.rglob('*.py'):
+        if path.name in ('_compat.py', '_autograd.py'):
+            continue
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)) and ast.get_docstring(node):
+                node.body = node.body[1:] or [ast.Pass()]
+        # what Zennit or this package call alike is their own
+        code = re.sub(r'self\._version\b', '', ast.unparse(tree))
+        found += [(path.name, match[0]) for match in PRIVATE.finditer(code)]
+    assert found == []
+
+
+# -- tensors -----------------------------------------------------------------------------------------------------------
+
+def test_version_of():
+    '''It counts changes in place, also those of views, and nobody counts within inference mode.'''
+    tensor = torch.zeros(2, 2)
+    before = _compat.version_of(tensor)
+    tensor[0].add_(1)
+    assert _compat.version_of(tensor) == before + 1
+    assert _compat.version_of(tensor.detach()) == before + 1
+    with torch.inference_mode():
+        assert _compat.version_of(torch.zeros(1)) is None
+
+
+def test_keep_version():
+    '''Changes within the context are not counted.'''
+    tensor = torch.zeros(2)
+    before = _compat.version_of(tensor)
+    with _compat.keep_version(tensor):
+        tensor.add_(1)
+    assert _compat.version_of(tensor) == before and tensor.tolist() == [1., 1.]
+
+
+def test_is_view():
+    '''Views are views, copies and detached tensors of no other are none.'''
+    tensor = torch.zeros(2, 2, requires_grad=True) * 1
+    assert _compat.is_view(tensor[0]) and not _compat.is_view(tensor.clone())
+
+
+def test_in_backward():
+    '''Only the hooks of a backward pass run within it.'''
+    tensor, seen = torch.ones(1, requires_grad=True), []
+    (tensor * 2).register_hook(lambda _: seen.append(_compat.in_backward()))
+    output = tensor * 2
+    output.register_hook(lambda _: seen.append(_compat.in_backward()))
+    output.sum().backward()
+    assert seen == [True] and not _compat.in_backward()
+
+
+def test_set_grad_enabled():
+    '''It sets the mode at once, and not only within a context.'''
+    _compat.set_grad_enabled(False)
+    is_off = not torch.is_grad_enabled()
+    _compat.set_grad_enabled(True)
+    assert is_off and torch.is_grad_enabled()
+
+
+def test_modes():
+    '''Modes are pushed and popped in order, see functions, and see none without torch functions.'''
+    class Names(TorchFunctionMode):
+        '''Names of functions.'''
+        def __init__(self):
+            super().__init__()
+            self.names = []
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            self.names.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    mode, tensor = Names(), torch.ones(1)
+    _compat.push_mode(mode)
+    is_inside = _compat.function_modes()[-1] is mode
+    torch.add(tensor, 1)
+    with _compat.DisableTorchFunction():
+        torch.mul(tensor, 1)
+    popped = _compat.pop_mode()
+    assert is_inside and popped is mode and mode not in _compat.function_modes()
+    assert mode.names == ['add']
+
+
+def test_overloads():
+    '''Exported networks call overloads of aten.'''
+    assert isinstance(torch.ops.aten.add.Tensor, _compat.OpOverload)
+
+
+# -- modules -----------------------------------------------------------------------------------------------------------
+
+def test_rules_of():
+    '''Hooks of Zennit and of this package are bound methods of their rules, before and after the module.'''
+    module, rule = nn.Linear(2, 2), Epsilon()
+    handles = rule.register(module)
+    single, linear = ResNetLRP(), nn.Sequential(nn.Linear(2, 2))
+    single.register(linear)
+    assert _compat.rules_of(module) == [rule] and rule in _compat.rules_of(module, with_post=True)
+    assert isinstance(rule, BasicHook) and len(_compat.pre_hooks_of(module)) == 1
+    assert [type(elem).__name__ for elem in _compat.rules_of(linear[0])] == ['ZPlus']
+    handles.remove()
+    single.remove()
+    assert not _compat.rules_of(module) and not _compat.rules_of(linear[0], with_post=True)
+
+
+def test_pre_hooks_in_order():
+    '''Hooks are in the order in which they run.'''
+    module, order = nn.Identity(), []
+    for num in range(3):
+        module.register_forward_pre_hook(lambda *_, num=num: order.append(num))
+    module(torch.zeros(1))
+    for hook in _compat.pre_hooks_of(module):
+        hook(module, ())
+    assert order == [0, 1, 2, 0, 1, 2] and len(_compat.hooks_of(module)) == 0
+
+
+def test_dropout():
+    '''All dropouts are of one class.'''
+    kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+    assert all(issubclass(kind, _compat.Dropout) for kind in kinds)
+
+
+def test_forward_parts():
+    '''Convolutions run what subclasses override.'''
+    assert all(part in dir(nn.ConvTranspose2d) + dir(nn.Conv2d) for part in _compat.FORWARD_PARTS)
+
+    class Doubled(nn.Conv2d):
+        '''Overrides a part.'''
+        def _conv_forward(self, input, weight, bias):
+            return 2 * super()._conv_forward(input, weight, bias)
+
+    module = Doubled(1, 1, 1)
+    input = torch.ones(1, 1, 2, 2)
+    assert torch.equal(module(input), 2 * F.conv2d(input, module.weight, module.bias))
+
+
+@pytest.mark.parametrize('dims', [1, 2, 3])
+def test_padding_of(dims):
+    '''It pads as the convolution does.'''
+    kind = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dims]
+    module = kind(1, 1, 3, padding=tuple(range(1, dims + 1)), padding_mode='circular', bias=False)
+    input = torch.randn(1, 1, *(5,) * dims)
+    padded = F.pad(input, _compat.padding_of(module), mode='circular')
+    function = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[dims]
+    assert torch.allclose(module(input), function(padded, module.weight))
+
+
+def test_compiled():
+    '''Compiled modules keep the original and what they call under these names.'''
+    inner = nn.Linear(1, 1)
+    assert torch.compile(inner)._modules[_compat.COMPILED_MODULE] is inner
+    inner.compile()
+    assert vars(inner)[_compat.COMPILED_CALL] is not None
+
+
+def test_can_be_compiled():
+    '''Compiling loads the compiler.'''
+    torch.compile(nn.Linear(1, 1))
+    assert _compat.can_be_compiled()
+
+
+# -- frames ------------------------------------------------------------------------------------------------------------
+
+def test_caller():
+    '''The frame of the caller.'''
+    def ask():
+        return _compat.caller()
+
+    assert ask().f_code is test_caller.__code__
+
+
+def test_is_running():
+    '''A frame runs until its function returns.'''
+    def inner():
+        frame = _compat.caller(0)
+        return frame, _compat.is_running(frame)
+
+    frame, was_running = inner()
+    assert was_running and not _compat.is_running(frame)
+
+
+class Asking(ResidualCanonizer):
+    '''Asks who registers it.'''
+    def apply(self, root_module):
+        '''Note the answer.'''
+        self.answers.append(_compat.registering_composite())
+        return []
+
+
+@pytest.mark.parametrize('kind', [EpsilonPlus, type('Own', (Composite,), {
+    'register': lambda self, module: Composite.register(self, module)
+})])
+def test_registering_composite(kind):
+    '''Composites of Zennit are found from the call.'''
+    canonizer = Asking()
+    canonizer.answers = []
+    composite = kind(canonizers=[canonizer])
+    composite.register(nn.Linear(1, 1))
+    composite.remove()
+    assert canonizer.answers == [composite] and _compat.registering_composite() is None
+
+
+def test_is_replacing():
+    '''Zennit removes a composite before it registers it anew.'''
+    class Replaced(Composite):
+        '''Asks when it is removed.'''
+        def remove(self):
+            '''Note the answer.'''
+            Composite.remove(self)
+
+    seen = []
+
+    class Handle:
+        '''Asks when it is removed.'''
+        def remove(self):
+            '''Note the answer.'''
+            seen.append(_compat.is_replacing())
+
+    composite = Replaced()
+    for action in (lambda: composite.register(nn.Linear(1, 1)), composite.remove):
+        composite.handles.append(Handle())
+        action()
+    assert seen == [True, False]
+
+
+def test_canonizer_without_composite():
+    '''If no composite can be found, it is an error, and not the default rules.'''
+    with pytest.raises(RuntimeError, match='ResidualCanonizer'):
+        ResidualCanonizer().apply(nn.Linear(1, 1))

@@ -1,0 +1,547 @@
+'''Queries on the autograd graph: the only module that reads the names, numbers and saved fields of its nodes.
+
+``tests/test_autograd.py`` has a canary for each name that is read here: another name would silently make gates of
+signals, or have operations attributed to other layers.
+'''
+import copy
+import dataclasses
+
+import torch
+from zennit.types import Activation, AvgPool, Convolution, MaxPool
+
+from ._compat import DisableTorchFunction
+from .layer import Addition, Concatenation, Filling, Gate, Operation
+
+SIGMOIDS = frozenset('sigmoid hardsigmoid softmax expit ndtr'.split())
+# Functions of which the output may be anything, whatever they are given.
+UNBOUNDED = frozenset('exp exp_ exp2 exp2_ special_exp2 __rpow__'.split())
+# Logarithms of sigmoids, and of what is one more than an exponential.
+LOG_SIGMOIDS = frozenset('logsigmoid logsoftmax'.split())
+SOFTPLUS = frozenset('softplus logaddexp'.split())
+NEGATIONS = frozenset('neg negative rsub'.split())
+EXPONENTIALS = frozenset('exp exp2 rpow'.split())
+LOWER, UPPER = (frozenset(names.split()) for names in (
+    'clamp clampmin clamp_min relu maximum max fmax threshold', 'clamp clampmax clamp_max minimum min fmin'
+))
+COPIES = ('Clone', 'ToCopy')
+# Functions that move elements along the dimensions they name.
+REORDERS = (
+    'Stack', 'Cat', 'Unbind', 'Select', 'Slice', 'Split', 'Transpose', 'Permute', 'Flip', 'Roll', 'Index', 'TBackward',
+    'Gather', 'Scatter', 'Topk', 'Sort', 'Kthvalue', 'Median', 'Nanmedian', 'Mode', 'Cummax', 'Cummin', 'Diagonal',
+)
+# Functions that do so regardless of dimensions.
+SCATTERS = ('MaskedSelect', 'MaskedScatter', 'Take', 'Put')
+MOVES = ('View', 'Expand', 'queeze', 'Permute', 'Transpose', 'Clone', 'Copy', 'Identity')
+# Functions, and modules in place of them, of which the output is a gate if all that they are given is one.
+SHIFTS, SCALES = ('Add', 'Sub', 'Rsub'), ('Mul', 'Div', 'Neg')
+AVERAGES = ('Pool', 'Upsample', 'Mean', 'Sum')
+CLIPS = ('Clamp', 'Hardtanh', 'Relu', 'Where', 'Masked', 'Maximum', 'Minimum')
+COMBINES = (Addition, Concatenation, Filling, Gate, Activation, AvgPool, MaxPool, torch.nn.Upsample)
+# Functions that scale or bound a sum, as a softmax that is written out may do with that of its exponentials.
+SCALED = frozenset('add sub mul div truediv clamp clamp_min clampmin clip neg'.split())
+INVERSES = frozenset('reciprocal pow div truediv rtruediv rdiv'.split())
+# Functions that a softmax may be written with.
+SOFT = frozenset('exp exp2 expm1 logsumexp logaddexp softplus sigmoid tanh softmax logsoftmax logsigmoid'.split())
+# Functions of several tensors.
+PRODUCTS = frozenset('Bmm Mm Mv Dot Baddbmm Addmm Addbmm'.split())
+LAYERS = PRODUCTS | {'Convolution', 'Linear'}
+ARITHMETIC = PRODUCTS | frozenset('Add Sub Rsub Mul Div Addcmul Addcdiv Lerp Where'.split())
+
+
+def name_of(function):
+    '''Name of a function, without that of an overload, which those of exported networks have (``add.Tensor``).'''
+    name = getattr(function, '__name__', None)
+    return str(function) if name is None else name.partition('.')[0]
+
+
+def tensors_of(value):
+    '''All tensors in nested arguments, in their order.'''
+    found = []
+    _collect(value, found)
+    return found
+
+
+def _collect(value, found):
+    if isinstance(value, torch.Tensor):
+        found.append(value)
+    # what most arguments are, first
+    elif value is not None and not isinstance(value, (int, float, str)):
+        for elem in value if isinstance(value, (list, tuple)) else _elements(value).values():
+            _collect(elem, found)
+
+
+def map_tensors(function, value):
+    '''Replace all tensors in nested arguments by a function of them. What has none of another value is not copied.'''
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    elements = _elements(value)
+    mapped = {key: map_tensors(function, elem) for key, elem in elements.items()}
+    if all(mapped[key] is elem for key, elem in elements.items()):
+        return value
+    if isinstance(value, tuple):
+        return type(value)._make(mapped.values()) if hasattr(value, '_make') else type(value)(mapped.values())
+    result = copy.copy(value)
+    for key, elem in mapped.items():
+        if isinstance(value, (dict, list)):
+            result[key] = elem
+        else:
+            # it may be frozen
+            object.__setattr__(result, key, elem)
+    return result
+
+
+def _elements(value):
+    '''Elements of a container by their keys, empty for anything else.'''
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, (list, tuple)):
+        return dict(enumerate(value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return {}
+
+
+def carriers_of(value):
+    '''All tensors that carry relevance in nested arguments, in their order.'''
+    # while functions are seen, attributes are as well, which takes longer than anything else here
+    with DisableTorchFunction():
+        return [tensor for tensor in tensors_of(value) if tensor.requires_grad]
+
+
+def nodes_of(tensors):
+    '''The nodes at which tensors came out of a graph, without leaves.'''
+    with DisableTorchFunction():
+        return {tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None}
+
+
+# -- nodes -------------------------------------------------------------------------------------------------------------
+
+def sequence_of(node):
+    '''Number of a node: those created later have larger ones. Only leaves have no proper number.'''
+    return node._sequence_nr()
+
+
+def next_sequence():
+    '''Number of the node that will be created next.'''
+    return torch.autograd._get_sequence_nr()
+
+
+def is_leaf(node):
+    '''Whether a node is that of a leaf, which accumulates gradients.'''
+    return 'AccumulateGrad' in node.name()
+
+
+def function_of(node):
+    '''Name of a node without namespaces.'''
+    return node.name().rpartition('::')[2]
+
+
+def class_of(node):
+    '''Class of the custom autograd function that a node belongs to, None for others.'''
+    return getattr(node, '_forward_cls', None)
+
+
+def metadata_of(node):
+    '''Shapes and types of the outputs of a node, empty where it does not tell, as some of PyTorch 2.4.'''
+    return getattr(node, '_input_metadata', ())
+
+
+def rule_of(node):
+    '''The single-pass rule that is the backward function of a node, None if there is none.'''
+    return getattr(node, 'rule', None)
+
+
+def module_of(node):
+    '''The layer of that rule, None if there is none.'''
+    return getattr(node, 'module', None)
+
+
+def is_move(node):
+    '''Whether a node only gives elements another shape or order, or copies them.'''
+    return any(key in node.name() for key in MOVES)
+
+
+# -- questions ---------------------------------------------------------------------------------------------------------
+
+def depends_on(tensor, source):
+    '''Whether a tensor was computed from another, or from what that is a copy of, by their graphs.'''
+    if tensor.grad_fn is None or not source.requires_grad:
+        return False
+    edge = torch.autograd.graph.get_gradient_edge(source)
+    target, output_nr = edge.node, edge.output_nr
+    # in-place additions need a copy of the skip connection
+    while any(key in target.name() for key in COPIES) and len(target.next_functions) == 1:
+        target, output_nr = target.next_functions[0]
+    # nodes are numbered in the order of their creation, only leaves have no proper number
+    oldest = -1 if is_leaf(target) else sequence_of(target)
+    queue, seen = [tensor.grad_fn], set()
+    while queue:
+        for node, index in queue.pop().next_functions:
+            if node is None or (node, index) in seen:
+                continue
+            if node == target and index == output_nr:
+                return True
+            seen.add((node, index))
+            if sequence_of(node) > oldest:
+                queue.append(node)
+    return False
+
+
+def is_first(input):
+    '''Whether no linear layer or convolution with a single-pass rule precedes, by the input's graph.'''
+    return not any(map(_is_layer, walk([input.grad_fn])))
+
+
+def is_gate(tensor, with_tanh=True):
+    '''Whether a tensor was computed from outputs of sigmoids alone, without any layer in between, by its graph.'''
+    if tensor.grad_fn is None:
+        return False
+    queue, seen = [tensor.grad_fn], set()
+    while queue:
+        node = queue.pop()
+        if node in seen or _is_sigmoid(node, with_tanh):
+            continue
+        if not _combines(node):
+            return False
+        seen.add(node)
+        queue.extend(_parents(node))
+    return True
+
+
+def end_of(node):
+    '''The last function before an output that does more than moving, selecting or averaging elements.'''
+    while len(_parents(node)) == 1 and (
+        isinstance(module_of(node), AvgPool) or _stem(node).startswith(REORDERS)
+        or any(key in _stem(node) for key in MOVES + AVERAGES)
+    ):
+        node, = _parents(node)
+    return node
+
+
+def is_shift(tensor, other):
+    '''Whether another tensor has the largest elements of a tensor, as what a softmax subtracts first.'''
+    node = _skip(other.grad_fn)
+    return _function(node) in ('max', 'amax') and len(_parents(node)) == 1 and (
+        _skip(_parents(node)[0]) is _skip(tensor.grad_fn)
+    )
+
+
+def is_log_sum(node):
+    '''Whether a function is the logarithm of a sum of exponentials.'''
+    node = _skip(node, ('neg', 'negative'))
+    name, lower = _function(node), () if node is None else _parents(node)
+    if name == 'add' and len(lower) == 2:
+        # the largest element, and the rest of the sum
+        return any(map(is_log_sum, lower))
+    return name == 'logsumexp' or name == 'log' and is_sum(lower[0])
+
+
+def are_probabilities(values):
+    '''Whether elements along a dimension other than that of examples sum to one, or their exponentials do.'''
+    if not values.is_floating_point() or not values.numel():
+        return False
+    values = values.detach()
+    tolerance, candidates = min(1e3 * torch.finfo(values.dtype).eps, 1e-2), [values.exp()]
+    if bool((values >= 0).all()):
+        candidates = [values, (-values).exp()]
+    return any(
+        length > 1 and bool(((elem.sum(dim) - 1).abs() <= tolerance).all())
+        for elem in candidates for dim, length in enumerate(values.shape) if dim or values.ndim == 1
+    )
+
+
+def is_sum(node, is_inverse=False):
+    '''Whether a function is a sum of exponentials, or the inverse of one.'''
+    return _exponential(node, is_inverse) is not None
+
+
+def is_exponential(node):
+    '''Whether a function has some elements of exponentials.'''
+    while node is not None and len(_parents(node)) == 1 and (
+        _stem(node).startswith(REORDERS) or any(key in _stem(node) for key in MOVES)
+    ):
+        node, = _parents(node)
+    return _function(node) == 'exp'
+
+
+def _exponential(node, is_inverse):
+    '''The exponentials that a function sums up, None if it does anything else.'''
+    if is_inverse:
+        node = _skip(node, INVERSES)
+    node = _skip(node, SCALED)
+    if _function(node) != 'sum':
+        return None
+    node = _skip(_parents(node)[0], SCALED)
+    return node if _function(node) == 'exp' else None
+
+
+def _normalizes(node):
+    '''Whether a function of two tensors normalizes exponentials, or subtracts the logarithm of their sum.'''
+    lower, name = _parents(node), _function(node)
+    if len(lower) != 2 or name not in ('sub', 'add', 'div', 'mul'):
+        return False
+    if name in ('sub', 'add'):
+        return any(map(is_log_sum, lower))
+    return any(is_sum(elem, name == 'mul') for elem in lower)
+
+
+def softmaxes_before(outputs):
+    '''Softmaxes after the last layers before the outputs of a network, written out or not, by their graphs.
+
+    Parameters
+    ----------
+    outputs: list of :py:obj:`torch.Tensor`
+        The outputs.
+
+    Returns
+    -------
+    softmaxes: list of :py:obj:`torch.autograd.graph.Node`
+        Softmaxes.
+    is_only: bool
+        Whether all paths from the outputs to these layers pass one.
+    names: set[str]
+        Names of other functions.
+    '''
+    softmaxes, names, seen, is_only = [], set(), set(), True
+    queue = list(nodes_of(outputs))
+    while queue:
+        node = queue.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        name = _function(node)
+        names.add(name)
+        if name in ('softmax', 'logsoftmax') or _normalizes(node):
+            softmaxes.append(node)
+        elif _is_layer(node) or _stem(node) in LAYERS or not _parents(node):
+            is_only = False
+        else:
+            queue.extend(_parents(node))
+    return softmaxes, is_only, names
+
+
+def _function(node):
+    '''Name of the function that a node is of, which may have run through a module.'''
+    if node is None:
+        return ''
+    module = module_of(node)
+    if isinstance(module, Operation):
+        return module.name.strip('_').replace('special_', '').replace('log_s', 'logs')
+    if module is not None and hasattr(node, 'rule'):
+        kind = next(base for base in type(module).__mro__ if base.__module__.startswith('torch.nn.'))
+        return kind.__name__.lower()
+    return _stem(node).rpartition('::')[2].lower().replace('special', '')
+
+
+def _skip(node, names=()):
+    '''The function before those that move elements, and those of some names.'''
+    while node is not None and len(_parents(node)) == 1 and (
+        _function(node) in names or any(key in _stem(node) for key in MOVES)
+    ):
+        node, = _parents(node)
+    return node
+
+
+def is_attention(tensor):
+    '''Whether a tensor was computed from a product of two tensors over dimensions, after the last layers before it.'''
+    layers = (node for node in walk([tensor.grad_fn]) if _is_layer(node))
+    return any(_stem(node) in PRODUCTS and len(_parents(node)) > 1 for node in walk([tensor.grad_fn], set(layers)))
+
+
+def _is_layer(node):
+    return isinstance(module_of(node), (Convolution, torch.nn.Linear))
+
+
+def is_arithmetic(node):
+    '''Whether a function computes something from several tensors, which the canonizer should have intercepted.'''
+    return 'DifferentiableGraph' in node.name() or _stem(node) in ARITHMETIC and len(_parents(node)) > 1
+
+
+def _is_sigmoid(node, with_tanh):
+    '''Whether a function is a sigmoid, which may be one that networks write as a shift, clipped on both sides.'''
+    module, name = module_of(node), _function(node)
+    if _is_tanh(node):
+        return with_tanh
+    if name in SIGMOIDS or _is_logistic(node, name):
+        return True
+    if len(_parents(node)) == 1 and _stem(node) in SHIFTS:
+        # one and a hyperbolic tangent
+        below = _unscaled(node)
+        return below is not None and _is_tanh(below)
+    if not _clips(node, module):
+        # on one side after the other
+        below = _skip(_parents(node)[0]) if len(_parents(node)) == 1 else None
+        if not any(name in first and _function(below) in other for first, other in ((LOWER, UPPER), (UPPER, LOWER))):
+            return False
+        node = below
+    below = _unscaled(node)
+    return below is not None and _stem(below) in SHIFTS and len(_parents(below)) == 1
+
+
+def _unscaled(node):
+    '''The function before one, and before those that scale its result, None if there are several.'''
+    lower = _parents(node)
+    while len(lower) == 1 and _scales(lower[0]):
+        lower = _parents(lower[0])
+    return lower[0] if len(lower) == 1 else None
+
+
+def _is_tanh(node):
+    '''Whether a function is a hyperbolic tangent, or clips between minus one and one.'''
+    if _function(node) in ('tanh', '_tanh'):
+        return True
+    module = module_of(node)
+    bounds = getattr(module, 'bounds', None)
+    if isinstance(module, torch.nn.Hardtanh) and not isinstance(module, torch.nn.ReLU6):
+        bounds = module.min_val, module.max_val
+    for key in ('_saved_min', '_saved_min_val'):
+        if hasattr(node, key):
+            bounds = getattr(node, key), getattr(node, key.replace('min', 'max'))
+    return bounds is not None and all(isinstance(elem, (int, float)) for elem in bounds) and bounds == (-1, 1)
+
+
+def _is_logistic(node, name):
+    '''Whether a function is a sigmoid or softmax that is written out with exponentials.'''
+    lower = _parents(node)
+    if len(lower) != 1:
+        return False
+    below = _skip(lower[0])
+    if name == 'exp':
+        below_name = _function(below)
+        if below_name == 'sub' and len(_parents(below)) == 2:
+            # h - softplus(h)
+            return any(_is_softplus(elem) or is_log_sum(elem) for elem in _parents(below))
+        return below_name in LOG_SIGMOIDS or below_name in NEGATIONS and _is_softplus(_parents(below)[0])
+    if name == 'mul':
+        # what PyTorch makes of a number that is divided
+        below, name = _skip(_parents(below)[0]) if _function(below) == 'reciprocal' else None, 'reciprocal'
+    is_inverse = name in ('reciprocal', 'rtruediv', 'rdiv', 'div', 'truediv')
+    exponent = getattr(node, '_saved_exponent', None)
+    return (is_inverse or isinstance(exponent, (int, float)) and exponent == -1) and is_one_more(below)
+
+
+def _is_softplus(node):
+    '''Whether a function is the logarithm of what is one more than an exponential.'''
+    node = _skip(node)
+    name = _function(node)
+    if name not in ('log', 'log1p'):
+        return name in SOFTPLUS
+    below = _skip(_parents(node)[0])
+    return is_one_more(below) if name == 'log' else _is_exponential(below)
+
+
+def is_one_more(node):
+    '''Whether a function adds a constant to an exponential.'''
+    node = _skip(node)
+    if _function(node) not in ('add', 'radd') or len(_parents(node)) != 1:
+        return False
+    return _is_exponential(_skip(_parents(node)[0]))
+
+
+def _is_exponential(node):
+    '''Whether a function has its argument as an exponent.'''
+    return _function(node) in EXPONENTIALS or node is not None and (
+        node.name() in ('PowBackward1', 'PowBackward2') and isinstance(node._saved_exponent, torch.Tensor)
+    )
+
+
+def _clips(node, module):
+    '''Whether a function clips its input on both sides.'''
+    if isinstance(module, (torch.nn.ReLU6, torch.nn.Hardtanh)) or 'Hardtanh' in node.name():
+        return True
+    if 'Clamp' in node.name():
+        return getattr(node, '_saved_min', None) is not None and getattr(node, '_saved_max', None) is not None
+    return getattr(module, 'is_clipped', False)
+
+
+def _scales(node):
+    '''Whether a function moves or scales what it is given.'''
+    stem = _stem(node)
+    return isinstance(module_of(node), Gate) or stem in SCALES or any(key in stem for key in MOVES)
+
+
+def _combines(node):
+    '''Whether a function moves, averages, scales, clips or adds up what it is given.'''
+    stem, module = _stem(node), module_of(node)
+    if isinstance(module, Operation) and module.name in UNBOUNDED:
+        return False
+    return (
+        isinstance(module, COMBINES) or _scales(node) or stem in SHIFTS
+        or stem.startswith(REORDERS) or any(key in stem for key in AVERAGES + CLIPS)
+    ) and bool(_parents(node))
+
+
+def _stem(node):
+    '''Name of a function of PyTorch without what it has in common with all others.'''
+    return node.name().split('Backward')[0]
+
+
+def _parents(node):
+    return [parent for parent, _ in node.next_functions if parent is not None]
+
+
+def walk(nodes, seen=None):
+    '''All nodes of the graph that some nodes are computed from, themselves included.
+
+    Parameters
+    ----------
+    nodes: iterable of :py:obj:`torch.autograd.graph.Node` or None
+        The nodes to start from.
+    seen: set of :py:obj:`torch.autograd.graph.Node`, optional
+        Nodes at which to stop, to which all others are added.
+
+    Yields
+    ------
+    :py:obj:`torch.autograd.graph.Node`
+        Each node once.
+    '''
+    queue, seen = [node for node in nodes if node is not None], set() if seen is None else seen
+    while queue:
+        node = queue.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        yield node
+        queue.extend(_parents(node))
+
+
+def moves_first(node):
+    '''Whether a function of PyTorch moves elements along the first dimension, which is that of examples.'''
+    if not node.name().startswith(REORDERS):
+        # pooling of regions of interest by torchvision
+        return node.name().startswith(SCATTERS) or 'roi' in node.name().lower()
+    if isinstance(getattr(node, '_saved_indices', None), (list, tuple)):
+        return node._saved_indices[0] is not None
+    if node.name().startswith('Permute'):
+        return node._saved_dims[0] != 0
+    if node.name().startswith('SliceBackward') and node._saved_step == 1 and not node._saved_start:
+        # PyTorch 2.4 has one for each colon of an index
+        sizes = node._saved_self_sym_sizes
+        dim = next(num for num in (node._saved_dim, node._saved_dim - 2 ** 64) if num < len(sizes))
+        if node._saved_end is None or node._saved_end >= sizes[dim]:
+            return False
+    # negative numbers are stored as large ones
+    dims = [getattr(node, key) for key in ('_saved_dim', '_saved_dim0', '_saved_dim1') if hasattr(node, key)]
+    return 0 in (*dims, *getattr(node, '_saved_dims', ())) or node.name().startswith('TBackward')
+
+
+def moved_before(tensor):
+    '''Whether what moves elements right before a tensor also moves them along the first dimension.'''
+    node = tensor.grad_fn
+    while node is not None and len(_parents(node)) == 1 and (
+        _stem(node).startswith(REORDERS) or any(key in _stem(node) for key in MOVES)
+    ):
+        if moves_first(node):
+            return True
+        node, = _parents(node)
+    return False
+
+
+def count_uses(nodes):
+    '''How often the output of each node is used in the graph of the given nodes, which is 0 if it is only returned.'''
+    uses = {}
+    for node in walk(nodes):
+        uses.setdefault(node, 0)
+        for parent in _parents(node):
+            uses[parent] = uses.get(parent, 0) + 1
+    return uses

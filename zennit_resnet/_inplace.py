@@ -1,0 +1,307 @@
+'''Tensors that a network changes in place while rules need them as they were, or run on a copy of them.'''
+import threading
+import weakref
+from contextlib import nullcontext
+from numbers import Number
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from ._autograd import name_of, tensors_of
+from ._compat import DisableTorchFunction, function_modes, is_view, keep_version, pop_mode, push_mode, version_of
+
+# Functions after which each entry is the same as before, or has a gradient of zero (but may have relevance).
+CLIPPING = frozenset('relu relu_ relu6 hardtanh hardtanh_ clamp_ clip_ clamp_min_ clamp_max_ threshold_'.split())
+
+
+# Names of the functions that operators of Python become.
+OPERATORS = frozenset('''
+    add radd iadd sub rsub isub mul rmul imul div rdiv idiv truediv rtruediv itruediv true_divide pow rpow ipow matmul
+    rmatmul imatmul mod rmod imod remainder floordiv rfloordiv ifloordiv floor_divide
+'''.split())
+
+
+class _State(threading.local):
+    '''Tensors of a thread, by the addresses of their memory.'''
+    def __init__(self):
+        # what rules keep in this memory, as long as they do
+        self.kept = {}
+        # tensors which the network believes to be changed in place, with the tensors that took their place
+        self.replaced = {}
+        # who reads weights in the backward pass, also by the addresses of these once they are asked for
+        self.readers, self.read = [], {}
+        # what sees all functions at the moment
+        self.watches = set()
+
+
+_STATE = _State()
+
+
+class Kept:
+    '''Values of a tensor as they are now, for the backward pass.
+
+    They are only copied if and when the network changes them, such as by an in-place gate. Where relevance follows the
+    gradient, clipping by an in-place ReLU that is the first to use them leaves what it depends on: entries without
+    gradient receive none. Where no canonizer follows the network, they are copied at once.
+
+    Parameters
+    ----------
+    tensor: :py:obj:`torch.Tensor`
+        The tensor.
+    '''
+    def __init__(self, tensor):
+        self._tensor = tensor.detach()
+        self._version = version_of(self._tensor)
+        self.is_used = False
+        if is_watched():
+            self.address = address_of(tensor)
+            _STATE.kept.setdefault(self.address, weakref.WeakSet()).add(self)
+        else:
+            self.copy()
+
+    @property
+    def is_changed(self):
+        '''Whether the network has changed the tensor in a way which nobody noted.'''
+        return version_of(self._tensor) != self._version
+
+    def copy(self):
+        '''Copy the values, which are about to change.'''
+        self._tensor = self._tensor.clone()
+        self._version, self.address = version_of(self._tensor), None
+
+    def accept(self):
+        '''Take the values as they are now.'''
+        self._version = version_of(self._tensor)
+
+    def clear(self):
+        '''Forget the values, which are not needed.'''
+        self._tensor = self._tensor.new_empty(0)
+        self.accept()
+        self.address = None
+
+    @property
+    def values(self):
+        '''The values.
+
+        Raises
+        ------
+        RuntimeError
+            If they were changed by something that is no function of PyTorch.
+        '''
+        if self.is_changed:
+            raise RuntimeError(
+                f'A tensor of shape {tuple(self._tensor.shape)} at the border of a block was changed in place by an '
+                'operation that can not be followed, such as a scripted function: use one that is not in place.'
+            )
+        return self._tensor
+
+
+class _Follow(torch.autograd.Function):
+    '''Have a tensor become another, as if it had been changed in place.'''
+    # pylint: disable=abstract-method,arguments-differ
+    @staticmethod
+    def forward(ctx, tensor, current):
+        '''Copy what is not in the same memory.'''
+        ctx.is_view = is_view(tensor)
+        if tensor.data_ptr() != current.data_ptr():
+            tensor.copy_(current)
+        ctx.mark_dirty(tensor)
+        return tensor
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, relevance):
+        '''All relevance is that of the other.'''
+        # with None, PyTorch would also drop that of what the view is a part of
+        return torch.zeros_like(relevance) if ctx.is_view else None, relevance
+
+
+def is_watched():
+    '''Whether functions on tensors are seen.'''
+    return any(isinstance(mode, Watch) for mode in function_modes())
+
+
+class Watch(TorchFunctionMode):
+    '''Sees all functions on tensors, and takes care of those that change a tensor.'''
+    # whether relevance of activations is their gradient
+    is_gradient = False
+
+    def enter(self):
+        '''Begin, unless an interrupt has skipped the end.'''
+        _STATE.watches.add(self)
+        if self not in function_modes():
+            push_mode(self)
+
+    def leave(self):
+        '''End, wherever it is among other modes.'''
+        _STATE.watches.discard(self)
+        others = []
+        while self in function_modes():
+            others.append(pop_mode())
+        for mode in reversed(others[:-1]):
+            push_mode(mode)
+
+    def look(self, func, args, kwargs):
+        '''Look at a function which is about to run, before what it changes is copied for those that keep it.'''
+
+    def run(self, func, args, kwargs):
+        '''Run a function.'''
+        return func(*args, **kwargs)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = {} if kwargs is None else kwargs
+        name = name_of(func)
+        if name in ('__get__', '__set__'):
+            return self.run(func, args, kwargs)
+        settle((args, kwargs))
+        self.look(func, args, kwargs)
+        target = _changed(name, args, kwargs)
+        if (_STATE.readers or _STATE.read) and (target is not None or name.startswith('_foreach')):
+            _preserve(args[:1] if target is None else target)
+        clipped = _use(target, (args, kwargs), self.is_gradient and name in CLIPPING) if _STATE.kept else ()
+        try:
+            output = self.run(func, args, kwargs)
+        except TypeError as error:
+            if name.strip('_') in OPERATORS and all(isinstance(elem, (torch.Tensor, Number)) for elem in args):
+                # Python would call the operands unsupported, whatever is wrong
+                raise RuntimeError(f'{name}: {error}') from error
+            raise
+        for kept in clipped:
+            kept.accept()
+        if target is not None:
+            note_copy(target, output)
+        return output
+
+
+def note_copy(tensor, output):
+    '''Note the output of something that changes a tensor in place, but which may have been run on a copy of it.
+
+    Hooks of Zennit copy the inputs of modules. Most networks go on with what was returned, so nothing is done before
+    :py:func:`settle` finds that one goes on with the original.
+
+    Parameters
+    ----------
+    tensor: :py:obj:`torch.Tensor`
+        The original.
+    output: object
+        What was returned.
+    '''
+    with DisableTorchFunction():
+        if (
+            all(isinstance(elem, torch.Tensor) and elem.requires_grad for elem in (tensor, output))
+            and tensor.shape == output.shape and address_of(tensor) != address_of(output)
+        ):
+            replace(tensor, output)
+
+
+def replace(tensor, current):
+    '''Note that a tensor shall become another as soon as it is used.
+
+    Parameters
+    ----------
+    tensor: :py:obj:`torch.Tensor`
+        A tensor that is believed to be changed in place.
+    current: :py:obj:`torch.Tensor`
+        The tensor that was.
+    '''
+    # a view may be the only reference to a part of another tensor
+    reference = (lambda: tensor) if is_view(tensor) else weakref.ref(tensor)
+    _STATE.replaced.setdefault(address_of(tensor), []).append((reference, current))
+
+
+def settle(value):
+    '''Have tensors, which are used now, become what took their place.
+
+    Parameters
+    ----------
+    value: object
+        Nested arguments or outputs.
+    '''
+    if not _STATE.replaced:
+        return
+    with DisableTorchFunction():
+        for tensor in tensors_of(value):
+            for reference, current in _STATE.replaced.pop(address_of(tensor), ()):
+                original = reference()
+                if original is not None and original is not current:
+                    settle(current)
+                    is_copied = original.data_ptr() != current.data_ptr()
+                    if is_copied:
+                        _use(original, original, False)
+                    # other views of the same tensor only find out by its version that its history is another
+                    with nullcontext() if is_copied and is_view(original) else keep_version(original):
+                        _Follow.apply(original, current)
+
+
+def forget():
+    '''Forget what was noted, after a forward pass.'''
+    _STATE.replaced.clear()
+    _STATE.readers.clear()
+    _STATE.read.clear()
+    for address in [address for address, kept in _STATE.kept.items() if not kept]:
+        del _STATE.kept[address]
+
+
+def is_followed():
+    '''Whether a canonizer follows the network, also from within a function that it sees at the moment.'''
+    return bool(_STATE.watches)
+
+
+def note_reader(reader):
+    '''Have ``reader.preserve(address)`` called before the network changes a tensor of ``reader.tensors()`` in place.'''
+    if is_followed():
+        _STATE.readers.append(reader)
+
+
+def _preserve(value):
+    '''Tell those who read weights that these are about to change.'''
+    with DisableTorchFunction():
+        for tensor in tensors_of(value):
+            # what depends on the input is no weight
+            if tensor.requires_grad:
+                continue
+            while _STATE.readers:
+                reader = _STATE.readers.pop()
+                for elem in reader.tensors():
+                    _STATE.read.setdefault(address_of(elem), []).append(reader)
+            for reader in _STATE.read.get(address_of(tensor), ()):
+                reader.preserve(address_of(tensor))
+
+
+def _use(target, value, is_clipping):
+    '''Note that tensors are used, and copy what is kept of the one that changes, unless it is only clipped.'''
+    address, clipped = None if target is None else address_of(target), []
+    for tensor in tensors_of(value):
+        key = address_of(tensor)
+        for kept in _STATE.kept.get(key, ()):
+            if kept.address == key:
+                if key != address:
+                    kept.is_used = True
+                elif is_clipping and not kept.is_used and not kept.is_changed:
+                    clipped.append(kept)
+                elif not kept.is_changed:
+                    kept.copy()
+    return clipped
+
+
+def _changed(name, args, kwargs):
+    '''The tensor that a function changes in place, None if it does not.
+
+    PyTorch gives ``inplace`` by name, whatever the caller does.
+    '''
+    target = kwargs.get('out')
+    if target is None and (
+        kwargs.get('inplace') or name == '__setitem__' or name.startswith('__i')
+        or name.endswith('_') and not name.endswith('__')
+    ):
+        target = args[0] if args else kwargs.get('input')
+    return target if isinstance(target, torch.Tensor) else None
+
+
+def address_of(tensor):
+    '''Address of the memory of a tensor, which all of its views have in common.'''
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except NotImplementedError:
+        # within torch.vmap, tensors have no storage of their own
+        return id(tensor)

@@ -1,0 +1,199 @@
+'''Weights as a forward pass used them, and whether a module computes what its class in torch.nn does.
+
+Rules read weights in the backward pass. By then, others may be in place (:py:func:`torch.func.functional_call`, weights
+that are assigned for a call) or they may have been changed in place, so the forward pass keeps what it used.
+'''
+import functools
+
+import torch
+from torch.nn.utils import parametrize
+
+from ._compat import FORWARD_PARTS, version_of
+from ._inplace import address_of, is_followed, note_reader
+from .layer import Operation
+
+# What forward is made of in the classes of torch.nn that rules know, and what it reads.
+_FORWARD = frozenset(('forward', *FORWARD_PARTS))
+_WEIGHTS = frozenset(('weight', 'bias', 'running_mean', 'running_var'))
+
+
+@functools.lru_cache(maxsize=512)
+def _has_own_forward(kind):
+    '''Whether a class defines something that the forward of the class in torch.nn which it is derived from uses.'''
+    is_own = False
+    for base in kind.__mro__:
+        if base is torch.nn.Module or base.__module__ == 'torch.nn.modules.container':
+            # derived from nothing that is known
+            return False
+        if base.__module__.startswith('torch.nn.modules.') or issubclass(base, Operation):
+            return is_own
+        # the class that torch.nn.utils.parametrize puts on top has properties for weights, which compute them
+        is_parametrized = base.__module__ == parametrize.__name__
+        is_own = is_own or not (_FORWARD if is_parametrized else _FORWARD | _WEIGHTS).isdisjoint(vars(base))
+    return False
+
+
+def is_plain(module):
+    '''Whether a module computes what the class in torch.nn that it is an instance of computes.
+
+    Rules for types assume that it does. Otherwise (padding of its own, standardized weights) its forward may compute
+    anything, and the canonizer looks inside, where it finds the functions that it is made of.
+
+    Parameters
+    ----------
+    module: :py:obj:`torch.nn.Module`
+        The module.
+
+    Returns
+    -------
+    bool
+        ``True`` also for modules that are derived from no class in torch.nn but Module and its containers.
+    '''
+    attributes = vars(module)
+    return not (
+        _has_own_forward(type(module)) or 'forward' in attributes or any(part in attributes for part in FORWARD_PARTS)
+    )
+
+
+class UsedWeights:
+    '''Which parameters and buffers a module has now, to find out whether it has others later.'''
+    def __init__(self, module):
+        self.module = module
+        self.found = _look(module)
+        # whether the network has changed a parameter in place while it ran
+        self.is_changed = False
+
+    def is_same(self, other):
+        '''Whether these are the same tensors as others, none of them changed in place.'''
+        return len(self.found) == len(other.found) and all(
+            # Zennit 1.0.0 has new objects for the same memory after its rules have run
+            address == before[1] and (version == before[2] if tensor is before[0] else not version)
+            for (tensor, address, version), before in zip(other.found, self.found)
+        )
+
+    def is_current(self):
+        '''Whether the module still has these.'''
+        return self.is_same(UsedWeights(self.module))
+
+    def check(self, *args):
+        '''Raise a RuntimeError if the module has others, or if one was changed in place, as autograd does.'''
+        if self.is_changed or not self.is_current():
+            raise RuntimeError(_describe(self.module, 'weights were replaced or changed'))
+
+    def check_data(self, *args):
+        '''Raise a RuntimeError if one of the tensors has other ``data``, which autograd does not notice.'''
+        if self.is_changed or any(_start(tensor) != address for tensor, address, _ in self.found):
+            raise RuntimeError(_describe(self.module, 'a weight was changed, or other data was assigned to it,'))
+
+    def renew(self):
+        '''Take the weights that are in place now for those to be found later.'''
+        self.found = _look(self.module)
+
+    def tensors(self):
+        '''The parameters, which the rule reads later.'''
+        return [tensor for tensor in self.module._parameters.values() if tensor is not None]
+
+    def preserve(self, address):
+        '''Note that the network changes one of them. An error now would keep it from changing it back.'''
+        self.is_changed = True
+
+
+class UsedModule:
+    '''A copy of a module with the weights of a call, for a rule that reads them in the backward pass.
+
+    Parameters
+    ----------
+    module: :py:obj:`torch.nn.Module`
+        The module, which is about to be called.
+    '''
+    def __init__(self, module):
+        attributes, kind = vars(module), type(module)
+        # aliases of tensors with their versions, which have to be the same in the backward pass
+        self.kept, self.cache, self.module = {}, None, module
+        self.own = {
+            key: {name: None if elem is None else self._keep(name, elem) for name, elem in attributes[key].items()}
+            for key in ('_parameters', '_buffers')
+        }
+        for name, elem in attributes.items():
+            # computed before each call, as of pruned layers
+            if isinstance(elem, torch.Tensor):
+                self.own[name] = self._keep(name, elem)
+        inner = ()
+        if 'parametrizations' in attributes['_modules']:
+            # values in the place of properties, which are computed once, as they may be random
+            kind, self.cache = parametrize.type_before_parametrizations(module), parametrize.cached()
+            self.cache.__enter__()
+            self.own.update((name, getattr(module, name).detach()) for name in module.parametrizations)
+        elif attributes['_modules']:
+            inner = [elem for elem in module.modules() if elem is not module]
+        # what is inside is not copied
+        self.inner = [UsedWeights(elem) for elem in inner]
+        if self.kept:
+            note_reader(self)
+        self.module = object.__new__(kind)
+
+    def _keep(self, name, tensor):
+        '''An alias of a tensor, which assigning other ``data`` to it does not change.'''
+        if tensor.requires_grad and not tensor.is_leaf and is_followed():
+            raise RuntimeError(
+                f'The {name} of a {type(self.module).__name__} is computed from the input of the network, so that '
+                'relevance should reach it as well, for which there is no rule: give the layer a rule of your own.'
+            )
+        alias = tensor.detach()
+        self.kept[name] = alias, version_of(alias)
+        return alias
+
+    def tensors(self):
+        '''The tensors which are copied if the network changes them while it runs.'''
+        return [tensor for tensor, _ in self.kept.values()]
+
+    def preserve(self, address):
+        '''Copy a weight which the network is about to change in place.'''
+        for name, (tensor, version) in self.kept.items():
+            if address_of(tensor) == address and version_of(tensor) == version:
+                duplicate = tensor.clone()
+                self.kept[name] = duplicate, version_of(duplicate)
+                for values in (self.own, self.own['_parameters'], self.own['_buffers']):
+                    if values.get(name) is tensor:
+                        values[name] = duplicate
+                vars(self.module).update(self.own)
+
+    def finish(self, module):
+        '''Take over what the call has set, after it.'''
+        if self.cache is not None:
+            self.cache.__exit__(None, None, None)
+            self.cache = None
+        vars(self.module).update(vars(module))
+        vars(self.module).update(self.own)
+
+    def check(self):
+        '''Raise a RuntimeError if a weight was changed in place since, as autograd does.'''
+        for name, (tensor, version) in self.kept.items():
+            if version_of(tensor) != version:
+                raise RuntimeError(_describe(self.module, f'\'{name}\' was changed in place'))
+        for weights in self.inner:
+            weights.check()
+
+
+def _look(module):
+    '''Parameters and buffers of a module, where they are in memory, and how often they were changed in place.'''
+    return [
+        (tensor, _start(tensor), version_of(tensor))
+        for tensors in (module._parameters, module._buffers) for tensor in tensors.values() if tensor is not None
+    ]
+
+
+def _start(tensor):
+    '''Address of the first element.'''
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        # fake and sharded tensors have no memory of their own
+        return id(tensor)
+
+
+def _describe(module, what):
+    return (
+        f'{type(module).__name__}: {what} after it was used, so that a rule would use another than the forward pass '
+        'did. Change weights before the forward pass or after the backward pass.'
+    )

@@ -1,0 +1,25 @@
+'''Canonizer which finds residual blocks.'''
+from .._autograd import carriers_of, name_of
+from ..rules.block import note_addition
+from .operations import ADDITIONS
+from .residual import ResidualCanonizer
+
+
+class BlockCanonizer(ResidualCanonizer):
+    '''Canonizer which finds residual blocks, for :py:class:`~zennit_resnet.rules.BlockEpsilon`.
+
+    A block is a module which adds two tensors that depend on the input in its own forward. No function is replaced, as
+    the rule takes the gradient of whatever a block computes.
+    '''
+    is_gradient = True
+
+    def look(self, func, args, kwargs):
+        '''Note additions.'''
+        super().look(func, args, kwargs)
+        stack = self._stack()
+        if stack and name_of(func) in ADDITIONS and len(carriers_of((args, kwargs))) == 2:
+            note_addition(stack[-1].module)
+
+    def intercept(self, func, args, kwargs):
+        '''Run a function.'''
+        return func(*args, **kwargs)

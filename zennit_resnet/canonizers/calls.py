@@ -1,0 +1,129 @@
+'''Calls of modules that are running, and whether their rules cover what happens inside.'''
+import threading
+import weakref
+
+import torch
+from zennit.core import BasicHook
+from zennit.types import Activation, AvgPool, BatchNorm, Linear, MaxPool
+
+from .._autograd import map_tensors, nodes_of, tensors_of
+from .._compat import DisableTorchFunction, Dropout, in_backward, pre_hooks_of, rules_of
+from .._weights import is_plain
+from ..layer import Operation
+from ..rules.base import SinglePass
+from ..rules.block import BlockEpsilon
+
+# Modules of which the composite was asked already, and of which the gradient is the rule if it has none.
+COVERED = (
+    Linear, BatchNorm, Activation, AvgPool, MaxPool, torch.nn.Identity, torch.nn.Flatten, torch.nn.Unflatten,
+    Dropout, torch.nn.PixelShuffle,
+)
+
+
+class Local(threading.local):
+    '''State of a thread, of which nothing is copied.'''
+    def __deepcopy__(self, memo):
+        return Local()
+
+
+class Call:
+    '''A call of a module, with the number of operations of each kind in all of its calls so far.
+
+    It is known which tensor an activation changes in place, as rules may give it a copy, and from which nodes of the
+    graph a module begins that a rule covers.
+    '''
+    # pylint: disable=too-many-arguments
+    def __init__(self, module, opaque, counts, changes, begin, weights, frame):
+        self.module = module
+        self.opaque = opaque
+        self.counts = counts
+        self.changes = changes
+        self.begin = begin
+        self.weights = weights
+        self.frame = frame
+
+
+class Stored:
+    '''What a rule of Zennit has stored, for each call of its module: the rule itself has that of the last call only.
+
+    Parameters
+    ----------
+    rule: :py:obj:`zennit.core.Hook`
+        The rule.
+    '''
+    def __init__(self, rule):
+        self.rule, self.before = weakref.ref(rule), {}
+
+    def watch(self, module):
+        '''Handles of hooks of the module, which follow those of the rule.'''
+        return (
+            module.register_forward_pre_hook(self._enter, prepend=True),
+            module.register_forward_hook(self._leave, always_call=True),
+        )
+
+    def _enter(self, module, args):
+        rule = self.rule()
+        if rule is not None:
+            self.before, rule.stored_tensors = rule.stored_tensors, {}
+
+    def _leave(self, module, args, output):
+        rule, before, self.before = self.rule(), self.before, {}
+        if rule is None:
+            return
+        if in_backward():
+            # checkpointing runs it again, for a graph that has the tensors of the first time
+            rule.stored_tensors = before
+            return
+        reference, stored = self.rule, rule.stored_tensors
+        # stand-ins take over other settings in the next call
+        settings = dict(vars(module)) if isinstance(module, Operation) else {}
+
+        def put(relevance):
+            '''Have the rule find what it stored in this call.'''
+            if reference() is not None:
+                reference().stored_tensors = stored
+                vars(module).update(settings)
+
+        with DisableTorchFunction():
+            if not isinstance(rule, BasicHook):
+                # an output would keep its graph, which keeps this
+                before.update({key: map_tensors(torch.Tensor.detach, elem) for key, elem in before.items()})
+            for node in nodes_of(tensors_of(output)):
+                node.register_prehook(put)
+
+
+def keep_stored(module):
+    '''Have rules of Zennit for a module find what they stored in each of its calls.
+
+    Parameters
+    ----------
+    module: :py:obj:`torch.nn.Module`
+        The module, of which all rules are registered.
+
+    Returns
+    -------
+    list of :py:obj:`torch.utils.hooks.RemovableHandle`
+        Handles of the hooks for this.
+    '''
+    rules = dict.fromkeys(rules_of(module))
+    return [
+        handle for rule in rules if not isinstance(rule, (SinglePass, BlockEpsilon))
+        for handle in Stored(rule).watch(module)
+    ]
+
+
+def single_pass(module):
+    '''The rule within which a module runs without gradients, None if there is none.'''
+    return next((hook.__self__ for hook in pre_hooks_of(module)
+                 if getattr(hook, '__func__', None) is SinglePass._pre_forward and hook.__self__.active), None)
+
+
+def is_opaque(module):
+    '''Whether what happens inside a module is covered by a rule of the module itself.'''
+    if any(rule.active for rule in rules_of(module)):
+        return True
+    return (
+        isinstance(module, COVERED)
+        and is_plain(module)
+        and not isinstance(module, torch.nn.MultiheadAttention)
+    )

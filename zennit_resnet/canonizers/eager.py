@@ -1,0 +1,144 @@
+'''A network in the state in which rules can be attached: run by Python, for evaluation.'''
+import copy
+import threading
+
+import torch
+from zennit.types import BatchNorm
+
+from .._compat import COMPILED_CALL, COMPILED_MODULE, Dropout, can_be_compiled
+
+
+def is_active(composite):
+    '''Whether any rule of a composite, or the lack of any, counts.'''
+    return not composite.hook_refs or any(hook.active for hook in composite.hook_refs)
+
+
+def varies(module):
+    '''Whether the output of a module for a sample depends on chance or on other samples, as it is in training mode.'''
+    kinds = (BatchNorm, Dropout, torch.nn.RReLU)
+    # stochastic depth is a module of torchvision, timm, and many networks
+    # frozen modules of torch.jit have no mode
+    return getattr(module, 'training', False) and (
+        isinstance(module, kinds) or type(module).__name__.startswith(('Drop', 'StochasticDepth'))
+    )
+
+
+def check_evaluation(model):
+    '''Raise a RuntimeError which names the module if the output of any depends on chance or on other samples.
+
+    Parameters
+    ----------
+    model: :py:obj:`torch.nn.Module`
+        The network.
+    '''
+    for name, module in model.named_modules():
+        if varies(module):
+            raise RuntimeError(
+                f'{name or "The model"} ({type(module).__name__}) is in training mode, in which the output for one '
+                'sample depends on chance or on the other samples. Call model.eval() first.'
+            )
+
+
+class _Compiler:
+    '''Has functions that were compiled run in Python, as long as anyone needs that.
+
+    PyTorch has a single setting for all functions and threads, and none before version 2.6.
+    '''
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.users, self.stance = set(), None
+
+    def pause(self, user):
+        '''Run functions in Python for a user, and at least those of which the compiler is loaded by now.'''
+        with self.lock:
+            self.users.add(user)
+            if self.stance is None and can_be_compiled() and hasattr(torch.compiler, 'set_stance'):
+                self.stance = torch.compiler.set_stance('force_eager')
+
+    def resume(self, user):
+        '''Run functions as before, unless there are other users.'''
+        with self.lock:
+            self.users.discard(user)
+            if not self.users and self.stance is not None:
+                self.stance.__exit__(None, None, None)
+                self.stance = None
+
+
+_COMPILER = _Compiler()
+
+
+class Eager:
+    '''Has all modules of a network run in Python, where rules can be attached to them.
+
+    Modules that were compiled, by :py:func:`torch.compile` or :py:meth:`torch.nn.Module.compile`, run as before until
+    this is removed. So do functions that were compiled, which may be inside of the network or around it.
+
+    Parameters
+    ----------
+    root_module: :py:obj:`torch.nn.Module`
+        The network.
+
+    Raises
+    ------
+    TypeError
+        If a module is a ScriptModule, quantized, sharded, or runs replicas on several devices.
+    RuntimeError
+        In inference mode, in which there are no gradients.
+    '''
+    def __init__(self, root_module):
+        self.replaced, self.is_copy = [], False
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                'There is no relevance within torch.inference_mode(): leave it, torch.enable_grad() is not enough.'
+            )
+        for name, module in root_module.named_modules():
+            label = f'{name or "The model"} ({type(module).__name__})'
+            if isinstance(module, torch.jit.ScriptModule):
+                raise TypeError(
+                    f'{label} is a ScriptModule, to which no rules can be attached: use the module it was made from.'
+                )
+            if isinstance(module, torch.nn.DataParallel) and len(module.device_ids) > 1:
+                raise TypeError(
+                    f'{label} runs replicas of its module on several devices, to which no rules are attached: use the '
+                    'module inside, which is its attribute \'module\'.'
+                )
+            if any('FSDP' in base.__name__ or 'FullySharded' in base.__name__ for base in type(module).__mro__):
+                raise TypeError(
+                    f'{label} is sharded among processes, and rules need whole weights: explain the network before '
+                    'fully_shard or FullyShardedDataParallel.'
+                )
+            if 'quantized' in type(module).__module__.split('.'):
+                raise TypeError(
+                    f'{label} is quantized, and rules need floating point numbers: explain the network before it is '
+                    'converted.'
+                )
+        for module in root_module.modules():
+            original = module._modules.get(COMPILED_MODULE)
+            if original is not None and 'forward' in vars(module):
+                self._replace(module, 'forward', original.__call__)
+            if vars(module).get(COMPILED_CALL) is not None:
+                self._replace(module, COMPILED_CALL, None)
+        self.pause_compiler()
+
+    def __deepcopy__(self, memo):
+        '''Copy of a network within the context, which nobody removes, and for which nothing shall be paused.'''
+        duplicate = copy.copy(self)
+        duplicate.replaced, duplicate.is_copy = [], True
+        return duplicate
+
+    def pause_compiler(self):
+        '''Have functions run in Python, also if nothing had been compiled before.'''
+        if not self.is_copy:
+            _COMPILER.pause(self)
+
+    def _replace(self, module, key, value):
+        # compiled modules hand attributes on to the module inside
+        self.replaced.append((vars(module), key, vars(module)[key]))
+        vars(module)[key] = value
+
+    def remove(self):
+        '''Leave all modules as they were found.'''
+        while self.replaced:
+            attributes, key, value = self.replaced.pop()
+            attributes[key] = value
+        _COMPILER.resume(self)

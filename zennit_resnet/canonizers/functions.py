@@ -1,0 +1,181 @@
+'''Calls of functions, and other ways to write them.'''
+import torch
+
+from .._autograd import map_tensors, tensors_of
+from .._compat import is_view
+
+# What PyTorch calls some arguments as well.
+ALIASES = {'self': 'input', 'axis': 'dim', 'keepdims': 'keepdim'}
+
+
+class FunctionCall:
+    '''A function call with its arguments.'''
+    # pylint: disable=too-many-arguments
+    def __init__(self, func, name, args, kwargs, carriers):
+        self.func = func
+        self.name = name
+        self.args = args
+        self.kwargs = kwargs
+        self.carriers = carriers
+
+    def __call__(self):
+        return self.func(*self.args, **self.kwargs)
+
+    def bind(self, *names):
+        '''Arguments by name, of which positional ones have the given names.'''
+        return dict(zip(names, self.args), **{ALIASES.get(key, key): elem for key, elem in self.kwargs.items()})
+
+    def operands(self):
+        '''Both operands of a binary operator.'''
+        given = self.bind('input', 'other')
+        return given['input'], given['other']
+
+    def tensors(self):
+        '''All floating point or complex tensors among the arguments, in their order.'''
+        return [elem for elem in tensors_of((self.args, self.kwargs)) if elem.is_floating_point() or elem.is_complex()]
+
+    def keep(self, carrier):
+        '''The call with all tensors but one as constants.'''
+        constants = {id(elem): elem.detach() for elem in self.carriers if elem is not carrier}
+        args, kwargs = _replace(self.args, constants), _replace(self.kwargs, constants)
+        return FunctionCall(self.func, self.name, args, kwargs, [carrier])
+
+    def put(self, tensor, value):
+        '''The call with another tensor in the place of one.'''
+        args, kwargs = (_replace(elem, {id(tensor): value}) for elem in (self.args, self.kwargs))
+        carriers = [value if elem is tensor else elem for elem in self.carriers]
+        return FunctionCall(self.func, self.name, args, kwargs, [elem for elem in carriers if elem.requires_grad])
+
+    def rebind(self, *tensors):
+        '''The call as a function of tensors, by default those that carry relevance, without a reference to any.'''
+        func, tensors = self.func, tensors or self.carriers
+        slots = {id(elem): _Slot(num) for num, elem in enumerate(tensors)}
+        args, kwargs = _replace(self.args, slots), _replace(self.kwargs, slots)
+        precision = _precision(tensors[0])
+
+        def function(*tensors):
+            if _precision(tensors[0]) == precision:
+                return func(*_replace(args, tensors), **_replace(kwargs, tensors))
+            # rules run in single precision where the network runs in half precision
+            others = map_tensors(lambda elem: elem.to(tensors[0].dtype) if elem.is_floating_point() else elem, (
+                args, kwargs
+            ))
+            return func(*_replace(others[0], tensors), **_replace(others[1], tensors))
+
+        return function
+
+    @property
+    def is_inplace(self):
+        '''Whether the first argument becomes what is returned.'''
+        return (
+            bool(self.kwargs.get('inplace')) or self.name.startswith('__i')
+            or self.name.endswith('_') and not self.name.endswith('__')
+        )
+
+    def out_of_place(self):
+        '''The call which returns what the first argument of this one becomes.'''
+        kwargs = {key: elem for key, elem in self.kwargs.items() if key != 'inplace'}
+        if 'inplace' in self.kwargs:
+            return FunctionCall(self.func, self.name, self.args, kwargs, self.carriers)
+        name = self.name.replace('__i', '__') if self.name.startswith('__') else self.name[:-1]
+        func, args = self.func, self.args or (kwargs.pop('input'),)
+
+        def changed(input, *args, **kwargs):
+            return func(input.clone(), *args, **kwargs)
+
+        return FunctionCall(changed, name, args, kwargs, self.carriers)
+
+
+def _precision(tensor):
+    '''The precision of a tensor, and whether functions choose theirs.'''
+    return tensor.dtype, torch.is_autocast_enabled(tensor.device.type)
+
+
+class _Slot(int):
+    '''Place of a tensor in the arguments of a call.'''
+
+
+def _replace(value, replacements):
+    '''Replace tensors by others according to their id, or slots by tensors, in nested arguments.'''
+    if isinstance(value, torch.Tensor):
+        return replacements.get(id(value), value) if isinstance(replacements, dict) else value
+    if isinstance(value, _Slot):
+        return replacements[value]
+    if isinstance(value, dict):
+        return {key: _replace(elem, replacements) for key, elem in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_replace(elem, replacements) for elem in value)
+    return value
+
+
+def out_of_place(handler):
+    '''Let a handler only see calls which change nothing in place, as rules need their inputs.'''
+    def run(canonizer, call, function, **settings):
+        if not function.is_inplace:
+            return handler(canonizer, call, function, **settings)
+        target = function.args[0] if function.args else function.kwargs['input']
+        return become(target, handler(canonizer, call, function.out_of_place().put(target, kept(target)), **settings))
+
+    return run
+
+
+def become(target, output):
+    '''What a function returns that changes a tensor in place, but was run out of place.'''
+    if target.requires_grad and (target.shape, target.dtype) == (output.shape, output.dtype):
+        # nothing is copied unless the network goes on with the tensor itself, see :py:func:`inplace.note_copy`
+        return output
+    return target.copy_(output)
+
+
+def kept(tensor):
+    '''A tensor with the values that a tensor has before it changes in place, if a rule may need them.'''
+    return tensor.clone() if tensor.requires_grad else tensor
+
+
+def with_values(output, exact):
+    '''Replace the values of a tensor, with its graph: of other ways to write a function, the last bits differ.
+
+    Parameters
+    ----------
+    output: :py:obj:`torch.Tensor`
+        A new tensor.
+    exact: :py:obj:`torch.Tensor`
+        Its values, of the same number of elements.
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor`
+        The tensor, of the shape of the values.
+    '''
+    if output.shape != exact.shape:
+        output = output.reshape(exact.shape)
+    # the graph of a view is made anew once its values change, of which not all functions are capable
+    output = output.clone() if is_view(output) else output
+    with torch.no_grad():
+        output.copy_(exact)
+    return output
+
+
+def write_out(canonizer, function, twin):
+    '''Run a function with the rules of another way to write it.
+
+    Parameters
+    ----------
+    canonizer: :py:obj:`zennit_resnet.canonizers.ResidualCanonizer`
+        The canonizer.
+    function: :py:obj:`FunctionCall`
+        The call.
+    twin: callable
+        The same without arguments, written with functions that have rules, of which the last returns a new tensor.
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor`
+        What the function returns.
+    '''
+    with torch.no_grad():
+        exact = function()
+    # the canonizer sees what the twin does as if the network did it
+    with canonizer.interception:
+        output = twin()
+    return with_values(output, exact)

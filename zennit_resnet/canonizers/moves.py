@@ -1,0 +1,299 @@
+'''Functions that move, select, place, add up or reduce elements.'''
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from .._compat import version_of
+from ..layer import Addition, Filling, NonNegativeMap, Reduction
+from .functions import FunctionCall, kept, out_of_place, with_values, write_out
+from .products import run_first
+
+# Elements among constants, if only one tensor carries relevance: of several, the gradient is the rule.
+PLACEMENTS = frozenset('''
+    where masked_fill masked_fill_ masked_scatter masked_scatter_ index_fill index_fill_ fill_diagonal_ tril tril_ triu
+    triu_ fill_ zero_ diag diag_embed diagflat block_diag max_unpool1d max_unpool2d max_unpool3d scatter scatter_
+    index_copy index_copy_ index_put index_put_ put put_ select_scatter slice_scatter diagonal_scatter
+    _index_put_impl_
+'''.split())
+# Sums of elements at places, to which the elements of a destination are added.
+SUMS_AT_PLACES = frozenset('scatter_add scatter_add_ index_add index_add_ scatter_reduce scatter_reduce_'.split())
+# Sums of other elements with weights that are not negative.
+SUMS = frozenset('''
+    fold cumsum cumsum_ trapezoid trapz cumulative_trapezoid nansum nanmean trace sum_to_size segment_reduce col2im
+'''.split())
+# Samples at places, of which only the first argument counts as a signal.
+SAMPLES = frozenset('''
+    roi_align ps_roi_align ps_roi_pool grid_sample grid_sampler grid_sampler_2d grid_sampler_3d
+'''.split())
+
+
+def place(canonizer, call, function):
+    '''Put elements among constants.'''
+    if function.name.startswith(('index_put', 'put')):
+        given = function.bind('input', 'indices', 'values', 'accumulate')
+        if given.get('accumulate'):
+            return _accumulate(canonizer, call, function)
+    if len(function.carriers) > 1:
+        # the same tensor may be given twice
+        return canonizer.run_known(function, function.carriers)
+    return _fill(canonizer, call, function)
+
+
+@out_of_place
+def _accumulate(canonizer, call, function):
+    given = function.bind('input', 'indices', 'values')
+    return _add_to(canonizer, call, function, given['input'], given.get('values', given.get('source')), 1)
+
+
+@out_of_place
+def _fill(canonizer, call, function):
+    return canonizer.run(call, Filling, function, examples=None)
+
+
+def assign(canonizer, call, function):
+    '''Assign elements in place.'''
+    target, index, value = function.args
+    if all(isinstance(elem, torch.Tensor) and elem.requires_grad for elem in (target, value)):
+        return function()
+
+    def changed(target, value):
+        output = target.clone()
+        output[index] = value
+        return output
+
+    placed = FunctionCall(changed, function.name, (target, value), {}, function.carriers)
+    target.copy_(canonizer.run(call, Filling, placed.put(target, kept(target)), examples=None))
+
+
+def unfold(canonizer, call, function):
+    '''Windows of an image, which may have zeros around it, or windows along a dimension.'''
+    padding = function.bind('input', 'kernel_size', 'dilation', 'padding').get('padding', 0)
+    is_padded = function.func is F.unfold or function.name == 'im2col'
+    return _fill(canonizer, call, function) if is_padded and padding not in (0, (0, 0), [0, 0]) else function()
+
+
+@out_of_place
+def add_up(canonizer, call, function):
+    '''A sum of elements with weights that are not negative.'''
+    if len(function.carriers) > 1:
+        return canonizer.refuse(call, function, 'more than one of its arguments does')
+    kind = function.bind('data', 'reduce')['reduce'] if function.name == 'segment_reduce' else 'sum'
+    if kind not in ('sum', 'mean'):
+        # of the largest elements, the gradient is the rule
+        return canonizer.refuse(call, function, 'it is no sum') if kind == 'prod' else function()
+    steps = function.bind('input', 'x')
+    steps = steps.get('x', steps.get('dx', 1)) if 'trap' in function.name else 1
+    steps = steps.diff() if isinstance(steps, torch.Tensor) else torch.tensor(steps)
+    if bool((steps < 0).any()):
+        return canonizer.refuse(call, function, 'its steps have negative signs')
+    return canonizer.run(call, NonNegativeMap, function, examples=None)
+
+
+@out_of_place
+def add_at(canonizer, call, function):
+    '''A sum of elements at places of a destination.'''
+    names = ('input', 'dim', 'index', 'source' if 'index' in function.name else 'src', 'reduce')
+    given = function.bind(*names)
+    target, source, alpha = given['input'], given[names[3]], function.kwargs.get('alpha', 1)
+    if 'reduce' in function.name and given['reduce'] != 'sum':
+        if given['reduce'] in ('amax', 'amin') or given['reduce'] == 'mean' and not source.requires_grad:
+            # of the largest elements, the gradient is the rule
+            return function()
+        if given['reduce'] != 'mean' or target.requires_grad:
+            return canonizer.refuse(call, function, f'reduce={given["reduce"]!r} is no sum')
+    return _add_to(canonizer, call, function, target, source, alpha)
+
+
+def _add_to(canonizer, call, function, target, source, alpha):
+    '''Add elements of a source to those of a target.'''
+    if not source.requires_grad:
+        # a constant is added
+        return function()
+    zeros, source = torch.zeros_like(target), source.detach() if target is source else source
+    added = function.put(target, zeros)
+    if target.requires_grad or alpha < 0:
+        kwargs = {key: elem for key, elem in added.kwargs.items() if key != 'alpha'}
+        added = FunctionCall(added.func, function.name, added.args, kwargs, added.carriers)
+        return write_out(canonizer, function, lambda: torch.add(target, added(), alpha=alpha))
+    output = canonizer.run(call, NonNegativeMap, added, examples=None)
+    if not bool(target.any()):
+        return output
+    with torch.no_grad():
+        exact = function()
+    return with_values(output + 0, exact)
+
+
+def sample(canonizer, call, function):
+    '''Samples of an image at places, which count as constants.'''
+    given = function.bind('input', 'rois' if 'roi' in function.name else 'grid', 'mode')
+    input = given['input']
+    if not input.requires_grad:
+        return canonizer.refuse(call, function, 'only the places do, at which it takes samples')
+    if 'grid' in function.name and given.get('mode', 'bilinear') in ('bicubic', 2):
+        return canonizer.refuse(call, function, 'mode=\'bicubic\' has weights of both signs: use \'bilinear\'')
+    if function.name == 'ps_roi_pool':
+        # for boxes at the lower or right border, its backward counts other elements than its forward
+        return canonizer.refuse(call, function, 'its gradient is wrong in torchvision: use ps_roi_align')
+    function = function.keep(input)
+    # regions name the example that they are of
+    examples = given['rois'][:, 0].long() if 'roi' in function.name else None
+    if not function.name.startswith('ps_'):
+        return canonizer.run(call, NonNegativeMap, function, examples=examples)
+    return run_first(canonizer, call, function, NonNegativeMap, examples=examples)
+
+
+def pool_regions(canonizer, call, function):
+    '''The largest elements of regions, with zeros for regions without any.'''
+    given = function.bind('input', 'rois')
+    if not given['input'].requires_grad:
+        return canonizer.refuse(call, function, 'only the places do, at which it takes elements')
+    return run_first(canonizer, call, function.keep(given['input']), Filling, examples=given['rois'][:, 0].long())
+
+
+# -- over dimensions ---------------------------------------------------------------------------------------------------
+
+def branches(function):
+    '''Tensors of which a function reduces the dimension along which they were stacked, None if there are none.'''
+    given = function.bind('input', 'dim')
+    input, dim = given['input'], given.get('dim')
+    if isinstance(dim, (list, tuple)) and len(dim) == 1:
+        dim, = dim
+    noted = getattr(input, '_stacked', None)
+    if noted is None or not isinstance(dim, int) or isinstance(dim, bool) or given.get('dtype') is not None:
+        return None
+    tensors, stacked, is_stack, versions = noted
+    is_changed = list(map(version_of, (input, *tensors))) != versions
+    if is_changed or dim % input.ndim != stacked:
+        return None
+    return tensors if is_stack else [elem.squeeze(stacked) for elem in tensors]
+
+
+def note_stacked(output, tensors, dim, is_stack):
+    '''Note which tensors were stacked along a dimension, or concatenated with one element each.'''
+    dim = dim % output.ndim
+    if is_stack or all(elem.ndim == output.ndim and elem.shape[dim] == 1 for elem in tensors):
+        versions = list(map(version_of, (output, *tensors)))
+        output._stacked = tuple(tensors), dim, is_stack, versions
+
+
+def reduce_branches(canonizer, call, function, tensors):
+    '''A sum, mean or maximum of tensors that were stacked for it, as an addition or maximum of these.'''
+    with torch.no_grad():
+        exact = function()
+    result = exact[0] if isinstance(exact, tuple) else exact
+    values = result.reshape(tensors[0].shape)
+    if function.name in ('sum', 'mean'):
+        def total(*tensors):
+            return with_values(sum(tensors[1:], tensors[0].clone()), values)
+
+        carriers = [elem for elem in tensors if elem.requires_grad]
+        addends = FunctionCall(total, function.name, tuple(tensors), {}, carriers)
+        output = canonizer.run(call, Addition, addends, factors=None) if len(carriers) > 1 else addends()
+    else:
+        choose = torch.minimum if 'min' in function.name else torch.maximum
+        output = with_values(functools.reduce(choose, tensors[1:], tensors[0].clone()), values)
+    output = output.reshape(result.shape)
+    return type(exact)((output, *exact[1:])) if isinstance(exact, tuple) else output
+
+
+def minimum(canonizer, call, function):
+    '''The smallest elements over dimensions, as the largest of the negatives.'''
+    given = function.bind('input', 'dim', 'keepdim')
+    settings = {key: given[key] for key in ('dim', 'keepdim') if key in given}
+    with torch.no_grad():
+        exact = function()
+    if isinstance(exact, tuple):
+        values = write_out(canonizer, _nth(function, 0), lambda: -torch.max(-given['input'], **settings).values)
+        return type(exact)((values, *exact[1:]))
+    largest = torch.max if function.name == 'min' else torch.amax
+    return write_out(canonizer, function, lambda: -largest(-given['input'], **settings))
+
+
+def _dims(input, dim):
+    '''Dimensions as numbers that are not negative, all if there are none.'''
+    if dim is None or isinstance(dim, bool) or dim == () or dim == []:
+        return tuple(range(input.ndim))
+    dims = dim if isinstance(dim, (list, tuple)) else (dim,)
+    return tuple(elem % max(input.ndim, 1) for elem in dims)
+
+
+def _squared_deviation(dims, input):
+    return (input - input.mean(dims, keepdim=True)) ** 2
+
+
+def _power(order, dims, input):
+    '''What elements add to a norm.'''
+    magnitude = input.abs()
+    if order in (float('inf'), -float('inf')):
+        extreme = magnitude.amax(dims, keepdim=True) if order > 0 else magnitude.amin(dims, keepdim=True)
+        return (magnitude == extreme).to(input.dtype)
+    return (magnitude != 0).to(input.dtype) if order == 0 else magnitude ** order
+
+
+def _exponential(dims, input):
+    return (input - input.amax(dims, keepdim=True)).exp()
+
+
+def deviation(canonizer, call, function):
+    '''A variance or standard deviation, which may come with the mean.'''
+    given = function.bind('input', 'dim')
+    dims = _dims(given['input'], given.get('dim'))
+    settings = {'amounts': functools.partial(_squared_deviation, dims), 'dims': dims}
+    if not function.name.endswith('_mean'):
+        return canonizer.run(call, Reduction, function, **settings)
+    deviation_of, mean_of = (_nth(function, num) for num in (0, 1))
+    return (
+        canonizer.run(call, Reduction, deviation_of, **settings),
+        canonizer.run(call, NonNegativeMap, mean_of, examples=None),
+    )
+
+
+def _nth(function, num):
+    '''The call as one that returns a single one of its tensors, with a node of its own in the graph.'''
+    func = function.func
+    return FunctionCall(
+        lambda *args, **kwargs: func(*args, **kwargs)[num].clone(), function.name, function.args, function.kwargs,
+        function.carriers,
+    )
+
+
+def norm(canonizer, call, function):
+    '''A norm of vectors.'''
+    is_general = function.name == 'linalg_norm'
+    order, names = 2, ('input', 'ord', 'dim')
+    if function.name == 'norm':
+        names = ('input', 'p', 'dim')
+    elif function.name == 'frobenius_norm':
+        names = ('input', 'dim')
+    given = function.bind(*names)
+    input, = function.carriers
+    value, dim = given.get('ord', given.get('p')), given.get('dim')
+    if function.name == 'linalg_matrix_norm':
+        value, dim = given.get('ord', 'fro'), given.get('dim', (-2, -1))
+    is_matrix = function.name == 'linalg_matrix_norm' or is_general and value is not None and (
+        isinstance(dim, (list, tuple)) and len(dim) == 2 or dim is None and input.ndim == 2
+    )
+    if value not in (None, 'fro'):
+        if is_matrix or isinstance(value, str):
+            return canonizer.refuse(call, function, f'elements have no share of a matrix norm of order {value!r}')
+        order = float(value)
+    dims = _dims(input, dim)
+    return canonizer.run(call, Reduction, function, amounts=functools.partial(_power, order, dims), dims=dims)
+
+
+def log_sum_exp(canonizer, call, function):
+    '''A soft maximum.'''
+    given = function.bind('input', 'dim')
+    dims = _dims(given['input'], given['dim'])
+    return canonizer.run(call, Reduction, function, amounts=functools.partial(_exponential, dims), dims=dims)
+
+
+def quantile(canonizer, call, function):
+    '''A quantile, which is a selection unless it lies between two elements.'''
+    mode = function.bind('input', 'q', 'dim', 'keepdim').get('interpolation', 'linear')
+    if mode in ('lower', 'higher', 'nearest'):
+        return function()
+    return canonizer.refuse(call, function, (
+        f'interpolation={mode!r} lies between two elements: use \'lower\', \'higher\' or \'nearest\''
+    ))

@@ -1,0 +1,446 @@
+'''Products of tensors: gates, matrix products with a constant, and functions that can be written with these.'''
+import math
+import string
+
+import torch
+import torch.nn.functional as F
+
+from .._autograd import are_probabilities, is_attention, is_exponential, is_gate, is_one_more, is_sum
+from ..layer import Activation, AveragePool, FullyConnected, Gate, LinearMap, NonNegativeMap, Resampling
+from .functions import FunctionCall, become, out_of_place, with_values, write_out
+
+# Products of two tensors.
+CONTRACTIONS = frozenset('''
+    matmul __matmul__ __rmatmul__ mm bmm mv dot vdot inner outer ger kron tensordot linalg_matmul linalg_vecdot
+    _sparse_mm spmm dsmm hspmm
+'''.split())
+# Products to which a tensor is added, with the arguments they have and the products they add.
+ADDED_PRODUCTS = {
+    'addmm': (('mat1', 'mat2'), torch.mm), 'addmv': (('mat', 'vec'), torch.mv), 'addr': (('vec1', 'vec2'), torch.outer),
+    'baddbmm': (('batch1', 'batch2'), torch.bmm),
+    'addbmm': (('batch1', 'batch2'), lambda left, right: torch.bmm(left, right).sum(0)),
+}
+# Weights of these modes of interpolation have no negative sign.
+NON_NEGATIVE = frozenset('nearest nearest-exact area linear bilinear trilinear'.split())
+
+
+def find_signal(factors, by_size=True):
+    '''Index of the signal among factors, None if ambiguous.
+
+    Parameters
+    ----------
+    factors: list of :py:obj:`torch.Tensor`
+        Factors that carry relevance.
+    by_size: bool, optional
+        Whether the larger of two factors is the signal if none or both were computed from sigmoids alone.
+
+    Returns
+    -------
+    int or None
+        The index of the factor that receives the relevance.
+    '''
+    # of the product of both, which LSTMs have, a tanh is the signal
+    for with_tanh in (True, False):
+        gates = [is_gate(elem, with_tanh) for elem in factors]
+        if gates.count(False) == 1:
+            return gates.index(False)
+    left, right = factors[0].numel(), factors[-1].numel()
+    if not by_size or len(factors) > 2 or left == right:
+        return None
+    return 0 if left > right else 1
+
+
+def is_complex(*values):
+    '''Whether any of some numbers or tensors is complex.'''
+    return any(elem.is_complex() if isinstance(elem, torch.Tensor) else isinstance(elem, complex) for elem in values)
+
+
+def run_on(canonizer, call, kind, function, signal, **settings):
+    '''Run a function, with all tensors but one as constants, of which one may be changed in place.'''
+    target = function.args[0] if function.args and function.is_inplace else signal
+    if target is signal:
+        return canonizer.run(call, kind, function.keep(signal), **settings)
+    return become(target, canonizer.run(call, kind, function.out_of_place().keep(signal), **settings))
+
+
+def run_first(canonizer, call, function, kind, **settings):
+    '''Run a function that returns several tensors, of which the first has the rule and the others are constants.'''
+    with torch.no_grad():
+        _, *others = function()
+    func = function.func
+    first = FunctionCall(
+        lambda *args, **kwargs: func(*args, **kwargs)[0], function.name, function.args, function.kwargs,
+        function.carriers,
+    )
+    return (canonizer.run(call, kind, first, **settings), *others)
+
+
+def multiply(canonizer, call, function):
+    '''A product or quotient of two factors, element by element.'''
+    left, right = function.operands()
+    is_division = 'div' in function.name
+    if len(function.carriers) == 1:
+        if is_complex(left, right):
+            return canonizer.refuse(call, function, COMPLEX)
+        signal, = function.carriers
+        is_divisor = is_division and signal is (left if function.name in ('__rdiv__', '__rtruediv__') else right)
+        # a constant divided by a tensor is a function of each element, as its reciprocal is
+        return run_on(canonizer, call, Activation if is_divisor else Gate, function, signal)
+    if left is right and not is_division:
+        # a square
+        func = function.func
+        return canonizer.run(call, Activation, FunctionCall(
+            lambda input: func(input, input), function.name, (left,), {}, [left]
+        ))
+    signal = _exponentials(left, right, is_division)
+    if signal is not None:
+        # a softmax
+        name = 'softmax_' if function.is_inplace else 'softmax'
+        function = FunctionCall(function.func, name, function.args, function.kwargs, function.carriers)
+        output = run_on(canonizer, call, Gate, function, (left, right)[signal])
+        canonizer.note_softmax(call, 'softmax', output, is_passed=True)
+        return output
+    signal = 0 if is_division else find_signal([left, right])
+    if is_division and is_one_more(right.grad_fn) and bool(((right - left).detach() - 1).abs().amax() <= 1e-3):
+        # e^h / (e^h + 1)
+        name = 'sigmoid_' if function.is_inplace else 'sigmoid'
+        function = FunctionCall(function.func, name, function.args, function.kwargs, function.carriers)
+    if signal is None:
+        return canonizer.refuse(call, function, (
+            f'which factor is the signal and which the gate is ambiguous: shapes {tuple(left.shape)} and '
+            f'{tuple(right.shape)}, and none or both were computed from sigmoids alone'
+        ))
+    # the gate counts as a constant, what computes it is not visited in the backward pass
+    return run_on(canonizer, call, Gate, function, (left, right)[signal])
+
+
+def _exponentials(left, right, is_division):
+    '''Index of the factor that has exponentials, if the other normalizes them by their sum, as a softmax does.'''
+    pairs = [(0, left, right)] if is_division else [(0, left, right), (1, right, left)]
+    for index, signal, other in pairs:
+        if is_sum(other.grad_fn, not is_division):
+            with torch.no_grad():
+                values = signal / other if is_division else signal * other
+            # those of some classes do not sum to one
+            if are_probabilities(values) or is_exponential(signal.grad_fn) and bool((values <= 1).all()):
+                return index
+    return None
+
+
+COMPLEX = 'it computes with complex numbers, which have no positive or negative parts for a rule'
+
+
+# -- products over dimensions ------------------------------------------------------------------------------------------
+
+def _pick(canonizer, call, function):
+    '''The call with one factor that carries relevance and the others as constants, or what it returns as it is refused.
+
+    Also whether the constants are computed from the input, as are weights of a pooling.
+    '''
+    if is_complex(*function.tensors()):
+        return None, canonizer.refuse(call, function, COMPLEX)
+    if len(function.carriers) == 1:
+        return function, False
+    signal = None if len({id(elem) for elem in function.carriers}) == 1 else find_signal(function.carriers, False)
+    if signal is None:
+        shapes = ', '.join(str(tuple(elem.shape)) for elem in function.carriers)
+        return None, canonizer.refuse(call, function, (
+            f'several of its factors do (shapes {shapes}), none or all of which were computed from sigmoids or a '
+            'softmax alone'
+        ))
+    if any(is_attention(elem) for num, elem in enumerate(function.carriers) if num != signal):
+        return None, canonizer.refuse(call, function, 'its weights come from a product of two that do, as in attention')
+    return function.keep(function.carriers[signal]), True
+
+
+def contract(canonizer, call, function):
+    '''A product of two tensors over dimensions, which is linear in the one that is no constant.'''
+    function, is_pooling = _pick(canonizer, call, function)
+    if function is None:
+        return is_pooling
+    signal, = function.carriers
+    constant, = (elem for elem in function.tensors() if elem is not signal)
+    if is_pooling and bool((constant >= 0).all()):
+        return canonizer.run(call, NonNegativeMap, function, examples=None)
+    is_left = next(elem for elem in function.tensors()) is signal
+    if constant.ndim == 2 and is_left and function.name in ('matmul', '__matmul__', 'mm', 'linalg_matmul') and (
+        constant.layout is torch.strided
+    ):
+        func = function.func
+        return fully_connected(canonizer, call, function.name, signal, (
+            lambda input, weight, bias: func(input, weight.T)
+        ), constant.T, None)
+    return linear_map(canonizer, call, function, function.rebind(signal, constant), constant)
+
+
+def fully_connected(canonizer, call, name, input, func, weight, bias):
+    '''Run a function of an input, a weight of shape (outputs, inputs) and a bias as a fully connected layer.'''
+    standin = canonizer.stand_in(call, FullyConnected, name)
+    standin.set_call(func, weight, bias)
+    return canonizer.run_known(lambda: standin(input), [input])
+
+
+def linear_map(canonizer, call, function, product, weight):
+    '''Run a function of one carrier, which is a product with a constant.'''
+    signal, = function.carriers
+    standin = canonizer.stand_in(call, LinearMap, function.name)
+    standin.set_product(product, weight if weight.layout is torch.strided else weight.to_dense(), function.rebind())
+    return canonizer.run_known(lambda: standin(signal), [signal])
+
+
+@out_of_place
+def add_product(canonizer, call, function):
+    '''A matrix product to which a tensor is added.'''
+    names, product = ADDED_PRODUCTS[function.name]
+    given = function.bind('input', *names)
+    added, left, right = (given[key] for key in ('input', *names))
+    alpha, beta = given.get('alpha', 1), given.get('beta', 1)
+    factors = [elem for elem in (left, right) if elem.requires_grad]
+    if is_complex(added, left, right):
+        return canonizer.refuse(call, function, COMPLEX)
+    if not factors:
+        # the product is added as a constant
+        return function() if beta == 1 else canonizer.run(call, Gate, function)
+    is_layer = function.name == 'addmm' and (alpha, beta) == (1, 1) and added.ndim == 1
+    if is_layer and not added.requires_grad and factors[0] is left and not right.requires_grad:
+        func = function.func
+        return fully_connected(canonizer, call, function.name, left, (
+            lambda input, weight, bias: func(bias, input, weight.T)
+        ), right.T, added)
+    if alpha != 1 and len(factors) == 1:
+        # a factor with a negative sign is one of the weights'
+        left, right = (elem if elem.requires_grad else alpha * elem for elem in (left, right))
+        alpha = 1
+    if beta != 1:
+        with canonizer.interception:
+            added = added * beta
+    return write_out(canonizer, function, lambda: torch.add(product(left, right), added, alpha=1) if alpha == 1 else (
+        torch.add(product(left, right) * alpha, added)
+    ))
+
+
+def einsum(canonizer, call, function):
+    '''A sum of products in Einstein's notation.'''
+    equation, *operands = function.args
+    if isinstance(equation, torch.Tensor):
+        # pairs of an operand and its dimensions, perhaps followed by the dimensions of the output
+        letters = string.ascii_letters
+        values = [equation, *operands]
+
+        def subscript(dims):
+            return ''.join('...' if elem is Ellipsis else letters[elem] for elem in dims)
+
+        operands, inputs = values[:len(values) // 2 * 2:2], [subscript(elem) for elem in values[1::2]]
+        equation = ','.join(inputs) + ('->' + subscript(values[-1]) if len(values) % 2 else '')
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        operands = list(operands[0])
+    inputs, output = _subscripts(equation, operands)
+    signals = [key for key, elem in zip(inputs, operands) if elem.requires_grad]
+    if len(operands) > 1 and signals == [output] and set(''.join(inputs)) == set(output) and (
+        len(set(output)) == len(output) and not is_complex(*function.tensors())
+    ):
+        # elements are scaled
+        return canonizer.run(call, Gate, function)
+    if len(operands) > 1:
+        return _contract_many(canonizer, call, function, inputs, output, operands)
+    # sums over positions, or a permutation or diagonal, of which the gradient is the rule
+    return function() if set(inputs[0]) <= set(output) else canonizer.run(call, NonNegativeMap, function, examples=None)
+
+
+def _subscripts(equation, operands):
+    '''Letters of all operands and the output, with letters in the place of dots.'''
+    inputs, arrow, output = equation.replace(' ', '').partition('->')
+    inputs = inputs.split(',')
+    free = [elem for elem in string.ascii_letters if elem not in equation]
+    num = max(elem.ndim - len(key.replace('...', '')) for key, elem in zip(inputs, operands))
+    dots = ''.join(free[:num])
+    inputs = [
+        key.replace('...', dots[num - (elem.ndim - len(key.replace('...', ''))):]) if '...' in key else key
+        for key, elem in zip(inputs, operands)
+    ]
+    if arrow:
+        return inputs, output.replace('...', dots)
+    letters = ''.join(inputs)
+    return inputs, dots * ('...' in equation) + ''.join(
+        key for key in sorted(set(letters)) if letters.count(key) == 1 and key not in dots
+    )
+
+
+def multi_dot(canonizer, call, function):
+    '''A product of several matrices, of which the first and last may be vectors.'''
+    operands = function.tensors()
+    letters = iter(string.ascii_lowercase)
+    before, inputs, output = next(letters), [], ''
+    for num, elem in enumerate(operands):
+        if num == 0 and elem.ndim == 1:
+            inputs.append(before)
+            continue
+        after = next(letters) if elem.ndim == 2 else ''
+        inputs.append(before + after)
+        output += before if num == 0 else ''
+        before = after
+    return _contract_many(canonizer, call, function, inputs, output + before, operands)
+
+
+def _contract_many(canonizer, call, function, inputs, output, operands):
+    '''A sum of products of two or more tensors, given the letters of the dimensions of each and of the output.'''
+    pooled, is_pooling = _pick(canonizer, call, function)
+    if pooled is None:
+        return is_pooling
+    signal, = pooled.carriers
+    index = next(num for num, elem in enumerate(operands) if elem is signal)
+    constants = [elem.detach() for num, elem in enumerate(operands) if num != index]
+    if is_pooling and all(bool((elem >= 0).all()) for elem in constants):
+        return canonizer.run(call, NonNegativeMap, pooled, examples=None)
+    others = [key for num, key in enumerate(inputs) if num != index]
+    kept, = others if len(others) == 1 else (''.join(
+        key for key in sorted(set(''.join(others))) if key in inputs[index] + output
+    ),)
+    # constants multiply each other to the weight of one layer
+    weight = constants[0] if len(constants) == 1 else torch.einsum(f'{",".join(others)}->{kept}', *constants)
+    equation = f'{inputs[index]},{kept}->{output}'
+    return linear_map(canonizer, call, pooled, lambda input, weight: torch.einsum(equation, input, weight), weight)
+
+
+def bilinear(canonizer, call, function):
+    '''A bilinear layer of two inputs.'''
+    given = function.bind('input1', 'input2', 'weight', 'bias')
+    operands = [given['input1'], given['weight'], given['input2']]
+    if any(elem is not None and elem.requires_grad for elem in (given['weight'], given.get('bias'))):
+        return canonizer.refuse(call, function, 'its weights do')
+    product = FunctionCall(torch.einsum, function.name, ('...i,kij,...j->...k', *operands), {}, function.carriers)
+    with torch.no_grad():
+        exact = function()
+    output = einsum(canonizer, call, product)
+    return with_values(output + (0 if given.get('bias') is None else given['bias']), exact)
+
+
+def deformable(canonizer, call, function):
+    '''A deformable convolution, of which the offsets and the mask count as constants.'''
+    names = ('input', 'weight', 'offset', 'mask', 'bias')
+    given = function.bind(*names)
+    input, weight = given['input'], given['weight']
+    if not input.requires_grad or weight.requires_grad:
+        return canonizer.refuse(call, function, 'its weights or places do')
+    function = function.keep(input)
+    if bool((function.bind(*names)['mask'] < 0).any()):
+        return canonizer.refuse(call, function, 'its mask has negative values')
+    bias = function.bind(*names)['bias']
+    product = function.put(bias, torch.zeros_like(bias)).rebind(input, weight)
+    return linear_map(canonizer, call, function, product, weight)
+
+
+def affine_grid(canonizer, call, function):
+    '''Places of an affine transformation, which are a product with fixed places.'''
+    given = function.bind('theta', 'size', 'align_corners')
+    theta = given['theta']
+    unit = torch.eye(theta.shape[1], theta.shape[2]).to(theta)[None]
+    places = F.affine_grid(unit, [1, *given['size'][1:]], given.get('align_corners') or False)[0]
+    places = torch.cat([places, torch.ones_like(places[..., :1])], -1)
+    product = FunctionCall(torch.einsum, function.name, ('...k,bjk->b...j', places, theta), {}, [theta])
+    with torch.no_grad():
+        exact = function()
+    return with_values(einsum(canonizer, call, product) + 0, exact)
+
+
+# -- functions that can be written with sums and products --------------------------------------------------------------
+
+@out_of_place
+def lerp(canonizer, call, function):
+    '''A weighted mean, as a sum of two products.'''
+    given = function.bind('input', 'end', 'weight')
+    start, end, weight = (given[key] for key in ('input', 'end', 'weight'))
+    return write_out(canonizer, function, lambda: torch.add(start * (1 - weight), end * weight))
+
+
+@out_of_place
+def addcmul(canonizer, call, function):
+    '''A sum of a tensor and a product or quotient.'''
+    given = function.bind('input', 'tensor1', 'tensor2')
+    value, operate = given.get('value', 1), torch.div if function.name == 'addcdiv' else torch.mul
+    return write_out(canonizer, function, lambda: torch.add(
+        given['input'], operate(given['tensor1'], given['tensor2']), alpha=value
+    ))
+
+
+def lp_pool(canonizer, call, function):
+    '''A mean of powers over windows, of which relevance passes the powers.'''
+    given = function.bind('input', 'norm_type', 'kernel_size', 'stride', 'ceil_mode')
+    pool = getattr(F, f'avg_pool{function.name[-2:]}')
+    power, stride = float(given['norm_type']), given.get('stride')
+    return write_out(canonizer, function, lambda: pool(
+        given['input'].pow(power), given['kernel_size'], stride, 0, given.get('ceil_mode', False)
+    ).pow(1 / power))
+
+
+def distance(canonizer, call, function):
+    '''A norm of a difference.'''
+    names = {
+        'dist': ('input', 'other', 'p'), 'cdist': ('x1', 'x2', 'p'), 'pairwise_distance': ('x1', 'x2', 'p', 'eps'),
+    }[function.name]
+    given = function.bind(*names)
+    left, right = given[names[0]], given[names[1]]
+    if function.name == 'cdist':
+        left, right = left.unsqueeze(-2), right.unsqueeze(-3)
+    shift = given.get('eps', 1e-6) if 'eps' in names else 0.
+    return write_out(canonizer, function, lambda: torch.linalg.vector_norm(
+        left - right + shift, float(given.get('p', 2)), None if function.name == 'dist' else -1
+    ))
+
+
+def cosine_similarity(canonizer, call, function):
+    '''A product of normalized tensors, of which relevance passes the normalization.'''
+    given = function.bind('x1', 'x2', 'dim')
+    left, right, dim = given['x1'], given['x2'], given.get('dim', 1)
+    return write_out(canonizer, function, lambda: torch.sum(
+        F.normalize(left, dim=dim) * F.normalize(right, dim=dim), dim
+    ))
+
+
+def diff(canonizer, call, function):
+    '''Differences of neighbours.'''
+    given = function.bind('input', 'n', 'dim', 'prepend', 'append')
+    parts = [given.get('prepend'), given['input'], given.get('append')]
+    parts, num, dim = [elem for elem in parts if elem is not None], given.get('n', 1), given.get('dim', -1)
+    if not num:
+        return function()
+
+    def twin():
+        output = torch.cat(parts, dim) if len(parts) > 1 else parts[0]
+        for _ in range(num):
+            length = output.shape[dim] - 1
+            output = output.narrow(dim, 1, length) - output.narrow(dim, 0, length)
+        return output
+
+    return write_out(canonizer, function, twin)
+
+
+# -- interpolation -----------------------------------------------------------------------------------------------------
+
+def interpolate(canonizer, call, function):
+    '''An interpolation, of which the weights of both signs are separated.'''
+    given = function.bind('input', 'size', 'scale_factor', 'mode')
+    is_bicubic = 'bicubic' in function.name or given.get('mode', 'nearest') not in NON_NEGATIVE and (
+        function.name in ('interpolate', 'upsample')
+    )
+    if is_bicubic:
+        matrices = _matrices(function)
+        if any(bool((elem < 0).any()) for elem in matrices):
+            return canonizer.run(call, Resampling, function, matrices=matrices)
+    windows = dict.fromkeys(('kernel_size', 'output_size', 'stride', 'dim'))
+    return canonizer.run(call, AveragePool, function, **windows, padding=0, dilation=1, ceil_mode=False)
+
+
+def _matrices(function):
+    '''The map of each spatial dimension: what it makes of unit vectors that vary along no other dimension.'''
+    input, = function.carriers
+    shape, matrices = input.shape[2:], []
+    dtype = input.dtype if input.dtype in (torch.float32, torch.float64) else torch.float32
+    for dim, length in enumerate(shape):
+        unit = torch.eye(length, dtype=dtype, device=input.device)
+        unit = unit[(None, slice(None), *(slice(None) if num == dim else None for num in range(len(shape))))]
+        # a limited number at a time, as each has the size of the input
+        parts = unit.expand(1, length, *shape).split(max(2 ** 22 // math.prod(shape), 1), 1)
+        values = torch.cat([function.put(input, elem)() for elem in parts], 1)[0]
+        matrices.append(values[(slice(None), *(slice(None) if num == dim else 0 for num in range(len(shape))))].T)
+    return matrices

@@ -1,0 +1,210 @@
+'''What a canonizer refuses to follow, and what to do about it.'''
+import warnings
+
+import torch
+from zennit.rules import NoMod
+from zennit.types import Linear
+
+from .._autograd import (
+    SOFT,
+    are_probabilities,
+    carriers_of,
+    end_of,
+    metadata_of,
+    nodes_of,
+    softmaxes_before,
+    tensors_of,
+)
+from .._compat import DisableTorchFunction, pre_hooks_of, rules_of
+from ..rules.base import SinglePass
+from ..rules.block import BlockEpsilon
+
+# What to do about functions for which a layer map is the wrong remedy.
+REMEDIES = {
+    'softm': (
+        'explain the logits, with a network that returns what its softmax is computed from. Relevance only passes a '
+        'softmax that is the output of the network'
+    ),
+    'CheckpointFunction': 'checkpoint with use_reentrant=False, or turn checkpointing off',
+}
+
+
+class UnsupportedOperation(RuntimeError):
+    '''A network uses an operation on relevance for which there is no rule.'''
+
+
+def refusal(label, module, name, reason, strict):
+    '''Create a backward hook which raises an error, or warns, if there is any relevance.
+
+    Parameters
+    ----------
+    label: str
+        Name and type of the module that runs the function.
+    module: :py:obj:`torch.nn.Module`
+        The module.
+    name: str
+        Name of the function.
+    reason: str
+        Why there is no rule.
+    strict: bool
+        Whether it is an error, and not a warning.
+
+    Returns
+    -------
+    callable
+        A function ``(relevance) -> None`` for tensors and nodes of graphs, which raises
+        :py:class:`UnsupportedOperation`.
+    '''
+    where = f'{label} uses \'{name}\' on tensors that carry relevance'
+    remedy = next((text for key, text in REMEDIES.items() if key in name), None)
+    if remedy is not None:
+        message = f'{where}: {remedy}.'
+    else:
+        advice = 'Put it in a module and give that a rule in the layer map of the composite'
+        if not module._modules and not module._parameters and not label.startswith('The model'):
+            advice = (
+                f'If it is an activation, layer_map=[({type(module).__name__}, PassThrough())] passes relevance. '
+                'Otherwise give it another rule there'
+            )
+        message = (
+            f'{where}, and {reason}. {advice}, or use ResidualCanonizer(strict=False) to have its gradient instead.'
+        )
+
+    def check(relevance):
+        relevance = relevance if isinstance(relevance, tuple) else (relevance,)
+        if any(elem is not None and bool((elem != 0).any()) for elem in relevance):
+            if strict:
+                raise UnsupportedOperation(message)
+            warnings.warn(message, stacklevel=2)
+
+    return check
+
+
+class Softmaxes:
+    '''The softmaxes of a forward pass: relevance passes those which are the output of the network.'''
+    def __init__(self):
+        self.checks = {}
+
+    def add(self, node, check, is_passed=False):
+        '''Note the node of a softmax, with a hook that refuses relevance, and whether it passes relevance anyway.'''
+        self.checks[node] = check, is_passed
+
+    def follow(self, outputs, is_gradient, create_check):
+        '''Add hooks after a forward pass.
+
+        Parameters
+        ----------
+        outputs: list of :py:obj:`torch.Tensor`
+            Outputs of the network that carry relevance.
+        is_gradient: bool
+            Whether the gradient is the rule of all functions.
+        create_check: callable
+            Function without arguments that creates a hook which refuses relevance.
+        '''
+        at_end = {end_of(node) for node in nodes_of(outputs)} if self.checks else set()
+        for node, (check, is_passed) in self.checks.items():
+            if node not in at_end:
+                node.register_prehook(check)
+                continue
+            node.register_prehook(_explain_logits)
+            if not is_passed:
+                node.register_hook(lambda lower, relevance: (relevance[0], *lower[1:]))
+        if at_end.isdisjoint(self.checks):
+            self._check_end(outputs, is_gradient, create_check)
+        self.checks = {}
+
+    @staticmethod
+    def _check_end(outputs, is_gradient, create_check):
+        '''Refuse relevance of softmaxes at the end that are not known, or of which all gradients sum to zero.'''
+        softmaxes, is_only, names = softmaxes_before(outputs)
+        if softmaxes and is_gradient:
+            shapes = {elem.shape for elem in outputs}
+            for node in softmaxes:
+                if is_only or any(torch.Size(elem.shape) in shapes for elem in metadata_of(node)):
+                    node.register_prehook(create_check())
+        if softmaxes or not names.isdisjoint(SOFT):
+            for output in outputs:
+                if output.grad_fn is not None and are_probabilities(output):
+                    output.grad_fn.register_prehook(create_check())
+
+
+def _explain_logits(relevance):
+    '''Say what is explained.'''
+    warnings.warn(
+        'The network ends with a softmax: what is explained are the logits that it was computed from, with the '
+        'relevance that was given for the probabilities. Those of a log-softmax are negative, so start from one there.',
+        stacklevel=2,
+    )
+
+
+def check_output(root, args, output, carriers):
+    '''Raise a RuntimeError if the input of a network requires a gradient, but no output depends on it.'''
+    with DisableTorchFunction():
+        if not carriers and carriers_of(args) and any(elem.is_floating_point() for elem in tensors_of(output)):
+            raise RuntimeError(
+                f'The output of the {type(root).__name__} has no gradient: the network runs under torch.no_grad() as '
+                'frozen parts often do, or detaches what it computes. Freeze parameters with requires_grad_(False) '
+                'instead, which relevance passes.'
+            )
+
+
+def check_parameters(names):
+    '''Raise a RuntimeError if a rule of Zennit modifies weights that are no parameters, which it would not find.'''
+    for module, name in names.items():
+        if isinstance(module, Linear) and 'weight' not in module._parameters:
+            _check_rule(f'{name} ({type(module).__name__})', module)
+
+
+def check_weight(label, module, args, kwargs):
+    '''The same for a weight that the forward of a layer computes, given the arguments of the function that uses it.'''
+    weight = kwargs['weight'] if 'weight' in kwargs else args[1]
+    # Zennit 1.0.0 leaves attributes that hide parameters
+    own = *module._parameters.values(), vars(module).get('weight')
+    if isinstance(module, Linear) and all(weight is not elem for elem in own):
+        _check_rule(label, module)
+
+
+def _check_rule(label, module):
+    '''Raise a RuntimeError if a layer that computes its weight has a rule of Zennit that modifies parameters.'''
+    for rule in rules_of(module):
+        if rule.active and not all(isinstance(elem, NoMod) for elem in getattr(rule, 'param_modifiers', ())):
+            raise RuntimeError(
+                f'{label} computes its weight (parametrization, weight norm, pruning, or in its forward). Zennit\'s '
+                f'{type(rule).__name__} only modifies parameters: make the weight one (for instance with '
+                'torch.nn.utils.parametrize.remove_parametrizations), or use a composite of this package.'
+            )
+
+
+def check_rules(names, composite):
+    '''Raise a RuntimeError if another composite of Zennit was registered within the context of a composite.'''
+    known = () if composite is None else composite.hook_refs
+    for module, name in names.items():
+        # that of the canonizer, and one of the composite
+        if len(pre_hooks_of(module)) <= 2:
+            continue
+        rules = [rule for rule in rules_of(module) if rule.active]
+        foreign = [rule for rule in rules if rule not in known and not isinstance(rule, (SinglePass, BlockEpsilon))]
+        if foreign and len(rules) > len(foreign):
+            raise RuntimeError(
+                f'{name or "The model"} ({type(module).__name__}) was given the rule {type(foreign[0]).__name__} of '
+                f'another composite within the context of {type(composite).__name__}: leave that first. To combine '
+                'both, use with_splitting or a layer map.'
+            )
+
+
+def in_use(composite):
+    '''What is wrong if a composite is registered twice.'''
+    return (
+        f'{type(composite).__name__} was registered while it was in use for a network. One instance is for one network '
+        'at a time: leave its context first, or call its remove(), or use another instance.'
+    )
+
+
+def undo(handles, name):
+    '''Leave the network of a composite that was lost as it was found.'''
+    if handles:
+        handles.remove()
+        warnings.warn(
+            f'A {name} was lost while it was registered. The network is as it was before, so that its gradients are no '
+            'relevance: keep the composite for as long as it is needed, or use its context.', stacklevel=2
+        )

@@ -1,0 +1,628 @@
+'''Canonizers which make the operations of residual networks visible to rules.'''
+import gc
+import threading
+import weakref
+from contextlib import contextmanager
+
+import torch
+from zennit.canonizers import Canonizer
+from zennit.core import RemovableHandleList
+
+from .._autograd import carriers_of, class_of, function_of, is_arithmetic, name_of, nodes_of, walk
+from .._compat import DisableTorchFunction, caller, in_backward, is_replacing, is_running, registering_composite
+from .._inplace import Watch, forget, note_copy, settle
+from ..arguments import Described, check_choice, check_flag
+from ..layer import Addition, Filling, Gate, LinearMap, Padding, Reduction
+from ..rules.passing import Proportional, Refill, SignalTakesAll, Uncrop
+from ..rules.splitting import RatioSplit
+from .batch_norm import BatchNormMerge
+from .batches import WATCHED, batch_size, depends_on_batch, may_mix
+from .calls import Call, Local, is_opaque, keep_stored, single_pass
+from .eager import Eager, check_evaluation, is_active
+from .functions import FunctionCall
+from .operations import CONVOLUTIONS, TRAINING, TRANSPARENT, handle, is_training
+from .refusals import (
+    Softmaxes,
+    check_output,
+    check_parameters,
+    check_rules,
+    check_weight,
+    in_use,
+    refusal,
+    undo,
+)
+from .weight_log import WeightLog
+
+# Rules for operations that no composite of Zennit knows about, unless the composite in use has another for them.
+DEFAULT_RULES = (
+    (Addition, RatioSplit()),
+    (Gate, SignalTakesAll()),
+    (Padding, Uncrop()),
+    (Filling, Refill()),
+    (Reduction, Proportional()),
+)
+
+# All canonizers in use, of nested contexts the innermost last.
+REGISTERED = []
+# Composites of Zennit that were registered while they were in use.
+REPLACED = weakref.WeakSet()
+# The composite of this package that is being registered. Those of Zennit do not tell their canonizers who they are.
+_REGISTERING = threading.local()
+
+
+# Functions of PyTorch with a backward function of their own that change nothing, such as that of backward hooks.
+IDENTITIES = frozenset(['BackwardHookFunction'])
+
+
+@contextmanager
+def registering(composite):
+    '''Have canonizers that are applied in this context ask a composite for the rules of operations.'''
+    outer = getattr(_REGISTERING, 'composite', None)
+    _REGISTERING.composite = composite
+    try:
+        yield
+    finally:
+        _REGISTERING.composite = outer
+
+
+class ResidualCanonizer(Described, Canonizer):
+    '''Canonizer for residual networks of any source.
+
+    Additions, gates, activations, poolings and other operations that a network writes as functions are found while its
+    modules run, and are run through modules of :py:mod:`zennit_resnet.layer` instead, which receive their rules from
+    the composite like any other module. They are children of the module whose forward ran them (for instance
+    ``layer1.0.addition``), attached whenever the network does not run. What they compute is bit for bit the same.
+
+    An operation is of concern if it is on a path from the input to the output: for as long as the canonizer is
+    registered, no parameter requires a gradient, so a tensor requires one only if it depends on the input. Hence adding
+    a bias or a constant is not a skip connection.
+
+    Parameters
+    ----------
+    batch_norm: str, optional
+        ``'pass'`` (default) leaves batch normalization alone, relevance passes it. With ``'merge'``, rules see the
+        linear layer before it with the batch normalization folded into its weights (not if its output has other uses).
+        The folded weights are in place while a single-pass rule runs, for other rules between forward passes, and the
+        forward pass still runs with the original ones.
+    strict: bool, optional
+        If ``True`` (default), an operation without a rule raises :py:class:`UnsupportedOperation`. If ``False``, it
+        warns, and the gradient takes the place of the rule.
+
+    Raises
+    ------
+    ValueError
+        If ``batch_norm`` is neither ``'pass'`` nor ``'merge'``.
+    '''
+    # whether the gradient is the rule of all functions
+    is_gradient = False
+
+    def __init__(self, batch_norm='pass', strict=True):
+        check_choice('batch_norm', batch_norm, ('pass', 'merge'))
+        check_flag('strict', strict)
+        self.batch_norm = batch_norm
+        self.strict = strict
+        self.handles = RemovableHandleList()
+
+    def apply(self, root_module):
+        '''Apply this canonizer to a module.
+
+        Parameters
+        ----------
+        root_module: :py:obj:`torch.nn.Module`
+            The network.
+
+        Returns
+        -------
+        list of :py:obj:`ResidualCanonizer`
+            A list of the single instance that was registered.
+
+        Raises
+        ------
+        RuntimeError
+            If no composite is being registered, or if it is in use for another network.
+        '''
+        composite = getattr(_REGISTERING, 'composite', None) or registering_composite()
+        if composite is None:
+            raise RuntimeError(
+                f'{type(self).__name__} has no composite to ask for rules: give it to a composite, as '
+                'in EpsilonPlus(canonizers=[ResidualCanonizer()]), or call its register(model, composite).'
+            )
+        if composite in REPLACED:
+            REPLACED.discard(composite)
+            raise RuntimeError(in_use(composite))
+        instance = self.copy()
+        instance.register(root_module, composite)
+        return [instance]
+
+    def register(self, root_module, composite=None):
+        '''Watch all modules of a network.
+
+        Parameters
+        ----------
+        root_module: :py:obj:`torch.nn.Module`
+            The network.
+        composite: :py:obj:`zennit.core.Composite`, optional
+            The composite to ask for the rules of operations. Without, additions are split by ratio.
+
+        Raises
+        ------
+        TypeError
+            If rules can not be attached to a module, as it is a ScriptModule, quantized, sharded, or runs replicas on
+            several devices.
+        RuntimeError
+            In inference mode, in which there are no gradients.
+        '''
+        self.names = {module: name for name, module in root_module.named_modules()}
+        if self._overlapping():
+            # a composite that was lost while it was registered undoes that, once it is collected
+            gc.collect()
+        self.eager = Eager(root_module)
+        self.composite, self.finalizer = None, None
+        if composite is not None:
+            self.composite = weakref.ref(composite)
+            self.finalizer = weakref.finalize(composite, undo, composite.handles, type(composite).__name__)
+            self.finalizer.atexit = False
+        self.root = root_module
+        self.suspended = []
+        for other in self._overlapping():
+            other.merge.unfold()
+            composite = other._composite()
+            self.suspended += [] if composite is None else [hook for hook in composite.hook_refs if hook.active]
+        for hook in self.suspended:
+            hook.active = False
+        REGISTERED.append(self)
+        self.context = self.paused = None
+        self.standins, self.leaves, self.weights = {}, {}, WeightLog()
+        self.local = Local()
+        self.interception = _Interception(self, self.is_gradient)
+        # zennit 1.0.0 replaces parameters of layers with new objects when its rules run
+        self.parameters = {module: dict(module._parameters) for module in self.names}
+        self.trainable = [param for param in root_module.parameters() if param.requires_grad]
+        self.merge = BatchNormMerge()
+        for param in self.trainable:
+            param.requires_grad_(False)
+        self.handles.append(root_module.register_forward_pre_hook(self._note_arguments, with_kwargs=True))
+        for module in self.names:
+            self.handles.append(module.register_forward_pre_hook(self._enter))
+            self.handles.append(module.register_forward_hook(self._leave, always_call=True))
+
+    def remove(self):
+        '''Leave the network as it was found.'''
+        self._recover()
+        self.interception.leave()
+        if self.finalizer is not None:
+            self.finalizer.detach()
+        if self.names and is_replacing():
+            REPLACED.add(self._composite())
+        self.handles.remove()
+        self.merge.remove()
+        if self in REGISTERED:
+            REGISTERED.remove(self)
+        for hook in self.suspended:
+            hook.active = True
+        self._detach()
+        for module, parameters in self.parameters.items():
+            module._parameters.clear()
+            module._parameters.update(parameters)
+        for param in self.trainable:
+            param.requires_grad_(True)
+        self.eager.remove()
+        self.standins, self.trainable, self.suspended, self.parameters, self.names = {}, [], [], {}, {}
+        self.leaves, self.weights = {}, WeightLog()
+
+    def copy(self):
+        '''Return a copy of this canonizer.'''
+        return type(self)(batch_norm=self.batch_norm, strict=self.strict)
+
+    # -- which module runs ---------------------------------------------------------------------------------------------
+
+    def _note_arguments(self, module, args, kwargs):
+        if not self.local.__dict__.get('stack') and not self.local.__dict__.get('is_checking'):
+            self.local.given, self.local.batch = (args, kwargs), batch_size((args, kwargs))
+
+    def _enter(self, module, args):
+        rule = self.leaves.get(module)
+        if rule is not None and rule.active and self.local.__dict__.get('stack'):
+            # it runs without gradients, so that nothing inside is an operation on relevance
+            self.local.leaf = module
+            settle(args)
+            self.weights.note(module, self.local.is_active, self.paused is not None)
+            return
+        if self.local.__dict__.get('is_checking'):
+            return
+        self.local.__dict__.setdefault('stack', [])
+        stack = self._stack()
+        if not stack:
+            self.local.mixing = None
+            if module is not self.root:
+                self.local.given, self.local.batch = None, 0
+            self.local.counts, self.local.seen, self.local.known, self.local.softmaxes = {}, set(), set(), Softmaxes()
+            self.local.is_grad_enabled = torch.is_grad_enabled()
+            self.local.leaf = None
+            composite = self._composite()
+            self.local.is_active = composite is None or is_active(composite)
+            forget()
+            self._start(args)
+            self.interception.enter()
+        settle(args)
+        weights = self.weights.note(module, self.local.is_active, self.paused is not None)
+        # what is inside of a module with a rule must have its own gradient, also if the rule runs it again
+        opaque = is_opaque(module) or (stack[-1].opaque if stack else self._is_inside_opaque(module))
+        changes = args[0] if args and getattr(module, 'inplace', False) is True else None
+        carriers = carriers_of(args) if opaque and stack and not stack[-1].opaque else ()
+        begin = nodes_of(carriers) if carriers else None
+        counts = self.local.counts.setdefault(module, {})
+        stack.append(Call(module, opaque, counts, changes, begin, weights, caller()))
+
+    def _recover(self):
+        '''Forget a forward pass that was interrupted by an exception for which PyTorch runs no hooks.'''
+        stack = self.local.__dict__.get('stack')
+        if stack:
+            stack.clear()
+            forget()
+            torch.set_grad_enabled(self.local.is_grad_enabled)
+
+    def _stack(self):
+        '''Calls of modules that are running.'''
+        stack = self.local.__dict__.get('stack')
+        if stack and not is_running(stack[-1].frame):
+            self._recover()
+        return stack
+
+    def _is_inside_opaque(self, module):
+        path = self.names.get(module, '').split('.')
+        above = {'.'.join(path[:num]) for num in range(1, len(path))}
+        return any(name in above and is_opaque(parent) for parent, name in self.names.items()) if above else False
+
+    def _leave(self, module, args, output):
+        self.local.leaf = None
+        stack = self.local.__dict__.get('stack')
+        # this is called for exceptions before the module was entered as well
+        if not stack or stack[-1].module is not module:
+            return
+        call = stack.pop()
+        if call.changes is not None:
+            note_copy(call.changes, output)
+        if not stack:
+            settle(output)
+            forget()
+            # before anything raises
+            self.interception.leave()
+        carriers = carriers_of((output,))
+        if not stack and self.local.is_active and self.local.is_grad_enabled:
+            # also attributes of objects of any class
+            carriers = carriers or carriers_of(vars(output) if hasattr(output, '__dict__') else ())
+            self._check_batch(output)
+            check_output(self.root, args, output, carriers)
+            self.local.softmaxes.follow(carriers, self.is_gradient, lambda: refusal(
+                self._label(self.root), self.root, 'softmax', 'it is not the output', self.strict
+            ))
+            if self.is_gradient:
+                self.weights.finish(carriers)
+        if self.local.is_active:
+            if call.weights is not None and carriers:
+                self.weights.watch(call.weights, carriers, call.opaque, self.is_gradient)
+            if not call.opaque:
+                self._guard(call, carriers)
+            elif call.begin is not None:
+                self._note(carriers, call.begin)
+        if not stack:
+            # nodes keep the tensors of the forward pass
+            self.local.seen, self.local.known = set(), set()
+            self._finish(carriers)
+
+    def _check_batch(self, output):
+        '''Raise a RuntimeError if functions that may compute something from several images do.'''
+        given, self.local.given = self.local.given, None
+        if self.local.mixing is None or self.paused is not None:
+            return
+        self.local.is_checking = True
+        try:
+            is_dependent = depends_on_batch(self.root, given, output)
+        finally:
+            self.local.is_checking = False
+        if is_dependent:
+            label, name = self.local.mixing
+            raise RuntimeError(
+                f'{label} calls \'{name}\' over the {self.local.batch} images of the batch, by which the output for '
+                'one image depends on the others: explain one image at a time, or use running statistics.'
+            )
+
+    def _start(self, args):
+        if self not in REGISTERED:
+            if torch.is_grad_enabled() and carriers_of(args):
+                raise RuntimeError(
+                    f'The {type(self.root).__name__} is a copy that was made within the context of a composite, whose '
+                    'hooks it has without being registered: copy the network outside of the context.'
+                )
+            self.paused = None
+            return
+        # checkpointing runs parts of the network again in the backward pass, for which all folded weights remain
+        self.paused = self.merge.pause() if in_backward() else None
+        self.merge.unfold()
+        self._detach()
+        self.eager.pause_compiler()
+        if self.paused is None:
+            self.weights.clear()
+        if torch.is_grad_enabled():
+            check_evaluation(self.root)
+            check_rules(self.names, self._composite())
+        if self.context is None:
+            if self.batch_norm == 'merge':
+                for module in self.names:
+                    self.merge.watch(module)
+            # rules for first layers are given to the first module of a type: ask for all modules in their order
+            self.context = {}
+            composite = self._composite()
+            if composite is not None:
+                for module, name in self.names.items():
+                    composite.module_map(self.context, name, module)
+            self.leaves = {module: single_pass(module) for module in self.names
+                           if module is not self.root and not module._modules}
+            check_parameters(self.names)
+            for module in self.names:
+                self.handles.extend(keep_stored(module))
+
+    def _label(self, module):
+        '''Name and type of a module.'''
+        return f'{self.names.get(module) or "The model"} ({type(module).__name__})'
+
+    def _overlapping(self):
+        '''Other canonizers in use for the same modules.'''
+        return [other for other in REGISTERED if other is not self and not self.names.keys().isdisjoint(other.names)]
+
+    def _finish(self, carriers):
+        if self not in REGISTERED:
+            return
+        if self.paused is not None:
+            self.merge.resume(self.paused)
+        elif all(REGISTERED.index(other) < REGISTERED.index(self) for other in self._overlapping()):
+            self.weights.renew(self.merge.fold(carriers))
+        self.paused = None
+        for owner, name, standin in self.standins.values():
+            owner._modules[name] = standin
+
+    def _detach(self):
+        # containers which call all of their children must not find stand-ins among them
+        for owner, name, _ in self.standins.values():
+            owner._modules.pop(name, None)
+
+    # -- what runs in it -----------------------------------------------------------------------------------------------
+
+    def look(self, func, args, kwargs):
+        '''Look at a function before :py:meth:`intercept` runs it, and what it changes is copied for rules.
+
+        Parameters
+        ----------
+        func: callable
+            The function that was called.
+        args: tuple
+            Its positional arguments.
+        kwargs: dict
+            Its keyword arguments.
+
+        Raises
+        ------
+        RuntimeError
+            If what it returns depends on chance or on other samples, as it is called for training.
+        '''
+        name = name_of(func)
+        size = self.local.batch
+        if size > 1 and name in WATCHED and self.local.mixing is None and may_mix(name, args, kwargs, size):
+            stack = self._stack()
+            self.local.mixing = self._label(stack[-1].module if stack else self.root), name
+        if name not in TRAINING or not is_training(func, args, kwargs):
+            return
+        stack = self._stack()
+        if not stack or not self.local.is_active or not (torch.is_grad_enabled() or self.local.leaf is not None):
+            return
+        if carriers_of((args, kwargs)):
+            module = self.local.leaf or stack[-1].module
+            raise RuntimeError(
+                f'{self._label(module)} calls \'{func.__name__}\' for training or without running statistics, by which '
+                'the output for one sample depends on chance or on the other samples of the batch. Have it called with '
+                'training=self.training and call model.eval() first, or explain one sample at a time if it has no '
+                'running statistics.'
+            )
+
+    def intercept(self, func, args, kwargs):
+        '''Run a function, through a module that stands for it if it is an operation on relevance.
+
+        Parameters
+        ----------
+        func: callable
+            The function that was called.
+        args: tuple
+            Its positional arguments.
+        kwargs: dict
+            Its keyword arguments.
+
+        Returns
+        -------
+        object
+            What the function returns.
+
+        Raises
+        ------
+        UnsupportedOperation
+            If there is no rule for the function.
+        '''
+        name = name_of(func)
+        stack = self._stack()
+        if not stack or stack[-1].opaque or not self.local.is_active or not torch.is_grad_enabled():
+            if stack and stack[-1].opaque and (name == 'linear' or name in CONVOLUTIONS) and self.local.is_active:
+                check_weight(self._label(stack[-1].module), stack[-1].module, args, kwargs)
+            return func(*args, **kwargs)
+        if name in TRANSPARENT and name != '__getitem__':
+            return func(*args, **kwargs)
+        carriers = carriers_of((args, kwargs))
+        if not carriers:
+            return func(*args, **kwargs)
+        return handle(self, stack[-1], FunctionCall(func, name, args, kwargs, carriers))
+
+    def refuse(self, call, function, reason):
+        '''Run a function which relevance must not reach. What computes a gate may be anything.
+
+        Parameters
+        ----------
+        call: object
+            The call of the module that runs the function.
+        function: :py:obj:`zennit_resnet.canonizers.functions.FunctionCall`
+            The function with its arguments.
+        reason: str
+            Why there is no rule, for the message once relevance does reach it.
+
+        Returns
+        -------
+        object
+            What the function returns.
+        '''
+        output, check = self.run_known(function, function.carriers), self._check(call, function.name, reason)
+        for carrier in carriers_of((output,)):
+            carrier.register_hook(check)
+        return output
+
+    def pass_at_end(self, call, function):
+        '''Run a softmax, which passes relevance to the logits it was computed from if it is the output of the network.
+
+        Parameters
+        ----------
+        call: object
+            The call of the module that runs the function.
+        function: :py:obj:`zennit_resnet.canonizers.functions.FunctionCall`
+            The function with its arguments.
+
+        Returns
+        -------
+        :py:obj:`torch.Tensor`
+            What the function returns.
+        '''
+        output = self.run_known(function, function.carriers)
+        self.note_softmax(call, function.name, output)
+        return output
+
+    def note_softmax(self, call, name, output, is_passed=False):
+        '''Note what a softmax returned, and whether a rule passes its relevance.'''
+        with DisableTorchFunction():
+            if output.requires_grad:
+                check = self._check(call, name, 'it is not the output')
+                self.local.softmaxes.add(output.grad_fn, check, is_passed)
+
+    def _check(self, call, name, reason):
+        '''A backward hook which raises or warns if there is any relevance.'''
+        return refusal(self._label(call.module), call.module, name, reason, self.strict)
+
+    def _guard(self, call, outputs):
+        '''Custom autograd functions, scripted and mapped ones are not intercepted. Relevance must not reach them.'''
+        for node in walk(nodes_of(outputs), self.local.seen):
+            source = class_of(node)
+            if node in self.local.known:
+                continue
+            if source is not None and source.__name__ not in IDENTITIES and (
+                source.__module__.partition('.')[0] not in ('zennit', __package__.partition('.')[0])
+            ):
+                node.register_prehook(self._check(call, source.__qualname__, 'it has a backward function of its own'))
+            elif is_arithmetic(node):
+                name = function_of(node)
+                node.register_prehook(self._check(call, name, 'it runs in a scripted or mapped function'))
+
+    def _note(self, outputs, begin):
+        '''Do not guard what lies between outputs and the nodes of all inputs that they were computed from.'''
+        self.local.known.update(walk(nodes_of(outputs), set(begin)))
+
+    def _composite(self):
+        return None if self.composite is None else self.composite()
+
+    def stand_in(self, call, kind, name):
+        '''Get the stand-in for the next operation of a kind, with its rule.
+
+        Parameters
+        ----------
+        call: object
+            The call of the module that runs the operation.
+        kind: type
+            Class of the stand-in, see :py:mod:`zennit_resnet.layer`.
+        name: str
+            Name of the function.
+
+        Returns
+        -------
+        :py:obj:`torch.nn.Module`
+            The stand-in.
+        '''
+        index = call.counts[kind.label] = call.counts.get(kind.label, -1) + 1
+        key = call.module, kind, index
+        if key not in self.standins:
+            label = kind.label if index == 0 else f'{kind.label}_{index}'
+            while hasattr(call.module, label):
+                label += '_'
+            standin = kind(name)
+            standin.train(call.module.training)
+            self.standins[key] = call.module, label, standin
+            prefix = self.names.get(call.module, '')
+            self._hook(f'{prefix}.{label}' if prefix else label, standin)
+            if self.batch_norm == 'merge' and kind is not LinearMap:
+                self.merge.watch(standin)
+        standin = self.standins[key][2]
+        standin.name = name
+        return standin
+
+    def run_known(self, function, carriers):
+        '''Run a function, inside of which nothing has to be guarded, of tensors that carry relevance.'''
+        begin = nodes_of(carriers)
+        output = function()
+        self._note(carriers_of((output,)), begin)
+        return output
+
+    def _hook(self, name, standin):
+        composite = self._composite()
+        template = None if composite is None else composite.module_map(self.context, name, standin)
+        if template is None:
+            template = next((rule for kind, rule in DEFAULT_RULES if isinstance(standin, kind)), None)
+        if template is not None:
+            hook = template.copy()
+            if composite is not None:
+                composite.hook_refs.add(hook)
+            self.handles.append(hook.register(standin))
+            self.handles.extend(keep_stored(standin))
+
+    def run(self, call, kind, function, **settings):
+        '''Run a function through the stand-in for it.
+
+        Parameters
+        ----------
+        call: object
+            The call of the module that runs the function.
+        kind: type
+            Class of the stand-in, see :py:mod:`zennit_resnet.layer`.
+        function: :py:obj:`zennit_resnet.canonizers.functions.FunctionCall`
+            The function with its arguments.
+        **settings
+            Attributes of the stand-in, which its rule needs to know.
+
+        Returns
+        -------
+        object
+            What the function returns.
+        '''
+        standin = self.stand_in(call, kind, function.name)
+        for key, value in settings.items():
+            setattr(standin, key, value)
+        standin.function = function.rebind()
+        return self.run_known(lambda: standin(*function.carriers), function.carriers)
+
+
+class _Interception(Watch):
+    '''Hand all functions on tensors over to the canonizer.'''
+    def __init__(self, canonizer, is_gradient):
+        super().__init__()
+        self.canonizer = canonizer
+        self.is_gradient = is_gradient
+
+    def look(self, func, args, kwargs):
+        '''Let the canonizer look at it.'''
+        self.canonizer.look(func, args, kwargs)
+
+    def run(self, func, args, kwargs):
+        '''Run a function, through a module that stands for it if it is an operation on relevance.'''
+        return self.canonizer.intercept(func, args, kwargs)

@@ -1,0 +1,105 @@
+'''Weights of the modules that ran in a forward pass.'''
+import copy
+
+from zennit.types import Linear
+
+from .._autograd import nodes_of
+from .._compat import DisableTorchFunction, rules_of
+from .._inplace import note_reader
+from .._weights import UsedWeights
+from ..rules.base import SinglePass
+from ..rules.block import BlockEpsilon
+
+
+class WeightLog:
+    '''Notes which weights modules had, and has errors raised where rules would find others.
+
+    Single-pass rules have copies of what they need. This is for all others: rules of Zennit read weights from modules
+    in the backward pass, :py:class:`~zennit_resnet.rules.BlockEpsilon` has gradients, which do not notice if other data
+    is assigned, and checkpointing runs modules again.
+    '''
+    def __init__(self):
+        # weights of the last forward pass, in which a module may be called several times, and those that rules read
+        self.used, self.read = {}, {}
+
+    def clear(self):
+        '''Begin a forward pass.'''
+        self.used, self.read = {}, {}
+
+    def note(self, module, is_active, is_again):
+        '''Note the weights of a module that is called, or compare them if checkpointing runs it again.
+
+        Parameters
+        ----------
+        module: :py:obj:`torch.nn.Module`
+            The module.
+        is_active: bool
+            Whether rules count.
+        is_again: bool
+            Whether this is the backward pass.
+
+        Returns
+        -------
+        :py:obj:`UsedWeights` or None
+            The weights, None if there are none.
+
+        Raises
+        ------
+        RuntimeError
+            If it runs again with other weights.
+        '''
+        if not is_active or not module._parameters and not module._buffers:
+            return None
+        with DisableTorchFunction():
+            weights, before = UsedWeights(module), self.used.get(module)
+            if not is_again:
+                if before is None or not before[-1].is_same(weights):
+                    self.used[module] = [*(before or ()), weights]
+            elif before is not None and not any(elem.is_same(weights) for elem in before):
+                raise RuntimeError(
+                    f'Checkpointing runs a {type(module).__name__} again in the backward pass, with other weights than '
+                    'in the forward pass: have them in place until the backward pass is done, or turn it off.'
+                )
+        return weights
+
+    def watch(self, weights, outputs, is_opaque, is_gradient):
+        '''Have an error raised if weights that are not copied change before they are read.
+
+        Parameters
+        ----------
+        weights: :py:obj:`UsedWeights`
+            Weights of a module that was called.
+        outputs: list of :py:obj:`torch.Tensor`
+            Its outputs.
+        is_opaque: bool
+            Whether the module has a rule.
+        is_gradient: bool
+            Whether the gradient is the rule of all functions.
+        '''
+        module = weights.module
+        if not is_gradient and not (is_opaque and isinstance(module, Linear)):
+            return
+        rules = rules_of(module)
+        if any(rule.active and not isinstance(rule, (SinglePass, BlockEpsilon)) for rule in rules):
+            # those of the call, as a hook of the user may have put others back by now
+            weights = self.read[module] = copy.copy(weights)
+            for node in nodes_of(outputs):
+                node.register_prehook(weights.check)
+        note_reader(weights)
+
+    def finish(self, outputs):
+        '''Have an error raised in the backward pass if gradients are rules, and other data was assigned to a weight.'''
+        used = [weights for several in self.used.values() for weights in several]
+
+        def check(relevance):
+            for weights in used:
+                weights.check_data()
+
+        for node in nodes_of(outputs):
+            node.register_prehook(check)
+
+    def renew(self, modules):
+        '''Take the weights of modules that were folded for those to be read.'''
+        for module in modules:
+            if module in self.read:
+                self.read[module].renew()

@@ -1,0 +1,541 @@
+'''Conservation of relevance: how much of it arrives at each layer, how much leaves it, and where the rest went.
+
+Relevance is measured on the edges of the graph that the network's forward pass has built, with all rules in place, so
+that none of it can pass unnoticed: each operation belongs to the module which ran it, and what all rows of the ledger
+lose adds up to the difference of the initial relevance and the relevance at the input.
+'''
+import csv
+import json
+import math
+from contextlib import nullcontext
+
+import torch
+from zennit.core import Composite
+
+from ..arguments import check_flag, check_module, check_number, check_precision, check_rule, show
+from ..attribution import initial_relevance, select_output
+from ..canonizers.eager import check_evaluation
+from ..registration import registered
+from ..rules.block import GradientTimesInput
+from .losses import CAUSES, precise
+from .plot import plot_ledger
+from .recorder import Recorder
+
+ADVICE = {
+    'bias': 'biases have a share of the output. With zero_params=\'bias\', rules of Zennit leave them out',
+    'stabilizer': 'it is not small compared with what it is added to. Choose a smaller one',
+    'dead_units': 'units have relevance, but no contributions to share it by. ResNetLRP(dead_units=\'spread\') does',
+    'no_rule': 'the gradient took its place. with_splitting(composite) has one for additions, a layer map for layers',
+    'unexplained': 'a rule does not conserve relevance, or terms cancel but for their rounding',
+}
+
+
+class Ledger:
+    '''How much relevance arrives at each layer, how much leaves it, and where the rest went.
+
+    Iterating gives rows in the order of the backward pass. What they lose adds up to ``initial - final``.
+
+    Attributes
+    ----------
+    rows: list[:py:obj:`~zennit_resnet.conservation.Row`]
+        Layers, and functions between them.
+    blocks: list[:py:obj:`~zennit_resnet.conservation.Row`]
+        Modules which contain others, in the order of the backward pass. They sum up what happens inside.
+    initial: :py:obj:`torch.Tensor`
+        Sum of the initial relevance, of shape (batch,) and type float64.
+    scale: :py:obj:`torch.Tensor`
+        Sum of the magnitudes of the initial relevance, of shape (batch,) and type float64.
+    final: :py:obj:`torch.Tensor`
+        Sum of the relevance at the input, of shape (batch,) and type float64.
+    output: :py:obj:`torch.Tensor`
+        Output of the network.
+    relevance: :py:obj:`torch.Tensor`
+        Relevance of the input, of its shape.
+    composite: str or None
+        The composite and its options, as text.
+    '''
+    # pylint: disable=too-many-arguments
+    def __init__(self, rows, blocks, initial, scale, final, output, relevance, composite=None):
+        self.composite = composite
+        self.rows, self.blocks = rows, blocks
+        self.initial, self.scale, self.final = initial, scale, final
+        self.output, self.relevance = output, relevance
+
+    def __iter__(self):
+        return iter(self.rows)
+
+    def __repr__(self):
+        gaps = self.gap.tolist()
+        more = f', ... ({len(gaps)} examples)' if len(gaps) > 4 else ''
+        gap = ', '.join(f'{value:+.1e}' for value in gaps[:4]) + more
+        return (f'{type(self).__name__}(composite={self.composite}, {len(self.rows)} rows, {len(self.blocks)} blocks, '
+                f'gap [{gap}])')
+
+    def __len__(self):
+        return len(self.rows)
+
+    @property
+    def gap(self):
+        '''Conservation gap (final - initial) / scale, of shape (batch,). It is zero if there is no relevance at all.'''
+        return torch.where((self.final == self.initial), 0., (self.final - self.initial) / self.scale)
+
+    @property
+    def lost_by(self):
+        '''What is lost in total by each cause, as a dict of tensors of shape (batch,).'''
+        return {
+            key: sum((row.lost_by[key] for row in self.rows), torch.zeros_like(self.initial)) for key in CAUSES
+        }
+
+    def find(self, name):
+        '''Get rows and blocks by the path of a module.
+
+        Parameters
+        ----------
+        name: str
+            Path of the module.
+
+        Returns
+        -------
+        list[:py:obj:`~zennit_resnet.conservation.Row`]
+            The module's calls, and functions in it.
+
+        Raises
+        ------
+        KeyError
+            If there are none.
+        '''
+        found = [row for row in (*self.rows, *self.blocks) if row.name == name]
+        if not found:
+            raise KeyError(f'No relevance reaches a module {name!r}!')
+        return found
+
+    def example(self, index=None):
+        '''Get the ledger of a single example.
+
+        Parameters
+        ----------
+        index: int, optional
+            Index in the batch. By default, the one with the largest deviation.
+
+        Returns
+        -------
+        :py:obj:`Ledger`
+            A ledger with a batch of one.
+
+        Raises
+        ------
+        IndexError
+            If there is no such example.
+        '''
+        index = self._index(index)
+        rows, blocks = ([row.example(index) for row in rows] for rows in (self.rows, self.blocks))
+        return Ledger(rows, blocks, *(
+            elem[index:][:1] for elem in (self.initial, self.scale, self.final, self.output, self.relevance)
+        ), self.composite)
+
+    def deviation(self, layers=True):
+        '''Largest deviation from conservation, relative to the initial relevance.
+
+        Parameters
+        ----------
+        layers: bool, optional
+            Whether each layer counts (default), or only the input as compared with the output, for which losses and
+            gains of layers may cancel.
+
+        Returns
+        -------
+        :py:obj:`torch.Tensor`
+            Deviation of shape (batch,). It is infinite where anything is NaN or infinite.
+        '''
+        lost = torch.stack([self.initial - self.final, *(row.lost for row in self.rows if layers)]).abs().amax(0)
+        deviation = torch.where(lost == 0, 0., lost / self.scale)
+        return torch.where(deviation.isfinite() & (self._not_finite() == 0), deviation, math.inf)
+
+    def _not_finite(self):
+        '''Number of values that are NaN or infinite in each example.'''
+        bad = ~self.relevance.detach().cpu().reshape(len(self.initial), -1).isfinite()
+        return bad.sum(1) + sum((row.nan + row.inf for row in self.rows), torch.zeros_like(self.initial))
+
+    def worst(self, number=3, example=0):
+        '''Get the rows that lose or gain most in an example, those with NaN or infinite values first.
+
+        Parameters
+        ----------
+        number: int, optional
+            How many rows. Default is 3.
+        example: int, optional
+            Index in the batch. Default is 0.
+
+        Returns
+        -------
+        list[:py:obj:`~zennit_resnet.conservation.Row`]
+            Rows which lose or gain anything.
+
+        Raises
+        ------
+        IndexError
+            If there is no such example.
+        '''
+        example = self._index(example)
+
+        def amount(row):
+            lost = abs(float(row.lost[example]))
+            return lost if math.isfinite(lost) else math.inf
+
+        return [row for row in sorted(self.rows, key=amount, reverse=True) if amount(row)][:number]
+
+    def assert_conserved(self, tolerance=1e-4, layers=True):
+        '''Check that relevance is conserved.
+
+        Parameters
+        ----------
+        tolerance: float, optional
+            Largest deviation, relative to the initial relevance. Default is 1e-4.
+        layers: bool, optional
+            Whether each layer is checked (default), or only the input, see :py:meth:`deviation`.
+
+        Raises
+        ------
+        AssertionError
+            If relevance is not conserved. The message names the worst layers, and the causes.
+        '''
+        check_number('tolerance', tolerance, 0, finite=False)
+        check_flag('layers', layers)
+        bad = (~(self.deviation(layers) <= tolerance)).nonzero()[:, 0].tolist()
+        if bad:
+            others = f' (and {len(bad) - 1} more)' if len(bad) > 1 else ''
+            raise AssertionError(
+                f'Relevance is not conserved within {tolerance:g} in example {bad[0]}{others}:\n'
+                + '\n'.join(self._summary(bad[0], tolerance))
+            )
+
+    # -- what is shown -------------------------------------------------------------------------------------------------
+
+    def table(self, example=None, tolerance=1e-4, blocks=False):
+        '''Format as a table, from the output to the input.
+
+        Functions which pass on all relevance are left out. A mark ``!`` is before rows that lose or gain more than the
+        tolerance, or have NaN or infinite values.
+
+        Parameters
+        ----------
+        example: int, optional
+            Index in the batch. By default, the one with the largest deviation.
+        tolerance: float, optional
+            Relative to the initial relevance. Default is 1e-4.
+        blocks: bool, optional
+            Whether blocks are shown in the place of layers and functions. Default is ``False``.
+
+        Returns
+        -------
+        str
+            The table, with a summary below.
+        '''
+        check_number('tolerance', tolerance, 0, finite=False)
+        check_flag('blocks', blocks)
+        index = self._index(example)
+        scale = float(self.scale[index])
+        threshold = tolerance * scale
+        lines = [(
+            '', 'layer', 'type', 'rule', 'arrives', 'leaves', 'factor', 'lost/initial', 'sum |R|', 'min |z|', 'cause'
+        )]
+        for row in self.blocks if blocks else self.visible(index, threshold):
+            arrives, leaves = float(row.arrives[index]), float(row.leaves[index])
+            smallest = math.inf if row.smallest is None else float(row.smallest[index])
+            lines.append((
+                '!' if self._is_bad(row, index, threshold) else '',
+                f'{row.name or "(network)"}{f" #{row.call}" if row.call else ""}', row.type, row.rule or '-',
+                f'{arrives:.5g}', f'{leaves:.5g}', f'{leaves / arrives:.5g}' if arrives else '-',
+                f'{(arrives - leaves) / scale:.1e}' if scale else '-',
+                f'{float(row.leaves_magnitude[index]):.3g}',
+                '' if smallest == math.inf else f'{smallest:.1e}', row.causes(index, threshold),
+            ))
+        widths = [max(map(len, column)) for column in zip(*lines)]
+        text = ['  '.join(
+            cell.rjust(width) if 4 <= num <= 9 else cell.ljust(width)
+            for num, (cell, width) in enumerate(zip(line, widths))
+        ).rstrip() for line in lines]
+        text.insert(1, '-' * max(map(len, text)))
+        title = [f'example {index} of {len(self.initial)}'] if len(self.initial) > 1 else []
+        return '\n'.join([*title, *text, text[1], *self._summary(index, tolerance)])
+
+    def _summary(self, index, tolerance):
+        '''Totals, worst rows and what can be done about them, as lines.'''
+        threshold = tolerance * float(self.scale[index])
+        initial, final, gap = (float(elem[index]) for elem in (self.initial, self.final, self.gap))
+        lines = [f'initial {initial:.6g}, at the input {final:.6g} (gap {gap:+.2e})']
+        lost = {key: float(value[index]) for key, value in self.lost_by.items()}
+        lines.append('lost by ' + ', '.join(f'{key.replace("_", " ")} {value:.3g}' for key, value in lost.items()))
+        worst = [row for row in self.worst(3, index) if self._is_bad(row, index, threshold)]
+        for row in worst:
+            lines.append(
+                f'! {row.label} ({row.type}, {row.rule or "no rule"}): {float(row.arrives[index]):.5g} arrives, '
+                f'{float(row.leaves[index]):.5g} leaves ({row.causes(index, threshold)})'
+            )
+        causes = {key for row in worst for key, value in row.lost_by.items() if abs(float(value[index])) > threshold}
+        lines += [f'  {key.replace("_", " ")}: {ADVICE[key]}' for key in CAUSES if key in causes]
+        scale, magnitude = float(self.scale[index]), float(precise(self.relevance[index]).abs().sum())
+        grown = [row for row in self.rows if float(row.arrives_magnitude[index]) > .01 * scale]
+        if magnitude > 10 * scale and grown:
+            row = max(grown, key=lambda row: float(row.leaves_magnitude[index] / row.arrives_magnitude[index]))
+            lines.append(
+                f'magnitudes sum to {magnitude:.3g} at the input, as terms cancel or are multiplied. They grow most in '
+                f'{row.label} ({row.type}, {row.rule or "no rule"}): {float(row.arrives_magnitude[index]):.3g} to '
+                f'{float(row.leaves_magnitude[index]):.3g}'
+            )
+        return lines
+
+    def _index(self, example):
+        '''Index of an example, by default of that with the largest deviation.'''
+        if example is None:
+            return int(self.deviation().argmax())
+        if not 0 <= example < len(self.initial):
+            raise IndexError(f'Example {example} is not among the {len(self.initial)} of the batch!')
+        return example
+
+    @staticmethod
+    def _is_bad(row, index, threshold):
+        return bool(row.nan[index] + row.inf[index]) or not abs(float(row.lost[index])) <= threshold
+
+    def visible(self, index, threshold):
+        '''Rows without the functions which pass on all relevance of an example, but for a threshold.'''
+        return [row for row in self.rows if row.kind != 'function' or self._is_bad(row, index, threshold)]
+
+    def plot(self, example=None, tolerance=1e-4):
+        '''Plot what layers lose, and what is left of the initial relevance.
+
+        Parameters
+        ----------
+        example: int, optional
+            Index in the batch. By default, the one with the largest deviation.
+        tolerance: float, optional
+            Causes that take or give more than this are shown, relative to the initial relevance. Default is 1e-4.
+
+        Returns
+        -------
+        :py:obj:`matplotlib.figure.Figure`
+            The figure, of which ``savefig(path)`` writes a file.
+        '''
+        check_number('tolerance', tolerance, 0, finite=False)
+        return plot_ledger(self, self._index(example), tolerance)
+
+    def records(self):
+        '''Get all rows and blocks as plain data.
+
+        Returns
+        -------
+        list[dict]
+            One dict for each example and row or block, with the attributes of :py:class:`Row`, and
+            what is lost relative to the initial relevance.
+        '''
+        records = []
+        for index, scale in enumerate(self.scale.tolist()):
+            for order, row in enumerate((*self.rows, *self.blocks)):
+                lost = float(row.lost[index])
+                records.append({
+                    'example': index, 'order': order, 'kind': row.kind, 'name': row.name, 'call': row.call,
+                    'type': row.type, 'rule': row.rule, 'arrives': float(row.arrives[index]),
+                    'leaves': float(row.leaves[index]), 'lost': lost,
+                    'lost_relative': lost / scale if scale else math.copysign(math.inf, lost) if lost else 0.,
+                    **{f'lost_by_{key}': float(value[index]) for key, value in row.lost_by.items()},
+                    'arrives_magnitude': float(row.arrives_magnitude[index]),
+                    'leaves_magnitude': float(row.leaves_magnitude[index]),
+                    'smallest': None if row.smallest is None else float(row.smallest[index]),
+                    'nan': int(row.nan[index]), 'inf': int(row.inf[index]),
+                })
+        return records
+
+    def to_csv(self, path):
+        '''Write a table with a line for each example and row or block, see :py:meth:`records`.
+
+        Parameters
+        ----------
+        path: str or :py:obj:`pathlib.Path`
+            File to write.
+        '''
+        records = self.records()
+        with open(path, 'w', newline='', encoding='utf-8') as file:
+            writer = csv.DictWriter(file, records[0])
+            writer.writeheader()
+            writer.writerows(records)
+
+    def to_json(self, path):
+        '''Write totals and all rows and blocks as JSON. Values that are NaN or infinite are null.
+
+        Parameters
+        ----------
+        path: str or :py:obj:`pathlib.Path`
+            File to write.
+        '''
+        content = {
+            'initial': self.initial.tolist(), 'final': self.final.tolist(), 'gap': self.gap.tolist(),
+            'lost_by': {key: value.tolist() for key, value in self.lost_by.items()},
+            'rows': self.records(),
+        }
+        with open(path, 'w', encoding='utf-8') as file:
+            json.dump(_finite(content), file, indent=1, allow_nan=False)
+
+
+def _finite(value):
+    '''Replace values that JSON does not have.'''
+    if isinstance(value, dict):
+        return {key: _finite(elem) for key, elem in value.items()}
+    if isinstance(value, list):
+        return [_finite(elem) for elem in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def conservation_ledger(model, input, composite=None, attr_output=None, target=None, value='logit'):
+    '''Follow relevance through a network, and find out where it is lost or gained.
+
+    The network is run once forward and backward, as by Zennit's ``Gradient``, and left as it was found. Rules give the
+    same relevance as without a ledger.
+
+    Parameters
+    ----------
+    model: :py:obj:`torch.nn.Module`
+        The network in evaluation mode.
+    input: :py:obj:`torch.Tensor`
+        Input of shape (batch, ...).
+    composite: :py:obj:`zennit.core.Composite`, optional
+        The composite, any of Zennit or of this package. If it is registered already, it remains so. Default is None for
+        input times gradient, which biases take from.
+    attr_output: :py:obj:`torch.Tensor` or callable, optional
+        Initial relevance of the shape of the output, or a function that computes it from the output, as for attributors
+        of Zennit. Default is the output itself.
+    target: int, sequence of int or :py:obj:`torch.Tensor`, optional
+        In place of ``attr_output``, the class to explain, see :py:func:`~zennit_resnet.attribution.initial_relevance`.
+    value: str, optional
+        What relevance of ``target`` starts from, see :py:func:`~zennit_resnet.attribution.initial_relevance`.
+
+    Returns
+    -------
+    :py:obj:`Ledger`
+        What arrives at all layers, leaves them, and is lost in between.
+
+    Raises
+    ------
+    TypeError
+        If ``model``, ``input`` or ``composite`` is none, or the output is no tensor.
+    ValueError
+        If ``attr_output`` and ``target`` are both given, if the initial relevance has not the shape of the output, if
+        the output has not the input's number of examples, or if it does not depend on the input.
+    RuntimeError
+        If batch normalization, dropout or stochastic depth is in training mode.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> from zennit.composites import EpsilonPlus
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)).eval()
+    >>> for parameter in model.parameters():
+    ...     _ = nn.init.ones_(parameter)
+    >>> ledger = conservation_ledger(model, torch.ones(1, 2), EpsilonPlus())
+    >>> for row in ledger:
+    ...     print(f'{row.name} {row.type}: {row.arrives.item():.2f} arrives, {row.leaves.item():.2f} leaves')
+    2 Linear: 10.00 arrives, 9.00 leaves
+    1 ReLU: 9.00 arrives, 9.00 leaves
+    0 Linear: 9.00 arrives, 6.00 leaves
+    >>> print(f'gap {ledger.gap.item():.2f}, lost by biases {ledger.lost_by["bias"].item():.2f}')
+    gap -0.40, lost by biases 4.00
+    '''
+    # pylint: disable=too-many-arguments
+    check_module(model)
+    if not isinstance(input, torch.Tensor) or not input.numel():
+        raise TypeError(
+            'The input must be a tensor of floating point numbers and not empty, but is '
+            f'{f"of shape {tuple(input.shape)}" if isinstance(input, torch.Tensor) else repr(input)}!'
+        )
+    if not input.is_floating_point():
+        raise TypeError(
+            f'The input is of {input.dtype}, and integers have no relevance: convert images with input.float(), or '
+            'follow the network from its embedding on, given the output of that.'
+        )
+    name = 'input times gradient' if composite is None else show(composite)
+    if composite is None:
+        composite = Composite(module_map=lambda ctx, name, module: None if name else GradientTimesInput())
+        composite.propagates = 'gradient'
+    check_rule('composite', composite, Composite)
+    if target is None:
+        attr_output = torch.Tensor.detach if attr_output is None else attr_output
+    else:
+        if attr_output is not None:
+            raise ValueError('attr_output and target exclude each other: choose one')
+        attr_output = initial_relevance(target, value)
+    check_evaluation(model)
+    with _registered(model, composite), torch.enable_grad():
+        recorder = Recorder(model, composite, len(input))
+        try:
+            input = input.detach().requires_grad_()
+            with recorder.watch(), check_precision(model, input):
+                output = model(input)
+            _check_output(output, input)
+            seed = attr_output(output) if callable(attr_output) else attr_output
+            if not isinstance(seed, torch.Tensor) or seed.shape != output.shape:
+                raise ValueError(
+                    f'The initial relevance must be a tensor of the shape {tuple(output.shape)} of the output, but is '
+                    f'{tuple(seed.shape) if isinstance(seed, torch.Tensor) else repr(seed)}!'
+                )
+            relevance = recorder.propagate(output, input, seed.detach())
+            rows, blocks = recorder.summarize()
+        finally:
+            recorder.witness.leave()
+    initial, final = (precise(elem.detach()).cpu().reshape(len(input), -1) for elem in (seed, relevance))
+    return Ledger(
+        rows, blocks, initial.sum(1), initial.abs().sum(1), final.sum(1), output.detach(), relevance.detach(), name
+    )
+
+
+def assert_conserved(
+    model, input, composite, attr_output=None, target=None, value='logit', tolerance=1e-4, layers=True
+):
+    '''Check in a test that a composite conserves relevance.
+
+    Parameters
+    ----------
+    model, input, composite, attr_output, target, value:
+        See :py:func:`conservation_ledger`.
+    tolerance, layers:
+        See :py:meth:`Ledger.assert_conserved`.
+
+    Returns
+    -------
+    :py:obj:`Ledger`
+        The ledger.
+
+    Raises
+    ------
+    AssertionError
+        If relevance is not conserved. The message names the worst layers, and the causes.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> from zennit_resnet.composites import ResNetLRP
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)).eval()
+    >>> for parameter in model.parameters():
+    ...     _ = nn.init.ones_(parameter)
+    >>> ledger = assert_conserved(model, torch.ones(1, 2), ResNetLRP())
+    >>> print(f'{ledger.initial.item():.2f} at the output, {ledger.final.item():.2f} at the input')
+    10.00 at the output, 10.00 at the input
+    '''
+    # pylint: disable=too-many-arguments
+    ledger = conservation_ledger(model, input, composite, attr_output, target, value)
+    ledger.assert_conserved(tolerance, layers)
+    return ledger
+
+
+def _registered(model, composite):
+    '''Register a composite unless it is already, and leave no trace of it.'''
+    return nullcontext() if composite.handles else registered(composite, model)
+
+
+def _check_output(output, input):
+    select_output(output)
+    if output.grad_fn is None:
+        raise ValueError('The output does not depend on the input by operations with a gradient!')
+    if not output.ndim or len(output) != len(input):
+        raise ValueError(
+            f'The output must have as many examples as the input of shape {tuple(input.shape)}, but it is of shape '
+            f'{tuple(output.shape)}!'
+        )

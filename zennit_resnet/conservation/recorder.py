@@ -1,0 +1,481 @@
+'''Flow of relevance through the graph of a forward pass, measured without any influence on it.'''
+import collections
+import functools
+import inspect
+import re
+import threading
+from bisect import bisect_right
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch.autograd.graph import get_gradient_edge
+from torch.nn.modules import module as torch_module
+from zennit.core import Hook
+
+from .._autograd import function_of, is_leaf, next_sequence, sequence_of, walk
+from .._compat import DisableTorchFunction, rules_of
+from ..rules.base import SinglePass
+from ..rules.block import BlockEpsilon, GradientTimesInput
+from .losses import CAUSES, Note, Witness, is_affine, precise
+
+
+@dataclass
+class Row:
+    '''Relevance of a layer, of a function call that is in no layer, or of a block.
+
+    Attributes
+    ----------
+    name: str
+        Path of the module, for functions of the module in which they were called. Empty for the network itself.
+    call: int
+        Number of the call if the module was called several times, else 0.
+    kind: str
+        ``'layer'``, ``'function'`` or ``'block'``.
+    type: str
+        Class of the module, or name of the function.
+    rule: str or None
+        Class of the rule, None where the gradient takes its place.
+    arrives: :py:obj:`torch.Tensor`
+        Sum of the relevance that arrives at the output, of shape (batch,) and type float64.
+    leaves: :py:obj:`torch.Tensor`
+        Sum of the relevance that leaves to the inputs, of shape (batch,) and type float64.
+    arrives_magnitude: :py:obj:`torch.Tensor`
+        Sum of the magnitudes of what arrives from each consumer of the output, of shape (batch,) and type float64.
+    leaves_magnitude: :py:obj:`torch.Tensor`
+        Sum of the magnitudes of what leaves to each input, of shape (batch,) and type float64.
+    lost_by: dict[str, :py:obj:`torch.Tensor`]
+        What is lost by ``'bias'``, ``'stabilizer'``, ``'dead_units'``, ``'no_rule'`` and ``'unexplained'``, of shape
+        (batch,) and type float64 each. They sum to ``lost``. Negative values are gains.
+    smallest: :py:obj:`torch.Tensor` or None
+        The smallest magnitude of a denominator, before it is stabilized, among units to which relevance arrives, of
+        shape (batch,) and type float64. None if the rule has no denominator, or is unknown.
+    nan: :py:obj:`torch.Tensor`
+        Number of NaN among what leaves, of shape (batch,).
+    inf: :py:obj:`torch.Tensor`
+        Number of infinite values among what leaves, of shape (batch,).
+    '''
+    # pylint: disable=too-many-instance-attributes
+    name: str
+    call: int
+    kind: str
+    type: str
+    rule: str
+    arrives: torch.Tensor
+    leaves: torch.Tensor
+    arrives_magnitude: torch.Tensor
+    leaves_magnitude: torch.Tensor
+    lost_by: dict
+    smallest: torch.Tensor
+    nan: torch.Tensor
+    inf: torch.Tensor
+
+    @property
+    def lost(self):
+        '''What arrives and does not leave, of shape (batch,). It is negative where relevance is gained.'''
+        return self.arrives - self.leaves
+
+    @property
+    def label(self):
+        '''Name with the number of the call, or with the function.'''
+        name = self.name or 'the network'
+        return f'{self.type} in {name}' if self.kind == 'function' else f'{name} #{self.call}' if self.call else name
+
+    def causes(self, index, threshold):
+        '''Describe what causes more than a threshold to be lost or gained in an example, and what is not finite.'''
+        lost = {key: abs(float(value[index])) for key, value in self.lost_by.items()}
+        threshold = max(threshold, .01 * max(lost.values()))
+        keys = [key for key in sorted(lost, key=lambda key: -lost[key]) if lost[key] > threshold]
+        counts = {'NaN': int(self.nan[index]), 'infinite': int(self.inf[index])}
+        return ', '.join([
+            *(key.replace('_', ' ') for key in keys), *(f'{count} {name}' for name, count in counts.items() if count)
+        ])
+
+    def example(self, index):
+        '''The row of a single example.'''
+        def pick(value):
+            return value if value is None else value[index:][:1]
+
+        tensors = {key: pick(value) for key, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, lost_by={key: pick(value) for key, value in self.lost_by.items()}, **tensors)
+
+
+class Call:
+    '''A call of a module during the forward pass.
+
+    Attributes
+    ----------
+    module: :py:obj:`torch.nn.Module`
+        The module.
+    parent: :py:obj:`Call` or None
+        The call during which it was called.
+    rules: list[:py:obj:`zennit.core.Hook`]
+        Rules of the module.
+    is_container: bool
+        Whether it called other modules.
+    '''
+    def __init__(self, module, parent, rules):
+        self.module, self.parent, self.rules = module, parent, rules
+        self.is_container = False
+        if parent is not None:
+            parent.is_container = True
+
+    def chain(self):
+        '''The call itself, and all calls around it.'''
+        call = self
+        while call is not None:
+            yield call
+            call = call.parent
+
+    def layer(self):
+        '''The outermost call with a rule for all that it contains, else itself, or None if it called other modules.'''
+        covering = [call for call in self.chain() if any(map(_covers, call.rules))]
+        if covering:
+            return covering[-1]
+        return None if self.is_container else self
+
+
+def _covers(hook):
+    '''Whether a rule replaces what the modules inside of its module propagate.'''
+    if isinstance(hook, BlockEpsilon):
+        return hook.form == 'relevance' and not isinstance(hook, GradientTimesInput)
+    return isinstance(hook, SinglePass) or type(hook).backward is not Hook.backward
+
+
+class Recorder:
+    '''Follows relevance along the edges of the graph of a single forward pass.
+
+    Operations are numbered in their order, so it is known from when it ran to which module one belongs, whatever
+    becomes of tensors by views or in-place operations.
+
+    Parameters
+    ----------
+    model: :py:obj:`torch.nn.Module`
+        The network.
+    composite: :py:obj:`zennit.core.Composite`
+        The composite, which is registered. If it ``propagates`` gradients, these become relevance by multiplication
+        with the tensor of an edge. Where it is not known, because it is neither input nor output of a module,
+        operations are not told apart.
+    batch_size: int
+        Number of examples, which are the first dimension of all tensors. Operations between which a tensor has none,
+        are not told apart either.
+    '''
+    # pylint: disable=too-many-instance-attributes
+    def __init__(self, model, composite, batch_size):
+        self.model, self.composite, self.batch_size = model, composite, batch_size
+        self.is_gradient = getattr(composite, 'propagates', 'relevance') == 'gradient'
+        self.witness = Witness(batch_size)
+        self.thread = threading.get_ident()
+        self.calls, self.stack, self.starts, self.owners = [], [], [], []
+        self.handles, self.values, self.biased = {}, {}, {}
+        self.nodes, self.indices, self.flows, self.notes = [], {}, [], {}
+        self.input = self.output = self.seed = None
+        # nodes from which there is a path to the input
+        self.leading = set()
+
+    # -- forward -------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def watch(self):
+        '''Context in which the network is run.'''
+        register, note = torch_module.register_module_forward_hook, self._note_bias
+        if 'with_kwargs' in inspect.signature(register).parameters:
+            note = register(note, with_kwargs=True)
+        else:
+            # PyTorch 2.4 does not give these to hooks for all modules
+            note = register(lambda module, args, output: self._note_bias(module, args, {}, output))
+        handles = [torch_module.register_module_forward_pre_hook(self._enter), note]
+        try:
+            yield
+        finally:
+            for handle in (*handles, *self.handles.values()):
+                handle.remove()
+            self.handles = {}
+
+    def _enter(self, module, args):
+        '''Called before all other hooks of a module.'''
+        # hooks for all modules are called for those of other threads, too
+        if threading.get_ident() != self.thread or not (self.stack or module is self.model):
+            return
+        with DisableTorchFunction():
+            found = rules_of(module, with_post=True)
+            rules = [hook for hook in dict.fromkeys(found) if hook in self.composite.hook_refs]
+            call = Call(module, self.stack[-1] if self.stack else None, rules)
+            for hook in rules:
+                self.witness.watch(hook, module)
+            if module not in self.handles:
+                # by now all rules have their hooks, so this is the last one
+                self.handles[module] = module.register_forward_hook(self._leave, always_call=True)
+            self.calls.append(call)
+            self.stack.append(call)
+            self._mark(call)
+            self._keep(args)
+
+    def _leave(self, module, args, output):
+        '''Called after all other hooks of a module.'''
+        if threading.get_ident() == self.thread and self.stack and self.stack[-1].module is module:
+            self._mark(self.stack.pop().parent)
+            with DisableTorchFunction():
+                self._keep(output)
+
+    def _note_bias(self, module, args, kwargs, output):
+        '''Called right after the module has run. Note layers of which the bias has a share.'''
+        if threading.get_ident() != self.thread or not self.stack or self.stack[-1].module is not module:
+            return
+        with DisableTorchFunction():
+            # hooks that are called before a module do not get these
+            self._keep(kwargs)
+        call = self.stack[-1]
+        rule = next((hook for hook in call.rules if isinstance(hook, BlockEpsilon)), None)
+        is_inside = any(isinstance(hook, BlockEpsilon) for elem in self.stack for hook in elem.rules)
+        input = next((elem for elem in (*args, *kwargs.values()) if isinstance(elem, torch.Tensor)), None)
+        if input is None or not is_affine(module) or not (self.is_gradient or is_inside):
+            return
+        with DisableTorchFunction():
+            if output.requires_grad:
+                edge = get_gradient_edge(output)
+                self.biased[edge.node] = edge.output_nr, module, rule, torch.zeros_like(input[:1])
+
+    def _mark(self, call):
+        '''Operations from now on belong to a call.'''
+        self.starts.append(next_sequence())
+        self.owners.append(call)
+
+    def _keep(self, value):
+        '''Keep tensors for which gradients become relevance.'''
+        if not self.is_gradient:
+            return
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            edge = get_gradient_edge(value)
+            self.values.setdefault((edge.node, edge.output_nr), value.detach().clone())
+        elif isinstance(value, (tuple, list)):
+            for elem in value:
+                self._keep(elem)
+        elif isinstance(value, dict):
+            self._keep(list(value.values()))
+
+    # -- backward ------------------------------------------------------------------------------------------------------
+
+    def propagate(self, output, input, seed):
+        '''Propagate relevance.
+
+        Parameters
+        ----------
+        output: :py:obj:`torch.Tensor`
+            Output of the network.
+        input: :py:obj:`torch.Tensor`
+            Input of the network, a leaf.
+        seed: :py:obj:`torch.Tensor`
+            Initial relevance of the shape of the output.
+
+        Returns
+        -------
+        :py:obj:`torch.Tensor`
+            Relevance of the shape of the input.
+        '''
+        edge = get_gradient_edge(input)
+        self.input = edge.node, edge.output_nr
+        nodes = list(walk([output.grad_fn]))
+        self.nodes = [node for node in nodes if not is_leaf(node)]
+        self.leading = _leading(nodes, edge.node)
+        self.indices = {node: index for index, node in enumerate(self.nodes)}
+        self.output, self.seed = output.grad_fn, self._measure(seed)
+        # registered after those of rules, so what they change is changed by now
+        handles = [
+            node.register_hook(functools.partial(self._record, index)) for index, node in enumerate(self.nodes)
+        ]
+        try:
+            relevance, = torch.autograd.grad(output, input, seed, allow_unused=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return torch.zeros_like(input) if relevance is None else relevance
+
+    def _record(self, index, grad_inputs, grad_outputs):
+        '''Measure what an operation passes on.'''
+        node = self.nodes[index]
+        for (parent, number), relevance in zip(node.next_functions, grad_inputs):
+            # some operations compute what nothing needs, such as gradients of parameters
+            if relevance is not None and parent in self.leading:
+                self.flows.append((index, self.indices.get(parent), self._measure_edge(relevance, (parent, number))))
+        notes, layer = self.witness.take(), self._owner(index).layer()
+        if layer is not None:
+            # rules of Zennit for containers run what is inside once more, with its rules
+            notes = [note for note in notes if note.rule in layer.rules]
+        if node in self.biased:
+            number, module, rule, zeros = self.biased[node]
+            share = grad_outputs[number]
+            # a rule may have taken the bias from its denominator, unless it is inactive inside of a block
+            is_left_out = rule in self.witness.heard and not rule.with_bias
+            if share is not None and len(share) == self.batch_size and not is_left_out:
+                notes.append(Note(None, {'bias': self.witness.bias(module, share, zeros)}, None))
+        if notes:
+            self.notes[index] = notes
+
+    def _measure_edge(self, relevance, edge):
+        '''Sums of what is passed on along an edge, None if they are not known.'''
+        if not self.is_gradient or edge == self.input:
+            return self._measure(relevance)
+        return self._measure(relevance, self.values[edge]) if edge in self.values else None
+
+    def _measure(self, relevance, factor=None):
+        '''Sums over each example of shape (4, batch), None if there is no dimension of examples.'''
+        if self.batch_size > 1 and (not relevance.ndim or len(relevance) != self.batch_size):
+            return None
+        relevance = precise(relevance) if factor is None else precise(relevance) * precise(factor)
+        relevance = relevance.reshape(self.batch_size, -1)
+        return torch.stack([
+            relevance.sum(1), relevance.abs().sum(1), relevance.isnan().sum(1), relevance.isinf().sum(1)
+        ])
+
+    # -- result --------------------------------------------------------------------------------------------------------
+
+    def summarize(self):
+        '''Sum up for each layer, each function that is in no layer, and each block.
+
+        Returns
+        -------
+        rows: list[:py:obj:`Row`]
+            Layers and functions in the order of the backward pass, of which each operation is in one.
+        blocks: list[:py:obj:`Row`]
+            Modules which contain others, in the order of the backward pass.
+        '''
+        names, numbers = self._names()
+        order = sorted(range(len(self.nodes)), key=lambda index: -self._number(index))
+        calls = [self._owner(index) for index in range(len(self.nodes))]
+        layers = [call.layer() for call in calls]
+        labels = self._merge([index if layer is None else layer for index, layer in enumerate(layers)])
+        flows, members = self._cross(labels), {}
+        for index in order:
+            if labels[index] in flows:
+                # otherwise nothing was propagated to it
+                members.setdefault(labels[index], []).append(index)
+        rows = {}
+        for label, indices in members.items():
+            parts = list(dict.fromkeys(index if layers[index] is None else layers[index] for index in indices))
+            called = [calls[part] if isinstance(part, int) else part for part in parts]
+            notes = [note for index in indices for note in self.notes.get(index, ())]
+            rules = [_type_name(hook) for part in parts if isinstance(part, Call) for hook in part.rules[:1]]
+            rows[label] = self._row(
+                'function' if all(isinstance(part, int) for part in parts) else 'layer',
+                _join(names[call.module] for call in called),
+                numbers[called[0]] if len(parts) == 1 else 0,
+                _join(_function_name(self.nodes[part]) if isinstance(part, int) else _type_name(part.module)
+                      for part in parts),
+                _join(rules or [_type_name(note.rule) for note in notes if note.rule]) or None,
+                flows[label], notes,
+            )
+
+        blocks, chains = [], [list(call.chain()) for call in calls]
+        for call in dict.fromkeys(call for index in order for call in reversed(chains[index])):
+            if not call.is_container or call.parent is None or call.layer() is not None:
+                continue
+            inside = [call in chain for chain in chains]
+            chosen = dict.fromkeys(label for label, elem in zip(labels, inside) if elem and label in rows)
+            if chosen and not any(label in chosen for label, elem in zip(labels, inside) if not elem):
+                notes = [Note(None, rows[label].lost_by, rows[label].smallest) for label in chosen]
+                rule = next(map(_type_name, call.rules), None)
+                blocks.append(self._row(
+                    'block', names[call.module], numbers[call], _type_name(call.module), rule,
+                    self._cross(inside)[True], notes,
+                ))
+        return list(rows.values()), blocks
+
+    @staticmethod
+    def _row(kind, name, call, type_name, rule, flow, notes):
+        '''Find out by which causes relevance is lost.'''
+        # pylint: disable=too-many-arguments
+        (arrives, arrives_magnitude, _, _), (leaves, leaves_magnitude, nan, inf) = (elem.cpu() for elem in flow)
+        lost_by = {key: torch.zeros_like(arrives) for key in CAUSES}
+        smallest = [note.smallest.cpu() for note in notes if note.smallest is not None]
+        for note in notes:
+            for key, value in note.lost.items():
+                lost_by[key] += torch.as_tensor(value).cpu()
+        lost_by['unexplained' if rule else 'no_rule'] += arrives - leaves - sum(lost_by.values())
+        return Row(
+            name, call, kind, type_name, rule, arrives, leaves, arrives_magnitude, leaves_magnitude, lost_by,
+            torch.stack(smallest).amin(0) if smallest else None, nan.long(), inf.long(),
+        )
+
+    def _number(self, index):
+        return sequence_of(self.nodes[index])
+
+    def _owner(self, index):
+        '''The call during which an operation ran.'''
+        position = bisect_right(self.starts, self._number(index)) - 1
+        return (self.owners[position] if position >= 0 else None) or self.calls[0]
+
+    def _merge(self, labels):
+        '''Give operations the same label if what is passed on between them is not known.'''
+        merged = {}
+
+        def find(label):
+            while label in merged:
+                label = merged[label]
+            return label
+
+        for source, target, amounts in self.flows:
+            if amounts is None and target is not None:
+                source, target = find(labels[source]), find(labels[target])
+                if source != target:
+                    merged[source] = target
+        return [find(label) for label in labels]
+
+    def _cross(self, labels):
+        '''What arrives at operations with the same label from outside, and leaves them, by label.'''
+        flows = {}
+
+        def add(index, side, amounts):
+            flows.setdefault(labels[index], [torch.zeros_like(self.seed), torch.zeros_like(self.seed)])[side] += amounts
+
+        add(self.indices[self.output], 0, self.seed)
+        for source, target, amounts in self.flows:
+            if target is None or labels[source] != labels[target]:
+                add(source, 1, amounts)
+                if target is not None:
+                    add(target, 0, amounts)
+        return flows
+
+    def _names(self):
+        '''Paths of modules, and numbers of calls for modules that were called several times.'''
+        names = {module: name for name, module in self.model.named_modules()}
+        numbers, total = {}, collections.Counter(call.module for call in self.calls)
+        count = collections.Counter()
+        for call in self.calls:
+            if call.module not in names:
+                # a module that is no attribute of another
+                prefix = names[call.parent.module]
+                names[call.module] = f'{prefix}.{type(call.module).__name__}' if prefix else type(call.module).__name__
+            count[call.module] += 1
+            numbers[call] = count[call.module] if total[call.module] > 1 else 0
+        return names, numbers
+
+
+def _leading(nodes, target):
+    '''Nodes from which there is a path to another one, which is included.'''
+    children = collections.defaultdict(list)
+    for node in nodes:
+        for parent, _ in node.next_functions:
+            children[parent].append(node)
+    found, queue = {target}, [target]
+    while queue:
+        fresh = [node for node in children[queue.pop()] if node not in found]
+        found.update(fresh)
+        queue.extend(fresh)
+    return found
+
+
+def _function_name(node):
+    '''Name of a function by its node in the graph, such as add for AddBackward0.'''
+    name = re.sub('Backward[0-9]*$', '', function_of(node)).lstrip('_')
+    return re.sub('(?<=[a-z0-9])(?=[A-Z])', '_', name).lower()
+
+
+def _type_name(value):
+    return type(value).__name__
+
+
+def _join(names):
+    '''Join different names.'''
+    names = list(dict.fromkeys(names))
+    return ' + '.join(names if len(names) < 4 else [*names[:3], '...'])

@@ -1,0 +1,474 @@
+'''Post-processing, which turns relevance into heatmaps.
+
+Heatmaps may be on any device and of any type. Results are on the same device, and of the same type (integers become the
+default floating point type). The choice of contour and component computes in double precision on the CPU, and does not
+propagate gradients.
+
+All functions take batches of tensors, but also NumPy arrays and single maps of shape (height, width): what they return
+then are arrays, and has no first axis.
+'''
+import math
+import warnings
+from operator import index
+from typing import NamedTuple
+
+import torch
+
+from ..arguments import check_choice, check_flag, check_number, takes_maps
+from .regions import (
+    binarize,
+    check_heatmap,
+    component_of_maximum,
+    expand_heatmap,
+    largest_component,
+    largest_contour,
+    reduce_heatmap,
+    to_double,
+    to_type_of,
+)
+
+COMPONENTS = ('area', 'max_value')
+OUTSIDE = ('zero', 'minimum')
+
+
+class EmptyMaskWarning(UserWarning):
+    '''Post-processing left nothing of a heatmap.'''
+
+
+class Choice(NamedTuple):
+    '''Result of :py:func:`c1c` and :py:func:`c3` with everything it was made from, for a batch of heatmaps.
+
+    Parameters
+    ----------
+    heatmap: :py:obj:`torch.Tensor`
+        The result of shape (batch, height, width).
+    reduced: :py:obj:`torch.Tensor`
+        Reduced heatmaps of shape ``(batch, *size)``.
+    contour: :py:obj:`torch.Tensor` or None
+        Boolean masks of the filled contours, of shape ``(batch, *size)``. None for :py:func:`c1c`.
+    component: :py:obj:`torch.Tensor`
+        Boolean masks of the connected components, of shape ``(batch, *size)``.
+    mask: :py:obj:`torch.Tensor`
+        Boolean masks of what was kept, of shape ``(batch, *size)``.
+    empty: :py:obj:`torch.Tensor`
+        Whether nothing was kept of each heatmap, of shape (batch,) and type bool.
+    '''
+    heatmap: torch.Tensor
+    reduced: torch.Tensor
+    contour: torch.Tensor | None
+    component: torch.Tensor
+    mask: torch.Tensor
+    empty: torch.Tensor
+
+
+class AttentionErrors(NamedTuple):
+    '''How the attended region of each heatmap of a batch fits the object, see :py:func:`attention_errors`.
+
+    Exactly one of the last four is true, or none where there is no object. All are of shape (batch,), and boolean
+    except for the first two.
+
+    Parameters
+    ----------
+    coverage: :py:obj:`torch.Tensor`
+        Share of the object that is attended. NaN where there is no object.
+    precision: :py:obj:`torch.Tensor`
+        Share of the attended region that is on the object. NaN where there is no object, and one where nothing is
+        attended.
+    correct: :py:obj:`torch.Tensor`
+        Enough of the object, and little else is attended.
+    insufficient: :py:obj:`torch.Tensor`
+        Insufficiently attended (IA): what is attended is on the object, but is too little.
+    over: :py:obj:`torch.Tensor`
+        Over-attended (OA): the object is attended, but too much else is as well.
+    wrong: :py:obj:`torch.Tensor`
+        Wrongly attended (WA): something else is attended instead of the object.
+    '''
+    coverage: torch.Tensor
+    precision: torch.Tensor
+    correct: torch.Tensor
+    insufficient: torch.Tensor
+    over: torch.Tensor
+    wrong: torch.Tensor
+
+
+@takes_maps('relevance', single=False)
+def sum_channels(relevance):
+    '''Sum relevance over channels to get heatmaps.
+
+    The sum (not the mean or the largest channel) keeps the total, so that a heatmap of conserved relevance still sums
+    to the initial relevance.
+
+    Parameters
+    ----------
+    relevance: :py:obj:`torch.Tensor`
+        Relevance of shape (batch, channels, height, width).
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor`
+        Heatmaps of shape (batch, height, width).
+
+    Raises
+    ------
+    ValueError
+        If ``relevance`` does not have four axes.
+    '''
+    if relevance.ndim != 4:
+        raise ValueError(
+            f'Relevance must be of shape (batch, channels, height, width), but is {tuple(relevance.shape)}!'
+            + (' Use relevance[None] for a single example.' if relevance.ndim == 3 else '')
+        )
+    return relevance.sum(1)
+
+
+@takes_maps('heatmap')
+def heat_quantization(heatmap, levels=8):
+    '''Lower each value of a heatmap to the nearest of a few evenly spaced levels (Otsuki et al. 2024, Section 3.4).
+
+    With edges :math:`e_0 < ... < e_{n-1}` evenly spaced between the lowest and the highest value of the map, a value
+    :math:`a` becomes
+
+    .. math::
+
+        e_k \\quad \\text{where} \\quad e_k \\le a < e_{k+1},
+
+    so only the highest value itself keeps the last edge. Quantizing a quantized map changes nothing.
+
+    Quantization does not conserve relevance, and creates ties: pixels can no longer be ranked within a level.
+
+    Parameters
+    ----------
+    heatmap: :py:obj:`torch.Tensor`
+        Heatmaps of shape (batch, height, width). Each is quantized on its own, with edges from its own range. They are
+        not modified. Integers are converted to the default floating point type.
+    levels: int, optional
+        Number of edges, of which the first is the lowest, and the last is the highest value. Default is 8.
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor`
+        Quantized heatmaps of shape (batch, height, width). Constant maps are unchanged.
+
+    Raises
+    ------
+    ValueError
+        If ``heatmap`` does not have three axes, is complex, or is not finite, or if ``levels`` is less than 2.
+    TypeError
+        If ``levels`` is not an integer.
+    '''
+    levels = index(levels)
+    if levels < 2:
+        raise ValueError(f'Heat quantization needs at least 2 levels, but got levels={levels}!')
+    heatmap = check_heatmap(heatmap)
+    if heatmap.numel() == 0:
+        return heatmap.clone()
+
+    # single precision is available on every device, and represents every value of the shorter types
+    values = heatmap.flatten(1).to(torch.promote_types(heatmap.dtype, torch.float32)).contiguous()
+    low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
+    # the same steps as numpy.linspace; rounding must not push an edge beyond the highest value
+    edges = low + torch.arange(levels, device=values.device, dtype=values.dtype) * ((high - low) / (levels - 1))
+    edges = torch.minimum(edges, high)
+    edges[:, -1:] = high
+    # rounded to the type of the result before comparing, since an edge is otherwise lower than itself the next time
+    edges = edges.to(heatmap.dtype).to(values.dtype)
+    level = torch.searchsorted(edges, values, right=True) - 1
+    return edges.gather(1, level).to(heatmap.dtype).view(heatmap.shape)
+
+
+@takes_maps('heatmap')
+def c1c(
+    heatmap, size=28, threshold='mean', select='area', connectivity=8, expand='bilinear', outside='zero',
+    return_masks=False
+):
+    '''Keep one connected component of reduced heatmaps (C1C in the ablation of Doublet et al. 2024, Table 2).
+
+    Parameters
+    ----------
+    heatmap: :py:obj:`torch.Tensor`
+        Heatmaps of shape (batch, height, width). Each is processed on its own. They are not modified.
+    size: int or tuple[int, int], optional
+        Size to reduce heatmaps to. Default is 28. See :py:func:`~zennit_resnet.postprocess.reduce_heatmap`.
+    threshold: str, float or callable, optional
+        What is above it may belong to the component. Default is ``'mean'``. See
+        :py:func:`~zennit_resnet.postprocess.binarize`.
+    select: str, optional
+        With ``'area'`` (default, as the paper describes it), it is the component with the most pixels. With
+        ``'max_value'`` (as in code of the same group), it is the one that holds the largest value, or the whole map if
+        nothing is above the threshold. That code also triples the values inside, which has no effect on pictures or
+        rankings, and is left out.
+    connectivity: int, optional
+        Either 8 (default) or 4. See :py:func:`~zennit_resnet.postprocess.largest_component`.
+    expand: str, optional
+        Either ``'bilinear'`` (default) or ``'nearest'``. See :py:func:`~zennit_resnet.postprocess.expand_heatmap`.
+    outside: str, optional
+        What values outside the component become. With ``'zero'`` (default), pixels outside outrank negative relevance
+        inside, if heatmaps are ranked afterwards. With ``'minimum'``, they become the lowest value of the reduced map,
+        and no pixel outside outranks one inside.
+    return_masks: bool, optional
+        Whether to return everything instead of the result alone. Default is False.
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor` or :py:obj:`Choice`
+        Heatmaps of shape (batch, height, width), or these together with the reduced heatmaps, the masks, and flags of
+        heatmaps of which nothing is left. Such a map is zero everywhere (or the lowest value), and there is a warning
+        unless the flags are returned. A constant map has nothing above its mean, so nothing of it is left with
+        ``'area'``.
+
+    Raises
+    ------
+    ValueError
+        If ``heatmap`` does not have three axes, is complex, is not finite, or has no pixels, or if an argument is
+        unknown or out of range.
+    TypeError
+        If ``size`` is not of integers.
+
+    Warns
+    -----
+    :py:obj:`EmptyMaskWarning`
+        If nothing is left of a heatmap, unless ``return_masks``.
+    '''
+    check_choice('select', select, COMPONENTS)
+    reduced = reduce_heatmap(to_double(heatmap), size)
+    binary = binarize(reduced, threshold)
+    if select == 'area':
+        component = largest_component(binary, connectivity)
+    else:
+        component = component_of_maximum(reduced, binary, connectivity)
+    return _keep(heatmap, reduced, None, component, expand, outside, return_masks)
+
+
+@takes_maps('heatmap')
+def c3(
+    heatmap, size=28, threshold='mean', component_threshold=None, contour='largest_area', connectivity=8,
+    expand='bilinear', outside='zero', return_masks=False
+):
+    '''Keep what the largest contour and the largest component of reduced heatmaps have in common (C³).
+
+    With the reduced map :math:`\\alpha_R`, the filled contour :math:`C_1` and the component :math:`C_2`, Doublet et al.
+    2024, Eqs. (3) and (4), compute
+
+    .. math::
+
+        (C_1 \\wedge C_2) \\odot \\alpha_R
+
+    before the map is expanded again. The paper gives the size, and leaves all else open: how the map is reduced and
+    expanded, what it is compared with, which contour is the largest, and whether corners connect. With the same
+    threshold for both masks, the contour contains the component which it surrounds, so that the result either is
+    that of :py:func:`c1c`, or is empty. That both differ in the paper's Table 2 thus has a reason which the paper does
+    not state. There are two thresholds here to look for it.
+
+    Parameters
+    ----------
+    heatmap: :py:obj:`torch.Tensor`
+        Heatmaps of shape (batch, height, width). Each is processed on its own. They are not modified.
+    size: int or tuple[int, int], optional
+        Size to reduce heatmaps to. Default is 28, as in the paper. See
+        :py:func:`~zennit_resnet.postprocess.reduce_heatmap`.
+    threshold: str, float or callable, optional
+        What is above it may belong to the contour. Default is ``'mean'``. See
+        :py:func:`~zennit_resnet.postprocess.binarize`.
+    component_threshold: str, float or callable, optional
+        What is above it may belong to the component. Default is None, which is ``threshold``.
+    contour: str, optional
+        Either ``'largest_area'`` (default), ``'largest_filled'`` or ``'first'``. See
+        :py:func:`~zennit_resnet.postprocess.largest_contour`.
+    connectivity: int, optional
+        Either 8 (default) or 4. See :py:func:`~zennit_resnet.postprocess.largest_component`.
+    expand: str, optional
+        Either ``'bilinear'`` (default) or ``'nearest'``. See :py:func:`~zennit_resnet.postprocess.expand_heatmap`.
+    outside: str, optional
+        What values outside both masks become. With ``'zero'`` (default, Eq. (4)), pixels outside outrank negative
+        relevance inside, if heatmaps are ranked afterwards. With ``'minimum'``, they become the lowest value of the
+        reduced map, and no pixel outside outranks one inside.
+    return_masks: bool, optional
+        Whether to return everything instead of the result alone. Default is False.
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor` or :py:obj:`Choice`
+        Heatmaps of shape (batch, height, width), or these together with the reduced heatmaps, both masks, their
+        intersection, and flags of heatmaps of which nothing is left. Such a map is zero everywhere (or the lowest
+        value), and there is a warning unless the flags are returned. This happens if the masks have no pixel in common,
+        or if nothing is above a threshold, as in a constant map.
+
+    Raises
+    ------
+    ValueError
+        If ``heatmap`` does not have three axes, is complex, is not finite, or has no pixels, or if an argument is
+        unknown or out of range.
+    TypeError
+        If ``size`` is not of integers.
+
+    Warns
+    -----
+    :py:obj:`EmptyMaskWarning`
+        If nothing is left of a heatmap, unless ``return_masks``.
+    '''
+    reduced = reduce_heatmap(to_double(heatmap), size)
+    contour = largest_contour(binarize(reduced, threshold), contour)
+    binary = binarize(reduced, threshold if component_threshold is None else component_threshold)
+    component = largest_component(binary, connectivity)
+    return _keep(heatmap, reduced, contour, component, expand, outside, return_masks)
+
+
+def _keep(heatmap, reduced, contour, component, expand, outside, return_masks):
+    '''Keep what is inside of both masks, expand it, and tell which maps are empty.'''
+    check_choice('outside', outside, OUTSIDE)
+    check_flag('return_masks', return_masks)
+    mask = component if contour is None else contour & component
+    empty = ~mask.flatten(1).any(1)
+    rest = 0. if outside == 'zero' else reduced.amin((1, 2), keepdim=True)
+    result = to_type_of(expand_heatmap(torch.where(mask, reduced, rest), heatmap.shape[1:], expand), heatmap)
+    if return_masks:
+        masks = (None if each is None else each.to(heatmap.device) for each in (contour, component, mask, empty))
+        return Choice(result, to_type_of(reduced, heatmap), *masks)
+    if empty.any():
+        numbers = ', '.join(map(str, empty.nonzero()[:, 0].tolist()))
+        warnings.warn(
+            f'Nothing is left of {int(empty.sum())} of {len(empty)} heatmaps ({numbers}): they are constant, or '
+            'nothing is above the thresholds or common to both masks. Use return_masks=True to get flags instead.',
+            EmptyMaskWarning, stacklevel=4
+        )
+    return result
+
+
+@takes_maps('contour', 'component')
+def mask_cases(contour, component):
+    '''Find out how often the two masks of :py:func:`c3` agree.
+
+    Parameters
+    ----------
+    contour: :py:obj:`torch.Tensor`
+        Boolean masks of the contours, of shape (batch, height, width).
+    component: :py:obj:`torch.Tensor`
+        Boolean masks of the components, of shape (batch, height, width).
+
+    Returns
+    -------
+    dict[str, float]
+        The fraction of the batch in each of these cases, of which exactly one holds for each pair of masks:
+        ``'coincide'`` if they are equal, ``'contained'`` if the component is a proper part of the contour's interior,
+        ``'overlap'`` if they have pixels in common, and the component others as well, ``'disjoint'`` if they have none
+        in common, and ``'blank'`` if one has no pixels at all. In the last two cases, the result of C³ is empty.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ or do not have three axes, or if the batch is empty.
+    '''
+    if contour.shape != component.shape or contour.ndim != 3 or len(contour) == 0:
+        raise ValueError(
+            'Both masks must be of the same shape (batch, height, width) with a batch of at least one, but are of '
+            f'shape {tuple(contour.shape)} and {tuple(component.shape)}!'
+        )
+    contour, component = contour.bool().flatten(1), component.bool().flatten(1)
+    blank = ~(contour.any(1) & component.any(1))
+    disjoint = ~(contour & component).any(1) & ~blank
+    inside = ~(component & ~contour).any(1) & ~blank
+    equal = (contour == component).all(1)
+    cases = {
+        'coincide': inside & equal, 'contained': inside & ~equal, 'overlap': ~(inside | disjoint | blank),
+        'disjoint': disjoint, 'blank': blank,
+    }
+    return {name: int(flags.sum()) / len(flags) for name, flags in cases.items()}
+
+
+@takes_maps('heatmap')
+def ablation(heatmap, **options):
+    '''Post-process heatmaps as in the ablation of Doublet et al. 2024, Table 2, which leaves out C³ or replaces it.
+
+    Parameters
+    ----------
+    heatmap: :py:obj:`torch.Tensor`
+        Heatmaps of shape (batch, height, width).
+    **options
+        Arguments of :py:func:`c3`. Those that :py:func:`c1c` has as well are used for both, where the threshold of C1C
+        is that of the component.
+
+    Returns
+    -------
+    heatmaps: dict[str, :py:obj:`torch.Tensor`]
+        Heatmaps of shape (batch, height, width) for each of ``'none'``, ``'c1c'`` and ``'c3'``, where ``'none'`` is
+        ``heatmap`` itself.
+    report: dict[str, float]
+        Fractions of the batch, see :py:func:`mask_cases`. If both thresholds are equal, ``'c1c'`` and ``'c3'`` are
+        equal but for maps in ``'disjoint'``.
+
+    Raises
+    ------
+    ValueError
+        As :py:func:`c3`, or if the batch is empty.
+    TypeError
+        If an option is unknown, or ``size`` is not of integers.
+    '''
+    chosen = c3(heatmap, **options, return_masks=True)
+    common = {key: value for key, value in options.items() if key in ('size', 'connectivity', 'expand', 'outside')}
+    threshold = options.get('component_threshold')
+    if threshold is None:
+        threshold = options.get('threshold', 'mean')
+    component = c1c(heatmap, threshold=threshold, **common, return_masks=True).heatmap
+    return {'none': heatmap, 'c1c': component, 'c3': chosen.heatmap}, mask_cases(chosen.contour, chosen.component)
+
+
+@takes_maps('heatmap', 'mask')
+def attention_errors(heatmap, mask, threshold='mean', coverage=0.5, precision=0.5):
+    '''Tell the types of errors of explanations apart, given where the object is.
+
+    The slides of Doublet et al. 2024 name three: insufficiently attended (the attended area is too small),
+    over-attended (it is too large), and wrongly attended (relevance is on pixels that do not contribute). They were
+    counted by eye, one for each of 100 failures, and without thresholds. Those here are ours: the attended region is
+    what is above a threshold of the heatmap, and it is measured which share of the object it covers, and which share of
+    it is on the object.
+
+    =========== =============== ==========
+    coverage    precision       type
+    =========== =============== ==========
+    enough      enough          correct
+    too little  enough          insufficient
+    enough      too little      over
+    too little  too little      wrong
+    =========== =============== ==========
+
+    Where nothing is attended at all, it is insufficient.
+
+    Parameters
+    ----------
+    heatmap: :py:obj:`torch.Tensor`
+        Heatmaps of shape (batch, height, width), for instance by :py:func:`c3`.
+    mask: :py:obj:`torch.Tensor`
+        Masks of shape (batch, height, width), where all but zero belongs to the object.
+    threshold: str, float or callable, optional
+        What is above it is attended. Default is ``'mean'``, as for :py:func:`c3`. See
+        :py:func:`~zennit_resnet.postprocess.binarize`.
+    coverage: float, optional
+        Share of the object that is enough. Default is 0.5.
+    precision: float, optional
+        Share of the attended region on the object that is enough. Default is 0.5.
+
+    Returns
+    -------
+    :py:obj:`AttentionErrors`
+        Both shares and flags of the types, of shape (batch,). Where there is no object, the shares are NaN, and all
+        flags are false.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ, if ``heatmap`` is not valid, or if an argument is unknown or out of range.
+    '''
+    for name, value in (('coverage', coverage), ('precision', precision)):
+        check_number(name, value, 0, 1)
+    attended = binarize(heatmap, threshold).cpu().flatten(1)
+    if mask.shape != heatmap.shape:
+        raise ValueError(f'Heatmaps are of shape {tuple(heatmap.shape)}, but masks of shape {tuple(mask.shape)}!')
+    target = (mask != 0).cpu().flatten(1)
+    common, attended, target = (pixels.sum(1) for pixels in (attended & target, attended, target))
+    known = target > 0
+    covered = common / target
+    focused = torch.where(attended > 0, common / attended, 1.).where(known, math.nan)
+    enough, precise = covered >= coverage, focused >= precision
+    types = (enough & precise, ~enough & precise, enough & ~precise, ~enough & ~precise)
+    result = (covered, focused, *(known & flags for flags in types))
+    return AttentionErrors(*(values.to(heatmap.device) for values in result))

@@ -1,0 +1,305 @@
+'''Regions of heatmaps: the steps of the choice of contour and component in :py:mod:`zennit_resnet.postprocess`.
+
+All compute in double precision on the CPU, and do not propagate gradients. They also take single maps and NumPy arrays,
+as :py:mod:`zennit_resnet.postprocess` does.
+'''
+import math
+from operator import index
+
+import cv2
+import numpy as np
+import torch
+from torch.nn import functional
+
+from ..arguments import check_choice, takes_maps
+
+CONTOURS = ('largest_area', 'largest_filled', 'first')
+EXPANSIONS = {'bilinear': {'mode': 'bilinear', 'align_corners': False}, 'nearest': {'mode': 'nearest'}}
+
+
+def check_heatmap(heatmap):
+    '''Get heatmaps of a floating point type, or raise a ValueError if they are not finite (batch, height, width).'''
+    if heatmap.ndim != 3:
+        raise ValueError(
+            f'Heatmaps must be of shape (batch, height, width), but the shape is {tuple(heatmap.shape)}!'
+            + (' Use sum_channels first.' if heatmap.ndim == 4 else '')
+        )
+    if heatmap.is_complex():
+        raise ValueError(f'Heatmaps must be real, but their type is {heatmap.dtype}!')
+    if not heatmap.is_floating_point():
+        heatmap = heatmap.to(torch.get_default_dtype())
+    finite = heatmap.isfinite().flatten(1).all(1)
+    if not finite.all():
+        raise ValueError(f'Heatmap {int(finite.int().argmin())} of {len(heatmap)} contains NaN or infinite values!')
+    return heatmap
+
+
+def to_double(heatmap):
+    '''Check heatmaps, and convert them to double precision on the CPU.'''
+    heatmap = check_heatmap(heatmap)
+    if 0 in heatmap.shape[1:]:
+        raise ValueError(f'Heatmaps of shape {tuple(heatmap.shape)} have no pixels!')
+    # not every device has double precision
+    return heatmap.detach().cpu().double()
+
+
+def to_type_of(result, heatmap):
+    '''Convert a result to the device and type of the heatmaps it belongs to.'''
+    dtype = heatmap.dtype if heatmap.is_floating_point() else torch.get_default_dtype()
+    # the type first, since not every device has double precision
+    return result.to(dtype).to(heatmap.device)
+
+
+@takes_maps('heatmap')
+def reduce_heatmap(heatmap, size=28):
+    '''Reduce heatmaps by area averaging (Doublet et al. 2024, Section 3.2, which does not say how it reduces).
+
+    Each cell becomes the mean of the area that it covers, with pixels on its border counted in part. So the map's mean
+    stays what it was. A map that is smaller than ``size`` is enlarged by the same definition.
+
+    Parameters
+    ----------
+    heatmap: :py:obj:`torch.Tensor`
+        Heatmaps of shape (batch, height, width).
+    size: int or tuple[int, int], optional
+        Height and width to reduce to, or one number for both. Default is 28 as in the paper.
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor`
+        Reduced heatmaps of shape ``(batch, *size)``.
+
+    Raises
+    ------
+    ValueError
+        If ``heatmap`` does not have three axes, is complex, is not finite, or has no pixels, or if ``size`` is not
+        positive.
+    TypeError
+        If ``size`` is not of integers.
+    '''
+    height, width = (index(side) for side in (size if isinstance(size, (tuple, list)) else (size, size)))
+    if min(height, width) < 1:
+        raise ValueError(f'Heatmaps cannot be reduced to size={size}: it must be positive!')
+    values = to_double(heatmap)
+    rows, columns = _area_weights(values.shape[1], height), _area_weights(values.shape[2], width)
+    return to_type_of(rows @ values @ columns.T, heatmap)
+
+
+def _area_weights(length, size):
+    '''Share of each of ``length`` pixels in each of ``size`` cells of the same total length, (size, length).'''
+    # in units of which a pixel has ``size`` and a cell has ``length``, so that the overlaps are exact
+    cells, pixels = torch.arange(size)[:, None] * length, torch.arange(length) * size
+    overlap = torch.minimum(cells + length, pixels + size) - torch.maximum(cells, pixels)
+    return overlap.clamp(min=0).double() / length
+
+
+@takes_maps('heatmap')
+def expand_heatmap(heatmap, size, expand='bilinear'):
+    '''Expand reduced heatmaps to the size of the image (Doublet et al. 2024, Section 3.2, which leaves open how).
+
+    Parameters
+    ----------
+    heatmap: :py:obj:`torch.Tensor`
+        Heatmaps of shape (batch, height, width).
+    size: tuple[int, int]
+        Height and width to expand to.
+    expand: str, optional
+        Either ``'bilinear'`` (default), with pixels at the centers of their area and without extrapolation at the
+        border, or ``'nearest'``, which rounds positions down, as OpenCV does.
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor`
+        Heatmaps of shape ``(batch, *size)``.
+
+    Raises
+    ------
+    ValueError
+        If ``heatmap`` does not have three axes, is complex, is not finite, or has no pixels, or if ``expand`` is
+        unknown.
+    '''
+    check_choice('expand', expand, EXPANSIONS)
+    values = to_double(heatmap)[:, None]
+    return to_type_of(functional.interpolate(values, tuple(size), **EXPANSIONS[expand])[:, 0], heatmap)
+
+
+@takes_maps('heatmap')
+def binarize(heatmap, threshold='mean'):
+    '''Find the pixels of which the value is strictly above a threshold.
+
+    Doublet et al. 2024 do not say how they binarize. The mean is what code of the same group compares with.
+
+    Parameters
+    ----------
+    heatmap: :py:obj:`torch.Tensor`
+        Heatmaps of shape (batch, height, width).
+    threshold: str, float or callable, optional
+        Either ``'mean'`` (default) for the mean of each map, a number, or a function from heatmaps of shape (batch,
+        height, width) and type float64 to the threshold of each, of shape (batch,). A constant map has nothing above
+        its mean.
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor`
+        Boolean masks of shape (batch, height, width).
+
+    Raises
+    ------
+    ValueError
+        If ``heatmap`` does not have three axes, is complex, is not finite, or has no pixels, or if ``threshold`` is
+        unknown, not finite, or not of shape (batch,).
+    '''
+    values = to_double(heatmap)
+    flat = values.flatten(1)
+    if isinstance(threshold, str):
+        check_choice('threshold', threshold, ('mean',))
+        # rounding must neither put the mean of a constant map below its values, nor tear equal values apart
+        constant = flat.amax(1) - flat.amin(1) <= 1e-12 * flat.abs().amax(1)
+        limit = torch.where(constant, math.inf, flat.mean(1))
+    else:
+        limit = torch.as_tensor(threshold(values) if callable(threshold) else threshold, dtype=torch.float64).cpu()
+        if not limit.isfinite().all():
+            raise ValueError(f'threshold={threshold} is not finite: choose a number or \'mean\'!')
+        if limit.shape != () and limit.shape != values.shape[:1]:
+            raise ValueError(f'The threshold must be of shape {tuple(values.shape[:1])}, but is {tuple(limit.shape)}!')
+    return (flat > limit.expand(len(flat))[:, None]).view(values.shape).to(heatmap.device)
+
+
+def _map_masks(function, mask):
+    '''Apply a function from uint8 to uint8 or bool arrays of shape (height, width) to each mask of a batch.'''
+    if mask.ndim != 3:
+        raise ValueError(f'Masks must be of shape (batch, height, width), but the shape is {tuple(mask.shape)}!')
+    if 0 in mask.shape:
+        return mask.bool()
+    masks = (mask != 0).to('cpu', torch.uint8).contiguous().numpy()
+    return torch.from_numpy(np.stack([function(array) for array in masks])).bool().to(mask.device)
+
+
+@takes_maps('mask')
+def largest_component(mask, connectivity=8):
+    '''Find the connected component with the most pixels (Doublet et al. 2024, Section 3.2).
+
+    Parameters
+    ----------
+    mask: :py:obj:`torch.Tensor`
+        Masks of shape (batch, height, width), where all but zero belongs to a component.
+    connectivity: int, optional
+        With 8 (default), pixels that touch at a corner are connected, with 4 they are not. The paper leaves it open.
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor`
+        Boolean masks of shape (batch, height, width). Of several components of the same size, it is the one that comes
+        first in row-major order. All false if there is none.
+
+    Raises
+    ------
+    ValueError
+        If ``mask`` does not have three axes, or ``connectivity`` is neither 4 nor 8.
+    '''
+    check_choice('connectivity', connectivity, (4, 8))
+
+    def choose(array):
+        '''The component of a single mask.'''
+        count, labels = cv2.connectedComponents(array, connectivity=connectivity)
+        if count == 1:
+            return array
+        sizes = np.bincount(labels.ravel())[1:]
+        largest = 1 + np.flatnonzero(sizes == sizes.max())
+        # labels are not in the order of pixels
+        first = np.isin(labels, largest).argmax()
+        return labels == labels.flat[first]
+
+    return _map_masks(choose, mask)
+
+
+@takes_maps('heatmap', 'mask')
+def component_of_maximum(heatmap, mask, connectivity=8):
+    '''Find the connected component that holds the largest value of a heatmap, as code by authors of the paper does.
+
+    Parameters
+    ----------
+    heatmap: :py:obj:`torch.Tensor`
+        Heatmaps of shape (batch, height, width). Of several largest values, the first in row-major order counts.
+    mask: :py:obj:`torch.Tensor`
+        Masks of shape (batch, height, width), where all but zero belongs to a component.
+    connectivity: int, optional
+        With 8 (default), pixels that touch at a corner are connected, with 4 they are not.
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor`
+        Boolean masks of shape (batch, height, width). Where the largest value is outside the mask, this is all that
+        is outside, as in that code.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ, if ``heatmap`` is not valid, or if ``connectivity`` is neither 4 nor 8.
+    '''
+    check_choice('connectivity', connectivity, (4, 8))
+    values = to_double(heatmap)
+    if mask.shape != values.shape:
+        raise ValueError(f'Heatmaps are of shape {tuple(values.shape)}, but masks of shape {tuple(mask.shape)}!')
+    maxima = iter(values.flatten(1).argmax(1).tolist())
+
+    def choose(array):
+        '''The component of a single mask.'''
+        _, labels = cv2.connectedComponents(array, connectivity=connectivity)
+        return labels == labels.flat[next(maxima)]
+
+    return _map_masks(choose, mask)
+
+
+@takes_maps('mask')
+def largest_contour(mask, choice='largest_area'):
+    '''Find the interior of the largest external contour (Doublet et al. 2024, Section 3.2).
+
+    The paper neither says what makes a contour the largest, nor whether it is filled. Only a filled contour makes sense
+    to keep relevance in, so that holes of the region belong to it. Contours connect pixels that touch at a corner, and
+    those inside of holes are not external.
+
+    Parameters
+    ----------
+    mask: :py:obj:`torch.Tensor`
+        Masks of shape (batch, height, width), where all but zero is inside of a contour.
+    choice: str, optional
+        With ``'largest_area'`` (default), it is the polygon through the centers of the border's pixels of which the
+        area (OpenCV's ``contourArea``) is the largest. It is zero for lines, however long they are. With
+        ``'largest_filled'``, it is the contour that has the most pixels when it is filled. With ``'first'``, it is
+        the one that OpenCV's ``findContours`` returns first, as the authors' slides can be read. Its position is
+        arbitrary, and OpenCV does not document it.
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor`
+        Boolean masks of shape (batch, height, width). Of several largest contours, it is the one that comes first in
+        row-major order. All false if there is none.
+
+    Raises
+    ------
+    ValueError
+        If ``mask`` does not have three axes, or ``choice`` is unknown.
+    '''
+    check_choice('contour', choice, CONTOURS)
+
+    def fill(array, contour):
+        '''The interior of a contour, with the contour itself.'''
+        return cv2.drawContours(np.zeros_like(array), [contour], -1, 1, cv2.FILLED)
+
+    def choose(array):
+        '''The contour of a single mask.'''
+        contours, _ = cv2.findContours(array, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+        if not contours:
+            return array
+        if choice == 'first':
+            return fill(array, contours[0])
+        # by (row, column) of the first pixel
+        contours = sorted(contours, key=lambda contour: min((row, col) for col, row in contour[:, 0].tolist()))
+        areas = {
+            'largest_area': lambda: [cv2.contourArea(contour) for contour in contours],
+            'largest_filled': lambda: [fill(array, contour).sum() for contour in contours],
+        }[choice]()
+        return fill(array, contours[int(np.argmax(areas))])
+
+    return _map_masks(choose, mask)

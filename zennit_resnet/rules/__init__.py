@@ -1,0 +1,19 @@
+'''Rules for residual networks, one module for each family of equations.
+
+All rules but :py:class:`BlockEpsilon` run in a single pass: the layer's own graph is replaced with a function whose
+backward *is* the rule, so nothing is computed that the rule does not need.
+'''
+from .base import SinglePass
+from .block import BlockEpsilon, GradientTimesInput
+from .branch_scaling import Contributions, branch_factor
+from .classic import Duplicate, LinearSum, SignedAlphaBeta
+from .passing import NoRule, PassThrough, Proportional, Refill, SignalTakesAll, Uncrop
+from .relative import Relative, RelativeMaxPool
+from .splitting import RatioSplit, ResidualOnly, Split, SymmetricSplit
+from .zplus import ZPlus
+
+__all__ = [
+    'BlockEpsilon', 'Contributions', 'Duplicate', 'GradientTimesInput', 'LinearSum', 'NoRule', 'PassThrough',
+    'Proportional', 'RatioSplit', 'Refill', 'Relative', 'RelativeMaxPool', 'ResidualOnly', 'SignalTakesAll',
+    'SignedAlphaBeta', 'SinglePass', 'Split', 'SymmetricSplit', 'Uncrop', 'ZPlus', 'branch_factor',
+]

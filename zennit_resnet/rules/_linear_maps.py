@@ -1,0 +1,451 @@
+'''Convolutions and poolings as linear maps, with windows adapted to what rules need of them.'''
+import functools
+import itertools
+import math
+import re
+
+import torch
+import torch.nn.functional as F
+from zennit.types import Convolution, ConvolutionTranspose
+
+from .._compat import padding_of
+from ..layer import Operation
+
+# From this number of elements on, memory is asked for anew each time, which takes longer than what is computed
+LARGE = 2 ** 21
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+
+
+def as_tuple(value, num):
+    '''A setting of a module for each of its spatial dimensions.'''
+    value = (value,) if isinstance(value, int) else tuple(value)
+    return value * num if len(value) == 1 else value
+
+
+def convolve(module, input, weight, shape, spread=False):
+    '''Convolve as a module does, with another weight and without bias.
+
+    Parameters
+    ----------
+    module: :py:obj:`torch.nn.Module`
+        A convolution or transposed convolution of which the stride, padding, dilation and groups are used.
+    input: :py:obj:`torch.Tensor`
+        Input of shape (batch, channels, *spatial).
+    weight: :py:obj:`torch.Tensor`
+        Weight of the spatial shape of the module's weight.
+    shape: tuple[int, ...]
+        Spatial shape of the module's output, which for a transposed convolution with a stride is one of several.
+    spread: bool, optional
+        Whether strides beyond the kernel take in whole stride cells: a kernel of one reads the average of its cell, and
+        each tap of a larger kernel reads the average of its part of the cell.
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor`
+        The output, of the spatial shape of the module's output.
+    '''
+    num = weight.ndim - 2
+    stride, dilation = as_tuple(module.stride, num), as_tuple(module.dilation, num)
+    if isinstance(module, ConvolutionTranspose):
+        pads = as_tuple(module.padding, num)
+        output_padding = [
+            out - (length - 1) * step + 2 * pad - (size - 1) * dil - 1 for out, length, step, pad, size, dil
+            in zip(shape, input.shape[2:], stride, pads, weight.shape[2:], dilation)
+        ]
+        return _CONV_TRANSPOSE[num](input, weight, None, stride, pads, output_padding, module.groups, dilation)
+    padding = module.padding if isinstance(module.padding, str) else as_tuple(module.padding, num)
+    if module.padding_mode != 'zeros':
+        # pylint: disable=protected-access
+        input = F.pad(input, padding_of(module), mode=module.padding_mode)
+        padding = (0,) * num
+    kernel = tuple(weight.shape[2:])
+    if not spread or not is_sparse(module):
+        return _CONV[num](input, weight, None, stride, padding, dilation, module.groups)
+    if any(padding):
+        input = F.pad(input, [value for value in reversed(padding) for _ in range(2)])
+    cells = tuple(step if step > size == 1 else 1 for step, size in zip(stride, kernel))
+    input = pool_cells(input, cells)
+    stride = tuple(step // cell for step, cell in zip(stride, cells))
+    for dim, (step, size, dil) in enumerate(zip(stride, kernel, dilation)):
+        if step > size and dil == 1:
+            # enlarge the kernel to the stride
+            parts = torch.arange(step, device=weight.device) * size // step
+            amounts = parts.bincount().to(weight)[parts].view(-1, *(1,) * (num - dim - 1))
+            weight = weight.index_select(dim + 2, parts) / amounts
+    excess = [
+        max((out - 1) * step + (size - 1) * dil + 1 - length, 0)
+        for out, step, size, dil, length in zip(shape, stride, weight.shape[2:], dilation, input.shape[2:])
+    ]
+    if any(excess):
+        input = F.pad(input, [value for amount in reversed(excess) for value in (0, amount)])
+    output = _CONV[num](input, weight, None, stride, 0, dilation, module.groups)
+    # pooling includes incomplete cells at the border, of which the convolution may read none
+    return output[(..., *(slice(length) for length in shape))]
+
+
+def is_sparse(module):
+    '''Whether the stride of a convolution exceeds its kernel, such that it reads only some of the positions.'''
+    stride = as_tuple(module.stride, module.weight.ndim - 2)
+    # padding by name is for a stride of one only
+    return not isinstance(module, ConvolutionTranspose) and not isinstance(module.padding, str) and any(
+        step > size for step, size in zip(stride, module.weight.shape[2:])
+    )
+
+
+def pool_cells(input, cells):
+    '''Average over cells, including incomplete ones at the border.'''
+    # in three dimensions, PyTorch has no pooling with a window beyond the input
+    cells = tuple(min(cell, length) for cell, length in zip(cells, input.shape[2:]))
+    if all(cell == 1 for cell in cells):
+        return input
+    return AVG_POOL[len(cells)](input, cells, cells, ceil_mode=True, count_include_pad=False)
+
+
+def whole_cells(module, input):
+    '''Stride of a convolution that reads one position of each of its stride's cells, which fill the input.
+
+    Parameters
+    ----------
+    module: :py:obj:`torch.nn.Module`
+        A convolution for which :py:func:`is_sparse` holds.
+    input: :py:obj:`torch.Tensor`
+        Its input, of shape (batch, channels, *spatial).
+
+    Returns
+    -------
+    tuple[int, ...] or None
+        The stride, None if the kernel is not one, or if there are incomplete cells or a padding.
+    '''
+    num = input.ndim - 2
+    stride = as_tuple(module.stride, num)
+    is_whole = not any(as_tuple(module.padding, num)) and not any(map(int.__mod__, input.shape[2:], stride))
+    return stride if is_whole and set(module.weight.shape[2:]) == {1} else None
+
+
+def convolve_cells(module, input, weight, cells):
+    '''Convolve averages of :py:func:`whole_cells`, several times as fast as with average pooling and its gradient.
+
+    Parameters
+    ----------
+    module: :py:obj:`torch.nn.Module`
+        The convolution.
+    input: :py:obj:`torch.Tensor`
+        Input of shape (batch, channels, *spatial).
+    weight: :py:obj:`torch.Tensor`
+        Weight of the shape of the module's weight.
+    cells: tuple[int, ...]
+        Size of the cells.
+
+    Returns
+    -------
+    output: :py:obj:`torch.Tensor`
+        The output, of the shape of the module's output.
+    transpose: callable
+        The transposed linear map, a function of a tensor of the shape of the output.
+    '''
+    num, size = len(cells), math.prod(cells)
+    steps = [[slice(start, None, cell) for start in range(cell)] for cell in cells]
+    parts = [input[(..., *window)] for window in itertools.product(*steps)]
+    # the first sum is a new tensor
+    pooled = functools.reduce(torch.Tensor.add_, parts[2:], parts[0] + parts[1]).div_(size)
+
+    def transpose(output):
+        lower = _gradient(output, pooled, weight, (1,) * num, (0,) * num, (1,) * num, module.groups).div_(size)
+        for dim in reversed(range(num)):
+            lower = lower.repeat_interleave(cells[dim], dim + 2)
+        return lower
+
+    return _CONV[num](pooled, weight, None, 1, 0, 1, module.groups), transpose
+
+
+def average(module, input, even=False):
+    '''Average pooling with the window of a max pooling.
+
+    Parameters
+    ----------
+    module: :py:obj:`torch.nn.Module`
+        The max pooling.
+    input: :py:obj:`torch.Tensor`
+        Input of shape (batch, channels, *spatial).
+    even: bool, optional
+        Whether positions of the window are weighted such that each position of the input has the same total weight.
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor`
+        The weighted average, or a multiple of it, of the shape of the module's output.
+
+    Raises
+    ------
+    ValueError
+        If the module has no window (as for adaptive pooling), or if it is dilated.
+    '''
+    num = input.ndim - 2
+    if getattr(module, 'kernel_size', None) is None or set(as_tuple(module.dilation, num)) != {1}:
+        raise ValueError(f'maxpool=\'average\' needs a window without dilation, {module} has none: use \'winner\'.')
+    if even and overlapping_stride(module, num) is not None and not module.ceil_mode:
+        kernel = as_tuple(module.kernel_size, num)
+        weight = even_weight(module, torch.ones(input.shape[1], 1, *kernel).to(input))
+        return _CONV[num](input, weight, None, module.stride, module.padding, 1, input.shape[1])
+    return AVG_POOL[num](input, module.kernel_size, module.stride, module.padding, module.ceil_mode)
+
+
+def overlapping_stride(module, num):
+    '''The stride of a convolution or pooling, None if it is one, or if windows do not overlap.'''
+    if hasattr(module, 'weight'):
+        kernel = tuple(module.weight.shape[2:])
+    elif getattr(module, 'kernel_size', None) is not None:
+        kernel = as_tuple(module.kernel_size, num)
+    else:
+        return None
+    stride = as_tuple(module.stride, num)
+    return stride if any(1 < step < size for step, size in zip(stride, kernel)) else None
+
+
+def even_weight(module, weight):
+    '''Scale a weight in place, so that windows with a stride give all positions modulo it the same total weight.
+
+    Parameters
+    ----------
+    module: :py:obj:`torch.nn.Module`
+        The convolution or pooling.
+    weight: :py:obj:`torch.Tensor`
+        Weight of shape (output channels, input channels of a group, *spatial), of which all entries have the same sign.
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor`
+        The weight, with the same sum for each filter. It is unchanged if the stride is one, or larger than the
+        kernel. Positions at which a filter has no weight can not be given any.
+    '''
+    num = weight.ndim - 2
+    if isinstance(module, ConvolutionTranspose) or set(as_tuple(getattr(module, 'dilation', 1), num)) != {1}:
+        return weight
+    stride = [step if step <= size else 1 for step, size in zip(as_tuple(module.stride, num), weight.shape[2:])]
+    if set(stride) == {1}:
+        return weight
+    phase = torch.zeros((), dtype=torch.long, device=weight.device)
+    for step, size in zip(stride, weight.shape[2:]):
+        phase = phase.unsqueeze(-1) * step + torch.arange(size, device=weight.device) % step
+    phase = phase.flatten()
+    sums = weight.sum(1).flatten(1) @ F.one_hot(phase).to(weight)
+    # filters may have no weight at some positions
+    is_used = sums != 0
+    mean = sums.sum(1, keepdim=True) / is_used.sum(1, keepdim=True).clamp(min=1)
+    factor = torch.where(is_used, mean / sums.where(is_used, 1.), 1.)
+    return weight.mul_(factor[:, phase].view(-1, 1, *weight.shape[2:]))
+
+
+def smooth(relevance, stride):
+    '''Smooth relevance with the binomial (triangular) filter that removes the harmonics of a stride.
+
+    Parameters
+    ----------
+    relevance: :py:obj:`torch.Tensor`
+        Relevance of shape (batch, channels, *spatial).
+    stride: tuple[int, ...]
+        The stride of each spatial dimension.
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor`
+        Relevance of the same shape and sum: each position shares its relevance among its neighbours inside the image.
+    '''
+    return by_example(functools.partial(_smooth, stride), relevance)
+
+
+def _smooth(stride, relevance):
+    for dim, step in enumerate(stride, 2):
+        if step == 1:
+            continue
+        length = relevance.shape[dim]
+        shifts = [shift for shift in range(1 - step, step) if abs(shift) < length]
+        # positions at the border have fewer neighbours
+        places = torch.arange(length, device=relevance.device)
+        total = sum(
+            (step - abs(shift)) * ((places + shift >= 0) & (places + shift < length)) for shift in shifts
+        ).to(relevance)
+        relevance = relevance / total.view(-1, *(1,) * (relevance.ndim - dim - 1))
+        result = relevance * step
+        for shift in shifts:
+            if shift:
+                start, size = max(-shift, 0), length - abs(shift)
+                result.narrow(dim, start + shift, size).add_(
+                    relevance.narrow(dim, start, size), alpha=step - abs(shift)
+                )
+        relevance = result
+    return relevance
+
+
+def convolve_transposed(module, input, weight, output):
+    '''The transposed linear map of a convolution or transposed convolution, with another weight.
+
+    Parameters
+    ----------
+    module: :py:obj:`torch.nn.Module`
+        The layer, of which the stride, padding, dilation and groups are used.
+    input: :py:obj:`torch.Tensor`
+        Its input, of shape (batch, channels, *spatial), of which the values are not used.
+    weight: :py:obj:`torch.Tensor`
+        Weight of the shape of the module's weight.
+    output: :py:obj:`torch.Tensor`
+        What is mapped, of the shape of the module's output.
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor`
+        A tensor of the shape of the input.
+    '''
+    num = weight.ndim - 2
+    stride, dilation = as_tuple(module.stride, num), as_tuple(module.dilation, num)
+    if isinstance(module, ConvolutionTranspose):
+        lower = _CONV[num](output, weight, None, stride, module.padding, dilation, module.groups)
+        # an output padding beyond the stride, which a dilation allows, has further positions
+        return lower[(..., *(slice(length) for length in input.shape[2:]))]
+
+    pads = _pads(module, weight)
+    if module.padding_mode == 'zeros' and all(left == right for left, right in pads):
+        return _gradient(output, input, weight, stride, [left for left, _ in pads], dilation, module.groups)
+    mode = 'constant' if module.padding_mode == 'zeros' else module.padding_mode
+    with torch.enable_grad():
+        input = input.detach().requires_grad_()
+        padded = F.pad(input, [value for pair in reversed(pads) for value in pair], mode=mode)
+    lower = _gradient(output, padded.detach(), weight, stride, (0,) * num, dilation, module.groups)
+    return torch.autograd.grad(padded, input, lower)[0]
+
+
+# pylint: disable=too-many-arguments
+def _gradient(output, input, weight, stride, padding, dilation, groups):
+    '''Gradient of a convolution by its input, of which the values are not used.'''
+    return torch.ops.aten.convolution_backward(
+        output, input, weight, None, stride, padding, dilation, False, (0,) * len(stride), groups, (True, False, False),
+    )[0]
+
+
+def count_uses(module, input, output):
+    '''Count the windows of a convolution or pooling that read each position of its input.
+
+    Parameters
+    ----------
+    module: :py:obj:`torch.nn.Module`
+        The layer.
+    input: :py:obj:`torch.Tensor`
+        Its input, of shape (batch, channels, *spatial).
+    output: :py:obj:`torch.Tensor`
+        A tensor of the shape of its output.
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor`
+        Counts of shape (1, 1, *spatial).
+    '''
+    num = input.ndim - 2
+    counts = input.new_ones((1, 1) + (1,) * num)
+    mode = getattr(module, 'padding_mode', 'zeros')
+    for dim, (length, out) in enumerate(zip(input.shape[2:], output.shape[2:])):
+        if getattr(module, 'kernel_size', None) is None and not hasattr(module, 'weight'):
+            reads = torch.cat([torch.arange(*bound) for bound in adaptive_bounds(length, out)])
+        else:
+            size, step, dil, (before, after) = (elem[dim] for elem in settings(module, num))
+            if isinstance(module, ConvolutionTranspose):
+                writes = torch.arange(length)[:, None] * step - before + torch.arange(size) * dil
+                reads = torch.arange(length)[:, None].expand_as(writes)[(writes >= 0) & (writes < out)]
+            else:
+                reads = (torch.arange(out)[:, None] * step - before + torch.arange(size) * dil).flatten()
+                if mode != 'zeros':
+                    # positions of the padding are copies of others
+                    source = F.pad(torch.arange(length, dtype=torch.double)[None, None], (before, after), mode=mode)
+                    reads = source.flatten().long()[reads + before]
+        count = reads[(reads >= 0) & (reads < length)].bincount(minlength=length)
+        counts = counts * count.to(counts).view(-1, *(1,) * (num - dim - 1))
+    return counts
+
+
+def settings(module, num):
+    '''Kernel, stride, dilation and padding (before and after) of a convolution or pooling for each dimension.'''
+    if hasattr(module, 'weight'):
+        kernel = tuple(module.weight.shape[2:])
+        return kernel, as_tuple(module.stride, num), as_tuple(module.dilation, num), _pads(module, module.weight)
+    kernel = as_tuple(module.kernel_size, num)
+    stride = kernel if module.stride is None else as_tuple(module.stride, num)
+    pads = [(pad, pad) for pad in as_tuple(module.padding, num)]
+    return kernel, stride, as_tuple(getattr(module, 'dilation', 1), num), pads
+
+
+def _pads(module, weight):
+    '''Padding of a convolution before and after, for each dimension.'''
+    num = weight.ndim - 2
+    if module.padding == 'valid':
+        return [(0, 0)] * num
+    if module.padding == 'same':
+        totals = [dil * (size - 1) for size, dil in zip(weight.shape[2:], as_tuple(module.dilation, num))]
+        return [(total // 2, total - total // 2) for total in totals]
+    return [(pad, pad) for pad in as_tuple(module.padding, num)]
+
+
+def adaptive_bounds(length, out):
+    '''Begin and end of the windows of an adaptive pooling, along a dimension of a given input and output length.'''
+    return [(index * length // out, -(-(index + 1) * length // out)) for index in range(out)]
+
+
+def adaptive_sizes(input, output):
+    '''Sizes of the windows of an adaptive pooling, of shape (1, 1, *spatial).'''
+    num = input.ndim - 2
+    sizes = input.new_ones((1, 1) + (1,) * num)
+    for dim, (length, out) in enumerate(zip(input.shape[2:], output.shape[2:])):
+        size = torch.tensor([end - begin for begin, end in adaptive_bounds(length, out)])
+        sizes = sizes * size.to(sizes).view(-1, *(1,) * (num - dim - 1))
+    return sizes
+
+
+def check_batch(rule, module, input):
+    '''Raise a ValueError if the input of a layer has no dimension of examples.'''
+    ndim = module.weight.ndim if isinstance(module, Convolution) else 2 + _num_spatial(module)
+    if input.ndim < ndim or (isinstance(module, Convolution) and input.ndim > ndim):
+        raise ValueError(
+            f'{type(rule).__name__} needs a batch, {module} got an input of shape {tuple(input.shape)}: add a first '
+            'dimension for a single example.'
+        )
+
+
+def _num_spatial(module):
+    '''Number of spatial dimensions of a pooling by its name, zero for other layers.'''
+    names = [module.name] if isinstance(module, Operation) else [base.__name__ for base in type(module).__mro__]
+    matches = (re.search(r'pool([1-3])d', name.lower()) for name in names)
+    return next((int(match[1]) for match in matches if match), 0)
+
+
+def by_example(function, *tensors):
+    '''Apply a function which treats examples independently to one example after the other, where this is faster.
+
+    On CPU, intermediate results of large tensors do not fit into the cache, and their memory comes from the operating
+    system and goes back to it. Those of a single example are much smaller.
+
+    Parameters
+    ----------
+    function: callable
+        A function of as many tensors, which returns a new tensor with an entry of its first dimension for each example.
+    *tensors: tuple of :py:obj:`torch.Tensor`
+        Tensors of which the first dimension is that of examples, or which can be broadcast.
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor`
+        What the function returns for the tensors.
+    '''
+    # tensors of fewer dimensions are broadcast along that of the examples
+    first, lengths = tensors[0], {(elem.ndim, *elem.shape[:1]) for elem in tensors}
+    if first.device.type != 'cpu' or first.numel() < LARGE or len(lengths) > 1 or first.shape[:1].numel() < 2:
+        return function(*tensors)
+    result = None
+    for index, parts in enumerate(zip(*(elem.split(1) for elem in tensors))):
+        part = function(*parts)
+        if result is None:
+            # of the layout of the input where possible, such as channels last
+            result = (torch.empty_like(first, dtype=part.dtype) if first.shape[1:] == part.shape[1:]
+                      else part.new_empty((len(first), *part.shape[1:])))
+        result[index:index + 1] = part
+    return result

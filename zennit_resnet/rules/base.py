@@ -1,0 +1,258 @@
+'''Base class of rules that replace the gradient of a layer.'''
+import copy
+import threading
+from contextlib import nullcontext
+
+import torch
+from torch.utils.checkpoint import CheckpointError
+from zennit.core import Hook, RemovableHandle, RemovableHandleList
+
+from .._compat import DisableTorchFunction, is_view, keep_version, rules_of, set_grad_enabled, version_of
+from .._weights import UsedModule
+from ..arguments import Described
+from ..layer import Operation
+
+# Whose rules may be nested.
+PACKAGE = __package__.partition('.')[0]
+
+# Arguments of the function below before the inputs.
+_NUM_SETTINGS = 6
+
+
+class _Propagate(torch.autograd.Function):
+    '''Give the output of a layer a backward function which is the layer's rule.'''
+    # pylint: disable=abstract-method,arguments-differ,too-many-arguments
+    @staticmethod
+    def forward(ctx, rule, module, weights, stored, output, inplace, *inputs):
+        '''Return the output, which comes in a list, because a tensor argument would be returned as a view.'''
+        ctx.rule = rule
+        ctx.module = module
+        ctx.weights = weights
+        ctx.shapes = [elem.shape for elem in inputs]
+        # in which the rule runs
+        ctx.context = nullcontext
+        ctx.set_materialize_grads(False)
+        # the last one is only there to be counted: if checkpointing runs a function again outside of all modules, where
+        # it is not intercepted, other tensors must not be taken for these
+        ctx.save_for_backward(*stored, torch.empty(0))
+        if inplace is not None:
+            ctx.mark_dirty(inputs[inplace])
+            return inputs[inplace]
+        output, = output
+        if output.dtype in (torch.float16, torch.bfloat16) and hasattr(ctx, 'set_output_grad_dtype'):
+            # keep relevance in single precision where the forward pass runs in half precision
+            ctx.set_output_grad_dtype(torch.float32)
+        return output
+
+    @staticmethod
+    def backward(ctx, relevance):
+        '''Let the rule distribute the relevance, of which there is no derivative.'''
+        # only asked for where a derivative may be, as it takes longer than many rules
+        return _once(ctx, relevance) if torch.is_grad_enabled() else _propagate(ctx, relevance)
+
+
+def _propagate(ctx, relevance):
+    '''Let the rule of a node distribute relevance.'''
+    if relevance is None:
+        # the output is used for something that receives no relevance, such as a gate
+        return (None,) * (_NUM_SETTINGS + len(ctx.shapes))
+    if not ctx.rule.active:
+        raise RuntimeError(
+            f'{type(ctx.rule).__name__} of {type(ctx.module).__name__} is inactive, or another composite is in '
+            'use for the network. Single-pass rules replace the gradient of their layer and have none to fall back '
+            'to: run the forward pass in the context of the backward pass.'
+        )
+    if relevance.dtype in (torch.float16, torch.bfloat16):
+        relevance = relevance.float()
+    if ctx.weights is not None:
+        ctx.weights.check()
+    try:
+        stored = ctx.saved_tensors[:-1]
+    except CheckpointError as error:
+        raise RuntimeError(
+            'Checkpointing ran a part of the network again, of which not all operations can be followed: '
+            'checkpoint modules instead of functions, or turn it off.'
+        ) from error
+    stored = [elem.to(relevance.dtype) if elem.is_floating_point() else elem for elem in stored]
+    if not relevance.numel():
+        # an empty batch
+        return (*(None,) * _NUM_SETTINGS, *(relevance.new_zeros(shape) for shape in ctx.shapes))
+    device = relevance.device.type
+    autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    with autocast, ctx.context():
+        lower = ctx.rule.propagate(ctx.module, stored, relevance)
+    # inputs may have been broadcast to the shape of the output, and the last ones may receive nothing
+    lower = [elem if elem is None or elem.shape == shape else elem.sum_to_size(shape)
+             for elem, shape in zip(lower, ctx.shapes)]
+    return (*(None,) * _NUM_SETTINGS, *lower, *(None,) * (len(ctx.shapes) - len(lower)))
+
+
+_once = torch.autograd.function.once_differentiable(_propagate)
+
+
+class _Pending:
+    '''What is kept of a call of a layer while it runs.'''
+    def __init__(self, module, carriers):
+        self.module, self.carriers = module, carriers
+        self.versions = list(map(version_of, carriers))
+        self.stored = self.used = None
+
+    def finish(self):
+        '''The layer has run, or an error came before that.'''
+        if self.used is not None:
+            self.used.finish(self.module)
+
+
+class SinglePass(Described, Hook):
+    '''Base class of rules that replace the gradient of a layer.
+
+    The layer's forward runs as it is, but without gradients. Its output is then given a backward function that calls
+    :py:meth:`propagate`. State is kept for each call and not for each module, so a module may be called several times.
+    '''
+    # whether the rule reads weights of the layer, or runs it again
+    reads_layer = True
+
+    def __init__(self):
+        super().__init__()
+        self._pending = {}
+
+    def store(self, module, *inputs):
+        '''Choose what is kept for the backward pass. Called before the layer runs, which may be in-place.
+
+        Parameters
+        ----------
+        module: :py:obj:`torch.nn.Module`
+            The layer.
+        *inputs: tuple of :py:obj:`torch.Tensor`
+            Those of the layer's inputs that carry relevance.
+
+        Returns
+        -------
+        tuple of :py:obj:`torch.Tensor`
+            Tensors to keep.
+        '''
+        return ()
+
+    def propagate(self, module, stored, relevance):
+        '''Distribute the relevance of the layer's output over its inputs.
+
+        Parameters
+        ----------
+        module: :py:obj:`torch.nn.Module`
+            A copy of the layer, with the weights it had when it was called.
+        stored: list of :py:obj:`torch.Tensor`
+            What :py:meth:`store` returned, in the precision of ``relevance``.
+        relevance: :py:obj:`torch.Tensor`
+            Upper relevance, of the shape of the output.
+
+        Returns
+        -------
+        tuple of :py:obj:`torch.Tensor` or None
+            Lower relevance for each input that receives any, of the shape of the input or that to which it is
+            broadcast.
+        '''
+        raise NotImplementedError()
+
+    def copy(self):
+        '''Return a copy of this hook.'''
+        duplicate = copy.copy(self)
+        SinglePass.__init__(duplicate)
+        return duplicate
+
+    def remove(self):
+        '''When removing hooks, remove all references to stored tensors.'''
+        self._recover()
+        self._pending.clear()
+        super().remove()
+
+    def _recover(self):
+        '''Undo what a call has left behind if an interrupt has skipped the forward hook.'''
+        pending = self._pending.pop(threading.get_ident(), None)
+        if pending is not None:
+            set_grad_enabled(True)
+            pending.finish()
+
+    def register(self, module):
+        '''Register this instance to the supplied module.
+
+        Raises
+        ------
+        RuntimeError
+            If the module has a rule of Zennit already.
+        '''
+        for rule in rules_of(module):
+            if not isinstance(rule, SinglePass) and not type(rule).__module__.startswith(PACKAGE):
+                raise RuntimeError(
+                    f'{type(module).__name__} has the rule {type(rule).__name__} already, within which no rule of '
+                    f'{PACKAGE} can be used: leave the context of that rule first.'
+                )
+        return RemovableHandleList([
+            RemovableHandle(self),
+            # after hooks of the user, which may change the input
+            module.register_forward_pre_hook(self._pre_forward, with_kwargs=True),
+            # before them, so that they see an output with a graph, and what they do to it is not the layer's
+            module.register_forward_hook(self._post_forward, with_kwargs=True, always_call=True, prepend=True),
+        ])
+
+    def _pre_forward(self, module, args, kwargs):
+        '''Keep the inputs that carry relevance, and let the layer build no graph.'''
+        with DisableTorchFunction():
+            self._recover()
+            carriers = [
+                elem for elem in (*args, *kwargs.values()) if isinstance(elem, torch.Tensor) and elem.requires_grad
+            ]
+            if not carriers or not self.active or not torch.is_grad_enabled():
+                return
+            set_grad_enabled(False)
+            pending = self._pending[threading.get_ident()] = _Pending(module, carriers)
+            try:
+                if self.reads_layer:
+                    pending.used = UsedModule(module)
+                pending.stored = self.store(module, *carriers)
+            except BaseException:
+                self._recover()
+                raise
+
+    def _post_forward(self, module, args, kwargs, output):
+        '''Attach the output to the inputs by the rule.'''
+        pending = self._pending.pop(threading.get_ident(), None)
+        if pending is None:
+            return None
+        carriers = pending.carriers
+        with DisableTorchFunction():
+            set_grad_enabled(True)
+            pending.finish()
+            if output is None:
+                # the layer raised
+                return None
+            given = {id(elem) for elem in (*args, *kwargs.values())}
+            if any(id(elem) not in given for elem in carriers):
+                raise RuntimeError(
+                    f'A forward pre-hook of {type(module).__name__} changes the input after {type(self).__name__} has '
+                    'seen it: register the hook before the composite.'
+                )
+            first = output[0] if isinstance(output, tuple) else output
+            if not isinstance(first, torch.Tensor) or not first.is_floating_point():
+                raise TypeError(
+                    f'{type(self).__name__} needs a module which returns a floating point tensor, but '
+                    f'{type(module).__name__} returned {type(first).__name__}!'
+                )
+            inplace = next((index for index, elem in enumerate(carriers) if elem is first), None)
+            if inplace is not None and version_of(first) == pending.versions[inplace]:
+                # the layer is the identity
+                return None
+            if is_view(first):
+                # views that were made without gradients can not be modified in-place
+                first = first.detach()
+            if pending.used is not None:
+                module = pending.used.module
+            elif isinstance(module, Operation):
+                # it takes over other settings in the next call
+                module = copy.copy(module)
+            # what the layer has changed in place was counted already
+            with nullcontext() if inplace is None else keep_version(first):
+                first = _Propagate.apply(
+                    self, module, pending.used, pending.stored, [first], inplace, *carriers
+                )
+        # functions such as the maximum along a dimension return tuples with names
+        return type(output)((first, *output[1:])) if isinstance(output, tuple) else first

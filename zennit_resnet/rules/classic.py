@@ -1,0 +1,110 @@
+'''Classic rules that Zennit lacks. Numbers of equations are those of Nyiri and Gibaru, Relative LRP.'''
+import math
+
+import torch
+from zennit.core import BasicHook, Stabilizer
+from zennit.rules import ClampMod, zero_bias
+
+from ..arguments import Described, check_number, check_rule, check_stabilizer
+from .base import SinglePass
+
+
+class SignedAlphaBeta(Described, BasicHook):
+    '''The alpha-beta rule of Eq. (5), for alpha + beta = 1 with any signs, such as alpha = beta = 0.5.
+
+    R'_i = sum_j (alpha (w_ij x_i)+ / sum_k (w_kj x_k)+ + beta (w_ij x_i)- / sum_k (w_kj x_k)-) R_j. Relevance is
+    conserved by units that have both positive and negative contributions.
+
+    Zennit's ``AlphaBeta(alpha, beta)`` is ``SignedAlphaBeta(alpha, -beta)``.
+
+    Parameters
+    ----------
+    alpha: float, optional
+        Multiplier of the positive part.
+    beta: float, optional
+        Multiplier of the negative part.
+    stabilizer: callable or float, optional
+        Stabilization parameter, as in Zennit's ``AlphaBeta``.
+    zero_params: list[str], optional
+        Names of parameters that shall be zero, as in Zennit's ``AlphaBeta``.
+
+    Raises
+    ------
+    ValueError
+        If alpha and beta do not sum to one, or a number is not finite.
+    TypeError
+        If an argument is not a number.
+    '''
+    def __init__(self, alpha=0.5, beta=0.5, stabilizer=1e-6, zero_params=None):
+        check_number('alpha', alpha)
+        check_number('beta', beta)
+        if not math.isclose(alpha + beta, 1., abs_tol=1e-9):
+            raise ValueError(f'alpha={alpha} and beta={beta} do not sum to one!')
+        self.alpha, self.beta, self.stabilizer, self.zero_params = alpha, beta, stabilizer, zero_params
+        stabilizer_fn = Stabilizer.ensure(check_stabilizer('stabilizer', stabilizer))
+        first, second = {'zero_params': zero_params}, {'zero_params': zero_bias(zero_params)}
+        super().__init__(
+            # positive inputs times positive weights, negative times negative, positive times negative, ...
+            input_modifiers=[lambda input: input.clamp(min=0), lambda input: input.clamp(max=0)] * 2,
+            param_modifiers=[
+                ClampMod(min=0., **first), ClampMod(max=0., **second),
+                ClampMod(max=0., **first), ClampMod(min=0., **second),
+            ],
+            output_modifiers=[lambda output: output] * 4,
+            gradient_mapper=(lambda out_grad, outputs: [
+                factor * out_grad / stabilizer_fn(denominator)
+                for factor, denominator in ((alpha, sum(outputs[:2])), (beta, sum(outputs[2:]))) for _ in range(2)
+            ]),
+            reducer=lambda inputs, gradients: sum(input * gradient for input, gradient in zip(inputs, gradients)),
+        )
+
+
+class LinearSum(SinglePass):
+    '''Apply a rule for linear layers to an addition, as a neuron of which the inputs are the addends (Definition 1).
+
+    For ``Epsilon``, this is Zennit's ``Norm``: addends h_i receive R h_i / sum_k h_k.
+
+    Parameters
+    ----------
+    rule: :py:obj:`zennit.core.Hook`
+        A rule for :py:obj:`torch.nn.Linear`.
+
+    Raises
+    ------
+    TypeError
+        If ``rule`` is not a hook.
+    '''
+    def __init__(self, rule):
+        check_rule('rule', rule)
+        super().__init__()
+        self.rule = rule
+
+    def store(self, module, *inputs):
+        '''Keep the addends and their factors.'''
+        addends = torch.stack(torch.broadcast_tensors(*inputs), -1)
+        factors = module.factors or (1,) * len(inputs)
+        return addends, torch.tensor([factors], dtype=torch.float64, device=addends.device)
+
+    def propagate(self, module, stored, relevance):
+        '''Let the rule propagate through a linear layer without bias, of which the weights are the factors.'''
+        addends, weight = stored
+        layer = torch.nn.Linear(*weight.shape[::-1], bias=False)
+        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+        rule, addends = self.rule.copy(), addends.requires_grad_()
+        handles = rule.register(layer)
+        with torch.enable_grad():
+            output = layer(addends)
+        lower, = torch.autograd.grad(output, addends, relevance[..., None])
+        handles.remove()
+        return lower.unbind(-1)
+
+
+class Duplicate(SinglePass):
+    '''All addends receive all of the relevance, as the gradient would have it. It is doubled by each residual block.'''
+    def store(self, module, *inputs):
+        '''Keep the number of addends.'''
+        return (torch.tensor(len(inputs)),)
+
+    def propagate(self, module, stored, relevance):
+        '''Pass relevance on to each addend.'''
+        return (relevance,) * int(stored[0])

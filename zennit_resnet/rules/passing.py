@@ -1,0 +1,136 @@
+'''Rules that pass relevance on: through element-wise functions, to the signal of a product, back from constants.'''
+import torch
+import torch.nn.functional as F
+from zennit.core import Hook, RemovableHandle, RemovableHandleList
+
+from ..arguments import Described
+from .base import SinglePass
+
+
+class PassThrough(SinglePass):
+    '''Relevance passes element-wise activations and normalizations unchanged: R' = R.'''
+    reads_layer = False
+
+    def store(self, module, *inputs):
+        '''Nothing but the layer's input is needed, and only one input can receive the relevance.'''
+        if len(inputs) != 1:
+            raise ValueError(f'{type(self).__name__} is for one input, {type(module).__name__} got {len(inputs)}!')
+        return ()
+
+    def propagate(self, module, stored, relevance):
+        '''Pass relevance on.'''
+        return (relevance,)
+
+
+class SignalTakesAll(SinglePass):
+    '''All relevance of a product follows the signal, the gate counts as a constant (Arras et al. 2017).'''
+    reads_layer = False
+
+    def propagate(self, module, stored, relevance):
+        '''Pass relevance on to the signal only.'''
+        return (relevance,)
+
+
+class Uncrop(SinglePass):
+    '''Relevance of the elements that a padding added goes back to elements that exist, so that nothing is lost.
+
+    Along spatial dimensions it goes to the nearest element, along the channels it is shared evenly. Elements with a
+    value of zero receive relevance from dead units, from rules for the first layer that treat all inputs alike, and
+    from symmetric splitting with a skip connection that is padded with channels.
+    '''
+    def store(self, module, *inputs):
+        '''Keep the amounts, which may be others for another input.'''
+        return (torch.tensor([(dim, *amounts) for dim, amounts in module.amounts.items()]),)
+
+    def propagate(self, module, stored, relevance):
+        '''Fold relevance back.'''
+        for dim, before, after in stored[0].tolist():
+            length = relevance.shape[dim] - max(before, 0) - max(after, 0)
+            inner = relevance.narrow(dim, max(before, 0), length).clone()
+            for start, amount, edge in ((0, before, 0), (relevance.shape[dim] - max(after, 0), after, length - 1)):
+                if amount > 0:
+                    outer = relevance.narrow(dim, start, amount).sum(dim, keepdim=True)
+                    if dim >= 2:
+                        inner.narrow(dim, edge, 1).add_(outer)
+                    else:
+                        inner.add_(outer / length)
+            # negative amounts crop
+            relevance = F.pad(inner, [value for num in reversed(range(inner.ndim)) for value in (
+                (max(-before, 0), max(-after, 0)) if num == dim else (0, 0)
+            )])
+        return (relevance,)
+
+
+class Refill(SinglePass):
+    '''Relevance of zeros that were put in place of elements goes back evenly to the elements that were kept.
+
+    Elements that were kept receive their own relevance, as the gradient has it. That of constants which are zero is
+    shared among all elements of the same example that were kept, or among all of its elements if none was. Constants
+    which are not zero keep their part, as concatenated ones do.
+    '''
+    def store(self, module, *inputs):
+        '''Keep the input, of which the order may decide what is kept.'''
+        input, = inputs
+        return (input,)
+
+    def propagate(self, module, stored, relevance):
+        '''Take the gradient, and share what arrives at zeros.'''
+        input, = stored
+        with torch.enable_grad():
+            leaf = input.detach().requires_grad_()
+            output = module.forward(leaf)
+        lower, = torch.autograd.grad(output, leaf, relevance, retain_graph=True)
+        with torch.no_grad():
+            zeros = module.forward(torch.zeros_like(input))
+            is_constant = module.forward(torch.ones_like(input)) == zeros
+        gap = relevance.where(~is_constant, 0.).double().sum() - lower.double().sum()
+        if bool(gap.abs() > 1e-3 * relevance.abs().double().sum()):
+            raise RuntimeError(
+                f'\'{module.name}\' puts several elements in the same place, for which the gradient is not defined: '
+                'have it put each in a place of its own.'
+            )
+        lost = relevance.where(is_constant & (zeros == 0), 0.)
+        if not bool(lost.any()):
+            return (lower,)
+        kept = (torch.autograd.grad(output, leaf, torch.ones_like(output))[0] != 0).to(lower)
+        return (lower + share_evenly(lost, kept, module.examples),)
+
+
+class Proportional(SinglePass):
+    '''Elements receive relevance in proportion to what they add to a norm, a deviation, ...: R' = R a_i / sum_k a_k.
+
+    If no element adds anything, all receive equal parts.
+    '''
+    def store(self, module, *inputs):
+        '''Keep the input.'''
+        input, = inputs
+        return (input,)
+
+    def propagate(self, module, stored, relevance):
+        '''Share relevance by the amounts.'''
+        amounts = module.amounts(stored[0])
+        total = amounts.sum(module.dims, keepdim=True)
+        shares = torch.where(total == 0, total.numel() / amounts.numel(), amounts / total)
+        return (relevance.reshape(total.shape) * shares,)
+
+
+def share_evenly(lost, kept, examples=None):
+    '''Share relevance evenly among elements that are marked with one, of the same example if there is one for each.'''
+    if examples is None and lost.ndim and kept.ndim and len(lost) == len(kept):
+        examples = torch.arange(len(kept), device=kept.device)
+    if examples is None:
+        lost, kept, shape = lost.reshape(1, -1), kept.reshape(1, -1), kept.shape
+        examples = torch.zeros(1, dtype=torch.long, device=kept.device)
+    else:
+        lost, kept, shape = lost.reshape(len(lost), -1), kept.reshape(len(kept), -1), kept.shape
+    counts = kept.sum(1, keepdim=True)
+    kept = torch.where(counts == 0, 1., kept)
+    total = lost.new_zeros(len(kept)).index_add(0, examples, lost.sum(1))
+    return (total[:, None] * kept / kept.sum(1, keepdim=True)).reshape(shape)
+
+
+class NoRule(Described, Hook):
+    '''Leaves the gradient as it is, where the composite of a canonizer has to name a rule.'''
+    def register(self, module):
+        '''Register nothing to the supplied module.'''
+        return RemovableHandleList([RemovableHandle(self)])

@@ -1,0 +1,136 @@
+'''Relevance splitting at additions, Eqs. (4) to (7) of Otsuki et al. 2024.'''
+import torch
+
+from .._autograd import depends_on
+from ..arguments import check_rule
+from ._linear_maps import by_example
+from .base import SinglePass
+
+
+class Split(SinglePass):
+    '''Base class of rules which split relevance at an addition, such as the end of a residual block.
+
+    Relevance R of the sum is divided into one part for each addend. The parts sum to R element by element, Eq. (4).
+    '''
+    reads_layer = False
+
+    def shares(self, *addends):
+        '''Compute the share of each addend but the last, which receives what the others leave.
+
+        Parameters
+        ----------
+        *addends: tuple of :py:obj:`torch.Tensor`
+            Addends as they enter the addition, which can be broadcast to a common shape.
+
+        Returns
+        -------
+        list of :py:obj:`torch.Tensor` or float
+            Shares between 0 and 1, which can be broadcast to the shape of the sum.
+        '''
+        raise NotImplementedError()
+
+    def split(self, relevance, *addends):
+        '''Split relevance.
+
+        Parameters
+        ----------
+        relevance: :py:obj:`torch.Tensor`
+            Relevance of the sum, of the addends' common shape.
+        *addends: tuple of :py:obj:`torch.Tensor`
+            The addends.
+
+        Returns
+        -------
+        tuple of :py:obj:`torch.Tensor`
+            Relevance of each addend, of the shape of ``relevance``.
+        '''
+        return self._divide(relevance, self.shares(*addends))
+
+    @staticmethod
+    def _divide(relevance, shares):
+        parts, rest = [], relevance
+        for share in shares:
+            parts.append(relevance * share)
+            rest = rest - parts[-1]
+        return (*parts, rest)
+
+    def store(self, module, *inputs):
+        '''Compute the shares, as an in-place addition overwrites its first addend.'''
+        # modules of users have none
+        factors = getattr(module, 'factors', None) or (1,) * len(inputs)
+        inputs = [elem if factor == 1 else elem * factor for elem, factor in zip(inputs, factors)]
+        return tuple(torch.as_tensor(share, dtype=None if isinstance(share, torch.Tensor) else torch.float64)
+                     for share in self.shares(*inputs))
+
+    def propagate(self, module, stored, relevance):
+        '''Split relevance by the shares.'''
+        return self._divide(relevance, stored)
+
+
+class RatioSplit(Split):
+    '''Ratio-based relevance splitting, Eqs. (6) and (7): each addend h_i receives ``R |h_i| / sum_k |h_k|``.
+
+    Where all addends are zero, they receive equal parts.
+    '''
+    def shares(self, *addends):
+        '''Share of the magnitudes.'''
+        addends = [elem if elem.dtype == torch.float64 else elem.float() for elem in addends]
+        return [by_example(self._share, addends[num], *addends[:num], *addends[num + 1:])
+                for num in range(len(addends) - 1)]
+
+    @staticmethod
+    def _share(*addends):
+        '''Share of the first addend.'''
+        share, total, *others = (elem.abs() for elem in torch.broadcast_tensors(*addends))
+        for elem in (*others, share):
+            total.add_(elem)
+        return share.div_(total).nan_to_num_(1 / len(addends))
+
+
+class SymmetricSplit(Split):
+    '''Symmetric relevance splitting, Eq. (5): each of n addends receives R / n.'''
+    def shares(self, *addends):
+        '''Equal shares.'''
+        return [1 / len(addends)] * (len(addends) - 1)
+
+    @staticmethod
+    def _divide(relevance, shares):
+        if len(shares) > 1:
+            return Split._divide(relevance, shares)
+        # both halves are the same
+        return (relevance * shares[0],) * 2
+
+
+class ResidualOnly(Split):
+    '''Identity skip connections receive no relevance (ablation, rows (i) and (iii) of Table 2).
+
+    An addend is an identity skip connection if another addend was computed from it. Additions without one, such as the
+    end of a block whose skip connection is a projection, are left to another rule.
+
+    Parameters
+    ----------
+    rule: :py:obj:`Split`, optional
+        The rule for additions without identity skip connection, and among several residual branches.
+
+    Raises
+    ------
+    TypeError
+        If ``rule`` is not an instance of a :py:obj:`Split`.
+    '''
+    def __init__(self, rule=None):
+        super().__init__()
+        self.rule = RatioSplit() if rule is None else rule
+        check_rule('rule', self.rule, Split)
+
+    def shares(self, *addends):
+        '''Share of the residual branches.'''
+        identity = [
+            any(depends_on(other, elem) for other in addends if other is not elem) for elem in addends
+        ]
+        branches = [elem for elem, is_identity in zip(addends, identity) if not is_identity]
+        if len(branches) in (0, len(addends)):
+            return self.rule.shares(*addends)
+        parts = self.rule.shares(*branches)
+        parts.append(1 - sum(parts))
+        parts = iter(parts)
+        return [0. if is_identity else next(parts) for is_identity in identity][:-1]

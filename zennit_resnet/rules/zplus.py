@@ -1,0 +1,353 @@
+'''The z+ rule for linear layers, convolutions and poolings, Eq. (2) of Otsuki et al. 2024, in a single pass.'''
+import functools
+
+import torch
+import torch.nn.functional as F
+from zennit.core import RemovableHandle, RemovableHandleList, Stabilizer
+from zennit.types import Convolution, ConvolutionTranspose, MaxPool
+
+from .._autograd import is_first, module_of
+from .._weights import is_plain
+from ..arguments import as_bound, check_bounds, check_choice, check_inside, check_stabilizer, spread_bound
+from ..layer import NonNegativeMap, Signed, Subsampling
+from . import _linear_maps as maps
+from ._linear_maps import LARGE
+from .base import SinglePass
+from .passing import share_evenly
+
+FIRST_LAYER = ('zplus', 'literal', 'ones', 'zbox', 'wsquare', 'flat')
+PROJECTION = ('spread', 'literal')
+DEAD_UNITS = ('spread', 'drop')
+MAXPOOL = ('winner', 'average', 'avg2x2')
+RELU = ('relu', 'relu_', 'relu6')
+COVERAGE = ('literal', 'even')
+
+
+class ZPlus(SinglePass):
+    '''Single-pass z+ rule, Eq. (2): R'_i = h_i sum_j w+_ji R_j / sum_k w+_jk h_k, for linear layers, convolutions and
+    poolings. Biases have no part in it, so relevance is conserved.
+
+    For layers whose input h has negative values, the contributions are (w h)+, which is the same where h >= 0.
+
+    Parameters
+    ----------
+    stabilizer: callable or float, optional
+        If it is a float, it will be added to the denominator with the same sign as each respective entry. If it is
+        callable, a function ``(input: torch.Tensor) -> torch.Tensor`` is expected, of which the output corresponds to
+        the stabilized denominator. Relevance is lost by it. The default 0 loses none, because units with a denominator
+        that is zero up to rounding (less than the machine precision times the mean of the layer and sample) are treated
+        by ``dead_units`` anyway.
+    first_layer: str, optional
+        Contributions to the first layer, i.e. to layers that no convolution or linear layer with a rule of this package
+        precedes. With weights w, and w+ and w- their positive and negative parts: ``'zplus'`` (default) (w h)+;
+        ``'literal'`` w+ h as printed, even where h < 0 (denominators may vanish); ``'ones'`` w+ (the published code:
+        the input is replaced by ones); ``'zbox'`` w h - w+ low - w- high = w+ (h - low) + w- (h - high); ``'wsquare'``
+        w^2; ``'flat'`` 1.
+    low: :py:obj:`torch.Tensor`, sequence of float or float, optional
+        Lowest possible input values for ``'zbox'``, and only for this: one for all, one for each channel (a sequence or
+        a tensor with one dimension; for linear layers the last dimension of the input has the channels), or a tensor
+        that can be broadcast to the input.
+    high: :py:obj:`torch.Tensor`, sequence of float or float, optional
+        Highest possible input values for ``'zbox'``, likewise. It is an error if an input of the first layer is outside
+        of ``low`` and ``high`` by more than rounding (a thousandth of the range between them).
+    projection: str, optional
+        Convolutions whose stride exceeds their kernel, such as the 1 x 1 projections of stride 2 in skip connections,
+        read only some of the positions. ``'literal'`` propagates to these only, which leaves a lattice of dots in the
+        heatmap. ``'spread'`` (default) shares relevance over the whole stride cell in proportion to the activations:
+        z = w+ * avgpool_s(h), R' = h avgpool_s^T(w+^T (R / z)), which conserves it as well.
+    dead_units: str, optional
+        What becomes of the relevance of units with no positive contribution, 0/0 in Eq. (2). ``'spread'`` (default)
+        shares it evenly over the unit's inputs (those inside the image), ``'drop'`` loses it.
+    maxpool: str, optional
+        ``'winner'`` (default) lets the first maximum take all, ``'average'`` uses an average pooling with the kernel,
+        stride and padding of the max pooling, ``'avg2x2'`` an average over 2 x 2 with stride 2 for every max pooling
+        (the published code), which must halve its input.
+    coverage: str, optional
+        Windows with a stride read some positions more often than others (a kernel of 3 with stride 2 every other one
+        twice), which leaves a fine lattice in the heatmap. ``'literal'`` (default) keeps it. ``'even'`` scales the
+        weights of each filter such that they sum to the same for all positions modulo the stride, and smoothes
+        relevance below a max pooling and below the first convolution with a binomial filter. Both conserve relevance.
+
+    Raises
+    ------
+    ValueError
+        If an argument is not one of its choices, if ``stabilizer`` is negative or not finite, if ``low`` and ``high``
+        are missing for ``'zbox'`` or given without it, or if ``low`` is above ``high``.
+    TypeError
+        If ``stabilizer``, ``low`` or ``high`` is not of numbers.
+    '''
+    # pylint: disable=too-many-arguments
+    def __init__(
+        self,
+        stabilizer=0.,
+        first_layer='zplus',
+        low=None,
+        high=None,
+        projection='spread',
+        dead_units='spread',
+        maxpool='winner',
+        coverage='literal',
+    ):
+        super().__init__()
+        check_choice('first_layer', first_layer, FIRST_LAYER)
+        check_choice('projection', projection, PROJECTION)
+        check_choice('dead_units', dead_units, DEAD_UNITS)
+        check_choice('maxpool', maxpool, MAXPOOL)
+        check_choice('coverage', coverage, COVERAGE)
+        if first_layer == 'zbox' and (low is None or high is None):
+            raise ValueError(
+                'first_layer=\'zbox\' needs the lowest and highest possible input values, low and high: for an input '
+                'normalized with mean and std, low=(0 - mean) / std and high=(1 - mean) / std.'
+            )
+        if first_layer != 'zbox' and not (low is None and high is None):
+            raise ValueError(
+                f'low={low!r} and high={high!r} are for first_layer=\'zbox\', but first_layer={first_layer!r}: leave '
+                'them out, or choose \'zbox\'.'
+            )
+        stabilizer = check_stabilizer('stabilizer', stabilizer)
+        self.stabilizer = None if stabilizer == 0 else Stabilizer.ensure(stabilizer)
+        self.first_layer = first_layer
+        self.low, self.high = low, high
+        if first_layer == 'zbox':
+            self._low, self._high = as_bound('low', low), as_bound('high', high)
+            check_bounds(self._low, self._high)
+        self.projection = projection
+        self.dead_units = dead_units
+        self.maxpool = maxpool
+        self.coverage = coverage
+
+    def register(self, module):
+        '''Register this instance to the supplied module, unless its own gradient is the rule already.'''
+        # a subclass with a forward of its own (same-padding, standardized weights) may compute anything from its
+        # weights. The canonizer looks inside and finds the functional convolution.
+        handles = RemovableHandleList([RemovableHandle(self)])
+        if not is_plain(module):
+            return handles
+        if not isinstance(module, MaxPool) or (self.maxpool, self.dead_units) != ('winner', 'spread'):
+            return super().register(module)
+        if self.coverage == 'even':
+            handles.append(module.register_forward_pre_hook(self._smooth, with_kwargs=True))
+        return handles
+
+    def _smooth(self, module, args, kwargs):
+        '''Smooth the relevance of the input.'''
+        input = args[0] if args else kwargs['input']
+        maps.check_batch(self, module, input)
+        stride = maps.overlapping_stride(module, input.ndim - 2)
+        if stride is None or not (self.active and input.requires_grad and torch.is_grad_enabled()):
+            return None
+        input = input.view_as(input)
+        input.register_hook(lambda relevance: maps.smooth(relevance, stride))
+        return ((input, *args[1:]), kwargs) if args else (args, {**kwargs, 'input': input})
+
+    def store(self, module, *inputs):
+        '''Keep the input, whether this is a first layer, and whether the input is known to be non-negative.'''
+        input, = inputs
+        if isinstance(module, (Convolution, MaxPool)):
+            maps.check_batch(self, module, input)
+        first = is_first(input)
+        if first and self.first_layer == 'zbox':
+            bounds = [self._bound(name, module, input) for name in ('low', 'high')]
+            check_inside(input, *bounds, (self._low.dtype, self._high.dtype))
+        source = module_of(input.grad_fn)
+        is_relu = type(source) in (torch.nn.ReLU, torch.nn.ReLU6) or getattr(source, 'name', '') in RELU
+        return input, torch.tensor([first, is_relu])
+
+    def propagate(self, module, stored, relevance):
+        '''Compute Eq. (2).'''
+        input, (first, is_relu) = stored[0], stored[1].tolist()
+        if isinstance(module, MaxPool) and self.maxpool == 'winner':
+            return (self._winner(module, input, relevance),)
+        variant = self.first_layer if first else 'zplus'
+        # also if an example has NaN, which is none of the others' business
+        is_negative = variant == 'zplus' and not is_relu and not bool(input.amin() >= 0)
+
+        pairs = self._contributions(module, input, variant, is_negative)
+        outputs, transposes = zip(*(self._map(module, *pair, relevance.shape[2:]) for pair in pairs))
+        denominator = outputs[0]
+        for elem in outputs[1:]:
+            denominator = denominator + elem
+        share, dead = self._share(relevance, denominator, variant == 'literal')
+        lower = None
+        for (elem, weight), transpose in zip(pairs, transposes):
+            grad = transpose(share)
+            if lower is None:
+                lower = elem * grad if weight is None or callable(weight) else grad.mul_(elem)
+            else:
+                lower.addcmul_(elem, grad)
+        if lower.shape != input.shape:
+            lower = lower.unflatten(1, (-1, input.shape[1])).sum(1)
+        if dead is not None:
+            lower += self._spread(module, input, relevance * dead)
+        if first and _is_plain_convolution(module):
+            # filters of few taps may have no weight of a sign at some positions, which can not be levelled
+            lower = self._smooth_lower(module, lower)
+        return (lower,)
+
+    def _share(self, relevance, denominator, is_signed):
+        '''Compute R / z in the place of z, and which units are dead, None if nothing is to be spread of them.'''
+        dims = tuple(range(1, denominator.ndim))
+        magnitude = denominator.abs() if is_signed else denominator
+        # without dimensions, these would be the mean and minimum of all examples
+        resolution = (magnitude.mean(dims, keepdim=True) if dims else magnitude) * torch.finfo(denominator.dtype).eps
+        dead = None
+        if bool(((magnitude.amin(dims, keepdim=True) if dims else magnitude) <= resolution).any()):
+            dead = magnitude <= resolution
+        if self.stabilizer is not None:
+            denominator = self.stabilizer(denominator)
+        share = torch.div(relevance, denominator, out=denominator)
+        if dead is None:
+            return share, None
+        if self.dead_units == 'drop':
+            # with a stabilizer, 0/0 does not occur, and dead units have no contributions that would receive relevance
+            return share if self.stabilizer is not None else share.masked_fill_(dead, 0.), None
+        return share.masked_fill_(dead, 0.), dead if bool((relevance * dead).any()) else None
+
+    def _contributions(self, module, input, variant, is_negative):
+        '''Pairs of inputs and weights (None for poolings) of which the products are the contributions.'''
+        pairs = self._pairs(module, input, variant, is_negative)
+        if isinstance(module, Signed) or not isinstance(module, (Convolution, torch.nn.Linear)):
+            return pairs
+        weight = module.weight.detach().to(input.dtype)
+        if isinstance(module, torch.nn.Linear):
+            return [(elem, _Rows(weight, part)) for elem, part in pairs]
+        pairs = [(elem, part(weight)) for elem, part in pairs]
+        if self.coverage == 'even':
+            # each pair by itself, so that a sample does not depend on whether others in its batch have negative values
+            pairs = [(elem, maps.even_weight(module, weight)) for elem, weight in pairs]
+        if len(pairs) > 1 and _is_plain_convolution(module) and module.groups == 1:
+            # a single convolution of more channels is faster than one after the other
+            inputs, weights = zip(*pairs)
+            pairs = [(torch.cat(inputs, 1), torch.cat(weights, 1))]
+        return pairs
+
+    def _pairs(self, module, input, variant, is_negative):
+        '''Pairs of inputs and the parts of the weight, as functions of it, that they are multiplied with.'''
+        if not isinstance(module, (Convolution, torch.nn.Linear, Signed)):
+            if variant == 'zplus':
+                return [(input.clamp(min=0) if is_negative else input, None)]
+            if variant == 'literal':
+                return [(input, None)]
+            return [(input - self._bound('low', module, input) if variant == 'zbox' else torch.ones_like(input), None)]
+
+        positive, negative = functools.partial(torch.clamp, min=0), functools.partial(torch.clamp, max=0)
+        if variant == 'zplus' and is_negative:
+            return [(input.clamp(min=0), positive), (input.clamp(max=0), negative)]
+        if variant in ('zplus', 'literal'):
+            return [(input, positive)]
+        if variant == 'zbox':
+            low, high = (self._bound(name, module, input) for name in ('low', 'high'))
+            return [(input - low, positive), (input - high, negative)]
+        part = {'ones': positive, 'wsquare': torch.square, 'flat': torch.ones_like}[variant]
+        return [(torch.ones_like(input), part)]
+
+    def _bound(self, name, module, input):
+        '''A bound which can be broadcast to the input.'''
+        dim = 1
+        if isinstance(module, torch.nn.Linear):
+            dim = -1
+        elif isinstance(module, Convolution):
+            dim = 1 - module.weight.ndim
+        return spread_bound(name, {'low': self._low, 'high': self._high}[name], input, dim)
+
+    def _map(self, module, input, weight, shape):
+        '''The output of :py:meth:`_linear`, and the transposed linear map as a function.'''
+        if isinstance(module, torch.nn.Linear) and not isinstance(module, Signed):
+            return weight.map(input), weight.transpose
+        if isinstance(module, Convolution):
+            if self.projection == 'literal' or not maps.is_sparse(module):
+                output = maps.convolve(module, input, weight, shape)
+                return output, functools.partial(maps.convolve_transposed, module, input, weight)
+            cells = maps.whole_cells(module, input)
+            if cells is not None:
+                return maps.convolve_cells(module, input, weight, cells)
+        with torch.enable_grad():
+            leaf = input.detach().requires_grad_()
+            result = self._linear(module, leaf, weight, shape)
+        # the gradient may need the result, in place of which relevance is divided
+        output = result.detach().clone() if isinstance(module, (NonNegativeMap, Signed)) else result.detach()
+        return output, lambda output: torch.autograd.grad(result, leaf, output)[0]
+
+    def _linear(self, module, input, weight, shape):
+        '''A convolution or pooling as a linear map of an input to an output of a spatial shape, with another weight.'''
+        if isinstance(module, Convolution):
+            return maps.convolve(module, input, weight, shape, self.projection == 'spread')
+        if isinstance(module, MaxPool):
+            if self.maxpool == 'average':
+                output = maps.average(module, input, self.coverage == 'even')
+            else:
+                output = maps.AVG_POOL[input.ndim - 2](input, 2, 2)
+            if output.shape[2:] != shape:
+                raise ValueError(
+                    f'maxpool={self.maxpool!r} makes an output of size {tuple(output.shape[2:])} of a max pooling with '
+                    f'one of {tuple(shape)} ({module}): use \'winner\'.'
+                )
+            return output
+        if isinstance(module, Subsampling):
+            return maps.pool_cells(input, module.steps)
+        if isinstance(module, Signed):
+            return module.linear(input, torch.ones_like if weight is None else weight)
+        return module.forward(input)
+
+    def _spread(self, module, input, relevance):
+        '''Share the relevance of dead units evenly over their inputs.'''
+        if isinstance(module, torch.nn.Linear) and not isinstance(module, Signed):
+            return (relevance.sum(-1, keepdim=True) / input.shape[-1]).expand_as(input)
+        ones, weight, shape = torch.ones_like(input), None, relevance.shape[2:]
+        if isinstance(module, Convolution):
+            # all channels of a group are treated alike, so one of each is enough
+            kernel = module.weight.shape[2:]
+            out_channels = relevance.shape[1] // module.groups
+            relevance = relevance.unflatten(1, (module.groups, out_channels)).sum(2)
+            ones = ones[:, :module.groups]
+            weight = torch.ones(module.groups, 1, *kernel).to(relevance)
+        with torch.enable_grad():
+            ones.requires_grad_()
+            output = self._linear(module, ones, weight, shape)
+        lower, = torch.autograd.grad(output, ones, torch.nan_to_num(relevance / output.detach(), 0., 0., 0.))
+        if isinstance(module, Convolution):
+            in_channels = input.shape[1] // module.groups
+            lower = (lower / in_channels).unsqueeze(2).expand(-1, -1, in_channels, *lower.shape[2:])
+        elif isinstance(module, (NonNegativeMap, Signed)):
+            # places outside of the image read nothing
+            lost = relevance.where(output == 0, 0.)
+            if bool(lost.any()):
+                lower = lower + share_evenly(lost, torch.ones_like(input), getattr(module, 'examples', None))
+        return lower.reshape(input.shape)
+
+    def _winner(self, module, input, relevance):
+        '''Eq. (2) with weights that are one for the first maximum of each window, and zero for all others.'''
+        with torch.enable_grad():
+            input = input.detach().requires_grad_()
+            output = module.forward(input)
+        share, _ = self._share(relevance, output.detach().clone(), True)
+        return self._smooth_lower(module, torch.autograd.grad(output, input, share)[0] * input.detach())
+
+    def _smooth_lower(self, module, relevance):
+        '''Smooth the relevance of the input of overlapping windows with a stride.'''
+        stride = maps.overlapping_stride(module, relevance.ndim - 2) if self.coverage == 'even' else None
+        return relevance if stride is None else maps.smooth(relevance, stride)
+
+
+class _Rows:
+    '''Part of the weight of a fully connected layer, computed for some outputs at a time: it may take most memory.'''
+    def __init__(self, weight, part):
+        self.weights = weight.split(max(LARGE // max(weight.shape[1], 1), 1))
+        self.part = part
+
+    def map(self, input):
+        '''The linear map.'''
+        outputs = [F.linear(input, self.part(elem)) for elem in self.weights]
+        return torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
+
+    def transpose(self, output):
+        '''The transposed linear map.'''
+        parts = output.split([len(elem) for elem in self.weights], -1)
+        lower = parts[0] @ self.part(self.weights[0])
+        for part, weight in zip(parts[1:], self.weights[1:]):
+            lower += part @ self.part(weight)
+        return lower
+
+
+def _is_plain_convolution(module):
+    return isinstance(module, Convolution) and not isinstance(module, ConvolutionTranspose)
