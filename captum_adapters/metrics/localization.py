@@ -32,20 +32,19 @@ class MaskPointing(NamedTuple):
 
     Attributes:
 
-        share (Tensor): Share of the top p % that is inside of the mask, from 0 to 1, of
-                shape (batch, percents). Of pixels with equal attributions, it is the
-                expected share over all their orders. NaN if the mask is empty, so that
-                an image without an object counts neither as a hit nor as a miss, and if
-                the percentage selects no pixel.
+        share (Tensor): Share of the top p % that is inside of the mask, from 0 to 1,
+                (batch, percents). NaN if the mask is empty, so that an image without an
+                object counts neither as a hit nor as a miss, or if the percentage
+                selects no pixel.
         chance (Tensor): Share of the mask in the image, which is the expected share of
-                a random map, of shape (batch,).
+                a random map, (batch,).
         ceiling (Tensor): Largest possible share, the smaller of 1 and the mask's number
-                of pixels divided by that of the top p %, of shape (batch, percents).
-        empty (Tensor): Whether the mask is empty, bool of shape (batch,).
-        counts (Tensor): Number of pixels in the top p %, of shape (percents,).
-        percents (Tensor): Percentages, of shape (percents,).
-        tied_share (Tensor): Share of pixels of which the attribution is not theirs
-                alone, of shape (batch,).
+                of pixels divided by that of the top p %, (batch, percents).
+        empty (Tensor): Whether the mask is empty, bool (batch,).
+        counts (Tensor): Number of pixels in the top p %, (percents,).
+        percents (Tensor): Percentages, (percents,).
+        tied_share (Tensor): Share of pixels whose attribution is not theirs alone,
+                (batch,).
     """
 
     share: Tensor
@@ -62,18 +61,12 @@ class MaskDistance(NamedTuple):
 
     Attributes:
 
-        distance (Tensor): Mean distance of the top p % to the mask, of shape (batch,
-                percents). Lower is better, and zero if the mask covers the image. Of
-                pixels with equal attributions, it is the expected distance over all
-                their orders. NaN if the mask is empty, or the percentage selects no
-                pixel.
+        distance (Tensor): Mean distance of the top p % to the mask, (batch, percents).
+                Lower is better, and zero if the mask covers the image. NaN if the mask
+                is empty, or the percentage selects no pixel.
         chance (Tensor): Mean distance of all pixels, which is the expected distance of
-                a random map, of shape (batch,).
-        empty (Tensor): Whether the mask is empty, bool of shape (batch,).
-        counts (Tensor): Number of pixels in the top p %, of shape (percents,).
-        percents (Tensor): Percentages, of shape (percents,).
-        tied_share (Tensor): Share of pixels of which the attribution is not theirs
-                alone, of shape (batch,).
+                a random map, (batch,).
+        empty, counts, percents, tied_share (Tensor): See :class:`MaskPointing`.
     """
 
     distance: Tensor

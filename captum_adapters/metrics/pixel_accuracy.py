@@ -236,8 +236,7 @@ def keep_top(
                 for a single image.
         percent (int, float or Fraction): Percentage from 0 to 100. Exactly
                 :math:`\lfloor pN/100 \rfloor` of the N pixels or inputs are kept; 1 %
-                of 224 x 224 pixels are 501. For those with equal attributions, see
-                `ties`.
+                of 224 x 224 pixels are 501.
         unit (str, optional): `"pixel"` to rank pixels by the sum over their channels,
                 or `"input"` to rank each channel's values on their own, so that of a
                 pixel only the red channel may be kept.
@@ -247,10 +246,8 @@ def keep_top(
                 come last.
                 Default: True
         baselines (scalar, Tensor, tuple of scalar, or Tensor, optional): What the rest
-                is replaced with: a number, or a tensor that can be broadcast to the
-                inputs. Zero is the mean color for inputs that are normalized with
-                the mean of the data; black is `(0 - mean) / std` then, of shape (1,
-                channels, 1, 1). The paper does not say which of them it used.
+                is replaced with, see :func:`insertion_deletion`. The paper does not say
+                whether it is the mean color or black.
                 Default: 0
         interpolate (str, optional): Mode of :func:`torch.nn.functional.interpolate` for
                 attributions of another height and width. `None` refuses these.
@@ -259,12 +256,7 @@ def keep_top(
                 random order, `"stable"` if they come row by row, which favours those in
                 the upper half of the image.
                 Default: `"random"`
-        seed (int, optional): Seed of random orders.
-                Default: 0
-        sample_ids (list or Tensor, optional): An identity for each example, which
-                together with `seed` determines its random orders. By default it is the
-                content of the image.
-                Default: None
+        seed, sample_ids: What random orders depend on, see :func:`insertion_deletion`.
 
     Returns:
         Tensor: Images of the shape and type of the inputs.
@@ -282,9 +274,6 @@ def keep_top(
         >>> keep_top(images, maps, 50)
         tensor([[[[0., 2.],
                   [3., 0.]]]])
-        >>> keep_top(images, maps, 50, absolute=False)
-        tensor([[[[0., 0.],
-                  [3., 4.]]]])
     """
     images = check_images(inputs)
     scores = _unit_scores(attributions, images, unit, absolute, interpolate)
@@ -433,8 +422,7 @@ def cross_model_accuracy(
 
     Whether two networks decide by the same pixels: network B (`forward_func`) sees only
     the p % of each image that are most relevant to network A (`attributions`), as in
-    section 5.3 and figure 22 of R-LRP by Nyiri & Gibaru. The rest is as for
-    :func:`pixel_accuracy`.
+    section 5.3 and figure 22 of R-LRP by Nyiri & Gibaru.
 
     Networks often differ in their preprocessing. There are two ways to deal with it:
 
@@ -447,21 +435,11 @@ def cross_model_accuracy(
 
     Args:
 
-        forward_func (callable): Network B, or any function that returns an output of
-                shape (batch, classes).
-        inputs (Tensor or tuple[Tensor]): Images of shape (batch, channels, height,
-                width), as A sees them if there is a `transform`, else as B does.
-        attributions (Tensor, numpy.ndarray or tuple[Tensor]): Attributions of network
-                A, of a shape as for :func:`keep_top`.
-        target (int, Tensor or list, optional): With `reference="label"`, the class of
-                all examples, or one for each. It need not be the label: with the
-                classes that A predicts for the whole images, the result is how often B
-                makes A's decision.
-                Default: None
-        reference (str, optional): What is correct: `"label"` compares with `target`,
-                and `"prediction"` with the class that B predicts for the whole image.
-                The paper does not say which of them it used.
-                Default: `"label"`
+        forward_func, inputs, attributions, percents, target, ...: See
+                :func:`pixel_accuracy`. `target` need not be the label: with the classes
+                that A predicts for the whole images, the result is how often B makes
+                A's decision. With `reference="prediction"`, it is B's own class of the
+                whole image. The paper does not say which of them it used.
         transform (callable, optional): A function from a batch of masked images to
                 B's inputs, for instance resizing and another normalization.
                 Default: None
@@ -469,8 +447,6 @@ def cross_model_accuracy(
                 and width than inputs. The share of B's pixels that is kept may differ
                 from that of A's by rounding.
                 Default: False
-        percents, additional_forward_args, unit, absolute, baselines, ...: See
-                :func:`pixel_accuracy`.
 
     Returns:
         PixelAccuracy: A named tuple as of :func:`pixel_accuracy`. The counts are those
@@ -487,9 +463,8 @@ def cross_model_accuracy(
         >>> model_b = lambda images: images.flatten(1)
         >>> resize = lambda images: torch.nn.functional.avg_pool2d(images, 2)
         >>> images = torch.arange(16.0).view(1, 1, 4, 4)
-        >>> maps_a = -images[:, 0]
         >>> result = cross_model_accuracy(
-        ...     model_b, images, maps_a, (50, 100), 1, absolute=True, transform=resize)
+        ...     model_b, images, -images[:, 0], (50, 100), 1, transform=resize)
         >>> result.predictions
         tensor([[3, 3]])
     """

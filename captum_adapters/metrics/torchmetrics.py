@@ -67,11 +67,7 @@ class Accumulated(Generic[Result]):
 
 
 def _gather(tensor: Tensor, group: Optional[Any] = None) -> list[Tensor]:
-    """The tensors of all processes that have any examples.
-
-    Those of processes without examples have neither the type nor the shape that
-    :func:`torch.distributed.all_gather` would need.
-    """
+    """Tensors of all processes with examples, which others lack the type and shape of."""
     gathered: list[Any] = [None] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(gathered, tensor.detach().cpu(), group)
     tensors = [other.to(tensor.device) for other in gathered if other.numel()]
@@ -158,14 +154,7 @@ class _PerExample(Metric, Generic[Result]):
         states.append(ids.to(self.device, torch.long))
 
     def compute(self) -> Accumulated[Result]:
-        """Put the results of all batches, and processes, together.
-
-        Returns:
-            Accumulated: The results, with each identity once.
-
-        Raises:
-            ValueError: If there was no example.
-        """
+        """The results of all batches and processes, with each identity once."""
         if len(self.sample_ids) == 0:
             raise ValueError("There are no results: call update before compute.")
         ids, order = dim_zero_cat(self.sample_ids).sort(stable=True)
