@@ -18,10 +18,17 @@ from captum_adapters._validation import (
     check_range,
     check_target,
     double_dtype,
+    positive_integer,
     split_args,
     suggest,
 )
-from zennit_resnet.arguments import check_flag, check_precision, describe
+from zennit_resnet.arguments import (
+    check_choice,
+    check_flag,
+    check_module,
+    check_precision,
+    describe,
+)
 from zennit_resnet.attribution import check_key, select_output
 from zennit_resnet.postprocess import c1c, c3, heat_quantization, sum_channels
 from zennit_resnet.registration import registered, unwrap
@@ -133,23 +140,12 @@ class CompositeAttribution(GradientAttribution):
         output: Output = None,
     ) -> None:
         check_key(output)
-        if not isinstance(model, Module):
-            raise TypeError(
-                "Rules are attached to modules, so the model must be a torch.nn.Module,"
-                f" but it is {type(model).__name__}: put functions into the forward of"
-                " one."
-            )
-        choices = ("logit", "softmax", "one")
-        if not callable(initial_relevance) and initial_relevance not in choices:
-            raise ValueError(
-                f"initial_relevance={initial_relevance!r} is neither"
-                f" {', '.join(map(repr, choices))} nor a function."
-            )
-        if isinstance(postprocess, str) and postprocess not in POSTPROCESS:
-            raise ValueError(
-                f"postprocess={postprocess!r} is neither"
-                f" {', '.join(map(repr, POSTPROCESS))} nor a function."
-            )
+        check_module(model)
+        if not callable(initial_relevance):
+            choices = ("logit", "softmax", "one")
+            check_choice("initial_relevance", initial_relevance, choices)
+        if not callable(postprocess):
+            check_choice("postprocess", postprocess, (None, *POSTPROCESS))
         GradientAttribution.__init__(self, model)
         self.model = model
         self.composite = create_composite(composite)
@@ -307,12 +303,9 @@ class CompositeAttribution(GradientAttribution):
         batch = len(tensors[0])
         index = check_target(target, batch, allow_negative=True)
         args, divided = split_args(additional_forward_args, batch)
-        size = batch if internal_batch_size is None else internal_batch_size
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(
-                f"internal_batch_size={internal_batch_size!r} is not a positive"
-                " integer."
-            )
+        size = batch
+        if internal_batch_size is not None:
+            size = positive_integer("internal_batch_size", internal_batch_size)
         chunks = []
         for begin in range(0, batch, size):
             part = slice(begin, begin + size)

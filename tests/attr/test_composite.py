@@ -708,7 +708,7 @@ def test_bad_calls(method, kwargs, error, message):
 
 
 @pytest.mark.parametrize('create, error, message', [
-    (lambda: ResNetLRP(lambda x: x), TypeError, 'must be a torch.nn.Module, but it is function'),
+    (lambda: ResNetLRP(lambda x: x), TypeError, 'must be a torch.nn.Module, but it is <function'),
     (lambda: ResNetLRP(network(), splitting='x'), ValueError, 'splitting=\'x\''),
     (lambda: ResNetLRP(network(), initial_relevance='x'), ValueError, 'initial_relevance=\'x\''),
     (lambda: C3LRP(network(), postprocess='x'), ValueError, 'postprocess=\'x\''),
