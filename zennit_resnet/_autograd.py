@@ -10,7 +10,7 @@ import torch
 from zennit.types import Activation, AvgPool, Convolution, MaxPool
 
 from ._compat import DisableTorchFunction
-from .layer import Addition, Concatenation, Filling, Gate, Operation
+from .layer import Gate, Operation
 
 SIGMOIDS = frozenset('sigmoid hardsigmoid softmax expit ndtr'.split())
 # Functions of which the output may be anything, whatever they are given.
@@ -36,7 +36,7 @@ MOVES = ('View', 'Expand', 'queeze', 'Permute', 'Transpose', 'Clone', 'Copy', 'I
 SHIFTS, SCALES = ('Add', 'Sub', 'Rsub'), ('Mul', 'Div', 'Neg')
 AVERAGES = ('Pool', 'Upsample', 'Mean', 'Sum')
 CLIPS = ('Clamp', 'Hardtanh', 'Relu', 'Where', 'Masked', 'Maximum', 'Minimum')
-COMBINES = (Addition, Concatenation, Filling, Gate, Activation, AvgPool, MaxPool, torch.nn.Upsample)
+COMBINES = (Activation, AvgPool, MaxPool, torch.nn.Upsample)
 # Functions that scale or bound a sum, as a softmax that is written out may do with that of its exponentials.
 SCALED = frozenset('add sub mul div truediv clamp clamp_min clampmin clip neg'.split())
 INVERSES = frozenset('reciprocal pow div truediv rtruediv rdiv'.split())
@@ -466,7 +466,7 @@ def _combines(node):
     if isinstance(module, Operation) and module.name in UNBOUNDED:
         return False
     return (
-        isinstance(module, COMBINES) or _scales(node) or stem in SHIFTS
+        getattr(module, 'in_gate', False) or isinstance(module, COMBINES) or _scales(node) or stem in SHIFTS
         or stem.startswith(REORDERS) or any(key in stem for key in AVERAGES + CLIPS)
     ) and bool(_parents(node))
 

@@ -21,8 +21,10 @@ class Operation(torch.nn.Module):
         each time the module to which the operation belongs reaches the call again.
     name: str
         Name of the intercepted function.
+    in_gate: bool
+        Whether the result is a gate if all that enters is one. So it is for activations and poolings of any type.
     '''
-    label = 'operation'
+    label, in_gate = 'operation', False
 
     def __init__(self, name=''):
         # the torch.nn classes which are mixed in for their type only have arguments which the call itself defines
@@ -51,7 +53,7 @@ class Addition(Operation):
     factors: tuple[float, ...] or None
         Factors of the addends (``alpha`` of :py:func:`torch.add`), all one if ``None``.
     '''
-    label = 'addition'
+    label, in_gate = 'addition', True
 
     def __init__(self, name='add'):
         super().__init__(name)
@@ -77,12 +79,12 @@ class Addition(Operation):
 
 class Gate(Operation):
     '''Product of a signal, its only input, with a gate (squeeze-and-excitation) or a constant (layer scale).'''
-    label = 'gate'
+    label, in_gate = 'gate', True
 
 
 class Concatenation(Operation):
     '''Concatenation of tensors. Its gradient takes the slices apart again, which is the exact rule.'''
-    label = 'concatenation'
+    label, in_gate = 'concatenation', True
 
 
 class Padding(Operation):
@@ -108,7 +110,7 @@ class Filling(Operation):
     examples: :py:obj:`torch.Tensor` or None
         The example that each entry of the output's first dimension belongs to, if the first dimension is another one.
     '''
-    label = 'filling'
+    label, in_gate = 'filling', True
     examples = None
 
 

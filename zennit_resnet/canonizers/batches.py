@@ -3,27 +3,13 @@ import torch
 
 from .._autograd import carriers_of, map_tensors, moved_before, tensors_of
 from .functions import ALIASES
+from .operations import OPERATIONS
 
-# Functions over dimensions, with the position of these among the arguments, and what they are by default.
-REDUCTIONS = {
-    **dict.fromkeys('''
-        mean sum std var std_mean var_mean amax amin aminmax nansum nanmean logsumexp special_logsumexp prod cumsum
-        cumprod cummax cummin logcumsumexp softmin softmax log_softmax special_softmax special_log_softmax max min
-    '''.split(), (1, None)),
-    **dict.fromkeys('norm quantile nanquantile linalg_norm linalg_vector_norm renorm'.split(), (2, None)),
-    **dict.fromkeys('kthvalue topk diff'.split(), (2, -1)),
-    **dict.fromkeys('median nanmedian mode sort argsort'.split(), (1, -1)),
-    'normalize': (2, 1), 'msort': (9, 0), 'cov': (9, 1), 'corrcoef': (9, 1),
-}
 # Functions over all dimensions but the first, which only matter if that has no examples.
 NORMALIZATIONS = frozenset('instance_norm layer_norm group_norm native_layer_norm native_group_norm'.split())
 PRODUCTS = frozenset('matmul __matmul__ mm linalg_matmul einsum addmm'.split())
-# Functions that take elements apart along dimensions, likewise.
-MOVES = {
-    **dict.fromkeys('select unbind narrow index_select gather take_along_dim'.split(), (1, 0)),
-    **dict.fromkeys('split chunk tensor_split roll'.split(), (2, 0)), 'flip': (1, None), 'rot90': (2, (0, 1)),
-    **dict.fromkeys('__iter__ __reversed__ flipud vsplit'.split(), (9, 0)),
-}
+REDUCTIONS = {name: entry.reduces for name, entry in OPERATIONS.items() if entry.reduces}
+MOVES = {name: entry.takes for name, entry in OPERATIONS.items() if entry.takes}
 # Softmaxes of attention are over the last dimension of what heads have moved.
 SOFTMAXES = frozenset('softmax log_softmax special_softmax special_log_softmax'.split())
 WATCHED = frozenset(REDUCTIONS) | frozenset(MOVES) | NORMALIZATIONS | PRODUCTS | {'__getitem__'}

@@ -1,7 +1,8 @@
 '''Canonizer which finds residual blocks.'''
 from .._autograd import carriers_of, name_of
 from ..rules.block import note_addition
-from .operations import ADDITIONS
+from . import layers
+from .operations import OPERATIONS
 from .residual import ResidualCanonizer
 
 
@@ -17,7 +18,8 @@ class BlockCanonizer(ResidualCanonizer):
         '''Note additions.'''
         super().look(func, args, kwargs)
         stack = self._stack()
-        if stack and name_of(func) in ADDITIONS and len(carriers_of((args, kwargs))) == 2:
+        entry = OPERATIONS.get(name_of(func))
+        if stack and entry is not None and entry.run is layers.add and len(carriers_of((args, kwargs))) == 2:
             note_addition(stack[-1].module)
 
     def intercept(self, func, args, kwargs):

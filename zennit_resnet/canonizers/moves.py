@@ -9,27 +9,9 @@ from ..layer import Addition, Filling, NonNegativeMap, Reduction
 from .functions import FunctionCall, kept, out_of_place, with_values, write_out
 from .products import run_first
 
-# Elements among constants, if only one tensor carries relevance: of several, the gradient is the rule.
-PLACEMENTS = frozenset('''
-    where masked_fill masked_fill_ masked_scatter masked_scatter_ index_fill index_fill_ fill_diagonal_ tril tril_ triu
-    triu_ fill_ zero_ diag diag_embed diagflat block_diag max_unpool1d max_unpool2d max_unpool3d scatter scatter_
-    index_copy index_copy_ index_put index_put_ put put_ select_scatter slice_scatter diagonal_scatter
-    _index_put_impl_
-'''.split())
-# Sums of elements at places, to which the elements of a destination are added.
-SUMS_AT_PLACES = frozenset('scatter_add scatter_add_ index_add index_add_ scatter_reduce scatter_reduce_'.split())
-# Sums of other elements with weights that are not negative.
-SUMS = frozenset('''
-    fold cumsum cumsum_ trapezoid trapz cumulative_trapezoid nansum nanmean trace sum_to_size segment_reduce col2im
-'''.split())
-# Samples at places, of which only the first argument counts as a signal.
-SAMPLES = frozenset('''
-    roi_align ps_roi_align ps_roi_pool grid_sample grid_sampler grid_sampler_2d grid_sampler_3d
-'''.split())
-
 
 def place(canonizer, call, function):
-    '''Put elements among constants.'''
+    '''Put elements among constants, if only one tensor carries relevance: of several, the gradient is the rule.'''
     if function.name.startswith(('index_put', 'put')):
         given = function.bind('input', 'indices', 'values', 'accumulate')
         if given.get('accumulate'):

@@ -9,11 +9,6 @@ from .._autograd import are_probabilities, is_attention, is_exponential, is_gate
 from ..layer import Activation, AveragePool, FullyConnected, Gate, LinearMap, NonNegativeMap, Resampling
 from .functions import FunctionCall, become, out_of_place, with_values, write_out
 
-# Products of two tensors.
-CONTRACTIONS = frozenset('''
-    matmul __matmul__ __rmatmul__ mm bmm mv dot vdot inner outer ger kron tensordot linalg_matmul linalg_vecdot
-    _sparse_mm spmm dsmm hspmm
-'''.split())
 # Products to which a tensor is added, with the arguments they have and the products they add.
 ADDED_PRODUCTS = {
     'addmm': (('mat1', 'mat2'), torch.mm), 'addmv': (('mat', 'vec'), torch.mv), 'addr': (('vec1', 'vec2'), torch.outer),

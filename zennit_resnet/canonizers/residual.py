@@ -12,15 +12,14 @@ from .._autograd import carriers_of, class_of, function_of, is_arithmetic, name_
 from .._compat import DisableTorchFunction, caller, in_backward, is_replacing, is_running, registering_composite
 from .._inplace import Watch, forget, note_copy, settle
 from ..arguments import Described, check_choice, check_flag
-from ..layer import Addition, Filling, Gate, LinearMap, Padding, Reduction
-from ..rules.passing import Proportional, Refill, SignalTakesAll, Uncrop
-from ..rules.splitting import RatioSplit
+from ..layer import LinearMap
 from .batch_norm import BatchNormMerge
 from .batches import WATCHED, batch_size, depends_on_batch, may_mix
 from .calls import Call, Local, is_opaque, keep_stored, single_pass
 from .eager import Eager, check_evaluation, is_active
 from .functions import FunctionCall
-from .operations import CONVOLUTIONS, TRAINING, TRANSPARENT, handle, is_training
+from .layers import LINEAR
+from .operations import DEFAULT_RULES, TRAINING, TRANSPARENT, handle, is_training
 from .refusals import (
     Softmaxes,
     check_output,
@@ -32,15 +31,6 @@ from .refusals import (
     undo,
 )
 from .weight_log import WeightLog
-
-# Rules for operations that no composite of Zennit knows about, unless the composite in use has another for them.
-DEFAULT_RULES = (
-    (Addition, RatioSplit()),
-    (Gate, SignalTakesAll()),
-    (Padding, Uncrop()),
-    (Filling, Refill()),
-    (Reduction, Proportional()),
-)
 
 # All canonizers in use, of nested contexts the innermost last.
 REGISTERED = []
@@ -450,10 +440,10 @@ class ResidualCanonizer(Described, Canonizer):
         name = name_of(func)
         stack = self._stack()
         if not stack or stack[-1].opaque or not self.local.is_active or not torch.is_grad_enabled():
-            if stack and stack[-1].opaque and (name == 'linear' or name in CONVOLUTIONS) and self.local.is_active:
+            if stack and stack[-1].opaque and name in LINEAR and self.local.is_active:
                 check_weight(self._label(stack[-1].module), stack[-1].module, args, kwargs)
             return func(*args, **kwargs)
-        if name in TRANSPARENT and name != '__getitem__':
+        if name in TRANSPARENT:
             return func(*args, **kwargs)
         carriers = carriers_of((args, kwargs))
         if not carriers:

@@ -1,0 +1,282 @@
+'''Functions that layers have classes for: additions, activations, normalizations, poolings, convolutions, padding.
+
+Handlers run a function, given the canonizer, the call of the module, and the call of the function.
+'''
+import torch
+import torch.nn.functional as F
+
+from .._autograd import are_probabilities, is_log_sum, is_shift
+from .._compat import OpOverload
+from ..layer import (
+    Activation,
+    Addition,
+    Concatenation,
+    Convolution1d,
+    Convolution2d,
+    Convolution3d,
+    ConvolutionTranspose1d,
+    ConvolutionTranspose2d,
+    ConvolutionTranspose3d,
+    FullyConnected,
+    Gate,
+    MaxPool,
+    Normalization,
+    Padding,
+    Subsampling,
+)
+from . import moves, products
+from .functions import FunctionCall
+
+CLIPPED = frozenset('relu6 hardtanh hardtanh_'.split())
+POWERS = frozenset('pow pow_ __pow__ __ipow__ float_power float_power_'.split())
+CONVOLUTIONS = {
+    'conv1d': Convolution1d, 'conv2d': Convolution2d, 'conv3d': Convolution3d,
+    'conv_transpose1d': ConvolutionTranspose1d, 'conv_transpose2d': ConvolutionTranspose2d,
+    'conv_transpose3d': ConvolutionTranspose3d,
+}
+LINEAR = frozenset(('linear', *CONVOLUTIONS))
+# Settings of convolutions, in the order of the arguments.
+SETTINGS = {
+    'linear': (), 'conv': ('stride', 'padding', 'dilation', 'groups'),
+    'conv_transpose': ('stride', 'padding', 'output_padding', 'groups', 'dilation'),
+}
+
+
+def add(canonizer, call, function):
+    '''Add two tensors, or a constant to one.'''
+    left, right = function.operands()
+    if len(function.carriers) == 1 and products.is_complex(left, right):
+        return canonizer.refuse(call, function, products.COMPLEX)
+    factors = [1, function.kwargs.get('alpha', 1)]
+    if 'sub' in function.name:
+        # x - alpha y is the sum of x and -alpha y, other - alpha x of -alpha x and other
+        factors[1] *= -1
+        if function.name in ('__rsub__', 'rsub'):
+            factors.reverse()
+    if len(function.carriers) == 2:
+        output = normalize(canonizer, call, function, (left, right), factors)
+        if output is not None:
+            return output
+        return canonizer.run(call, Addition, function, factors=None if factors == [1, 1] else tuple(factors))
+    if factors[0 if left is function.carriers[0] else 1] == 1:
+        # the gradient of adding a constant passes all relevance on
+        output = function()
+        canonizer.merge.note_shift(function.carriers[0], output)
+        return output
+    return canonizer.run(call, Gate, function)
+
+
+def normalize(canonizer, call, function, operands, factors):
+    '''Subtract what a softmax that is written out does, as a constant. Return None if it is anything else.'''
+    for (signal, other), (factor, sign) in zip((operands, operands[::-1]), (factors, factors[::-1])):
+        if factor != 1:
+            continue
+        if sign == -1 and signal.shape != other.shape and is_shift(signal, other):
+            return canonizer.run_known(function.keep(signal), [signal])
+        if is_log_sum(other.grad_fn) and are_probabilities(signal.detach() + sign * other.detach()):
+            name = 'log_softmax_' if function.is_inplace else 'log_softmax'
+            function = FunctionCall(function.func, name, function.args, function.kwargs, function.carriers)
+            output = products.run_on(canonizer, call, Gate, function, signal)
+            canonizer.note_softmax(call, name, output, is_passed=True)
+            return output
+    return None
+
+
+def unary(canonizer, call, function, kind):
+    '''Run a function of each element, or a normalization.'''
+    if len(function.carriers) > 1:
+        return canonizer.refuse(call, function, 'more than one of its arguments does')
+    if kind is Activation:
+        given = function.bind('input', 'min', 'max')
+        bounds = given.get('min', given.get('min_val')), given.get('max', given.get('max_val'))
+        is_clipped = bounds[0] is not None and bounds[1] is not None or function.name in CLIPPED
+        if function.name.startswith('hardtanh'):
+            bounds = tuple(default if value is None else value for default, value in zip((-1, 1), bounds))
+        exponent = function.bind('input', 'exponent').get('exponent') if function.name in POWERS else None
+        if isinstance(exponent, (int, float)) and exponent == -1:
+            name = 'reciprocal_' if function.is_inplace else 'reciprocal'
+            function = FunctionCall(function.func, name, function.args, function.kwargs, function.carriers)
+        return products.run_on(
+            canonizer, call, kind, function, function.carriers[0], is_clipped=is_clipped, bounds=bounds
+        )
+    return canonizer.run(call, kind, function)
+
+
+def batch_norm(canonizer, call, function):
+    '''Normalize, with what is needed to fold it.'''
+    given = batch_norm_arguments(function.func, function.args, function.kwargs)
+    if len(function.carriers) > 1:
+        return canonizer.refuse(call, function, 'more than one of its arguments does')
+    # for those who fold it
+    settings = {key: None if given.get(key) is None else given[key].detach()
+                for key in ('running_mean', 'running_var', 'weight', 'bias')}
+    return canonizer.run(call, Normalization, function, eps=given.get('eps', 1e-5), **settings)
+
+
+def batch_norm_arguments(func, args, kwargs):
+    '''Arguments of a batch normalization by their names. That of torch has them in another order.'''
+    names = 'running_mean', 'running_var', 'weight', 'bias'
+    if func is not F.batch_norm:
+        names = names[2:] + names[:2]
+    return dict(zip(('input', *names, 'training', 'momentum', 'eps'), args), **kwargs)
+
+
+def gated_unit(canonizer, call, function):
+    '''Halves of a tensor, a signal and its gate.'''
+    given = dict(zip(('input', 'dim'), function.args), **function.kwargs)
+    dim = given.get('dim', -1)
+    signal, gate = given['input'].chunk(2, dim)
+    gate = gate.detach()
+
+    def unit(signal):
+        return function.func(torch.cat((signal, gate), dim), dim)
+
+    return canonizer.run(call, Gate, FunctionCall(unit, function.name, (signal,), {}, [signal]))
+
+
+def extremum(canonizer, call, function):
+    '''The largest or smallest elements, along a dimension or of two tensors.'''
+    given = function.bind('input', 'dim')
+    if isinstance(given.get('dim', given.get('other')), torch.Tensor):
+        # the gradient of the maximum of two tensors is the rule, that with a constant is clipped by it
+        return function() if len(function.carriers) > 1 else unary(canonizer, call, function, Activation)
+    if function.name == 'max':
+        return pool(canonizer, call, function, MaxPool)
+    tensors = moves.branches(function)
+    if tensors is not None:
+        return moves.reduce_branches(canonizer, call, function, tensors)
+    return moves.minimum(canonizer, call, function)
+
+
+def pool(canonizer, call, function, kind):
+    '''Average or maximum of windows, positions or dimensions.'''
+    given = function.bind(*_pool_arguments(function.name))
+    tensors = None if 'pool' in function.name else moves.branches(function)
+    if tensors is not None:
+        return moves.reduce_branches(canonizer, call, function, tensors)
+    windows = dict.fromkeys(('kernel_size', 'output_size', 'stride', 'dim'))
+    windows.update(padding=0, dilation=1, ceil_mode=False)
+    windows.update((key, value) for key, value in given.items() if key in windows)
+    if not windows['stride']:
+        # torch.max_pool2d has an empty list for it
+        windows['stride'] = windows['kernel_size']
+    return canonizer.run(call, kind, function, **windows)
+
+
+def concatenate(canonizer, call, function):
+    '''Concatenate tensors.'''
+    given = function.bind('tensors', 'dim')
+    tensors, dim = given['tensors'], given.get('dim', 0)
+    is_padded = function.name in ('cat', 'concat', 'concatenate') and len(function.carriers) == 1
+    if not is_padded or len(tensors) < 2 or any(bool(elem.any()) for elem in tensors if not elem.requires_grad):
+        output = canonizer.run(call, Concatenation, function)
+        if function.name in ('stack', 'cat', 'concat', 'concatenate'):
+            moves.note_stacked(output, tensors, dim, function.name == 'stack')
+        return output
+    # concatenation with zeros, as some shortcuts have it
+    position = next(num for num, elem in enumerate(tensors) if elem is function.carriers[0])
+    lengths = [elem.shape[dim] for elem in tensors]
+    return canonizer.run(call, Padding, function, amounts={
+        dim % tensors[0].ndim: (sum(lengths[:position]), sum(lengths[position + 1:]))
+    })
+
+
+def pad(canonizer, call, function):
+    '''Pad a tensor.'''
+    given = dict(zip(('input', 'pad', 'mode', 'value'), function.args), **function.kwargs)
+    if given.get('mode', 'constant') != 'constant':
+        # elements are repeated, the gradient adds up the relevance of the copies
+        return function()
+    pad, last = list(given['pad']), given['input'].ndim - 1
+    return canonizer.run(call, Padding, function, amounts={
+        last - num: amounts for num, amounts in enumerate(zip(pad[::2], pad[1::2])) if any(amounts)
+    })
+
+
+def index_(canonizer, call, function):
+    '''Index a tensor, which may be subsampling.'''
+    _, index = function.args
+    index = index if isinstance(index, tuple) else (index,)
+    if not any(isinstance(elem, slice) and elem.step not in (None, 1) for elem in index):
+        return function()
+    steps = _spatial_steps(function.args[0], index)
+    if not steps:
+        return function()
+    return canonizer.run(call, Subsampling, function, steps=steps)
+
+
+def linear(canonizer, call, function):
+    '''A convolution or fully connected layer, from its settings.'''
+    settings = SETTINGS[function.name.rstrip('123d')]
+    given = function.bind('input', 'weight', 'bias', *settings)
+    weights = [elem for elem in function.carriers if elem is not given['input']]
+    if weights:
+        is_hidden = any(elem.is_leaf for elem in weights)
+        return canonizer.refuse(call, function, (
+            'its weights require a gradient, but are no parameters of the network that was given' if is_hidden
+            else 'its weights do'
+        ))
+    standin = canonizer.stand_in(call, CONVOLUTIONS.get(function.name, FullyConnected), function.name)
+    defaults = {'stride': 1, 'padding': 0, 'output_padding': 0, 'dilation': 1, 'groups': 1}
+    standin.padding_mode = 'zeros'
+    standin.set_call(
+        _with_settings(function.func, tuple(given)), given['weight'], given.get('bias'),
+        **{key: given.get(key, defaults[key]) for key in settings},
+    )
+    return canonizer.run_known(lambda: standin(given['input']), [given['input']])
+
+
+def _with_settings(func, names):
+    '''A function which is only given some settings: overloads take lists where others take numbers.'''
+    if not isinstance(func, OpOverload):
+        return func
+    return lambda *args, **kwargs: func(*args, **{key: elem for key, elem in kwargs.items() if key in names})
+
+
+def convolution(canonizer, call, function):
+    '''The function that all convolutions are of aten.'''
+    given = function.bind(
+        'input', 'weight', 'bias', 'stride', 'padding', 'dilation', 'transposed', 'output_padding', 'groups'
+    )
+    is_transposed, func = given.pop('transposed'), function.func
+    if not is_transposed:
+        del given['output_padding']
+
+    def convolution(input, weight, bias, stride, padding, dilation, groups, output_padding=(0,)):
+        return func(input, weight, bias, stride, padding, dilation, is_transposed, output_padding, groups)
+
+    name = f'conv{"_transpose" * is_transposed}{given["weight"].ndim - 2}d'
+    return linear(canonizer, call, FunctionCall(convolution, name, (), given, function.carriers))
+
+
+def slice_(canonizer, call, function):
+    '''The function that slices are of aten.'''
+    given = {'dim': 0, 'start': None, 'end': None, 'step': 1, **function.bind('input', 'dim', 'start', 'end', 'step')}
+    input = given['input']
+    index = [slice(None)] * input.ndim
+    end = None if given['end'] is None or given['end'] >= input.shape[given['dim']] else given['end']
+    index[given['dim']] = slice(given['start'], end, given['step'])
+    steps = _spatial_steps(input, tuple(index)) if given['step'] != 1 else ()
+    return canonizer.run(call, Subsampling, function, steps=steps) if steps else function()
+
+
+def _pool_arguments(name):
+    '''Names of the leading arguments of a function over positions.'''
+    if name.startswith('adaptive'):
+        return 'input', 'output_size'
+    if 'pool' not in name:
+        return 'input', 'dim'
+    return 'input', 'kernel_size', 'stride', 'padding', *(('dilation',) if 'max' in name else ()), 'ceil_mode'
+
+
+def _spatial_steps(tensor, index):
+    '''Steps of the trailing dimensions, empty if the index does anything but subsample these from their start.'''
+    if Ellipsis in [elem for elem in index if elem is Ellipsis]:
+        position = next(num for num, elem in enumerate(index) if elem is Ellipsis)
+        index = index[:position] + (slice(None),) * (tensor.ndim - len(index) + 1) + index[position + 1:]
+    index = index + (slice(None),) * (tensor.ndim - len(index))
+    if not all(isinstance(elem, slice) and elem.start in (None, 0) and elem.stop is None for elem in index):
+        return ()
+    if tensor.ndim not in (3, 4, 5) or any(elem.step not in (None, 1) for elem in index[:2]):
+        return ()
+    return tuple(elem.step or 1 for elem in index[2:])
