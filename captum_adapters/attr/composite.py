@@ -47,7 +47,7 @@ POSTPROCESS: dict[str, Callable[[Tensor], Tensor]] = {
 _GRADIENTS = (BetaSmooth, DeconvNet, GuidedBackprop)
 
 
-class Place(NamedTuple):
+class ReadOut(NamedTuple):
     """Where relevance is read off: an edge of the graph of a forward pass.
 
     The relevance is the gradient that arrives there, or only those parts of it that
@@ -65,7 +65,7 @@ class Place(NamedTuple):
 # Returns the output, and for each layer where to read off its relevance.
 Run = Callable[
     [Module, Callable[..., Any], tuple[Tensor, ...], tuple[Any, ...]],
-    tuple[Any, list[tuple[Place, ...]]],
+    tuple[Any, list[tuple[ReadOut, ...]]],
 ]
 
 
@@ -261,7 +261,7 @@ class CompositeAttribution(GradientAttribution):
     def compute_convergence_delta(
         self, attributions: Inputs, output: Tensor
     ) -> Tensor:
-        """Initial relevance minus the sum of attributions, zero if relevance is conserved.
+        """Initial relevance minus the sum of attributions: zero if it is conserved.
 
         Args:
 
@@ -351,10 +351,10 @@ class CompositeAttribution(GradientAttribution):
                 output, layers = run(module, forward, leaves, args)
             seed = self._seed(output, index, len(leaves[0]))
             edges = [
-                place.edge
+                read_out.edge
                 for layer in layers
-                for place in layer
-                if place.edge is not None
+                for read_out in layer
+                if read_out.edge is not None
             ]
             gradients = iter(
                 torch.autograd.grad(output, edges, seed, allow_unused=True)
@@ -363,8 +363,8 @@ class CompositeAttribution(GradientAttribution):
             )
         relevance = [
             tuple(
-                _relevance(place, None if place.edge is None else next(gradients))
-                for place in layer
+                _relevance(read_out, None if read_out.edge is None else next(gradients))
+                for read_out in layer
             )
             for layer in layers
         ]
@@ -449,11 +449,11 @@ def _run(
     forward: Callable[..., Any],
     leaves: tuple[Tensor, ...],
     args: tuple[Any, ...],
-) -> tuple[Any, list[tuple[Place, ...]]]:
+) -> tuple[Any, list[tuple[ReadOut, ...]]]:
     """Run the model, to read off relevance at its inputs."""
     # the model may change copies of its inputs in place
     output = forward(*(leaf.clone() for leaf in leaves), *args)
-    return output, [tuple(Place(leaf, leaf) for leaf in leaves)]
+    return output, [tuple(ReadOut(leaf, leaf) for leaf in leaves)]
 
 
 def _check_inputs(
@@ -496,14 +496,15 @@ def _as_constant(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
-def _relevance(place: Place, gradient: Optional[Tensor]) -> Tensor:
-    """Relevance at a place. Where none arrives, it is zero."""
-    if place.parts is not None:
-        gradient = sum(place.parts[1:], place.parts[0]) if place.parts else None
+def _relevance(read_out: ReadOut, gradient: Optional[Tensor]) -> Tensor:
+    """Relevance that is read off. Where none arrives, it is zero."""
+    if read_out.parts is not None:
+        parts = read_out.parts
+        gradient = sum(parts[1:], parts[0]) if parts else None
     if gradient is None:
-        return torch.zeros_like(place.tensor)
+        return torch.zeros_like(read_out.tensor)
     gradient = gradient.detach()
-    return gradient if place.factor is None else gradient * place.factor
+    return gradient if read_out.factor is None else gradient * read_out.factor
 
 
 def create_composite(composite: Any) -> Composite:

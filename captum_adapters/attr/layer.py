@@ -22,7 +22,7 @@ from captum_adapters.attr.composite import (
     CompositeAttribution,
     InitialRelevance,
     Output,
-    Place,
+    ReadOut,
 )
 from zennit_resnet._autograd import (
     map_tensors,
@@ -182,7 +182,7 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
         forward: Callable[..., Any],
         leaves: tuple[Tensor, ...],
         args: tuple[Any, ...],
-    ) -> tuple[Any, list[tuple[Place, ...]]]:
+    ) -> tuple[Any, list[tuple[ReadOut, ...]]]:
         """Run the model, to read off relevance at layers."""
         given = self.layer if isinstance(self.layer, list) else [self.layer]
         # the model may be wrapped
@@ -195,12 +195,12 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
         return output, recorder.result(output)
 
 
-class _Call:
+class _LayerCall:
     """A call of a layer, with the numbers of the first operation in and after it."""
 
     def __init__(self, begin: int) -> None:
         self.begin = self.end = begin
-        self.places: tuple[Place, ...] = ()
+        self.read_outs: tuple[ReadOut, ...] = ()
 
 
 class _Recorder:
@@ -232,7 +232,7 @@ class _Recorder:
         self.names = dict(root.named_modules(remove_duplicate=False))
         self.paths = {module: name for name, module in root.named_modules()}
         self.wanted = [self._find(layer) for layer in layers]
-        self.calls: dict[Union[Module, str], list[_Call]] = {
+        self.calls: dict[Union[Module, str], list[_LayerCall]] = {
             key: [] for key, _, _ in self.wanted
         }
         self.handles: dict[Module, Any] = {}
@@ -296,11 +296,11 @@ class _Recorder:
         if module not in self.handles:
             # by now all rules have their hooks, so this is the last one
             self.handles[module] = module.register_forward_hook(self._leave)
-        call = _Call(next_sequence())
+        call = _LayerCall(next_sequence())
         self.calls[key].append(call)
         if self.of_input:
             self._check_begun(key, args)
-            call.places = self._places(key, args)
+            call.read_outs = self._read_outs(key, args)
         return None
 
     def _begin(self, value: Any) -> Any:
@@ -338,32 +338,32 @@ class _Recorder:
                 output = self._begin(output)
             self._check_begun(key, output)
         call.end = next_sequence()
-        places = self._places(key, output)
+        read_outs = self._read_outs(key, output)
         if not self.of_input:
-            call.places = places
+            call.read_outs = read_outs
             return output
-        returned = set(map(_source, places))
-        call.places = tuple(
-            place if _source(place) in returned else place._replace(parts=[])
-            for place in call.places
+        returned = set(map(_source, read_outs))
+        call.read_outs = tuple(
+            read_out if _source(read_out) in returned else read_out._replace(parts=[])
+            for read_out in call.read_outs
         )
         return None
 
-    def _places(self, key: Union[Module, str], value: Any) -> tuple[Place, ...]:
+    def _read_outs(self, key: Union[Module, str], value: Any) -> tuple[ReadOut, ...]:
         """Where the relevance of tensors arrives."""
         # outside of the whole network, it is relevance in any case
         with_factor = self.is_gradient and key is not self.root
         with DisableTorchFunction():
-            return tuple(_place(tensor, with_factor) for tensor in _tensors(value))
+            return tuple(_read_out(tensor, with_factor) for tensor in _tensors(value))
 
-    def result(self, output: Any) -> list[tuple[Place, ...]]:
+    def result(self, output: Any) -> list[tuple[ReadOut, ...]]:
         """Where to read off the relevance of each layer."""
         chosen = [self._choose(*wanted) for wanted in self.wanted]
         if self.of_input:
             _collect(chosen, output)
-        return [call.places for call in chosen]
+        return [call.read_outs for call in chosen]
 
-    def _choose(self, key: Union[Module, str], label: str, call: int) -> _Call:
+    def _choose(self, key: Union[Module, str], label: str, call: int) -> _LayerCall:
         """The call of a layer that was asked for."""
         calls = self.calls[key]
         label = f"layer {label!r}"
@@ -379,13 +379,13 @@ class _Recorder:
             raise ValueError(f"{label} does not exist, there are {len(calls)} calls.")
         chosen = calls[call - 1]
         side = "input" if self.of_input else "output"
-        if not chosen.places:
+        if not chosen.read_outs:
             raise TypeError(f"{label} has no {side} of floating point numbers.")
-        for place in chosen.places:
-            if place.tensor.ndim == 0 or len(place.tensor) != self.batch:
+        for read_out in chosen.read_outs:
+            if read_out.tensor.ndim == 0 or len(read_out.tensor) != self.batch:
                 raise ValueError(
-                    f"{label} has an {side} of shape {tuple(place.tensor.shape)}, which"
-                    f" has no row for each of {self.batch} examples."
+                    f"{label} has an {side} of shape {tuple(read_out.tensor.shape)},"
+                    f" which has no row for each of {self.batch} examples."
                 )
         return chosen
 
@@ -425,27 +425,28 @@ def _tensors(value: Any) -> list[Tensor]:
     return [tensor for elem in value for tensor in _tensors(elem)]
 
 
-def _place(tensor: Tensor, with_factor: bool) -> Place:
+def _read_out(tensor: Tensor, with_factor: bool) -> ReadOut:
     """Where the relevance of a tensor arrives."""
     if not tensor.requires_grad:
-        return Place(tensor, None)
+        return ReadOut(tensor, None)
     # the tensor may be changed in place
     factor = tensor.detach().clone() if with_factor else None
-    return Place(tensor, get_gradient_edge(tensor), factor)
+    return ReadOut(tensor, get_gradient_edge(tensor), factor)
 
 
-def _source(place: Place) -> tuple[Any, int]:
+def _source(read_out: ReadOut) -> tuple[Any, int]:
     """The operation where relevance arrives, and which of its outputs it is."""
-    return (None, 0) if place.edge is None else (place.edge.node, place.edge.output_nr)
+    edge = read_out.edge
+    return (None, 0) if edge is None else (edge.node, edge.output_nr)
 
 
-def _collect(calls: list[_Call], output: Any) -> None:
+def _collect(calls: list[_LayerCall], output: Any) -> None:
     """Have operations inside of calls put down what they propagate to the inputs."""
     wanted = defaultdict(list)
     for call in calls:
-        for place in call.places:
-            if place.parts is not None:
-                wanted[_source(place)].append((call, place.parts))
+        for read_out in call.read_outs:
+            if read_out.parts is not None:
+                wanted[_source(read_out)].append((call, read_out.parts))
     for node in walk([elem.grad_fn for elem in _tensors(output)]):
         for index, edge in enumerate(node.next_functions):
             for call, parts in wanted.get(edge, ()):
