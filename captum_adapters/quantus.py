@@ -6,7 +6,6 @@ NumPy arrays, and expects an array of as many dimensions as the inputs.
 
 import inspect
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any, Callable, Optional, Union
 
 import captum.attr
@@ -18,7 +17,12 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 import captum_adapters.attr
-from captum_adapters._validation import warn_negative_maps
+from captum_adapters._validation import (
+    check_choice,
+    positive_integer,
+    suggest,
+    warn_negative_maps,
+)
 from captum_adapters.attr import LayerRelevance
 
 # Linear interpolation by the number of all dimensions
@@ -57,14 +61,10 @@ def explain(
                 features). They are converted to the model's type.
         targets (numpy.ndarray, optional): Class index of each input, of shape (batch,),
                 or one for all. `None` for networks with a single output.
-        method (str, callable or Attribution, optional): What computes the attributions:
-
-                - the name of a class of this package, or of :mod:`captum.attr`;
-                - a class, or any function `(model, **init_kwargs)` which returns a
-                  Captum attribution, for instance `lambda model:
-                  NoiseTunnel(ResNetLRP(model))`;
-                - an attribution for this very model.
-
+        method (str, callable or Attribution, optional): The name of a class of this
+                package or of :mod:`captum.attr`; a class, or any function `(model,
+                **init_kwargs)` which returns a Captum attribution, for instance `lambda
+                model: NoiseTunnel(ResNetLRP(model))`; or an attribution for this model.
                 Default: `"ResNetLRP"`
         device (str or torch.device, optional): Device of the inputs, which must be that
                 of the model. Quantus passes its own on.
@@ -79,8 +79,7 @@ def explain(
                 Default: `"sum"`
         attribute_kwargs (dict, optional): Further arguments of the method's
                 `attribute`, for instance `{"n_masks": 8000}` for RISE. Arrays are
-                converted to tensors. They are the same for each part of `batch_size`
-                inputs.
+                converted to tensors, the same for each part of `batch_size` inputs.
                 Default: None
         init_kwargs (Any): Further arguments of the method's constructor, for instance
                 `splitting="symmetric"` for ResNetLRP. The name of a module may be given
@@ -89,8 +88,7 @@ def explain(
     Returns:
         numpy.ndarray: Attributions of shape (batch, 1, ...), or of the inputs' shape if
         channels are kept or there are none, in the model's precision, at least single.
-        Those of layers are resized to the inputs with linear interpolation. Class
-        activation maps have a single channel in any case.
+        Those of layers are resized to the inputs with linear interpolation.
 
     Warns:
         NegativeMapWarning: If a map varies, but has no positive value.
@@ -109,13 +107,8 @@ def explain(
         >>> images = np.random.default_rng(0).random((2, 3, 4, 4))
         >>> explain(net, images, np.array([1, 4]), "InputXGradient").shape
         (2, 1, 4, 4)
-        >>> explain(
-        ...     net, images, np.array([1, 4]), "RISE", reduce=None, device="cpu",
-        ...     attribute_kwargs={"n_masks": 100}).shape
-        (2, 3, 4, 4)
     """
-    if reduce not in ("sum", "abs_sum", None):
-        raise ValueError(f"reduce={reduce!r} is not one of 'sum', 'abs_sum' and None.")
+    check_choice("reduce", reduce, ("sum", "abs_sum", None))
     where, dtype = _place(model, device)
     # a copy, as arrays may be read-only
     images = torch.tensor(np.asarray(inputs), device=where, dtype=dtype)
@@ -125,9 +118,9 @@ def explain(
             f" are of shape {tuple(images.shape)}."
         )
     target = _to_target(targets, len(images))
-    size = len(images) if batch_size is None else batch_size
-    if size < 1:
-        raise ValueError(f"batch_size={batch_size} is not positive.")
+    size = len(images)
+    if batch_size is not None:
+        size = positive_integer("batch_size", batch_size)
     attribution = _create(method, model, init_kwargs)
     kwargs = dict(attribute_kwargs or {})
     for key, value in kwargs.items():
@@ -164,16 +157,7 @@ def explainer(
 
     Args:
 
-        method (str, callable or Attribution): A method as for :func:`explain`.
-        batch_size (int, optional): Number of inputs to explain at once.
-                Default: None, for all
-        reduce (str, optional): `"sum"` for the sum over channels, `"abs_sum"` for its
-                magnitude, `None` to keep the channels.
-                Default: `"sum"`
-        attribute_kwargs (dict, optional): Further arguments of the method's
-                `attribute`.
-                Default: None
-        init_kwargs (Any): Further arguments of the method's constructor.
+        method, batch_size, reduce, attribute_kwargs, init_kwargs: See :func:`explain`.
 
     Returns:
         Callable: A function `(model, inputs, targets, device=None, **kwargs)` which
@@ -189,8 +173,7 @@ def explainer(
         >>> images = np.ones((2, 3, 4, 4), dtype=np.float32)
         >>> explain_func = explainer(
         ...     "IntegratedGradients", attribute_kwargs={"n_steps": 8})
-        >>> maps = explain_func(
-        ...     model=net, inputs=images, targets=np.array([1, 4]), device="cpu")
+        >>> maps = explain_func(model=net, inputs=images, targets=np.array([1, 4]))
         >>> maps.shape, maps.dtype
         ((2, 1, 4, 4), dtype('float32'))
     """
@@ -239,7 +222,7 @@ def _create(
         if layer not in modules:
             raise ValueError(
                 f"layer={layer!r} is not a module of {type(model).__name__}"
-                f"{_suggest(layer, modules)}."
+                f"{suggest(layer, modules)}"
             )
         init_kwargs = {**init_kwargs, "layer": modules[layer]}
     attribution = factory(model, **init_kwargs)
@@ -259,14 +242,8 @@ def _find(name: str) -> Callable[..., Attribution]:
             if inspect.isclass(value) and issubclass(value, Attribution):
                 known.setdefault(key, value)
     if name not in known:
-        raise ValueError(f"method={name!r} is unknown{_suggest(name, known)}.")
+        raise ValueError(f"method={name!r} is unknown{suggest(name, known)}")
     return known[name]
-
-
-def _suggest(name: str, known: Mapping[str, object]) -> str:
-    """The end of a message with similar names."""
-    similar = get_close_matches(name, known)
-    return f": did you mean {' or '.join(similar)}?" if similar else ""
 
 
 def _place(

@@ -18,7 +18,7 @@ MODULES = sorted(
     if not info.ispkg and info.name not in ('__main__', 'cli')
 )
 # without any public name that could have an example
-WITHOUT = ('_checks', '_orders', '_compat', '_forward', '_perturbation', '_validation')
+WITHOUT = ('_compat', '_forward', '_perturbation', '_validation')
 OPTIONAL = {'score_cam': 'torchcam', 'torchmetrics': 'torchmetrics'}
 
 

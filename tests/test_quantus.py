@@ -18,9 +18,9 @@ from captum.attr import (
 )
 from helpers.networks import UserNetwork, randomize
 
-from captum_adapters._validation import NegativeMapWarning
 from captum_adapters.attr import C3LRP, LayerRelevance, RelativeLRP, ResNetLRP
 from captum_adapters.attr.rise import RISE
+from captum_adapters.metrics import NegativeMapWarning
 from captum_adapters.quantus import explain, explainer
 
 TARGETS = np.array([1, 4, 0])
@@ -287,7 +287,7 @@ def test_side_effects():
 
 
 @pytest.mark.parametrize('kwargs, error, message', [
-    ({'method': 'ResnetLRP'}, ValueError, "method='ResnetLRP' is unknown: did you mean ResNetLRP"),
+    ({'method': 'ResnetLRP'}, ValueError, "method='ResnetLRP' is unknown: did you mean 'ResNetLRP'"),
     ({'method': 'explain'}, ValueError, "method='explain' is unknown"),
     ({'method': lambda model: model}, TypeError, 'returns Sequential'),
     ({'method': InputXGradient(torch.nn.Identity())}, ValueError, 'another model'),

@@ -4,41 +4,38 @@ import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Optional, TypeVar, Union
+from textwrap import shorten
+from typing import NamedTuple, Optional, Union
 
 import torch
 import torch.nn.functional as F
-from captum._utils.common import (
-    _format_additional_forward_args,
-    _format_output,
-    _is_tuple,
-)
-from captum._utils.typing import TargetType
-from captum.attr._utils.attribution import Attribution
+from captum.attr import Attribution
 from captum.log import log_usage
 from torch import Tensor
 from torch.nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, Linear, Module
 from torchvision import models
 
 from captum_adapters._validation import (
+    TargetType,
+    TensorOrTuple,
     check_evaluation,
     check_images,
     check_range,
     check_target,
+    split_args,
+    suggest,
 )
-from zennit_resnet.models import SUFFIXES, _read_state, _suggest
 from zennit_resnet.registration import unwrap
 
+SUFFIXES = (".pt", ".pth", ".safetensors")
 _TRUNK = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
 _PERCEPTION = ("layer4", "avgpool", "fc")
-
-TensorOrTuple = TypeVar("TensorOrTuple", Tensor, tuple[Tensor, ...])
 
 
 class Branches(NamedTuple):
     """What an attention branch network computes for a batch of images.
 
-    Args:
+    Attributes:
 
         attention_logits (Tensor): Class scores of the attention branch, of shape
                 (batch, classes).
@@ -54,27 +51,17 @@ class Branches(NamedTuple):
 
 
 class AttentionBranch(Module):
-    r"""The branch which computes class scores and attention maps from features.
+    """The branch which computes class scores and attention maps from features.
 
-    A stage of convolutions without stride, batch normalization, a 1 x 1 convolution to
-    one map for each class, batch normalization and ReLU. From these class maps, a 1 x 1
-    convolution and global average pooling compute scores; another 1 x 1 convolution,
-    batch normalization and the sigmoid function compute the attention map.
-
-    This is the structure of Fukui et al. 2019, with batch normalization at the places
-    of their published code. That code has a 3 x 3 convolution for the attention map, in
-    which this follows the paper.
+    The structure of Fukui et al. 2019, with batch normalization at the places of their
+    published code. That code has a 3 x 3 convolution for the attention map, in which
+    this follows the paper.
 
     Nothing about the start is random: the stage has the parameters of the classifier's
-    last stage, the class maps those of its last layer, scores are the means of class
-    maps, and the attention map comes from the mean over classes. Its sign would be left
-    to chance otherwise, which a short training does not correct.
-
-    Args:
-
-        stage (torch.nn.Module): Stage of convolutions, of which a copy is used with
-                stride 1.
-        fc (torch.nn.Linear): Last layer of a classifier which follows on this stage.
+    last stage (`stage`, copied with stride 1), the class maps those of its last layer
+    (`fc`), scores are the means of class maps, and the attention map comes from the
+    mean over classes. Its sign would be left to chance otherwise, which a short
+    training does not correct.
     """
 
     def __init__(self, stage: Module, fc: Linear) -> None:
@@ -99,16 +86,7 @@ class AttentionBranch(Module):
         self.requires_grad_()
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute scores and attention.
-
-        Args:
-
-            features (Tensor): Features of shape (batch, channels, height, width).
-
-        Returns:
-            tuple[Tensor, Tensor]: Class scores of shape (batch, classes), and attention
-            maps of shape (batch, 1, height, width).
-        """
+        """Class scores (batch, classes), and attention maps (batch, 1, height, width)."""
         maps = self.class_maps(self.norm(self.stage(features)))
         maps = self.class_norm(maps).relu()
         scores = self.pool(self.scores(maps)).flatten(1)
@@ -121,15 +99,12 @@ class AttentionBranchNetwork(Module):
     Fukui et al. 2019: the network up to its third stage is the feature extractor. From
     its features :math:`g(x)`, an :class:`AttentionBranch` computes class scores and a
     map of attention :math:`M(x)`. The perception branch, which is the rest of the
-    network, computes class scores from :math:`(1 + M(x)) g(x)`. Both are trained: the
-    loss is the sum of their cross-entropies.
-
-    The output is that of the perception branch, so that this is a classifier as any
-    other. Names of modules are those of the residual network, and `attention_branch`.
+    network, computes class scores from :math:`(1 + M(x)) g(x)`: the output, so that
+    this is a classifier as any other. Before it has been trained, see
+    `examples/abn/train.py`, the attention means little.
 
     All parameters and buffers are copies, and the branches share none: the given model
-    is left as found. Before it has been trained, see `examples/abn/train.py`, the
-    attention means little.
+    is left as found.
 
     Args:
 
@@ -149,12 +124,10 @@ class AttentionBranchNetwork(Module):
         >>> from torchvision.models import resnet18
         >>> from captum_adapters.attr.abn import AttentionBranchNetwork
         >>> net = AttentionBranchNetwork(resnet18(num_classes=5).eval())
-        >>> images = torch.rand(2, 3, 64, 64)
-        >>> attention_logits, logits, attention = net.forward_branches(images)
+        >>> attention_logits, logits, attention = net.forward_branches(
+        ...     torch.rand(2, 3, 64, 64))
         >>> attention_logits.shape, logits.shape, attention.shape
         (torch.Size([2, 5]), torch.Size([2, 5]), torch.Size([2, 1, 4, 4]))
-        >>> torch.equal(net(images), logits)
-        True
     """
 
     def __init__(self, model: Module) -> None:
@@ -184,33 +157,13 @@ class AttentionBranchNetwork(Module):
         self.training = model.training
 
     def extract_features(self, input: Tensor) -> Tensor:
-        """Compute what both branches start from.
-
-        Args:
-
-            input (Tensor): Images of shape (batch, channels, height, width).
-
-        Returns:
-            Tensor: Features of shape (batch, channels, height, width), with a sixteenth
-            of the height and width in torchvision's networks.
-        """
+        """Features from which both branches start, of images."""
         for name in _TRUNK:
             input = self.get_submodule(name)(input)
         return input
 
     def classify_features(self, features: Tensor) -> Branches:
-        """Compute both branches.
-
-        Args:
-
-            features (Tensor): What :meth:`extract_features` returns.
-
-        Returns:
-            Branches: Scores of both branches, and attention.
-
-        Raises:
-            ValueError: If attention has not the size of the features.
-        """
+        """Compute both branches of features, see :meth:`forward_branches`."""
         attention_logits, attention = self.attention_branch(features)
         if attention.shape[2:] != features.shape[2:]:
             raise ValueError(
@@ -224,16 +177,7 @@ class AttentionBranchNetwork(Module):
         return Branches(attention_logits, logits, attention)
 
     def forward_branches(self, input: Tensor) -> Branches:
-        """Compute class scores of both branches, and attention.
-
-        Args:
-
-            input (Tensor): Images of shape (batch, channels, height, width).
-
-        Returns:
-            Branches: Tuple of class scores of the attention branch, class scores of the
-            perception branch, both of shape (batch, classes), and attention maps of
-            shape (batch, 1, height, width) with the features' height and width.
+        """Compute class scores of both branches, and attention, of images.
 
         Raises:
             ValueError: If `layer4` changes the size of features by other means than
@@ -242,18 +186,7 @@ class AttentionBranchNetwork(Module):
         return self.classify_features(self.extract_features(input))
 
     def forward(self, input: Tensor) -> Tensor:
-        """Compute class scores of the perception branch.
-
-        Args:
-
-            input (Tensor): Images of shape (batch, channels, height, width).
-
-        Returns:
-            Tensor: Logits of shape (batch, classes).
-
-        Raises:
-            ValueError: As :meth:`forward_branches`.
-        """
+        """Class scores of the perception branch, of shape (batch, classes)."""
         return self.forward_branches(input).logits
 
 
@@ -268,8 +201,7 @@ class ABN(Attribution):
 
         model (AttentionBranchNetwork): The network, in evaluation mode. It may be
                 within :class:`torch.nn.DataParallel`,
-                :class:`torch.nn.parallel.DistributedDataParallel` or a compiled model,
-                of which the network inside is used.
+                :class:`torch.nn.parallel.DistributedDataParallel` or a compiled model.
 
     Raises:
         TypeError: If `model` is another network.
@@ -280,13 +212,9 @@ class ABN(Attribution):
         >>> from torchvision.models import resnet18
         >>> from captum_adapters.attr.abn import ABN, AttentionBranchNetwork
         >>> net = AttentionBranchNetwork(resnet18(num_classes=5)).eval()
-        >>> images = torch.rand(2, 3, 64, 64)
-        >>> attributions = ABN(net).attribute(images)
+        >>> attributions = ABN(net).attribute(torch.rand(2, 3, 64, 64))
         >>> attributions.shape
         torch.Size([2, 3, 64, 64])
-        >>> maps = attributions.sum(1)
-        >>> bool((maps >= 0).all() and (maps <= 1).all())
-        True
     """
 
     def __init__(self, model: Module) -> None:
@@ -312,15 +240,12 @@ class ABN(Attribution):
         target: TargetType = None,
         additional_forward_args: object = None,
     ) -> TensorOrTuple:
-        r"""
-        Args:
+        """Args:
 
             inputs (Tensor or tuple[Tensor]): Images of shape (batch, channels, height,
                     width).
-            target (int, tuple, Tensor, or list, optional): Only checked, as attention
-                    does not depend on it: an integer or a tensor with a single one for
-                    all examples, a list of integers or a 1D tensor with one for each,
-                    as in Captum.
+            target (int, Tensor, or list, optional): Only checked, as attention does not
+                    depend on it.
                     Default: None
             additional_forward_args (Any, optional): For Captum's manner of calling, as
                     the network has no further arguments.
@@ -337,8 +262,7 @@ class ABN(Attribution):
         Raises:
             ValueError: If there are several inputs, no examples, or further arguments,
                     inputs are not images, the target is out of range, attention is NaN,
-                    or the network is in training mode, in which attention depends on
-                    the rest of the batch.
+                    or the network is in training mode.
             TypeError: If inputs are not floating point tensors, or the target is not of
                     integers.
         """
@@ -348,7 +272,7 @@ class ABN(Attribution):
                 f"inputs of {images.dtype} are no images for the network: convert them"
                 " to floating point numbers."
             )
-        if _format_additional_forward_args(additional_forward_args):
+        if split_args(additional_forward_args, 1)[0]:
             raise ValueError(
                 "An AttentionBranchNetwork has a single input, but there are"
                 " additional_forward_args."
@@ -373,7 +297,7 @@ class ABN(Attribution):
                 " the weights."
             )
         attributions = (maps / images.shape[1]).repeat(1, images.shape[1], 1, 1)
-        return _format_output(_is_tuple(inputs), (attributions,))
+        return (attributions,) if isinstance(inputs, tuple) else attributions
 
 
 def save_abn(
@@ -387,14 +311,11 @@ def save_abn(
 
         model (AttentionBranchNetwork): The network.
         path (str or Path): File to write: a state dict in the format of safetensors
-                (`.safetensors`), which needs the package of this name, or of
-                :func:`torch.save` (`.pt`, `.pth`).
+                (`.safetensors`, which needs this package) or of :func:`torch.save`
+                (`.pt`, `.pth`).
         classes (sequence of str, optional): Names of the classes, for the metadata of
                 safetensors.
                 Default: None
-
-    Returns:
-        None
 
     Raises:
         ValueError: If the suffix is unknown, safetensors is missing, or there are more
@@ -430,12 +351,12 @@ def save_abn(
 def load_abn(
     path: Union[str, Path], architecture: str = "resnet50"
 ) -> AttentionBranchNetwork:
-    r"""Read the weights of an attention branch network.
+    r"""Read the weights of an attention branch network, as :func:`save_abn` writes them.
 
     Args:
 
-        path (str or Path): A state dict as :func:`save_abn` writes it. The number of
-                classes is the size of the last layer.
+        path (str or Path): A state dict. The number of classes is the size of the last
+                layer.
         architecture (str, optional): Name of the residual network in torchvision.
                 Default: `"resnet50"`
 
@@ -446,21 +367,6 @@ def load_abn(
     Raises:
         ValueError: If there is no such residual network, the file cannot be read, or
                 the weights do not fit.
-
-    Examples::
-
-        >>> import tempfile
-        >>> import torch
-        >>> from torchvision.models import resnet18
-        >>> from captum_adapters.attr.abn import (
-        ...     AttentionBranchNetwork, load_abn, save_abn)
-        >>> net = AttentionBranchNetwork(resnet18(num_classes=5)).eval()
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_abn(net, f"{folder}/abn.pt")
-        ...     loaded = load_abn(f"{folder}/abn.pt", "resnet18")
-        >>> images = torch.rand(2, 3, 64, 64)
-        >>> torch.equal(loaded(images), net(images))
-        True
     """
     names = [
         name
@@ -469,41 +375,47 @@ def load_abn(
     ]
     if architecture not in names:
         raise ValueError(
-            f"{architecture!r} is not a residual network of torchvision:"
-            f" {_suggest(architecture, names).strip()}"
+            f"{architecture!r} is not a residual network of"
+            f" torchvision{suggest(architecture, names)}"
         )
-    state, _ = _read_state(Path(path))
+    state = _read(Path(path))
     if not any(key.startswith("attention_branch.") for key in state):
         raise ValueError(
-            f"the weights {path} have no attention branch: train one with"
-            " examples/abn/train.py"
+            f"The weights {path} have no attention branch: train one with"
+            " examples/abn/train.py."
         )
-    last = state.get("fc.weight", torch.empty(0))
-    misfit = f"the weights {path} do not fit {architecture}: "
-    if last.ndim != 2:
-        raise ValueError(f"{misfit}the last layer's fc.weight is missing")
+    last = state.get("fc.weight")
+    if last is None or last.ndim != 2:
+        raise ValueError(f"The weights {path} lack fc.weight, the last layer.")
     model = AttentionBranchNetwork(
         models.get_model(architecture, weights=None, num_classes=len(last))
     )
-    expected = model.state_dict()
-    # compared by hand, since load_state_dict lists every single difference
-    problems = [
-        f"{len(keys)} {what} such as {keys[0]}"
-        for what, keys in (
-            ("missing", [key for key in expected if key not in state]),
-            ("unknown", [key for key in state if key not in expected]),
-            (
-                "of other shape",
-                [
-                    key
-                    for key, value in expected.items()
-                    if key in state and state[key].shape != value.shape
-                ],
-            ),
-        )
-        if keys
-    ]
-    if problems:
-        raise ValueError(f"{misfit}{', '.join(problems)}; choose another architecture")
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        problems = [shorten(line, 120) for line in str(error).splitlines()[1:4]]
+        raise ValueError(
+            f"The weights {path} do not fit {architecture}, choose another"
+            f" architecture: {' '.join(problems)}"
+        ) from None
     return model.eval()
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """A state dict, by whichever format its suffix names."""
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}.")
+    try:
+        if path.suffix.lower() == ".safetensors":
+            from safetensors.torch import load_file
+
+            return dict(load_file(path))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {key: value for key, value in state.items() if value is not None}
+    except ImportError as error:
+        raise ValueError(
+            f"reading {path} needs another package: pip install safetensors"
+        ) from error
+    except Exception as error:
+        reason = shorten(str(error), 200)
+        raise ValueError(f"{path} cannot be read as weights: {reason}") from error

@@ -1,19 +1,10 @@
 """Captum attributions by Zennit composites."""
 
 import copy
-import typing
-from difflib import get_close_matches
-from typing import Any, Callable, Literal, NamedTuple, Optional, Union
+from typing import Any, Callable, NamedTuple, Optional, Union
 
 import torch
-from captum._utils.common import (
-    _format_additional_forward_args,
-    _format_output,
-    _format_tensor_into_tuples,
-    _is_tuple,
-)
-from captum._utils.typing import TargetType, TensorOrTupleOfTensorsGeneric
-from captum.attr._utils.attribution import GradientAttribution
+from captum.attr import GradientAttribution
 from captum.log import log_usage
 from torch import Tensor
 from torch.nn import Module
@@ -21,8 +12,23 @@ from zennit.composites import COMPOSITES, BetaSmooth, DeconvNet, GuidedBackprop
 from zennit.core import Composite
 
 import zennit_resnet.composites  # noqa: F401, registers composites by their names
-from captum_adapters._validation import check_range, check_target, double_dtype, have_rows
-from zennit_resnet.arguments import check_flag, check_precision, describe
+from captum_adapters._validation import (
+    Inputs,
+    TargetType,
+    check_range,
+    check_target,
+    double_dtype,
+    positive_integer,
+    split_args,
+    suggest,
+)
+from zennit_resnet.arguments import (
+    check_choice,
+    check_flag,
+    check_module,
+    check_precision,
+    describe,
+)
 from zennit_resnet.attribution import check_key, select_output
 from zennit_resnet.postprocess import c1c, c3, heat_quantization, sum_channels
 from zennit_resnet.registration import registered, unwrap
@@ -41,7 +47,7 @@ POSTPROCESS: dict[str, Callable[[Tensor], Tensor]] = {
 _GRADIENTS = (BetaSmooth, DeconvNet, GuidedBackprop)
 
 
-class Place(NamedTuple):
+class ReadOut(NamedTuple):
     """Where relevance is read off: an edge of the graph of a forward pass.
 
     The relevance is the gradient that arrives there, or only those parts of it that
@@ -59,7 +65,7 @@ class Place(NamedTuple):
 # Returns the output, and for each layer where to read off its relevance.
 Run = Callable[
     [Module, Callable[..., Any], tuple[Tensor, ...], tuple[Any, ...]],
-    tuple[Any, list[tuple[Place, ...]]],
+    tuple[Any, list[tuple[ReadOut, ...]]],
 ]
 
 
@@ -134,23 +140,12 @@ class CompositeAttribution(GradientAttribution):
         output: Output = None,
     ) -> None:
         check_key(output)
-        if not isinstance(model, Module):
-            raise TypeError(
-                "Rules are attached to modules, so the model must be a torch.nn.Module,"
-                f" but it is {type(model).__name__}: put functions into the forward of"
-                " one."
-            )
-        choices = ("logit", "softmax", "one")
-        if not callable(initial_relevance) and initial_relevance not in choices:
-            raise ValueError(
-                f"initial_relevance={initial_relevance!r} is neither"
-                f" {', '.join(map(repr, choices))} nor a function."
-            )
-        if isinstance(postprocess, str) and postprocess not in POSTPROCESS:
-            raise ValueError(
-                f"postprocess={postprocess!r} is neither"
-                f" {', '.join(map(repr, POSTPROCESS))} nor a function."
-            )
+        check_module(model)
+        if not callable(initial_relevance):
+            choices = ("logit", "softmax", "one")
+            check_choice("initial_relevance", initial_relevance, choices)
+        if not callable(postprocess):
+            check_choice("postprocess", postprocess, (None, *POSTPROCESS))
         GradientAttribution.__init__(self, model)
         self.model = model
         self.composite = create_composite(composite)
@@ -194,27 +189,6 @@ class CompositeAttribution(GradientAttribution):
         """Whether there is a convergence delta, which is always so."""
         return True
 
-    @typing.overload
-    def attribute(
-        self,
-        inputs: TensorOrTupleOfTensorsGeneric,
-        target: TargetType = None,
-        additional_forward_args: object = None,
-        return_convergence_delta: Literal[False] = False,
-        internal_batch_size: Optional[int] = None,
-    ) -> TensorOrTupleOfTensorsGeneric: ...
-
-    @typing.overload
-    def attribute(
-        self,
-        inputs: TensorOrTupleOfTensorsGeneric,
-        target: TargetType = None,
-        additional_forward_args: object = None,
-        *,
-        return_convergence_delta: Literal[True],
-        internal_batch_size: Optional[int] = None,
-    ) -> tuple[TensorOrTupleOfTensorsGeneric, Tensor]: ...
-
     @log_usage()
     def attribute(
         self,
@@ -224,8 +198,7 @@ class CompositeAttribution(GradientAttribution):
         return_convergence_delta: bool = False,
         internal_batch_size: Optional[int] = None,
     ) -> Any:
-        r"""
-        Args:
+        r"""Args:
 
             inputs (Tensor or tuple[Tensor]): Inputs of shape (batch, ...), of floating
                     point numbers. They are not changed, and need not require gradients.
@@ -265,26 +238,13 @@ class CompositeAttribution(GradientAttribution):
             RuntimeError: If the model is in training mode with batch norm or dropout
                     (by composites of this project), or the composite is in use already.
             UnsupportedOperation: If there is no rule for an operation of the model.
-
-        Examples::
-
-            >>> import torch
-            >>> from torchvision.models import resnet18
-            >>> from captum_adapters.attr import ResNetLRP
-            >>> net, images = resnet18().eval(), torch.rand(2, 3, 32, 32)
-            >>> attributions, delta = ResNetLRP(net).attribute(
-            ...     images, target=torch.tensor([3, 7]), return_convergence_delta=True)
-            >>> attributions.shape, delta.shape
-            (torch.Size([2, 3, 32, 32]), torch.Size([2]))
-            >>> bool((delta.abs() < 1e-3 * net(images)[[0, 1], [3, 7]].abs()).all())
-            True
         """
         check_flag("return_convergence_delta", return_convergence_delta)
         (relevance,), initial = self._explain(
             inputs, target, additional_forward_args, internal_batch_size, _run
         )
         relevance = tuple(map(self._postprocess, relevance))
-        attributions = _format_output(_is_tuple(inputs), relevance)
+        attributions = relevance if isinstance(inputs, tuple) else relevance[0]
         if return_convergence_delta:
             return attributions, self.compute_convergence_delta(relevance, initial)
         return attributions
@@ -299,12 +259,9 @@ class CompositeAttribution(GradientAttribution):
         )
 
     def compute_convergence_delta(
-        self, attributions: Union[Tensor, tuple[Tensor, ...]], output: Tensor
+        self, attributions: Inputs, output: Tensor
     ) -> Tensor:
-        r"""Initial relevance minus the sum of attributions.
-
-        It is zero if relevance is conserved. What it amounts to otherwise depends on
-        the rules: see the classes.
+        """Initial relevance minus the sum of attributions: zero if it is conserved.
 
         Args:
 
@@ -317,21 +274,13 @@ class CompositeAttribution(GradientAttribution):
 
         Raises:
             ValueError: If numbers of examples differ.
-
-        Examples::
-
-            >>> import torch
-            >>> from captum_adapters.attr import ResNetLRP
-            >>> lrp = ResNetLRP(torch.nn.Linear(2, 1))
-            >>> attributions = torch.tensor([[1.0, 2.0], [3.0, 5.0]])
-            >>> lrp.compute_convergence_delta(attributions, torch.tensor([3.0, 10.0]))
-            tensor([0., 2.])
         """
         initial = output.detach().flatten()
         # sums of many terms would otherwise have a delta of their own
         dtype = double_dtype(output.device)
         delta = initial.to(dtype)
-        for tensor in _format_tensor_into_tuples(attributions):
+        given = attributions if isinstance(attributions, tuple) else (attributions,)
+        for tensor in given:
             if len(tensor) != len(initial):
                 raise ValueError(
                     f"There are attributions of {len(tensor)} examples, but initial"
@@ -343,7 +292,7 @@ class CompositeAttribution(GradientAttribution):
 
     def _explain(
         self,
-        inputs: Union[Tensor, tuple[Tensor, ...]],
+        inputs: Inputs,
         target: TargetType,
         additional_forward_args: object,
         internal_batch_size: Optional[int],
@@ -353,14 +302,10 @@ class CompositeAttribution(GradientAttribution):
         tensors = _check_inputs(inputs, None if self._takes_integers else self.model)
         batch = len(tensors[0])
         index = check_target(target, batch, allow_negative=True)
-        args = _format_additional_forward_args(additional_forward_args) or ()
-        divided = have_rows(additional_forward_args, batch)
-        size = batch if internal_batch_size is None else internal_batch_size
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(
-                f"internal_batch_size={internal_batch_size!r} is not a positive"
-                " integer."
-            )
+        args, divided = split_args(additional_forward_args, batch)
+        size = batch
+        if internal_batch_size is not None:
+            size = positive_integer("internal_batch_size", internal_batch_size)
         chunks = []
         for begin in range(0, batch, size):
             part = slice(begin, begin + size)
@@ -394,7 +339,7 @@ class CompositeAttribution(GradientAttribution):
             torch.enable_grad(),
             registered(self.composite, module, self.output),
         ):
-            # a graph can not be made of tensors which inference mode has created
+            # a graph cannot be made of tensors which inference mode has created
             leaves = tuple(
                 _as_constant(elem).requires_grad_(elem.is_floating_point())
                 for elem in tensors
@@ -406,10 +351,10 @@ class CompositeAttribution(GradientAttribution):
                 output, layers = run(module, forward, leaves, args)
             seed = self._seed(output, index, len(leaves[0]))
             edges = [
-                place.edge
+                read_out.edge
                 for layer in layers
-                for place in layer
-                if place.edge is not None
+                for read_out in layer
+                if read_out.edge is not None
             ]
             gradients = iter(
                 torch.autograd.grad(output, edges, seed, allow_unused=True)
@@ -418,8 +363,8 @@ class CompositeAttribution(GradientAttribution):
             )
         relevance = [
             tuple(
-                _relevance(place, None if place.edge is None else next(gradients))
-                for place in layer
+                _relevance(read_out, None if read_out.edge is None else next(gradients))
+                for read_out in layer
             )
             for layer in layers
         ]
@@ -504,15 +449,15 @@ def _run(
     forward: Callable[..., Any],
     leaves: tuple[Tensor, ...],
     args: tuple[Any, ...],
-) -> tuple[Any, list[tuple[Place, ...]]]:
+) -> tuple[Any, list[tuple[ReadOut, ...]]]:
     """Run the model, to read off relevance at its inputs."""
     # the model may change copies of its inputs in place
     output = forward(*(leaf.clone() for leaf in leaves), *args)
-    return output, [tuple(Place(leaf, leaf) for leaf in leaves)]
+    return output, [tuple(ReadOut(leaf, leaf) for leaf in leaves)]
 
 
 def _check_inputs(
-    inputs: Union[Tensor, tuple[Tensor, ...]], model: Optional[Module] = None
+    inputs: Inputs, model: Optional[Module] = None
 ) -> tuple[Tensor, ...]:
     """Inputs as a tuple of tensors, which can have relevance if there is a model."""
     given = inputs if isinstance(inputs, tuple) else (inputs,)
@@ -531,7 +476,7 @@ def _check_inputs(
             ]
             layer = repr(names[0]) if names else "layer"
             raise TypeError(
-                f"inputs of {tensor.dtype} can not have relevance: explain the output"
+                f"inputs of {tensor.dtype} cannot have relevance: explain the output"
                 f" of the layer that they enter, with LayerRelevance(model, {layer}), or"
                 " give them as additional_forward_args."
             )
@@ -551,14 +496,15 @@ def _as_constant(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
-def _relevance(place: Place, gradient: Optional[Tensor]) -> Tensor:
-    """Relevance at a place. Where none arrives, it is zero."""
-    if place.parts is not None:
-        gradient = sum(place.parts[1:], place.parts[0]) if place.parts else None
+def _relevance(read_out: ReadOut, gradient: Optional[Tensor]) -> Tensor:
+    """Relevance that is read off. Where none arrives, it is zero."""
+    if read_out.parts is not None:
+        parts = read_out.parts
+        gradient = sum(parts[1:], parts[0]) if parts else None
     if gradient is None:
-        return torch.zeros_like(place.tensor)
+        return torch.zeros_like(read_out.tensor)
     gradient = gradient.detach()
-    return gradient if place.factor is None else gradient * place.factor
+    return gradient if read_out.factor is None else gradient * read_out.factor
 
 
 def create_composite(composite: Any) -> Composite:
@@ -566,10 +512,9 @@ def create_composite(composite: Any) -> Composite:
     factory = composite
     if isinstance(composite, str):
         if composite not in COMPOSITES:
-            similar = get_close_matches(composite, COMPOSITES)
             raise ValueError(
-                f"composite={composite!r} is not registered: choose one of"
-                f" {', '.join(map(repr, similar or COMPOSITES))}."
+                f"composite={composite!r} is not"
+                f" registered{suggest(composite, COMPOSITES)}"
             )
         factory = COMPOSITES[composite]
     if isinstance(factory, type) and issubclass(factory, Composite):
@@ -577,7 +522,7 @@ def create_composite(composite: Any) -> Composite:
             return factory()
         except TypeError as error:
             raise TypeError(
-                f"composite={composite!r} can not be created without arguments, give an"
+                f"composite={composite!r} cannot be created without arguments, give an"
                 f" instance: {error}"
             ) from error
     if not isinstance(composite, Composite):

@@ -5,30 +5,33 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from functools import partial
 from typing import Any, Callable, Optional, Union
 
 import torch
-from captum._utils.common import _format_outputs
-from captum._utils.typing import TargetType
-from captum.attr._utils.attribution import LayerAttribution
+from captum.attr import LayerAttribution
 from captum.log import log_usage
 from torch import Tensor
-from torch._C import DisableTorchFunction
-from torch._C._autograd import _get_sequence_nr
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import Module
 from torch.nn.modules.module import register_module_forward_pre_hook
 from zennit.core import Composite
 
+from captum_adapters._validation import Inputs, TargetType, suggest
 from captum_adapters.attr.composite import (
     CompositeAttribution,
     InitialRelevance,
     Output,
-    Place,
+    ReadOut,
 )
-from zennit_resnet._autograd import map_tensors, tensors_of, walk
+from zennit_resnet._autograd import (
+    map_tensors,
+    next_sequence,
+    sequence_of,
+    tensors_of,
+    walk,
+)
+from zennit_resnet._compat import COMPILED_MODULE, DisableTorchFunction
 from zennit_resnet.arguments import check_flag, describe
 from zennit_resnet.canonizers import ResidualCanonizer
 from zennit_resnet.layer import Operation
@@ -39,18 +42,17 @@ Layer = Union[Module, str]
 class LayerRelevance(CompositeAttribution, LayerAttribution):
     r"""Relevance at the inputs or outputs of layers and blocks.
 
-    The way to heatmaps of lower resolution than the input's (sum over channels), and to
-    the relevance of single channels. The relevance of a layer's output is all that
-    arrives there: for a residual block, what both branches of the next block propagate.
-    The relevance of a layer's input is what this layer propagates to it, and not what
+    For heatmaps of lower resolution than the input's (sum over channels), and for the
+    relevance of single channels. The relevance of a layer's output is all that arrives
+    there: for a residual block, what both branches of the next block propagate. The
+    relevance of a layer's input is what this layer propagates to it, and not what
     others do that use the same tensor: for an addition, the shares of skip connection
     and residual branch. (All of it counts if a layer returns its input as it is.)
 
     Besides modules, layers may be given by name. Operations which the network computes
     by functions only have names: those of additions are `layer1.0.addition`,
-    `layer1.0.addition_1`, ..., see :mod:`zennit_resnet.layer`. The number of a call is
-    added to the names of modules that are called several times, as `layer1.0.relu#2`
-    for the second call.
+    `layer1.0.addition_1`, ..., see :mod:`zennit_resnet.layer`. A module that is called
+    several times needs the number of the call, as `layer1.0.relu#2` for the second.
 
     Composites such as :class:`~zennit_resnet.composites.BlockLRP` propagate relevance
     divided by the activation, which is multiplied by it here. It is relevance of the
@@ -61,18 +63,11 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
         model (torch.nn.Module): The network, in evaluation mode.
         layer (torch.nn.Module, str or list): One or several layers, as modules or by
                 their names (without the `module.` of wrapped models).
-        composite (Composite, type or str, optional): See :class:`CompositeAttribution`.
-                Default: `"resnet_lrp_ratio"`
-        initial_relevance (str or callable, optional): See
-                :class:`CompositeAttribution`.
-                Default: `"logit"`
-        output (str, int or callable, optional): Which of several outputs to explain,
-                see :class:`CompositeAttribution`.
-                Default: None
+        composite, initial_relevance, output: See :class:`CompositeAttribution`.
 
     Raises:
-        TypeError: If `model` is not a module, `composite` not a composite, or a layer
-                is neither a module nor a name.
+        TypeError: As :class:`CompositeAttribution`, or if a layer is neither a module
+                nor a name.
         ValueError: If a name of a composite or initial relevance is unknown.
 
     Examples::
@@ -120,35 +115,25 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
     @log_usage()
     def attribute(
         self,
-        inputs: Union[Tensor, tuple[Tensor, ...]],
+        inputs: Inputs,
         target: TargetType = None,
         additional_forward_args: object = None,
         return_convergence_delta: bool = False,
         attribute_to_layer_input: bool = False,
         internal_batch_size: Optional[int] = None,
     ) -> Any:
-        r"""
-        Args:
+        r"""Args:
 
             inputs (Tensor or tuple[Tensor]): Inputs of shape (batch, ...), as for
                     :meth:`CompositeAttribution.attribute`, or integers, such as the
                     indices of words: the layer then is the embedding which they enter,
                     or any behind it.
-            target (int, tuple, Tensor, or list, optional): Output to explain, as for
+            target, additional_forward_args, return_convergence_delta, ...: See
                     :meth:`CompositeAttribution.attribute`.
-                    Default: None
-            additional_forward_args (Any, optional): Further arguments of the model,
-                    after the inputs.
-                    Default: None
-            return_convergence_delta (bool, optional): Whether to return the delta, too.
-                    Default: False
             attribute_to_layer_input (bool, optional): Whether to return the relevance
                     of the layers' inputs (those given by position) in the place of
                     their outputs.
                     Default: False
-            internal_batch_size (int, optional): Number of examples to run at once, as
-                    for :meth:`CompositeAttribution.attribute`.
-                    Default: None, for all
 
         Returns:
             **attributions**, or 2-element tuple of **attributions**, **delta**:
@@ -172,18 +157,6 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
                     give floating point tensors.
             RuntimeError: As :meth:`CompositeAttribution.attribute`, or if a layer is
                     inside of a module with a rule for all that it contains.
-
-        Examples::
-
-            >>> import torch
-            >>> from torchvision.models import resnet18
-            >>> from captum_adapters.attr import LayerRelevance
-            >>> net, images = resnet18().eval(), torch.rand(1, 3, 64, 64)
-            >>> skip, residual = LayerRelevance(net, "layer1.0.addition").attribute(
-            ...     images, target=3, attribute_to_layer_input=True)
-            >>> total = (skip + residual).sum((1, 2, 3))
-            >>> torch.allclose(total, net(images)[:, 3], rtol=1e-3)
-            True
         """
         check_flag("return_convergence_delta", return_convergence_delta)
         check_flag("attribute_to_layer_input", attribute_to_layer_input)
@@ -195,7 +168,8 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
             partial(self._run_layers, attribute_to_layer_input),
         )
         is_list = isinstance(self.layer, list)
-        attributions = _format_outputs(is_list, layers)
+        found = [layer if len(layer) > 1 else layer[0] for layer in layers]
+        attributions = found if is_list else found[0]
         if not return_convergence_delta:
             return attributions
         deltas = [self.compute_convergence_delta(layer, initial) for layer in layers]
@@ -208,7 +182,7 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
         forward: Callable[..., Any],
         leaves: tuple[Tensor, ...],
         args: tuple[Any, ...],
-    ) -> tuple[Any, list[tuple[Place, ...]]]:
+    ) -> tuple[Any, list[tuple[ReadOut, ...]]]:
         """Run the model, to read off relevance at layers."""
         given = self.layer if isinstance(self.layer, list) else [self.layer]
         # the model may be wrapped
@@ -221,12 +195,12 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
         return output, recorder.result(output)
 
 
-class _Call:
+class _LayerCall:
     """A call of a layer, with the numbers of the first operation in and after it."""
 
     def __init__(self, begin: int) -> None:
         self.begin = self.end = begin
-        self.places: tuple[Place, ...] = ()
+        self.read_outs: tuple[ReadOut, ...] = ()
 
 
 class _Recorder:
@@ -250,7 +224,7 @@ class _Recorder:
         self.batch = batch
         self.is_gradient = getattr(composite, "propagates", "relevance") == "gradient"
         self.thread = threading.get_ident()
-        # where inputs of integers are, which can not require gradients: the graph then
+        # where inputs of integers are, which cannot require gradients: the graph then
         # begins at the output of modules that take them
         self.integers: set[int] = set()
         self.has_begun = False
@@ -258,7 +232,7 @@ class _Recorder:
         self.names = dict(root.named_modules(remove_duplicate=False))
         self.paths = {module: name for name, module in root.named_modules()}
         self.wanted = [self._find(layer) for layer in layers]
-        self.calls: dict[Union[Module, str], list[_Call]] = {
+        self.calls: dict[Union[Module, str], list[_LayerCall]] = {
             key: [] for key, _, _ in self.wanted
         }
         self.handles: dict[Module, Any] = {}
@@ -322,11 +296,11 @@ class _Recorder:
         if module not in self.handles:
             # by now all rules have their hooks, so this is the last one
             self.handles[module] = module.register_forward_hook(self._leave)
-        call = _Call(_get_sequence_nr())
+        call = _LayerCall(next_sequence())
         self.calls[key].append(call)
         if self.of_input:
             self._check_begun(key, args)
-            call.places = self._places(key, args)
+            call.read_outs = self._read_outs(key, args)
         return None
 
     def _begin(self, value: Any) -> Any:
@@ -363,33 +337,33 @@ class _Recorder:
             if self.integers and list(_integers(args)):
                 output = self._begin(output)
             self._check_begun(key, output)
-        call.end = _get_sequence_nr()
-        places = self._places(key, output)
+        call.end = next_sequence()
+        read_outs = self._read_outs(key, output)
         if not self.of_input:
-            call.places = places
+            call.read_outs = read_outs
             return output
-        returned = set(map(_source, places))
-        call.places = tuple(
-            place if _source(place) in returned else place._replace(parts=[])
-            for place in call.places
+        returned = set(map(_source, read_outs))
+        call.read_outs = tuple(
+            read_out if _source(read_out) in returned else read_out._replace(parts=[])
+            for read_out in call.read_outs
         )
         return None
 
-    def _places(self, key: Union[Module, str], value: Any) -> tuple[Place, ...]:
+    def _read_outs(self, key: Union[Module, str], value: Any) -> tuple[ReadOut, ...]:
         """Where the relevance of tensors arrives."""
         # outside of the whole network, it is relevance in any case
         with_factor = self.is_gradient and key is not self.root
         with DisableTorchFunction():
-            return tuple(_place(tensor, with_factor) for tensor in _tensors(value))
+            return tuple(_read_out(tensor, with_factor) for tensor in _tensors(value))
 
-    def result(self, output: Any) -> list[tuple[Place, ...]]:
+    def result(self, output: Any) -> list[tuple[ReadOut, ...]]:
         """Where to read off the relevance of each layer."""
         chosen = [self._choose(*wanted) for wanted in self.wanted]
         if self.of_input:
             _collect(chosen, output)
-        return [call.places for call in chosen]
+        return [call.read_outs for call in chosen]
 
-    def _choose(self, key: Union[Module, str], label: str, call: int) -> _Call:
+    def _choose(self, key: Union[Module, str], label: str, call: int) -> _LayerCall:
         """The call of a layer that was asked for."""
         calls = self.calls[key]
         label = f"layer {label!r}"
@@ -405,13 +379,13 @@ class _Recorder:
             raise ValueError(f"{label} does not exist, there are {len(calls)} calls.")
         chosen = calls[call - 1]
         side = "input" if self.of_input else "output"
-        if not chosen.places:
+        if not chosen.read_outs:
             raise TypeError(f"{label} has no {side} of floating point numbers.")
-        for place in chosen.places:
-            if place.tensor.ndim == 0 or len(place.tensor) != self.batch:
+        for read_out in chosen.read_outs:
+            if read_out.tensor.ndim == 0 or len(read_out.tensor) != self.batch:
                 raise ValueError(
-                    f"{label} has an {side} of shape {tuple(place.tensor.shape)}, which"
-                    f" has no row for each of {self.batch} examples."
+                    f"{label} has an {side} of shape {tuple(read_out.tensor.shape)},"
+                    f" which has no row for each of {self.batch} examples."
                 )
         return chosen
 
@@ -421,14 +395,10 @@ class _Recorder:
             return "."
         names = [name for name, _ in self.root.named_modules() if name]
         # names are those within wrappers
-        bare = re.sub(r"^(module\.|_orig_mod\.)+", "", key)
-        similar = [bare] if bare in names else get_close_matches(key, names)
-        if similar:
-            question = f"did you mean {' or '.join(map(repr, similar))}?"
-        else:
-            more = ", ..." if len(names) > 8 else ""
-            question = f"choose from {', '.join(map(repr, names[:8]))}{more}"
-        return f", as there is none: {question}"
+        bare = re.sub(rf"^(module\.|{COMPILED_MODULE}\.)+", "", key)
+        if bare in names:
+            return f", as there is none: did you mean {bare!r}?"
+        return f", as there is none{suggest(key, names)}"
 
     def _name(self, key: Union[Module, str]) -> str:
         return key if isinstance(key, str) else self.paths[key]
@@ -455,31 +425,32 @@ def _tensors(value: Any) -> list[Tensor]:
     return [tensor for elem in value for tensor in _tensors(elem)]
 
 
-def _place(tensor: Tensor, with_factor: bool) -> Place:
+def _read_out(tensor: Tensor, with_factor: bool) -> ReadOut:
     """Where the relevance of a tensor arrives."""
     if not tensor.requires_grad:
-        return Place(tensor, None)
+        return ReadOut(tensor, None)
     # the tensor may be changed in place
     factor = tensor.detach().clone() if with_factor else None
-    return Place(tensor, get_gradient_edge(tensor), factor)
+    return ReadOut(tensor, get_gradient_edge(tensor), factor)
 
 
-def _source(place: Place) -> tuple[Any, int]:
+def _source(read_out: ReadOut) -> tuple[Any, int]:
     """The operation where relevance arrives, and which of its outputs it is."""
-    return (None, 0) if place.edge is None else (place.edge.node, place.edge.output_nr)
+    edge = read_out.edge
+    return (None, 0) if edge is None else (edge.node, edge.output_nr)
 
 
-def _collect(calls: list[_Call], output: Any) -> None:
+def _collect(calls: list[_LayerCall], output: Any) -> None:
     """Have operations inside of calls put down what they propagate to the inputs."""
     wanted = defaultdict(list)
     for call in calls:
-        for place in call.places:
-            if place.parts is not None:
-                wanted[_source(place)].append((call, place.parts))
+        for read_out in call.read_outs:
+            if read_out.parts is not None:
+                wanted[_source(read_out)].append((call, read_out.parts))
     for node in walk([elem.grad_fn for elem in _tensors(output)]):
         for index, edge in enumerate(node.next_functions):
             for call, parts in wanted.get(edge, ()):
-                if call.begin <= node._sequence_nr() < call.end:
+                if call.begin <= sequence_of(node) < call.end:
                     # after the hooks of the composite, which may change it
                     node.register_hook(partial(_put_down, index, parts))
 

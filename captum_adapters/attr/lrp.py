@@ -27,59 +27,17 @@ class ResNetLRP(CompositeAttribution):
     (2). Relevance is conserved, so that attributions sum to the target's logit, and the
     delta is what rounding leaves of it.
 
-    Works for any residual network: additions are found wherever the network computes
-    them.
-
     Args:
 
         model (torch.nn.Module): The network, in evaluation mode.
         splitting (str, optional): `"ratio"` by the magnitudes of both branches, or
                 `"symmetric"` in half.
                 Default: `"ratio"`
-        identity_skip (bool, optional): Whether identity skip connections receive any
-                relevance (ablation).
-                Default: True
-        batch_norm (str, optional): `"pass"` relevance unchanged, or `"merge"` batch
-                normalization with the layer before it.
-                Default: `"pass"`
-        first_layer (str, optional): Rule of the first layer: `"zplus"`, `"literal"`,
-                `"ones"`, `"zbox"`, `"wsquare"` or `"flat"`, see
-                :class:`zennit_resnet.rules.ZPlus`.
-                Default: `"zplus"`
-        projection (str, optional): Propagation through strided projections, `"spread"`
-                or `"literal"`, which leaves a lattice of dots.
-                Default: `"spread"`
-        dead_units (str, optional): `"spread"` or `"drop"` the relevance of units
-                without positive contributions.
-                Default: `"spread"`
-        maxpool (str, optional): Propagation through max pooling, to the `"winner"`, or
-                as `"average"` or `"avg2x2"`.
-                Default: `"winner"`
-        stabilizer (float or callable, optional): Stabilizer of denominators.
-                Default: 0
-        layer_map (list, optional): Pairs of module types and Zennit hooks that precede
-                those of the composite.
-                Default: None
-        canonizers (list, optional): Further canonizers of Zennit.
-                Default: None
-        low (Tensor, sequence or float, optional): Lowest possible input, for `"zbox"`,
-                one for all or one for each channel.
-                Default: None
-        high (Tensor, sequence or float, optional): Highest possible input, likewise.
-                Default: None
-        coverage (str, optional): Propagation through overlapping windows with a stride,
-                `"even"` or `"literal"`, which leaves a fine lattice.
-                Default: None, `"even"` if `projection` is `"spread"`
-        initial_relevance (str or callable, optional): What the target starts with, see
-                :class:`CompositeAttribution`.
-                Default: `"logit"`
-        postprocess (str or callable, optional): Post-processing of heatmaps, see
-                :class:`CompositeAttribution`. The paper's is `"heat_quantization"`,
-                which does not conserve relevance.
-                Default: None
-        output (str, int or callable, optional): Which of several outputs to explain, see
-                :class:`CompositeAttribution`.
-                Default: None
+        identity_skip, batch_norm, first_layer, ...: See
+                :class:`zennit_resnet.composites.ResNetLRP`.
+        initial_relevance, postprocess, output: See :class:`CompositeAttribution`. The
+                paper's post-processing is `"heat_quantization"`, which does not
+                conserve relevance.
 
     Raises:
         TypeError: If `model` is not a module.
@@ -151,29 +109,9 @@ class RelativeLRP(CompositeAttribution):
     Args:
 
         model (torch.nn.Module): The network, in evaluation mode.
-        cardinality (str, optional): Card(J), `"constant"` for all inputs of a layer, or
-                counted `"per_position"`.
-                Default: `"constant"`
-        normalization (str, optional): Branches are rescaled by their `"signed"` sums as
-                in the paper, or by `"l1"`, sums of magnitudes.
-                Default: `"signed"`
-        batch_norm (str, optional): `"merge"` batch normalization with the layer before
-                it, or `"pass"` contributions unchanged.
-                Default: `"merge"`
-        layer_map (list, optional): Pairs of module types and Zennit hooks that precede
-                those of the composite.
-                Default: None
-        canonizers (list, optional): Further canonizers of Zennit.
-                Default: None
-        initial_relevance (str or callable, optional): What the target starts with, see
-                :class:`CompositeAttribution`.
-                Default: `"logit"`
-        postprocess (str or callable, optional): Post-processing of heatmaps, see
-                :class:`CompositeAttribution`.
-                Default: None
-        output (str, int or callable, optional): Which of several outputs to explain, see
-                :class:`CompositeAttribution`.
-                Default: None
+        cardinality, normalization, batch_norm, layer_map, canonizers: See
+                :class:`zennit_resnet.composites.RelativeLRP`.
+        initial_relevance, postprocess, output: See :class:`CompositeAttribution`.
 
     Raises:
         TypeError: If `model` is not a module.
@@ -228,32 +166,15 @@ class C3LRP(CompositeAttribution):
     Args:
 
         model (torch.nn.Module): The network, in evaluation mode.
-        epsilon (float or callable, optional): Stabilizer of denominators.
-                Default: 1e-6
-        mode (str, optional): `"sign"` adds it with the sign of the denominator,
-                `"plus"` as printed.
-                Default: `"sign"`
-        blocks (type, tuple, list or callable, optional): Which modules are blocks, by
-                type, name or a predicate `(name, module) -> bool`.
-                Default: None, for modules that add tensors in their own forward
-        layer_map (list, optional): Pairs of module types and Zennit hooks that precede
-                those of the composite.
-                Default: None
-        canonizers (list, optional): Further canonizers of Zennit.
-                Default: None
-        postprocess (str or callable, optional): Post-processing of heatmaps, see
-                :class:`CompositeAttribution`. `None` for the block rule alone, which is
-                for inputs of any shape.
+        epsilon, mode, blocks, layer_map, canonizers: See
+                :class:`zennit_resnet.composites.BlockLRP`.
+        postprocess (str or callable, optional): See :class:`CompositeAttribution`.
+                `None` for the block rule alone, which is for inputs of any shape.
                 Default: `"c3"`
-        initial_relevance (str or callable, optional): What the target starts with, see
-                :class:`CompositeAttribution`.
-                Default: `"logit"`
-        output (str, int or callable, optional): Which of several outputs to explain, see
-                :class:`CompositeAttribution`.
-                Default: None
+        initial_relevance, output: See :class:`CompositeAttribution`.
 
     Raises:
-        TypeError: If `model` is not a module, or `blocks` is none of the above.
+        TypeError: If `model` is not a module, or `blocks` is none of its forms.
         ValueError: If an argument is not one of its choices.
 
     Examples::
@@ -265,8 +186,6 @@ class C3LRP(CompositeAttribution):
         >>> heatmaps = C3LRP(net).attribute(images, target=3).sum(1)
         >>> heatmaps.shape
         torch.Size([2, 64, 64])
-        >>> C3LRP(net, postprocess=None).attribute(images, target=3).shape
-        torch.Size([2, 3, 64, 64])
     """
 
     _name = "C3-LRP"

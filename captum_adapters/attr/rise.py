@@ -1,38 +1,34 @@
 """RISE, the perturbation baseline of the papers that Captum lacks."""
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any, Callable, Optional, Union
 
 import torch
 import torch.nn.functional as F
-from captum._utils.common import (
-    _format_additional_forward_args,
-    _format_output,
-    _format_tensor_into_tuples,
-)
-from captum._utils.progress import progress
-from captum._utils.typing import BaselineType, TargetType
-from captum.attr._utils.attribution import PerturbationAttribution
+from captum.attr import PerturbationAttribution
 from captum.log import log_usage
 from torch import Tensor
+from tqdm import tqdm
 
 from captum_adapters._validation import (
     DEFAULT_CHUNK,
-    at_least_single,
+    BaselineType,
+    Inputs,
+    ScoreFunction,
+    TargetType,
+    check_baselines,
+    check_choice,
     check_evaluation,
     check_output,
+    check_score,
     check_target,
     double_dtype,
-    have_rows,
-    select_target,
-)
-from captum_adapters.metrics._checks import (
-    ProbabilityWarning,
-    describe_probabilities,
-    judge_outputs,
     positive_integer,
+    select_target,
+    split_args,
+    to_scores,
+    warn_probabilities,
 )
 
 # Linear interpolation by the number of spatial dimensions
@@ -73,7 +69,7 @@ class RISE(PerturbationAttribution):
     Examples::
 
         >>> import torch
-        >>> from captum_adapters.attr.rise import RISE
+        >>> from captum_adapters.attr import RISE
         >>> # the score is the brightness of the right half
         >>> rise = RISE(lambda images: images[..., 4:].sum((1, 2, 3)))
         >>> image = torch.ones(1, 3, 8, 8)
@@ -95,7 +91,7 @@ class RISE(PerturbationAttribution):
     @log_usage()
     def attribute(
         self,
-        inputs: Union[Tensor, tuple[Tensor, ...]],
+        inputs: Inputs,
         target: TargetType = None,
         additional_forward_args: object = None,
         baselines: BaselineType = None,
@@ -103,24 +99,19 @@ class RISE(PerturbationAttribution):
         grid_size: Union[int, Sequence[int]] = 7,
         probability: float = 0.5,
         seed: int = 0,
-        output: Union[str, Callable[[Tensor], Tensor]] = "softmax",
+        output: ScoreFunction = "softmax",
         normalization: str = "coverage",
         perturbations_per_eval: Optional[int] = None,
         show_progress: bool = False,
-    ) -> Union[Tensor, tuple[Tensor, ...]]:
-        r"""
-        Args:
+    ) -> Inputs:
+        r"""Args:
 
             inputs (Tensor or tuple[Tensor]): Images of shape (batch, channels, height,
-                    width), or with one or three spatial dimensions instead. If there
-                    are several tensors, then each of them has masks of its own;
-                    those which shall not be masked belong into
-                    `additional_forward_args`.
-            target (int, tuple, Tensor, or list, optional): Output to explain, as in
-                    Captum: an integer or a tensor with a single one for all examples, a
-                    list of integers or a 1D tensor with one for each, a tuple with the
-                    indices of all output dimensions but the batch, or a list of tuples.
-                    Not necessary for a single output.
+                    width), or with one or three spatial dimensions instead. Each of
+                    several tensors has masks of its own. What shall not be masked
+                    belongs into `additional_forward_args`.
+            target (int, tuple, Tensor, or list, optional): See
+                    :meth:`CompositeAttribution.attribute`.
                     Default: None
             additional_forward_args (Any, optional): Further arguments of
                     `forward_func`. Those tensors that have a row for each example are
@@ -144,13 +135,9 @@ class RISE(PerturbationAttribution):
             seed (int, optional): Seed of the masks. The global random state is neither
                     used nor changed.
                     Default: 0
-            output (str or callable, optional): What the score is: `"softmax"` for the
-                    probability of the target among classes (dimension 1) as in the
-                    paper, `"identity"` or `"logit"` for what `forward_func` returns
-                    (also if these already are probabilities, of which `"softmax"`
-                    warns), or a function from the output to scores of the same number
-                    of rows, from which the target is chosen. A single output is its own
-                    score in any case.
+            output (str or callable, optional): What the score is, see
+                    :func:`captum_adapters.metrics.insertion_deletion`. The paper's is
+                    the probability.
                     Default: `"softmax"`
             normalization (str, optional): What sums are divided by: `"coverage"` for
                     the sum of the masks at the pixel, so that the result is the mean
@@ -167,9 +154,9 @@ class RISE(PerturbationAttribution):
             *Tensor* or *tuple[Tensor]* of **attributions**:
             - **attributions** (*Tensor* or *tuple[Tensor]*):
                     Importance in units of the score, of the shape and type of the
-                    inputs, as of Captum's other methods. As masks cover all channels,
-                    these are the same: `attributions[:, :1]` is the paper's map. A
-                    tuple is returned if inputs are a tuple.
+                    inputs. As masks cover all channels, these are the same:
+                    `attributions[:, :1]` is the paper's map. A tuple is returned if
+                    inputs are a tuple.
 
         Raises:
             ValueError: If there are no spatial dimensions or no examples, an argument
@@ -179,34 +166,20 @@ class RISE(PerturbationAttribution):
                     batch norm or dropout.
             TypeError: If inputs are not floating point tensors, the target is not of
                     integers, or the output is not a tensor.
-
-        Examples::
-
-            >>> import torch
-            >>> from captum_adapters.attr.rise import RISE
-            >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 5))
-            >>> images = torch.rand(2, 3, 4, 4)
-            >>> attributions = RISE(net).attribute(
-            ...     images, target=[1, 4], n_masks=50, grid_size=3)
-            >>> heatmaps = attributions[:, 0]
-            >>> heatmaps.shape
-            torch.Size([2, 4, 4])
         """
-        is_tuple = isinstance(inputs, tuple)
-        images = _check_inputs(inputs)
+        images = check_inputs(inputs)
         batch = len(images[0])
         bases = _check_baselines(baselines, images)
-        _check_settings(n_masks, probability, output, normalization)
+        positive_integer("n_masks", n_masks)
+        if not 0 < probability < 1:
+            raise ValueError(f"probability={probability} is not between 0 and 1.")
+        check_score(output)
+        check_choice("normalization", normalization, ("expected", "coverage"))
         check_evaluation(self.forward_func)
-        args = _format_additional_forward_args(additional_forward_args) or ()
-        per_example = have_rows(additional_forward_args, batch)
-        chunk = perturbations_per_eval
-        if chunk is None:
-            chunk = max(1, DEFAULT_CHUNK // batch)
-        if not isinstance(chunk, int) or chunk < 1:
-            raise ValueError(
-                f"perturbations_per_eval={chunk!r} is not a positive integer."
-            )
+        args, per_example = split_args(additional_forward_args, batch)
+        chunk = max(1, DEFAULT_CHUNK // batch)
+        if perturbations_per_eval is not None:
+            chunk = positive_integer("perturbations_per_eval", perturbations_per_eval)
         # few bits each, so that masks are the same however they are evaluated
         generator = torch.Generator().manual_seed(seed)
         grids = [
@@ -219,7 +192,7 @@ class RISE(PerturbationAttribution):
             for image in images
         ]
         covered = [torch.zeros_like(total[0]) for total in totals]
-        bar = progress(
+        bar = tqdm(
             desc=f"{self.get_name()} attribution",
             total=n_masks,
             disable=not show_progress,
@@ -242,37 +215,42 @@ class RISE(PerturbationAttribution):
                     ),
                 )
                 result = check_output(result, count * batch)
-                if output == "softmax" and result.shape[1:].numel() > 1:
-                    judged.append(judge_outputs(result))
-                scores = _target_scores(result, output, index, count, begin == 0)
+                scores = to_scores(result, output, judged)
+                rows = None
+                if index is not None:
+                    rows = index.to(scores.device).repeat(
+                        count, *[1] * (index.ndim - 1)
+                    )
+                scores = select_target(scores, rows, begin == 0).view(count, -1)
                 for total, cover, mask in zip(totals, covered, masks):
                     mask = mask.to(total.dtype)
                     total += torch.tensordot(scores.to(total).T, mask, 1)
                     cover += mask.sum(0)
                 bar.update(count)
-        warning = describe_probabilities(judged)
-        if warning is not None:
-            # Captum's decorator is in between
-            warnings.warn(warning, ProbabilityWarning, stacklevel=3)
+        # Captum's decorator is in between
+        warn_probabilities(judged, stacklevel=4)
         for total, cover in zip(totals, covered):
             if normalization == "expected":
                 total /= probability * n_masks
             else:
                 # a pixel that no mask shows has a total of zero
                 total /= cover.clamp(min=torch.finfo(cover.dtype).tiny)
-        _check_finite(totals[0])
-        return _format_output(
-            is_tuple,
-            tuple(
-                total.to(image.dtype)[:, None].expand_as(image).clone()
-                for total, image in zip(totals, images)
-            ),
+        finite = totals[0].isfinite().flatten(1).all(1)
+        if not bool(finite.all()):
+            raise ValueError(
+                "forward_func returns NaN or infinity for masked images of the examples"
+                f" {(~finite).nonzero()[:, 0].tolist()}."
+            )
+        attributions = tuple(
+            total.to(image.dtype)[:, None].expand_as(image).clone()
+            for total, image in zip(totals, images)
         )
+        return attributions if isinstance(inputs, tuple) else attributions[0]
 
 
-def _check_inputs(inputs: Union[Tensor, tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+def check_inputs(inputs: Inputs) -> tuple[Tensor, ...]:
     """Inputs as a tuple of floating point tensors with spatial dimensions."""
-    images = _format_tensor_into_tuples(inputs)
+    images = inputs if isinstance(inputs, tuple) else (inputs,)
     for image in images:
         if not image.is_floating_point():
             raise TypeError(
@@ -295,57 +273,16 @@ def _check_inputs(inputs: Union[Tensor, tuple[Tensor, ...]]) -> tuple[Tensor, ..
 
 def _check_baselines(
     baselines: BaselineType, images: tuple[Tensor, ...]
-) -> tuple[Union[Tensor, float], ...]:
-    """One baseline for each input, of its device and type."""
-    if baselines is None:
-        return (0.0,) * len(images)
-    given = baselines if isinstance(baselines, tuple) else (baselines,)
+) -> list[Optional[Tensor]]:
+    """A baseline for each input, `None` for zeros."""
+    given = baselines if isinstance(baselines, tuple) else (baselines,) * len(images)
     if len(given) != len(images):
         raise ValueError(
             f"There are {len(given)} baselines for {len(images)} inputs: give one for"
             " each."
         )
-    bases: list[Union[Tensor, float]] = []
-    for base, image in zip(given, images):
-        if isinstance(base, Tensor):
-            base = base.detach().to(image)
-            fits = base.ndim <= image.ndim and all(
-                size in (1, expected)
-                for size, expected in zip(reversed(base.shape), reversed(image.shape))
-            )
-            if not fits:
-                raise ValueError(
-                    f"baselines of shape {tuple(base.shape)} cannot be broadcast to"
-                    f" inputs of shape {tuple(image.shape)}."
-                )
-        elif not isinstance(base, (int, float)):
-            raise TypeError(
-                "baselines must be numbers or tensors, but there is"
-                f" {type(base).__name__}."
-            )
-        bases.append(base)
-    return tuple(bases)
-
-
-def _check_settings(
-    n_masks: int,
-    probability: float,
-    output: Union[str, Callable[[Tensor], Tensor]],
-    normalization: str,
-) -> None:
-    """Check arguments that do not depend on inputs."""
-    positive_integer("n_masks", n_masks)
-    if not 0 < probability < 1:
-        raise ValueError(f"probability={probability} is not between 0 and 1.")
-    if not callable(output) and output not in ("softmax", "identity", "logit"):
-        raise ValueError(
-            f"output={output!r} is neither 'softmax' nor 'identity', 'logit' or a"
-            " function."
-        )
-    if normalization not in ("expected", "coverage"):
-        raise ValueError(
-            f"normalization={normalization!r} is not one of 'expected' and 'coverage'."
-        )
+    bases = [check_baselines(base, image) for base, image in zip(given, images)]
+    return [base if bool(base.any()) else None for base in bases]
 
 
 def _draw_grids(
@@ -355,10 +292,9 @@ def _draw_grids(
     probability: float,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Which cells are visible, and by how many pixels they are shifted.
+    """Which cells are visible, and by how many pixels they are shifted, on the CPU.
 
-    Returns bool of shape (masks, *cells) and integers of shape (masks, dimensions), on
-    the CPU for whatever device, the default one included.
+    Bool of shape (masks, *cells) and integers of shape (masks, dimensions).
     """
     size = image.shape[2:]
     cells = (grid_size,) * len(size) if isinstance(grid_size, int) else tuple(grid_size)
@@ -398,38 +334,10 @@ def _make_masks(grids: Tensor, shifts: Tensor, image: Tensor) -> Tensor:
     return masks
 
 
-def _apply_masks(image: Tensor, base: Union[Tensor, float], masks: Tensor) -> Tensor:
+def _apply_masks(image: Tensor, base: Optional[Tensor], masks: Tensor) -> Tensor:
     """Masked images of shape (masks * batch, channels, *spatial)."""
     masks = masks[:, None, None].to(image.dtype)
     masked = image.detach() * masks
-    if isinstance(base, Tensor) or base != 0:
+    if base is not None:
         masked = masked + base * (1 - masks)
     return masked.flatten(0, 1)
-
-
-def _target_scores(
-    result: Tensor,
-    output: Union[str, Callable[[Tensor], Tensor]],
-    target: Optional[Tensor],
-    n_masks: int,
-    validate: bool,
-) -> Tensor:
-    """Scores of shape (masks, batch)."""
-    if callable(output):
-        result = check_output(output(result), len(result))
-    result = at_least_single(result)
-    if output == "softmax" and result.shape[1:].numel() > 1:
-        result = result.softmax(1)
-    if target is not None:
-        target = target.to(result.device).repeat(n_masks, *[1] * (target.ndim - 1))
-    return select_target(result, target, validate).view(n_masks, -1)
-
-
-def _check_finite(totals: Tensor) -> None:
-    """Refuse examples of which a score was not finite."""
-    finite = totals.isfinite().flatten(1).all(1)
-    if not bool(finite.all()):
-        raise ValueError(
-            "forward_func returns NaN or infinity for masked images of the examples"
-            f" {(~finite).nonzero()[:, 0].tolist()}."
-        )

@@ -3,24 +3,26 @@
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
-from typing import Any, Callable, Iterator, Optional, Union
+from typing import Any, Callable, Iterator, Optional
 
 import torch
-from captum._utils.common import _format_additional_forward_args
-from captum._utils.typing import TargetType
 from captum.attr import LayerAttribution
 from captum.log import log_usage
 from torch import Tensor
 
+from captum_adapters._compat import cam_activation, set_cam_activation
 from captum_adapters._validation import (
     DEFAULT_CHUNK,
+    Inputs,
+    TargetType,
     at_least_single,
     check_output,
     check_target,
-    have_rows,
+    positive_integer,
     select_target,
+    split_args,
 )
-from captum_adapters.attr.rise import _check_inputs
+from captum_adapters.attr.rise import check_inputs
 
 
 class ScoreCAM(LayerAttribution):
@@ -56,7 +58,7 @@ class ScoreCAM(LayerAttribution):
 
         >>> import torch
         >>> from captum.attr import LayerAttribution
-        >>> from captum_adapters.attr.score_cam import ScoreCAM
+        >>> from captum_adapters.attr import ScoreCAM
         >>> net = torch.nn.Sequential(
         ...     torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.ReLU(),
         ...     torch.nn.Flatten(), torch.nn.Linear(72, 5))
@@ -87,25 +89,19 @@ class ScoreCAM(LayerAttribution):
     @log_usage()
     def attribute(
         self,
-        inputs: Union[Tensor, tuple[Tensor, ...]],
+        inputs: Inputs,
         target: TargetType = None,
         additional_forward_args: object = None,
         perturbations_per_eval: int = DEFAULT_CHUNK,
     ) -> Tensor:
-        r"""
-        Args:
+        r"""Args:
 
             inputs (Tensor or tuple[Tensor]): Images of shape (batch, channels, height,
                     width). Further inputs belong into `additional_forward_args`.
-            target (int, tuple, Tensor, or list, optional): Output to explain, as in
-                    Captum: an integer or a tensor with a single one for all examples, a
-                    list of integers or a 1D tensor with one for each, a tuple with the
-                    indices of all output dimensions but the batch, or a list of tuples.
-                    Not necessary for a single output. It should be a logit.
+            target (int, tuple, Tensor, or list, optional): See
+                    :meth:`CompositeAttribution.attribute`. It should be a logit.
                     Default: None
-            additional_forward_args (Any, optional): Further arguments of
-                    `forward_func`. Those tensors that have a row for each example are
-                    given with the row of each masked image's example.
+            additional_forward_args (Any, optional): See :meth:`RISE.attribute`.
                     Default: None
             perturbations_per_eval (int, optional): Number of masked images to evaluate
                     at once.
@@ -126,20 +122,16 @@ class ScoreCAM(LayerAttribution):
             TypeError: If the layer's output, or the network's, is not a tensor, or the
                     target is not of integers.
         """
-        images = _check_inputs(inputs)
+        images = check_inputs(inputs)
         if len(images) > 1:
             raise ValueError(
                 f"There are {len(images)} inputs, but Score-CAM masks a single one:"
                 " give the others as additional_forward_args."
             )
-        if perturbations_per_eval < 1:
-            raise ValueError(
-                f"perturbations_per_eval={perturbations_per_eval} is not positive."
-            )
+        positive_integer("perturbations_per_eval", perturbations_per_eval)
         batch = len(images[0])
         index = check_target(target, batch, allow_negative=True)
-        args = _format_additional_forward_args(additional_forward_args) or ()
-        per_example = have_rows(additional_forward_args, batch)
+        args, per_example = split_args(additional_forward_args, batch)
         maps = []
         for row, image in enumerate(images[0].detach().split(1)):
             network = _SingleScore(
@@ -158,7 +150,7 @@ class ScoreCAM(LayerAttribution):
                 with extractor:
                     with self.layer.register_forward_hook(copying):
                         network(image)
-                    if extractor.hook_a[0] is None:
+                    if cam_activation(extractor) is None:
                         raise ValueError(
                             f"The layer {type(self.layer).__name__} is not used by"
                             " forward_func: choose one that is."
@@ -170,13 +162,7 @@ class ScoreCAM(LayerAttribution):
 class _SingleScore(torch.nn.Module):
     """The target's output of one example, as a network with images as only input.
 
-    Args:
-
-        forward_func (callable): The network.
-        layer (torch.nn.Module): A layer of it.
-        target (Tensor or None): Target of the example, of one row.
-        args (tuple): Further arguments.
-        rows (list[int or None]): Which row of a further argument is the example's.
+    `rows` tells which row of a further argument is the example's, if it has any.
     """
 
     def __init__(
@@ -240,7 +226,7 @@ class _SingleScore(torch.nn.Module):
 
 def _copy_activation(extractor: Any, *_: Any) -> None:
     """Copy what torch-cam keeps, as the network may change its layer's output."""
-    extractor.hook_a[0] = extractor.hook_a[0].clone()
+    set_cam_activation(extractor, cam_activation(extractor).clone())
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from captum_adapters.metrics import (
+    PERCENTS,
     InsertionDeletion,
     NegativeMapWarning,
     conservation_gap,
@@ -21,8 +22,7 @@ from captum_adapters.metrics import (
     pixel_accuracy,
 )
 from captum_adapters.metrics._perturbation import count_grid
-from captum_adapters.metrics._top import sort_scores, tied_pixels
-from captum_adapters.metrics.pixel_accuracy import PERCENTS
+from captum_adapters.metrics._ranking import sort_scores, tied_pixels
 from zennit_resnet.postprocess import attention_errors
 
 

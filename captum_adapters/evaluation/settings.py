@@ -20,9 +20,9 @@ from captum_adapters.evaluation.datasets import Samples
 from captum_adapters.evaluation.measures import DEFAULT, MASKED, TOP, check_metrics
 from captum_adapters.evaluation.methods import Method
 from captum_adapters.evaluation.records import fingerprint
-from captum_adapters.metrics._top import top_counts
+from captum_adapters.metrics import PERCENTS
+from captum_adapters.metrics._ranking import top_counts
 from captum_adapters.metrics.insertion_deletion import PROTOCOLS
-from captum_adapters.metrics.pixel_accuracy import PERCENTS
 from zennit_resnet.models import Classifier, find_embedded, load_classifier
 
 PACKAGES = ("zennit-resnet", "torch", "torchvision", "zennit", "captum", "numpy")

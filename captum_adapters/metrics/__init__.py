@@ -3,9 +3,9 @@
 Functions on tensors, with one value for each example.
 """
 
-from captum_adapters._validation import NegativeMapWarning
-from captum_adapters.metrics._checks import ProbabilityWarning
-from captum_adapters.metrics._top import top_fraction
+from captum_adapters._validation import NegativeMapWarning, ProbabilityWarning
+from captum_adapters.metrics._ranking import PERCENTS, top_fraction
+from captum_adapters.metrics.conservation import conservation_gap
 from captum_adapters.metrics.insertion_deletion import (
     Areas,
     InsertionDeletion,
@@ -16,7 +16,6 @@ from captum_adapters.metrics.localization import (
     MaskDistance,
     MaskPointing,
     boxes_to_masks,
-    conservation_gap,
     mask_distance,
     mask_pointing,
 )
@@ -42,6 +41,7 @@ __all__ = [
     "MaskDistance",
     "MaskPointing",
     "NegativeMapWarning",
+    "PERCENTS",
     "PixelAccuracy",
     "ProbabilityWarning",
     "bootstrap_interval",

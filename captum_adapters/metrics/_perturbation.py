@@ -1,67 +1,36 @@
-"""The images of insertion and deletion, and which of them there are."""
+"""The images of insertion and deletion, and how many pixels they show."""
 
 import math
-import zlib
-from collections.abc import Sequence
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_adapters.metrics._checks import positive_integer
+from captum_adapters._validation import positive_integer
+from captum_adapters.metrics._ranking import (
+    SampleIds,
+    check_ids,
+    random_orders,
+    sort_scores,
+)
 
 
 def rank_pixels(
-    values: Tensor,
-    ties: str,
-    images: Tensor,
-    seed: int,
-    sample_ids: Union[None, Tensor, Sequence[object]],
+    values: Tensor, ties: str, images: Tensor, seed: int, sample_ids: SampleIds
 ) -> tuple[Tensor, Tensor]:
     """Pixels in descending order, and their values."""
     if ties != "random":
-        ordered, order = values.sort(stable=True, dim=1, descending=True)
+        ordered, order = sort_scores(values)
         return order, ordered
-    shuffled = _random_orders(images, seed, sample_ids)
-    values = values.gather(1, shuffled)
-    ordered, order = values.sort(stable=True, dim=1, descending=True)
+    ids = check_ids(sample_ids, len(images))
+    shuffled = random_orders(images, seed, ids, values.shape[1])
+    ordered, order = sort_scores(values.gather(1, shuffled))
     return shuffled.gather(1, order), ordered
 
 
-def _random_orders(
-    images: Tensor,
-    seed: object,
-    sample_ids: Union[None, Tensor, Sequence[object]],
-    size: Optional[int] = None,
-) -> Tensor:
-    """A random order for each image, whatever the rest of the batch.
-
-    It is one of as many elements as given, by default of pixels.
-    """
-    if sample_ids is None:
-        content = [image.flatten().cpu().view(torch.uint8).numpy() for image in images]
-        ids: list[object] = [zlib.crc32(array.tobytes()) for array in content]
-    else:
-        ids = sample_ids.tolist() if isinstance(sample_ids, Tensor) else [*sample_ids]
-    if len(ids) != len(images):
-        raise ValueError(f"There are {len(ids)} sample_ids for {len(images)} examples.")
-    orders = [
-        torch.randperm(
-            images[0, 0].numel() if size is None else size,
-            generator=torch.Generator().manual_seed(
-                zlib.crc32(f"{seed}:{name}".encode())
-            ),
-            # that of the generator, whatever the default device is
-            device="cpu",
-        )
-        for name in ids
-    ]
-    return torch.stack(orders).to(images.device)
-
-
 def group_ends(equal: Tensor) -> Tensor:
-    """Number of pixels of which the value reaches that of the n-th, for each n from 0.
+    """Number of pixels whose value reaches that of the n-th, for each n from 0.
 
     `equal` tells for each pixel but the first, in descending order, whether its value
     is that of the one before.
@@ -74,8 +43,8 @@ def group_ends(equal: Tensor) -> Tensor:
 def nearest_ends(equal: Tensor) -> Tensor:
     """The number of pixels nearest to n that divides no equal ones, for each n from 0.
 
-    Of two that are equally near, it is the one nearer to none or all of the pixels,
-    such that the reverse order has its complement (but in the very middle).
+    Of two that are equally near, it is the one nearer to none or all of the pixels, so
+    that the reverse order has its complement (but in the very middle).
     """
     numbers = torch.arange(equal.shape[1] + 2, device=equal.device)
     starts = numbers.where(~F.pad(equal, (1, 1)), 0).cummax(1).values
@@ -88,25 +57,11 @@ def nearest_ends(equal: Tensor) -> Tensor:
 def count_grid(
     n_pixels: int, n_steps: Any, step: Any, ends: bool = True, origin: str = ""
 ) -> Tensor:
-    """Numbers of pixels at the points of a curve.
+    """Increasing numbers of pixels at the points of a curve, up to `n_pixels`.
 
-    Args:
-
-        n_pixels (int): Number of pixels of an image.
-        n_steps (int or None): Number of intervals.
-        step (int or None): Number of pixels between two points, instead of `n_steps`.
-        ends (bool, optional): Whether zero is a point. If not, points are those of the
-                published code of Otsuki et al. 2024.
-                Default: True
-        origin (str, optional): Where `step` comes from, if it was not given.
-                Default: `""`
-
-    Returns:
-        Tensor: Increasing numbers up to `n_pixels`, of shape (points,).
-
-    Raises:
-        ValueError: If `n_steps` or `step` is not a positive integer, `step` is beyond
-                the image, or not exactly one is given.
+    Either of `n_steps` and `step` is given; `origin` says where `step` comes from if
+    the user did not give it. Without `ends`, zero is no point, and points are those of
+    the published code of Otsuki et al. 2024.
     """
     if n_steps is not None and step is not None:
         raise ValueError(f"Give n_steps={n_steps} or step={step}, but not both.")
@@ -130,7 +85,7 @@ def count_grid(
     value = min(value, n_pixels)
     half = torch.arange(value // 2 + 1) * n_pixels
     half = (2 * half + value) // (2 * value)
-    # mirrored, such that inserting from one end is deleting from the other
+    # mirrored, so that inserting from one end is deleting from the other
     return torch.cat([half, n_pixels - half]).unique()
 
 

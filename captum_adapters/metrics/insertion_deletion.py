@@ -2,35 +2,34 @@
 
 import math
 import warnings
-from collections.abc import Sequence
-from typing import Any, Callable, NamedTuple, Optional, Union
+from typing import Any, Callable, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
-from captum._utils.typing import BaselineType, TargetType
 from torch import Tensor
 
 from captum_adapters._validation import (
-    at_least_single,
+    BaselineType,
+    Inputs,
+    Maps,
+    ScoreFunction,
+    TargetType,
     check_baselines,
+    check_choice,
     check_images,
     check_range,
+    check_score,
     check_target,
-    forward_in_chunks,
-    have_rows,
+    chunk_size,
+    pixel_maps,
     predicted_class,
     select_target,
+    split_args,
+    to_scores,
     warn_negative_maps,
+    warn_probabilities,
 )
-from captum_adapters.metrics._checks import (
-    ProbabilityWarning,
-    as_argument,
-    check_chunk,
-    describe_probabilities,
-    judge_outputs,
-    rank_maps,
-    to_tensor,
-)
+from captum_adapters.metrics._forward import forward_in_chunks
 from captum_adapters.metrics._perturbation import (
     PerturbedImages,
     blur,
@@ -39,7 +38,7 @@ from captum_adapters.metrics._perturbation import (
     nearest_ends,
     rank_pixels,
 )
-from captum_adapters.metrics._top import tied_pixels
+from captum_adapters.metrics._ranking import SampleIds, tied_pixels
 
 TIES = ("nearest", "group", "stable", "random", "threshold")
 
@@ -68,33 +67,26 @@ class InsertionDeletion(NamedTuple):
 
     Attributes:
 
-        insertion (Tensor): Area under the insertion curve, of shape (batch,). Higher is
-                better.
-        deletion (Tensor): Area under the deletion curve, of shape (batch,). Lower is
-                better.
-        id_score (Tensor): Insertion minus deletion, of shape (batch,).
+        insertion (Tensor): Area under the insertion curve, (batch,). Higher is better.
+        deletion (Tensor): Area under the deletion curve, (batch,). Lower is better.
+        id_score (Tensor): Insertion minus deletion, (batch,).
         insertion_normalized (Tensor): Insertion area on a scale where the score of the
-                blank image is 0, and that of the whole image is 1, of shape (batch,).
-                NaN where both scores are equal.
+                blank image is 0, and that of the whole image is 1, (batch,). NaN where
+                both scores are equal.
         deletion_normalized (Tensor): The same for the deletion area.
         id_normalized (Tensor): Difference of the two.
-        fractions (Tensor): Where the points are on the x-axis from 0 to 1, of shape
-                (batch, points).
+        fractions (Tensor): Where the points are on the x-axis from 0 to 1, (batch,
+                points).
         selected (Tensor): Number of pixels that are really inserted or deleted at each
-                point, of shape (batch, points).
-        insertion_curve (Tensor): Scores after insertion, of shape (batch, points).
-        deletion_curve (Tensor): Scores after deletion, of shape (batch, points).
-        insertion_classes (Tensor): Predicted classes after insertion, of shape (batch,
-                points).
-        deletion_classes (Tensor): Predicted classes after deletion, of shape (batch,
-                points).
-        score_full (Tensor): Score of the whole image, of shape (batch,).
-        score_blank (Tensor): Score of the image after all pixels are deleted, of shape
-                (batch,).
-        tied_share (Tensor): Share of pixels of which the value is not theirs alone, of
-                shape (batch,).
-        distinct_levels (Tensor): Number of distinct values of the map, of shape
-                (batch,).
+                point, (batch, points).
+        insertion_curve (Tensor): Scores after insertion, (batch, points).
+        deletion_curve (Tensor): Scores after deletion, (batch, points).
+        insertion_classes (Tensor): Predicted classes after insertion, (batch, points).
+        deletion_classes (Tensor): Predicted classes after deletion, (batch, points).
+        score_full (Tensor): Score of the whole image, (batch,).
+        score_blank (Tensor): Score after all pixels are deleted, (batch,).
+        tied_share (Tensor): Share of pixels whose value is not theirs alone, (batch,).
+        distinct_levels (Tensor): Number of distinct values of the map, (batch,).
     """
 
     insertion: Tensor
@@ -117,15 +109,15 @@ class InsertionDeletion(NamedTuple):
 
 def insertion_deletion(
     forward_func: Callable[..., Any],
-    inputs: Union[Tensor, tuple[Tensor, ...]],
-    attributions: Union[Tensor, tuple[Tensor, ...]],
+    inputs: Inputs,
+    attributions: Maps,
     baselines: BaselineType = None,
     target: TargetType = None,
     additional_forward_args: object = None,
     *,
     n_steps: Optional[int] = None,
     ties: Optional[str] = None,
-    output: Union[str, Callable[[Tensor], Tensor]] = "softmax",
+    output: ScoreFunction = "softmax",
     reduce: str = "sum",
     interpolate: Optional[str] = None,
     max_examples_per_batch: Optional[int] = None,
@@ -134,7 +126,7 @@ def insertion_deletion(
     step: Optional[int] = None,
     insertion_baselines: BaselineType = None,
     seed: int = 0,
-    sample_ids: Union[None, Tensor, Sequence[object]] = None,
+    sample_ids: SampleIds = None,
 ) -> InsertionDeletion:
     r"""
     Scores while pixels are inserted into, and deleted from, an image in the order of
@@ -176,63 +168,57 @@ def insertion_deletion(
 
         forward_func (Callable): The network, or any function of images. It is evaluated
                 as it is: put it into evaluation mode before.
-        inputs (Tensor or tuple[Tensor]): Images of shape (batch, channels, height,
-                width), or a tuple of one such tensor.
+        inputs (Tensor, numpy.ndarray or tuple[Tensor]): Images of shape (batch,
+                channels, height, width).
         attributions (Tensor, numpy.ndarray or tuple[Tensor]): Attributions of shape
                 (batch, channels, height, width), (batch, 1, height, width) or (batch,
                 height, width), or (height, width) for a single image.
         baselines (scalar, Tensor, tuple of scalar, or Tensor, optional): What pixels
                 are without their content: a number, or a tensor that can be broadcast
                 to the inputs, such as one of shape (1, channels, 1, 1). `None` is 0 in
-                the space of the inputs. If these are normalized, then this is the mean
-                colour, and black is `-mean / std`. The latter must be given for
-                `protocol="keio"`, as only the caller knows it: there is a warning if
-                it is not, although inputs are negative somewhere.
+                the space of the inputs: the mean colour if these are normalized. Black
+                is `-mean / std` then, which must be given for `protocol="keio"`, as
+                only the caller knows it.
                 Default: None
         target (int, tuple, Tensor, or list, optional): Index of the class of which the
-                score is measured, see Captum's metrics. `None` is for networks with a
-                single output only.
+                score is measured, as in Captum. `None` is for networks with a single
+                output only.
                 Default: None
         additional_forward_args (Any, optional): Further arguments of `forward_func`,
-                one or a tuple. Tensors with a row for each example are expanded.
+                one or a tuple. Tensors with a row for each example are given with the
+                row of each image's example.
                 Default: None
-        n_steps (int, optional): Number of equal intervals of pixels; where there are
-                fewer pixels, each is one. If the middle falls between two pixels, both are points. `None`
-                is 100, or the `step` of the protocol.
-                Default: None
+        n_steps (int, optional): Number of equal intervals of pixels, at most one for
+                each pixel. If the middle falls between two pixels, both are points.
+                Default: None, for 100 or the `step` of the protocol
         ties (str, optional): What happens to pixels of equal value. `"nearest"`: they
                 enter together, and a point that would divide them is moved to before or
                 after them, whichever is nearer, on the x-axis as well. `"group"`: the
                 same, but always to after them, so that with few points what comes just
                 before a large group may be missed. `"stable"`: row by row. `"random"`:
                 in random order. `"threshold"`: they enter together as soon as n reaches
-                one of them, and the x-axis stays at n. `None` is `"nearest"`, or that
-                of the protocol.
-                Default: None
+                one of them, and the x-axis stays at n.
+                Default: None, for `"nearest"` or that of the protocol
         output (str or Callable, optional): What the score is: `"softmax"` for the
                 probability of the target among classes (dimension 1), `"identity"` or
                 `"logit"` for the output as it is, or a function of the output. A single
-                output per example is taken as it is in all cases. Networks that return
-                probabilities need `"identity"`: of these, `"softmax"` would be another
-                softmax, and warns.
+                output per example is taken as it is. Networks that return probabilities
+                need `"identity"`.
                 Default: `"softmax"`
         reduce (str, optional): `"sum"` ranks pixels by the sum of attributions over
                 channels, `"abs_sum"` by its magnitude.
                 Default: `"sum"`
-        interpolate (str, optional): Mode of :func:`torch.nn.functional.interpolate` to
-                resize attributions of another height and width, which are refused
-                otherwise.
+        interpolate (str, optional): Mode of :func:`torch.nn.functional.interpolate` for
+                attributions of another height and width. `None` refuses these.
                 Default: None
         max_examples_per_batch (int, optional): The largest number of images that are
-                created and evaluated at a time. By default 32, or the batch size if
-                that is larger.
-                Default: None
+                created and evaluated at a time. It has no influence on the result.
+                Default: None, for 32 or the batch size if that is larger
         protocol (str, optional): `"keio"`, `"rise"` or `"c3"`, see above.
                 Default: None
         show_progress (bool, optional): Whether to show a progress bar.
                 Default: False
-        step (int, optional): Number of pixels between two points, instead of `n_steps`,
-                up to the number of pixels.
+        step (int, optional): Number of pixels between two points, instead of `n_steps`.
                 Default: None
         insertion_baselines (scalar, Tensor, tuple of scalar, or Tensor, optional): What
                 insertion starts from, if not from `baselines`.
@@ -240,10 +226,9 @@ def insertion_deletion(
         seed (int, optional): Seed of random orders.
                 Default: 0
         sample_ids (list or Tensor, optional): An identity for each example, which
-                together with `seed` determines its random order. By default it is the
-                content of the image. Neither the rest of the batch nor the chunks
-                matter.
-                Default: None
+                together with `seed` determines its random order, whatever the rest of
+                the batch.
+                Default: None, for the content of the image
 
     Returns:
         InsertionDeletion: A named tuple of tensors with a row for each example, on the
@@ -270,28 +255,21 @@ def insertion_deletion(
         >>> result.insertion, result.deletion, result.id_score
         (tensor([1.5625]), tensor([0.9375]), tensor([0.6250]))
     """
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"protocol={protocol!r} is not one of 'keio', 'rise', 'c3'.")
+    check_choice("protocol", protocol, PROTOCOLS)
     preset = PROTOCOLS[protocol]
     ties = preset.ties if ties is None else ties
-    if ties not in TIES:
-        raise ValueError(f"ties={ties!r} is not one of {', '.join(map(repr, TIES))}.")
-    if not callable(output) and output not in ("softmax", "identity", "logit"):
-        raise ValueError(
-            f"output={output!r} is neither 'softmax' nor 'identity', 'logit' or a"
-            " function."
-        )
-    chunk = check_chunk(max_examples_per_batch)
-    images = check_images(to_tensor(inputs, "inputs"))
-    maps = rank_maps(attributions, images, reduce, interpolate)
+    check_choice("ties", ties, TIES)
+    check_score(output)
+    images = check_images(inputs)
+    maps = pixel_maps(attributions, images, reduce, interpolate)
     warn_negative_maps(maps)
     batch, n_pixels = len(images), maps[0].numel()
+    chunk = chunk_size(max_examples_per_batch, batch)
     index = check_target(target, batch, images.device)
+    origin = ""
     if n_steps is None and step is None:
         n_steps, step = (100, None) if preset.step is None else (None, preset.step)
         origin = f" of protocol={protocol!r}"
-    else:
-        origin = ""
     counts = count_grid(n_pixels, n_steps, step, preset.ends, origin).to(images.device)
     moved = ties in ("nearest", "group")
     if moved and not preset.ends:
@@ -305,15 +283,10 @@ def insertion_deletion(
             " of the normalization, of shape (1, channels, 1, 1).",
             stacklevel=2,
         )
-    deleted = check_baselines(as_argument(baselines, "baselines"), images)
-    inserted = None
+    deleted = check_baselines(baselines, images)
+    inserted = blur(images) if protocol == "rise" else None
     if insertion_baselines is not None:
-        name = "insertion_baselines"
-        inserted = check_baselines(
-            as_argument(insertion_baselines, name), images, name
-        )
-    elif protocol == "rise":
-        inserted = blur(images)
+        inserted = check_baselines(insertion_baselines, images, "insertion_baselines")
 
     order, values = rank_pixels(maps.flatten(1), ties, images, seed, sample_ids)
     equal = values[:, 1:] == values[:, :-1]
@@ -323,16 +296,14 @@ def insertion_deletion(
     elif ties in ("group", "threshold"):
         selected = group_ends(equal).gather(1, selected)
 
-    alone = not any(have_rows(additional_forward_args, batch))
+    alone = not any(split_args(additional_forward_args, batch)[1])
     perturbed = PerturbedImages(images, deleted, inserted, order, selected, alone)
     examples = perturbed.examples
     first: list[Tensor] = []
     judged: list[Tensor] = []
 
     def collect(result: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-        scores = _score(result, output)
-        if output == "softmax" and result.shape[1:].numel() > 1:
-            judged.append(judge_outputs(result))
+        scores = to_scores(result, output, judged)
         # where there are several positions, the class at the target's is meant
         logits = result if result.ndim <= 2 else scores
         if part.start == 0:
@@ -359,9 +330,7 @@ def insertion_deletion(
         chunk,
         show_progress,
     )
-    warning = describe_probabilities(judged)
-    if warning is not None:
-        warnings.warn(warning, ProbabilityWarning, stacklevel=2)
+    warn_probabilities(judged)
     scores, classes = scores[perturbed.inverse], classes[perturbed.inverse]
     if perturbed.shared is not None:
         # the first image is blank, and has a score for the target of each example
@@ -411,9 +380,9 @@ class Areas(NamedTuple):
 def keio_areas(result: InsertionDeletion) -> Areas:
     """Areas by the published code of Otsuki et al. 2024, without further forwards.
 
-    That code evaluates the same images, whatever the ties. What differs is that it
-    leaves out the empty image of insertion and the whole image of deletion, and that
-    its points are equally far apart.
+    That code evaluates the same images, whatever the ties. It leaves out the empty
+    image of insertion and the whole image of deletion, and its points are equally far
+    apart.
 
     Args:
 
@@ -434,8 +403,6 @@ def keio_areas(result: InsertionDeletion) -> Areas:
         >>> images, flat = torch.rand(1, 1, 40, 40), torch.zeros(1, 40, 40)
         >>> mean = lambda x: x.mean((1, 2, 3))
         >>> both = insertion_deletion(mean, images, flat, protocol="keio", ties="group")
-        >>> bool(both.id_score.abs() < 1e-6)  # a constant map
-        True
         >>> torch.allclose(keio_areas(both).id_score, mean(images))
         True
     """
@@ -453,21 +420,6 @@ def keio_areas(result: InsertionDeletion) -> Areas:
 def _repeat(output: Tensor, batch: int) -> Tensor:
     """The first row, for each example."""
     return output[:1].expand(batch, *output.shape[1:])
-
-
-def _score(result: Tensor, output: Union[str, Callable[[Tensor], Tensor]]) -> Tensor:
-    """Scores of all classes, in at least single precision."""
-    scores = result if isinstance(output, str) else output(result)
-    if not isinstance(scores, Tensor) or scores.shape[:1] != result.shape[:1]:
-        raise ValueError(
-            "output must be a function which returns a tensor with one row for each"
-            f" of {len(result)} images, but returns"
-            f" {tuple(scores.shape) if isinstance(scores, Tensor) else scores!r}."
-        )
-    scores = at_least_single(scores)
-    if output == "softmax" and scores.shape[1:].numel() > 1:
-        return scores.softmax(1)
-    return scores
 
 
 def _area(curve: Tensor, fractions: Tensor) -> Tensor:

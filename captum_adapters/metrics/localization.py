@@ -1,25 +1,28 @@
-"""Whether relevance is on the object, and whether it is conserved."""
+"""Whether relevance is on the object: pointing, distance, and types of errors."""
 
 import math
-from typing import Any, NamedTuple, Optional, Sequence, Union
+from typing import NamedTuple, Optional, Sequence, Union
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
-from captum_adapters._validation import double_dtype, warn_negative_maps
-from captum_adapters.metrics._checks import (
+from captum_adapters._validation import (
+    Maps,
     as_batch,
+    check_choice,
+    double_dtype,
+    pixel_maps,
     positive_integer,
-    rank_maps,
     to_tensor,
+    warn_negative_maps,
 )
-from captum_adapters.metrics._top import Percents, means_of_top, percent_tensors
-from captum_adapters.metrics.pixel_accuracy import PERCENTS
-
-Maps = Union[Tensor, NDArray[Any], tuple[Tensor, ...]]
+from captum_adapters.metrics._ranking import (
+    PERCENTS,
+    Percents,
+    means_of_top,
+    percent_tensors,
+)
 
 NORMALIZATIONS = ("diagonal", "max", "mean", None)
 
@@ -29,20 +32,19 @@ class MaskPointing(NamedTuple):
 
     Attributes:
 
-        share (Tensor): Share of the top p % that is inside of the mask, from 0 to 1, of
-                shape (batch, percents). Of pixels with equal attributions, it is the
-                expected share over all their orders. NaN if the mask is empty, so that
-                an image without an object counts neither as a hit nor as a miss, and if
-                the percentage selects no pixel.
+        share (Tensor): Share of the top p % that is inside of the mask, from 0 to 1,
+                (batch, percents). NaN if the mask is empty, so that an image without an
+                object counts neither as a hit nor as a miss, or if the percentage
+                selects no pixel.
         chance (Tensor): Share of the mask in the image, which is the expected share of
-                a random map, of shape (batch,).
+                a random map, (batch,).
         ceiling (Tensor): Largest possible share, the smaller of 1 and the mask's number
-                of pixels divided by that of the top p %, of shape (batch, percents).
-        empty (Tensor): Whether the mask is empty, bool of shape (batch,).
-        counts (Tensor): Number of pixels in the top p %, of shape (percents,).
-        percents (Tensor): Percentages, of shape (percents,).
-        tied_share (Tensor): Share of pixels of which the attribution is not theirs
-                alone, of shape (batch,).
+                of pixels divided by that of the top p %, (batch, percents).
+        empty (Tensor): Whether the mask is empty, bool (batch,).
+        counts (Tensor): Number of pixels in the top p %, (percents,).
+        percents (Tensor): Percentages, (percents,).
+        tied_share (Tensor): Share of pixels whose attribution is not theirs alone,
+                (batch,).
     """
 
     share: Tensor
@@ -59,18 +61,12 @@ class MaskDistance(NamedTuple):
 
     Attributes:
 
-        distance (Tensor): Mean distance of the top p % to the mask, of shape (batch,
-                percents). Lower is better, and zero if the mask covers the image. Of
-                pixels with equal attributions, it is the expected distance over all
-                their orders. NaN if the mask is empty, or the percentage selects no
-                pixel.
+        distance (Tensor): Mean distance of the top p % to the mask, (batch, percents).
+                Lower is better, and zero if the mask covers the image. NaN if the mask
+                is empty, or the percentage selects no pixel.
         chance (Tensor): Mean distance of all pixels, which is the expected distance of
-                a random map, of shape (batch,).
-        empty (Tensor): Whether the mask is empty, bool of shape (batch,).
-        counts (Tensor): Number of pixels in the top p %, of shape (percents,).
-        percents (Tensor): Percentages, of shape (percents,).
-        tied_share (Tensor): Share of pixels of which the attribution is not theirs
-                alone, of shape (batch,).
+                a random map, (batch,).
+        empty, counts, percents, tied_share (Tensor): See :class:`MaskPointing`.
     """
 
     distance: Tensor
@@ -127,7 +123,7 @@ def _scores(
     maps: Tensor, frame: Tensor, absolute: bool, interpolate: Optional[str]
 ) -> Tensor:
     """Scores to rank pixels by, of shape (batch, height, width)."""
-    scores = rank_maps(maps, frame, "abs_sum" if absolute else "sum", interpolate)
+    scores = pixel_maps(maps, frame, "abs_sum" if absolute else "sum", interpolate)
     if not absolute:
         # attributed to the caller of the public function
         warn_negative_maps(scores, stacklevel=4)
@@ -219,23 +215,7 @@ def mask_pointing(
 
 
 def distance_maps(masks: Tensor) -> Tensor:
-    """Distance of each pixel to the nearest pixel of the mask.
-
-    Args:
-
-        masks (Tensor): Masks, bool of shape (batch, height, width).
-
-    Returns:
-        Tensor: Exact Euclidean distances between centers of pixels, in pixels, of the
-        same shape in double precision; zero inside of the mask. NaN if the mask is
-        empty.
-
-    Examples::
-
-        >>> import torch
-        >>> distance_maps(torch.tensor([[[True, False, False]]])).tolist()
-        [[[0.0, 1.0, 2.0]]]
-    """
+    """Distance of each pixel to the nearest one of the mask, NaN if that is empty."""
     outside = (~masks).cpu().numpy()
     distances = torch.stack(
         [torch.from_numpy(distance_transform_edt(image)) for image in outside]
@@ -263,15 +243,7 @@ def mask_distance(
 
     Args:
 
-        attributions (Tensor, numpy.ndarray or tuple[Tensor]): Attributions of shape
-                (batch, channels, height, width) or (batch, height, width). Channels are
-                summed. A single map may be of shape (height, width).
-        masks (Tensor or numpy.ndarray): Masks of shape (batch, height, width) or
-                (batch, 1, height, width), 1 or True inside of the object. A single one
-                may be of shape (height, width). For boxes, see :func:`boxes_to_masks`.
-        percents (int, float or Fraction, or sequence of these, optional): Percentages
-                from 0 to 100, in any order, see :func:`mask_pointing`.
-                Default: those of the figures of R-LRP's paper
+        attributions, masks, percents: See :func:`mask_pointing`.
         normalization (str, optional): What distances are divided by. The paper
                 normalizes as masks differ in size, but does not say how.
 
@@ -283,21 +255,14 @@ def mask_distance(
                 - `None`: nothing, the unit is a pixel.
 
                 Default: `"diagonal"`
-        absolute (bool, optional): Whether to rank by the magnitude of the sum over
-                channels, as the paper does. Otherwise negative relevance comes last.
-                Default: True
-        interpolate (str, optional): Mode of :func:`torch.nn.functional.interpolate` for
-                attributions of another height and width. `None` refuses these.
-                Default: None
+        absolute, interpolate: See :func:`mask_pointing`.
 
     Returns:
         MaskDistance: A named tuple of tensors, with a row for each example, on the
         device of the attributions.
 
     Raises:
-        ValueError: If a shape does not fit, a mask has other values than 0 and 1, a
-                percentage is not from 0 to 100, the normalization is unknown, or there
-                is NaN or infinity in the attributions.
+        ValueError: As :func:`mask_pointing`, or if the normalization is unknown.
 
     Examples::
 
@@ -308,11 +273,7 @@ def mask_distance(
         >>> mask_distance(maps, masks, (25, 50), normalization=None).distance.tolist()
         [[3.0, 2.5]]
     """
-    if normalization not in NORMALIZATIONS:
-        raise ValueError(
-            f"normalization={normalization!r} is not one of"
-            f" {', '.join(map(repr, NORMALIZATIONS))}."
-        )
+    check_choice("normalization", normalization, NORMALIZATIONS)
     maps, inside, frame = _check_masks(attributions, masks, interpolate)
     distances = distance_maps(inside)
     flat = distances.flatten(1)
@@ -349,10 +310,9 @@ def boxes_to_masks(
     """Masks of the pixels inside of bounding boxes.
 
     Coordinates are those of an image whose upper left corner is (0, 0) and whose lower
-    right corner is (width, height), so the pixel in column x and row y covers x to
-    x + 1 and y to y + 1. A pixel is inside of a box if its center is. With integers,
-    the columns x0 to x1 - 1 and the rows y0 to y1 - 1 are. What is outside of the image
-    is cut off.
+    right corner is (width, height). A pixel is inside of a box if its center is: with
+    integers, the columns x0 to x1 - 1 and the rows y0 to y1 - 1 are. What is outside of
+    the image is cut off.
 
     Boxes are often given otherwise: Pascal VOC and ImageNet count pixels from 1 and
     include the last (subtract 1 from x0 and y0), and COCO gives (x0, y0, width,
@@ -378,11 +338,8 @@ def boxes_to_masks(
     Examples::
 
         >>> from captum_adapters.metrics import boxes_to_masks
-        >>> boxes_to_masks([[(1, 0, 3, 1)], []], (2, 3)).int()
+        >>> boxes_to_masks([[(1, 0, 3, 1)]], (2, 3)).int()
         tensor([[[0, 1, 1],
-                 [0, 0, 0]],
-        <BLANKLINE>
-                [[0, 0, 0],
                  [0, 0, 0]]], dtype=torch.int32)
     """
     height, width = size
@@ -416,65 +373,3 @@ def boxes_to_masks(
         covered = (x0 <= columns) & (columns < x1) & (y0 <= rows) & (rows < y1)
         mask |= covered.any(0)
     return masks
-
-
-def conservation_gap(
-    attributions: Maps,
-    initial: Union[int, float, Tensor, NDArray[Any]],
-) -> Tensor:
-    r"""How much relevance is gained or lost on the way, relative to what there was.
-
-    .. math::
-        \frac{\sum_i R_i - R}{|R|}
-
-    with the attributions :math:`R_i` and the initial relevance :math:`R` at the output.
-    Zero is exact conservation (Otsuki et al., section 3.2), -1 a complete loss, and 1
-    means that relevance has doubled.
-
-    Args:
-
-        attributions (Tensor, numpy.ndarray or tuple of these): Attributions of shape
-                (batch, ...). For a tuple, the sum goes over all its tensors.
-        initial (int, float, Tensor or numpy.ndarray): Relevance that was propagated
-                from the output of each example, for instance its target's logit: a
-                tensor of shape (batch,), or of (batch, ...), which is summed for each
-                example, or a number for all.
-
-    Returns:
-        Tensor: Relative gap of shape (batch,), in double precision. NaN if the initial
-        relevance is zero.
-
-    Raises:
-        ValueError: If the batch sizes differ or are zero.
-        TypeError: If an argument is neither a tensor nor an array of numbers.
-
-    Examples::
-
-        >>> import torch
-        >>> from captum_adapters.metrics import conservation_gap
-        >>> attributions = torch.tensor([[1.0, 2.0], [1.0, -3.0]])
-        >>> conservation_gap(attributions, torch.tensor([3.0, -1.0])).tolist()
-        [0.0, -1.0]
-    """
-    given = attributions if isinstance(attributions, tuple) else (attributions,)
-    parts = [to_tensor(part, "attributions") for part in given]
-    if not parts or any(part.ndim == 0 or len(part) == 0 for part in parts):
-        raise ValueError("attributions have no examples: give a shape of (batch, ...).")
-    batch, device = len(parts[0]), parts[0].device
-    dtype = double_dtype(device)
-    if isinstance(initial, np.ndarray):
-        initial = to_tensor(initial, "initial")
-    start = torch.as_tensor(initial, dtype=dtype, device=device).detach()
-    if start.ndim == 0:
-        start = start.expand(batch)
-    if any(len(part) != batch for part in (*parts, start)):
-        raise ValueError(
-            "Batch sizes differ: attributions are of shape"
-            f" {', '.join(str(tuple(part.shape)) for part in parts)}, and initial is of"
-            f" shape {tuple(start.shape)}."
-        )
-    start = start.reshape(batch, -1).sum(1)
-    total = sum(
-        part.detach().to(device, dtype).reshape(batch, -1).sum(1) for part in parts
-    )
-    return torch.where(start == 0, math.nan, (total - start) / start.abs())

@@ -1,43 +1,39 @@
 """Accuracy on images that keep only their most relevant pixels."""
 
-from typing import Any, Callable, NamedTuple, Optional, Union
+from typing import Any, Callable, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
-from captum._utils.typing import BaselineType, TargetType
-from numpy.typing import NDArray
 from torch import Tensor
 
 from captum_adapters._validation import (
+    BaselineType,
+    Inputs,
+    Maps,
+    TargetType,
+    as_batch,
     check_baselines,
+    check_choice,
     check_images,
     check_range,
     check_target,
+    chunk_size,
     double_dtype,
-    forward_in_chunks,
+    pixel_maps,
+    to_tensor,
     warn_negative_maps,
 )
-from captum_adapters.metrics._checks import (
-    as_argument,
-    as_batch,
-    check_chunk,
-    rank_maps,
-    to_tensor,
-)
-from captum_adapters.metrics._orders import SampleIds, rank_ties
-from captum_adapters.metrics._top import (
+from captum_adapters.metrics._forward import forward_in_chunks
+from captum_adapters.metrics._ranking import (
+    PERCENTS,
     Percent,
     Percents,
+    SampleIds,
     percent_list,
     percent_tensors,
+    rank_ties,
     top_counts,
 )
-
-# Percentages at which the curves of the R-LRP paper are drawn
-PERCENTS = (1, 5, 10, 15, 20, 25, 40, 50, 60, 75, 80, 85, 90, 95, 99)
-
-
-Maps = Union[Tensor, NDArray[Any], tuple[Tensor, ...]]
 
 
 class PixelAccuracy(NamedTuple):
@@ -46,10 +42,9 @@ class PixelAccuracy(NamedTuple):
     Attributes:
 
         correct (Tensor): Whether the predicted class is the reference, bool of shape
-                (batch, percents). Where the percentage divides pixels of equal
-                attributions, it is that of a single random order of these.
+                (batch, percents), in the first order of ties.
         predictions (Tensor): Class with the largest output, of shape (batch, percents),
-                for the same order.
+                in the same order.
         reference (Tensor): Class that each example's predictions are compared with, of
                 shape (batch,).
         counts (Tensor): Number of pixels, or inputs, that are kept, of shape
@@ -79,10 +74,11 @@ def _unit_scores(
     interpolate: Optional[str] = None,
 ) -> Tensor:
     """Scores to rank, of shape (batch, 1 or channels, height, width)."""
+    check_choice("unit", unit, ("pixel", "input"))
     reduce = "abs_sum" if absolute else "sum"
     if unit == "pixel":
-        scores = rank_maps(attributions, images, reduce, interpolate)[:, None]
-    elif unit == "input":
+        scores = pixel_maps(attributions, images, reduce, interpolate)[:, None]
+    else:
         maps = to_tensor(attributions, "attributions")
         if maps.ndim != 4 or maps.shape[:2] != images.shape[:2]:
             raise ValueError(
@@ -93,13 +89,11 @@ def _unit_scores(
             )
         scores = torch.stack(
             [
-                rank_maps(channel[:, None], images[:, :1], reduce, interpolate)
+                pixel_maps(channel[:, None], images[:, :1], reduce, interpolate)
                 for channel in maps.unbind(1)
             ],
             1,
         )
-    else:
-        raise ValueError(f"unit={unit!r} is not one of 'pixel' and 'input'.")
     if not absolute:
         # attributed to the caller of the public function
         warn_negative_maps(scores.flatten(1, 2), stacklevel=4)
@@ -125,12 +119,8 @@ def _accuracy(
 ) -> PixelAccuracy:
     """Predictions for images of which only the highest scores are kept."""
     batch, total = len(images), scores[0].numel()
-    chunk = check_chunk(max_examples_per_batch)
     labels = check_target(target, batch, images.device)
-    if reference not in ("label", "prediction"):
-        raise ValueError(
-            f"reference={reference!r} is not one of 'label' and 'prediction'."
-        )
+    check_choice("reference", reference, ("label", "prediction"))
     if (reference == "label") == (labels is None):
         raise ValueError(
             "reference='label' compares with the classes in target, which is None: give"
@@ -139,7 +129,7 @@ def _accuracy(
             else "reference='prediction' compares with the class that is predicted for"
             " the whole image: leave target out, or choose reference='label'."
         )
-    baseline = check_baselines(as_argument(baselines, "baselines"), images)
+    baseline = check_baselines(baselines, images)
     percents = percent_list(percents)
     counts = top_counts(percents, total)
     # equal images are evaluated once; the whole image is the one that keeps all
@@ -187,7 +177,7 @@ def _accuracy(
         examples,
         batch,
         additional_forward_args,
-        chunk,
+        chunk_size(max_examples_per_batch, batch),
         show_progress,
     )
     if bool(invalid.any()):
@@ -219,7 +209,7 @@ def _accuracy(
 
 
 def keep_top(
-    inputs: Union[Tensor, tuple[Tensor, ...]],
+    inputs: Inputs,
     attributions: Maps,
     percent: Percent,
     *,
@@ -246,8 +236,7 @@ def keep_top(
                 for a single image.
         percent (int, float or Fraction): Percentage from 0 to 100. Exactly
                 :math:`\lfloor pN/100 \rfloor` of the N pixels or inputs are kept; 1 %
-                of 224 x 224 pixels are 501. For those with equal attributions, see
-                `ties`.
+                of 224 x 224 pixels are 501.
         unit (str, optional): `"pixel"` to rank pixels by the sum over their channels,
                 or `"input"` to rank each channel's values on their own, so that of a
                 pixel only the red channel may be kept.
@@ -257,10 +246,8 @@ def keep_top(
                 come last.
                 Default: True
         baselines (scalar, Tensor, tuple of scalar, or Tensor, optional): What the rest
-                is replaced with: a number, or a tensor that can be broadcast to the
-                inputs. Zero is the mean color for inputs that are normalized with
-                the mean of the data; black is `(0 - mean) / std` then, of shape (1,
-                channels, 1, 1). The paper does not say which of them it used.
+                is replaced with, see :func:`insertion_deletion`. The paper does not say
+                whether it is the mean color or black.
                 Default: 0
         interpolate (str, optional): Mode of :func:`torch.nn.functional.interpolate` for
                 attributions of another height and width. `None` refuses these.
@@ -269,12 +256,7 @@ def keep_top(
                 random order, `"stable"` if they come row by row, which favours those in
                 the upper half of the image.
                 Default: `"random"`
-        seed (int, optional): Seed of random orders.
-                Default: 0
-        sample_ids (list or Tensor, optional): An identity for each example, which
-                together with `seed` determines its random orders. By default it is the
-                content of the image.
-                Default: None
+        seed, sample_ids: What random orders depend on, see :func:`insertion_deletion`.
 
     Returns:
         Tensor: Images of the shape and type of the inputs.
@@ -292,21 +274,18 @@ def keep_top(
         >>> keep_top(images, maps, 50)
         tensor([[[[0., 2.],
                   [3., 0.]]]])
-        >>> keep_top(images, maps, 50, absolute=False)
-        tensor([[[[0., 0.],
-                  [3., 4.]]]])
     """
-    images = check_images(to_tensor(inputs, "inputs"))
+    images = check_images(inputs)
     scores = _unit_scores(attributions, images, unit, absolute, interpolate)
     counts = top_counts([percent], scores[0].numel())
     ranks = rank_ties(scores, counts, images, ties, 1, seed, sample_ids).ranks
-    fill = check_baselines(as_argument(baselines, "baselines"), images)
+    fill = check_baselines(baselines, images)
     return torch.where(ranks < counts[0], images, fill)
 
 
 def pixel_accuracy(
     forward_func: Callable[..., Any],
-    inputs: Union[Tensor, tuple[Tensor, ...]],
+    inputs: Inputs,
     attributions: Maps,
     percents: Percents = PERCENTS,
     target: TargetType = None,
@@ -343,26 +322,18 @@ def pixel_accuracy(
 
         forward_func (callable): The network, or any function that returns an output of
                 shape (batch, classes).
-        inputs (Tensor or tuple[Tensor]): Images of shape (batch, channels, height,
-                width).
-        attributions (Tensor, numpy.ndarray or tuple[Tensor]): Attributions of shape
-                (batch, channels, height, width), or with `unit="pixel"` also of shape
-                (batch, 1, height, width) or (batch, height, width), or (height, width)
-                for a single image.
+        inputs, attributions: See :func:`keep_top`.
         percents (int, float or Fraction, or sequence of these, optional): Percentages
-                from 0 to 100, in any order. Exactly :math:`\lfloor pN/100 \rfloor` of
-                the N pixels or inputs are kept.
+                from 0 to 100, in any order, see :func:`keep_top`.
                 Default: those of the paper's figures
         target (int, Tensor or list, optional): With `reference="label"`, the class of
                 all examples, or one for each.
                 Default: None
-        additional_forward_args (Any, optional): Further arguments of `forward_func`.
-                Those tensors that have a row for each example are given with the row of
-                each image's example.
+        additional_forward_args (Any, optional): Further arguments of `forward_func`,
+                see :func:`insertion_deletion`.
                 Default: None
-        unit (str, optional): `"pixel"` to rank pixels by the sum over their channels
-                (figures 16 to 21), or `"input"` to rank each channel's values on their
-                own (figures 9 to 15).
+        unit (str, optional): `"pixel"` (the paper's figures 16 to 21) or `"input"`
+                (figures 9 to 15), see :func:`keep_top`.
                 Default: `"pixel"`
         absolute (bool, optional): Whether to rank by magnitude. The paper does in
                 figures 14 to 21, but not in figures 9 to 13.
@@ -371,32 +342,12 @@ def pixel_accuracy(
                 and `"prediction"` with the class that is predicted for the whole image,
                 as the paper does on ImageNet.
                 Default: `"label"`
-        baselines (scalar, Tensor, tuple of scalar, or Tensor, optional): What the rest
-                is replaced with, see :func:`keep_top`.
-                Default: 0
-        interpolate (str, optional): Mode of :func:`torch.nn.functional.interpolate` for
-                attributions of another height and width. `None` refuses these.
-                Default: None
-        max_examples_per_batch (int, optional): The largest number of images that go
-                through the network at a time. It has no influence on the result.
-                By default 32, or the batch size if that is larger.
-                Default: None
-        show_progress (bool, optional): Whether to show a progress bar.
-                Default: False
-        ties (str, optional): `"random"` if pixels with equal attributions come in
-                random order, `"stable"` if they come row by row, which favours those in
-                the upper half of the image.
-                Default: `"random"`
+        baselines, interpolate, ties, seed, sample_ids: See :func:`keep_top`.
+        max_examples_per_batch, show_progress: See :func:`insertion_deletion`.
         n_orders (int, optional): Number of random orders over which `accuracy` is
                 averaged where a percentage divides ties, and for which as many images
                 are evaluated. Every second one is the reverse of the one before.
                 Default: 4
-        seed (int, optional): Seed of random orders.
-                Default: 0
-        sample_ids (list or Tensor, optional): An identity for each example, which
-                together with `seed` determines its random orders. By default it is the
-                content of the image.
-                Default: None
 
     Returns:
         PixelAccuracy: A named tuple of tensors, with a row for each example, on the
@@ -425,7 +376,7 @@ def pixel_accuracy(
         >>> result.predictions, result.counts
         (tensor([[0, 0, 1]]), tensor([1, 3, 4]))
     """
-    images = check_images(to_tensor(inputs, "inputs"))
+    images = check_images(inputs)
     scores = _unit_scores(attributions, images, unit, absolute, interpolate)
     return _accuracy(
         forward_func,
@@ -448,7 +399,7 @@ def pixel_accuracy(
 
 def cross_model_accuracy(
     forward_func: Callable[..., Any],
-    inputs: Union[Tensor, tuple[Tensor, ...]],
+    inputs: Inputs,
     attributions: Maps,
     percents: Percents = PERCENTS,
     target: TargetType = None,
@@ -471,8 +422,7 @@ def cross_model_accuracy(
 
     Whether two networks decide by the same pixels: network B (`forward_func`) sees only
     the p % of each image that are most relevant to network A (`attributions`), as in
-    section 5.3 and figure 22 of R-LRP by Nyiri & Gibaru. The rest is as for
-    :func:`pixel_accuracy`.
+    section 5.3 and figure 22 of R-LRP by Nyiri & Gibaru.
 
     Networks often differ in their preprocessing. There are two ways to deal with it:
 
@@ -485,38 +435,11 @@ def cross_model_accuracy(
 
     Args:
 
-        forward_func (callable): Network B, or any function that returns an output of
-                shape (batch, classes).
-        inputs (Tensor or tuple[Tensor]): Images of shape (batch, channels, height,
-                width), as A sees them if there is a `transform`, else as B does.
-        attributions (Tensor, numpy.ndarray or tuple[Tensor]): Attributions of network
-                A, of shape (batch, channels, height, width), or with `unit="pixel"`
-                also of shape (batch, 1, height, width) or (batch, height, width), or
-                (height, width) for a single image.
-        percents (int, float or Fraction, or sequence of these, optional): Percentages
-                from 0 to 100, in any order. Exactly :math:`\lfloor pN/100 \rfloor` of the N
-                pixels or inputs of A are kept.
-                Default: those of the paper's figures
-        target (int, Tensor or list, optional): With `reference="label"`, the class of
-                all examples, or one for each. It need not be the label: with the
-                classes that A predicts for the whole images, the result is how often B
-                makes A's decision.
-                Default: None
-        additional_forward_args (Any, optional): Further arguments of `forward_func`.
-                Those tensors that have a row for each example are given with the row of
-                each image's example.
-                Default: None
-        unit (str, optional): `"pixel"` or `"input"`, see :func:`keep_top`.
-                Default: `"pixel"`
-        absolute (bool, optional): Whether to rank by magnitude.
-                Default: True
-        reference (str, optional): What is correct: `"label"` compares with `target`,
-                and `"prediction"` with the class that B predicts for the whole image.
-                The paper does not say which of them it used.
-                Default: `"label"`
-        baselines (scalar, Tensor, tuple of scalar, or Tensor, optional): What the rest
-                of `inputs` is replaced with, see :func:`keep_top`.
-                Default: 0
+        forward_func, inputs, attributions, percents, target, ...: See
+                :func:`pixel_accuracy`. `target` need not be the label: with the classes
+                that A predicts for the whole images, the result is how often B makes
+                A's decision. With `reference="prediction"`, it is B's own class of the
+                whole image. The paper does not say which of them it used.
         transform (callable, optional): A function from a batch of masked images to
                 B's inputs, for instance resizing and another normalization.
                 Default: None
@@ -524,26 +447,6 @@ def cross_model_accuracy(
                 and width than inputs. The share of B's pixels that is kept may differ
                 from that of A's by rounding.
                 Default: False
-        max_examples_per_batch (int, optional): The largest number of images that go
-                through the network at a time. It has no influence on the result.
-                By default 32, or the batch size if that is larger.
-                Default: None
-        show_progress (bool, optional): Whether to show a progress bar.
-                Default: False
-        ties (str, optional): `"random"` if pixels with equal attributions come in
-                random order, `"stable"` if they come row by row, which favours those in
-                the upper half of the image.
-                Default: `"random"`
-        n_orders (int, optional): Number of random orders over which `accuracy` is
-                averaged where a percentage divides ties, and for which as many images
-                are evaluated. Every second one is the reverse of the one before.
-                Default: 4
-        seed (int, optional): Seed of random orders.
-                Default: 0
-        sample_ids (list or Tensor, optional): An identity for each example, which
-                together with `seed` determines its random orders. By default it is the
-                content of the image.
-                Default: None
 
     Returns:
         PixelAccuracy: A named tuple as of :func:`pixel_accuracy`. The counts are those
@@ -560,13 +463,12 @@ def cross_model_accuracy(
         >>> model_b = lambda images: images.flatten(1)
         >>> resize = lambda images: torch.nn.functional.avg_pool2d(images, 2)
         >>> images = torch.arange(16.0).view(1, 1, 4, 4)
-        >>> maps_a = -images[:, 0]
         >>> result = cross_model_accuracy(
-        ...     model_b, images, maps_a, (50, 100), 1, absolute=True, transform=resize)
+        ...     model_b, images, -images[:, 0], (50, 100), 1, transform=resize)
         >>> result.predictions
         tensor([[3, 3]])
     """
-    images = check_images(to_tensor(inputs, "inputs"))
+    images = check_images(inputs)
     maps = as_batch(to_tensor(attributions, "attributions"), len(images))
     frame = images
     if resize_selection and maps.ndim in (3, 4):

@@ -69,8 +69,7 @@ def plot_curves(
     The bands are for the means of all examples, point by point
     (:func:`captum_adapters.metrics.bootstrap_interval`). Two methods may well differ
     although their bands overlap, as both vary with the examples; for that, see
-    :func:`captum_adapters.metrics.compare`. Where all examples have the same value, the
-    band has no width.
+    :func:`captum_adapters.metrics.compare`.
 
     Args:
 
@@ -99,14 +98,6 @@ def plot_curves(
 
     Raises:
         ValueError: If there are no curves, or a shape does not fit.
-
-    Examples::
-
-        >>> import torch
-        >>> from captum_adapters.metrics.plots import plot_curves
-        >>> curves = {"linear": torch.rand(20, 1) * torch.linspace(0, 1, 5)}
-        >>> axes = plot_curves(curves, torch.linspace(0, 1, 5))
-        >>> axes.figure.savefig("curves.png")  # doctest: +SKIP
     """
     if not curves:
         raise ValueError("There are no curves to draw.")
@@ -158,21 +149,11 @@ def plot_insertion_deletion(
                 :func:`captum_adapters.metrics.insertion_deletion` for each method.
         figure (Figure, optional): What to draw on, a new one by default.
                 Default: None
-        confidence (float, optional): Level of confidence of the bands, `None` for no
-                bands. See :func:`plot_curves`.
-                Default: 0.95
-        clusters (Tensor or sequence, optional): The cluster of each example, see
-                :func:`captum_adapters.metrics.bootstrap_interval`.
-                Default: None
-        n_resamples (int, optional): Number of resamples of the bootstrap.
-                Default: 2000
+        confidence, clusters, n_resamples: See :func:`plot_curves`.
 
     Returns:
         Figure: The figure, with insertion to the left and deletion to the right. The
         legends give the mean areas.
-
-    Raises:
-        ValueError: If there are no results.
 
     Examples::
 
@@ -227,33 +208,10 @@ def plot_accuracy(
         results (mapping of str to PixelAccuracy): For each method, the result of
                 :func:`captum_adapters.metrics.pixel_accuracy`, or for each network,
                 that of :func:`captum_adapters.metrics.cross_model_accuracy`.
-        axes (Axes, optional): What to draw on. By default, a new figure is made, to be
-                found as `axes.figure`.
-                Default: None
-        confidence (float, optional): Level of confidence of the bands, `None` for no
-                bands. See :func:`plot_curves`.
-                Default: 0.95
-        clusters (Tensor or sequence, optional): The cluster of each example, see
-                :func:`captum_adapters.metrics.bootstrap_interval`.
-                Default: None
-        n_resamples (int, optional): Number of resamples of the bootstrap.
-                Default: 2000
+        axes, confidence, clusters, n_resamples: See :func:`plot_curves`.
 
     Returns:
         Axes: What was drawn on.
-
-    Raises:
-        ValueError: If there are no results.
-
-    Examples::
-
-        >>> import torch
-        >>> from captum_adapters.metrics import pixel_accuracy
-        >>> from captum_adapters.metrics.plots import plot_accuracy
-        >>> images = torch.rand(8, 3, 4, 4)
-        >>> result = pixel_accuracy(lambda x: x.mean((2, 3)), images, images, target=0)
-        >>> axes = plot_accuracy({"brightness": result})
-        >>> axes.figure.savefig("accuracy.pdf")  # doctest: +SKIP
     """
     axes = plot_curves(
         {name: result.accuracy for name, result in results.items()},

@@ -1,6 +1,7 @@
 """Statistics for comparisons of methods on the same examples."""
 
 import math
+import warnings
 from itertools import combinations
 from typing import Mapping, NamedTuple, Optional, Sequence, Union
 
@@ -9,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 from torch import Tensor
 
-from captum_adapters.metrics._checks import positive_integer
+from captum_adapters._validation import check_choice, positive_integer
 
 Scores = Union[Tensor, ArrayLike]
 
@@ -141,43 +142,42 @@ def _interval(
     if groups < 2:
         nan = np.full(shape, math.nan)
         return nan, nan.copy()
-    sums = sums.reshape(groups, -1)
-    mean = sums.sum(0) / sizes.sum()
-    rng = np.random.default_rng(seed)
-    means = np.empty((n_resamples, sums.shape[1]))
-    block = max(1, BLOCK // groups)
-    for begin in range(0, n_resamples, block):
-        count = min(block, n_resamples - begin)
-        drawn = rng.integers(0, groups, (count, groups))
-        # how often each cluster is drawn
-        offset = drawn + groups * np.arange(count)[:, None]
-        weights = np.bincount(offset.ravel(), minlength=count * groups)
-        weights = weights.reshape(count, groups).astype(np.float64)
-        means[begin : begin + count] = (weights @ sums) / (weights @ sizes)[:, None]
+    columns = sums.reshape(groups, -1)
+    mean = columns.sum(0) / sizes.sum()
+    # the same examples in another order differ by rounding
+    rounding = 1e-12 * np.abs(columns).sum(0) / sizes.sum()
+
+    def means(drawn: NDArray[np.int64], axis: int = -1) -> NDArray[np.float64]:
+        rows = drawn.reshape(-1, drawn.shape[-1])
+        # how often each cluster is drawn, instead of a copy of all values
+        offset = rows + groups * np.arange(len(rows))[:, None]
+        weights = np.bincount(offset.ravel(), minlength=len(rows) * groups)
+        weights = weights.reshape(len(rows), groups).astype(np.float64)
+        result = (weights @ columns) / (weights @ sizes)[:, None]
+        result = np.where(np.abs(result - mean) <= rounding, mean, result)
+        return result.T.reshape(-1, *drawn.shape[:-1])
+
+    with warnings.catch_warnings():
+        # where all resamples are equal
+        warnings.simplefilter("ignore")
+        result = stats.bootstrap(
+            (np.arange(groups),),
+            means,
+            vectorized=True,
+            n_resamples=n_resamples,
+            batch=max(1, BLOCK // groups),
+            confidence_level=confidence,
+            method=method,
+            random_state=np.random.default_rng(seed),
+        )
     tail = (1 - confidence) / 2
-    levels = np.full((2, len(mean)), [[tail], [1 - tail]])
-    if method == "bca":
-        # Efron 1987: bias by the share of lower resamples, skewness by the jackknife
-        gap = means - mean
-        # the same examples in another order differ by rounding
-        rounding = 1e-12 * np.abs(sums).sum(0) / sizes.sum()
-        lower = ((gap < -rounding).mean(0) + (gap <= rounding).mean(0)) / 2
-        bias = stats.norm.ppf(lower)
-        left = (sums.sum(0) - sums) / (sizes.sum() - sizes)[:, None]
-        deviation = left.mean(0) - left
-        cubes, squares = (deviation**3).sum(0), (deviation**2).sum(0)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            skewness = cubes / (6 * squares**1.5)
-            shift = bias + stats.norm.ppf(levels)
-            corrected = stats.norm.cdf(bias + shift / (1 - skewness * shift))
+    drawn = result.bootstrap_distribution
+    low, high = (
         # without any variation there is nothing to correct
-        levels = np.where(np.isfinite(corrected), corrected, levels)
-    ends = [
-        [np.quantile(column, level) for column, level in zip(means.T, row)]
-        for row in levels
-    ]
-    low, high = np.array(ends).reshape(2, *shape)
-    return low, high
+        np.where(np.isfinite(end), end, np.quantile(drawn, level, axis=-1))
+        for end, level in zip(result.confidence_interval, (tail, 1 - tail))
+    )
+    return low.reshape(shape)[()], high.reshape(shape)[()]
 
 
 def bootstrap_interval(
@@ -235,8 +235,7 @@ def bootstrap_interval(
         True
     """
     _check_resampling(confidence, n_resamples)
-    if method not in ("bca", "percentile"):
-        raise ValueError(f"method={method!r} is not one of 'bca' and 'percentile'.")
+    check_choice("method", method, ("bca", "percentile"))
     array = _to_array(values, "values")
     index = _cluster_index(clusters, len(array))
     valid = ~np.isnan(array).any(tuple(range(1, array.ndim)))
@@ -404,7 +403,7 @@ def compare(
     """Compare methods by their scores on the same examples.
 
     How much scores differ from example to example is usually far more than how much
-    methods differ on an example, so that the differences per example are what is
+    methods differ on an example, so the differences per example are what is
     informative, and not the means with their own confidence intervals.
 
     Args:
@@ -413,13 +412,7 @@ def compare(
                 same examples in the same order, of shape (n,). Examples with NaN in one
                 of two scores are left out of their comparison.
         baseline (str, optional): Name of the method that all others are compared with.
-                By default, all pairs of methods are compared.
-                Default: None
-        clusters (Tensor or sequence, optional): The cluster of each example, for
-                instance its class, as numbers or names of shape (n,). If examples of a
-                cluster resemble each other, intervals and p-values are too small
-                without. See :func:`bootstrap_interval`.
-                Default: None
+                Default: None, for all pairs of methods
         test (str, optional): Two-sided test of paired differences.
 
                 - `"permutation"`: whether the mean is zero, by the signs of the
@@ -430,14 +423,9 @@ def compare(
                   clusters, the ranks' sum is tested by reversing signs as above.
 
                 Default: `"permutation"`
-        confidence (float, optional): Level of confidence of the bootstrap intervals
-                (bias-corrected and accelerated, of each comparison alone).
-                Default: 0.95
-        n_resamples (int, optional): Number of resamples of the interval, and of the
-                test.
-                Default: 9999
-        seed (int, optional): Seed of both.
-                Default: 0
+        clusters, confidence, n_resamples, seed: See :func:`bootstrap_interval`. If
+                examples of a cluster resemble each other, intervals and p-values are
+                too small without clusters.
 
     Returns:
         list[Comparison]: A named tuple for each pair, of which `_asdict()` makes a row
@@ -460,8 +448,7 @@ def compare(
         (0.18, 0.0625, 1)
     """
     _check_resampling(confidence, n_resamples)
-    if test not in ("permutation", "wilcoxon"):
-        raise ValueError(f"test={test!r} is not one of 'permutation' and 'wilcoxon'.")
+    check_choice("test", test, ("permutation", "wilcoxon"))
     if len(scores) < 2:
         raise ValueError(f"scores are of {len(scores)} methods: give two or more.")
     if baseline is not None and baseline not in scores:

@@ -11,16 +11,18 @@ import zlib
 from typing import Any, Callable, ClassVar, Generic, Optional, Sequence, TypeVar, Union
 
 import torch
-from captum._utils.typing import TargetType
 from torch import Tensor
 
-from captum_adapters.metrics._checks import positive_integer
-from captum_adapters.metrics._top import percent_list, top_counts
-from captum_adapters.metrics.insertion_deletion import InsertionDeletion, insertion_deletion
+from captum_adapters._validation import TargetType, positive_integer
+from captum_adapters.metrics._ranking import percent_list, top_counts
+from captum_adapters.metrics.conservation import conservation_gap
+from captum_adapters.metrics.insertion_deletion import (
+    InsertionDeletion,
+    insertion_deletion,
+)
 from captum_adapters.metrics.localization import (
     MaskDistance,
     MaskPointing,
-    conservation_gap,
     mask_distance,
     mask_pointing,
 )
@@ -65,11 +67,7 @@ class Accumulated(Generic[Result]):
 
 
 def _gather(tensor: Tensor, group: Optional[Any] = None) -> list[Tensor]:
-    """The tensors of all processes that have any examples.
-
-    Those of processes without examples have neither the type nor the shape that
-    :func:`torch.distributed.all_gather` would need.
-    """
+    """Tensors of all processes with examples, which others lack the type and shape of."""
     gathered: list[Any] = [None] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(gathered, tensor.detach().cpu(), group)
     tensors = [other.to(tensor.device) for other in gathered if other.numel()]
@@ -102,13 +100,7 @@ def _check_numbers(options: dict[str, Any]) -> None:
 
 
 class _PerExample(Metric, Generic[Result]):
-    """A function of batches, of which all results are kept.
-
-    Args:
-
-        **options (Any): Keyword arguments of the function, and of
-                :class:`torchmetrics.Metric`.
-    """
+    """A function of batches, of which all results are kept."""
 
     full_state_update = False
     is_differentiable = False
@@ -162,14 +154,7 @@ class _PerExample(Metric, Generic[Result]):
         states.append(ids.to(self.device, torch.long))
 
     def compute(self) -> Accumulated[Result]:
-        """Put the results of all batches, and processes, together.
-
-        Returns:
-            Accumulated: The results, with each identity once.
-
-        Raises:
-            ValueError: If there was no example.
-        """
+        """The results of all batches and processes, with each identity once."""
         if len(self.sample_ids) == 0:
             raise ValueError("There are no results: call update before compute.")
         ids, order = dim_zero_cat(self.sample_ids).sort(stable=True)
@@ -189,7 +174,59 @@ class _PerExample(Metric, Generic[Result]):
         return Accumulated(ids[first], type(self).result_type(*values))
 
 
-class InsertionDeletionMetric(_PerExample[InsertionDeletion]):
+class _OfNetwork(_PerExample[Result]):
+    """Metrics that evaluate a network."""
+
+    def update(
+        self,
+        sample_ids: SampleIds,
+        forward_func: Callable[..., Any],
+        inputs: TensorOrTuple,
+        attributions: TensorOrTuple,
+        target: TargetType = None,
+        additional_forward_args: object = None,
+    ) -> None:
+        """Add a batch.
+
+        Args:
+
+            sample_ids (Tensor or sequence of int): An identity for each example, such
+                    as its index in the data set, of shape (batch,). Random orders of
+                    ties depend on it.
+            forward_func, inputs, attributions, target, ...: See the function.
+
+        Raises:
+            ValueError: As the function, or if curves have another number of points than
+                    those before.
+        """
+        self._append(
+            sample_ids,
+            forward_func,
+            inputs,
+            attributions,
+            target=target,
+            additional_forward_args=additional_forward_args,
+            sample_ids=sample_ids,
+        )
+
+
+class _OfMasks(_PerExample[Result]):
+    """Metrics that compare maps with masks."""
+
+    def update(
+        self, sample_ids: SampleIds, attributions: TensorOrTuple, masks: Tensor
+    ) -> None:
+        """Add a batch.
+
+        Args:
+
+            sample_ids (Tensor or sequence of int): Identities of shape (batch,).
+            attributions, masks: See the function.
+        """
+        self._append(sample_ids, attributions, masks)
+
+
+class InsertionDeletionMetric(_OfNetwork[InsertionDeletion]):
     """:func:`captum_adapters.metrics.insertion_deletion` over a data set.
 
     All curves must have the same number of points, which depends on the number of
@@ -218,177 +255,33 @@ class InsertionDeletionMetric(_PerExample[InsertionDeletion]):
     result_type = InsertionDeletion
     fields = InsertionDeletion._fields
 
-    def update(
-        self,
-        sample_ids: SampleIds,
-        forward_func: Callable[..., Any],
-        inputs: TensorOrTuple,
-        attributions: TensorOrTuple,
-        target: TargetType = None,
-        additional_forward_args: object = None,
-    ) -> None:
-        """Add a batch.
 
-        Args:
-
-            sample_ids (Tensor or sequence of int): An identity for each example, such
-                    as its index in the data set, of shape (batch,).
-            forward_func (Callable): See the function, as for the other arguments.
-            inputs (Tensor or tuple[Tensor]): Images.
-            attributions (Tensor or tuple[Tensor]): Attributions.
-            target (int, tuple, Tensor, or list, optional): Target classes.
-                    Default: None
-            additional_forward_args (Any, optional): Further arguments of
-                    `forward_func`.
-                    Default: None
-
-        Raises:
-            ValueError: As the function, or if curves have another number of points than
-                    those before.
-        """
-        self._append(
-            sample_ids,
-            forward_func,
-            inputs,
-            attributions,
-            target=target,
-            additional_forward_args=additional_forward_args,
-            # on which random orders of ties depend
-            sample_ids=sample_ids,
-        )
-
-
-class PixelAccuracyMetric(_PerExample[PixelAccuracy]):
-    """:func:`captum_adapters.metrics.pixel_accuracy` over a data set.
-
-    Args:
-
-        **options (Any): Keyword arguments of the function, such as `percents` and
-                `unit`, and of :class:`torchmetrics.Metric`.
-
-    Examples::
-
-        >>> import torch
-        >>> from captum_adapters.metrics.torchmetrics import PixelAccuracyMetric
-        >>> metric = PixelAccuracyMetric(percents=(10, 100), reference="prediction")
-        >>> images = torch.rand(3, 3, 4, 4)
-        >>> metric.update([7, 8, 9], lambda x: x.mean((2, 3)), images, images)
-        >>> metric.compute().scores.correct[:, 1]
-        tensor([True, True, True])
-    """
+class PixelAccuracyMetric(_OfNetwork[PixelAccuracy]):
+    """:func:`captum_adapters.metrics.pixel_accuracy` over a data set, as above."""
 
     function = pixel_accuracy
     result_type = PixelAccuracy
     fields = PixelAccuracy._fields
 
-    def update(
-        self,
-        sample_ids: SampleIds,
-        forward_func: Callable[..., Any],
-        inputs: TensorOrTuple,
-        attributions: TensorOrTuple,
-        target: TargetType = None,
-        additional_forward_args: object = None,
-    ) -> None:
-        """Add a batch.
 
-        Args:
-
-            sample_ids (Tensor or sequence of int): An identity for each example, such
-                    as its index in the data set, of shape (batch,).
-            forward_func (Callable): See the function, as for the other arguments.
-            inputs (Tensor or tuple[Tensor]): Images.
-            attributions (Tensor or tuple[Tensor]): Attributions.
-            target (int, Tensor or list, optional): Labels.
-                    Default: None
-            additional_forward_args (Any, optional): Further arguments of
-                    `forward_func`.
-                    Default: None
-        """
-        self._append(
-            sample_ids,
-            forward_func,
-            inputs,
-            attributions,
-            target=target,
-            additional_forward_args=additional_forward_args,
-            # on which random orders of ties depend
-            sample_ids=sample_ids,
-        )
-
-
-class MaskPointingMetric(_PerExample[MaskPointing]):
-    """:func:`captum_adapters.metrics.mask_pointing` over a data set.
-
-    Args:
-
-        **options (Any): Keyword arguments of the function, such as `percents`, and of
-                :class:`torchmetrics.Metric`.
-
-    Examples::
-
-        >>> import torch
-        >>> from captum_adapters.metrics.torchmetrics import MaskPointingMetric
-        >>> metric = MaskPointingMetric(percents=(25,))
-        >>> maps = torch.tensor([[[0.9, 0.8], [0.1, 0.0]]])
-        >>> metric.update([0], maps, maps > 0.5)
-        >>> metric.compute().scores.share.tolist()
-        [[1.0]]
-    """
+class MaskPointingMetric(_OfMasks[MaskPointing]):
+    """:func:`captum_adapters.metrics.mask_pointing` over a data set, as above."""
 
     function = mask_pointing
     result_type = MaskPointing
     fields = MaskPointing._fields
 
-    def update(
-        self, sample_ids: SampleIds, attributions: TensorOrTuple, masks: Tensor
-    ) -> None:
-        """Add a batch.
 
-        Args:
-
-            sample_ids (Tensor or sequence of int): An identity for each example, such
-                    as its index in the data set, of shape (batch,).
-            attributions (Tensor or tuple[Tensor]): Attributions.
-            masks (Tensor): Masks.
-        """
-        self._append(sample_ids, attributions, masks)
-
-
-class MaskDistanceMetric(_PerExample[MaskDistance]):
-    """:func:`captum_adapters.metrics.mask_distance` over a data set.
-
-    Args:
-
-        **options (Any): Keyword arguments of the function, such as `percents` and
-                `normalization`, and of :class:`torchmetrics.Metric`.
-    """
+class MaskDistanceMetric(_OfMasks[MaskDistance]):
+    """:func:`captum_adapters.metrics.mask_distance` over a data set, as above."""
 
     function = mask_distance
     result_type = MaskDistance
     fields = MaskDistance._fields
 
-    def update(
-        self, sample_ids: SampleIds, attributions: TensorOrTuple, masks: Tensor
-    ) -> None:
-        """Add a batch, see :meth:`MaskPointingMetric.update`.
-
-        Args:
-
-            sample_ids (Tensor or sequence of int): Identities of shape (batch,).
-            attributions (Tensor or tuple[Tensor]): Attributions.
-            masks (Tensor): Masks.
-        """
-        self._append(sample_ids, attributions, masks)
-
 
 class ConservationGapMetric(_PerExample[Tensor]):
-    """:func:`captum_adapters.metrics.conservation_gap` over a data set.
-
-    Args:
-
-        **options (Any): Keyword arguments of :class:`torchmetrics.Metric`.
-    """
+    """:func:`captum_adapters.metrics.conservation_gap` over a data set, as above."""
 
     function = conservation_gap
     fields = ("gap",)
@@ -409,7 +302,6 @@ class ConservationGapMetric(_PerExample[Tensor]):
         Args:
 
             sample_ids (Tensor or sequence of int): Identities of shape (batch,).
-            attributions (Tensor or tuple[Tensor]): Attributions.
-            initial (int, float or Tensor): Initial relevance.
+            attributions, initial: See the function.
         """
         self._append(sample_ids, attributions, initial)

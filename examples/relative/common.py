@@ -14,8 +14,7 @@ from tqdm import tqdm
 from zennit.attribution import Gradient
 from zennit.composites import COMPOSITES
 
-from captum_adapters.metrics import top_fraction
-from captum_adapters.metrics.pixel_accuracy import PERCENTS
+from captum_adapters.metrics import PERCENTS, top_fraction
 from captum_adapters.metrics.plots import plot_curves
 from zennit_resnet import initial_relevance
 from zennit_resnet.classic import SETTINGS, ClassicLRP

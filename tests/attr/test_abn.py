@@ -1,6 +1,7 @@
 '''Tests for attention branch networks: structure, attribution, weights, and the script which trains them.'''
 import copy
 import csv
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -298,8 +299,9 @@ def test_save_and_load(net, input, tmp_path, suffix):
         for result, value in zip(loaded.forward_branches(input), net.forward_branches(input)):
             assert torch.equal(result, value)
     if suffix == '.safetensors':
-        from zennit_resnet.models import _read_state
-        assert _read_state(path)[1] == ['a', 'b', 'c, d']
+        from safetensors import safe_open
+        with safe_open(path, 'pt') as file:
+            assert json.loads(file.metadata()['classes']) == ['a', 'b', 'c, d']
     else:
         assert set(torch.load(path, weights_only=True)) == set(expected)
 
@@ -325,22 +327,22 @@ def test_save_and_load_errors(net, tmp_path):
             save_abn(net, tmp_path / 'missing' / name)
     assert not [*tmp_path.iterdir()]
     path = tmp_path / 'abn.pt'
-    with pytest.raises(ValueError, match='there is no file'):
+    with pytest.raises(ValueError, match='There is no file'):
         load_abn(path)
     save_abn(net, path)
-    with pytest.raises(ValueError, match=r'do not fit resnet34: \d+ missing such as layer1\.2\.conv1\.weight'):
+    with pytest.raises(ValueError, match=r'do not fit resnet34.*layer1\.2\.conv1\.weight'):
         load_abn(path, 'resnet34')
-    with pytest.raises(ValueError, match='of other shape'):
+    with pytest.raises(ValueError, match='do not fit resnet50'):
         load_abn(path, 'resnet50')
     for name in ('vgg16', 'googlenet', 'resnet17'):
         with pytest.raises(ValueError, match=f"'{name}' is not a residual network of torchvision: .*resnet18"):
             load_abn(path, name)
     state = net.state_dict()
     torch.save({key: value for key, value in state.items() if key != 'fc.weight'}, path)
-    with pytest.raises(ValueError, match='fc.weight is missing'):
+    with pytest.raises(ValueError, match='lack fc.weight'):
         load_abn(path, 'resnet18')
     torch.save({**state, 'more': torch.ones(2)}, path)
-    with pytest.raises(ValueError, match='1 unknown such as more'):
+    with pytest.raises(ValueError, match='"more"'):
         load_abn(path, 'resnet18')
     torch.save(resnet18().state_dict(), path)
     with pytest.raises(ValueError, match='have no attention branch: train one'):

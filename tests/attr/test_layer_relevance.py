@@ -372,7 +372,7 @@ def test_operations():
     assert not any('addition' in name for name, _ in model.named_modules())
     with pytest.raises(ValueError, match="'aditon' did not run, as there is none: did you mean 'addition"):
         LayerRelevance(model, 'aditon').attribute(x, target=1)
-    with pytest.raises(ValueError, match=r"'addition' did not run, as there is none: choose from 'stem', .*, \.\.\.$"):
+    with pytest.raises(ValueError, match=r"'addition' did not run, .*: choose one of 'stem', .*, \.\.\.$"):
         LayerRelevance(model, 'addition', BlockLRP()).attribute(x, target=1)
 
 
@@ -441,7 +441,7 @@ def test_bad_calls():
         # of a wrapped network, of which names begin after the wrapper's
         ('module.stem', ValueError, "as there is none: did you mean 'stem'\\?$"),
         ('module.addition', ValueError, "did you mean 'addition'\\?$"),
-        ('?', ValueError, "as there is none: choose from 'stem', "),
+        ('?', ValueError, "as there is none: choose one of 'stem', "),
     ):
         with pytest.raises(error, match=message):
             LayerRelevance(model, layer).attribute(x, target=1)

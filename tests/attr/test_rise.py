@@ -481,7 +481,7 @@ def test_rise_noise_tunnel():
     ({'grid_size': (2, 2.)}, ValueError, 'grid_size'),
     ({'perturbations_per_eval': 0}, ValueError, 'perturbations_per_eval=0'),
     ({'output': 'prob'}, ValueError, "output='prob'"),
-    ({'output': lambda result: result[:1]}, ValueError, 'for 20 images'),
+    ({'output': lambda result: result[:1]}, ValueError, 'of 20 images'),
     ({'normalization': 'sum'}, ValueError, "normalization='sum'"),
     ({'baselines': torch.rand(3, 3, 4, 4)}, ValueError, r'\(3, 3, 4, 4\)'),
     ({'baselines': torch.rand(1, 2, 3, 4, 4)}, ValueError, r'\(1, 2, 3, 4, 4\)'),

@@ -3,9 +3,9 @@ import itertools
 import math
 
 import torch
-from helpers.layers import connections, matrix, with_weight
 from torch import nn
 
+from helpers.layers import connections, matrix, with_weight
 from zennit_resnet.composites import RelativeLRP
 
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from golden_cases import golden_cases, relative_error, tensor
 from helpers.networks import UserNetwork, randomize
 
-from captum_adapters._validation import NegativeMapWarning, check_target, pixel_maps, select_target
-from captum_adapters.metrics import ProbabilityWarning, _perturbation
+from captum_adapters._validation import check_target, pixel_maps, select_target
+from captum_adapters.metrics import NegativeMapWarning, ProbabilityWarning, _perturbation, _ranking
 from captum_adapters.metrics.insertion_deletion import insertion_deletion
 
 ROOT = Path(__file__).parent.parent.parent
@@ -177,7 +177,7 @@ def test_reference(name, baseline, levels):
         result = insertion_deletion(
             model, input, heat, baselines, target, insertion_baselines=insertion_baselines, seed=3, **options
         )
-    permutations = _perturbation._random_orders(input, 3, None).tolist() if ties == 'random' else [None, None]
+    permutations = _ranking.random_orders(input, 3, None, HEIGHT * WIDTH).tolist() if ties == 'random' else [None, None]
     for num in range(2):
         expected = loop_curves(
             model, input[num].numpy(), heat[num].numpy(), target[num], counts, ties, inserted[num].numpy(),

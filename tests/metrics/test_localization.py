@@ -8,10 +8,15 @@ import pytest
 import torch
 from golden_cases import golden_cases, tensor
 
-from captum_adapters._validation import NegativeMapWarning
-from captum_adapters.metrics import boxes_to_masks, conservation_gap, mask_distance, mask_pointing
+from captum_adapters.metrics import (
+    PERCENTS,
+    NegativeMapWarning,
+    boxes_to_masks,
+    conservation_gap,
+    mask_distance,
+    mask_pointing,
+)
 from captum_adapters.metrics.localization import distance_maps
-from captum_adapters.metrics.pixel_accuracy import PERCENTS
 
 NORMALIZATIONS = {'max_distance': 'max', 'diagonal': 'diagonal'}
 nan = pytest.approx(math.nan, nan_ok=True)

@@ -11,10 +11,15 @@ import torch
 import torch.nn.functional as F
 from golden_cases import golden_cases, tensor
 
-from captum_adapters._validation import NegativeMapWarning
-from captum_adapters.metrics import cross_model_accuracy, keep_top, pixel_accuracy, top_fraction
-from captum_adapters.metrics._top import descending_order, descending_ranks, percent_tensors, top_counts
-from captum_adapters.metrics.pixel_accuracy import PERCENTS
+from captum_adapters.metrics import (
+    PERCENTS,
+    NegativeMapWarning,
+    cross_model_accuracy,
+    keep_top,
+    pixel_accuracy,
+    top_fraction,
+)
+from captum_adapters.metrics._ranking import percent_tensors, ranks_of, sort_scores, top_counts
 from zennit_resnet.image import read_image
 from zennit_resnet.models import load_classifier
 
@@ -164,8 +169,8 @@ def test_ties_row_major(dtype):
             expected[order[:count]] = True
             assert np.array_equal(selected.numpy().reshape(-1), expected)
     zeros = torch.tensor([[-0., 0., -0., 1., 0., -1.]])
-    assert descending_order(zeros).tolist() == [[3, 0, 1, 2, 4, 5]]
-    assert descending_ranks(zeros).tolist() == [[1, 2, 3, 0, 4, 5]]
+    assert sort_scores(zeros)[1].tolist() == [[3, 0, 1, 2, 4, 5]]
+    assert ranks_of(sort_scores(zeros)[1]).tolist() == [[1, 2, 3, 0, 4, 5]]
 
 
 def test_top_fraction_errors():

@@ -1,27 +1,74 @@
-"""The highest p % of scores."""
+"""Scores in their order: the top p % of them, and orders of those that are equal."""
 
+import zlib
+from collections.abc import Sequence
 from fractions import Fraction
 from numbers import Number
-from typing import Any, Sequence, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_adapters._validation import double_dtype
-from captum_adapters.metrics._checks import to_tensor
+from captum_adapters._validation import (
+    check_choice,
+    double_dtype,
+    positive_integer,
+    to_tensor,
+)
 
 Percent = Union[int, float, Fraction]
 Percents = Union[Percent, Sequence[Percent]]
+SampleIds = Union[None, Tensor, Sequence[object]]
+
+# Percentages at which the curves of the R-LRP paper are drawn
+PERCENTS = (1, 5, 10, 15, 20, 25, 40, 50, 60, 75, 80, 85, 90, 95, 99)
+
+
+def sort_scores(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores in descending order and where they are, (batch, N), equal ones as found."""
+    # adding zero turns -0 into 0, which are equal but need not be to a radix sort
+    return (scores.flatten(1) + 0).sort(stable=True, dim=1, descending=True)
+
+
+def tied_pixels(ordered: Tensor) -> Tensor:
+    """Whether scores in order, of shape (batch, N), are equal to one beside them."""
+    equal = ordered[:, 1:] == ordered[:, :-1]
+    return F.pad(equal, (1, 0)) | F.pad(equal, (0, 1))
+
+
+def check_ids(sample_ids: SampleIds, batch: int) -> Optional[list[object]]:
+    """Identities of examples as a list."""
+    if sample_ids is None:
+        return None
+    ids = sample_ids.tolist() if isinstance(sample_ids, Tensor) else [*sample_ids]
+    if len(ids) != batch:
+        raise ValueError(f"There are {len(ids)} sample_ids for {batch} examples.")
+    return ids
+
+
+def random_orders(
+    images: Tensor, name: object, ids: Optional[list[object]], size: int
+) -> Tensor:
+    """A random order of elements for each image, whatever the rest of the batch."""
+    if ids is None:
+        content = [image.flatten().cpu().view(torch.uint8).numpy() for image in images]
+        ids = [zlib.crc32(array.tobytes()) for array in content]
+    orders = [
+        torch.randperm(
+            size,
+            generator=torch.Generator().manual_seed(zlib.crc32(f"{name}:{key}".encode())),
+            # that of the generator, whatever the default device is
+            device="cpu",
+        )
+        for key in ids
+    ]
+    return torch.stack(orders).to(images.device)
 
 
 def percent_list(percents: Any) -> list[Any]:
-    """Percentages as a list, also of a single number, an array or a tensor.
-
-    Raises:
-        TypeError: If they are neither a number nor a sequence.
-    """
+    """Percentages as a list, also of a single number, an array or a tensor."""
     if isinstance(percents, Tensor):
         percents = percents.detach().cpu()
         # NumPy has no bfloat16
@@ -46,24 +93,6 @@ def top_counts(percents: Percents, total: int) -> tuple[int, ...]:
     written as, so 0.7 % of 1000 is 7, although 0.7 * 1000 / 100 is below 7 in floating
     point numbers. A :class:`fractions.Fraction` gives any other ratio: the percentage
     at which exactly `k` of `n` are kept is `Fraction(100 * k, n)`.
-
-    Args:
-
-        percents (int, float or Fraction, or sequence of these): Percentages from 0 to
-                100.
-        total (int): Number of all elements.
-
-    Returns:
-        tuple[int, ...]: Numbers of elements.
-
-    Raises:
-        ValueError: If there is no percentage, or one is not from 0 to 100.
-        TypeError: If a percentage is not a number.
-
-    Examples::
-
-        >>> top_counts([0.1, 1, 100], 224 * 224)
-        (50, 501, 50176)
     """
     counts = []
     for percent in percent_list(percents):
@@ -87,57 +116,18 @@ def top_counts(percents: Percents, total: int) -> tuple[int, ...]:
 def percent_tensors(
     percents: Percents, total: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Counts by :func:`top_counts`, and percentages, as tensors.
-
-    Args:
-
-        percents (int, float or Fraction, or sequence of these): Percentages from 0 to
-                100.
-        total (int): Number of all elements.
-        device (torch.device): Device of the tensors.
-
-    Returns:
-        tuple[Tensor, Tensor]: Counts and percentages, each of shape (P,).
-    """
+    """Counts by :func:`top_counts`, and percentages, as tensors of shape (P,)."""
     percents = percent_list(percents)
     counts = torch.tensor(top_counts(percents, total), device=device)
     values = [float(percent) for percent in percents]
     return counts, torch.tensor(values, dtype=double_dtype(device), device=device)
 
 
-def sort_scores(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores of each example in descending order, and where they are, both (batch, N).
-
-    Equal scores stay in row-major order.
-    """
-    # adding zero turns -0 into 0, which are equal but need not be to a radix sort
-    return (scores.flatten(1) + 0).sort(stable=True, dim=1, descending=True)
-
-
-def tied_pixels(ordered: Tensor) -> Tensor:
-    """Whether scores in order, of shape (batch, N), are equal to one beside them."""
-    equal = ordered[:, 1:] == ordered[:, :-1]
-    return F.pad(equal, (1, 0)) | F.pad(equal, (0, 1))
-
-
 def tie_bounds(ordered: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the ties that counts divide begin and end.
+    """Where the ties that counts divide begin and end, both of shape (batch, P).
 
-    Args:
-
-        ordered (Tensor): Scores of shape (batch, N), in descending order.
-        counts (Tensor): Numbers of elements from 0 to N, of shape (P,).
-
-    Returns:
-        tuple[Tensor, Tensor]: Of each count k, how many scores are above the k-th
-        highest, and how many reach it, both of shape (batch, P). Where k is between two
-        different scores, or at an end, both are k.
-
-    Examples::
-
-        >>> counts = torch.tensor([0, 1, 2, 3])
-        >>> tie_bounds(torch.tensor([[2.0, 1.0, 1.0, 0.0]]), counts)
-        (tensor([[0, 1, 1, 3]]), tensor([[0, 1, 3, 3]]))
+    Of each count k, how many scores are above the k-th highest, and how many reach it.
+    Where k is between two different scores, or at an end, both are k.
     """
     # ascending, as the search needs it
     values = -ordered
@@ -151,31 +141,12 @@ def tie_bounds(ordered: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 def means_of_top(
     values: Tensor, scores: Tensor, counts: Tensor, means: Tensor
 ) -> tuple[Tensor, Tensor]:
-    r"""Mean of values over the elements with the k highest scores.
+    r"""Mean of values over the elements with the k highest scores, and share of ties.
 
     Of scores that are equal, it is the expected mean over all their orders: of `t` ties
     after `s` higher scores, each is among the first `k` with probability
-    :math:`(k - s)/t`.
-
-    Args:
-
-        values (Tensor): Values of shape (batch, ...), which are averaged.
-        scores (Tensor): Scores of the same shape, which are ranked.
-        counts (Tensor): Numbers k, of shape (P,).
-        means (Tensor): Mean of all values, of shape (batch,), which is that of the top
-                if all scores are equal.
-
-    Returns:
-        tuple[Tensor, Tensor]: Means of shape (batch, P) and of the type of `means`, NaN
-        where k is zero, and the share of scores that are equal to another one, of shape
-        (batch,).
-
-    Examples::
-
-        >>> scores = torch.tensor([[3.0, 1.0, 1.0, 1.0]])
-        >>> values, counts = torch.tensor([[0.0, 2.0, 4.0, 6.0]]), torch.tensor([1, 2])
-        >>> means_of_top(values, scores, counts, values.mean(1))
-        (tensor([[0., 2.]]), tensor([0.7500]))
+    :math:`(k - s)/t`. `means`, of all values, are those of the top if all scores are
+    equal. Results are of shape (batch, P), NaN where k is zero, and (batch,).
     """
     ordered, order = sort_scores(scores)
     sums = F.pad(values.flatten(1).gather(1, order).cumsum(1), (1, 0))
@@ -190,50 +161,7 @@ def means_of_top(
     return exact.where(number == 0, expected), share
 
 
-def descending_order(scores: Tensor) -> Tensor:
-    """Indices that sort each example from the highest to the lowest score.
-
-    Args:
-
-        scores (Tensor): Scores of shape (batch, ...).
-
-    Returns:
-        Tensor: Indices into the flattened examples, of shape (batch, elements). Equal
-        scores stay in row-major order.
-
-    Examples::
-
-        >>> import torch
-        >>> descending_order(torch.tensor([[[0.0, 2.0], [-0.0, 2.0]]]))
-        tensor([[1, 3, 0, 2]])
-    """
-    return sort_scores(scores)[1]
-
-
-def descending_ranks(scores: Tensor) -> Tensor:
-    """Rank of each element within its example, which is 0 for the highest score.
-
-    An element is among the k highest if its rank is less than k, for any k.
-
-    Args:
-
-        scores (Tensor): Scores of shape (batch, ...).
-
-    Returns:
-        Tensor: Ranks of the same shape. Of equal scores, the first in row-major order
-        has the lowest rank.
-
-    Examples::
-
-        >>> import torch
-        >>> descending_ranks(torch.tensor([[[1.0, 2.0], [1.0, 3.0]]]))
-        tensor([[[2, 1],
-                 [3, 0]]])
-    """
-    return order_to_ranks(descending_order(scores)).view(scores.shape)
-
-
-def order_to_ranks(order: Tensor) -> Tensor:
+def ranks_of(order: Tensor) -> Tensor:
     """Ranks of elements, given their order, both of shape (batch, N)."""
     positions = torch.arange(order.shape[1], device=order.device).expand_as(order)
     return torch.empty_like(order).scatter_(1, order, positions)
@@ -277,4 +205,55 @@ def top_fraction(scores: Tensor, percent: Percent) -> Tensor:
     if bool(scores.isnan().any()):
         raise ValueError("scores contain NaN, which has no rank.")
     (count,) = top_counts([percent], scores[0].numel())
-    return descending_ranks(scores) < count
+    return ranks_of(sort_scores(scores)[1]).view(scores.shape) < count
+
+
+class Ranks(NamedTuple):
+    """Ranks in a first order of all examples, and in further ones of some `rows`.
+
+    `divided` tells which counts divide ties, of shape (batch, counts).
+    """
+
+    ranks: Tensor
+    rows: Tensor
+    divided: Tensor
+    tied_share: Tensor
+
+
+def rank_ties(
+    scores: Tensor,
+    counts: Sequence[int],
+    images: Tensor,
+    ties: str,
+    n_orders: int,
+    seed: int,
+    sample_ids: SampleIds,
+) -> Ranks:
+    """Ranks of scores, in several random orders of those ties that counts divide."""
+    check_choice("ties", ties, ("random", "stable"))
+    n_orders = positive_integer("n_orders", n_orders)
+    ids = check_ids(sample_ids, len(images))
+    ordered, order = sort_scores(scores)
+    numbers = torch.tensor(counts, device=scores.device)
+    starts, ends = tie_bounds(ordered, numbers)
+    # a single order is the only one
+    divided = (starts < ends) & (ties == "random")
+    ranks = ranks_of(order)
+    rows = divided.any(1).nonzero()[:, 0]
+    further = []
+    if len(rows):
+        ids = None if ids is None else [ids[row] for row in rows.tolist()]
+        flat = scores.flatten(1)[rows]
+        for number in range(n_orders):
+            if number % 2 == 0:
+                name = f"{seed}/{number}" if number else seed
+                shuffled = random_orders(images[rows], name, ids, flat.shape[1])
+            else:
+                # ties that come last in one order come first in the next
+                shuffled = shuffled.flip(1)
+            _, order = sort_scores(flat.gather(1, shuffled))
+            further.append(ranks_of(shuffled.gather(1, order)))
+        ranks[rows] = further[0]
+    share = tied_pixels(ordered).to(double_dtype(scores.device)).mean(1)
+    ranks = torch.cat([ranks, *further[1:]]).view(-1, *scores.shape[1:])
+    return Ranks(ranks, rows, divided, share)

@@ -1,0 +1,71 @@
+"""Whether attributions conserve relevance."""
+
+import math
+from typing import Any, Union
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from captum_adapters._validation import Maps, as_argument, double_dtype, to_tensor
+
+
+def conservation_gap(
+    attributions: Maps,
+    initial: Union[int, float, Tensor, NDArray[Any]],
+) -> Tensor:
+    r"""How much relevance is gained or lost on the way, relative to what there was.
+
+    .. math::
+        \frac{\sum_i R_i - R}{|R|}
+
+    with the attributions :math:`R_i` and the initial relevance :math:`R` at the output.
+    Zero is exact conservation (Otsuki et al., section 3.2), -1 a complete loss, and 1
+    means that relevance has doubled.
+
+    Args:
+
+        attributions (Tensor, numpy.ndarray or tuple of these): Attributions of shape
+                (batch, ...). For a tuple, the sum goes over all its tensors.
+        initial (int, float, Tensor or numpy.ndarray): Relevance that was propagated
+                from the output of each example, for instance its target's logit: a
+                tensor of shape (batch,), or of (batch, ...), which is summed for each
+                example, or a number for all.
+
+    Returns:
+        Tensor: Relative gap of shape (batch,), in double precision. NaN if the initial
+        relevance is zero.
+
+    Raises:
+        ValueError: If the batch sizes differ or are zero.
+        TypeError: If an argument is neither a tensor nor an array of numbers.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_adapters.metrics import conservation_gap
+        >>> attributions = torch.tensor([[1.0, 2.0], [1.0, -3.0]])
+        >>> conservation_gap(attributions, torch.tensor([3.0, -1.0])).tolist()
+        [0.0, -1.0]
+    """
+    given = attributions if isinstance(attributions, tuple) else (attributions,)
+    parts = [to_tensor(part, "attributions") for part in given]
+    if not parts or any(part.ndim == 0 or len(part) == 0 for part in parts):
+        raise ValueError("attributions have no examples: give a shape of (batch, ...).")
+    batch, device = len(parts[0]), parts[0].device
+    dtype = double_dtype(device)
+    start = as_argument(initial, "initial")
+    start = torch.as_tensor(start, dtype=dtype, device=device).detach()
+    if start.ndim == 0:
+        start = start.expand(batch)
+    if any(len(part) != batch for part in (*parts, start)):
+        raise ValueError(
+            "Batch sizes differ: attributions are of shape"
+            f" {', '.join(str(tuple(part.shape)) for part in parts)}, and initial is of"
+            f" shape {tuple(start.shape)}."
+        )
+    start = start.reshape(batch, -1).sum(1)
+    total = sum(
+        part.detach().to(device, dtype).reshape(batch, -1).sum(1) for part in parts
+    )
+    return torch.where(start == 0, math.nan, (total - start) / start.abs())
