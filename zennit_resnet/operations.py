@@ -207,7 +207,8 @@ def _unary(canonizer, call, function, kind):
         is_clipped = bounds[0] is not None and bounds[1] is not None or function.name in CLIPPED
         if function.name.startswith('hardtanh'):
             bounds = tuple(default if value is None else value for default, value in zip((-1, 1), bounds))
-        if function.name in POWERS and function.bind('input', 'exponent').get('exponent') == -1:
+        exponent = function.bind('input', 'exponent').get('exponent') if function.name in POWERS else None
+        if isinstance(exponent, (int, float)) and exponent == -1:
             name = 'reciprocal_' if function.is_inplace else 'reciprocal'
             function = FunctionCall(function.func, name, function.args, function.kwargs, function.carriers)
         return products.run_on(
