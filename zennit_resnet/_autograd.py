@@ -286,22 +286,7 @@ def _normalizes(node):
 
 
 def softmaxes_before(outputs):
-    '''Softmaxes after the last layers before the outputs of a network, written out or not, by their graphs.
-
-    Parameters
-    ----------
-    outputs: list of :py:obj:`torch.Tensor`
-        The outputs.
-
-    Returns
-    -------
-    softmaxes: list of :py:obj:`torch.autograd.graph.Node`
-        Softmaxes.
-    is_only: bool
-        Whether all paths from the outputs to these layers pass one.
-    names: set[str]
-        Names of other functions.
-    '''
+    '''Softmaxes after the last layers before the outputs of a network, written out or not, by their graphs.'''
     softmaxes, names, seen, is_only = [], set(), set(), True
     queue = list(nodes_of(outputs))
     while queue:
@@ -481,20 +466,7 @@ def _parents(node):
 
 
 def walk(nodes, seen=None):
-    '''All nodes of the graph that some nodes are computed from, themselves included.
-
-    Parameters
-    ----------
-    nodes: iterable of :py:obj:`torch.autograd.graph.Node` or None
-        The nodes to start from.
-    seen: set of :py:obj:`torch.autograd.graph.Node`, optional
-        Nodes at which to stop, to which all others are added.
-
-    Yields
-    ------
-    :py:obj:`torch.autograd.graph.Node`
-        Each node once.
-    '''
+    '''All nodes of the graph that some nodes are computed from, themselves included.'''
     queue, seen = [node for node in nodes if node is not None], set() if seen is None else seen
     while queue:
         node = queue.pop()

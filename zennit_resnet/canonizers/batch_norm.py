@@ -117,20 +117,7 @@ class BatchNormMerge:
         self.producers[id(output)] = self.last[output.grad_fn] = produced
 
     def find(self, tensor):
-        '''What a linear layer returned, from which a tensor was only moved, None if there is nothing like that.
-
-        Parameters
-        ----------
-        tensor: :py:obj:`torch.Tensor`
-            The tensor.
-
-        Returns
-        -------
-        produced: :py:obj:`Produced`
-            What was returned.
-        moves: tuple of :py:obj:`torch.autograd.graph.Node`
-            Nodes of what has moved it.
-        '''
+        '''What a linear layer returned, from which a tensor was only moved, None if there is nothing like that.'''
         if not self.producers:
             return None
         with DisableTorchFunction():
@@ -142,21 +129,7 @@ class BatchNormMerge:
             return (self.last[node], moves) if moves and node in self.last else None
 
     def note(self, found, input, output, scale=None, shift=None):
-        '''Note that a constant was multiplied or added, as in a normalization that is written out, or as a bias.
-
-        Parameters
-        ----------
-        found: tuple
-            What :py:meth:`find` returned for the input, which may have changed by now.
-        input: :py:obj:`torch.Tensor`
-            The input before.
-        output: :py:obj:`torch.Tensor`
-            The output.
-        scale: :py:obj:`torch.Tensor` or float, optional
-            What it was multiplied with.
-        shift: :py:obj:`torch.Tensor` or float, optional
-            What was added after that.
-        '''
+        '''Note that a constant was multiplied or added, as in a normalization that is written out, or as a bias.'''
         if found is None:
             return
         produced, moves = found
@@ -227,23 +200,7 @@ class BatchNormMerge:
                 self.candidates.append((nodes, linear, used, batch_norm, output.grad_fn, axis))
 
     def fold(self, outputs):
-        '''Put folded parameters in place after a forward pass, or have that done when a rule uses them.
-
-        Parameters
-        ----------
-        outputs: list of :py:obj:`torch.Tensor`
-            The outputs of the forward pass that carry relevance.
-
-        Returns
-        -------
-        list of :py:obj:`torch.nn.Module`
-            Layers with other parameters now.
-
-        Raises
-        ------
-        TypeError
-            If a parameter of a linear layer is parametrized.
-        '''
+        '''Put folded parameters in place after a forward pass, or have that done when a rule uses them.'''
         candidates, calls = self.candidates, self.calls
         self.producers, self.last, self.calls, self.candidates, self.pairs = {}, {}, {}, [], {}
         uses, folded = count_uses(nodes_of(outputs)) if candidates else {}, set()
@@ -266,13 +223,7 @@ class BatchNormMerge:
         return [linear for linear, _ in self.folded]
 
     def pause(self):
-        '''Put the original parameters back, to run a part of the network again during the backward pass.
-
-        Returns
-        -------
-        list of tuple
-            Layers with their original and their folded parameters, to put these back in place with :py:meth:`resume`.
-        '''
+        '''Put the original parameters back, to run a part of the network again during the backward pass.'''
         folded = [(linear, original, _weights(linear)) for linear, original in self.folded]
         self.unfold()
         return folded
@@ -438,17 +389,7 @@ def _check_foldable(linear):
 
 
 def fold_batch_norm(linear, batch_norm, axis=0):
-    '''Replace the parameters of a linear layer with those of it and the batch normalization after it.
-
-    Parameters
-    ----------
-    linear: :py:obj:`torch.nn.Module`
-        A linear layer or convolution, of which no parameter is parametrized.
-    batch_norm: :py:obj:`torch.nn.Module`
-        A batch normalization with running statistics.
-    axis: int, optional
-        Axis of the weight that has the channels of the output, unless it is that of a transposed convolution.
-    '''
+    '''Replace the parameters of a linear layer with those of it and the batch normalization after it.'''
     with torch.no_grad():
         scale = _scale(batch_norm)
         weight = linear.weight

@@ -16,24 +16,7 @@ WATCHED = frozenset(REDUCTIONS) | frozenset(MOVES) | NORMALIZATIONS | PRODUCTS |
 
 
 def may_mix(name, args, kwargs, size):
-    '''Whether a function may compute something from several images.
-
-    Parameters
-    ----------
-    name: str
-        Name of the function, which is one of ``WATCHED``.
-    args: tuple
-        Its positional arguments.
-    kwargs: dict
-        Its keyword arguments.
-    size: int
-        Number of images.
-
-    Returns
-    -------
-    bool
-        ``False`` if it is known not to.
-    '''
+    '''Whether a function may compute something from several images.'''
     if name == 'einsum':
         return _contracts_first(args)
     if name in PRODUCTS:
@@ -86,22 +69,7 @@ def _contracts_first(args):
 
 
 def depends_on_batch(module, given, output):
-    '''Whether the output of a network for an image depends on other images: whether it is the same for half a batch.
-
-    Parameters
-    ----------
-    module: :py:obj:`torch.nn.Module`
-        The network.
-    given: tuple
-        Its positional and its keyword arguments.
-    output: object
-        Its output for these.
-
-    Returns
-    -------
-    bool
-        ``False`` as well if it cannot be run for a part of the batch, as the first dimension has no images.
-    '''
+    '''Whether the output of a network for an image depends on other images: whether it is the same for half a batch.'''
     size = batch_size(given)
     for part in (slice(0, size // 2), slice(size // 2, size)):
         args, kwargs = map_tensors(lambda elem, part=part: (

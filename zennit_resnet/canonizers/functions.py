@@ -133,20 +133,7 @@ def kept(tensor):
 
 
 def with_values(output, exact):
-    '''Replace the values of a tensor, with its graph: of other ways to write a function, the last bits differ.
-
-    Parameters
-    ----------
-    output: :py:obj:`torch.Tensor`
-        A new tensor.
-    exact: :py:obj:`torch.Tensor`
-        Its values, of the same number of elements.
-
-    Returns
-    -------
-    :py:obj:`torch.Tensor`
-        The tensor, of the shape of the values.
-    '''
+    '''Replace the values of a tensor, with its graph: of other ways to write a function, the last bits differ.'''
     if output.shape != exact.shape:
         output = output.reshape(exact.shape)
     # the graph of a view is made anew once its values change, of which not all functions are capable
@@ -157,22 +144,7 @@ def with_values(output, exact):
 
 
 def write_out(canonizer, function, twin):
-    '''Run a function with the rules of another way to write it.
-
-    Parameters
-    ----------
-    canonizer: :py:obj:`zennit_resnet.canonizers.ResidualCanonizer`
-        The canonizer.
-    function: :py:obj:`FunctionCall`
-        The call.
-    twin: callable
-        The same without arguments, written with functions that have rules, of which the last returns a new tensor.
-
-    Returns
-    -------
-    :py:obj:`torch.Tensor`
-        What the function returns.
-    '''
+    '''Run a function with the rules of another way to write it.'''
     with torch.no_grad():
         exact = function()
     # the canonizer sees what the twin does as if the network did it

@@ -178,17 +178,7 @@ def note_stacked(output, tensors, dim, is_stack):
 
 
 def note_examples(function, output, size):
-    '''Note which example of a tensor with all of them another tensor is.
-
-    Parameters
-    ----------
-    function: :py:obj:`zennit_resnet.functions.FunctionCall`
-        The call that took it, or several.
-    output: :py:obj:`torch.Tensor` or tuple of :py:obj:`torch.Tensor`
-        What it returned.
-    size: int
-        Number of examples.
-    '''
+    '''Note which example of a tensor with all of them another tensor is.'''
     given = function.bind('input', 'index')
     input, index = given['input'], given.get('index')
     if not isinstance(input, torch.Tensor) or not input.ndim or len(input) != size:

@@ -236,22 +236,7 @@ def is_training(func, args, kwargs):
 
 
 def handle(canonizer, call, function):
-    '''Run a function on tensors that carry relevance.
-
-    Parameters
-    ----------
-    canonizer: :py:obj:`zennit_resnet.canonizers.ResidualCanonizer`
-        The canonizer.
-    call: object
-        The call of the module that runs the function.
-    function: :py:obj:`zennit_resnet.canonizers.functions.FunctionCall`
-        The function with its arguments.
-
-    Returns
-    -------
-    object
-        What the function returns.
-    '''
+    '''Run a function on tensors that carry relevance.'''
     target = function.kwargs.get('out') if function.kwargs else None
     if isinstance(target, torch.Tensor):
         # stand-ins build no graph for it, and PyTorch does not either

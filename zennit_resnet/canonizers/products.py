@@ -20,20 +20,7 @@ NON_NEGATIVE = frozenset('nearest nearest-exact area linear bilinear trilinear'.
 
 
 def find_signal(factors, by_size=True):
-    '''Index of the signal among factors, None if ambiguous.
-
-    Parameters
-    ----------
-    factors: list of :py:obj:`torch.Tensor`
-        Factors that carry relevance.
-    by_size: bool, optional
-        Whether the larger of two factors is the signal if none or both were computed from sigmoids alone.
-
-    Returns
-    -------
-    int or None
-        The index of the factor that receives the relevance.
-    '''
+    '''Index of the signal among factors, None if ambiguous.'''
     # of the product of both, which LSTMs have, a tanh is the signal
     for with_tanh in (True, False):
         gates = [is_gate(elem, with_tanh) for elem in factors]
