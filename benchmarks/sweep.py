@@ -226,10 +226,10 @@ class Probe:
         '''
         network = self.network
         with torch.no_grad():
-            carriers = network.carriers(self.images)
-        if len(carriers) != 1:
+            active = network.active(self.images)
+        if len(active) != 1:
             return ''
-        value = carriers['h']
+        value = active['h']
 
         def function(tensor):
             torch.manual_seed(2)

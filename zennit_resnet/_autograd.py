@@ -101,7 +101,7 @@ def _elements(value):
     return {}
 
 
-def carriers_of(value):
+def active_tensors(value):
     '''All tensors that carry relevance in nested arguments, in their order.'''
     # while functions are seen, attributes are as well, which takes longer than anything else here
     with DisableTorchFunction():

@@ -8,7 +8,7 @@ from zennit.core import Composite
 from zennit.torchvision import ResNetCanonizer
 from zennit.types import Activation, AvgPool, BatchNorm, Convolution, MaxPool
 
-from ._autograd import carriers_of
+from ._autograd import active_tensors
 from ._weights import is_plain
 from .arguments import (
     Described,
@@ -403,7 +403,7 @@ class RelativeLRP(_LayerMap):
         if torch.is_grad_enabled() and is_active(self):
             contributions = Contributions(self.normalization)
             # of nested contexts, the rules of the innermost are in use
-            if contributions.watch(carriers_of(output), carriers_of((args, kwargs)), self.hook_refs):
+            if contributions.watch(active_tensors(output), active_tensors((args, kwargs)), self.hook_refs):
                 self.contributions = contributions
 
 

@@ -1,7 +1,7 @@
 '''Whether what a network returns for an image depends on the other images of the batch.'''
 import torch
 
-from .._autograd import carriers_of, map_tensors, moved_before, tensors_of
+from .._autograd import active_tensors, map_tensors, moved_before, tensors_of
 from .functions import ALIASES
 from .operations import OPERATIONS
 
@@ -22,7 +22,7 @@ def may_mix(name, args, kwargs, size):
     if name in PRODUCTS:
         tensors = tensors_of((args, kwargs))[-2:]
         return len(tensors) == 2 and (
-            tensors[1].requires_grad and tensors[1].ndim <= 2 or any(map(moved_before, carriers_of(tensors)))
+            tensors[1].requires_grad and tensors[1].ndim <= 2 or any(map(moved_before, active_tensors(tensors)))
         )
     input = args[0] if args else kwargs.get('input')
     if not isinstance(input, torch.Tensor) or not input.ndim:
@@ -99,4 +99,4 @@ def _differ(actual, output, part, size):
 
 def batch_size(given):
     '''Number of images in nested arguments, 0 if none of them carries relevance.'''
-    return next((len(elem) for elem in carriers_of(given) if elem.ndim), 0)
+    return next((len(elem) for elem in active_tensors(given) if elem.ndim), 0)

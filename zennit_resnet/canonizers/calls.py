@@ -69,7 +69,7 @@ class Stored:
             rule.stored_tensors = before
             return
         reference, stored = self.rule, rule.stored_tensors
-        # stand-ins take over other settings in the next call
+        # surrogates take over other settings in the next call
         settings = dict(vars(module)) if isinstance(module, Operation) else {}
 
         def put(relevance):

@@ -19,9 +19,9 @@ def place(canonizer, call, function):
         given = function.bind('input', 'indices', 'values', 'accumulate')
         if given.get('accumulate'):
             return _accumulate(canonizer, call, function)
-    if len(function.carriers) > 1:
+    if len(function.active) > 1:
         # the same tensor may be given twice
-        return canonizer.run_known(function, function.carriers)
+        return canonizer.run_known(function, function.active)
     return _fill(canonizer, call, function)
 
 
@@ -47,7 +47,7 @@ def assign(canonizer, call, function):
         output[index] = value
         return output
 
-    placed = FunctionCall(changed, function.name, (target, value), {}, function.carriers)
+    placed = FunctionCall(changed, function.name, (target, value), {}, function.active)
     target.copy_(canonizer.run(call, Filling, placed.put(target, kept(target)), examples=None))
 
 
@@ -61,13 +61,13 @@ def unfold(canonizer, call, function):
 @out_of_place
 def add_up(canonizer, call, function):
     '''A sum of elements with weights that are not negative.'''
-    if len(function.carriers) > 1:
+    if len(function.active) > 1:
         return canonizer.refuse(call, function, 'more than one of its arguments does')
     kind = function.bind('data', 'reduce')['reduce'] if function.name == 'segment_reduce' else 'sum'
     if kind not in ('sum', 'mean'):
         # of the largest elements, the gradient is the rule
         return canonizer.refuse(call, function, 'it is no sum') if kind == 'prod' else function()
-    if function.name.startswith('nan') and bool(function.carriers[0].isnan().any()):
+    if function.name.startswith('nan') and bool(function.active[0].isnan().any()):
         return _add_up_numbers(canonizer, function)
     steps = function.bind('input', 'x')
     steps = steps.get('x', steps.get('dx', 1)) if 'trap' in function.name else 1
@@ -114,7 +114,7 @@ def _add_to(canonizer, call, function, target, source, alpha):
     added = function.put(target, zeros)
     if target.requires_grad or alpha < 0:
         kwargs = {key: elem for key, elem in added.kwargs.items() if key != 'alpha'}
-        added = FunctionCall(added.func, function.name, added.args, kwargs, added.carriers)
+        added = FunctionCall(added.func, function.name, added.args, kwargs, added.active)
         return write_out(canonizer, function, lambda: torch.add(target, added(), alpha=alpha))
     output = canonizer.run(call, NonNegativeMap, added, examples=None)
     if not bool(target.any()):
@@ -224,9 +224,9 @@ def reduce_branches(canonizer, call, function, tensors):
         def total(*tensors):
             return with_values(sum(tensors[1:], tensors[0].clone()), values)
 
-        carriers = [elem for elem in tensors if elem.requires_grad]
-        addends = FunctionCall(total, function.name, tuple(tensors), {}, carriers)
-        output = canonizer.run(call, Addition, addends, factors=None) if len(carriers) > 1 else addends()
+        active = [elem for elem in tensors if elem.requires_grad]
+        addends = FunctionCall(total, function.name, tuple(tensors), {}, active)
+        output = canonizer.run(call, Addition, addends, factors=None) if len(active) > 1 else addends()
     else:
         choose = torch.minimum if 'min' in function.name else torch.maximum
         output = with_values(functools.reduce(choose, tensors[1:], tensors[0].clone()), values)
@@ -291,7 +291,7 @@ def _nth(function, num):
     func = function.func
     return FunctionCall(
         lambda *args, **kwargs: func(*args, **kwargs)[num].clone(), function.name, function.args, function.kwargs,
-        function.carriers,
+        function.active,
     )
 
 
@@ -304,7 +304,7 @@ def norm(canonizer, call, function):
     elif function.name == 'frobenius_norm':
         names = ('input', 'dim')
     given = function.bind(*names)
-    input, = function.carriers
+    input, = function.active
     value, dim = given.get('ord', given.get('p')), given.get('dim')
     if function.name == 'linalg_matrix_norm':
         value, dim = given.get('ord', 'fro'), given.get('dim', (-2, -1))

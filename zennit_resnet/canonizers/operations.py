@@ -239,16 +239,16 @@ def handle(canonizer, call, function):
     '''Run a function on tensors that carry relevance.'''
     target = function.kwargs.get('out') if function.kwargs else None
     if isinstance(target, torch.Tensor):
-        # stand-ins build no graph for it, and PyTorch does not either
+        # surrogates build no graph for it, and PyTorch does not either
         kwargs = {key: elem for key, elem in function.kwargs.items() if key != 'out'}
         output = handle(canonizer, call, FunctionCall(
-            function.func, function.name, function.args, kwargs, function.carriers
+            function.func, function.name, function.args, kwargs, function.active
         ))
         return (target if target.shape == output.shape else target.resize_(output.shape)).copy_(output)
     entry = OPERATIONS.get(function.name)
     handler = None if entry is None else entry.run
-    if handler is not None and not any(map(torch.is_complex, function.carriers)):
+    if handler is not None and not any(map(torch.is_complex, function.active)):
         return handler(canonizer, call, function)
     is_complex = function.name.startswith('fft_') or function.name in COMPLEX_FUNCTIONS
-    is_complex = is_complex or products.is_complex(*function.carriers)
+    is_complex = is_complex or products.is_complex(*function.active)
     return canonizer.refuse(call, function, products.COMPLEX if is_complex else 'no rule covers it')

@@ -7,8 +7,8 @@ from zennit.types import Linear
 
 from .._autograd import (
     SOFT,
+    active_tensors,
     are_probabilities,
-    carriers_of,
     end_of,
     metadata_of,
     nodes_of,
@@ -107,10 +107,10 @@ def _explain_logits(relevance):
     )
 
 
-def check_output(root, args, output, carriers):
+def check_output(root, args, output, active):
     '''Raise a RuntimeError if the input of a network requires a gradient, but no output depends on it.'''
     with DisableTorchFunction():
-        if not carriers and carriers_of(args) and any(elem.is_floating_point() for elem in tensors_of(output)):
+        if not active and active_tensors(args) and any(elem.is_floating_point() for elem in tensors_of(output)):
             raise RuntimeError(
                 f'The output of the {type(root).__name__} has no gradient: the network runs under torch.no_grad() as '
                 'frozen parts often do, or detaches what it computes. Freeze parameters with requires_grad_(False) '

@@ -5,7 +5,7 @@ import threading
 import torch
 from zennit.core import Hook, RemovableHandle, RemovableHandleList, Stabilizer
 
-from .._autograd import carriers_of, map_tensors
+from .._autograd import active_tensors, map_tensors
 from .._compat import DisableTorchFunction, caller, is_running, version_of
 from .._inplace import Kept, is_watched, replace, settle
 from ..arguments import Described, check_choice, check_flag, check_stabilizer
@@ -246,7 +246,7 @@ class BlockEpsilon(Described, Hook):
             if not self.active or not torch.is_grad_enabled():
                 return None
             if self.form == 'gradient':
-                call.inputs = [(elem, elem, version_of(elem)) for elem in carriers_of((args, kwargs))]
+                call.inputs = [(elem, elem, version_of(elem)) for elem in active_tensors((args, kwargs))]
                 return None
             return map_tensors(call.enter, (args, kwargs))
 
