@@ -191,7 +191,7 @@ class Network(nn.Module):
         self.head = nn.Linear(output.shape[1], 5).double()
         self.eval()
 
-    def carriers(self, x):
+    def active(self, x):
         '''Tensors that depend on the input.'''
         def conv(layer):
             return layer(x) if self.signed else layer(x).relu()
@@ -229,7 +229,7 @@ class Network(nn.Module):
 
     def forward(self, x):
         '''Logits.'''
-        found = self.carriers(x)
+        found = self.active(x)
         before = dict(found)
         if self.tapped is not None:
             for name, tensor in found.items():

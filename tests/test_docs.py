@@ -1,4 +1,5 @@
 '''All code in the documentation runs, commands and links are right, and the reference is complete.'''
+import ast
 import importlib
 import re
 import shlex
@@ -51,12 +52,13 @@ def page_id(path):
 
 @pytest.mark.parametrize('block', BLOCKS)
 def test_block(block, tmp_path, monkeypatch):
-    '''Each block is complete. Those for optional packages are skipped without them.'''
+    '''Each block is complete, run from a clone. Those for optional packages are skipped without them.'''
     optional = r'^ *(?:import|from) (quantus|torchmetrics|torchcam|timm|captum\.insights\.\w+)'
     for name in re.findall(optional, block, re.M):
         pytest.importorskip(name)
     # blocks may write files, and register composites
     monkeypatch.chdir(tmp_path)
+    (tmp_path / 'examples').symlink_to(ROOT / 'examples')
     import zennit_resnet.composites  # noqa: F401 (which registers its own)
     registered = dict(COMPOSITES)
     try:
@@ -98,9 +100,65 @@ def test_links(path):
 
 def test_overview():
     '''All pages are listed in the overview, and in the tree of the site.'''
-    pages = {path.stem for path in DOCS.glob('*.md')} - {'README'}
-    assert pages == set(re.findall(r'\]\(([\w-]+)\.md\)', TEXTS[DOCS / 'README.md']))
-    assert pages == set(re.findall(r'^   ([\w-]+)$', (DOCS / 'index.rst').read_text(encoding='utf-8'), re.M))
+    paths = *DOCS.glob('*.md'), *DOCS.glob('results/*.md')
+    pages = {path.relative_to(DOCS).with_suffix('').as_posix() for path in paths} - {'README'}
+    assert pages == set(re.findall(r'\]\((results/[\w-]+|[\w-]+)\.md\)', TEXTS[DOCS / 'README.md']))
+    tree = (DOCS / 'index.rst').read_text(encoding='utf-8')
+    assert pages == set(re.findall(r'^   (results/[\w-]+|[\w-]+)$', tree, re.M))
+
+
+def test_results():
+    '''All pages of results are listed in their overview.'''
+    pages = {path.stem for path in DOCS.glob('results/*.md')} - {'README'}
+    assert pages <= set(re.findall(r'\]\(([\w-]+)\.md\)', TEXTS[DOCS / 'results' / 'README.md']))
+
+
+def test_anchors():
+    '''Links to sections of other pages lead to their titles.'''
+    wrong = []
+    for path, text in TEXTS.items():
+        text = re.sub(r'^```.*?^```$', '', text, flags=re.S | re.M)
+        for link, anchor in re.findall(r'\]\(([\w/.-]*)#([^)\s]+)\)', text):
+            titles = re.findall(r'^#+ (.*)$', TEXTS.get((path.parent / link).resolve() if link else path, ''), re.M)
+            if anchor not in {re.sub(r'[^\w -]', '', title.lower()).replace(' ', '-') for title in titles}:
+                wrong.append((path.name, link, anchor))
+    assert wrong == []
+
+
+def test_paths():
+    '''Scripts that pages name exist, and so do pages that scripts and docstrings name.'''
+    named = re.findall(r'python ((?:examples|benchmarks)/[\w/]+\.py)', ''.join(TEXTS.values()))
+    folders = 'zennit_resnet', 'captum_adapters', 'examples', 'benchmarks'
+    for path in (ROOT / 'noxfile.py', *(path for name in folders for path in (ROOT / name).glob('**/*.py'))):
+        named += re.findall(r'\bdocs/[\w/.-]*\w', path.read_text(encoding='utf-8'))
+    assert [name for name in named if name != 'docs/_build' and not (ROOT / name).exists()] == []
+
+
+def messages():
+    '''All texts in the packages, with an ellipsis for what is not known before they run.'''
+    for path in (path for name in ('zennit_resnet', 'captum_adapters') for path in (ROOT / name).glob('**/*.py')):
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            if isinstance(node, ast.JoinedStr):
+                yield ''.join(elem.value if isinstance(elem, ast.Constant) else '…' for elem in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+TROUBLES = re.findall(r'`([^`]+)`', '\n'.join(
+    line for line in TEXTS[DOCS / 'troubleshooting.md'].splitlines() if line.startswith('### ')
+))
+
+
+@pytest.fixture(scope='module')
+def known():
+    '''What the packages may say.'''
+    return '\n'.join(messages())
+
+
+@pytest.mark.parametrize('title', TROUBLES)
+def test_troubleshooting(title, known):
+    '''Titles are parts of messages.'''
+    assert title in known
 
 
 @pytest.mark.parametrize('name', PACKAGES)

@@ -73,6 +73,17 @@ def test_captum_dropin(folder, capsys):
     check_picture(folder, 'captum_dropin')
 
 
+def test_migration(capsys):
+    '''What is said to be the same is the same, and only our composite conserves relevance.'''
+    maps = load('migration').main()
+    before, after = (maps[name] for name in ('EpsilonPlusFlat, Zennit', 'the same numbers'))
+    assert (after - before).abs().max() < 1e-3 * before.abs().max()
+    sums = floats(r'logit (\S+) +sum (\S+) +cosine (\S+)', capsys.readouterr().out)
+    assert len(sums) == 8 and sums[-1][2] > .9999
+    gaps = [abs(total / logit - 1) for logit, total, _ in sums[:6]]
+    assert max(gaps[3:]) < 5e-3 < 5e-2 < min(gaps[:3])
+
+
 def test_own_resnet(capsys):
     '''The network learns, and its relevance is on what it learned.'''
     run('own_resnet')

@@ -101,7 +101,7 @@ def _elements(value):
     return {}
 
 
-def carriers_of(value):
+def active_tensors(value):
     '''All tensors that carry relevance in nested arguments, in their order.'''
     # while functions are seen, attributes are as well, which takes longer than anything else here
     with DisableTorchFunction():
@@ -286,22 +286,7 @@ def _normalizes(node):
 
 
 def softmaxes_before(outputs):
-    '''Softmaxes after the last layers before the outputs of a network, written out or not, by their graphs.
-
-    Parameters
-    ----------
-    outputs: list of :py:obj:`torch.Tensor`
-        The outputs.
-
-    Returns
-    -------
-    softmaxes: list of :py:obj:`torch.autograd.graph.Node`
-        Softmaxes.
-    is_only: bool
-        Whether all paths from the outputs to these layers pass one.
-    names: set[str]
-        Names of other functions.
-    '''
+    '''Softmaxes after the last layers before the outputs of a network, written out or not, by their graphs.'''
     softmaxes, names, seen, is_only = [], set(), set(), True
     queue = list(nodes_of(outputs))
     while queue:
@@ -481,20 +466,7 @@ def _parents(node):
 
 
 def walk(nodes, seen=None):
-    '''All nodes of the graph that some nodes are computed from, themselves included.
-
-    Parameters
-    ----------
-    nodes: iterable of :py:obj:`torch.autograd.graph.Node` or None
-        The nodes to start from.
-    seen: set of :py:obj:`torch.autograd.graph.Node`, optional
-        Nodes at which to stop, to which all others are added.
-
-    Yields
-    ------
-    :py:obj:`torch.autograd.graph.Node`
-        Each node once.
-    '''
+    '''All nodes of the graph that some nodes are computed from, themselves included.'''
     queue, seen = [node for node in nodes if node is not None], set() if seen is None else seen
     while queue:
         node = queue.pop()
@@ -517,12 +489,29 @@ def moves_first(node):
     if node.name().startswith('SliceBackward') and node._saved_step == 1 and not node._saved_start:
         # PyTorch 2.4 has one for each colon of an index
         sizes = node._saved_self_sym_sizes
-        dim = next(num for num in (node._saved_dim, node._saved_dim - 2 ** 64) if num < len(sizes))
+        dim = _dim(node, sizes)
         if node._saved_end is None or node._saved_end >= sizes[dim]:
             return False
     # negative numbers are stored as large ones
     dims = [getattr(node, key) for key in ('_saved_dim', '_saved_dim0', '_saved_dim1') if hasattr(node, key)]
     return 0 in (*dims, *getattr(node, '_saved_dims', ())) or node.name().startswith('TBackward')
+
+
+def _dim(node, sizes):
+    '''The dimension along which a function is. Negative numbers are stored as large ones.'''
+    return next(num for num in (node._saved_dim, node._saved_dim - 2 ** 64) if num < len(sizes))
+
+
+def origin_of(tensor, known=()):
+    '''The last function before a tensor that is known or does more than moving its elements, and those after it.'''
+    node, moves = tensor.grad_fn, []
+    while node is not None and node not in known and len(_parents(node)) == 1 and (
+        any(key in _stem(node) for key in MOVES) and 'Expand' not in _stem(node) or _stem(node) == 'T'
+        or _stem(node) == 'Select' and node._saved_self_sym_sizes[_dim(node, node._saved_self_sym_sizes)] == 1
+    ):
+        moves.append(node)
+        node, = _parents(node)
+    return node, tuple(reversed(moves))
 
 
 def moved_before(tensor):

@@ -43,11 +43,6 @@ class Kept:
     They are only copied if and when the network changes them, such as by an in-place gate. Where relevance follows the
     gradient, clipping by an in-place ReLU that is the first to use them leaves what it depends on: entries without
     gradient receive none. Where no canonizer follows the network, they are copied at once.
-
-    Parameters
-    ----------
-    tensor: :py:obj:`torch.Tensor`
-        The tensor.
     '''
     def __init__(self, tensor):
         self._tensor = tensor.detach()
@@ -81,13 +76,7 @@ class Kept:
 
     @property
     def values(self):
-        '''The values.
-
-        Raises
-        ------
-        RuntimeError
-            If they were changed by something that is no function of PyTorch.
-        '''
+        '''The values.'''
         if self.is_changed:
             raise RuntimeError(
                 f'A tensor of shape {tuple(self._tensor.shape)} at the border of a block was changed in place by an '
@@ -178,13 +167,6 @@ def note_copy(tensor, output):
 
     Hooks of Zennit copy the inputs of modules. Most networks go on with what was returned, so nothing is done before
     :py:func:`settle` finds that one goes on with the original.
-
-    Parameters
-    ----------
-    tensor: :py:obj:`torch.Tensor`
-        The original.
-    output: object
-        What was returned.
     '''
     with DisableTorchFunction():
         if (
@@ -195,28 +177,14 @@ def note_copy(tensor, output):
 
 
 def replace(tensor, current):
-    '''Note that a tensor shall become another as soon as it is used.
-
-    Parameters
-    ----------
-    tensor: :py:obj:`torch.Tensor`
-        A tensor that is believed to be changed in place.
-    current: :py:obj:`torch.Tensor`
-        The tensor that was.
-    '''
+    '''Note that a tensor shall become another as soon as it is used.'''
     # a view may be the only reference to a part of another tensor
     reference = (lambda: tensor) if is_view(tensor) else weakref.ref(tensor)
     _STATE.replaced.setdefault(address_of(tensor), []).append((reference, current))
 
 
 def settle(value):
-    '''Have tensors, which are used now, become what took their place.
-
-    Parameters
-    ----------
-    value: object
-        Nested arguments or outputs.
-    '''
+    '''Have tensors, which are used now, become what took their place.'''
     if not _STATE.replaced:
         return
     with DisableTorchFunction():

@@ -38,16 +38,6 @@ def is_plain(module):
 
     Rules for types assume that it does. Otherwise (padding of its own, standardized weights) its forward may compute
     anything, and the canonizer looks inside, where it finds the functions that it is made of.
-
-    Parameters
-    ----------
-    module: :py:obj:`torch.nn.Module`
-        The module.
-
-    Returns
-    -------
-    bool
-        ``True`` also for modules that are derived from no class in torch.nn but Module and its containers.
     '''
     attributes = vars(module)
     return not (
@@ -99,13 +89,7 @@ class UsedWeights:
 
 
 class UsedModule:
-    '''A copy of a module with the weights of a call, for a rule that reads them in the backward pass.
-
-    Parameters
-    ----------
-    module: :py:obj:`torch.nn.Module`
-        The module, which is about to be called.
-    '''
+    '''A copy of a module with the weights of a call, for a rule that reads them in the backward pass.'''
     def __init__(self, module):
         attributes, kind = vars(module), type(module)
         # aliases of tensors with their versions, which have to be the same in the backward pass

@@ -13,28 +13,7 @@ from zennit.core import Hook, Stabilizer
 
 
 def check_number(name, value, minimum=-math.inf, maximum=math.inf, finite=True):
-    '''Raise an error which names an argument and its value, unless it is a number within a range.
-
-    Parameters
-    ----------
-    name: str
-        Name of the argument.
-    value: object
-        Its value.
-    minimum: float, optional
-        The lowest value that is allowed.
-    maximum: float, optional
-        The highest value that is allowed.
-    finite: bool, optional
-        Whether infinity is an error. NaN always is.
-
-    Raises
-    ------
-    TypeError
-        If it is not a number, such as a string, a bool or None.
-    ValueError
-        If it is NaN, infinite or out of range.
-    '''
+    '''Raise an error which names an argument and its value, unless it is a number within a range.'''
     # pylint: disable=too-many-arguments
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f'{name}={value!r} is not a number!')
@@ -58,20 +37,7 @@ def check_flag(name, value):
 
 
 def check_stabilizer(name, value):
-    '''Get a stabilizer, which must be a finite number that is not negative, or a function of denominators.
-
-    Returns
-    -------
-    float or callable
-        The number or the function.
-
-    Raises
-    ------
-    TypeError
-        If it is neither a number nor a function, or the class of a stabilizer instead of an instance.
-    ValueError
-        If it is NaN, infinite or negative.
-    '''
+    '''Get a stabilizer, which must be a finite number that is not negative, or a function of denominators.'''
     if isinstance(value, Stabilizer):
         check_number(f'{name}.epsilon', value.epsilon, 0)
     if callable(value) and not isinstance(value, type):
@@ -100,13 +66,7 @@ def check_module(value):
 
 @contextmanager
 def check_precision(model, *inputs):
-    '''Explain errors of a forward pass of which the reason is that inputs are of another precision than the model.
-
-    Raises
-    ------
-    TypeError
-        In place of a RuntimeError about types, if all parameters have one which an input does not have.
-    '''
+    '''Explain errors of a forward pass of which the reason is that inputs are of another precision than the model.'''
     try:
         yield
     except RuntimeError as error:
@@ -121,23 +81,7 @@ def check_precision(model, *inputs):
 
 
 def check_layer_map(layer_map):
-    '''Get a layer map as a list.
-
-    Parameters
-    ----------
-    layer_map: list[tuple[tuple[type, ...], Hook or None]] or None
-        Pairs of a type of modules, or a tuple of types, and a hook.
-
-    Returns
-    -------
-    list
-        A copy, empty for None.
-
-    Raises
-    ------
-    TypeError
-        If it has not this form. The message names the entry.
-    '''
+    '''Get a layer map as a list.'''
     if layer_map is None:
         return []
     if isinstance(layer_map, (str, dict)) or not hasattr(layer_map, '__iter__'):
@@ -185,28 +129,7 @@ MARGIN = 1e-3
 
 
 def as_bound(name, value):
-    '''Get the bound of an input as a tensor.
-
-    Parameters
-    ----------
-    name: str
-        Name of the argument.
-    value: float, sequence of float or :py:obj:`torch.Tensor`
-        One for all, one for each channel (a sequence or a tensor with one dimension), or a tensor that can be broadcast
-        to the input.
-
-    Returns
-    -------
-    :py:obj:`torch.Tensor`
-        The bound, of the same shape.
-
-    Raises
-    ------
-    TypeError
-        If it is not made of numbers.
-    ValueError
-        If it is NaN or infinite anywhere, or empty.
-    '''
+    '''Get the bound of an input as a tensor.'''
     if not isinstance(value, torch.Tensor):
         if not isinstance(value, (list, tuple, np.ndarray)):
             if isinstance(value, bool) or not isinstance(value, Real):
@@ -243,29 +166,7 @@ def check_bounds(low, high):
 
 
 def spread_bound(name, value, input, dim):
-    '''Broadcast a bound to an input.
-
-    Parameters
-    ----------
-    name: str
-        Name of the argument.
-    value: :py:obj:`torch.Tensor`
-        The bound, see :py:func:`as_bound`.
-    input: :py:obj:`torch.Tensor`
-        The input.
-    dim: int
-        Dimension of channels, to which bounds with one dimension belong.
-
-    Returns
-    -------
-    :py:obj:`torch.Tensor`
-        The bound of the input's device and type, which can be broadcast to it.
-
-    Raises
-    ------
-    ValueError
-        If the shapes do not fit.
-    '''
+    '''Broadcast a bound to an input.'''
     bound = value.to(input)
     if bound.ndim == 1 and len(bound) > 1:
         bound = bound.view(-1, *(1,) * ((-1 - dim) % input.ndim))
@@ -281,19 +182,7 @@ def spread_bound(name, value, input, dim):
 
 
 def check_inside(input, low, high, dtypes=()):
-    '''Raise a ValueError which says by how much, if an input is outside of its bounds.
-
-    Parameters
-    ----------
-    input: :py:obj:`torch.Tensor`
-        The input.
-    low: :py:obj:`torch.Tensor`
-        Lowest possible input, which can be broadcast to it.
-    high: :py:obj:`torch.Tensor`
-        Highest possible input, which can be broadcast to it.
-    dtypes: iterable of :py:obj:`torch.dtype`, optional
-        Other types in which input and bounds were rounded.
-    '''
+    '''Raise a ValueError which says by how much, if an input is outside of its bounds.'''
     check_bounds(low, high)
     digits = max(torch.finfo(dtype).eps for dtype in (input.dtype, *dtypes) if dtype.is_floating_point)
     largest = torch.maximum(low.abs().amax(), high.abs().amax())
@@ -317,18 +206,6 @@ def takes_maps(*names, single=True):
     '''Have a function of batches of tensors also take NumPy arrays, and single maps of shape (height, width).
 
     What it returns is of the same kind: arrays for arrays, and without the first axis for single maps.
-
-    Parameters
-    ----------
-    *names: tuple of str
-        Names of the arguments which are maps.
-    single: bool, optional
-        Whether an argument with two axes is a single map.
-
-    Returns
-    -------
-    callable
-        A decorator for functions.
     '''
     def decorate(function):
         '''Decorate a function.'''
@@ -400,22 +277,7 @@ def show(value):
 
 
 def describe(instance, names=None, given=()):
-    '''Text which shows an object as the call that creates it.
-
-    Parameters
-    ----------
-    instance: object
-        The object, of which attributes have the names of the constructor's arguments.
-    names: iterable of str, optional
-        The arguments. By default, they are read from the signature of the first class with explicit ones.
-    given: dict, optional
-        Values of arguments which are not those of the attributes.
-
-    Returns
-    -------
-    str
-        The name of its class, and those arguments that are not None.
-    '''
+    '''Text which shows an object as the call that creates it.'''
     if names is None:
         for kind in type(instance).__mro__:
             parameters = inspect.signature(kind.__init__).parameters if '__init__' in vars(kind) else {}

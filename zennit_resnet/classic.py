@@ -18,7 +18,7 @@ from zennit.rules import AlphaBeta, Epsilon, Gamma, Norm, WSquare, ZPlus
 from zennit.types import Activation, AvgPool, Convolution
 
 from .arguments import check_choice, check_flag, check_number, check_stabilizer
-from .composites import NORMALIZATION, SPLITTING, _LayerMap, _with_canonizer
+from .composites import NORMALIZATION_LAYERS, SPLITTING, _LayerMap, _with_canonizer
 from .layer import Addition, Gate, Padding
 from .rules import Duplicate, LinearSum, PassThrough, SignalTakesAll, SignedAlphaBeta, Uncrop
 
@@ -150,7 +150,7 @@ class ClassicLRP(_LayerMap):
             (Gate, SignalTakesAll()),
             (Padding, Uncrop()),
             (torch.nn.MultiheadAttention, None),
-            ((Activation, *NORMALIZATION), PassThrough()),
+            ((Activation, *NORMALIZATION_LAYERS), PassThrough()),
             (AvgPool, Norm(stabilizer)),
             ((Convolution, torch.nn.Linear), linear),
         ]

@@ -8,7 +8,7 @@ from zennit.core import Composite
 from zennit.torchvision import ResNetCanonizer
 from zennit.types import Activation, AvgPool, BatchNorm, Convolution, MaxPool
 
-from ._autograd import carriers_of
+from ._autograd import active_tensors
 from ._weights import is_plain
 from .arguments import (
     Described,
@@ -44,7 +44,7 @@ from .rules import (
 SPLITTING = {'ratio': RatioSplit, 'symmetric': SymmetricSplit}
 
 # Normalizations which Zennit's type does not include.
-NORMALIZATION = (
+NORMALIZATION_LAYERS = (
     BatchNorm, torch.nn.SyncBatchNorm, torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.InstanceNorm1d,
     torch.nn.InstanceNorm2d, torch.nn.InstanceNorm3d, torch.nn.LocalResponseNorm, torch.nn.CrossMapLRN2d,
 )
@@ -228,7 +228,7 @@ class ResNetLRP(_LayerMap):
             (Gate, SignalTakesAll()),
             (Padding, Uncrop()),
             (torch.nn.MultiheadAttention, None),
-            ((Activation, *NORMALIZATION), PassThrough()),
+            ((Activation, *NORMALIZATION_LAYERS), PassThrough()),
             ((Convolution, torch.nn.Linear, AvgPool, MaxPool), zplus),
         ]
         if projection == 'spread':
@@ -365,7 +365,7 @@ class RelativeLRP(_LayerMap):
             # what is added by padding has no contribution, the gradient removes it
             ((Padding, Filling), NoRule()),
             (torch.nn.MultiheadAttention, None),
-            ((Activation, *NORMALIZATION), PassThrough()),
+            ((Activation, *NORMALIZATION_LAYERS), PassThrough()),
             (MaxPool, RelativeMaxPool(cardinality)),
             ((Convolution, torch.nn.Linear, AvgPool), Relative(cardinality)),
         ]
@@ -403,7 +403,7 @@ class RelativeLRP(_LayerMap):
         if torch.is_grad_enabled() and is_active(self):
             contributions = Contributions(self.normalization)
             # of nested contexts, the rules of the innermost are in use
-            if contributions.watch(carriers_of(output), carriers_of((args, kwargs)), self.hook_refs):
+            if contributions.watch(active_tensors(output), active_tensors((args, kwargs)), self.hook_refs):
                 self.contributions = contributions
 
 

@@ -2,7 +2,7 @@
 
 Additive skip connections, gates, functional activations and poolings have no module that a rule could be attached to.
 :py:class:`~zennit_resnet.canonizers.ResidualCanonizer` runs them through one of the modules below instead. Wherever
-Zennit knows a module type for the same operation, the stand-in is a subclass of it, so that the layer maps of existing
+Zennit knows a module type for the same operation, the surrogate is a subclass of it, so that the layer maps of existing
 composites match.
 '''
 import itertools
@@ -41,7 +41,7 @@ class Operation(torch.nn.Module):
         return self.name
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        # the weights of a stand-in belong to another module, a checkpoint must not contain them twice
+        # the weights of a surrogate belong to another module, a checkpoint must not contain them twice
         pass
 
 

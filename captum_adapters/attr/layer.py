@@ -268,8 +268,8 @@ class _Recorder:
             return module
         for canonizer in self.composite.handles:
             if isinstance(canonizer, ResidualCanonizer):
-                for owner, name, standin in canonizer.standins.values():
-                    if standin is module:
+                for owner, name, surrogate in canonizer.surrogates.values():
+                    if surrogate is module:
                         prefix = self.paths.get(owner)
                         return f"{prefix}.{name}" if prefix else name
         return module

@@ -551,7 +551,7 @@ def test_interpolate_and_noise():
 
 
 def test_plain_composites():
-    '''A composite without rules gives the gradient, and one with Zennit's stand-ins has its own names.'''
+    '''A composite without rules gives the gradient, and one with Zennit's surrogates has its own names.'''
     model, x = plain(False), images()
     gradient = LayerRelevance(model, 'conv', Composite()).attribute(x, target=1)
     output = model(x)

@@ -1,4 +1,6 @@
 '''Batch normalization in all its forms: folded wherever it is a fixed affine map, refused where it mixes examples.'''
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -90,9 +92,83 @@ def synchronized(norm):
     return nn.SyncBatchNorm.convert_sync_batchnorm(norm)
 
 
+class Affine(nn.Module):
+    '''Frozen, as one factor and one summand for each channel, in a way to write it.'''
+    def __init__(self, norm, function):
+        super().__init__()
+        norm, self.function = norm.double(), function
+        self.register_buffer('w', (norm.weight * (norm.running_var + norm.eps).rsqrt()).detach())
+        self.register_buffer('b', (norm.bias - norm.running_mean * self.w).detach())
+
+    def forward(self, x):
+        '''Normalized.'''
+        return self.function(x, self.w, self.b)
+
+
+def spatial(tensor):
+    '''With dimensions for positions.'''
+    return tensor[:, None, None]
+
+
+AFFINE = {
+    'product and sum': lambda x, w, b: x * spatial(w) + spatial(b),
+    'views': lambda x, w, b: w.view(1, -1, 1, 1) * x + spatial(b),
+    'channels last': lambda x, w, b: (x.permute(0, 2, 3, 1) * w + b).permute(0, 3, 1, 2),
+    'moved': lambda x, w, b: (x.movedim(1, -1) * w + b).movedim(-1, 1),
+    'transposed': lambda x, w, b: (x.transpose(1, 3) * w + b).transpose(1, 3),
+    'moved before each': lambda x, w, b: ((x.permute(0, 2, 3, 1) * w).permute(0, 3, 1, 2) + spatial(b)),
+    'flat': lambda x, w, b: (x.flatten(2) * w[:, None] + b[:, None]).view_as(x),
+    'batch of channels': lambda x, w, b: (
+        x.reshape(-1, *x.shape[2:]) * spatial(w.repeat(len(x))) + spatial(b.repeat(len(x)))
+    ).view_as(x),
+    'addcmul': lambda x, w, b: torch.addcmul(spatial(b), x, spatial(w)),
+    'addcmul swapped': lambda x, w, b: torch.addcmul(spatial(b), spatial(w), x),
+    'in place': lambda x, w, b: x.mul_(spatial(w)).add_(spatial(b)),
+    'operators': lambda x, w, b: x.__imul__(spatial(w)).__iadd__(spatial(b)),
+    'partly in place': lambda x, w, b: (x * spatial(w)).add_(spatial(b)),
+    'cast': lambda x, w, b: (x.double() * spatial(w) + spatial(b)).to(x.dtype),
+    'difference': lambda x, w, b: (x - spatial(-b / w)) * spatial(w) + 0 * spatial(b),
+    'quotient': lambda x, w, b: x / spatial(1 / w) + spatial(b),
+    'negative': lambda x, w, b: spatial(b) - x * spatial(-w),
+    'alpha': lambda x, w, b: torch.add(spatial(b), x * spatial(w / 2), alpha=2),
+    'einsum': lambda x, w, b: torch.einsum('bchw,c->bchw', x, w) + spatial(b),
+    'einsum swapped': lambda x, w, b: torch.einsum('c,...chw->...chw', w, x) + spatial(b),
+    'expanded': lambda x, w, b: x * spatial(w).expand(x.shape).clone() + spatial(b).expand_as(x),
+}
+NATIVE = {
+    'native': torch.native_batch_norm, 'overload': torch.ops.aten.native_batch_norm.default,
+    'legit': torch.ops.aten._native_batch_norm_legit,
+}
+
+
+class NativeNorm(DetectronNorm):
+    '''A function that returns statistics as well, with its flag.'''
+    def __init__(self, norm, function, *flags):
+        super().__init__(norm)
+        self.function, self.flags = function, flags
+
+    def forward(self, x):
+        '''Normalized.'''
+        return self.function(
+            x, self.weight, self.bias, self.running_mean, self.running_var, *self.flags, .1, 1e-5
+        )[0]
+
+
+class MovedNorm(DetectronNorm):
+    '''The function, on rows of channels, in single precision or half of it.'''
+    def forward(self, x):
+        '''Normalized.'''
+        rows = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+        rows = F.batch_norm(rows, self.running_mean, self.running_var, self.weight, self.bias)
+        return rows.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
+
+
 NORMS = {
     'FrozenBatchNorm2d': frozen, 'function': DetectronNorm, 'arithmetic': ArithmeticNorm, 'builtin': BuiltinNorm,
-    'instance': tracking, 'activated': activated,
+    'instance': tracking, 'activated': activated, 'moved': MovedNorm,
+    **{name: lambda norm, function=function: NativeNorm(norm, function, False) for name, function in NATIVE.items()},
+    'no training': lambda norm: NativeNorm(norm, torch.ops.aten._native_batch_norm_legit_no_training),
+    **{name: lambda norm, function=function: Affine(norm, function) for name, function in AFFINE.items()},
 }
 
 
@@ -144,6 +220,14 @@ PRODUCTS = {
 }
 
 
+PRODUCTS.update({
+    'einsum': lambda x, w, b: torch.einsum('bi,ki->bk', x, w) + b,
+    'left': lambda x, w, b: (w @ x[..., None])[..., 0] + b,
+    'tensordot': lambda x, w, b: torch.tensordot(x, w, ([1], [1])) + b, 'transposed': lambda x, w, b: (w @ x.T).T + b,
+    'bmm': lambda x, w, b: torch.bmm(x[:, None], w.T.expand(len(x), -1, -1))[:, 0] + b,
+})
+
+
 @pytest.mark.parametrize('name', ['ratio', 'relative'])
 @pytest.mark.parametrize('how', PRODUCTS)
 def test_folded_into_products(how, name):
@@ -163,9 +247,88 @@ def test_folded_into_products(how, name):
     def build(product):
         return randomize(Net(product)).double().eval()
 
+    if (how, name) == ('transposed', 'relative'):
+        pytest.skip('contributions are those of examples, which are not the first dimension')
     expected = explain(build(lambda net, x: net.first(x)), MERGING[name]())
     actual = explain(build(lambda net, x: PRODUCTS[how](x, net.first.weight, net.first.bias)), MERGING[name]())
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-9)
+
+
+LAYOUTS = {
+    'convolution': lambda x, w, b, norm: norm(F.conv2d(x, w[:, :, None, None], b)),
+    'channels last': lambda x, w, b, norm: norm(F.linear(x.permute(0, 2, 3, 1), w, b).permute(0, 3, 1, 2)),
+    'product': lambda x, w, b, norm: norm((x.permute(0, 2, 3, 1) @ w.T + b).permute(0, 3, 1, 2)),
+    'left': lambda x, w, b, norm: norm((w @ x.flatten(2) + b[:, None]).unflatten(2, x.shape[2:])),
+    'einsum': lambda x, w, b, norm: norm(torch.einsum('bchw,kc->bkhw', x, w) + b[:, None, None]),
+    'written out': lambda x, w, b, norm: torch.einsum('bchw,kc->bkhw', x, w * factors(norm)[0][:, None]) + spatial(
+        factors(norm)[0] * b + factors(norm)[1]
+    ),
+    'rows': lambda x, w, b, norm: F.batch_norm(
+        F.linear(x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]), w, b), norm.running_mean, norm.running_var, norm.weight,
+        norm.bias, False, 0., norm.eps
+    ).view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2),
+    'rows of images': lambda x, w, b, norm: F.batch_norm(
+        F.linear(x.permute(0, 2, 3, 1), w, b).flatten(0, 2), norm.running_mean, norm.running_var, norm.weight,
+        norm.bias, False, 0., norm.eps
+    ).view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2),
+    'cast': lambda x, w, b, norm: norm(F.conv2d(x, w[:, :, None, None], b).float().double()),
+}
+
+
+def factors(norm):
+    '''Factor and summand of each channel.'''
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return scale, norm.bias - norm.running_mean * scale
+
+
+@pytest.mark.parametrize('name', ['ratio', 'symmetric', 'relative'])
+@pytest.mark.parametrize('how', LAYOUTS)
+def test_folded_into_any_layout(how, name):
+    '''What was moved in between does not matter.'''
+    class Net(nn.Module):
+        '''A layer of single positions, with a normalization.'''
+        def __init__(self, layer):
+            super().__init__()
+            torch.manual_seed(0)
+            self.stem, self.norm, self.head = nn.Conv2d(3, 5, 3), nn.BatchNorm2d(6), nn.Linear(6, 4)
+            self.weight, self.bias = nn.Parameter(torch.randn(6, 5)), nn.Parameter(torch.randn(6))
+            self.layer = layer
+
+        def forward(self, x):
+            '''Logits.'''
+            x = self.layer(self.stem(x).relu(), self.weight, self.bias, self.norm).relu()
+            return self.head((x + x.flip(2)).relu().mean((2, 3)))
+
+    create = {**MERGING, 'symmetric': lambda: ResNetLRP('symmetric', batch_norm='merge')}[name]
+    expected, actual = (
+        explain(randomize(Net(LAYOUTS[key])).double().eval(), create()) for key in ('convolution', how)
+    )
+    if (how, name) == ('rows', 'relative'):
+        # contributions of rows are those of more examples
+        actual[1].mul_(1 / 49)
+    tolerance = 1e-4 if how == 'cast' else 1e-9
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * float(expected[1].abs().amax()))
+
+
+@pytest.mark.parametrize('how', [
+    lambda x, norm: x * norm.w, lambda x, norm: x * norm.w + x.detach(),
+    lambda x, norm: x * torch.rand(7, 7).double() + 1,
+    lambda x, norm: x.transpose(2, 3) * torch.rand(7).double() + 1, lambda x, norm: (x * norm.w).relu() + norm.b,
+    lambda x, norm: x * norm.w + norm.b + x,
+])
+def test_other_products(how):
+    '''Layer scale and constants that are no normalization of channels are not folded.'''
+    class Scale(Affine):
+        '''Uses its constants.'''
+        def forward(self, x):
+            '''Scaled.'''
+            torch.manual_seed(0)
+            return how(x, types.SimpleNamespace(w=spatial(self.w), b=spatial(self.b)))
+
+    model = network(lambda norm: Scale(norm, None))
+    for create in (RelativeLRP, ResNetLRP):
+        maps = [explain(model, create(batch_norm=batch_norm)) for batch_norm in ('merge', 'pass')]
+        torch.testing.assert_close(*maps)
 
 
 @pytest.mark.parametrize('name', MERGING)

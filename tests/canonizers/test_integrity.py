@@ -128,7 +128,7 @@ def test_normal_exit(name, build):
 
 @every_composite
 def test_inside(build):
-    '''Nothing but the flags of parameters, hooks and stand-ins changes inside, the checkpoint is the same.'''
+    '''Nothing but the flags of parameters, hooks and surrogates changes inside, the checkpoint is the same.'''
     model = build_model()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     input = images()

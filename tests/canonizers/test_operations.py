@@ -128,7 +128,7 @@ LABELS = {
 
 @pytest.mark.parametrize('name', LABELS)
 def test_ledger(name):
-    '''Stand-ins have their rows in the ledger.'''
+    '''Surrogates have their rows in the ledger.'''
     for composite in (ResNetLRP(), OTHERS['zennit']()):
         ledger = conservation_ledger(build(FUNCTIONS[name]), images(), composite, target=[1, 2])
         assert any(row.name == LABELS[name] for row in ledger)

@@ -255,7 +255,7 @@ def test_efficientnet_lite0():
 # -- operations --------------------------------------------------------------------------------------------------------
 
 def propagate(model, inputs, composite=None, relevance=None):
-    '''Output, relevance of the output and of each input, and all stand-ins by name.'''
+    '''Output, relevance of the output and of each input, and all surrogates by name.'''
     inputs = [elem.detach().clone().requires_grad_() for elem in inputs]
     with torch.no_grad():
         plain = model(*[elem.detach().clone() for elem in inputs])
@@ -546,7 +546,7 @@ class Registry(torch.nn.Module):
     (Registry(), ['block.addition', 'block.addition_1']),
 ])
 def test_containers(block, names):
-    '''Stand-ins are not among the children that containers call.'''
+    '''Surrogates are not among the children that containers call.'''
     model, input = convolutional(lambda m, x: m.block(x), block=block), images(8)
     first = propagate(model, [input], ResNetLRP())
     assert sorted(name for name in first[3] if 'addition' in name) == names
@@ -1004,7 +1004,7 @@ def test_layer_map(build, rule, hook):
 
 
 def test_name_map():
-    '''Name maps see stand-ins.'''
+    '''Name maps see surrogates.'''
     class KeepFirst(Split):
         '''The first addend takes all.'''
         def shares(self, *addends):

@@ -9,6 +9,8 @@ import torchvision
 from helpers.operations import OTHERS, RELATIVE, RESNET, build, explain, images, index, mask, stretched
 from torch import nn
 
+from zennit_resnet import RelativeLRP, ResNetLRP
+
 
 def scores(h):
     '''Weights of positions.'''
@@ -34,6 +36,13 @@ def module_transposed(h, net):
     weight, bias = transposed(h, net)
     net.transposed.weight, net.transposed.bias = (nn.Parameter(elem.detach(), False) for elem in (weight, bias))
     return net.transposed(h)
+
+
+def put(h, index, value=0):
+    '''Write among elements.'''
+    h = h.clone()
+    h[index] = value
+    return h
 
 
 TWINS = {
@@ -157,6 +166,59 @@ TWINS = {
         lambda h, net: h.clone().masked_fill_(mask.logical_not(), 0.0),
         lambda h, net: h.masked_fill(mask == 0, 0),
     ),
+    'fill positions': (
+        lambda h, net: torch.where(mask[0], h, 0.0),
+        lambda h, net: put(h, (..., ~mask[0])),
+        lambda h, net: put(h, (slice(None), slice(None), slice(None), ~mask[0])),
+        lambda h, net: put(h, (..., torch.where(~mask[0])[0]), 0.0),
+        lambda h, net: put(h, (..., (~mask[0]).nonzero()[:, 0]), h.new_zeros(())),
+        lambda h, net: h.masked_fill(~mask[0], 0.0),
+        lambda h, net: h.index_fill(3, torch.where(~mask[0])[0], 0.0),
+    ),
+    'fill mask': (
+        lambda h, net: torch.where(mask, h, 0.0),
+        lambda h, net: put(h, (..., ~mask)),
+        lambda h, net: put(h, (slice(None), slice(None), ~mask)),
+    ),
+    'gate': (
+        lambda h, net: h * h.flip(1).sigmoid(),
+        lambda h, net: torch.einsum('bchw,bchw->bchw', h, h.flip(1).sigmoid()),
+        lambda h, net: torch.einsum('...,...->...', h.flip(1).sigmoid(), h),
+        lambda h, net: torch.einsum('bchw,bchw->bhwc', h, h.flip(1).sigmoid()).permute(0, 3, 1, 2),
+    ),
+    'gate of channels': (
+        lambda h, net: h * h.mean((2, 3), keepdim=True).sigmoid(),
+        lambda h, net: torch.einsum('bchw,bc->bchw', h, h.mean((2, 3)).sigmoid()),
+        lambda h, net: torch.einsum('bc,b...c->b...c', h.mean((2, 3)).sigmoid(), h.movedim(1, -1)).movedim(-1, 1),
+    ),
+    'gate of positions': (
+        lambda h, net: h * h.mean(1, keepdim=True).sigmoid(),
+        lambda h, net: torch.einsum('bchw,bhw->bchw', h, h.mean(1).sigmoid()),
+        lambda h, net: torch.einsum('bohw,bchw->bchw', h.mean(1, keepdim=True).sigmoid(), h),
+    ),
+    'gate of both': (
+        lambda h, net: h * h.mean((2, 3), keepdim=True).sigmoid() * h.mean(1, keepdim=True).sigmoid(),
+        lambda h, net: torch.einsum('bchw,bc,bhw->bchw', h, h.mean((2, 3)).sigmoid(), h.mean(1).sigmoid()),
+    ),
+    'spread vector': (
+        lambda h, net: h.mean((2, 3))[:, :, None, None] * h.mean(1, keepdim=True).sigmoid(),
+        lambda h, net: torch.einsum('bc,bhw->bchw', h.mean((2, 3)), h.mean(1).sigmoid()),
+    ),
+    'scale': (
+        lambda h, net: h * net.weight.mean(),
+        lambda h, net: torch.einsum('bchw,->bchw', h, net.weight.mean()),
+        lambda h, net: torch.einsum('bchw,c->bchw', h, net.weight.mean().expand(h.shape[1])),
+    ),
+    'examples': (
+        lambda h, net: h.clone(),
+        lambda h, net: torch.stack(list(h)),
+        lambda h, net: torch.stack(h.unbind()),
+        lambda h, net: torch.stack([h[num] for num in range(len(h))], dim=0),
+        lambda h, net: torch.stack([h.select(0, num) for num in range(len(h))], -4),
+        lambda h, net: torch.cat([h[num : num + 1] for num in range(len(h))]),
+        lambda h, net: torch.cat(h.split(1)),
+        lambda h, net: torch.concat(h.chunk(len(h)), dim=0),
+    ),
     'norm': (
         lambda h, net: h.norm(dim=1),
         lambda h, net: torch.linalg.norm(h, dim=1),
@@ -265,3 +327,71 @@ def test_gates(spellings, product, label):
     expected, *_ = maps.values()
     for name, actual in maps.items():
         assert torch.allclose(actual, expected, rtol=1e-9, atol=1e-11 * expected.abs().max().item()), name
+
+
+@pytest.mark.parametrize('function', [
+    lambda h, net: torch.stack([elem.relu() for elem in h]), lambda h, net: torch.stack(list(h)[::-1]),
+    lambda h, net: torch.cat([h[:1], h[:1]][:len(h)]), lambda h, net: torch.stack([h[0], h[-1] + 1][:len(h)]),
+    lambda h, net: put(h, (mask & torch.ones(h.shape).bool(),)),
+])
+def test_other_examples(function):
+    '''Where anything else is done to examples, contributions of several cannot be compared.'''
+    model = build(widened(function))
+    with pytest.raises((ValueError, RuntimeError), match='one (image )?at a time'):
+        explain(model, images(), RelativeLRP())
+    assert bool(explain(model, images()[:1], RelativeLRP())[1].isfinite().all())
+
+
+NUMBERS = {
+    'nansum': (
+        lambda h, known: torch.where(known, h, torch.nan).nansum((2, 3)), lambda h, known: (h * known).sum((2, 3))
+    ),
+    'nanmean': (
+        lambda h, known: torch.nanmean(torch.where(known, h, torch.nan), dim=(2, 3)),
+        lambda h, known: (h * known).sum((2, 3)) / known.sum(),
+    ),
+    'of all': (
+        lambda h, known: torch.where(known, h, torch.nan)[:1].nansum()[None].expand(len(h), 4),
+        lambda h, known: (h * known)[:1].sum()[None].expand(len(h), 4),
+    ),
+    'kept dimension': (
+        lambda h, known: h.masked_fill(~known, torch.nan).nanmean(3, True),
+        lambda h, known: (h * known).sum(3, True) / known.sum(1)[:, None],
+    ),
+}
+
+
+@pytest.mark.parametrize('label', [*COMPOSITES, 'zennit', 'block'])
+@pytest.mark.parametrize('name', NUMBERS)
+def test_sums_of_numbers(name, label):
+    '''What is NaN has no part in a sum that leaves it out, nor in its relevance.'''
+    x, known = images()[:1], mask | (torch.arange(6) == 0)
+    actual, expected = (
+        explain(build(lambda h, net, function=function: function(h, known)), x, {**COMPOSITES, **OTHERS}[label]())[1]
+        for function in NUMBERS[name]
+    )
+    assert bool(actual.isfinite().all())
+    if label in ('ratio', 'symmetric', 'merge', 'block'):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_examples_that_change():
+    '''What was taken must not have changed since.'''
+    def change(h, net):
+        h = h.clone()
+        examples = [h[num] for num in range(len(h))]
+        for elem in examples:
+            elem.mul_(2)
+        return torch.stack(examples)
+
+    def change_whole(h, net):
+        h = h.clone()
+        examples = [h[num] for num in range(len(h))]
+        h += 1
+        return torch.stack(examples)
+
+    for function, twin in ((change, lambda h: h * 2), (change_whole, lambda h: h + 1)):
+        actual, expected = (
+            explain(build(elem), images(), ResNetLRP()) for elem in (function, lambda h, net, twin=twin: twin(h))
+        )
+        torch.testing.assert_close(actual, expected)

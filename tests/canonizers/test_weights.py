@@ -305,8 +305,12 @@ def test_a_layer_with_two_weights(name):
 @pytest.mark.parametrize('name', ['ratio', 'merge', 'splitting'])
 def test_weights_that_depend_on_the_input(name, how):
     '''Relevance should reach what they are computed from, for which there is no rule.'''
-    with pytest.raises(RuntimeError, match='weight|over the 2 images'):
-        explain(Hyper(how), COMPOSITES[name]())
+    model, x = Hyper(how).double().eval(), torch.randn(1, 3, 12, 12).double()
+    with pytest.raises(RuntimeError, match='weight'):
+        Gradient(model, COMPOSITES[name]())(x, initial_relevance(1))
+    # of several images, they are the same for all
+    with pytest.raises(RuntimeError, match='weight|one image at a time'):
+        explain(model, COMPOSITES[name]())
 
 
 @pytest.mark.parametrize('name', COMPOSITES)

@@ -173,7 +173,7 @@ def test_arrives_and_leaves(composite):
 
 
 def test_rows():
-    '''Rows are in the order of the backward pass, with calls, functions, stand-ins and rules by their names.'''
+    '''Rows are in the order of the backward pass, with calls, functions, surrogates and rules by their names.'''
     model, input = tiny_resnet(), torch.randn(1, 3, 32, 32, dtype=torch.float64)
     ledger = conservation_ledger(model, input, EpsilonPlus(), target=0)
     described = [(row.kind, row.label, row.type, row.rule) for row in ledger]

@@ -1,18 +1,67 @@
 '''Folding batch normalizations into the linear layers before them, by data flow.'''
 import contextlib
 import functools
+import types
 import weakref
+from typing import NamedTuple
 
 import torch
 from torch.nn.utils.parametrize import is_parametrized
 from zennit.core import RemovableHandleList
 from zennit.types import BatchNorm, ConvolutionTranspose, Linear
 
-from .._autograd import count_uses, nodes_of, rule_of, sequence_of
+from .._autograd import count_uses, nodes_of, origin_of, rule_of, sequence_of
 from .._compat import DisableTorchFunction, rules_of
 from .._weights import UsedModule, UsedWeights, is_plain
-from ..layer import Normalization
+from ..layer import LinearMap, Normalization
 from ..rules.base import SinglePass
+
+# By their numbers of spatial dimensions.
+CONVOLUTIONS = (
+    (torch.nn.Conv1d, torch.nn.ConvTranspose1d), (torch.nn.Conv2d, torch.nn.ConvTranspose2d),
+    (torch.nn.Conv3d, torch.nn.ConvTranspose3d),
+)
+
+
+class Produced(NamedTuple):
+    '''What a linear layer returned, perhaps with constants that were added and multiplied along its channels.
+
+    Attributes
+    ----------
+    reference: callable
+        Weak reference to the tensor.
+    number: int
+        Number of its node.
+    linear: :py:obj:`torch.nn.Module`
+        The layer.
+    used: :py:obj:`UsedWeights` or None
+        Its weights, None if the node of the layer has them.
+    nodes: tuple of :py:obj:`torch.autograd.graph.Node`
+        Nodes from that of the layer to that of the tensor.
+    output_nr: int
+        Which output of its node that of the layer is.
+    shape: tuple[int, ...]
+        Its shape.
+    given: tuple[int, ...] or None
+        The shape of the input of the layer, where it is needed.
+    scale: :py:obj:`torch.Tensor` or None
+        What elements of a channel are multiplied with, None if it is one.
+    shift: :py:obj:`torch.Tensor` or None
+        What is added after that, None if it is zero, or if it is not needed.
+    dim: int or None
+        Dimension of the channels, None if it is not known yet.
+    '''
+    reference: object
+    number: int
+    linear: torch.nn.Module
+    used: UsedWeights
+    nodes: tuple
+    output_nr: int
+    shape: tuple
+    given: tuple
+    dim: int
+    scale: torch.Tensor = None
+    shift: torch.Tensor = None
 
 
 class BatchNormMerge:
@@ -27,7 +76,7 @@ class BatchNormMerge:
     '''
     def __init__(self):
         self.handles = RemovableHandleList()
-        self.producers, self.calls, self.candidates, self.folded = {}, {}, [], []
+        self.producers, self.last, self.calls, self.candidates, self.folded = {}, {}, {}, [], []
         # of normalizations that are running
         self.pairs = {}
 
@@ -43,84 +92,128 @@ class BatchNormMerge:
         with DisableTorchFunction():
             if not isinstance(output, torch.Tensor) or not output.requires_grad:
                 return
-            reference, *_ = self.producers.get(id(output), (lambda: None,))
             # a layer with a forward of its own may return the output of a functional one, or do more than that
-            if reference() is output:
+            before = self.producers.get(id(output))
+            if before is not None and before.reference() is output:
                 return
             has_single_pass = rule_of(output.grad_fn) is not None
+            if isinstance(module, LinearMap) and not has_single_pass:
+                # rules of Zennit need a bias
+                return
             if isinstance(output.grad_fn.module, Linear) if has_single_pass else (
                 is_plain(module) or rules_of(module)
             ):
                 # the node of a single-pass rule has the weights of its call
                 used = None if has_single_pass else UsedWeights(module)
-                self.producers[id(output)] = weakref.ref(output), _number(output), module, used, (output.grad_fn,)
+                given = args[0].shape if isinstance(module, LinearMap) else None
+                self._keep(
+                    output, module, used, (output.grad_fn,), output.output_nr, output.shape, given,
+                    _channels(module, output.ndim)
+                )
                 self.calls[module] = self.calls.get(module, 0) + 1
 
-    def note_shift(self, input, output):
-        '''Note that a constant was added, which may be a bias. Single-pass rules do not need to know of it.'''
+    def _keep(self, output, *values):
+        produced = Produced(weakref.ref(output), _number(output), *values)
+        self.producers[id(output)] = self.last[output.grad_fn] = produced
+
+    def find(self, tensor):
+        '''What a linear layer returned, from which a tensor was only moved, None if there is nothing like that.'''
+        if not self.producers:
+            return None
         with DisableTorchFunction():
-            reference, _, linear, used, nodes = self.producers.get(id(input), (lambda: None,) + (None,) * 4)
-            if reference() is input and used is None:
-                nodes = *nodes, output.grad_fn
-                self.producers[id(output)] = weakref.ref(output), _number(output), linear, used, nodes
+            produced = self.producers.get(id(tensor))
+            # something else may have changed it in place, such as an addition
+            if produced is not None and produced.reference() is tensor and _number(tensor) == produced.number:
+                return produced, ()
+            node, moves = origin_of(tensor, self.last)
+            return (self.last[node], moves) if moves and node in self.last else None
+
+    def note(self, found, input, output, scale=None, shift=None):
+        '''Note that a constant was multiplied or added, as in a normalization that is written out, or as a bias.'''
+        if found is None:
+            return
+        produced, moves = found
+        with DisableTorchFunction():
+            if not isinstance(output, torch.Tensor) or output.shape != input.shape or output.grad_fn is None:
+                return
+            dim, total, offset = produced.dim, produced.scale, produced.shift
+            if scale is not None:
+                dim, scale = _along_channels(produced, input, moves, scale, dim)
+                if scale is None:
+                    return
+                total, offset = scale if total is None else total * scale, None if offset is None else offset * scale
+            # biases of layers without channels are not needed
+            if shift is not None and (dim is not None or total is not None):
+                dim, shift = _along_channels(produced, input, moves, shift, dim)
+                if shift is None:
+                    return
+                offset = shift if offset is None else offset + shift
+            nodes = (*produced.nodes, *moves, output.grad_fn)
+            self._keep(output, produced.linear, produced.used, nodes, *produced[5:8], dim, total, offset)
+            if total is not None and shift is not None:
+                axis = 0
+                if isinstance(produced.linear, LinearMap):
+                    axis = _axis_of_map(produced.linear, produced.given, dim, len(total))
+                affine = types.SimpleNamespace(
+                    running_mean=torch.zeros_like(total), running_var=torch.ones_like(total), eps=0., weight=total,
+                    bias=offset,
+                )
+                constants = types.SimpleNamespace(module=affine, check=lambda: None)
+                if axis is not None:
+                    self.candidates.append((nodes[:-1], produced.linear, produced.used, constants, nodes[-1], axis))
 
     def _note_input(self, module, args, kwargs):
         self.pairs.pop(module, None)
-        input = next((elem for elem in (*args, *kwargs.values()) if id(elem) in self.producers), None)
-        if input is None or not _has_statistics(module):
+        if not _has_statistics(module):
             return
-        reference, number, linear, used, nodes = self.producers[id(input)]
-        with DisableTorchFunction():
-            # something else may have changed it in place, such as an addition
-            if reference() is input and _number(input) == number:
-                batch_norm = UsedModule(module)
-                batch_norm.finish(module)
-                self.pairs[module] = input, nodes, linear, used, batch_norm
+        for input in (*args, *kwargs.values()):
+            found = self.find(input) if isinstance(input, torch.Tensor) and input.requires_grad else None
+            if found is None:
+                continue
+            produced, moves = found
+            with DisableTorchFunction():
+                # rules of Zennit need a shift, which is in no bias
+                is_plain_output = produced.scale is None and (produced.used is None or produced.shift is None)
+                axis = _axis(produced, input, moves) if is_plain_output else None
+                if axis is not None:
+                    batch_norm = UsedModule(module)
+                    batch_norm.finish(module)
+                    nodes = *produced.nodes, *moves
+                    # it may be changed in place
+                    values = None if isinstance(module, (BatchNorm, Normalization)) else input.detach()[:1].clone()
+                    self.pairs[module] = values, nodes, produced.linear, produced.used, batch_norm, axis
+            return
 
     def _note_result(self, module, args, output):
         pair = self.pairs.pop(module, None)
         if pair is None or not isinstance(output, torch.Tensor):
             return
-        input, nodes, linear, used, batch_norm = pair
+        input, nodes, linear, used, batch_norm, axis = pair
         with DisableTorchFunction():
             # a normalization may be made of others, of which the inner one is found first
             if all(nodes[0] is not candidate[0][0] for candidate in self.candidates) and (
                 isinstance(module, (BatchNorm, Normalization)) and (
                     # what has a rule of its own counts as what its type says
                     is_plain(module) or any(rule.active for rule in rules_of(module))
-                ) or _is_affine(batch_norm.module, input, output)
+                ) or input is not None and _is_affine(batch_norm.module, input, output)
             ):
-                self.candidates.append((nodes, linear, used, batch_norm, output.grad_fn))
+                self.candidates.append((nodes, linear, used, batch_norm, output.grad_fn, axis))
 
     def fold(self, outputs):
-        '''Put folded parameters in place after a forward pass, or have that done when a rule uses them.
-
-        Parameters
-        ----------
-        outputs: list of :py:obj:`torch.Tensor`
-            The outputs of the forward pass that carry relevance.
-
-        Returns
-        -------
-        list of :py:obj:`torch.nn.Module`
-            Layers with other parameters now.
-
-        Raises
-        ------
-        TypeError
-            If a parameter of a linear layer is parametrized.
-        '''
+        '''Put folded parameters in place after a forward pass, or have that done when a rule uses them.'''
         candidates, calls = self.candidates, self.calls
-        self.producers, self.calls, self.candidates, self.pairs = {}, {}, [], {}
-        uses = count_uses(nodes_of(outputs)) if candidates else {}
-        for nodes, linear, used, batch_norm, result in candidates:
-            # what the batch normalization returned may not be used
-            if any(uses.get(node) != 1 for node in nodes) or calls[linear] != 1 or result not in uses:
-                continue
+        self.producers, self.last, self.calls, self.candidates, self.pairs = {}, {}, {}, [], {}
+        uses, folded = count_uses(nodes_of(outputs)) if candidates else {}, set()
+        # of constants that follow each other, all
+        for nodes, linear, used, batch_norm, result, axis in reversed(candidates):
             node = nodes[0]
+            # what the batch normalization returned may not be used
+            if any(uses.get(elem) != 1 for elem in nodes) or calls[linear] != 1 or result not in uses or node in folded:
+                continue
+            folded.add(node)
             if isinstance(rule_of(node), SinglePass):
                 # the node has a copy of the layer
-                node.context = functools.partial(_folded, node.module, batch_norm)
+                node.context = functools.partial(_folded, node.module, batch_norm, axis)
             else:
                 _check_foldable(linear)
                 used.check()
@@ -130,13 +223,7 @@ class BatchNormMerge:
         return [linear for linear, _ in self.folded]
 
     def pause(self):
-        '''Put the original parameters back, to run a part of the network again during the backward pass.
-
-        Returns
-        -------
-        list of tuple
-            Layers with their original and their folded parameters, to put these back in place with :py:meth:`resume`.
-        '''
+        '''Put the original parameters back, to run a part of the network again during the backward pass.'''
         folded = [(linear, original, _weights(linear)) for linear, original in self.folded]
         self.unfold()
         return folded
@@ -150,7 +237,7 @@ class BatchNormMerge:
 
     def unfold(self):
         '''Put the original parameters back, for a forward pass.'''
-        self.producers, self.calls, self.candidates = {}, {}, []
+        self.producers, self.last, self.calls, self.candidates = {}, {}, {}, []
         while self.folded:
             _restore(*self.folded.pop())
 
@@ -160,6 +247,78 @@ class BatchNormMerge:
         self.handles.remove()
 
 
+def _channels(linear, ndim):
+    '''Dimension of the output of a linear layer that has the channels, None if it is not known.'''
+    if isinstance(linear, LinearMap):
+        return None
+    # weights may be computed whenever they are asked for
+    return next((ndim - 1 - num for num, kinds in enumerate(CONVOLUTIONS, 1) if isinstance(linear, kinds)), ndim - 1)
+
+
+def _pulled(produced, tensor, moves, value):
+    '''A constant that meets the moved output of a linear layer, moved back, None if the output is broadcast.'''
+    value = torch.as_tensor(value, device=tensor.device)
+    try:
+        value = value.detach().to(tensor.dtype).expand(tensor.shape)
+    except RuntimeError:
+        return None
+    if len(produced.nodes) == 1 and not moves:
+        return value
+    # nothing in between changes relevance
+    edge = torch.autograd.graph.GradientEdge(produced.nodes[0], produced.output_nr)
+    value, = torch.autograd.grad(tensor, edge, value, retain_graph=True)
+    return value
+
+
+def _along_channels(produced, tensor, moves, value, dim):
+    '''Dimension of channels and a constant as one number for each of them, None if it is anything else.'''
+    value = _pulled(produced, tensor, moves, value)
+    if value is None or value.shape != produced.shape or not value.numel():
+        return dim, None
+    for num in range(value.ndim) if dim is None else (dim,):
+        rows = value.movedim(num, 0).flatten(1)
+        if bool((rows == rows[:, :1]).all()):
+            return num, rows[:, 0].clone()
+    return dim, None
+
+
+def _axis(produced, tensor, moves):
+    '''Axis of a layer's weight that has the channels of a normalization of its moved output, None if there is none.'''
+    if tensor.ndim < 2:
+        return None
+    dim, linear, size = produced.dim, produced.linear, tensor.shape[1]
+    if dim == 1 and len(produced.nodes) == 1 and not moves:
+        return 0
+    if not all(produced.shape):
+        return None
+    labels = torch.arange(size, dtype=tensor.dtype, device=tensor.device).view(-1, *(1,) * (tensor.ndim - 2))
+    labels = _pulled(produced, tensor, moves, labels)
+    for num in range(len(produced.shape)) if dim is None else (dim,):
+        if produced.shape[num] == size and torch.equal(
+            labels, torch.arange(size).to(labels).view(-1, *(1,) * (labels.ndim - 1 - num)).expand_as(labels)
+        ):
+            return 0 if dim is not None else _axis_of_map(linear, produced.given, num, size)
+    return None
+
+
+def _axis_of_map(linear, given, dim, size):
+    '''Axis of the weight of any linear map that has the channels, which are a dimension of its output.'''
+    generator, weight = torch.Generator().manual_seed(0), linear.weight.detach()
+    input, factors = (
+        torch.rand(shape, generator=generator, dtype=torch.double).to(weight) for shape in (given, (size,))
+    )
+    with torch.no_grad():
+        output = linear.product(input, weight)
+        expected = output * factors.view(-1, *(1,) * (output.ndim - 1 - dim))
+        for axis in range(weight.ndim):
+            if weight.shape[axis] == size and torch.allclose(
+                linear.product(input, weight * factors.view(-1, *(1,) * (weight.ndim - 1 - axis))), expected, rtol=1e-4,
+                atol=1e-4 * float(output.abs().amax()),
+            ):
+                return axis
+    return None
+
+
 def _has_statistics(module):
     '''Whether a module has running statistics, as batch normalization and its frozen variants do.'''
     return all(isinstance(getattr(module, key, None), torch.Tensor) for key in ('running_mean', 'running_var'))
@@ -167,7 +326,7 @@ def _has_statistics(module):
 
 def _is_affine(batch_norm, input, output):
     '''Whether what a module of any class returned is what batch normalization with its attributes returns.'''
-    if input.ndim < 2 or input.shape != output.shape or not len(input):
+    if input.ndim < 2 or input.shape[1:] != output.shape[1:] or not len(input):
         return False
     shape = (1, -1, *(1,) * (input.ndim - 2))
     # one example is enough
@@ -210,11 +369,11 @@ def _restore(linear, weights):
 
 
 @contextlib.contextmanager
-def _folded(linear, batch_norm):
-    '''Have folded parameters in place.'''
+def _folded(linear, batch_norm, axis=0):
+    '''Have folded parameters in place, given the axis of the weight that has the channels of the output.'''
     batch_norm.check()
     weights = _weights(linear)
-    fold_batch_norm(linear, batch_norm.module)
+    fold_batch_norm(linear, batch_norm.module, axis)
     try:
         yield
     finally:
@@ -229,16 +388,8 @@ def _check_foldable(linear):
         )
 
 
-def fold_batch_norm(linear, batch_norm):
-    '''Replace the parameters of a linear layer with those of it and the batch normalization after it.
-
-    Parameters
-    ----------
-    linear: :py:obj:`torch.nn.Module`
-        A linear layer or convolution, of which no parameter is parametrized.
-    batch_norm: :py:obj:`torch.nn.Module`
-        A batch normalization with running statistics.
-    '''
+def fold_batch_norm(linear, batch_norm, axis=0):
+    '''Replace the parameters of a linear layer with those of it and the batch normalization after it.'''
     with torch.no_grad():
         scale = _scale(batch_norm)
         weight = linear.weight
@@ -246,7 +397,7 @@ def fold_batch_norm(linear, batch_norm):
             shape = (linear.groups, weight.shape[0] // linear.groups, *weight.shape[1:])
             weight = (weight.view(shape) * scale.view(linear.groups, 1, -1, *(1,) * (weight.ndim - 2))).view_as(weight)
         else:
-            weight = weight * scale.view(-1, *(1,) * (weight.ndim - 1))
+            weight = weight * scale.view(-1, *(1,) * (weight.ndim - 1 - (axis or 0)))
         bias = -batch_norm.running_mean if linear.bias is None else linear.bias - batch_norm.running_mean
         bias = bias * scale
         if getattr(batch_norm, 'bias', None) is not None:

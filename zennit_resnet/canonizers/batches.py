@@ -1,7 +1,7 @@
 '''Whether what a network returns for an image depends on the other images of the batch.'''
 import torch
 
-from .._autograd import carriers_of, map_tensors, moved_before, tensors_of
+from .._autograd import active_tensors, map_tensors, moved_before, tensors_of
 from .functions import ALIASES
 from .operations import OPERATIONS
 
@@ -16,30 +16,13 @@ WATCHED = frozenset(REDUCTIONS) | frozenset(MOVES) | NORMALIZATIONS | PRODUCTS |
 
 
 def may_mix(name, args, kwargs, size):
-    '''Whether a function may compute something from several images.
-
-    Parameters
-    ----------
-    name: str
-        Name of the function, which is one of ``WATCHED``.
-    args: tuple
-        Its positional arguments.
-    kwargs: dict
-        Its keyword arguments.
-    size: int
-        Number of images.
-
-    Returns
-    -------
-    bool
-        ``False`` if it is known not to.
-    '''
+    '''Whether a function may compute something from several images.'''
     if name == 'einsum':
         return _contracts_first(args)
     if name in PRODUCTS:
         tensors = tensors_of((args, kwargs))[-2:]
         return len(tensors) == 2 and (
-            tensors[1].requires_grad and tensors[1].ndim <= 2 or any(map(moved_before, carriers_of(tensors)))
+            tensors[1].requires_grad and tensors[1].ndim <= 2 or any(map(moved_before, active_tensors(tensors)))
         )
     input = args[0] if args else kwargs.get('input')
     if not isinstance(input, torch.Tensor) or not input.ndim:
@@ -86,22 +69,7 @@ def _contracts_first(args):
 
 
 def depends_on_batch(module, given, output):
-    '''Whether the output of a network for an image depends on other images: whether it is the same for half a batch.
-
-    Parameters
-    ----------
-    module: :py:obj:`torch.nn.Module`
-        The network.
-    given: tuple
-        Its positional and its keyword arguments.
-    output: object
-        Its output for these.
-
-    Returns
-    -------
-    bool
-        ``False`` as well if it cannot be run for a part of the batch, as the first dimension has no images.
-    '''
+    '''Whether the output of a network for an image depends on other images: whether it is the same for half a batch.'''
     size = batch_size(given)
     for part in (slice(0, size // 2), slice(size // 2, size)):
         args, kwargs = map_tensors(lambda elem, part=part: (
@@ -131,4 +99,4 @@ def _differ(actual, output, part, size):
 
 def batch_size(given):
     '''Number of images in nested arguments, 0 if none of them carries relevance.'''
-    return next((len(elem) for elem in carriers_of(given) if elem.ndim), 0)
+    return next((len(elem) for elem in active_tensors(given) if elem.ndim), 0)

@@ -1,5 +1,5 @@
 '''Canonizer which finds residual blocks.'''
-from .._autograd import carriers_of, name_of
+from .._autograd import active_tensors, name_of
 from ..rules.block import note_addition
 from . import layers
 from .operations import OPERATIONS
@@ -19,7 +19,7 @@ class BlockCanonizer(ResidualCanonizer):
         super().look(func, args, kwargs)
         stack = self._stack()
         entry = OPERATIONS.get(name_of(func))
-        if stack and entry is not None and entry.run is layers.add and len(carriers_of((args, kwargs))) == 2:
+        if stack and entry is not None and entry.run is layers.add and len(active_tensors((args, kwargs))) == 2:
             note_addition(stack[-1].module)
 
     def intercept(self, func, args, kwargs):

@@ -26,7 +26,7 @@ class Local(threading.local):
         return Local()
 
 
-class Call:
+class ModuleCall:
     '''A call of a module, with the number of operations of each kind in all of its calls so far.
 
     It is known which tensor an activation changes in place, as rules may give it a copy, and from which nodes of the
@@ -44,13 +44,7 @@ class Call:
 
 
 class Stored:
-    '''What a rule of Zennit has stored, for each call of its module: the rule itself has that of the last call only.
-
-    Parameters
-    ----------
-    rule: :py:obj:`zennit.core.Hook`
-        The rule.
-    '''
+    '''What a rule of Zennit has stored, for each call of its module: the rule itself has that of the last call only.'''
     def __init__(self, rule):
         self.rule, self.before = weakref.ref(rule), {}
 
@@ -75,7 +69,7 @@ class Stored:
             rule.stored_tensors = before
             return
         reference, stored = self.rule, rule.stored_tensors
-        # stand-ins take over other settings in the next call
+        # surrogates take over other settings in the next call
         settings = dict(vars(module)) if isinstance(module, Operation) else {}
 
         def put(relevance):
@@ -93,18 +87,7 @@ class Stored:
 
 
 def keep_stored(module):
-    '''Have rules of Zennit for a module find what they stored in each of its calls.
-
-    Parameters
-    ----------
-    module: :py:obj:`torch.nn.Module`
-        The module, of which all rules are registered.
-
-    Returns
-    -------
-    list of :py:obj:`torch.utils.hooks.RemovableHandle`
-        Handles of the hooks for this.
-    '''
+    '''Have rules of Zennit for a module find what they stored in each of its calls.'''
     rules = dict.fromkeys(rules_of(module))
     return [
         handle for rule in rules if not isinstance(rule, (SinglePass, BlockEpsilon))

@@ -24,13 +24,7 @@ def varies(module):
 
 
 def check_evaluation(model):
-    '''Raise a RuntimeError which names the module if the output of any depends on chance or on other samples.
-
-    Parameters
-    ----------
-    model: :py:obj:`torch.nn.Module`
-        The network.
-    '''
+    '''Raise a RuntimeError which names the module if the output of any depends on chance or on other samples.'''
     for name, module in model.named_modules():
         if varies(module):
             raise RuntimeError(
@@ -72,18 +66,6 @@ class Eager:
 
     Modules that were compiled, by :py:func:`torch.compile` or :py:meth:`torch.nn.Module.compile`, run as before until
     this is removed. So do functions that were compiled, which may be inside of the network or around it.
-
-    Parameters
-    ----------
-    root_module: :py:obj:`torch.nn.Module`
-        The network.
-
-    Raises
-    ------
-    TypeError
-        If a module is a ScriptModule, quantized, sharded, or runs replicas on several devices.
-    RuntimeError
-        In inference mode, in which there are no gradients.
     '''
     def __init__(self, root_module):
         self.replaced, self.is_copy = [], False

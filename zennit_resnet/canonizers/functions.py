@@ -11,12 +11,12 @@ ALIASES = {'self': 'input', 'axis': 'dim', 'keepdims': 'keepdim'}
 class FunctionCall:
     '''A function call with its arguments.'''
     # pylint: disable=too-many-arguments
-    def __init__(self, func, name, args, kwargs, carriers):
+    def __init__(self, func, name, args, kwargs, active):
         self.func = func
         self.name = name
         self.args = args
         self.kwargs = kwargs
-        self.carriers = carriers
+        self.active = active
 
     def __call__(self):
         return self.func(*self.args, **self.kwargs)
@@ -34,21 +34,21 @@ class FunctionCall:
         '''All floating point or complex tensors among the arguments, in their order.'''
         return [elem for elem in tensors_of((self.args, self.kwargs)) if elem.is_floating_point() or elem.is_complex()]
 
-    def keep(self, carrier):
+    def keep(self, tensor):
         '''The call with all tensors but one as constants.'''
-        constants = {id(elem): elem.detach() for elem in self.carriers if elem is not carrier}
+        constants = {id(elem): elem.detach() for elem in self.active if elem is not tensor}
         args, kwargs = _replace(self.args, constants), _replace(self.kwargs, constants)
-        return FunctionCall(self.func, self.name, args, kwargs, [carrier])
+        return FunctionCall(self.func, self.name, args, kwargs, [tensor])
 
     def put(self, tensor, value):
         '''The call with another tensor in the place of one.'''
         args, kwargs = (_replace(elem, {id(tensor): value}) for elem in (self.args, self.kwargs))
-        carriers = [value if elem is tensor else elem for elem in self.carriers]
-        return FunctionCall(self.func, self.name, args, kwargs, [elem for elem in carriers if elem.requires_grad])
+        active = [value if elem is tensor else elem for elem in self.active]
+        return FunctionCall(self.func, self.name, args, kwargs, [elem for elem in active if elem.requires_grad])
 
     def rebind(self, *tensors):
         '''The call as a function of tensors, by default those that carry relevance, without a reference to any.'''
-        func, tensors = self.func, tensors or self.carriers
+        func, tensors = self.func, tensors or self.active
         slots = {id(elem): _Slot(num) for num, elem in enumerate(tensors)}
         args, kwargs = _replace(self.args, slots), _replace(self.kwargs, slots)
         precision = _precision(tensors[0])
@@ -76,14 +76,14 @@ class FunctionCall:
         '''The call which returns what the first argument of this one becomes.'''
         kwargs = {key: elem for key, elem in self.kwargs.items() if key != 'inplace'}
         if 'inplace' in self.kwargs:
-            return FunctionCall(self.func, self.name, self.args, kwargs, self.carriers)
+            return FunctionCall(self.func, self.name, self.args, kwargs, self.active)
         name = self.name.replace('__i', '__') if self.name.startswith('__') else self.name[:-1]
         func, args = self.func, self.args or (kwargs.pop('input'),)
 
         def changed(input, *args, **kwargs):
             return func(input.clone(), *args, **kwargs)
 
-        return FunctionCall(changed, name, args, kwargs, self.carriers)
+        return FunctionCall(changed, name, args, kwargs, self.active)
 
 
 def _precision(tensor):
@@ -133,20 +133,7 @@ def kept(tensor):
 
 
 def with_values(output, exact):
-    '''Replace the values of a tensor, with its graph: of other ways to write a function, the last bits differ.
-
-    Parameters
-    ----------
-    output: :py:obj:`torch.Tensor`
-        A new tensor.
-    exact: :py:obj:`torch.Tensor`
-        Its values, of the same number of elements.
-
-    Returns
-    -------
-    :py:obj:`torch.Tensor`
-        The tensor, of the shape of the values.
-    '''
+    '''Replace the values of a tensor, with its graph: of other ways to write a function, the last bits differ.'''
     if output.shape != exact.shape:
         output = output.reshape(exact.shape)
     # the graph of a view is made anew once its values change, of which not all functions are capable
@@ -157,22 +144,7 @@ def with_values(output, exact):
 
 
 def write_out(canonizer, function, twin):
-    '''Run a function with the rules of another way to write it.
-
-    Parameters
-    ----------
-    canonizer: :py:obj:`zennit_resnet.canonizers.ResidualCanonizer`
-        The canonizer.
-    function: :py:obj:`FunctionCall`
-        The call.
-    twin: callable
-        The same without arguments, written with functions that have rules, of which the last returns a new tensor.
-
-    Returns
-    -------
-    :py:obj:`torch.Tensor`
-        What the function returns.
-    '''
+    '''Run a function with the rules of another way to write it.'''
     with torch.no_grad():
         exact = function()
     # the canonizer sees what the twin does as if the network did it

@@ -45,7 +45,7 @@ SETTINGS = {
 def add(canonizer, call, function):
     '''Add two tensors, or a constant to one.'''
     left, right = function.operands()
-    if len(function.carriers) == 1 and products.is_complex(left, right):
+    if len(function.active) == 1 and products.is_complex(left, right):
         return canonizer.refuse(call, function, products.COMPLEX)
     factors = [1, function.kwargs.get('alpha', 1)]
     if 'sub' in function.name:
@@ -53,21 +53,29 @@ def add(canonizer, call, function):
         factors[1] *= -1
         if function.name in ('__rsub__', 'rsub'):
             factors.reverse()
-    if len(function.carriers) == 2:
+    if len(function.active) == 2:
         output = normalize(canonizer, call, function, (left, right), factors)
         if output is not None:
             return output
         return canonizer.run(call, Addition, function, factors=None if factors == [1, 1] else tuple(factors))
-    if factors[0 if left is function.carriers[0] else 1] == 1:
+    signal, = function.active
+    is_left, found = left is signal, canonizer.merge.find(signal)
+    factor, shift = factors[0 if is_left else 1], (right if is_left else left, factors[1 if is_left else 0])
+    shift = None if found is None else shift[0] if shift[1] == 1 else shift[0] * shift[1]
+    if factor == 1:
         # the gradient of adding a constant passes all relevance on
         output = function()
-        canonizer.merge.note_shift(function.carriers[0], output)
-        return output
-    return canonizer.run(call, Gate, function)
+    else:
+        output = canonizer.run(call, Gate, function)
+    canonizer.merge.note(found, signal, output, None if factor == 1 else factor, shift)
+    return output
 
 
 def normalize(canonizer, call, function, operands, factors):
     '''Subtract what a softmax that is written out does, as a constant. Return None if it is anything else.'''
+    if factors == [1, 1] and operands[0].shape == operands[1].shape:
+        # as skip connections are
+        return None
     for (signal, other), (factor, sign) in zip((operands, operands[::-1]), (factors, factors[::-1])):
         if factor != 1:
             continue
@@ -75,7 +83,7 @@ def normalize(canonizer, call, function, operands, factors):
             return canonizer.run_known(function.keep(signal), [signal])
         if is_log_sum(other.grad_fn) and are_probabilities(signal.detach() + sign * other.detach()):
             name = 'log_softmax_' if function.is_inplace else 'log_softmax'
-            function = FunctionCall(function.func, name, function.args, function.kwargs, function.carriers)
+            function = FunctionCall(function.func, name, function.args, function.kwargs, function.active)
             output = products.run_on(canonizer, call, Gate, function, signal)
             canonizer.note_softmax(call, name, output, is_passed=True)
             return output
@@ -84,7 +92,7 @@ def normalize(canonizer, call, function, operands, factors):
 
 def unary(canonizer, call, function, kind):
     '''Run a function of each element, or a normalization.'''
-    if len(function.carriers) > 1:
+    if len(function.active) > 1:
         return canonizer.refuse(call, function, 'more than one of its arguments does')
     if kind is Activation:
         given = function.bind('input', 'min', 'max')
@@ -95,9 +103,9 @@ def unary(canonizer, call, function, kind):
         exponent = function.bind('input', 'exponent').get('exponent') if function.name in POWERS else None
         if isinstance(exponent, (int, float)) and exponent == -1:
             name = 'reciprocal_' if function.is_inplace else 'reciprocal'
-            function = FunctionCall(function.func, name, function.args, function.kwargs, function.carriers)
+            function = FunctionCall(function.func, name, function.args, function.kwargs, function.active)
         return products.run_on(
-            canonizer, call, kind, function, function.carriers[0], is_clipped=is_clipped, bounds=bounds
+            canonizer, call, kind, function, function.active[0], is_clipped=is_clipped, bounds=bounds
         )
     return canonizer.run(call, kind, function)
 
@@ -105,12 +113,23 @@ def unary(canonizer, call, function, kind):
 def batch_norm(canonizer, call, function):
     '''Normalize, with what is needed to fold it.'''
     given = batch_norm_arguments(function.func, function.args, function.kwargs)
-    if len(function.carriers) > 1:
+    if len(function.active) > 1:
         return canonizer.refuse(call, function, 'more than one of its arguments does')
     # for those who fold it
     settings = {key: None if given.get(key) is None else given[key].detach()
                 for key in ('running_mean', 'running_var', 'weight', 'bias')}
     return canonizer.run(call, Normalization, function, eps=given.get('eps', 1e-5), **settings)
+
+
+def native_batch_norm(canonizer, call, function):
+    '''A batch normalization that returns statistics as well.'''
+    names = ('weight', 'bias', 'running_mean', 'running_var')
+    flags = ('training',) if 'no_training' not in function.name else ()
+    given = function.bind('input', *names, *flags, 'momentum', 'eps')
+    if len(function.active) > 1 or given.get('running_mean') is None:
+        return products.run_first(canonizer, call, function, Normalization)
+    settings = {key: None if given.get(key) is None else given[key].detach() for key in names}
+    return products.run_first(canonizer, call, function, Normalization, eps=given.get('eps', 1e-5), **settings)
 
 
 def batch_norm_arguments(func, args, kwargs):
@@ -139,7 +158,7 @@ def extremum(canonizer, call, function):
     given = function.bind('input', 'dim')
     if isinstance(given.get('dim', given.get('other')), torch.Tensor):
         # the gradient of the maximum of two tensors is the rule, that with a constant is clipped by it
-        return function() if len(function.carriers) > 1 else unary(canonizer, call, function, Activation)
+        return function() if len(function.active) > 1 else unary(canonizer, call, function, Activation)
     if function.name == 'max':
         return pool(canonizer, call, function, MaxPool)
     tensors = moves.branches(function)
@@ -167,14 +186,18 @@ def concatenate(canonizer, call, function):
     '''Concatenate tensors.'''
     given = function.bind('tensors', 'dim')
     tensors, dim = given['tensors'], given.get('dim', 0)
-    is_padded = function.name in ('cat', 'concat', 'concatenate') and len(function.carriers) == 1
+    if function.name in ('stack', 'cat', 'concat', 'concatenate'):
+        whole = moves.all_examples(tensors, dim, function.name == 'stack')
+        if whole is not None:
+            return whole.clone()
+    is_padded = function.name in ('cat', 'concat', 'concatenate') and len(function.active) == 1
     if not is_padded or len(tensors) < 2 or any(bool(elem.any()) for elem in tensors if not elem.requires_grad):
         output = canonizer.run(call, Concatenation, function)
         if function.name in ('stack', 'cat', 'concat', 'concatenate'):
             moves.note_stacked(output, tensors, dim, function.name == 'stack')
         return output
     # concatenation with zeros, as some shortcuts have it
-    position = next(num for num, elem in enumerate(tensors) if elem is function.carriers[0])
+    position = next(num for num, elem in enumerate(tensors) if elem is function.active[0])
     lengths = [elem.shape[dim] for elem in tensors]
     return canonizer.run(call, Padding, function, amounts={
         dim % tensors[0].ndim: (sum(lengths[:position]), sum(lengths[position + 1:]))
@@ -209,21 +232,21 @@ def linear(canonizer, call, function):
     '''A convolution or fully connected layer, from its settings.'''
     settings = SETTINGS[function.name.rstrip('123d')]
     given = function.bind('input', 'weight', 'bias', *settings)
-    weights = [elem for elem in function.carriers if elem is not given['input']]
+    weights = [elem for elem in function.active if elem is not given['input']]
     if weights:
         is_hidden = any(elem.is_leaf for elem in weights)
         return canonizer.refuse(call, function, (
             'its weights require a gradient, but are no parameters of the network that was given' if is_hidden
             else 'its weights do'
         ))
-    standin = canonizer.stand_in(call, CONVOLUTIONS.get(function.name, FullyConnected), function.name)
+    surrogate = canonizer.surrogate_for(call, CONVOLUTIONS.get(function.name, FullyConnected), function.name)
     defaults = {'stride': 1, 'padding': 0, 'output_padding': 0, 'dilation': 1, 'groups': 1}
-    standin.padding_mode = 'zeros'
-    standin.set_call(
+    surrogate.padding_mode = 'zeros'
+    surrogate.set_call(
         _with_settings(function.func, tuple(given)), given['weight'], given.get('bias'),
         **{key: given.get(key, defaults[key]) for key in settings},
     )
-    return canonizer.run_known(lambda: standin(given['input']), [given['input']])
+    return canonizer.run_known(lambda: surrogate(given['input']), [given['input']])
 
 
 def _with_settings(func, names):
@@ -246,7 +269,7 @@ def convolution(canonizer, call, function):
         return func(input, weight, bias, stride, padding, dilation, is_transposed, output_padding, groups)
 
     name = f'conv{"_transpose" * is_transposed}{given["weight"].ndim - 2}d'
-    return linear(canonizer, call, FunctionCall(convolution, name, (), given, function.carriers))
+    return linear(canonizer, call, FunctionCall(convolution, name, (), given, function.active))
 
 
 def slice_(canonizer, call, function):

@@ -9,6 +9,9 @@ from ..layer import Addition, Filling, NonNegativeMap, Reduction
 from .functions import FunctionCall, kept, out_of_place, with_values, write_out
 from .products import run_first
 
+# Functions that may take examples one by one.
+EXAMPLES = frozenset('__getitem__ __iter__ unbind select split chunk tensor_split'.split())
+
 
 def place(canonizer, call, function):
     '''Put elements among constants, if only one tensor carries relevance: of several, the gradient is the rule.'''
@@ -16,9 +19,9 @@ def place(canonizer, call, function):
         given = function.bind('input', 'indices', 'values', 'accumulate')
         if given.get('accumulate'):
             return _accumulate(canonizer, call, function)
-    if len(function.carriers) > 1:
+    if len(function.active) > 1:
         # the same tensor may be given twice
-        return canonizer.run_known(function, function.carriers)
+        return canonizer.run_known(function, function.active)
     return _fill(canonizer, call, function)
 
 
@@ -44,7 +47,7 @@ def assign(canonizer, call, function):
         output[index] = value
         return output
 
-    placed = FunctionCall(changed, function.name, (target, value), {}, function.carriers)
+    placed = FunctionCall(changed, function.name, (target, value), {}, function.active)
     target.copy_(canonizer.run(call, Filling, placed.put(target, kept(target)), examples=None))
 
 
@@ -58,18 +61,33 @@ def unfold(canonizer, call, function):
 @out_of_place
 def add_up(canonizer, call, function):
     '''A sum of elements with weights that are not negative.'''
-    if len(function.carriers) > 1:
+    if len(function.active) > 1:
         return canonizer.refuse(call, function, 'more than one of its arguments does')
     kind = function.bind('data', 'reduce')['reduce'] if function.name == 'segment_reduce' else 'sum'
     if kind not in ('sum', 'mean'):
         # of the largest elements, the gradient is the rule
         return canonizer.refuse(call, function, 'it is no sum') if kind == 'prod' else function()
+    if function.name.startswith('nan') and bool(function.active[0].isnan().any()):
+        return _add_up_numbers(canonizer, function)
     steps = function.bind('input', 'x')
     steps = steps.get('x', steps.get('dx', 1)) if 'trap' in function.name else 1
     steps = steps.diff() if isinstance(steps, torch.Tensor) else torch.tensor(steps)
     if bool((steps < 0).any()):
         return canonizer.refuse(call, function, 'its steps have negative signs')
     return canonizer.run(call, NonNegativeMap, function, examples=None)
+
+
+def _add_up_numbers(canonizer, function):
+    '''A sum or mean of elements, of which some are NaN, which receive nothing.'''
+    given = function.bind('input', 'dim', 'keepdim')
+    input, settings = given['input'], {key: given[key] for key in ('dim', 'keepdim') if key in given}
+    is_number = ~input.isnan()
+
+    def twin():
+        total = torch.where(is_number, input, 0.).sum(**settings)
+        return total if function.name == 'nansum' else total / is_number.sum(**settings)
+
+    return write_out(canonizer, function, twin)
 
 
 @out_of_place
@@ -96,7 +114,7 @@ def _add_to(canonizer, call, function, target, source, alpha):
     added = function.put(target, zeros)
     if target.requires_grad or alpha < 0:
         kwargs = {key: elem for key, elem in added.kwargs.items() if key != 'alpha'}
-        added = FunctionCall(added.func, function.name, added.args, kwargs, added.carriers)
+        added = FunctionCall(added.func, function.name, added.args, kwargs, added.active)
         return write_out(canonizer, function, lambda: torch.add(target, added(), alpha=alpha))
     output = canonizer.run(call, NonNegativeMap, added, examples=None)
     if not bool(target.any()):
@@ -159,6 +177,43 @@ def note_stacked(output, tensors, dim, is_stack):
         output._stacked = tuple(tensors), dim, is_stack, versions
 
 
+def note_examples(function, output, size):
+    '''Note which example of a tensor with all of them another tensor is.'''
+    given = function.bind('input', 'index')
+    input, index = given['input'], given.get('index')
+    if not isinstance(input, torch.Tensor) or not input.ndim or len(input) != size:
+        return
+    if isinstance(output, torch.Tensor):
+        if function.name == 'select':
+            given = function.bind('input', 'dim', 'index')
+            index = given['index'] if given['dim'] in (0, -input.ndim) else None
+        if isinstance(index, tuple) and index and all(elem in (slice(None), Ellipsis) for elem in index[1:]):
+            index = index[0]
+        if isinstance(index, slice) and index.step in (None, 1):
+            start, stop, _ = index.indices(size)
+            index = start if stop == start + 1 else None
+        output = {} if isinstance(index, bool) or not isinstance(index, int) else {index % size: output}
+    else:
+        output = dict(enumerate(output)) if len(output) == size else {}
+    for index, elem in output.items():
+        if elem.shape in (input.shape[1:], (1, *input.shape[1:])):
+            elem._example = input, index, (version_of(input), version_of(elem))
+
+
+def all_examples(tensors, dim, is_stack):
+    '''The tensor with all examples that tensors are of, in their order, None if they are anything else.'''
+    notes = [getattr(elem, '_example', None) for elem in tensors]
+    if None in notes:
+        return None
+    input = notes[0][0]
+    is_whole = len(notes) == len(input) and dim in (0, -input.ndim) and all(
+        elem is input and index == num and versions == (version_of(input), version_of(tensor))
+        and (tensor.ndim < input.ndim) == is_stack
+        for num, (tensor, (elem, index, versions)) in enumerate(zip(tensors, notes))
+    )
+    return input if is_whole else None
+
+
 def reduce_branches(canonizer, call, function, tensors):
     '''A sum, mean or maximum of tensors that were stacked for it, as an addition or maximum of these.'''
     with torch.no_grad():
@@ -169,9 +224,9 @@ def reduce_branches(canonizer, call, function, tensors):
         def total(*tensors):
             return with_values(sum(tensors[1:], tensors[0].clone()), values)
 
-        carriers = [elem for elem in tensors if elem.requires_grad]
-        addends = FunctionCall(total, function.name, tuple(tensors), {}, carriers)
-        output = canonizer.run(call, Addition, addends, factors=None) if len(carriers) > 1 else addends()
+        active = [elem for elem in tensors if elem.requires_grad]
+        addends = FunctionCall(total, function.name, tuple(tensors), {}, active)
+        output = canonizer.run(call, Addition, addends, factors=None) if len(active) > 1 else addends()
     else:
         choose = torch.minimum if 'min' in function.name else torch.maximum
         output = with_values(functools.reduce(choose, tensors[1:], tensors[0].clone()), values)
@@ -236,7 +291,7 @@ def _nth(function, num):
     func = function.func
     return FunctionCall(
         lambda *args, **kwargs: func(*args, **kwargs)[num].clone(), function.name, function.args, function.kwargs,
-        function.carriers,
+        function.active,
     )
 
 
@@ -249,7 +304,7 @@ def norm(canonizer, call, function):
     elif function.name == 'frobenius_norm':
         names = ('input', 'dim')
     given = function.bind(*names)
-    input, = function.carriers
+    input, = function.active
     value, dim = given.get('ord', given.get('p')), given.get('dim')
     if function.name == 'linalg_matrix_norm':
         value, dim = given.get('ord', 'fro'), given.get('dim', (-2, -1))

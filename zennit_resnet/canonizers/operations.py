@@ -140,9 +140,12 @@ TABLE = (
     _entry('layer_norm group_norm instance_norm rms_norm local_response_norm', layers.unary, Normalization),
     _entry('normalize', layers.unary, Normalization, reduces=(2, 1)),
     _entry('batch_norm', layers.batch_norm, training=(5, False)),
+    # these return their statistics as well
+    _entry('native_layer_norm native_group_norm _fused_rms_norm', products.run_first, Normalization),
     _entry('''
-        native_layer_norm native_group_norm _native_batch_norm_legit_no_training _fused_rms_norm
-    ''', products.run_first, Normalization),
+        native_batch_norm _native_batch_norm_legit cudnn_batch_norm miopen_batch_norm
+    ''', layers.native_batch_norm, training=(5, False)),
+    _entry('_native_batch_norm_legit_no_training', layers.native_batch_norm),
     _entry('glu', layers.gated_unit),
     # these pass relevance at the end of a network only
     _entry('softmax log_softmax special_softmax special_log_softmax', pass_at_end, reduces=(1, None)),
@@ -225,7 +228,7 @@ def is_training(func, args, kwargs):
         return False
     if 'dropout' in name:
         return given.get(1, kwargs.get('p', .5)) > 0
-    if name != 'batch_norm':
+    if 'batch_norm' not in name:
         return True
     given = layers.batch_norm_arguments(func, args, kwargs)
     # without statistics, it may be a normalization of another kind, of a tensor that was reshaped to have no examples
@@ -233,34 +236,19 @@ def is_training(func, args, kwargs):
 
 
 def handle(canonizer, call, function):
-    '''Run a function on tensors that carry relevance.
-
-    Parameters
-    ----------
-    canonizer: :py:obj:`zennit_resnet.canonizers.ResidualCanonizer`
-        The canonizer.
-    call: object
-        The call of the module that runs the function.
-    function: :py:obj:`zennit_resnet.canonizers.functions.FunctionCall`
-        The function with its arguments.
-
-    Returns
-    -------
-    object
-        What the function returns.
-    '''
+    '''Run a function on tensors that carry relevance.'''
     target = function.kwargs.get('out') if function.kwargs else None
     if isinstance(target, torch.Tensor):
-        # stand-ins build no graph for it, and PyTorch does not either
+        # surrogates build no graph for it, and PyTorch does not either
         kwargs = {key: elem for key, elem in function.kwargs.items() if key != 'out'}
         output = handle(canonizer, call, FunctionCall(
-            function.func, function.name, function.args, kwargs, function.carriers
+            function.func, function.name, function.args, kwargs, function.active
         ))
         return (target if target.shape == output.shape else target.resize_(output.shape)).copy_(output)
     entry = OPERATIONS.get(function.name)
     handler = None if entry is None else entry.run
-    if handler is not None and not any(map(torch.is_complex, function.carriers)):
+    if handler is not None and not any(map(torch.is_complex, function.active)):
         return handler(canonizer, call, function)
     is_complex = function.name.startswith('fft_') or function.name in COMPLEX_FUNCTIONS
-    is_complex = is_complex or products.is_complex(*function.carriers)
+    is_complex = is_complex or products.is_complex(*function.active)
     return canonizer.refuse(call, function, products.COMPLEX if is_complex else 'no rule covers it')

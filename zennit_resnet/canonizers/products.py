@@ -20,20 +20,7 @@ NON_NEGATIVE = frozenset('nearest nearest-exact area linear bilinear trilinear'.
 
 
 def find_signal(factors, by_size=True):
-    '''Index of the signal among factors, None if ambiguous.
-
-    Parameters
-    ----------
-    factors: list of :py:obj:`torch.Tensor`
-        Factors that carry relevance.
-    by_size: bool, optional
-        Whether the larger of two factors is the signal if none or both were computed from sigmoids alone.
-
-    Returns
-    -------
-    int or None
-        The index of the factor that receives the relevance.
-    '''
+    '''Index of the signal among factors, None if ambiguous.'''
     # of the product of both, which LSTMs have, a tanh is the signal
     for with_tanh in (True, False):
         gates = [is_gate(elem, with_tanh) for elem in factors]
@@ -65,7 +52,7 @@ def run_first(canonizer, call, function, kind, **settings):
     func = function.func
     first = FunctionCall(
         lambda *args, **kwargs: func(*args, **kwargs)[0], function.name, function.args, function.kwargs,
-        function.carriers,
+        function.active,
     )
     return (canonizer.run(call, kind, first, **settings), *others)
 
@@ -74,13 +61,23 @@ def multiply(canonizer, call, function):
     '''A product or quotient of two factors, element by element.'''
     left, right = function.operands()
     is_division = 'div' in function.name
-    if len(function.carriers) == 1:
+    if len(function.active) == 1:
         if is_complex(left, right):
             return canonizer.refuse(call, function, COMPLEX)
-        signal, = function.carriers
+        signal, = function.active
         is_divisor = is_division and signal is (left if function.name in ('__rdiv__', '__rtruediv__') else right)
-        # a constant divided by a tensor is a function of each element, as its reciprocal is
-        return run_on(canonizer, call, Activation if is_divisor else Gate, function, signal)
+        if is_divisor:
+            # a constant divided by a tensor is a function of each element, as its reciprocal is
+            return run_on(canonizer, call, Activation, function, signal)
+        found, constant = canonizer.merge.find(signal), right if signal is left else left
+        if function.name in ('__rdiv__', '__rtruediv__'):
+            constant = left
+        output = run_on(canonizer, call, Gate, function, signal)
+        if found is not None and not is_division:
+            canonizer.merge.note(found, signal, output, constant)
+        elif found is not None:
+            canonizer.merge.note(found, signal, output, 1 / constant)
+        return output
     if left is right and not is_division:
         # a square
         func = function.func
@@ -91,7 +88,7 @@ def multiply(canonizer, call, function):
     if signal is not None:
         # a softmax
         name = 'softmax_' if function.is_inplace else 'softmax'
-        function = FunctionCall(function.func, name, function.args, function.kwargs, function.carriers)
+        function = FunctionCall(function.func, name, function.args, function.kwargs, function.active)
         output = run_on(canonizer, call, Gate, function, (left, right)[signal])
         canonizer.note_softmax(call, 'softmax', output, is_passed=True)
         return output
@@ -99,7 +96,7 @@ def multiply(canonizer, call, function):
     if is_division and is_one_more(right.grad_fn) and bool(((right - left).detach() - 1).abs().amax() <= 1e-3):
         # e^h / (e^h + 1)
         name = 'sigmoid_' if function.is_inplace else 'sigmoid'
-        function = FunctionCall(function.func, name, function.args, function.kwargs, function.carriers)
+        function = FunctionCall(function.func, name, function.args, function.kwargs, function.active)
     if signal is None:
         return canonizer.refuse(call, function, (
             f'which factor is the signal and which the gate is ambiguous: shapes {tuple(left.shape)} and '
@@ -134,18 +131,18 @@ def _pick(canonizer, call, function):
     '''
     if is_complex(*function.tensors()):
         return None, canonizer.refuse(call, function, COMPLEX)
-    if len(function.carriers) == 1:
+    if len(function.active) == 1:
         return function, False
-    signal = None if len({id(elem) for elem in function.carriers}) == 1 else find_signal(function.carriers, False)
+    signal = None if len({id(elem) for elem in function.active}) == 1 else find_signal(function.active, False)
     if signal is None:
-        shapes = ', '.join(str(tuple(elem.shape)) for elem in function.carriers)
+        shapes = ', '.join(str(tuple(elem.shape)) for elem in function.active)
         return None, canonizer.refuse(call, function, (
             f'several of its factors do (shapes {shapes}), none or all of which were computed from sigmoids or a '
             'softmax alone'
         ))
-    if any(is_attention(elem) for num, elem in enumerate(function.carriers) if num != signal):
+    if any(is_attention(elem) for num, elem in enumerate(function.active) if num != signal):
         return None, canonizer.refuse(call, function, 'its weights come from a product of two that do, as in attention')
-    return function.keep(function.carriers[signal]), True
+    return function.keep(function.active[signal]), True
 
 
 def contract(canonizer, call, function):
@@ -153,7 +150,7 @@ def contract(canonizer, call, function):
     function, is_pooling = _pick(canonizer, call, function)
     if function is None:
         return is_pooling
-    signal, = function.carriers
+    signal, = function.active
     constant, = (elem for elem in function.tensors() if elem is not signal)
     if is_pooling and bool((constant >= 0).all()):
         return canonizer.run(call, NonNegativeMap, function, examples=None)
@@ -170,17 +167,17 @@ def contract(canonizer, call, function):
 
 def fully_connected(canonizer, call, name, input, func, weight, bias):
     '''Run a function of an input, a weight of shape (outputs, inputs) and a bias as a fully connected layer.'''
-    standin = canonizer.stand_in(call, FullyConnected, name)
-    standin.set_call(func, weight, bias)
-    return canonizer.run_known(lambda: standin(input), [input])
+    surrogate = canonizer.surrogate_for(call, FullyConnected, name)
+    surrogate.set_call(func, weight, bias)
+    return canonizer.run_known(lambda: surrogate(input), [input])
 
 
 def linear_map(canonizer, call, function, product, weight):
-    '''Run a function of one carrier, which is a product with a constant.'''
-    signal, = function.carriers
-    standin = canonizer.stand_in(call, LinearMap, function.name)
-    standin.set_product(product, weight if weight.layout is torch.strided else weight.to_dense(), function.rebind())
-    return canonizer.run_known(lambda: standin(signal), [signal])
+    '''Run a function of one tensor, which is a product with a constant.'''
+    signal, = function.active
+    surrogate = canonizer.surrogate_for(call, LinearMap, function.name)
+    surrogate.set_product(product, weight if weight.layout is torch.strided else weight.to_dense(), function.rebind())
+    return canonizer.run_known(lambda: surrogate(signal), [signal])
 
 
 @out_of_place
@@ -230,16 +227,46 @@ def einsum(canonizer, call, function):
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = list(operands[0])
     inputs, output = _subscripts(equation, operands)
-    signals = [key for key, elem in zip(inputs, operands) if elem.requires_grad]
-    if len(operands) > 1 and signals == [output] and set(''.join(inputs)) == set(output) and (
-        len(set(output)) == len(output) and not is_complex(*function.tensors())
-    ):
-        # elements are scaled
-        return canonizer.run(call, Gate, function)
+    # a sum over a single position is none
+    sums = {letter for key, elem in zip(inputs, operands) for letter, size in zip(key, elem.shape)
+            if letter not in output and size > 1}
+    is_product = not sums and set(output) <= set(''.join(inputs)) and all(
+        len(set(key)) == len(key) for key in (*inputs, output)
+    )
+    if len(operands) > 1 and is_product:
+        return _multiply_aligned(canonizer, call, function, inputs, output, operands)
     if len(operands) > 1:
         return _contract_many(canonizer, call, function, inputs, output, operands)
     # sums over positions, or a permutation or diagonal, of which the gradient is the rule
     return function() if set(inputs[0]) <= set(output) else canonizer.run(call, NonNegativeMap, function, examples=None)
+
+
+def _multiply_aligned(canonizer, call, function, inputs, output, operands):
+    '''A product of elements, without a sum, of tensors of which the dimensions have letters.'''
+    picked, refused = _pick(canonizer, call, function)
+    if picked is None:
+        return refused
+    signal, = picked.active
+    index = next(num for num, elem in enumerate(operands) if elem is signal)
+
+    def aligned(key, elem):
+        if not set(key) <= set(output):
+            elem = elem[tuple(slice(None) if letter in output else 0 for letter in key)]
+            key = ''.join(letter for letter in key if letter in output)
+        order = [key.index(letter) for letter in output if letter in key]
+        elem = elem if order == sorted(order) else elem.permute(order)
+        for num, letter in enumerate(output):
+            elem = elem if letter in key else elem.unsqueeze(num)
+        return elem
+
+    def twin():
+        product = aligned(inputs[index], signal)
+        for num, (key, elem) in enumerate(zip(inputs, operands)):
+            if num != index:
+                product = product * aligned(key, elem.detach())
+        return product
+
+    return write_out(canonizer, function, twin)
 
 
 def _subscripts(equation, operands):
@@ -282,7 +309,7 @@ def _contract_many(canonizer, call, function, inputs, output, operands):
     pooled, is_pooling = _pick(canonizer, call, function)
     if pooled is None:
         return is_pooling
-    signal, = pooled.carriers
+    signal, = pooled.active
     index = next(num for num, elem in enumerate(operands) if elem is signal)
     constants = [elem.detach() for num, elem in enumerate(operands) if num != index]
     if is_pooling and all(bool((elem >= 0).all()) for elem in constants):
@@ -303,7 +330,7 @@ def bilinear(canonizer, call, function):
     operands = [given['input1'], given['weight'], given['input2']]
     if any(elem is not None and elem.requires_grad for elem in (given['weight'], given.get('bias'))):
         return canonizer.refuse(call, function, 'its weights do')
-    product = FunctionCall(torch.einsum, function.name, ('...i,kij,...j->...k', *operands), {}, function.carriers)
+    product = FunctionCall(torch.einsum, function.name, ('...i,kij,...j->...k', *operands), {}, function.active)
     with torch.no_grad():
         exact = function()
     output = einsum(canonizer, call, product)
@@ -428,7 +455,7 @@ def interpolate(canonizer, call, function):
 
 def _matrices(function):
     '''The map of each spatial dimension: what it makes of unit vectors that vary along no other dimension.'''
-    input, = function.carriers
+    input, = function.active
     shape, matrices = input.shape[2:], []
     dtype = input.dtype if input.dtype in (torch.float32, torch.float64) else torch.float32
     for dim, length in enumerate(shape):

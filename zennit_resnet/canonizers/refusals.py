@@ -7,8 +7,8 @@ from zennit.types import Linear
 
 from .._autograd import (
     SOFT,
+    active_tensors,
     are_probabilities,
-    carriers_of,
     end_of,
     metadata_of,
     nodes_of,
@@ -34,27 +34,7 @@ class UnsupportedOperation(RuntimeError):
 
 
 def refusal(label, module, name, reason, strict):
-    '''Create a backward hook which raises an error, or warns, if there is any relevance.
-
-    Parameters
-    ----------
-    label: str
-        Name and type of the module that runs the function.
-    module: :py:obj:`torch.nn.Module`
-        The module.
-    name: str
-        Name of the function.
-    reason: str
-        Why there is no rule.
-    strict: bool
-        Whether it is an error, and not a warning.
-
-    Returns
-    -------
-    callable
-        A function ``(relevance) -> None`` for tensors and nodes of graphs, which raises
-        :py:class:`UnsupportedOperation`.
-    '''
+    '''Create a backward hook which raises an error, or warns, if there is any relevance.'''
     where = f'{label} uses \'{name}\' on tensors that carry relevance'
     remedy = next((text for key, text in REMEDIES.items() if key in name), None)
     if remedy is not None:
@@ -90,17 +70,7 @@ class Softmaxes:
         self.checks[node] = check, is_passed
 
     def follow(self, outputs, is_gradient, create_check):
-        '''Add hooks after a forward pass.
-
-        Parameters
-        ----------
-        outputs: list of :py:obj:`torch.Tensor`
-            Outputs of the network that carry relevance.
-        is_gradient: bool
-            Whether the gradient is the rule of all functions.
-        create_check: callable
-            Function without arguments that creates a hook which refuses relevance.
-        '''
+        '''Add hooks after a forward pass.'''
         at_end = {end_of(node) for node in nodes_of(outputs)} if self.checks else set()
         for node, (check, is_passed) in self.checks.items():
             if node not in at_end:
@@ -137,10 +107,10 @@ def _explain_logits(relevance):
     )
 
 
-def check_output(root, args, output, carriers):
+def check_output(root, args, output, active):
     '''Raise a RuntimeError if the input of a network requires a gradient, but no output depends on it.'''
     with DisableTorchFunction():
-        if not carriers and carriers_of(args) and any(elem.is_floating_point() for elem in tensors_of(output)):
+        if not active and active_tensors(args) and any(elem.is_floating_point() for elem in tensors_of(output)):
             raise RuntimeError(
                 f'The output of the {type(root).__name__} has no gradient: the network runs under torch.no_grad() as '
                 'frozen parts often do, or detaches what it computes. Freeze parameters with requires_grad_(False) '

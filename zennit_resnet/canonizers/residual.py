@@ -8,17 +8,17 @@ import torch
 from zennit.canonizers import Canonizer
 from zennit.core import RemovableHandleList
 
-from .._autograd import carriers_of, class_of, function_of, is_arithmetic, name_of, nodes_of, walk
+from .._autograd import active_tensors, class_of, function_of, is_arithmetic, name_of, nodes_of, walk
 from .._compat import DisableTorchFunction, caller, in_backward, is_replacing, is_running, registering_composite
 from .._inplace import Watch, forget, note_copy, settle
 from ..arguments import Described, check_choice, check_flag
-from ..layer import LinearMap
 from .batch_norm import BatchNormMerge
 from .batches import WATCHED, batch_size, depends_on_batch, may_mix
-from .calls import Call, Local, is_opaque, keep_stored, single_pass
+from .calls import Local, ModuleCall, is_opaque, keep_stored, single_pass
 from .eager import Eager, check_evaluation, is_active
 from .functions import FunctionCall
 from .layers import LINEAR
+from .moves import EXAMPLES, note_examples
 from .operations import DEFAULT_RULES, TRAINING, TRANSPARENT, handle, is_training
 from .refusals import (
     Softmaxes,
@@ -162,7 +162,7 @@ class ResidualCanonizer(Described, Canonizer):
             hook.active = False
         REGISTERED.append(self)
         self.context = self.paused = None
-        self.standins, self.leaves, self.weights = {}, {}, WeightLog()
+        self.surrogates, self.leaves, self.weights = {}, {}, WeightLog()
         self.local = Local()
         self.interception = _Interception(self, self.is_gradient)
         # zennit 1.0.0 replaces parameters of layers with new objects when its rules run
@@ -197,7 +197,7 @@ class ResidualCanonizer(Described, Canonizer):
         for param in self.trainable:
             param.requires_grad_(True)
         self.eager.remove()
-        self.standins, self.trainable, self.suspended, self.parameters, self.names = {}, [], [], {}, {}
+        self.surrogates, self.trainable, self.suspended, self.parameters, self.names = {}, [], [], {}, {}
         self.leaves, self.weights = {}, WeightLog()
 
     def copy(self):
@@ -239,10 +239,10 @@ class ResidualCanonizer(Described, Canonizer):
         # what is inside of a module with a rule must have its own gradient, also if the rule runs it again
         opaque = is_opaque(module) or (stack[-1].opaque if stack else self._is_inside_opaque(module))
         changes = args[0] if args and getattr(module, 'inplace', False) is True else None
-        carriers = carriers_of(args) if opaque and stack and not stack[-1].opaque else ()
-        begin = nodes_of(carriers) if carriers else None
+        active = active_tensors(args) if opaque and stack and not stack[-1].opaque else ()
+        begin = nodes_of(active) if active else None
         counts = self.local.counts.setdefault(module, {})
-        stack.append(Call(module, opaque, counts, changes, begin, weights, caller()))
+        stack.append(ModuleCall(module, opaque, counts, changes, begin, weights, caller()))
 
     def _recover(self):
         '''Forget a forward pass that was interrupted by an exception for which PyTorch runs no hooks.'''
@@ -278,28 +278,28 @@ class ResidualCanonizer(Described, Canonizer):
             forget()
             # before anything raises
             self.interception.leave()
-        carriers = carriers_of((output,))
+        active = active_tensors((output,))
         if not stack and self.local.is_active and self.local.is_grad_enabled:
             # also attributes of objects of any class
-            carriers = carriers or carriers_of(vars(output) if hasattr(output, '__dict__') else ())
+            active = active or active_tensors(vars(output) if hasattr(output, '__dict__') else ())
             self._check_batch(output)
-            check_output(self.root, args, output, carriers)
-            self.local.softmaxes.follow(carriers, self.is_gradient, lambda: refusal(
+            check_output(self.root, args, output, active)
+            self.local.softmaxes.follow(active, self.is_gradient, lambda: refusal(
                 self._label(self.root), self.root, 'softmax', 'it is not the output', self.strict
             ))
             if self.is_gradient:
-                self.weights.finish(carriers)
+                self.weights.finish(active)
         if self.local.is_active:
-            if call.weights is not None and carriers:
-                self.weights.watch(call.weights, carriers, call.opaque, self.is_gradient)
+            if call.weights is not None and active:
+                self.weights.watch(call.weights, active, call.opaque, self.is_gradient)
             if not call.opaque:
-                self._guard(call, carriers)
+                self._guard(call, active)
             elif call.begin is not None:
-                self._note(carriers, call.begin)
+                self._note(active, call.begin)
         if not stack:
             # nodes keep the tensors of the forward pass
             self.local.seen, self.local.known = set(), set()
-            self._finish(carriers)
+            self._finish(active)
 
     def _check_batch(self, output):
         '''Raise a RuntimeError if functions that may compute something from several images do.'''
@@ -320,7 +320,7 @@ class ResidualCanonizer(Described, Canonizer):
 
     def _start(self, args):
         if self not in REGISTERED:
-            if torch.is_grad_enabled() and carriers_of(args):
+            if torch.is_grad_enabled() and active_tensors(args):
                 raise RuntimeError(
                     f'The {type(self.root).__name__} is a copy that was made within the context of a composite, whose '
                     'hooks it has without being registered: copy the network outside of the context.'
@@ -361,20 +361,20 @@ class ResidualCanonizer(Described, Canonizer):
         '''Other canonizers in use for the same modules.'''
         return [other for other in REGISTERED if other is not self and not self.names.keys().isdisjoint(other.names)]
 
-    def _finish(self, carriers):
+    def _finish(self, active):
         if self not in REGISTERED:
             return
         if self.paused is not None:
             self.merge.resume(self.paused)
         elif all(REGISTERED.index(other) < REGISTERED.index(self) for other in self._overlapping()):
-            self.weights.renew(self.merge.fold(carriers))
+            self.weights.renew(self.merge.fold(active))
         self.paused = None
-        for owner, name, standin in self.standins.values():
-            owner._modules[name] = standin
+        for owner, name, surrogate in self.surrogates.values():
+            owner._modules[name] = surrogate
 
     def _detach(self):
-        # containers which call all of their children must not find stand-ins among them
-        for owner, name, _ in self.standins.values():
+        # containers which call all of their children must not find surrogates among them
+        for owner, name, _ in self.surrogates.values():
             owner._modules.pop(name, None)
 
     # -- what runs in it -----------------------------------------------------------------------------------------------
@@ -406,7 +406,7 @@ class ResidualCanonizer(Described, Canonizer):
         stack = self._stack()
         if not stack or not self.local.is_active or not (torch.is_grad_enabled() or self.local.leaf is not None):
             return
-        if carriers_of((args, kwargs)):
+        if active_tensors((args, kwargs)):
             module = self.local.leaf or stack[-1].module
             raise RuntimeError(
                 f'{self._label(module)} calls \'{func.__name__}\' for training or without running statistics, by which '
@@ -443,12 +443,16 @@ class ResidualCanonizer(Described, Canonizer):
             if stack and stack[-1].opaque and name in LINEAR and self.local.is_active:
                 check_weight(self._label(stack[-1].module), stack[-1].module, args, kwargs)
             return func(*args, **kwargs)
-        if name in TRANSPARENT:
+        if name in TRANSPARENT and name not in EXAMPLES:
             return func(*args, **kwargs)
-        carriers = carriers_of((args, kwargs))
-        if not carriers:
+        active = active_tensors((args, kwargs))
+        if not active:
             return func(*args, **kwargs)
-        return handle(self, stack[-1], FunctionCall(func, name, args, kwargs, carriers))
+        function = FunctionCall(func, name, args, kwargs, active)
+        output = handle(self, stack[-1], function) if name not in EXAMPLES or name == '__getitem__' else function()
+        if self.local.batch > 1 and name in EXAMPLES:
+            note_examples(function, output, self.local.batch)
+        return output
 
     def refuse(self, call, function, reason):
         '''Run a function which relevance must not reach. What computes a gate may be anything.
@@ -467,9 +471,9 @@ class ResidualCanonizer(Described, Canonizer):
         object
             What the function returns.
         '''
-        output, check = self.run_known(function, function.carriers), self._check(call, function.name, reason)
-        for carrier in carriers_of((output,)):
-            carrier.register_hook(check)
+        output, check = self.run_known(function, function.active), self._check(call, function.name, reason)
+        for tensor in active_tensors((output,)):
+            tensor.register_hook(check)
         return output
 
     def pass_at_end(self, call, function):
@@ -487,7 +491,7 @@ class ResidualCanonizer(Described, Canonizer):
         :py:obj:`torch.Tensor`
             What the function returns.
         '''
-        output = self.run_known(function, function.carriers)
+        output = self.run_known(function, function.active)
         self.note_softmax(call, function.name, output)
         return output
 
@@ -523,83 +527,83 @@ class ResidualCanonizer(Described, Canonizer):
     def _composite(self):
         return None if self.composite is None else self.composite()
 
-    def stand_in(self, call, kind, name):
-        '''Get the stand-in for the next operation of a kind, with its rule.
+    def surrogate_for(self, call, kind, name):
+        '''Get the surrogate for the next operation of a kind, with its rule.
 
         Parameters
         ----------
         call: object
             The call of the module that runs the operation.
         kind: type
-            Class of the stand-in, see :py:mod:`zennit_resnet.layer`.
+            Class of the surrogate, see :py:mod:`zennit_resnet.layer`.
         name: str
             Name of the function.
 
         Returns
         -------
         :py:obj:`torch.nn.Module`
-            The stand-in.
+            The surrogate.
         '''
         index = call.counts[kind.label] = call.counts.get(kind.label, -1) + 1
         key = call.module, kind, index
-        if key not in self.standins:
+        if key not in self.surrogates:
             label = kind.label if index == 0 else f'{kind.label}_{index}'
             while hasattr(call.module, label):
                 label += '_'
-            standin = kind(name)
-            standin.train(call.module.training)
-            self.standins[key] = call.module, label, standin
+            surrogate = kind(name)
+            surrogate.train(call.module.training)
+            self.surrogates[key] = call.module, label, surrogate
             prefix = self.names.get(call.module, '')
-            self._hook(f'{prefix}.{label}' if prefix else label, standin)
-            if self.batch_norm == 'merge' and kind is not LinearMap:
-                self.merge.watch(standin)
-        standin = self.standins[key][2]
-        standin.name = name
-        return standin
+            self._hook(f'{prefix}.{label}' if prefix else label, surrogate)
+            if self.batch_norm == 'merge':
+                self.merge.watch(surrogate)
+        surrogate = self.surrogates[key][2]
+        surrogate.name = name
+        return surrogate
 
-    def run_known(self, function, carriers):
+    def run_known(self, function, active):
         '''Run a function, inside of which nothing has to be guarded, of tensors that carry relevance.'''
-        begin = nodes_of(carriers)
+        begin = nodes_of(active)
         output = function()
-        self._note(carriers_of((output,)), begin)
+        self._note(active_tensors((output,)), begin)
         return output
 
-    def _hook(self, name, standin):
+    def _hook(self, name, surrogate):
         composite = self._composite()
-        template = None if composite is None else composite.module_map(self.context, name, standin)
+        template = None if composite is None else composite.module_map(self.context, name, surrogate)
         if template is None:
-            template = next((rule for kind, rule in DEFAULT_RULES if isinstance(standin, kind)), None)
+            template = next((rule for kind, rule in DEFAULT_RULES if isinstance(surrogate, kind)), None)
         if template is not None:
             hook = template.copy()
             if composite is not None:
                 composite.hook_refs.add(hook)
-            self.handles.append(hook.register(standin))
-            self.handles.extend(keep_stored(standin))
+            self.handles.append(hook.register(surrogate))
+            self.handles.extend(keep_stored(surrogate))
 
     def run(self, call, kind, function, **settings):
-        '''Run a function through the stand-in for it.
+        '''Run a function through the surrogate for it.
 
         Parameters
         ----------
         call: object
             The call of the module that runs the function.
         kind: type
-            Class of the stand-in, see :py:mod:`zennit_resnet.layer`.
+            Class of the surrogate, see :py:mod:`zennit_resnet.layer`.
         function: :py:obj:`zennit_resnet.canonizers.functions.FunctionCall`
             The function with its arguments.
         **settings
-            Attributes of the stand-in, which its rule needs to know.
+            Attributes of the surrogate, which its rule needs to know.
 
         Returns
         -------
         object
             What the function returns.
         '''
-        standin = self.stand_in(call, kind, function.name)
+        surrogate = self.surrogate_for(call, kind, function.name)
         for key, value in settings.items():
-            setattr(standin, key, value)
-        standin.function = function.rebind()
-        return self.run_known(lambda: standin(*function.carriers), function.carriers)
+            setattr(surrogate, key, value)
+        surrogate.function = function.rebind()
+        return self.run_known(lambda: surrogate(*function.active), function.active)
 
 
 class _Interception(Watch):

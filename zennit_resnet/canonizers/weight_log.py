@@ -27,27 +27,7 @@ class WeightLog:
         self.used, self.read = {}, {}
 
     def note(self, module, is_active, is_again):
-        '''Note the weights of a module that is called, or compare them if checkpointing runs it again.
-
-        Parameters
-        ----------
-        module: :py:obj:`torch.nn.Module`
-            The module.
-        is_active: bool
-            Whether rules count.
-        is_again: bool
-            Whether this is the backward pass.
-
-        Returns
-        -------
-        :py:obj:`UsedWeights` or None
-            The weights, None if there are none.
-
-        Raises
-        ------
-        RuntimeError
-            If it runs again with other weights.
-        '''
+        '''Note the weights of a module that is called, or compare them if checkpointing runs it again.'''
         if not is_active or not module._parameters and not module._buffers:
             return None
         with DisableTorchFunction():
@@ -63,19 +43,7 @@ class WeightLog:
         return weights
 
     def watch(self, weights, outputs, is_opaque, is_gradient):
-        '''Have an error raised if weights that are not copied change before they are read.
-
-        Parameters
-        ----------
-        weights: :py:obj:`UsedWeights`
-            Weights of a module that was called.
-        outputs: list of :py:obj:`torch.Tensor`
-            Its outputs.
-        is_opaque: bool
-            Whether the module has a rule.
-        is_gradient: bool
-            Whether the gradient is the rule of all functions.
-        '''
+        '''Have an error raised if weights that are not copied change before they are read.'''
         module = weights.module
         if not is_gradient and not (is_opaque and isinstance(module, Linear)):
             return

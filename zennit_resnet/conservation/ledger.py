@@ -479,7 +479,7 @@ def conservation_ledger(model, input, composite=None, attr_output=None, target=N
             relevance = recorder.propagate(output, input, seed.detach())
             rows, blocks = recorder.summarize()
         finally:
-            recorder.witness.leave()
+            recorder.probe.leave()
     initial, final = (precise(elem.detach()).cpu().reshape(len(input), -1) for elem in (seed, relevance))
     return Ledger(
         rows, blocks, initial.sum(1), initial.abs().sum(1), final.sum(1), output.detach(), relevance.detach(), name

@@ -51,13 +51,8 @@ class Note(NamedTuple):
     smallest: torch.Tensor
 
 
-class Witness:
+class LossProbe:
     '''Takes notes of what rules compute while they run, without any influence on it.
-
-    Parameters
-    ----------
-    batch_size: int
-        Number of examples. Of tensors of which it is not the first dimension, nothing is noted.
 
     Attributes
     ----------
@@ -71,15 +66,7 @@ class Witness:
         self.replaced = {}
 
     def watch(self, hook, module):
-        '''Watch a rule.
-
-        Parameters
-        ----------
-        hook: :py:obj:`zennit.core.Hook`
-            The rule.
-        module: :py:obj:`torch.nn.Module`
-            The module at which it is registered.
-        '''
+        '''Watch a rule.'''
         if hook in self.replaced:
             return
         if isinstance(hook, ZPlus):
@@ -109,17 +96,7 @@ class Witness:
         return notes
 
     def bias(self, module, share, zeros):
-        '''What the bias of a layer keeps, sum s b, of shape (batch,).
-
-        Parameters
-        ----------
-        module: :py:obj:`torch.nn.Module`
-            The layer.
-        share: :py:obj:`torch.Tensor`
-            Relevance divided by the denominator, of the shape of the output.
-        zeros: :py:obj:`torch.Tensor`
-            Zeros of the shape of the layer's input for one example.
-        '''
+        '''What the bias of a layer keeps, sum s b, of shape (batch,).'''
         return self._sum(precise(share) * precise(intercept(module, zeros)))
 
     def _sum(self, tensor):

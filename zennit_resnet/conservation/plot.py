@@ -9,21 +9,6 @@ LEDGER_COLORS = {
 
 def plot_ledger(ledger, example=0, tolerance=1e-4):
     '''Plot what each layer loses or gains of the relevance, by cause, and what is left, from the output to the input.
-
-    Parameters
-    ----------
-    ledger: :py:obj:`zennit_resnet.conservation.Ledger`
-        The ledger.
-    example: int, optional
-        Index in the batch. Default is 0.
-    tolerance: float, optional
-        Causes are shown if they take or give more than this part of the initial relevance, and if there is anything to
-        see of them. Default is 1e-4.
-
-    Returns
-    -------
-    :py:obj:`matplotlib.figure.Figure`
-        The figure.
     '''
     # takes long to import, and is not needed for anything else
     from matplotlib.figure import Figure

@@ -17,7 +17,7 @@ from .._autograd import function_of, is_leaf, next_sequence, sequence_of, walk
 from .._compat import DisableTorchFunction, rules_of
 from ..rules.base import SinglePass
 from ..rules.block import BlockEpsilon, GradientTimesInput
-from .losses import CAUSES, Note, Witness, is_affine, precise
+from .losses import CAUSES, LossProbe, Note, is_affine, precise
 
 
 @dataclass
@@ -100,14 +100,14 @@ class Row:
         return replace(self, lost_by={key: pick(value) for key, value in self.lost_by.items()}, **tensors)
 
 
-class Call:
+class RecordedCall:
     '''A call of a module during the forward pass.
 
     Attributes
     ----------
     module: :py:obj:`torch.nn.Module`
         The module.
-    parent: :py:obj:`Call` or None
+    parent: :py:obj:`RecordedCall` or None
         The call during which it was called.
     rules: list[:py:obj:`zennit.core.Hook`]
         Rules of the module.
@@ -164,7 +164,7 @@ class Recorder:
     def __init__(self, model, composite, batch_size):
         self.model, self.composite, self.batch_size = model, composite, batch_size
         self.is_gradient = getattr(composite, 'propagates', 'relevance') == 'gradient'
-        self.witness = Witness(batch_size)
+        self.probe = LossProbe(batch_size)
         self.thread = threading.get_ident()
         self.calls, self.stack, self.starts, self.owners = [], [], [], []
         self.handles, self.values, self.biased = {}, {}, {}
@@ -200,9 +200,9 @@ class Recorder:
         with DisableTorchFunction():
             found = rules_of(module, with_post=True)
             rules = [hook for hook in dict.fromkeys(found) if hook in self.composite.hook_refs]
-            call = Call(module, self.stack[-1] if self.stack else None, rules)
+            call = RecordedCall(module, self.stack[-1] if self.stack else None, rules)
             for hook in rules:
-                self.witness.watch(hook, module)
+                self.probe.watch(hook, module)
             if module not in self.handles:
                 # by now all rules have their hooks, so this is the last one
                 self.handles[module] = module.register_forward_hook(self._leave, always_call=True)
@@ -298,7 +298,7 @@ class Recorder:
             # some operations compute what nothing needs, such as gradients of parameters
             if relevance is not None and parent in self.leading:
                 self.flows.append((index, self.indices.get(parent), self._measure_edge(relevance, (parent, number))))
-        notes, layer = self.witness.take(), self._owner(index).layer()
+        notes, layer = self.probe.take(), self._owner(index).layer()
         if layer is not None:
             # rules of Zennit for containers run what is inside once more, with its rules
             notes = [note for note in notes if note.rule in layer.rules]
@@ -306,9 +306,9 @@ class Recorder:
             number, module, rule, zeros = self.biased[node]
             share = grad_outputs[number]
             # a rule may have taken the bias from its denominator, unless it is inactive inside of a block
-            is_left_out = rule in self.witness.heard and not rule.with_bias
+            is_left_out = rule in self.probe.heard and not rule.with_bias
             if share is not None and len(share) == self.batch_size and not is_left_out:
-                notes.append(Note(None, {'bias': self.witness.bias(module, share, zeros)}, None))
+                notes.append(Note(None, {'bias': self.probe.bias(module, share, zeros)}, None))
         if notes:
             self.notes[index] = notes
 
@@ -355,7 +355,7 @@ class Recorder:
             parts = list(dict.fromkeys(index if layers[index] is None else layers[index] for index in indices))
             called = [calls[part] if isinstance(part, int) else part for part in parts]
             notes = [note for index in indices for note in self.notes.get(index, ())]
-            rules = [_type_name(hook) for part in parts if isinstance(part, Call) for hook in part.rules[:1]]
+            rules = [_type_name(hook) for part in parts if isinstance(part, RecordedCall) for hook in part.rules[:1]]
             rows[label] = self._row(
                 'function' if all(isinstance(part, int) for part in parts) else 'layer',
                 _join(names[call.module] for call in called),

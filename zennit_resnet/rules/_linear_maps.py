@@ -26,27 +26,7 @@ def as_tuple(value, num):
 
 
 def convolve(module, input, weight, shape, spread=False):
-    '''Convolve as a module does, with another weight and without bias.
-
-    Parameters
-    ----------
-    module: :py:obj:`torch.nn.Module`
-        A convolution or transposed convolution of which the stride, padding, dilation and groups are used.
-    input: :py:obj:`torch.Tensor`
-        Input of shape (batch, channels, *spatial).
-    weight: :py:obj:`torch.Tensor`
-        Weight of the spatial shape of the module's weight.
-    shape: tuple[int, ...]
-        Spatial shape of the module's output, which for a transposed convolution with a stride is one of several.
-    spread: bool, optional
-        Whether strides beyond the kernel take in whole stride cells: a kernel of one reads the average of its cell, and
-        each tap of a larger kernel reads the average of its part of the cell.
-
-    Returns
-    -------
-    :py:obj:`torch.Tensor`
-        The output, of the spatial shape of the module's output.
-    '''
+    '''Convolve as a module does, with another weight and without bias.'''
     num = weight.ndim - 2
     stride, dilation = as_tuple(module.stride, num), as_tuple(module.dilation, num)
     if isinstance(module, ConvolutionTranspose):
@@ -105,20 +85,7 @@ def pool_cells(input, cells):
 
 
 def whole_cells(module, input):
-    '''Stride of a convolution that reads one position of each of its stride's cells, which fill the input.
-
-    Parameters
-    ----------
-    module: :py:obj:`torch.nn.Module`
-        A convolution for which :py:func:`is_sparse` holds.
-    input: :py:obj:`torch.Tensor`
-        Its input, of shape (batch, channels, *spatial).
-
-    Returns
-    -------
-    tuple[int, ...] or None
-        The stride, None if the kernel is not one, or if there are incomplete cells or a padding.
-    '''
+    '''Stride of a convolution that reads one position of each of its stride's cells, which fill the input.'''
     num = input.ndim - 2
     stride = as_tuple(module.stride, num)
     is_whole = not any(as_tuple(module.padding, num)) and not any(map(int.__mod__, input.shape[2:], stride))
@@ -126,26 +93,7 @@ def whole_cells(module, input):
 
 
 def convolve_cells(module, input, weight, cells):
-    '''Convolve averages of :py:func:`whole_cells`, several times as fast as with average pooling and its gradient.
-
-    Parameters
-    ----------
-    module: :py:obj:`torch.nn.Module`
-        The convolution.
-    input: :py:obj:`torch.Tensor`
-        Input of shape (batch, channels, *spatial).
-    weight: :py:obj:`torch.Tensor`
-        Weight of the shape of the module's weight.
-    cells: tuple[int, ...]
-        Size of the cells.
-
-    Returns
-    -------
-    output: :py:obj:`torch.Tensor`
-        The output, of the shape of the module's output.
-    transpose: callable
-        The transposed linear map, a function of a tensor of the shape of the output.
-    '''
+    '''Convolve averages of :py:func:`whole_cells`, several times as fast as with average pooling and its gradient.'''
     num, size = len(cells), math.prod(cells)
     steps = [[slice(start, None, cell) for start in range(cell)] for cell in cells]
     parts = [input[(..., *window)] for window in itertools.product(*steps)]
@@ -162,27 +110,7 @@ def convolve_cells(module, input, weight, cells):
 
 
 def average(module, input, even=False):
-    '''Average pooling with the window of a max pooling.
-
-    Parameters
-    ----------
-    module: :py:obj:`torch.nn.Module`
-        The max pooling.
-    input: :py:obj:`torch.Tensor`
-        Input of shape (batch, channels, *spatial).
-    even: bool, optional
-        Whether positions of the window are weighted such that each position of the input has the same total weight.
-
-    Returns
-    -------
-    :py:obj:`torch.Tensor`
-        The weighted average, or a multiple of it, of the shape of the module's output.
-
-    Raises
-    ------
-    ValueError
-        If the module has no window (as for adaptive pooling), or if it is dilated.
-    '''
+    '''Average pooling with the window of a max pooling.'''
     num = input.ndim - 2
     if getattr(module, 'kernel_size', None) is None or set(as_tuple(module.dilation, num)) != {1}:
         raise ValueError(f'maxpool=\'average\' needs a window without dilation, {module} has none: use \'winner\'.')
@@ -206,21 +134,7 @@ def overlapping_stride(module, num):
 
 
 def even_weight(module, weight):
-    '''Scale a weight in place, so that windows with a stride give all positions modulo it the same total weight.
-
-    Parameters
-    ----------
-    module: :py:obj:`torch.nn.Module`
-        The convolution or pooling.
-    weight: :py:obj:`torch.Tensor`
-        Weight of shape (output channels, input channels of a group, *spatial), of which all entries have the same sign.
-
-    Returns
-    -------
-    :py:obj:`torch.Tensor`
-        The weight, with the same sum for each filter. It is unchanged if the stride is one, or larger than the
-        kernel. Positions at which a filter has no weight can not be given any.
-    '''
+    '''Scale a weight in place, so that windows with a stride give all positions modulo it the same total weight.'''
     num = weight.ndim - 2
     if isinstance(module, ConvolutionTranspose) or set(as_tuple(getattr(module, 'dilation', 1), num)) != {1}:
         return weight
@@ -240,20 +154,7 @@ def even_weight(module, weight):
 
 
 def smooth(relevance, stride):
-    '''Smooth relevance with the binomial (triangular) filter that removes the harmonics of a stride.
-
-    Parameters
-    ----------
-    relevance: :py:obj:`torch.Tensor`
-        Relevance of shape (batch, channels, *spatial).
-    stride: tuple[int, ...]
-        The stride of each spatial dimension.
-
-    Returns
-    -------
-    :py:obj:`torch.Tensor`
-        Relevance of the same shape and sum: each position shares its relevance among its neighbours inside the image.
-    '''
+    '''Smooth relevance with the binomial (triangular) filter that removes the harmonics of a stride.'''
     return by_example(functools.partial(_smooth, stride), relevance)
 
 
@@ -281,24 +182,7 @@ def _smooth(stride, relevance):
 
 
 def convolve_transposed(module, input, weight, output):
-    '''The transposed linear map of a convolution or transposed convolution, with another weight.
-
-    Parameters
-    ----------
-    module: :py:obj:`torch.nn.Module`
-        The layer, of which the stride, padding, dilation and groups are used.
-    input: :py:obj:`torch.Tensor`
-        Its input, of shape (batch, channels, *spatial), of which the values are not used.
-    weight: :py:obj:`torch.Tensor`
-        Weight of the shape of the module's weight.
-    output: :py:obj:`torch.Tensor`
-        What is mapped, of the shape of the module's output.
-
-    Returns
-    -------
-    :py:obj:`torch.Tensor`
-        A tensor of the shape of the input.
-    '''
+    '''The transposed linear map of a convolution or transposed convolution, with another weight.'''
     num = weight.ndim - 2
     stride, dilation = as_tuple(module.stride, num), as_tuple(module.dilation, num)
     if isinstance(module, ConvolutionTranspose):
@@ -326,22 +210,7 @@ def _gradient(output, input, weight, stride, padding, dilation, groups):
 
 
 def count_uses(module, input, output):
-    '''Count the windows of a convolution or pooling that read each position of its input.
-
-    Parameters
-    ----------
-    module: :py:obj:`torch.nn.Module`
-        The layer.
-    input: :py:obj:`torch.Tensor`
-        Its input, of shape (batch, channels, *spatial).
-    output: :py:obj:`torch.Tensor`
-        A tensor of the shape of its output.
-
-    Returns
-    -------
-    :py:obj:`torch.Tensor`
-        Counts of shape (1, 1, *spatial).
-    '''
+    '''Count the windows of a convolution or pooling that read each position of its input.'''
     num = input.ndim - 2
     counts = input.new_ones((1, 1) + (1,) * num)
     mode = getattr(module, 'padding_mode', 'zeros')
@@ -423,18 +292,6 @@ def by_example(function, *tensors):
 
     On CPU, intermediate results of large tensors do not fit into the cache, and their memory comes from the operating
     system and goes back to it. Those of a single example are much smaller.
-
-    Parameters
-    ----------
-    function: callable
-        A function of as many tensors, which returns a new tensor with an entry of its first dimension for each example.
-    *tensors: tuple of :py:obj:`torch.Tensor`
-        Tensors of which the first dimension is that of examples, or which can be broadcast.
-
-    Returns
-    -------
-    :py:obj:`torch.Tensor`
-        What the function returns for the tensors.
     '''
     # tensors of fewer dimensions are broadcast along that of the examples
     first, lengths = tensors[0], {(elem.ndim, *elem.shape[:1]) for elem in tensors}

@@ -92,9 +92,9 @@ _once = torch.autograd.function.once_differentiable(_propagate)
 
 class _Pending:
     '''What is kept of a call of a layer while it runs.'''
-    def __init__(self, module, carriers):
-        self.module, self.carriers = module, carriers
-        self.versions = list(map(version_of, carriers))
+    def __init__(self, module, active):
+        self.module, self.active = module, active
+        self.versions = list(map(version_of, active))
         self.stored = self.used = None
 
     def finish(self):
@@ -198,17 +198,17 @@ class SinglePass(Described, Hook):
         '''Keep the inputs that carry relevance, and let the layer build no graph.'''
         with DisableTorchFunction():
             self._recover()
-            carriers = [
+            active = [
                 elem for elem in (*args, *kwargs.values()) if isinstance(elem, torch.Tensor) and elem.requires_grad
             ]
-            if not carriers or not self.active or not torch.is_grad_enabled():
+            if not active or not self.active or not torch.is_grad_enabled():
                 return
             set_grad_enabled(False)
-            pending = self._pending[threading.get_ident()] = _Pending(module, carriers)
+            pending = self._pending[threading.get_ident()] = _Pending(module, active)
             try:
                 if self.reads_layer:
                     pending.used = UsedModule(module)
-                pending.stored = self.store(module, *carriers)
+                pending.stored = self.store(module, *active)
             except BaseException:
                 self._recover()
                 raise
@@ -218,7 +218,7 @@ class SinglePass(Described, Hook):
         pending = self._pending.pop(threading.get_ident(), None)
         if pending is None:
             return None
-        carriers = pending.carriers
+        active = pending.active
         with DisableTorchFunction():
             set_grad_enabled(True)
             pending.finish()
@@ -226,7 +226,7 @@ class SinglePass(Described, Hook):
                 # the layer raised
                 return None
             given = {id(elem) for elem in (*args, *kwargs.values())}
-            if any(id(elem) not in given for elem in carriers):
+            if any(id(elem) not in given for elem in active):
                 raise RuntimeError(
                     f'A forward pre-hook of {type(module).__name__} changes the input after {type(self).__name__} has '
                     'seen it: register the hook before the composite.'
@@ -237,7 +237,7 @@ class SinglePass(Described, Hook):
                     f'{type(self).__name__} needs a module which returns a floating point tensor, but '
                     f'{type(module).__name__} returned {type(first).__name__}!'
                 )
-            inplace = next((index for index, elem in enumerate(carriers) if elem is first), None)
+            inplace = next((index for index, elem in enumerate(active) if elem is first), None)
             if inplace is not None and version_of(first) == pending.versions[inplace]:
                 # the layer is the identity
                 return None
@@ -252,7 +252,7 @@ class SinglePass(Described, Hook):
             # what the layer has changed in place was counted already
             with nullcontext() if inplace is None else keep_version(first):
                 first = _Propagate.apply(
-                    self, module, pending.used, pending.stored, [first], inplace, *carriers
+                    self, module, pending.used, pending.stored, [first], inplace, *active
                 )
         # functions such as the maximum along a dimension return tuples with names
         return type(output)((first, *output[1:])) if isinstance(output, tuple) else first

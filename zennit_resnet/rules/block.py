@@ -5,7 +5,7 @@ import threading
 import torch
 from zennit.core import Hook, RemovableHandle, RemovableHandleList, Stabilizer
 
-from .._autograd import carriers_of, map_tensors
+from .._autograd import active_tensors, map_tensors
 from .._compat import DisableTorchFunction, caller, is_running, version_of
 from .._inplace import Kept, is_watched, replace, settle
 from ..arguments import Described, check_choice, check_flag, check_stabilizer
@@ -14,7 +14,7 @@ from ._linear_maps import by_example
 _CALLS = threading.local()
 
 
-class _Call:
+class _BlockCall:
     '''A call of a module with a :py:class:`BlockEpsilon` rule, which is one layer unless it is part of another.'''
     def __init__(self, rule, module, frame=None):
         self.rule = rule
@@ -239,14 +239,14 @@ class BlockEpsilon(Described, Hook):
 
     def _pre_forward(self, module, args, kwargs):
         with DisableTorchFunction():
-            call, stack = _Call(self, module, caller()), _CALLS.__dict__.setdefault('stack', [])
+            call, stack = _BlockCall(self, module, caller()), _CALLS.__dict__.setdefault('stack', [])
             while stack and not is_running(stack[-1].frame):
                 stack.pop()
             stack.append(call)
             if not self.active or not torch.is_grad_enabled():
                 return None
             if self.form == 'gradient':
-                call.inputs = [(elem, elem, version_of(elem)) for elem in carriers_of((args, kwargs))]
+                call.inputs = [(elem, elem, version_of(elem)) for elem in active_tensors((args, kwargs))]
                 return None
             return map_tensors(call.enter, (args, kwargs))
 
@@ -295,7 +295,7 @@ class GradientTimesInput(BlockEpsilon):
         if not self.active or not torch.is_grad_enabled():
             return None
         with DisableTorchFunction():
-            call = _Call(self, module)
+            call = _BlockCall(self, module)
             given, call.inputs = map_tensors(call.enter, (args, kwargs)), []
         return given
 
@@ -303,7 +303,7 @@ class GradientTimesInput(BlockEpsilon):
         if output is None or not self.active or not torch.is_grad_enabled():
             return None
         with DisableTorchFunction():
-            return map_tensors(_Call(self, module).leave, output)
+            return map_tensors(_BlockCall(self, module).leave, output)
 
     def copy(self):
         '''Return a copy of this hook.'''

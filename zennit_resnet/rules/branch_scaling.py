@@ -14,7 +14,7 @@ from .passing import PassThrough, SignalTakesAll
 from .relative import Relative
 from .splitting import SymmetricSplit
 
-NORMALIZATION = ('signed', 'l1')
+BRANCH_SUMS = ('signed', 'l1')
 
 # Sums below this share of the sum of magnitudes are rounding errors of single precision.
 TOLERANCE = 1e-6
@@ -52,7 +52,7 @@ def branch_factor(begin, end, normalization='signed', tolerance=TOLERANCE):
     TypeError
         If ``tolerance`` is not a number.
     '''
-    check_choice('normalization', normalization, NORMALIZATION)
+    check_choice('normalization', normalization, BRANCH_SUMS)
     check_number('tolerance', tolerance, 0)
     (total, magnitude), (end_total, end_magnitude) = begin, end
     is_empty = magnitude == 0
@@ -93,7 +93,7 @@ class Contributions:
         See :py:func:`branch_factor`.
     '''
     def __init__(self, normalization='signed'):
-        check_choice('normalization', normalization, NORMALIZATION)
+        check_choice('normalization', normalization, BRANCH_SUMS)
         self.normalization = normalization
         # all by the numbers of states, of which 0 is that of the output
         self.exponents, self.sums, self.replaced = {0: torch.zeros((), dtype=torch.double, device='cpu')}, {}, {}
