@@ -37,11 +37,11 @@ MANY_CLASSES = 10
 
 
 class NegativeMapWarning(UserWarning):
-    """A map without a positive value, of which the ranking is probably reversed."""
+    """A map without a positive value, whose ranking is probably reversed."""
 
 
 class ProbabilityWarning(UserWarning):
-    """Outputs that look like probabilities, of which a softmax is taken once more."""
+    """Outputs that look like probabilities, and get another softmax."""
 
 
 # -- numbers and tensors ---------------------------------------------------------------
@@ -110,7 +110,7 @@ def to_tensor(value: Any, name: str) -> Tensor:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """The end of a message with similar names, or some if there is none."""
+    """The end of a message: similar names, or the first ones."""
     known = list(known)
     similar = get_close_matches(name, known)
     if similar:
@@ -259,7 +259,7 @@ def check_baselines(
 
 
 def check_evaluation(forward_func: Callable[..., Any]) -> None:
-    """Refuse networks of which the result depends on the batch, or on chance."""
+    """Refuse networks whose result depends on the batch, or on chance."""
     if not isinstance(forward_func, torch.nn.Module):
         return
     for name, module in forward_func.named_modules():
@@ -416,7 +416,7 @@ def warn_probabilities(judged: list[Tensor], stacklevel: int = 3) -> None:
     if probabilities:
         message = (
             "forward_func returns probabilities (between 0 and 1, with a sum of 1 over"
-            " the classes), of which output='softmax' takes the softmax once more: all"
+            " the classes), and output='softmax' takes the softmax once more: all"
             " scores are close to each other then. Give output='identity', or a"
             " function that returns logits."
         )

@@ -87,7 +87,7 @@ def explain(
 
     Returns:
         numpy.ndarray: Attributions of shape (batch, 1, ...), or of the inputs' shape if
-        channels are kept or there are none, in the model's precision, at least single.
+        channels are kept or absent, in the model's precision, at least single.
         Those of layers are resized to the inputs with linear interpolation.
 
     Warns:

@@ -1,4 +1,4 @@
-"""Attention branch networks, of which the attention map is an explanation."""
+"""Attention branch networks, whose attention map is an explanation."""
 
 import copy
 import json
@@ -148,7 +148,7 @@ class AttentionBranchNetwork(Module):
                 f"fc is {type(fc).__name__}, but must be a linear layer, from which the"
                 " number of classes is known."
             )
-        # copied at once, such that what these share is shared by the copies as well
+        # copied at once: what these share is shared by the copies as well
         copies = copy.deepcopy({name: parts[name] for name in (*_TRUNK, *_PERCEPTION)})
         for name, module in copies.items():
             self.add_module(name, module)

@@ -95,7 +95,7 @@ class CompositeAttribution(GradientAttribution):
         initial_relevance (str or callable, optional): What the target starts with:
                 `"logit"` for the output itself, `"softmax"` for its probability among
                 the classes (dimension 1), `"one"` for 1, or a function from the output
-                to a tensor of the same shape, of which the target's value is taken, or
+                to a tensor of the same shape: the target's value is taken, or
                 everything if there is no target.
                 Default: `"logit"`
         postprocess (str or callable, optional): Post-processing of heatmaps: `"c3"`,

@@ -201,7 +201,7 @@ class _SingleScore(torch.nn.Module):
 
     @contextmanager
     def watch_layer(self) -> Iterator[None]:
-        """Refuse layers of which the output is no image."""
+        """Refuse layers whose output is no image."""
 
         def check(module: torch.nn.Module, _: Any, output: Any) -> None:
             name = type(module).__name__

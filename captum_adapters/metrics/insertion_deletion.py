@@ -180,8 +180,8 @@ def insertion_deletion(
                 is `-mean / std` then, which must be given for `protocol="keio"`, as
                 only the caller knows it.
                 Default: None
-        target (int, tuple, Tensor, or list, optional): Index of the class of which the
-                score is measured, as in Captum. `None` is for networks with a single
+        target (int, tuple, Tensor, or list, optional): Index of the class whose score
+                is measured, as in Captum. `None` is for networks with a single
                 output only.
                 Default: None
         additional_forward_args (Any, optional): Further arguments of `forward_func`,
@@ -387,8 +387,8 @@ def keio_areas(result: InsertionDeletion) -> Areas:
     Args:
 
         result (InsertionDeletion): Result of :func:`insertion_deletion` with
-                `protocol="keio"`, and `ties="group"`, or `"nearest"` for maps of which
-                no point was moved.
+                `protocol="keio"`, and `ties="group"`, or `"nearest"` for maps without
+                a moved point.
 
     Returns:
         Areas: A named tuple of tensors of shape (batch,).

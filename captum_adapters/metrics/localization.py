@@ -153,7 +153,7 @@ def mask_pointing(
     Pixels with equal attributions have no order. If the top p % divide them, then the
     share is the expected one over all their orders: the pixels above, and of the tied
     ones the fraction that is needed. So a constant map has exactly the level of chance.
-    The paper leaves out images of which the mask covers less than 1 % or more than
+    The paper leaves out images whose mask covers less than 1 % or more than
     99 %, which the field `chance` tells.
 
     Args:

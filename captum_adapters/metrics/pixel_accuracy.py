@@ -53,8 +53,8 @@ class PixelAccuracy(NamedTuple):
         accuracy (Tensor): `correct` as numbers, of shape (batch, percents), but the
                 mean over `n_orders` random orders of ties where the percentage divides
                 these. Accuracies are `accuracy.mean(0)`.
-        tied_share (Tensor): Share of pixels, or inputs, of which the attribution is not
-                theirs alone, of shape (batch,).
+        tied_share (Tensor): Share of pixels, or inputs, whose attribution is not theirs
+                alone, of shape (batch,).
     """
 
     correct: Tensor
@@ -117,7 +117,7 @@ def _accuracy(
     seed: int,
     sample_ids: SampleIds,
 ) -> PixelAccuracy:
-    """Predictions for images of which only the highest scores are kept."""
+    """Predictions for images that keep only the highest scores."""
     batch, total = len(images), scores[0].numel()
     labels = check_target(target, batch, images.device)
     check_choice("reference", reference, ("label", "prediction"))
@@ -144,7 +144,7 @@ def _accuracy(
     numbers = torch.tensor(distinct, device=images.device)
     examples = torch.arange(batch, device=images.device).repeat(len(distinct))
     kept, order = numbers.repeat_interleave(batch), examples
-    # places in the table of all numbers and examples, of which there are more orders
+    # places in the table of all numbers and examples that have more orders
     column, row = divided[rows].t().nonzero().unbind(1)
     places = (column * batch + rows[row]).repeat(n_orders - 1)
     if len(places):

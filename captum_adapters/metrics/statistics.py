@@ -49,7 +49,7 @@ class Comparison(NamedTuple):
         baseline (str): Name of the method it is compared with.
         num_examples (int): Number of examples with a score of both.
         num_nan (int): Number of examples that are left out, as a score is NaN.
-        num_clusters (int): Number of clusters, or of examples if there are none.
+        num_clusters (int): Number of clusters, or of examples without clusters.
         mean (float): Mean score of the method.
         baseline_mean (float): Mean score of the other method.
         difference (float): Mean of the paired differences, method - baseline.
@@ -88,7 +88,7 @@ def _to_array(values: Scores, name: str) -> NDArray[np.float64]:
     if array.ndim == 0:
         raise ValueError(f"{name} must have one value per example, but are a number.")
     if np.isinf(array).any():
-        raise ValueError(f"{name} contain infinity, of which there is no mean.")
+        raise ValueError(f"{name} contain infinity, which has no mean.")
     return array
 
 
@@ -428,7 +428,7 @@ def compare(
                 too small without clusters.
 
     Returns:
-        list[Comparison]: A named tuple for each pair, of which `_asdict()` makes a row
+        list[Comparison]: A named tuple for each pair; `_asdict()` makes a row
         of a table.
 
     Raises:

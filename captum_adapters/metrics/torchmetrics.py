@@ -100,7 +100,7 @@ def _check_numbers(options: dict[str, Any]) -> None:
 
 
 class _PerExample(Metric, Generic[Result]):
-    """A function of batches, of which all results are kept."""
+    """A function of batches, with all its results."""
 
     full_state_update = False
     is_differentiable = False

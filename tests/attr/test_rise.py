@@ -353,12 +353,15 @@ def test_rise_tuples():
         torch.testing.assert_close(result[:, 0], torch.einsum('nb,nhw->bhw', scores, mask) / 15)
 
 
-@pytest.mark.parametrize('base', [0.25, 'image', 'color', 'batch'])
+@pytest.mark.parametrize('base', [0.25, 'image', 'color', 'channel', 'batch'])
 def test_rise_baselines(base):
     '''Hidden parts show the baseline, which may be any that can be broadcast.'''
     model, input = network(), images()
     baselines = {
-        'image': torch.rand(3, HEIGHT, WIDTH), 'color': torch.rand(1, 3, 1, 1), 'batch': torch.rand(2, 3, HEIGHT, WIDTH)
+        'image': torch.rand(3, HEIGHT, WIDTH), 'color': torch.rand(1, 3, 1, 1),
+        'batch': torch.rand(2, 3, HEIGHT, WIDTH),
+        # zero in two channels
+        'channel': torch.tensor([0., 0.5, 0.]).view(1, 3, 1, 1),
     }.get(base, base)
     result = RISE(model).attribute(input, 1, baselines=baselines, n_masks=10, grid_size=3)
     full = torch.as_tensor(baselines, dtype=torch.float64).expand_as(input).numpy()
