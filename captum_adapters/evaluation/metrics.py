@@ -133,17 +133,9 @@ COLUMNS: dict[str, Column] = {
 }
 
 
-class Scores(NamedTuple):
-    """What a metric gives for a batch.
-
-    Attributes:
-
-        values (dict): Tensors of shape (batch,) by the name of a column.
-        curves (dict): Tensors of shape (batch, points) by name.
-    """
-
-    values: dict[str, Tensor]
-    curves: dict[str, Tensor]
+# Tensors of shape (batch,) by column, and of shape (batch, points) by name of a curve
+Scores = tuple[dict[str, Tensor], dict[str, Tensor]]
+Forward = Callable[[Tensor], Tensor]
 
 
 class Batch(NamedTuple):
@@ -197,12 +189,7 @@ class MetricSettings(NamedTuple):
     rank_by: str = "magnitude"
     fill: Optional[Tensor] = None
     forward_batch: int = 32
-    others: Mapping[
-        str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
-    ] = {}
-
-
-Forward = Callable[[Tensor], Tensor]
+    others: Mapping[str, tuple[Forward, Callable[[Tensor], Tensor]]] = {}
 
 
 def _insertion_deletion(
@@ -237,7 +224,7 @@ def _insertion_deletion(
         again = curves(batch.images[other], maps[other], batch.published[other], None)
         for area, name in zip(published, ("insertion", "deletion", "id_score")):
             area[other] = getattr(again, name)
-    return Scores(
+    return (
         {
             "insertion": result.insertion,
             "deletion": result.deletion,
@@ -275,7 +262,7 @@ def _published(protocol: str) -> Callable[[Forward, Batch, Tensor, MetricSetting
             step=None if protocol == "rise" else settings.step,
             max_examples_per_batch=settings.forward_batch,
         )
-        return Scores(
+        return (
             {
                 f"insertion_{protocol}": result.insertion,
                 f"deletion_{protocol}": result.deletion,
@@ -313,7 +300,7 @@ def _accuracy(
         max_examples_per_batch=settings.forward_batch,
     )
     accuracy = result.accuracy
-    return Scores(
+    return (
         {"accuracy": accuracy.mean(1), **_ties(result.tied_share, settings)},
         {"percents": _percents(settings, accuracy), "accuracy": accuracy},
     )
@@ -337,7 +324,7 @@ def _cross(forward: Forward, batch: Batch, maps: Tensor, settings: MetricSetting
         curves[f"cross_accuracy:{name}"] = result.accuracy
     every = torch.stack([*curves.values()])
     curves["percents"] = _percents(settings, every[0])
-    return Scores(
+    return (
         {"cross_accuracy": every.mean((0, 2)), **_ties(result.tied_share, settings)},
         curves,
     )
@@ -350,7 +337,7 @@ def _pointing(
     result = mask_pointing(
         maps, batch.masks, settings.percents, absolute=settings.rank_by == "magnitude"
     )
-    return Scores(
+    return (
         {
             "pointing": result.share.mean(1),
             "pointing_chance": result.chance.where(~result.empty, math.nan),
@@ -373,7 +360,7 @@ def _distance(
     result = mask_distance(
         maps, batch.masks, settings.percents, absolute=settings.rank_by == "magnitude"
     )
-    return Scores(
+    return (
         {
             "distance": result.distance.mean(1),
             "distance_chance": result.chance,
@@ -389,7 +376,7 @@ def _attention(
     """Types of errors of what is attended."""
     result = attention_errors(maps, batch.masks)._asdict()
     missing = result["coverage"].isnan()
-    return Scores(
+    return (
         {
             f"attention_{name}": value.double().masked_fill(missing, math.nan)
             for name, value in result.items()
@@ -466,8 +453,8 @@ def measure(
         for name in names:
             if name in METRICS:
                 scores = METRICS[name](forward, batch, maps, settings)
-                values.update(scores.values)
-                curves.update(scores.curves)
+                values.update(scores[0])
+                curves.update(scores[1])
     return (
         {name: value.double().cpu().numpy() for name, value in values.items()},
         {name: curve.float().cpu().numpy() for name, curve in curves.items()},

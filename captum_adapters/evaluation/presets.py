@@ -27,7 +27,6 @@ class Preset(NamedTuple):
                 :class:`captum_adapters.evaluation.Evaluation`.
         printed (dict): The paper's figures by method and column.
         columns (tuple[str]): Columns to compare with the paper's.
-        by_class (bool): Whether the paper shows single classes, the best and the worst.
     """
 
     title: str
@@ -37,7 +36,6 @@ class Preset(NamedTuple):
     options: dict[str, Any]
     printed: dict[str, dict[str, float]]
     columns: tuple[str, ...]
-    by_class: bool = False
 
 
 AREAS = ("insertion_keio", "deletion_keio", "id_keio")
@@ -65,7 +63,7 @@ def _areas(
 
 
 def _pixels(
-    title: str, about: str, rows: dict[str, str], columns: tuple[str, ...], masks: bool
+    title: str, about: str, rows: dict[str, str], columns: tuple[str, ...]
 ) -> Preset:
     """A figure of the most relevant pixels, of which the paper prints curves only."""
     return Preset(
@@ -77,7 +75,6 @@ def _pixels(
         {"rank_by": "magnitude", "initial": "one"},
         {},
         columns,
-        masks,
     )
 
 
@@ -185,7 +182,6 @@ PRESETS: dict[str, Preset] = {
         " no figures.",
         CLASSIC,
         ("accuracy",),
-        False,
     ),
     "r-lrp-fig21": _pixels(
         "Figure 21: ResNet-50",
@@ -193,7 +189,6 @@ PRESETS: dict[str, Preset] = {
         " they overflow or are bad.",
         CLASSIC,
         ("accuracy",),
-        False,
     ),
     "r-lrp-fig22": _pixels(
         "Figure 22: across networks",
@@ -201,7 +196,6 @@ PRESETS: dict[str, Preset] = {
         " whose pixels are given to others.",
         {"relative_lrp": "R-LRP", "resnet_lrp_ratio": OTHER},
         ("accuracy", "cross_accuracy"),
-        False,
     ),
     "r-lrp-fig25": _pixels(
         "Figure 25: pointing game, ResNet-50",
@@ -209,7 +203,6 @@ PRESETS: dict[str, Preset] = {
         " ignore.",
         CLASSIC,
         ("pointing",),
-        True,
     ),
     "r-lrp-fig28": _pixels(
         "Figure 28: distance to the mask, ResNet-50",
@@ -217,7 +210,6 @@ PRESETS: dict[str, Preset] = {
         " the diagonal. Masks are needed.",
         CLASSIC,
         ("distance",),
-        True,
     ),
 }
 

@@ -159,25 +159,22 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def differences(first: dict[str, Any], second: dict[str, Any]) -> str:
-    """What differs between the identities of two runs, for messages."""
+def differences(first: dict[str, Any], second: dict[str, Any], sign: str = "; ") -> str:
+    """What differs between settings, for messages."""
     found = []
     for key in {**first, **second}:
         old: Any = first.get(key)
         new: Any = second.get(key)
         if old == new:
             continue
-        texts = isinstance(old, list) and isinstance(new, list)
-        if texts and all(isinstance(elem, str) for elem in [*old, *new]):
+        if isinstance(old, dict) and isinstance(new, dict):
+            found.append(differences(old, new, sign))
+        elif isinstance(old, list) and isinstance(new, list) and sorted(old) != sorted(new):
             gone = [elem for elem in old if elem not in new]
             more = [elem for elem in new if elem not in old]
-            parts = [f"without {brief(gone)}"] * bool(gone)
-            parts += [f"with {brief(more)}"] * bool(more)
-            found.append(f"{key} (now {' and '.join(parts) or 'in another order'})")
-        elif isinstance(old, dict) and isinstance(new, dict):
-            found.append(differences(old, new))
+            found.append(f"{key} ({brief(gone) or 'none'}{sign}{brief(more) or 'none'})")
         else:
-            found.append(f"{key} ({brief(old)}, now {brief(new)})")
+            found.append(f"{key} ({brief(old)}{sign}{brief(new)})")
     return ", ".join(found)
 
 
@@ -219,7 +216,8 @@ class Store:
         if path.exists():
             self.settings = read_settings(self.folder)
             if self.settings["fingerprint"] != settings["fingerprint"]:
-                what = differences(self.settings["identity"], settings["identity"])
+                old, new = self.settings["identity"], settings["identity"]
+                what = differences(old, new, ", now ")
                 raise RunError(
                     f"{folder} holds another run, which differs in {what}: choose another"
                     " folder with --out, or repeat the command of that run to go on"

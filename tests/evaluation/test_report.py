@@ -151,7 +151,7 @@ def test_names():
     result = report(first, second)
     assert [found.name for found in result.rows] == ['grad_cam (a/run)', 'rise', 'grad_cam (b/run)']
     assert [found.mean('id') for found in result.rows] == [pytest.approx(0.15), 0, pytest.approx(0.35)]
-    assert has(result.messages, 'a/run and b/run', 'versions.torch (2.4; 2.5)', 'grad_cam.')
+    assert has(result.messages, 'a/run and b/run', 'torch (2.4; 2.5)', 'grad_cam.')
     assert len(result.groups) == 1 and result.significance[0].baseline == 'grad_cam (b/run)'
     # files that only another method uses make no difference
     files = make_run({'grad_cam': [0.3, 0.4], 'abn:weights=x/abn.pt': [1, 1]}, 'c', files={'x/abn.pt': '12'})
@@ -175,7 +175,7 @@ def test_not_comparable():
     assert [found.name for found in result.rows] == [
         'grad_cam (one)', 'random (one)', 'grad_cam (two)', 'random (two)', 'grad_cam (three)'
     ]
-    assert has(result.warnings[:1], 'Rows of two', 'one', 'options.step (500; 100)')
+    assert has(result.warnings[:1], 'Rows of two', 'one', 'step (500; 100)')
     assert has(result.warnings[1:2], 'Rows of three', 'one', 'data (data; other)')
     assert [(item.group, item.baseline) for item in result.significance] == [
         (0, 'grad_cam (one)'), (1, 'grad_cam (two)')
@@ -448,18 +448,6 @@ def test_preset():
     line, = [line for line in cells(named.printed()[0]) if line[0] == 'Grad-CAM: grad_cam']
     assert line[-3:] == [f"{named.presets[0].printed['grad_cam']['id_keio']:.3f}", '0.400', '0.250']
     assert 'Grad-CAM: grad_cam' in named.table()
-
-
-def test_classes():
-    '''The best and worst class, for figures of single classes.'''
-    preset = Preset('Figure', '', {}, (), {}, {}, ('distance',), True)
-    run = make_run({'grad_cam': {'distance': [0.25, 0.5, 0.25, 1.0]}, 'sobel': {'distance': [1, 0, 1, 0]}})
-    table, = report(run, presets=[preset]).classes()
-    assert cells(table) == [
-        ['grad_cam', 'baseline', 'tench', '0.250 (2)', 'church', '0.750 (2)'],
-        ['sobel', 'control', 'church', '0.000 (2)', 'tench', '1.000 (2)'],
-    ]
-    assert not report(run, presets=[preset._replace(by_class=False)]).classes()
 
 
 def test_problems():

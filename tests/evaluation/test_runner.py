@@ -139,9 +139,9 @@ def test_other_run(assets, whole, tmp_path, monkeypatch):
     (images / 'circle' / '0.png').rename(images / 'circle' / '00.png')
     for options, what in (
         ({'step': 512}, r'step \(1024, now 512\)'),
-        ({'methods': METHODS[:2]}, r'methods \(now without input_x_gradient\)'),
-        ({'methods': (*METHODS, 'grad_cam')}, r'methods \(now with grad_cam\)'),
-        ({'metrics': ('insertion_deletion',)}, r'metrics \(now without conservation\)'),
+        ({'methods': METHODS[:2]}, r'methods \(input_x_gradient, now none\)'),
+        ({'methods': (*METHODS, 'grad_cam')}, r'methods \(none, now grad_cam\)'),
+        ({'metrics': ('insertion_deletion',)}, r'metrics \(conservation, now none\)'),
         ({'limit': 3}, r'samples \(12, now 3\)'),
         ({'amp': 'bfloat16'}, r'amp \(None, now bfloat16\)'),
         ({'size': 32}, 'size'),

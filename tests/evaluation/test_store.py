@@ -157,7 +157,7 @@ def test_other_run(store):
     other = {'fingerprint': 'g', 'identity': {'methods': ['a'], 'options': {'step': 100}}}
     before = sorted(store.folder.rglob('*'))
     for write in (True, False):
-        with pytest.raises(RunError, match=r'now without b.*500, now 100'):
+        with pytest.raises(RunError, match=r'methods \(b, now none\).*500, now 100'):
             Store(store.folder, {**SETTINGS, **other}, write)
     assert sorted(store.folder.rglob('*')) == before
     # its way of cutting batches stays
@@ -174,7 +174,7 @@ def test_differences():
     '''Differences are named in one line.'''
     text = differences(
         {'a': 1, 'b': ['1', '2'], 'c': {'d': 1, 'e': 2}, 'gone': 'x' * 100},
-        {'a': 2, 'b': ['2', '1'], 'c': {'d': 1, 'e': 3}, 'new': 0},
+        {'a': 2, 'b': ['2', '1'], 'c': {'d': 1, 'e': 3}, 'new': 0}, ', now ',
     )
-    parts = ['a (1, now 2)', 'b (now in another order)', 'e (2, now 3)', f"gone ({'x' * 59}…, now None)"]
+    parts = ['a (1, now 2)', 'b (1, 2, now 2, 1)', 'e (2, now 3)', f"gone ({'x' * 59}…, now None)"]
     assert text == ', '.join([*parts, 'new (None, now 0)'])

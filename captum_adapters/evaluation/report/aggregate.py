@@ -13,7 +13,7 @@ import pandas as pd
 
 from captum_adapters.evaluation.methods import CONTROLS, base_of, kind_of
 from captum_adapters.evaluation.metrics import COLUMNS, Column
-from captum_adapters.evaluation.store import Run, SampleRecord, brief
+from captum_adapters.evaluation.store import Run, SampleRecord, differences
 from captum_adapters.metrics import bootstrap_interval
 
 PROTOCOLS = {
@@ -180,19 +180,10 @@ def list_some(items: Sequence[str]) -> str:
 
 def _differences(first: Run, second: Run, keys: Sequence[str]) -> str:
     """Which settings differ, and how."""
-    found = []
-    for key in keys:
-        old, new = settings_of(first).get(key), settings_of(second).get(key)
-        pairs = [(key, old, new)]
-        if isinstance(old, dict) and isinstance(new, dict):
-            names = {**old, **new}
-            pairs = [(f"{key}.{name}", old.get(name), new.get(name)) for name in names]
-        found += [
-            f"{name} ({brief(before)}; {brief(after)})"
-            for name, before, after in pairs
-            if before != after
-        ]
-    return ", ".join(found)
+    old, new = (
+        {key: settings_of(run).get(key) for key in keys} for run in (first, second)
+    )
+    return differences(old, new)
 
 
 def folder_names(runs: Sequence[Run]) -> list[str]:

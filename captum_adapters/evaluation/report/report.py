@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 import numpy as np
 import pandas as pd
@@ -41,6 +41,7 @@ FEW_CLASSES = 20
 # Examples that are named of each problem, and different problems that are listed
 EXAMPLES = 5
 REASONS = 20
+STATISTICS = ("mean", "low", "high", "examples")
 
 
 class Significance(NamedTuple):
@@ -95,9 +96,12 @@ class Report(NamedTuple):
 
     def frame(self) -> pd.DataFrame:
         """All means with their intervals and numbers of examples, a row for a method."""
+        wanted = [f"{name} {what}" for name in self.columns for what in STATISTICS]
         lines = []
         for row in self.rows:
-            line: dict[str, Any] = {
+            means = row.statistics.stack()
+            means.index = [f"{name} {what}" for name, what in means.index]
+            line = {
                 "run": self.groups[row.group].name,
                 "method": row.name,
                 "kind": row.kind,
@@ -105,15 +109,11 @@ class Report(NamedTuple):
                 "problems": len(row.problems),
                 "seconds": row.seconds,
             }
-            for name in self.columns:
-                known = name in row.statistics.index
-                for what in ("mean", "low", "high", "examples"):
-                    value = row.statistics.at[name, what] if known else math.nan
-                    line[f"{name} {what}"] = value
-            lines.append(line)
-        frame = pd.DataFrame(lines)
-        counts = [name for name in frame if name.endswith(" examples")]
-        return frame.astype({name: "Int64" for name in counts}).fillna(dict.fromkeys(counts, 0))
+            lines.append({**line, **means.reindex(wanted)})
+        counts = [name for name in wanted if name.endswith(" examples")]
+        return pd.DataFrame(lines).fillna(dict.fromkeys(counts, 0)).astype(
+            dict.fromkeys(counts if lines else (), int)
+        )
 
     # -- tables
 
@@ -268,71 +268,30 @@ class Report(NamedTuple):
                 lines.append(line)
         return Table(preset.title, pd.DataFrame(lines), preset.about)
 
-    def classes(self) -> list[Table]:
-        """Tables of each method's best and worst class, where a paper shows these."""
-        names = {
-            name: None
-            for preset in self.presets
-            if preset.by_class
-            for name in preset.columns
-            if name in self.columns
-        }
-        return [
-            self._table(
-                f"{column_of(name).title} by class",
-                [self._extremes(row, name) for row in self.rows],
-            )
-            for name in names
-        ]
-
-    def _extremes(self, row: Row, name: str) -> dict[str, str]:
-        """The best and the worst class by a score."""
-        group, scores = self.groups[row.group], row.of(name)
-        labels = [
-            group.samples[sample].label if sample in group.samples else None
-            for sample in scores.index
-        ]
-        means = (sign_of(name) * scores).groupby(pd.Series(labels, scores.index)).mean()
-        if not len(means):
-            return {}
-        cells = {}
-        for what, label in (("Best", means.idxmax()), ("Worst", means.idxmin())):
-            number = sum(other == label for other in labels)
-            mean = format_number(sign_of(name) * means[label])
-            cells[f"{what} class"] = group.class_name(int(label))
-            cells[f"{what} mean (examples)"] = f"{mean} ({number})"
-        return cells
-
     def problems(self) -> list[Table]:
         """The table of what was left out, by reason."""
-        found: dict[tuple[str, str], list[str]] = {}
+        found: list[tuple[str, str, str]] = []
         for group in self.groups:
             for name, sample in group.samples.items():
                 if sample.problem is not None:
-                    found.setdefault(("left out", sample.problem), []).append(name)
-                for note in sample.notes:
-                    found.setdefault(("note", note), []).append(name)
+                    found.append(("left out", sample.problem, name))
+                found += [("note", note, name) for note in sample.notes]
         for row in self.rows:
-            for name, reason in row.problems.items():
-                found.setdefault((f"no values of {row.name}", reason), []).append(name)
+            what = f"no values of {row.name}"
+            found += [(what, reason, name) for name, reason in row.problems.items()]
         if not found:
             return []
-        ordered = sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))
-        lines = [
-            (
-                what,
-                one_line(reason),
-                ", ".join(map(one_line, names[:EXAMPLES])) + ", …" * (len(names) > EXAMPLES),
-                str(len(names)),
-            )
-            for (what, reason), names in ordered[:REASONS]
-        ]
-        others = ordered[REASONS:]
-        if others:
-            count = sum(len(names) for _, names in others)
-            lines.append(("others", f"{len(others)} other reasons", "", str(count)))
-        frame = pd.DataFrame(lines, columns=["What", "Reason", "Such as", "Number"])
-        return [Table("Problems and notes", frame, texts=3)]
+        frame = pd.DataFrame(found, columns=["What", "Reason", "Such as"]).map(one_line)
+        groups = frame.groupby(["What", "Reason"])["Such as"]
+        frame = groups.agg([_name_some, "size"]).reset_index()
+        frame = frame.sort_values("size", ascending=False, kind="stable")
+        frame.columns = ["What", "Reason", "Such as", "Number"]
+        others = frame.iloc[REASONS:]
+        frame = frame.iloc[:REASONS].reset_index(drop=True)
+        if len(others):
+            reasons = f"{len(others)} other reasons"
+            frame.loc[REASONS] = ["others", reasons, "", others["Number"].sum()]
+        return [Table("Problems and notes", frame.astype(str), texts=3)]
 
     def settings(self) -> Table:
         """The table of the runs' settings."""
@@ -371,7 +330,7 @@ class Report(NamedTuple):
             raise ValueError(f"format={format!r} is not one of {known}.")
         if not self.rows:
             return f"{'% ' if format == 'latex' else ''}There are no records to report.\n"
-        shown = self.results() + self.printed() + self.classes()
+        shown = self.results() + self.printed()
         return "\n".join(RENDERERS[format](table) for table in shown)
 
     def text(self, format: str = "terminal") -> str:
@@ -441,6 +400,11 @@ class Report(NamedTuple):
         for name, data in files.items():
             (folder / name).write_bytes(data)
         return [folder / name for name in files]
+
+
+def _name_some(names: "pd.Series[str]") -> str:
+    """The first names."""
+    return ", ".join(names[:EXAMPLES]) + ", …" * (len(names) > EXAMPLES)
 
 
 # -- comparisons -----------------------------------------------------------------------
