@@ -21,10 +21,9 @@ from torch import Tensor
 from captum_adapters.evaluation.layouts import (
     LAYOUTS,
     READERS,
-    Box,
     ClassMatcher,
-    Entry,
     Listing,
+    Sample,
     find_annotations,
     read_annotation,
     recognize,
@@ -32,28 +31,6 @@ from captum_adapters.evaluation.layouts import (
 from captum_adapters.metrics import boxes_to_masks
 from zennit_resnet.image import read_image
 from zennit_resnet.messages import one_line
-
-
-class Sample(NamedTuple):
-    """An image of a data set, which has not been read yet.
-
-    Attributes:
-
-        name (str): Path relative to the root of the data, with `/`. Unique.
-        path (Path): Path of the image.
-        label (int, optional): Index of its class in the network, `None` if unknown.
-        mask (Path, optional): Path of the mask of the object.
-        boxes (tuple): Bounding boxes (x0, y0, x1, y1) of the object in pixels of the
-                stored image, see :func:`captum_adapters.metrics.boxes_to_masks`.
-        problem (str, optional): Why it cannot be used, as known without reading it.
-    """
-
-    name: str
-    path: Path
-    label: Optional[int]
-    mask: Optional[Path] = None
-    boxes: tuple[Box, ...] = ()
-    problem: Optional[str] = None
 
 
 class Samples(NamedTuple):
@@ -171,12 +148,12 @@ def read_samples(
         listing = READERS[layout](root, split, () if labels == "ignore" else classes)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({one_line(error)})") from error
-    if not listing.entries:
+    if not listing.samples:
         part = "" if split is None else f" with split {split!r}"
         raise ValueError(f"there are no images in {path}{part}")
     messages = [] if labels == "ignore" else [*listing.messages]
     if labels == "ignore":
-        samples = [_sample(entry, None) for entry in listing.entries]
+        samples = [item._replace(label=None, problem=None) for item in listing.samples]
     else:
         samples = _assign(listing, classes, messages)
     samples.sort(key=lambda sample: sample.name)
@@ -196,8 +173,8 @@ def _assign(
 ) -> list[Sample]:
     """Find the classes of all labels."""
     names = ClassMatcher(classes)
-    texts = {entry.label for entry in listing.entries if entry.target is None}
-    found = {text: names.find(text) for text in texts if text is not None}
+    texts = {sample.label for sample in listing.samples}
+    found = {text: names.find(text) for text in texts if isinstance(text, str)}
     for text, hits in found.items():
         if not hits and text in listing.numbers:
             found[text] = [listing.numbers[text]]
@@ -215,28 +192,24 @@ def _assign(
                 f"no label is a class of the network, for instance {min(found)!r},"
                 f" where the first class is {classes[0]!r}"
             )
-    return [_sample(entry, found) for entry in listing.entries]
+    return [_find_class(sample, found) for sample in listing.samples]
 
 
-def _sample(entry: Entry, found: Optional[Mapping[str, list[int]]]) -> Sample:
-    """Sample of an entry, with the classes of labels, or none at all."""
-    index, problem = entry.target, entry.problem
-    if found is None:
-        index, problem = None, None
-    elif problem is None and index is None and entry.label is not None:
-        hits = found[entry.label]
+def _find_class(sample: Sample, found: Mapping[str, list[int]]) -> Sample:
+    """A sample with the index of its class, or the problem that there is none."""
+    label, problem = sample.label, sample.problem
+    if problem is None and isinstance(label, str):
+        hits = found[label]
         if not hits:
-            problem = f"label {entry.label!r} is not a class of the network"
+            problem = f"label {label!r} is not a class of the network"
         elif len(hits) > 1:
             problem = (
-                f"label {entry.label!r} is ambiguous: the network's classes"
+                f"label {label!r} is ambiguous: the network's classes"
                 f" {', '.join(map(str, hits))} have this name"
             )
         else:
-            index = hits[0]
-    if problem is not None:
-        index = None
-    return Sample(entry.name, entry.path, index, entry.mask, entry.boxes, problem)
+            label = hits[0]
+    return sample._replace(label=label if problem is None else None, problem=problem)
 
 
 def _choose(
@@ -255,7 +228,7 @@ def _choose(
             f"{len(samples) - len(usable)} of {len(samples)} images have a problem, and"
             f" {limit} are drawn from the others"
         )
-    groups: dict[Optional[int], list[Sample]] = defaultdict(list)
+    groups: dict[Any, list[Sample]] = defaultdict(list)
     for sample in sorted(usable or samples, key=lambda sample: draw(sample.name)):
         groups[sample.label].append(sample)
     # the first of each label, then the second of each, and so on
@@ -272,16 +245,10 @@ def _choose(
 
 
 class Loaded(NamedTuple):
-    """An image ready for the network.
+    """An image ready for the network, or the `problem` that there is none.
 
-    Attributes:
-
-        image (Tensor, optional): Normalized image of shape (3, height, width), `None`
-                if it could not be read.
-        mask (Tensor, optional): Bool of shape (height, width), in the geometry of the
-                image. `None` if there is none.
-        problem (str, optional): Why there is no image.
-        note (str, optional): Why there is no mask, although the sample lists one.
+    The image is of shape (3, height, width); the mask, if there is one, is bool of shape
+    (height, width). The note is why there is no mask, although the sample lists one.
     """
 
     image: Optional[Tensor] = None

@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Union
 from xml.etree import ElementTree
 
 import numpy as np
@@ -25,13 +25,24 @@ ILSVRC = re.compile(r"ILSVRC2012_val_\d{8}\.JPEG", re.IGNORECASE)
 CUB_FILES = ("images", "image_class_labels", "train_test_split", "classes")
 
 
-class Entry(NamedTuple):
-    """A sample with its label as the data gives it: a name, or already an index."""
+class Sample(NamedTuple):
+    """An image of a data set, which has not been read yet.
+
+    Attributes:
+
+        name (str): Path relative to the root of the data, with `/`. Unique.
+        path (Path): Path of the image.
+        label (int, optional): Index of its class in the network, `None` if unknown. At
+                first, it may be the name that the data gives.
+        mask (Path, optional): Path of the mask of the object.
+        boxes (tuple): Bounding boxes (x0, y0, x1, y1) of the object in pixels of the
+                stored image, see :func:`captum_adapters.metrics.boxes_to_masks`.
+        problem (str, optional): Why it cannot be used, as known without reading it.
+    """
 
     name: str
     path: Path
-    label: Optional[str] = None
-    target: Optional[int] = None
+    label: Any = None
     mask: Optional[Path] = None
     boxes: tuple[Box, ...] = ()
     problem: Optional[str] = None
@@ -45,7 +56,7 @@ class Listing(NamedTuple):
     """
 
     root: Path
-    entries: list[Entry]
+    samples: list[Sample]
     order: Sequence[str] = ()
     numbers: Mapping[str, int] = {}
     messages: Sequence[str] = ()
@@ -74,12 +85,12 @@ def _read_folder(root: Path, split: Optional[str], classes: Sequence[str]) -> Li
         raise ValueError(
             f"{root} has the folders {', '.join(tops)}: choose one of them as the split"
         )
-    entries = []
+    samples = []
     for image in _walk(folder):
         parts = image.relative_to(folder).parts
         label = parts[0] if len(parts) > 1 else None
-        entries.append(Entry(_name(image, root), image, label))
-    return Listing(root, entries, tops, _numbers(root, classes, tops))
+        samples.append(Sample(_name(image, root), image, label))
+    return Listing(root, samples, tops, _numbers(root, classes, tops))
 
 
 def _read_csv(root: Path, split: Optional[str], classes: Sequence[str]) -> Listing:
@@ -98,24 +109,25 @@ def _read_csv(root: Path, split: Optional[str], classes: Sequence[str]) -> Listi
         table = table[table["split"] == split]
     rows = table.to_dict("records")
     label_of, messages = _row_labels({*table}, rows, classes)
-    entries: dict[str, Entry] = {}
+    samples: dict[str, Sample] = {}
     for row in rows:
         path = root / row["image"]
         mask = root / row["mask"] if row.get("mask") else None
-        entry = Entry(_name(path, root), path, *label_of(row), mask, _row_boxes(row))
-        first = entries.setdefault(entry.name, entry)
-        if first is not entry:
-            entries[entry.name] = _merge(first, entry)
+        sample = Sample(_name(path, root), path, label_of(row), mask, _row_boxes(row))
+        first = samples.setdefault(sample.name, sample)
+        if first is not sample:
+            samples[sample.name] = _merge(first, sample)
     beside = root / "boxes.csv"
     if beside.is_file() and beside != file:
         for row in _table(beside, CORNERS).to_dict("records"):
             name = _name(root / row["image"], root)
-            if name in entries:
-                boxes = (*entries[name].boxes, *_row_boxes(row))
-                entries[name] = entries[name]._replace(boxes=boxes)
-    labels = sorted({entry.label for entry in entries.values() if entry.label})
-    order = labels if all(WNID.fullmatch(label) for label in labels) else ()
-    return Listing(root, list(entries.values()), order, messages=messages)
+            if name in samples:
+                boxes = (*samples[name].boxes, *_row_boxes(row))
+                samples[name] = samples[name]._replace(boxes=boxes)
+    names = {sample.label for sample in samples.values()}
+    labels = sorted(name for name in names if isinstance(name, str))
+    order = labels if all(map(WNID.fullmatch, labels)) else ()
+    return Listing(root, list(samples.values()), order, messages=messages)
 
 
 def _table(file: Path, needed: Sequence[str] = ()) -> pd.DataFrame:
@@ -164,10 +176,8 @@ def _row_boxes(row: Mapping[str, str]) -> tuple[Box, ...]:
 
 def _row_labels(
     columns: set[str], rows: Sequence[Mapping[str, str]], classes: Sequence[str]
-) -> tuple[
-    Callable[[Mapping[str, str]], tuple[Optional[str], Optional[int]]], list[str]
-]:
-    """Function for the label of a row, as a text and an index, and messages."""
+) -> tuple[Callable[[Mapping[str, str]], Union[int, str, None]], list[str]]:
+    """Function for the label of a row, as an index or a text, and messages."""
     messages = []
     known = {"label", "wnid", "class_index", "imagenet_index"} & columns
     if not known:
@@ -196,15 +206,14 @@ def _row_labels(
                 f" {len(classes)}: it is not used"
             )
 
-    def label_of(row: Mapping[str, str]) -> tuple[Optional[str], Optional[int]]:
+    def label_of(row: Mapping[str, str]) -> Union[int, str, None]:
         number = _to_number(row[index]) if index else None
-        text = row.get("label") or row.get("wnid") or None
-        if number is None and not text:
-            # what is given, but cannot be used, has to become a problem
-            text = next((f"{key} {row[key]}" for key in sorted(known) if row[key]), None)
-        elif index and number is not None and not 0 <= number < len(classes):
-            return f"{index} {number}", None
-        return text, number
+        if index and number is not None:
+            return number if 0 <= number < len(classes) else f"{index} {number}"
+        text = row.get("label") or row.get("wnid")
+        # what is given, but cannot be used, has to become a problem
+        given = (f"{key} {row[key]}" for key in sorted(known) if row[key])
+        return text or next(given, None)
 
     return label_of, messages
 
@@ -214,18 +223,15 @@ def _to_number(text: str) -> Optional[int]:
     return int(text) if re.fullmatch(r"-?[0-9]{1,9}", text) else None
 
 
-def _merge(first: Entry, other: Entry) -> Entry:
+def _merge(first: Sample, other: Sample) -> Sample:
     """Join two rows of the same image."""
     label = first.label if first.label is not None else other.label
-    target = first.target if first.target is not None else other.target
     mask = first.mask or other.mask
     problem = first.problem
-    if (other.label or label, other.mask or mask) != (label, mask):
+    if other.label not in (None, label) or other.mask not in (None, mask):
         problem = "it is listed several times, with different labels or masks"
-    elif other.target not in (None, target):
-        problem = "it is listed several times, with different classes"
     boxes = tuple(dict.fromkeys((*first.boxes, *other.boxes)))
-    return Entry(first.name, first.path, label, target, mask, boxes, problem)
+    return first._replace(label=label, mask=mask, boxes=boxes, problem=problem)
 
 
 def _read_imagenet(root: Path, split: Optional[str], classes: Sequence[str]) -> Listing:
@@ -262,9 +268,9 @@ def _read_imagenet(root: Path, split: Optional[str], classes: Sequence[str]) -> 
                 "there is neither a ground truth nor annotations near the images: the"
                 " labels are unknown"
             )
-    entries = [Entry(_name(path, root), path, found.get(path.stem)) for path in paths]
-    numbers = _numbers(root, classes, [*found.values()])
-    return Listing(root, entries, order, numbers, messages)
+    samples = [Sample(_name(path, root), path, found.get(path.stem)) for path in paths]
+    numbers = _numbers(root, classes, found.values())
+    return Listing(root, samples, order, numbers, messages)
 
 
 def _imagenet_images(root: Path) -> Optional[tuple[Path, list[str]]]:
@@ -387,7 +393,7 @@ def _read_cub(root: Path, split: Optional[str], classes: Sequence[str]) -> Listi
     # unpacked inside of the folder, or beside it
     folders = (base / "segmentations", base.parent / "segmentations")
     masks = next((folder for folder in folders if folder.is_dir()), None)
-    entries = []
+    samples = []
     for key, file in images.items():
         try:
             if (train[key] == "1") != (split == "train"):
@@ -403,9 +409,9 @@ def _read_cub(root: Path, split: Optional[str], classes: Sequence[str]) -> Listi
             ) from error
         path = base / "images" / file
         mask = None if masks is None else masks / Path(file).with_suffix(".png")
-        entries.append(Entry(_name(path, root), path, label, None, mask, box))
+        samples.append(Sample(_name(path, root), path, label, mask, box))
     order = sorted(names, key=lambda key: (len(key), key))
-    return Listing(root, entries, [names[key] for key in order])
+    return Listing(root, samples, [names[key] for key in order])
 
 
 def _pairs(file: Path) -> dict[str, str]:
