@@ -144,25 +144,17 @@ def test_merge_metrics():
     assert not found.problems and found.of('id').to_dict() == {'000.jpg': 0.1, '001.jpg': 0.2}
 
 
-def test_names():
-    '''The same method in another way is another row, with as much of the folder as is needed, and it is said why.'''
+def test_versions():
+    '''Runs by other versions or devices are put together, which is said, and if a score is another one.'''
     first = make_run({'grad_cam': [0.1, 0.2], 'rise': [0, 0]}, 'a/run')
-    second = make_run({'grad_cam': [0.3, 0.4]}, 'b/run', versions={'torch': '2.5'})
+    second = make_run({'score_cam': [0.3, 0.4]}, 'b/run', versions={'torch': '2.5'}, files={'net.pt': '12'})
     result = report(first, second)
-    assert [found.name for found in result.rows] == ['grad_cam (a/run)', 'rise', 'grad_cam (b/run)']
-    assert [found.mean('id') for found in result.rows] == [pytest.approx(0.15), 0, pytest.approx(0.35)]
-    assert has(result.messages, 'a/run and b/run', 'torch (2.4; 2.5)', 'grad_cam.')
-    assert len(result.groups) == 1 and result.significance[0].baseline == 'grad_cam (b/run)'
-    # files that only another method uses make no difference
-    files = make_run({'grad_cam': [0.3, 0.4], 'abn:weights=x/abn.pt': [1, 1]}, 'c', files={'x/abn.pt': '12'})
-    assert [found.name for found in report(first, files).rows] == ['grad_cam', 'rise', 'abn:weights=x/abn.pt']
-    # those of other networks do for all methods
-    cross = [
-        make_run({'grad_cam': [number, 0]}, f'c{number}', cross=['vgg16=x/vgg.pt'], files={'x/vgg.pt': value})
-        for number, value in enumerate(('12', '12', '34'))
-    ]
-    assert len(report(*cross[:2]).rows) == 1
-    assert [found.name for found in report(*cross).rows] == ['grad_cam (c0)', 'grad_cam (c2)']
+    assert [found.name for found in result.rows] == ['grad_cam', 'rise', 'score_cam']
+    assert has(result.messages, 'a/run and b/run', 'torch (2.4; 2.5)', 'net.pt (None; 12)')
+    assert result.significance[0].baseline == 'score_cam' and len(result.significance[0].results) == 2
+    again = report(first, make_run({'grad_cam': [0.1, 0.3]}, 'b/run', versions={'torch': '2.5'}))
+    assert has(again.messages, 'torch') and has(again.messages, 'grad_cam: 1 examples')
+    assert not has(report(first, make_run({'score_cam': [0.3, 0.4]}, 'b/run')).messages, 'differ')
 
 
 def test_not_comparable():

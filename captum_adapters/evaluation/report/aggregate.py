@@ -1,9 +1,7 @@
 """Records of runs put together: groups of comparable runs, and a row for each method."""
 
-import json
 import math
 import os
-import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional
@@ -11,7 +9,7 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 import pandas as pd
 
-from captum_adapters.evaluation.methods import CONTROLS, base_of, kind_of
+from captum_adapters.evaluation.methods import kind_of
 from captum_adapters.evaluation.metrics import COLUMNS, Column
 from captum_adapters.evaluation.store import Run, SampleRecord, differences
 from captum_adapters.metrics import bootstrap_interval
@@ -24,8 +22,8 @@ PROTOCOLS = {
 }
 # Runs on the same data are comparable if they agree in these settings
 COMPARABLE = ("model", "weights", "transform", "classes", "options")
-# Of comparable runs, records of a method are put together if they agree in these
-SAME = ("versions", "device", "cross")
+# Runs that differ in these are put together, and it is said
+MENTIONED = ("versions", "device", "cross", "files")
 # Items that are named in a sentence
 NAMED = 5
 
@@ -172,6 +170,11 @@ def settings_of(run: Run) -> dict[str, Any]:
     return settings
 
 
+def methods_of(run: Run) -> list[str]:
+    """Methods that a run is of."""
+    return list(settings_of(run)["methods"])
+
+
 def list_some(items: Sequence[str]) -> str:
     """The first items, and how many others there are."""
     more = f" and {len(items) - NAMED} more" if len(items) > NAMED else ""
@@ -220,7 +223,9 @@ def _merge_samples(runs: Sequence[Run]) -> dict[str, SampleRecord]:
     return dict(sorted(samples.items()))
 
 
-def group_runs(runs: Sequence[Run], warnings: list[str]) -> list[Group]:
+def group_runs(
+    runs: Sequence[Run], warnings: list[str], messages: list[str]
+) -> list[Group]:
     """Put comparable runs together."""
     found: list[list[Run]] = []
     for run in runs:
@@ -241,6 +246,12 @@ def group_runs(runs: Sequence[Run], warnings: list[str]) -> list[Group]:
         )
         for members in found
     ]
+    for group in groups:
+        first = group.runs[0]
+        for other in group.runs[1:]:
+            what = _differences(first, other, MENTIONED)
+            if what:
+                messages.append(f"{names[id(first)]} and {names[id(other)]} differ in {what}.")
     for group in groups[1:]:
         first, other = groups[0].runs[0], group.runs[0]
         data = () if _same_data(first, other) else ("data", "layout")
@@ -304,19 +315,6 @@ def _statistics(
     return pd.DataFrame.from_dict(found, orient="index", columns=names)
 
 
-def _way(run: Run, method: str) -> str:
-    """In what way records of a method were computed."""
-    settings = settings_of(run)
-    texts = (method, *(settings.get("cross") or ()))
-    used = [
-        [text, value]
-        for name, value in (settings.get("files") or {}).items()
-        for text in texts
-        if re.search(rf"={re.escape(name)}(?=[,+]|$)", text)
-    ]
-    return json.dumps([*(settings.get(key) for key in SAME), used], sort_keys=True)
-
-
 def build_rows(
     groups: Sequence[Group],
     confidence: float,
@@ -325,34 +323,17 @@ def build_rows(
     messages: list[str],
 ) -> list[Row]:
     """Rows of all groups, each with its controls last."""
-    runs = [run for group in groups for run in group.runs]
-    folders = dict(zip(map(id, runs), folder_names(runs)))
-    found: dict[tuple[int, str, str], list[Run]] = defaultdict(list)
+    found: dict[tuple[int, str], list[Run]] = defaultdict(list)
     for index, group in enumerate(groups):
         for run in group.runs:
-            evaluated = sorted(set(run.records.index.get_level_values("method")))
-            listed = [name for name in settings_of(run)["methods"] if name in evaluated]
-            for method in dict.fromkeys([*listed, *evaluated]):
-                found[index, method, _way(run, method)].append(run)
-    ways: dict[tuple[int, str], list[Run]] = defaultdict(list)
-    for (index, method, _), members in found.items():
-        ways[index, method].append(members[0])
-    apart: dict[str, list[str]] = defaultdict(list)
-    for (_, method), (first, *others) in ways.items():
-        for other in others:
-            what = _differences(first, other, (*SAME, "files"))
-            both = f"{folders[id(first)]} and {folders[id(other)]} differ in {what}"
-            apart[both].append(method)
-    messages += [
-        f"{both}: methods of both are shown for each, {list_some(names)}."
-        for both, names in apart.items()
-    ]
-    repeated = Counter(method for _, method, _ in found)
+            for method in run.records.index.unique("method"):
+                found[index, method].append(run)
+    repeated = Counter(method for _, method in found)
     rows = []
-    for (index, method, _), members in found.items():
+    for (index, method), members in found.items():
         name = method
         if repeated[method] > 1:
-            name = f"{method} ({folders[id(members[0])]})"
+            name = f"{method} ({groups[index].name})"
         scores, problems = _merge_records(members, method, messages)
         infinite = int(np.isinf(scores.to_numpy()).sum())
         if infinite:
@@ -372,9 +353,8 @@ def build_rows(
                 statistics,
             )
         )
-    position = {name: number for number, name in enumerate(CONTROLS)}
-    # methods stay in their order, controls come in that of their definition
+    # methods in the order in which they were given, and controls at the end
+    order = [name for group in groups for run in group.runs for name in methods_of(run)]
     return sorted(
-        rows,
-        key=lambda row: (row.group, row.control, position.get(base_of(row.method), 0)),
+        rows, key=lambda row: (row.group, row.control, order.index(row.method))
     )

@@ -12,6 +12,7 @@ from captum_adapters.evaluation.report.aggregate import (
     counterpart_of,
     folder_names,
     list_some,
+    methods_of,
     protocol_of,
     settings_of,
     sign_of,
@@ -36,15 +37,15 @@ def find_gaps(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
     names = dict(zip(map(id, runs), folder_names(runs)))
     for index, group in enumerate(groups):
         for run in group.runs:
-            name, settings = names[id(run)], settings_of(run)
+            name, total = names[id(run)], settings_of(run)["samples"]
             yield from (f"{name}: {message}" for message in run.messages)
-            if len(run.samples) < settings["samples"]:
+            if len(run.samples) < total:
                 yield (
-                    f"{name} is not complete: {len(run.samples)} of"
-                    f" {settings['samples']} samples are evaluated."
+                    f"{name} is not complete: {len(run.samples)} of {total} samples are"
+                    " evaluated."
                 )
-            evaluated = set(run.records.index.get_level_values("method"))
-            missing = [name for name in settings["methods"] if name not in evaluated]
+            evaluated = set(run.records.index.unique("method"))
+            missing = [name for name in methods_of(run) if name not in evaluated]
             if not evaluated:
                 yield f"{name} has no records."
             elif missing:

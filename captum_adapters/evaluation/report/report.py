@@ -562,7 +562,7 @@ def summarize(
     clusters = None if clusters == "none" else clusters
     warnings: list[str] = []
     messages: list[str] = []
-    groups = group_runs(runs, warnings)
+    groups = group_runs(runs, warnings, messages)
     if n_resamples is None:
         largest = max(len(group.samples) for group in groups)
         n_resamples = max(1999, min(9999, 10**8 // max(largest, 1)))
