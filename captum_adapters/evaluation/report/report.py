@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-import numpy as np
 import pandas as pd
 
 from captum_adapters.evaluation.methods import stands_for
@@ -25,6 +24,11 @@ from captum_adapters.evaluation.report.aggregate import (
     title_of,
 )
 from captum_adapters.evaluation.report.checks import find_gaps, find_warnings
+from captum_adapters.evaluation.report.significance import (
+    Significance,
+    choose_primary,
+    compare_rows,
+)
 from captum_adapters.evaluation.report.tables import (
     RENDERERS,
     Table,
@@ -33,7 +37,7 @@ from captum_adapters.evaluation.report.tables import (
     render_list,
 )
 from captum_adapters.evaluation.store import Run, brief
-from captum_adapters.metrics import Comparison, compare
+from captum_adapters.metrics import Comparison
 from zennit_resnet.messages import one_line
 
 # Number of clusters below which intervals of the bootstrap are clearly too narrow
@@ -42,23 +46,6 @@ FEW_CLASSES = 20
 EXAMPLES = 5
 REASONS = 20
 STATISTICS = ("mean", "low", "high", "examples")
-
-
-class Significance(NamedTuple):
-    """All methods of a group compared with one of them.
-
-    Attributes:
-
-        group (int): Index of the group.
-        column (str): Name of the score.
-        baseline (str): Name of the row that others are compared with.
-        results (tuple[Comparison]): The comparisons.
-    """
-
-    group: int
-    column: str
-    baseline: str
-    results: tuple[Comparison, ...]
 
 
 class Report(NamedTuple):
@@ -407,107 +394,6 @@ def _name_some(names: "pd.Series[str]") -> str:
     return ", ".join(names[:EXAMPLES]) + ", …" * (len(names) > EXAMPLES)
 
 
-# -- comparisons -----------------------------------------------------------------------
-
-
-def _choose_primary(
-    rows: Sequence[Row], primary: str, messages: list[str]
-) -> Optional[str]:
-    """The score by which methods are compared."""
-    known = [name for name in COLUMNS if any(name in row.statistics.index for row in rows)]
-    directed = [name for name in known if sign_of(name)]
-    if primary in directed:
-        return primary
-    if not rows:
-        return None
-    if primary != "id":
-        raise ValueError(
-            f"primary={primary!r} is not a score of these runs that is better when higher or"
-            f" lower. There are {', '.join(directed) or 'none'}."
-        )
-    if not directed:
-        messages.append(
-            "No score is better when higher or lower, so nothing is compared."
-        )
-        return None
-    messages.append(f"There is no score id, so methods are compared by {directed[0]}.")
-    return directed[0]
-
-
-def _choose_baseline(
-    rows: Sequence[Row], primary: str, baseline: Optional[str], messages: list[str]
-) -> Optional[Row]:
-    """What others are compared with, None if it is not in this group."""
-    if baseline is not None:
-        return next((row for row in rows if baseline in (row.name, row.method)), None)
-    candidates = [row for row in rows if row.kind == "baseline"]
-    if not candidates:
-        candidates = [row for row in rows if row.control]
-        if candidates and len(rows) > 1:
-            messages.append(
-                "There is no method of others to compare with, so methods are compared with"
-                " the best control. Choose another one with --baseline."
-            )
-    # the best one of few examples may be so by chance
-    counts = {row.name: row.statistics.at[primary, "examples"] for row in candidates}
-    most = max(counts.values(), default=0)
-    return max(
-        (row for row in candidates if 2 * counts[row.name] >= most),
-        key=lambda row: sign_of(primary) * row.mean(primary),
-        default=None,
-    )
-
-
-def _compare(
-    report: Report, baseline: Optional[str], n_resamples: int, messages: list[str]
-) -> list[Significance]:
-    """Compare the methods of each group with the best baseline."""
-    primary = report.primary
-    if primary is None:
-        return []
-    names = {name for row in report.rows for name in (row.name, row.method)}
-    if baseline is not None and baseline not in names:
-        raise ValueError(
-            f"baseline={baseline!r} is not among the methods"
-            f" {', '.join(row.name for row in report.rows)}."
-        )
-    found = []
-    for index, group in enumerate(report.groups):
-        members = [
-            row
-            for row in report.rows
-            if row.group == index and primary in row.statistics.index
-        ]
-        other = _choose_baseline(members, primary, baseline, messages)
-        if len(members) < 2 or other is None:
-            if members:
-                messages.append(
-                    f"Nothing to compare in {group.name}: it needs a baseline and a method."
-                )
-            continue
-        samples = other.of(primary).index
-        scores = {}
-        for row in members:
-            values = row.of(primary).reindex(samples).to_numpy()
-            if np.isnan(values).all():
-                messages.append(
-                    f"{row.name} has {primary} of no example that {other.name} has it of."
-                )
-                continue
-            scores[row.name] = values
-        if len(scores) < 2:
-            continue
-        results = compare(
-            scores,
-            other.name,
-            group.clusters([*samples], report.clusters),
-            confidence=report.confidence,
-            n_resamples=n_resamples,
-        )
-        found.append(Significance(index, primary, other.name, tuple(results)))
-    return found
-
-
 def summarize(
     runs: Sequence[Run],
     *,
@@ -570,11 +456,17 @@ def summarize(
     messages[:0] = find_gaps(groups, rows)
     known = {name: None for row in rows for name in row.statistics.index}
     names = [*filter(known.__contains__, COLUMNS), *sorted(set(known) - set(COLUMNS))]
-    chosen = _choose_primary(rows, primary, messages)
-    report = Report(
-        tuple(groups), tuple(rows), tuple(names), chosen, confidence, clusters, (), (), ()
+    chosen = choose_primary(rows, primary, messages)
+    significance = compare_rows(
+        groups,
+        rows,
+        chosen,
+        baseline,
+        clusters,
+        messages,
+        confidence=confidence,
+        n_resamples=n_resamples,
     )
-    significance = _compare(report, baseline, n_resamples, messages)
     warnings += find_warnings(groups, rows)
     for group in groups if clusters else ():
         labels = {sample.label for sample in group.samples.values()} - {None}
@@ -591,9 +483,15 @@ def summarize(
         unknown = ", ".join(name for name in asked if name not in PRESETS)
         if unknown:
             messages.append(f"There are no printed figures of the preset {unknown}.")
-    return report._replace(
-        significance=tuple(significance),
-        warnings=tuple(dict.fromkeys(warnings)),
-        messages=tuple(dict.fromkeys(messages)),
-        presets=tuple(presets),
+    return Report(
+        tuple(groups),
+        tuple(rows),
+        tuple(names),
+        chosen,
+        confidence,
+        clusters,
+        tuple(significance),
+        tuple(dict.fromkeys(warnings)),
+        tuple(dict.fromkeys(messages)),
+        tuple(presets),
     )
