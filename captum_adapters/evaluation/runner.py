@@ -12,6 +12,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -30,7 +31,12 @@ from captum_adapters.evaluation.config import (
 from captum_adapters.evaluation.data import Images, Loaded, read_samples
 from captum_adapters.evaluation.methods import CONTROLS, Method
 from captum_adapters.evaluation.metrics import Batch, input_size
-from captum_adapters.evaluation.store import RunError, SampleRecord, Store
+from captum_adapters.evaluation.store import (
+    SETTINGS,
+    RunError,
+    SampleRecord,
+    Store,
+)
 from zennit_resnet.messages import one_line
 from zennit_resnet.models import load_classifier
 
@@ -170,79 +176,73 @@ class Loop:
             self.evaluation, self.classifier, self.methods, self.device
         )
 
-    def _batches(self, store: Store) -> list[list[int]]:
-        """Numbers of the samples of each batch."""
-        every = [*range(len(self.samples))]
-        size = store.batch_size
-        return [every[start : start + size] for start in range(0, len(every), size)]
+    def _open(self, write: bool) -> None:
+        """Open the folder, and cut samples into batches of their numbers."""
+        self.store = Store(Path(self.evaluation.out), self.settings, write)
+        every, size = [*range(len(self.samples))], self.store.batch_size
+        self.batches = [every[start : start + size] for start in every[::size]]
 
-    def _missing(self, store: Store, batch: int) -> list[Method]:
+    def _missing(self, batch: int) -> list[Method]:
         """Methods that are not evaluated on a batch yet."""
+        numbers = range(len(self.methods))
+        return [self.methods[each] for each in numbers if not self.store.has(batch, each)]
+
+    def _left_out(self, batch: int) -> list[int]:
+        """Samples of a batch that could not be used."""
+        samples = self.store.read_samples(batch) or ()
         return [
-            method
-            for number, method in enumerate(self.methods)
-            if not store.has(batch, number)
+            number
+            for number, sample in zip(self.batches[batch], samples)
+            if sample.problem is not None
         ]
 
-    def _unread(self, store: Store, batch: int) -> list[str]:
-        """Samples that could not be read, and may be readable now."""
-        known = {sample.name for sample in self.samples if sample.problem is not None}
-        return [
-            row.sample
-            for row in store.read_samples(batch) or ()
-            if row.problem is not None and row.sample not in known
-        ]
+    def _unread(self, batch: int) -> list[int]:
+        """Those of them that may be readable now."""
+        left_out = self._left_out(batch)
+        return [number for number in left_out if self.samples[number].problem is None]
 
-    def _count(self, store: Store, again: Sequence[int] = ()) -> Progress:
+    def _count(self, again: Sequence[int] = ()) -> Progress:
         """What remains of the whole run, if some batches are computed again."""
         done = skipped = 0
-        for batch, numbers in enumerate(self._batches(store)):
-            if batch in again:
-                continue
-            samples = store.read_samples(batch) or ()
-            out = sum(sample.problem is not None for sample in samples)
-            present = len(self.methods) - len(self._missing(store, batch))
-            skipped += out
-            done += out * len(self.methods) + (len(numbers) - out) * present
+        for batch, numbers in enumerate(self.batches):
+            if batch not in again:
+                out = len(self._left_out(batch))
+                present = len(self.methods) - len(self._missing(batch))
+                skipped += out
+                done += out * len(self.methods) + (len(numbers) - out) * present
         return Progress(len(self.samples) * len(self.methods), done, 0.0, skipped)
 
     def estimate(self) -> Progress:
         """What remains, and how long it takes, without writing anything."""
-        store = Store(Path(self.evaluation.out), self.settings, write=False)
-        places = {sample.name: number for number, sample in enumerate(self.samples)}
-        again, rest = [], dict.fromkeys((method.text for method in self.methods), 0)
-        for batch, numbers in enumerate(self._batches(store)):
-            unread = self._unread(store, batch)
-            if any(self.images[places[name]].problem is None for name in unread):
+        self._open(write=False)
+        again, rest = [], dict.fromkeys(self.evaluation.methods, 0)
+        for batch, numbers in enumerate(self.batches):
+            count, methods = len(numbers) - len(self._left_out(batch)), self._missing(batch)
+            if any(self.images[number].problem is None for number in self._unread(batch)):
                 again.append(batch)
-            out = sum(
-                sample.problem is not None for sample in store.read_samples(batch) or ()
-            )
-            missing = self.methods if batch in again else self._missing(store, batch)
-            for method in missing:
-                rest[method.text] += len(numbers) - out * (batch not in again)
-        times = {
-            method.text: store.read_times(number)
-            for number, method in enumerate(self.methods)
-            if rest[method.text]
+                count, methods = len(numbers), self.methods
+            for method in methods:
+                rest[method.text] += count
+        left = [method for method in self.methods if rest[method.text]]
+        known = {
+            method.text: self.store.read_times(self.methods.index(method)) for method in left
         }
-        missing = [method for method in self.methods if times.get(method.text, ()) is None]
-        if missing:
-            self.say(f"timing {len(missing)} methods on one image")
-            times.update(self._time(missing))
+        untimed = [method for method in left if known[method.text] is None]
+        if untimed:
+            self.say(f"timing {len(untimed)} methods on one image")
+            known.update(self._time(untimed))
         # attributions that are computed once for several methods count once
         groups: dict[str, list[tuple[int, float]]] = defaultdict(list)
         seconds = 0.0
-        for method in self.methods:
+        for method in left:
             count = rest[method.text]
-            if count:
-                first, second = times[method.text] or (0.0, 0.0)
-                seconds += count * (first + second)
-                groups[method.attribution].append((count, first))
+            first, second = known[method.text] or (0.0, 0.0)
+            seconds += count * (first + second)
+            groups[method.attribution].append((count, first))
         for members in groups.values():
             counts = [count for count, _ in members]
             seconds -= (sum(counts) - max(counts)) * min(time for _, time in members)
-        return self._count(store, again)._replace(seconds=seconds)
+        return self._count(again)._replace(seconds=seconds)
 
     def _time(self, methods: Sequence[Method]) -> dict[str, tuple[float, float]]:
         """Seconds of methods and metrics on the first image that can be read."""
@@ -262,37 +262,36 @@ class Loop:
 
     def run(self) -> Progress:
         """Compute all records of this process that are not there yet."""
-        out, computation = Path(self.evaluation.out), None
-        if not (out / "settings.json").exists():
+        computation = None
+        if not Path(self.evaluation.out, SETTINGS).exists():
             # what can not be prepared leaves no run that the next one differs from
             computation = self.prepare()
-        store = Store(out, self.settings)
-        batches = dict(enumerate(self._batches(store)))
-        own = [*batches][self.process.rank :: self.process.world]
+        self._open(write=True)
+        numbers = range(len(self.batches))
         todo = [
             batch
-            for batch in own
-            if store.read_samples(batch) is None
-            or self._missing(store, batch)
-            or self._unread(store, batch)
+            for batch in numbers[self.process.rank :: self.process.world]
+            if self.store.read_samples(batch) is None
+            or self._missing(batch)
+            or self._unread(batch)
         ]
         if not todo:
-            return self._count(store)
+            return self._count()
         computation = computation or self.prepare()
         for number, method in enumerate(self.methods):
-            if any(store.has(batch, number) for batch in batches):
+            if any(self.store.has(batch, number) for batch in numbers):
                 computation.worked.add(method.text)
         loader: Any = DataLoader(
             self.images,  # type: ignore[arg-type]
-            batch_sampler=[batches[batch] for batch in todo],
+            batch_sampler=[self.batches[batch] for batch in todo],
             num_workers=self.evaluation.workers,
             collate_fn=list,
         )
-        with self._bar(sum(len(batches[batch]) for batch in todo)) as bar:
+        with self._bar(sum(len(self.batches[batch]) for batch in todo)) as bar:
             for batch, items in zip(todo, loader):
                 self.process.check()
-                self._evaluate(computation, store, batch, batches[batch], items, bar)
-        return self._count(store)
+                self._evaluate(computation, batch, items, bar)
+        return self._count()
 
     def _bar(self, images: int) -> "tqdm[Any]":
         """Progress bar, or plain lines if there is no terminal."""
@@ -314,13 +313,12 @@ class Loop:
     def _evaluate(
         self,
         computation: Computation,
-        store: Store,
         batch: int,
-        numbers: Sequence[int],
         items: Sequence[Loaded],
         bar: "tqdm[Any]",
     ) -> None:
         """Compute what is missing of a batch, and all of it if other images are read."""
+        store, numbers = self.store, self.batches[batch]
         read = [row for row, item in enumerate(items) if item.image is not None]
         # in parts, if the run began with a larger size
         size = self.evaluation.batch_size
@@ -332,23 +330,18 @@ class Loop:
         ]
         samples = self._describe(computation, numbers, items, parts)
         known = store.read_samples(batch)
-        problems = [
-            [row.sample for row in rows or () if row.problem is None]
-            for rows in (known, samples)
-        ]
-        again = known is not None and problems[0] != problems[1]
+        again = any(
+            (old.problem is None) != (new.problem is None)
+            for old, new in zip(known or (), samples)
+        )
         if known is None:
             store.write_samples(batch, samples)
         heatmaps = numbers[0] < self.evaluation.pictures
         for number, method in enumerate(self.methods):
             if parts and (again or not store.has(batch, number)):
                 self.process.check()
-                records = [
-                    each
-                    for part in parts
-                    for each in computation.run_method(method, part, heatmaps)
-                ]
-                store.write_records(batch, number, records)
+                found = [computation.run_method(method, part, heatmaps) for part in parts]
+                store.write_records(batch, number, [*chain.from_iterable(found)])
             bar.update(len(numbers))
         if again:
             # at the end, so that an interruption makes it be computed again
@@ -365,7 +358,7 @@ class Loop:
         """What is known about the samples of a batch."""
         options = self.evaluation
         labelled = "label" in (options.explain_class, options.score, options.published)
-        found = iter([(part, row) for part in parts for row in range(len(part.names))])
+        found = ((part, row) for part in parts for row in range(len(part.names)))
         samples = []
         for number, item in zip(numbers, items):
             sample = self.samples[number]
@@ -374,8 +367,7 @@ class Loop:
                 notes = [] if item.note is None else [item.note]
                 if sample.label is None and labelled:
                     notes.append("no label, so the prediction was used")
-                part, row = next(found)
-                kept = computation.describe(part, row, number < options.pictures)
+                kept = computation.describe(*next(found), number < options.pictures)
                 record = record._replace(notes=tuple(notes), **kept)
             samples.append(record)
         return samples

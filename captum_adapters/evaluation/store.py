@@ -242,9 +242,11 @@ class Store:
         return self._records(batch, method).exists()
 
     def read_samples(self, batch: int) -> Optional[list[SampleRecord]]:
-        """Samples of a batch, `None` if they were not written yet."""
-        path = self._samples(batch)
-        return _read_samples(path) if path.exists() else None
+        """Samples of a batch, `None` if they were not written yet, or are damaged."""
+        try:
+            return _read_samples(self._samples(batch))
+        except (FileNotFoundError, ValueError):
+            return None
 
     def read_times(self, method: int) -> Optional[tuple[float, float]]:
         """Mean seconds of a method's attributions and of their metrics, if known."""

@@ -5,11 +5,17 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from captum_adapters.cli import duration, main
 from captum_adapters.evaluation import COLUMNS, PRESETS, Method, make_evaluation, read_run
+from captum_adapters.evaluation.methods import Context
+from zennit_resnet.cli import main as zennit_main
+from zennit_resnet.image import read_image
+from zennit_resnet.models import load_classifier
 
 
 @pytest.fixture(scope='module')
@@ -187,6 +193,28 @@ def test_options_of_baselines(assets, photos, tmp_path):
     assert 'epsilon' not in result.output
 
 
+def test_same_names(assets, photos, tmp_path):
+    '''Methods have the same names in explain and compare, and give the same heatmap.'''
+    names = 'resnet_lrp_ratio:first_layer=ones,maxpool=avg2x2+abs+quantize4', 'lrp_gamma_0.25+ratio'
+    options = ['--model', 'resnet18', '--weights', assets / 'net.pt', '--size', 64, '--device', 'cpu']
+    args = ['compare', photos / '0.png', *options, '--methods', ','.join(names), '--out', tmp_path / 'compare.png']
+    result = CliRunner().invoke(zennit_main, [str(arg) for arg in args])
+    assert result.exit_code == 0 and (tmp_path / 'compare.png').exists(), result.output
+    classifier = load_classifier('resnet18', str(assets / 'net.pt'), 64)
+    images = classifier.transform(read_image(photos / '0.png'))[None]
+    output = classifier.model(images).detach()
+    for name in names:
+        args = ['explain', photos / '0.png', *options, '--method', name, '--value', 'softmax', '--out', tmp_path]
+        result = CliRunner().invoke(zennit_main, [str(arg) for arg in args])
+        assert result.exit_code == 0, result.output
+        relevance = torch.from_numpy(np.load(tmp_path / '0_relevance.npy'))
+        attributed = Method(name).create(Context(classifier)).attribute(images, output.argmax(1), output, ['0'])
+        torch.testing.assert_close(relevance.sum(0), attributed.maps[0])
+    args = ['explain', photos / '0.png', *options, '--method', 'resnet_lrp_ratio:first_layer=best']
+    result = CliRunner().invoke(zennit_main, [str(arg) for arg in args])
+    assert result.exit_code == 1 and 'best' in result.output and len(result.output.splitlines()) == 1
+
+
 ODD = 'red\x1b[31m\nline\u202e'
 
 
@@ -217,3 +245,17 @@ def test_odd_names(assets, photos, tmp_path):
     assert_printable(call('report', tmp_path / f'missing {ODD}'), 1)
     assert_printable(call('evaluate', '--explain-class', ODD), 2)
     assert_printable(call(ODD), 2)
+
+
+@pytest.mark.parametrize('package', ['pandas', 'jinja2', 'tabulate'])
+def test_without_packages(package):
+    '''Without its packages, the evaluator says in one line what to install, and all else can be imported.'''
+    hide = f'import sys; sys.modules[{package!r}] = None; import captum_adapters.attr, captum_adapters.metrics; '
+    args = 'sys.argv[1:] = ["report", "x"]; import runpy; runpy.run_module("captum_adapters", run_name="__main__")'
+    result = subprocess.run([sys.executable, '-c', hide + args], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    line, = result.stderr.splitlines()
+    assert package in line and 'zennit-resnet[evaluation]' in line
+    code = f'import sys, captum_adapters.attr, captum_adapters.metrics; assert {package!r} not in sys.modules'
+    if package == 'pandas':
+        subprocess.run([sys.executable, '-c', code], check=True)

@@ -117,6 +117,9 @@ def test_damaged(store, content):
     run = read_run(store.folder)
     assert list(run.records.index) == [('a', 'a')]
     assert len(run.messages) == 1 and '00001-000.npz' in run.messages[0]
+    store.write_samples(0, [SampleRecord('a')])
+    (store.records / '00000.json').write_bytes(b'[{"sample')
+    assert store.read_samples(0) is None and '00000.json' in read_run(store.folder).messages[0]
 
 
 @pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() == 0, reason='root may write everywhere')
