@@ -456,8 +456,8 @@ def measure(
                 values.update(scores[0])
                 curves.update(scores[1])
     return (
-        {name: value.double().cpu().numpy() for name, value in values.items()},
-        {name: curve.float().cpu().numpy() for name, curve in curves.items()},
+        {name: value.cpu().double().numpy() for name, value in values.items()},
+        {name: curve.cpu().float().numpy() for name, curve in curves.items()},
     )
 
 
