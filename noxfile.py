@@ -20,6 +20,7 @@ ZENNITS = ['0.5.1', '1.0.0']
 FIRST = (3, 11, 11)
 QUIET = {'MPLBACKEND': 'Agg'}
 ASSETS = ROOT / 'examples' / 'assets'
+TEMPLATE = 'captum_adapters/evaluation/report/report.html.jinja'
 # What an archive must not contain: folders beside the packages, data, and what is left from running
 FOREIGN = ('examples/', 'docs/', 'benchmarks/', 'tests/', '.npz', '.safetensors', '.jpg', '.png', '.pyc', '.sqlite')
 
@@ -57,7 +58,7 @@ def lint(session):
 @nox.session
 def types(session):
     '''Check the annotations of captum_adapters.'''
-    session.install('mypy', '-e', '.[metrics]')
+    session.install('mypy', '-e', '.[metrics,evaluation]')
     session.run('mypy')
 
 
@@ -103,7 +104,7 @@ def check_contents(session, wheel, sdist):
     packages = [path.parent.relative_to(ROOT).as_posix() for name in ('zennit_resnet', 'captum_adapters')
                 for path in (ROOT / name).glob('**/__init__.py')]
     modules = {path.relative_to(ROOT).as_posix() for name in packages for path in (ROOT / name).glob('*.py')}
-    needed = modules | {'zennit_resnet/py.typed', 'captum_adapters/py.typed'}
+    needed = modules | {'zennit_resnet/py.typed', 'captum_adapters/py.typed', TEMPLATE}
     with zipfile.ZipFile(wheel) as archive:
         names = {'wheel': set(archive.namelist())}
     with tarfile.open(sdist) as archive:

@@ -1,6 +1,6 @@
 '''Overhead of the evaluator over the forwards and attributions that it needs, in the same run.
 
-Each round evaluates some photographs, from reading files to committing records, and then does nothing but the same
+Each round evaluates some photographs, from reading files to writing records, and then does nothing but the same
 attributions and the same forward passes in batches of the same sizes. The ratio's median over the rounds is printed, of
 the processor's time, which does not depend on what else runs, and of the time on the clock.
 '''
@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from captum_adapters.evaluation import Evaluation, Process
-from captum_adapters.evaluation.datasets import Images
 from captum_adapters.evaluation.runner import Loop
 
 PHOTOS = Path(__file__).parent.parent / 'examples' / 'assets' / 'photos'
@@ -63,8 +62,7 @@ def main():
             loop.run()
             evaluated = clock() - begin
 
-            loaded = Images(loop.data.samples, loop.classifier.transform)
-            images = torch.stack([loaded[number].image for number in range(len(loaded))])
+            images = torch.stack([loop.images[number].image for number in range(len(loop.images))])
             batches = images.to(memory_format=torch.channels_last).split(args.batch)
             repeats = max(log.sizes) // len(images) + 1
             chunk = images.repeat(repeats, 1, 1, 1).to(memory_format=torch.channels_last)
@@ -75,7 +73,7 @@ def main():
                 # methods that only differ in their post-processing have attributions in common
                 distinct = {each.method.attribution: each for each in computation.explainers.values()}
                 for explainer in distinct.values():
-                    explainer.attribute(batch, output.argmax(1), [''] * len(batch))
+                    explainer.attribute(batch, output.argmax(1), output, [''] * len(batch))
             with torch.no_grad():
                 for size in log.sizes:
                     log.function(chunk[:size])
@@ -87,7 +85,7 @@ def main():
         totals.append([evaluated.tolist(), bare.tolist()])
 
     print(
-        f'{len(loop.data.samples)} photographs, {len(loop.methods)} methods, {sum(log.sizes)} forwards, '
+        f'{len(loop.samples)} photographs, {len(loop.methods)} methods, {sum(log.sizes)} forwards, '
         f'{args.threads} threads, {args.rounds} rounds'
     )
     print(f'{"":12}{"evaluator":>11}{"bare":>9}{"ratio":>8}{"min":>7}{"max":>7}')

@@ -1,6 +1,11 @@
 """Command line: `python -m captum_adapters`."""
 
-from captum_adapters.cli import main
+import sys
+
+try:
+    from captum_adapters.cli import main
+except ImportError as error:
+    sys.exit(f"Error: {error}")
 
 if __name__ == "__main__":
     main(prog_name="python -m captum_adapters")

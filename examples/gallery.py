@@ -43,7 +43,7 @@ def draw(name, classifier, side):
         target = output.argmax(1)
         row = [classifier.photo(image[0])]
         for explainer in explainers:
-            heatmap = explainer(image, target, output, [photo]).maps[0]
+            heatmap = explainer(image, target, output, [photo])[0]
             row.append(draw_heatmap(heatmap.numpy()))
         rows.append([np.asarray(Image.fromarray(picture).resize((side, side))) for picture in row])
         captions.append(f'{classifier.classes[int(target)]}: {output.softmax(1).max():.0%}')

@@ -16,7 +16,7 @@ from .attribution import VALUES
 from .canonizers import UnsupportedOperation
 from .image import draw_comparison, draw_heatmap, draw_overlay, read_image
 from .messages import Commands, one_line
-from .methods import INPUT_X_GRADIENT, LEVELS, MAX_LEVELS, POSTPROCESSING, SPLITTING, Method, is_own
+from .methods import INPUT_X_GRADIENT, LEVELS, MAX_LEVELS, POSTPROCESSING, SPLITTING, Method, split_names
 from .models import load_classifier
 
 # Formats to write a comparison in
@@ -127,7 +127,7 @@ class Session:
         except torch.cuda.OutOfMemoryError as error:
             raise click.ClickException(f'out of memory: use a --batch-size below {len(input)}') from error
         except RuntimeError as error:
-            if method.name == INPUT_X_GRADIENT or is_own(method.name):
+            if method.name == INPUT_X_GRADIENT or method.entry.kind == 'ours':
                 raise
             # rules of Zennit are not for all networks
             raise click.ClickException(
@@ -192,7 +192,8 @@ heatmap_options = add_options([
 method_options = add_options([
     click.option(
         '--method', default='resnet_lrp_ratio', show_default=True,
-        help=f'Name of a composite in Zennit\'s COMPOSITES, or {INPUT_X_GRADIENT}.'
+        help=f'A composite in Zennit\'s COMPOSITES, a classic rule or {INPUT_X_GRADIENT}, with options and suffixes '
+        'as in resnet_lrp_ratio:first_layer=ones+quantize8.'
     ),
     click.option(
         '--splitting', type=click.Choice(['none', *SPLITTING]), default='none', show_default=True,
@@ -300,7 +301,7 @@ def explain(images, method, splitting, out, **options):
 @click.option(
     '--methods', default=DEFAULT_METHODS, show_default=True,
     help='Methods as for explain, separated by commas, where +ratio, +symmetric or +zennit adds splitting, and '
-    '+quantize8, +c1c or +c3 post-processing instead of that of --postprocess.'
+    '+quantize8, +c1c or +c3 post-processing instead of that of --postprocess, and :first_layer=ones options.'
 )
 @click.option(
     '--show', type=click.Choice(['heatmap', 'overlay', 'both']), default='heatmap', show_default=True,
@@ -313,7 +314,7 @@ def compare(images, methods, show, out, **options):
     '''Draw several methods side by side in one figure, one row for each photograph.'''
     if out.suffix.lower() not in PICTURES:
         raise click.ClickException(f'--out {out} is not a picture: choose a name that ends with {", ".join(PICTURES)}')
-    session = Session(images, [text for text in methods.split(',') if text.strip()], options)
+    session = Session(images, split_names(methods), options)
     if not session.methods:
         raise click.ClickException('--methods is empty: name at least one')
     make_folder(out.parent)
@@ -327,10 +328,9 @@ def compare(images, methods, show, out, **options):
         # methods that differ in their post-processing only have the same relevance
         computed = {}
         for method in session.methods:
-            key = method.name, method.splitting
-            if key not in computed:
-                computed[key] = session.attribute(method, input, target)[1]
-            for path, row, logits, relevance in zip(paths, batch_rows, output, computed[key]):
+            if method.attribution not in computed:
+                computed[method.attribution] = session.attribute(method, input, target)[1]
+            for path, row, logits, relevance in zip(paths, batch_rows, output, computed[method.attribution]):
                 if logits.isfinite().all() and relevance.isfinite().all():
                     *pictures, found = session.draw(row[0], method, relevance)
                     for note in found:

@@ -1,17 +1,31 @@
-'''Attribution methods by name, with splitting and post-processing.'''
+'''Attribution methods by name, with options, splitting and post-processing.
+
+There is one grammar, for ``explain``, ``compare`` and ``ledger`` of this package and for the evaluator of
+``captum_adapters``, which adds methods to the composites and classic rules of :py:func:`find_entries`::
+
+    NAME[:KEY=VALUE[,KEY=VALUE...]][+SUFFIX...]
+
+as in ``resnet_lrp_ratio:first_layer=ones,maxpool=avg2x2+quantize8``.
+'''
+import ast
 import copy
 import inspect
 import re
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from zennit.attribution import Gradient
 from zennit.composites import COMPOSITES
 from zennit.torchvision import ResNetCanonizer
 
-from .attribution import initial_relevance
+from .attribution import VALUES, initial_relevance
+from .classic import SETTINGS, ClassicLRP
 from .composites import with_splitting
 from .conservation import conservation_ledger
-from .postprocess import c1c, c3, heat_quantization, sum_channels
+from .postprocess import EmptyMaskWarning, c1c, c3, heat_quantization, sum_channels
 from .rules import RatioSplit, SymmetricSplit
 
 INPUT_X_GRADIENT = 'input_x_gradient'
@@ -21,6 +35,112 @@ POSTPROCESSING = ('quantize', 'c1c', 'c3')
 LEVELS = 8
 # more than the colors of a picture can show
 MAX_LEVELS = 65536
+CLASSIC_OPTIONS = ('addition', 'batch_norm', 'stabilizer', 'with_bias')
+# what composites are given by the network, or by the grammar
+NO_OPTIONS = {'canonizers', 'layer_map', 'first_map', 'low', 'high'}
+
+
+class Entry(NamedTuple):
+    '''What is known about a method before there is a network.
+
+    Attributes
+    ----------
+    kind: str
+        ``'ours'``, ``'baseline'`` or ``'control'``.
+    options: tuple[str]
+        Names of its options.
+    composite: callable, optional
+        Function from options to a composite. Default is None, for methods that are not composites.
+    splits: bool
+        Whether splitting at skip connections can be added. Default is False.
+    '''
+    kind: str
+    options: tuple = ()
+    composite: Callable | None = None
+    splits: bool = False
+
+
+def find_entries():
+    '''Find all methods of this package and Zennit.
+
+    Returns
+    -------
+    dict
+        :py:class:`Entry` by name: our composites, classic rules, input times gradient, and Zennit's composites.
+    '''
+    composites = {
+        name: Entry(
+            'ours' if is_own(name) else 'baseline', tuple(sorted(set(_parameters(name)) - NO_OPTIONS)),
+            COMPOSITES[name], not is_own(name)
+        ) for name in COMPOSITES
+    }
+    own = {name: entry for name, entry in composites.items() if entry.kind == 'ours'}
+    classic = {
+        name: Entry('baseline', CLASSIC_OPTIONS, partial(_classic, name), True) for name in SETTINGS
+    }
+    return {**own, **classic, INPUT_X_GRADIENT: Entry('baseline'), **composites}
+
+
+def _classic(name, **options):
+    '''A classic rule with other options than those of its paper.'''
+    return ClassicLRP(**{**SETTINGS[name], **options})
+
+
+def is_own(name):
+    '''Find out whether a registered composite, or a class that it is derived from, is one of this package.'''
+    composite = COMPOSITES[name]
+    classes = composite.__mro__ if inspect.isclass(composite) else (composite,)
+    return any(cls.__module__.partition('.')[0] == __name__.partition('.')[0] for cls in classes)
+
+
+def _parameters(name):
+    '''Parameters of a composite, with those that it hands on to the class it is derived from.'''
+    composite, found = COMPOSITES[name], {}
+    for cls in composite.__mro__ if inspect.isclass(composite) else (composite,):
+        parameters = inspect.signature(cls).parameters
+        found = {**parameters, **found}
+        if not any(param.kind is param.VAR_KEYWORD for param in parameters.values()):
+            break
+    return {
+        key: param for key, param in found.items() if param.kind not in (param.VAR_KEYWORD, param.VAR_POSITIONAL)
+    }
+
+
+def split_names(text):
+    '''Split names of methods at commas, except within the options of a method.
+
+    Parameters
+    ----------
+    text: str
+        Names such as ``'resnet_lrp_ratio:first_layer=ones,maxpool=avg2x2,epsilon_plus'``.
+
+    Returns
+    -------
+    list[str]
+        The names, without empty ones.
+    '''
+    parts = []
+    for part in text.split(','):
+        is_option = '=' in part and ':' not in part.partition('=')[0]
+        if parts and is_option and ':' in parts[-1] and '+' not in parts[-1]:
+            parts[-1] += f',{part}'
+        else:
+            parts.append(part)
+    return [part.strip() for part in parts if part.strip()]
+
+
+def parse_options(text, options):
+    '''Parse options ``key=value,…`` of a method, where values are numbers or words.'''
+    parsed = {}
+    for part in filter(None, options.split(',')):
+        key, sign, value = part.partition('=')
+        if not sign or not key.isidentifier() or key in parsed:
+            raise ValueError(f'option {part!r} of {text} is not of the form key=value, or repeated')
+        try:
+            parsed[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            parsed[key] = value
+    return parsed
 
 
 class Method:
@@ -29,37 +149,44 @@ class Method:
     Parameters
     ----------
     text: str
-        Name of a composite registered in Zennit's ``COMPOSITES`` or ``'input_x_gradient'``. To a composite that does
-        not split relevance at skip connections by itself, ``'+ratio'``, ``'+symmetric'`` or ``'+zennit'`` may be
-        appended, and to all ``'+quantize'`` (also with a number of levels, as in ``'+quantize8'``), ``'+c1c'`` or
-        ``'+c3'`` for the post-processing of their heatmaps.
+        A name, options and suffixes. Options of composites are their arguments, and ``initial``: what relevance starts
+        from. To a composite that does not split relevance at skip connections by itself, ``'+ratio'``,
+        ``'+symmetric'`` or ``'+zennit'`` may be appended; to all, ``'+abs'`` for the magnitude of the sum over
+        channels, and one of ``'+quantize'`` (also with a number of levels, as in ``'+quantize8'``), ``'+c1c'``,
+        ``'+c3'`` and ``'+none'`` for the post-processing of their heatmaps.
     postprocess: str, optional
         Post-processing of a method to which none is appended. Default is ``'none'``.
     levels: int, optional
         Number of levels of ``'quantize'`` without a number. Default is 8.
 
+    Attributes
+    ----------
+    text: str
+        The name with all that belongs to it.
+    name: str
+        The name without options and suffixes.
+    attribution: str
+        The name without post-processing. Methods for which it is the same have their attributions in common.
+    entry: :py:class:`Entry`
+        What is known about the method.
+
     Raises
     ------
     ValueError
-        If there is no such method. The message is a single line.
+        If there is no such method, or an option or suffix is not for it. The message is a single line.
     '''
     def __init__(self, text, postprocess='none', levels=LEVELS):
         self.text = text.strip()
-        self.name, *suffixes = self.text.split('+')
-        self.splitting, self.postprocess, self.levels = 'none', postprocess, levels
-        kinds = []
-        for suffix in suffixes:
-            quantize = re.fullmatch('quantize([0-9]+)', suffix)
-            if suffix in SPLITTING:
-                self.splitting = suffix
-            elif suffix in ('none', *POSTPROCESSING):
-                self.postprocess = suffix
-            elif quantize:
-                self.postprocess, self.levels = 'quantize', int(quantize[1])
-            else:
-                choices = ', '.join(f'+{choice}' for choice in (*SPLITTING, *POSTPROCESSING))
-                raise ValueError(f"unknown suffix '+{suffix}' of {self.name}: choose one of {choices}")
-            kinds.append('splitting' if suffix in SPLITTING else 'post-processing')
+        head, *suffixes = self.text.split('+')
+        self.name, _, options = head.partition(':')
+        entries = self.entries()
+        if self.name not in entries:
+            raise ValueError(
+                f'unknown method {self.name or self.text!r}: choose one of {", ".join(sorted(entries))}'
+            )
+        self.entry = entries[self.name]
+        self.splitting, self.magnitude, self.postprocess, self.levels = 'none', False, postprocess, levels
+        kinds = [self._add_suffix(suffix) for suffix in suffixes]
         for kind in kinds:
             if kinds.count(kind) > 1:
                 raise ValueError(f'{self.text} has more than one {kind}: choose one')
@@ -67,30 +194,109 @@ class Method:
             raise ValueError(f'{self.text} has {self.levels} levels: choose from 2 to {MAX_LEVELS}')
         if postprocess != 'none' and 'post-processing' not in kinds:
             self.text += f'+{postprocess}' + (str(levels) if postprocess == 'quantize' else '')
-        names = [INPUT_X_GRADIENT, *COMPOSITES]
-        if self.name not in names:
-            raise ValueError(f'unknown method {self.name!r}: choose one of {", ".join(sorted(names))}')
-        if self.name == INPUT_X_GRADIENT:
-            own, required = True, []
+        if self.splitting != 'none' and not self.entry.splits:
+            raise ValueError(
+                f'splitting {self.splitting!r} cannot be added to {self.name}: it is for composites of Zennit and '
+                'classic rules'
+            )
+        if self.splitting == 'zennit' and self.name in SETTINGS:
+            raise ValueError(f'{self.text}: classic rules find additions by themselves, choose +ratio or +symmetric')
+        self.attribution = head if self.splitting == 'none' else f'{head}+{self.splitting}'
+        self.options = parse_options(self.text, options)
+        self.initial = None
+        if self.entry.composite is not None:
+            self.initial = self.options.pop('initial', None)
+            if self.initial not in (None, *VALUES):
+                raise ValueError(f'{self.text}: initial={self.initial} is not one of {", ".join(VALUES)}')
+        for key in self.options:
+            if key not in self.entry.options:
+                known = ', '.join(self.entry.options) or 'none'
+                raise ValueError(f'{self.text}: {self.name} has no option {key!r}, but {known}')
+        if self.entry.composite is not None:
+            self._check_composite()
+
+    @staticmethod
+    def entries():
+        '''Methods that there are, see :py:func:`find_entries`.'''
+        return find_entries()
+
+    @property
+    def kind(self):
+        '''``'ours'``, ``'baseline'`` or ``'control'``. A composite of others is ours with our splitting.'''
+        return 'ours' if self.splitting in ('ratio', 'symmetric') else self.entry.kind
+
+    def _add_suffix(self, suffix):
+        '''Understand a suffix, and return its kind.'''
+        quantize = re.fullmatch('quantize([0-9]+)', suffix)
+        if suffix in SPLITTING:
+            self.splitting = suffix
+            return 'splitting'
+        if suffix == 'abs':
+            self.magnitude = True
+            return 'magnitude'
+        if quantize:
+            self.postprocess, self.levels = 'quantize', int(quantize[1])
+        elif suffix in ('none', *POSTPROCESSING):
+            self.postprocess = suffix
         else:
-            composite = COMPOSITES[self.name]
-            own = is_own(self.name)
-            required = [
-                key for key, param in inspect.signature(composite).parameters.items()
-                if param.default is param.empty and param.kind not in (param.VAR_POSITIONAL, param.VAR_KEYWORD)
-            ]
-        if own and self.splitting != 'none':
-            raise ValueError(f'splitting {self.splitting!r} cannot be added to {self.name}: it is for other composites')
-        self.needs_bounds = set(required) == {'low', 'high'}
+            choices = ', '.join(f'+{choice}' for choice in (*SPLITTING, 'abs', *POSTPROCESSING))
+            raise ValueError(f"unknown suffix '+{suffix}' of {self.name}: choose one of {choices}")
+        return 'post-processing'
+
+    def _check_composite(self):
+        '''Check values of options, as far as that is possible without a network.'''
+        required = [
+            key for key, param in (() if self.name in SETTINGS else _parameters(self.name).items())
+            if param.default is param.empty and key not in self.options
+        ]
+        self.needs_bounds = set(required) == {'low', 'high'} or self.options.get('first_layer') == 'zbox'
         if required and not self.needs_bounds:
             raise ValueError(f'method {self.name!r} cannot be used here, since it needs {", ".join(required)}')
+        bounds = {'low': torch.zeros(()), 'high': torch.ones(())} if self.needs_bounds else {}
+        try:
+            self.entry.composite(**self.options, **bounds)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f'{self.text}: {" ".join(str(error).split())}') from error
 
     def composite(self, classifier):
-        '''Create the composite, or None for the gradient.'''
-        if self.name == INPUT_X_GRADIENT:
+        '''Create the composite for a :py:class:`~zennit_resnet.models.Classifier`, or None for the gradient.'''
+        if self.entry.composite is None:
             return None
-        bounds = dict(zip(('low', 'high'), classifier.bounds())) if self.needs_bounds else {}
-        return create_composite(self.name, self.splitting, **bounds)
+        options = dict(self.options)
+        if self.needs_bounds:
+            device = next((param.device for param in classifier.model.parameters()), None)
+            options.update(zip(('low', 'high'), (bound.to(device) for bound in classifier.bounds())))
+        if self.name in SETTINGS:
+            return self.entry.composite(**options, **({} if self.splitting == 'none' else {'addition': self.splitting}))
+        if self.splitting == 'zennit':
+            options['canonizers'] = [ResNetCanonizer()]
+        composite = self.entry.composite(**options)
+        if self.splitting in ('ratio', 'symmetric'):
+            composite = with_splitting(composite, {'ratio': RatioSplit, 'symmetric': SymmetricSplit}[self.splitting]())
+        return composite
+
+    def process(self, heatmap):
+        '''Post-process heatmaps.
+
+        Parameters
+        ----------
+        heatmap: :py:obj:`torch.Tensor`
+            Sums over channels of shape (batch, height, width).
+
+        Returns
+        -------
+        :py:obj:`torch.Tensor`
+            Heatmaps of this shape.
+        '''
+        heatmap = heatmap.abs() if self.magnitude else heatmap
+        if self.postprocess == 'none':
+            return heatmap
+        if self.postprocess == 'quantize':
+            return heat_quantization(heatmap, self.levels)
+        with warnings.catch_warnings():
+            # an empty heatmap is drawn and measured like any other
+            warnings.simplefilter('ignore', EmptyMaskWarning)
+            return {'c1c': c1c, 'c3': c3}[self.postprocess](heatmap)
 
     def attribute(self, classifier, input, target=None, value='logit'):
         '''Compute relevance.
@@ -104,8 +310,8 @@ class Method:
         target: int or :py:obj:`torch.Tensor`, optional
             Index of the class to explain, or one for each sample. Default is None, the predicted class of each sample.
         value: str, optional
-            What relevance starts from, see :py:func:`zennit_resnet.attribution.initial_relevance`. Input times gradient
-            always explains the logit.
+            What relevance starts from, see :py:func:`zennit_resnet.attribution.initial_relevance`, unless ``initial``
+            is an option of the method. Input times gradient always explains the logit.
 
         Returns
         -------
@@ -118,11 +324,12 @@ class Method:
         initial: list[float]
             The initial relevance of each sample.
         '''
-        attr_output, targets = self._start(input, target, 'one' if self.name == INPUT_X_GRADIENT else value)
+        value = self.initial or value
+        attr_output, targets = self._start(input, target, 'one' if self.entry.composite is None else value)
         # Zennit 1.0.0 does not restore a model completely after merging batch normalization
         model = copy.deepcopy(classifier.model) if self.splitting == 'zennit' else classifier.model
         output, relevance = Gradient(model=model, composite=self.composite(classifier))(input, attr_output)
-        if self.name == INPUT_X_GRADIENT:
+        if self.entry.composite is None:
             # an attribution of the logit, so this is what its sum has to be compared with
             relevance, value = relevance * input, 'logit'
         output = output.detach()
@@ -144,7 +351,8 @@ class Method:
         target: list[int]
             The explained class of each sample.
         '''
-        attr_output, targets = self._start(input, target, 'logit' if self.name == INPUT_X_GRADIENT else value)
+        value = 'logit' if self.entry.composite is None else self.initial or value
+        attr_output, targets = self._start(input, target, value)
         ledger = conservation_ledger(classifier.model, input, self.composite(classifier), attr_output)
         return ledger, targets.tolist()
 
@@ -181,44 +389,10 @@ class Method:
         if is_negative(relevance):
             heatmap = -heatmap
             notes.append('of the magnitude, as all relevance is negative')
-        if self.postprocess == 'quantize':
-            heatmap = heat_quantization(heatmap, self.levels)
-        elif self.postprocess != 'none':
-            choice = {'c1c': c1c, 'c3': c3}[self.postprocess](heatmap, return_masks=True)
-            heatmap = choice.heatmap
-            if choice.empty:
-                notes.append(f'empty, as {self.postprocess} leaves nothing')
-        return heatmap[0].cpu().numpy(), notes
-
-
-def is_own(name):
-    '''Find out whether a registered composite is one of this package, which splits relevance by itself.'''
-    return COMPOSITES[name].__module__.partition('.')[0] == __package__
-
-
-def create_composite(name, splitting='none', **options):
-    '''Create a registered composite, and add splitting at skip connections to it.
-
-    Parameters
-    ----------
-    name: str
-        Name in Zennit's ``COMPOSITES``.
-    splitting: str, optional
-        One of ``'ratio'``, ``'symmetric'`` and ``'zennit'``. Default is ``'none'``.
-    **options
-        Arguments of the composite.
-
-    Returns
-    -------
-    :py:obj:`zennit.core.Composite`
-        The composite.
-    '''
-    if splitting == 'zennit':
-        options['canonizers'] = [ResNetCanonizer()]
-    composite = COMPOSITES[name](**options)
-    if splitting in ('ratio', 'symmetric'):
-        composite = with_splitting(composite, {'ratio': RatioSplit, 'symmetric': SymmetricSplit}[splitting]())
-    return composite
+        processed = self.process(heatmap)
+        if self.postprocess in ('c1c', 'c3') and not processed.any():
+            notes.append(f'empty, as {self.postprocess} leaves nothing')
+        return processed[0].cpu().numpy(), notes
 
 
 def is_negative(relevance):

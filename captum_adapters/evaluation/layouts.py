@@ -1,41 +1,48 @@
 """Layouts of data sets: which files there are, and what belongs to each image."""
 
-import csv
 import os
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Union
 from xml.etree import ElementTree
 
 import numpy as np
+import pandas as pd
 import scipy.io
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from zennit_resnet.messages import one_line
 
 Box = tuple[float, float, float, float]
 
-LAYOUTS = ("folder", "csv", "imagenet", "cub")
-SUFFIXES = (
-    *(".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp"),
-    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
-)
+SUFFIXES = {*IMG_EXTENSIONS, ".gif", ".pnm"}
 MANIFESTS = ("manifest.csv", "labels.csv")
 CORNERS = ("x0", "y0", "x1", "y1")
-SPLITS = ("train", "val", "valid", "validation", "test")
+SPLITS = {"train", "val", "valid", "validation", "test"}
 WNID = re.compile(r"n\d{8}")
-ILSVRC = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG", re.IGNORECASE)
+ILSVRC = re.compile(r"ILSVRC2012_val_\d{8}\.JPEG", re.IGNORECASE)
 CUB_FILES = ("images", "image_class_labels", "train_test_split", "classes")
 
 
-class Entry(NamedTuple):
-    """A sample with its label as the data gives it: a name, or already an index."""
+class Sample(NamedTuple):
+    """An image of a data set, which has not been read yet.
+
+    Attributes:
+
+        name (str): Path relative to the root of the data, with `/`. Unique.
+        path (Path): Path of the image.
+        label (int, optional): Index of its class in the network, `None` if unknown. At
+                first, it may be the name that the data gives.
+        mask (Path, optional): Path of the mask of the object.
+        boxes (tuple): Bounding boxes (x0, y0, x1, y1) of the object in pixels of the
+                stored image, see :func:`captum_adapters.metrics.boxes_to_masks`.
+        problem (str, optional): Why it cannot be used, as known without reading it.
+    """
 
     name: str
     path: Path
-    label: Optional[str] = None
-    target: Optional[int] = None
+    label: Any = None
     mask: Optional[Path] = None
     boxes: tuple[Box, ...] = ()
     problem: Optional[str] = None
@@ -44,14 +51,15 @@ class Entry(NamedTuple):
 class Listing(NamedTuple):
     """What a layout has, before labels become classes of the network.
 
-    `order` are labels in the order of the classes, used if they match none by name.
+    `order` are labels in the order of the classes, used if they match none by name;
+    `numbers` are indices of classes by label.
     """
 
     root: Path
-    entries: list[Entry]
+    samples: list[Sample]
     order: Sequence[str] = ()
     numbers: Mapping[str, int] = {}
-    annotations: Optional[Path] = None
+    messages: Sequence[str] = ()
 
 
 def recognize(root: Path, split: Optional[str]) -> str:
@@ -60,41 +68,32 @@ def recognize(root: Path, split: Optional[str]) -> str:
         return "csv"
     if (_cub_root(root) / "images.txt").is_file():
         return "cub"
-    if split in (None, "val"):
-        found = _imagenet_images(root)
-        # without either, a folder of these images has no labels
-        known = _truth(root) is not None or _annotations(root) is not None
-        if found is not None and (found[1] or known):
-            return "imagenet"
+    found = _imagenet_images(root) if split in (None, "val") else None
+    # without either, a folder of these images has no labels
+    if found and (found[1] or _truth(root) or find_annotations(root)):
+        return "imagenet"
     return "folder"
 
 
-def read_folder(
-    root: Path, split: Optional[str], classes: Sequence[str], messages: list[str]
-) -> Listing:
+def _read_folder(root: Path, split: Optional[str], classes: Sequence[str]) -> Listing:
     """A folder of images, or of a folder for each class."""
     folder = root if split is None else root / split
     if not folder.is_dir():
         raise ValueError(f"there is no folder {split!r} in {root} for this split")
     tops = sorted(entry.name for entry in _visible(folder) if entry.is_dir())
-    if split is None and tops and set(tops) <= set(SPLITS):
+    if split is None and tops and set(tops) <= SPLITS:
         raise ValueError(
             f"{root} has the folders {', '.join(tops)}: choose one of them as the split"
         )
-    entries = []
+    samples = []
     for image in _walk(folder):
         parts = image.relative_to(folder).parts
         label = parts[0] if len(parts) > 1 else None
-        entries.append(Entry(_name(image, root), image, label))
-    numbers: Mapping[str, int] = {}
-    if len(classes) == 1000 and any(WNID.fullmatch(name) for name in tops):
-        numbers = {wnid: index for index, wnid in enumerate(_wnids(root))}
-    return Listing(root, entries, tops, numbers)
+        samples.append(Sample(_name(image, root), image, label))
+    return Listing(root, samples, tops, _numbers(root, classes, tops))
 
 
-def read_csv(
-    root: Path, split: Optional[str], classes: Sequence[str], messages: list[str]
-) -> Listing:
+def _read_csv(root: Path, split: Optional[str], classes: Sequence[str]) -> Listing:
     """A CSV file, with a row for each image or box."""
     file = root
     if root.is_dir():
@@ -103,65 +102,62 @@ def read_csv(
             raise ValueError(f"there is no {' or '.join(MANIFESTS)} in {root}")
         file = found[0]
     root = file.parent
-    columns, rows = _table(file)
+    table = _table(file)
     if split is not None:
-        if "split" not in columns:
+        if "split" not in table:
             raise ValueError(f"{file} has no column 'split' to choose {split!r} from")
-        rows = [row for row in rows if row["split"] == split]
-    label_of = _row_labels(columns, rows, classes, messages)
-    entries: dict[str, Entry] = {}
+        table = table[table["split"] == split]
+    rows = table.to_dict("records")
+    label_of, messages = _row_labels({*table}, rows, classes)
+    samples: dict[str, Sample] = {}
     for row in rows:
         path = root / row["image"]
         mask = root / row["mask"] if row.get("mask") else None
-        entry = Entry(_name(path, root), path, *label_of(row), mask, _row_boxes(row))
-        first = entries.setdefault(entry.name, entry)
-        if first is not entry:
-            entries[entry.name] = _merge(first, entry)
+        sample = Sample(_name(path, root), path, label_of(row), mask, _row_boxes(row))
+        first = samples.setdefault(sample.name, sample)
+        if first is not sample:
+            samples[sample.name] = _merge(first, sample)
     beside = root / "boxes.csv"
     if beside.is_file() and beside != file:
-        boxes: dict[str, list[Box]] = defaultdict(list)
-        for row in _table(beside, CORNERS)[1]:
-            boxes[_name(root / row["image"], root)].extend(_row_boxes(row))
-        for name in boxes.keys() & entries.keys():
-            entry = entries[name]
-            entries[name] = entry._replace(boxes=(*entry.boxes, *boxes[name]))
-    wnids = sorted({entry.label for entry in entries.values() if entry.label})
-    order = wnids if all(WNID.fullmatch(wnid) for wnid in wnids) else ()
-    return Listing(root, list(entries.values()), order)
+        for row in _table(beside, CORNERS).to_dict("records"):
+            name = _name(root / row["image"], root)
+            if name in samples:
+                boxes = (*samples[name].boxes, *_row_boxes(row))
+                samples[name] = samples[name]._replace(boxes=boxes)
+    names = {sample.label for sample in samples.values()}
+    labels = sorted(name for name in names if isinstance(name, str))
+    order = labels if all(map(WNID.fullmatch, labels)) else ()
+    return Listing(root, list(samples.values()), order, messages=messages)
 
 
-def _table(
-    file: Path, needed: Sequence[str] = ()
-) -> tuple[set[str], list[dict[str, str]]]:
-    """Columns and rows of a CSV file, with the path of the image as `image`."""
+def _table(file: Path, needed: Sequence[str] = ()) -> pd.DataFrame:
+    """A CSV file of texts, with the path of the image as `image`."""
     try:
         # spreadsheets write a byte order mark
-        with open(file, encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream)
-            columns = [name.strip() for name in next(reader, [])]
-            rows: list[dict[str, str]] = []
-            column = next((name for name in ("image", "file") if name in columns), None)
-            if column is None:
-                raise ValueError(
-                    f"{file} has no column 'image' or 'file', but"
-                    f" {', '.join(columns[:20]) or 'none at all'}"
-                )
-            if needed or not set(CORNERS).isdisjoint(columns):
-                missing = [name for name in CORNERS if name not in columns]
-                if missing:
-                    raise ValueError(f"{file} has no column {missing[0]!r} for boxes")
-            for cells in reader:
-                if not any(cell.strip() for cell in cells):
-                    continue
-                row = dict.fromkeys(columns, "")
-                row.update(zip(columns, (cell.strip() for cell in cells)))
-                row.update(image=row[column], where=f"{file}, line {reader.line_num}")
-                if not row["image"]:
-                    raise ValueError(f"{row['where']}: the image's path is missing")
-                rows.append(row)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{file} is not a CSV file in UTF-8 ({error})") from error
-    return set(columns), rows
+        table = pd.read_csv(
+            file, dtype=str, keep_default_na=False, encoding="utf-8-sig"
+        )
+    except pd.errors.EmptyDataError:
+        table = pd.DataFrame()
+    except (UnicodeDecodeError, pd.errors.ParserError) as error:
+        reason = one_line(error)
+        raise ValueError(f"{file} is not a CSV file in UTF-8 ({reason})") from error
+    table = table.rename(columns=str.strip).apply(lambda column: column.str.strip())
+    table = table[(table != "").any(axis=1)] if len(table.columns) else table
+    column = next((name for name in ("image", "file") if name in table), None)
+    if column is None:
+        known = ", ".join(table.columns[:20]) or "none at all"
+        raise ValueError(f"{file} has no column 'image' or 'file', but {known}")
+    for name in CORNERS if needed or {*CORNERS} & {*table} else ():
+        if name not in table:
+            raise ValueError(f"{file} has no column {name!r} for boxes")
+    table = table.assign(
+        image=table[column], where=[f"{file}, row {row + 1}" for row in table.index]
+    )
+    missing = table[table["image"] == ""]
+    if len(missing):
+        raise ValueError(f"{missing['where'].iloc[0]}: the image's path is missing")
+    return table
 
 
 def _row_boxes(row: Mapping[str, str]) -> tuple[Box, ...]:
@@ -179,12 +175,10 @@ def _row_boxes(row: Mapping[str, str]) -> tuple[Box, ...]:
 
 
 def _row_labels(
-    columns: set[str],
-    rows: Sequence[Mapping[str, str]],
-    classes: Sequence[str],
-    messages: list[str],
-) -> Callable[[Mapping[str, str]], tuple[Optional[str], Optional[int]]]:
-    """Function for the label of a row as a text and, if a column has it, an index."""
+    columns: set[str], rows: Sequence[Mapping[str, str]], classes: Sequence[str]
+) -> tuple[Callable[[Mapping[str, str]], Union[int, str, None]], list[str]]:
+    """Function for the label of a row, as an index or a text, and messages."""
+    messages = []
     known = {"label", "wnid", "class_index", "imagenet_index"} & columns
     if not known:
         messages.append("the CSV file has no column 'label': the labels are unknown")
@@ -192,9 +186,9 @@ def _row_labels(
     if "imagenet_index" in columns and len(classes) == 1000:
         index = "imagenet_index"
     elif "class_index" in columns:
-        numbers = [to_number(row["class_index"]) for row in rows]
+        numbers = [_to_number(row["class_index"]) for row in rows]
         count = 1 + max((num for num in numbers if num is not None), default=-1)
-        names = Names(classes)
+        names = ClassMatcher(classes)
         found = [names.find(row.get("label", "")) for row in rows]
         if any(
             len(hits) == 1 and num not in (None, hits[0])
@@ -212,44 +206,35 @@ def _row_labels(
                 f" {len(classes)}: it is not used"
             )
 
-    def label_of(row: Mapping[str, str]) -> tuple[Optional[str], Optional[int]]:
-        number = to_number(row[index]) if index else None
+    def label_of(row: Mapping[str, str]) -> Union[int, str, None]:
+        number = _to_number(row[index]) if index else None
+        if index and number is not None:
+            return number if 0 <= number < len(classes) else f"{index} {number}"
         text = row.get("label") or row.get("wnid")
-        if number is None and not text:
-            # what is given, but cannot be used, has to become a problem
-            given = [f"{key} {row[key]}" for key in sorted(known) if row[key]]
-            text = given[0] if given else None
-        elif index and number is not None and not 0 <= number < len(classes):
-            return f"{index} {number}", None
-        return text, number
+        # what is given, but cannot be used, has to become a problem
+        given = (f"{key} {row[key]}" for key in sorted(known) if row[key])
+        return text or next(given, None)
 
-    return label_of
+    return label_of, messages
 
 
-def to_number(text: str) -> Optional[int]:
+def _to_number(text: str) -> Optional[int]:
     """An integer, or None if the text is none."""
     return int(text) if re.fullmatch(r"-?[0-9]{1,9}", text) else None
 
 
-def _merge(first: Entry, other: Entry) -> Entry:
+def _merge(first: Sample, other: Sample) -> Sample:
     """Join two rows of the same image."""
     label = first.label if first.label is not None else other.label
-    target = first.target if first.target is not None else other.target
     mask = first.mask or other.mask
     problem = first.problem
-    if (other.label or label, other.mask or mask) != (label, mask):
+    if other.label not in (None, label) or other.mask not in (None, mask):
         problem = "it is listed several times, with different labels or masks"
-    elif other.target not in (None, target):
-        problem = "it is listed several times, with different classes"
     boxes = tuple(dict.fromkeys((*first.boxes, *other.boxes)))
-    return first._replace(
-        label=label, target=target, mask=mask, boxes=boxes, problem=problem
-    )
+    return first._replace(label=label, mask=mask, boxes=boxes, problem=problem)
 
 
-def read_imagenet(
-    root: Path, split: Optional[str], classes: Sequence[str], messages: list[str]
-) -> Listing:
+def _read_imagenet(root: Path, split: Optional[str], classes: Sequence[str]) -> Listing:
     """Validation images of ImageNet."""
     if split not in (None, "val"):
         raise ValueError(
@@ -262,49 +247,37 @@ def read_imagenet(
             f"{root} has neither folders named by wnid, nor images named"
             " ILSVRC2012_val_00000001.JPEG, directly or in val"
         )
-    folder, tops = images
-    annotations = _annotations(root)
+    folder, order = images
+    truth, annotations = _truth(root), find_annotations(root)
+    messages = []
     paths = list(_walk(folder))
-    order: Sequence[str] = tops
     found: dict[str, str] = {}
-    truth = _truth(root)
-    if tops:
-        entries = [
-            Entry(_name(path, root), path, path.relative_to(folder).parts[0])
-            for path in paths
-            if path.parent != folder
-        ]
+    if order:
+        paths = [path for path in paths if path.parent != folder]
+        found = {path.stem: path.relative_to(folder).parts[0] for path in paths}
     else:
         paths = [path for path in paths if ILSVRC.fullmatch(path.name)]
         if truth is not None and classes:
             found = _ground_truth(truth, root)
         elif annotations is not None and classes:
-            for path in paths:
-                wnid = parse(annotations / f"{path.stem}.xml")[0]
-                if wnid is not None:
-                    found[path.stem] = wnid
+            labels = {path.stem: read_annotation(path, annotations)[0] for path in paths}
+            found = {name: wnid for name, wnid in labels.items() if wnid is not None}
             order = sorted(set(found.values()))
         else:
             messages.append(
                 "there is neither a ground truth nor annotations near the images: the"
                 " labels are unknown"
             )
-        entries = [
-            Entry(_name(path, root), path, found.get(path.stem)) for path in paths
-        ]
-    numbers: Mapping[str, int] = {}
-    if len(classes) == 1000:
-        numbers = {wnid: index for index, wnid in enumerate(_wnids(root))}
-    return Listing(root, entries, order, numbers, annotations)
+    samples = [Sample(_name(path, root), path, found.get(path.stem)) for path in paths]
+    numbers = _numbers(root, classes, found.values())
+    return Listing(root, samples, order, numbers, messages)
 
 
 def _imagenet_images(root: Path) -> Optional[tuple[Path, list[str]]]:
     """Folder with images of ImageNet, and its folders named by wnid, if any."""
     for name in ("val", "Data/CLS-LOC/val", ""):
         folder = root / name
-        if not folder.is_dir():
-            continue
-        items = _visible(folder)
+        items = _visible(folder) if folder.is_dir() else []
         tops = sorted(item.name for item in items if item.is_dir())
         if tops and all(WNID.fullmatch(top) for top in tops):
             return folder, tops
@@ -313,29 +286,30 @@ def _imagenet_images(root: Path) -> Optional[tuple[Path, list[str]]]:
     return None
 
 
-def _near(root: Path, names: Iterable[str]) -> Optional[Path]:
+def _near(root: Path, *names: str) -> Optional[Path]:
     """The first of the paths, in the folder or in one of the three above."""
     bases = (root, *list(root.parents)[:3])
     paths = (base / name for name in names for base in bases)
     return next((path for path in paths if path.exists()), None)
 
 
-def _devkit(name: str) -> list[str]:
+def _devkit(root: Path, name: str) -> Optional[Path]:
     kit = "ILSVRC2012_devkit_t12"
-    return [f"{folder}{name}" for folder in ("", "data/", f"{kit}/", f"{kit}/data/")]
+    folders = ("", "data/", f"{kit}/", f"{kit}/data/")
+    return _near(root, *(f"{folder}{name}" for folder in folders))
 
 
 def _truth(root: Path) -> Optional[Path]:
-    return _near(root, _devkit("ILSVRC2012_validation_ground_truth.txt"))
+    return _devkit(root, "ILSVRC2012_validation_ground_truth.txt")
 
 
-def _annotations(root: Path) -> Optional[Path]:
-    return _near(root, ("Annotations/CLS-LOC/val",))
+def find_annotations(root: Path) -> Optional[Path]:
+    return _near(root, "Annotations/CLS-LOC/val")
 
 
 def _meta(root: Path) -> Optional[dict[int, str]]:
     """The wnid of each ILSVRC id from the development kit, if it is there."""
-    file = _near(root, _devkit("meta.mat"))
+    file = _devkit(root, "meta.mat")
     if file is None:
         return None
     try:
@@ -350,18 +324,19 @@ def _meta(root: Path) -> Optional[dict[int, str]]:
         raise ValueError(f"{file} is not ILSVRC2012's ({one_line(error)})") from error
 
 
-def _wnids(root: Path) -> list[str]:
-    """The 1000 wnids in the order of ImageNet's classes, empty if not known."""
+def _numbers(
+    root: Path, classes: Sequence[str], labels: Iterable[str]
+) -> dict[str, int]:
+    """Indices of ImageNet's 1000 classes by wnid, empty if they are not known."""
+    if len(classes) != 1000 or not any(map(WNID.fullmatch, labels)):
+        return {}
     meta = _meta(root)
-    if meta is not None:
-        wnids = set(meta.values())
-    else:
-        file = _near(root, ("LOC_synset_mapping.txt", "synset_words.txt"))
-        wnids = set()
-        if file is not None:
-            lines = file.read_text(encoding="utf-8").splitlines()
-            wnids = {line.split()[0] for line in lines if line.strip()}
-    return sorted(wnids) if len(wnids) == 1000 else []
+    wnids = set() if meta is None else set(meta.values())
+    file = _near(root, "LOC_synset_mapping.txt", "synset_words.txt")
+    if meta is None and file is not None:
+        lines = file.read_text(encoding="utf-8").splitlines()
+        wnids = {line.split()[0] for line in lines if line.strip()}
+    return dict(zip(sorted(wnids), range(1000))) if len(wnids) == 1000 else {}
 
 
 def _ground_truth(file: Path, root: Path) -> dict[str, str]:
@@ -370,7 +345,7 @@ def _ground_truth(file: Path, root: Path) -> dict[str, str]:
     if meta is None:
         raise ValueError(f"there is no meta.mat of the development kit beside {file}")
     try:
-        numbers = [int(line) for line in file.read_text(encoding="utf-8").split()]
+        numbers = map(int, file.read_text(encoding="utf-8").split())
         return {
             f"ILSVRC2012_val_{num:08d}": meta[number]
             for num, number in enumerate(numbers, 1)
@@ -379,16 +354,21 @@ def _ground_truth(file: Path, root: Path) -> dict[str, str]:
         raise ValueError(f"{file} does not fit meta.mat ({error})") from error
 
 
-def parse(file: Path) -> tuple[Optional[str], tuple[Box, ...]]:
-    """Wnid and boxes of an annotation, which has none if it cannot be read."""
+def read_annotation(
+    image: Path, folder: Path
+) -> tuple[Optional[str], tuple[Box, ...]]:
+    """Wnid and boxes of an image's annotation, none if it cannot be read."""
     try:
-        objects = ElementTree.parse(file).getroot().findall("object")
+        tree = ElementTree.parse(folder / f"{image.stem}.xml")
+        objects = tree.getroot().findall("object")
         boxes = []
         for item in objects:
-            corners = [float(item.findtext(f"bndbox/{key}", "")) for key in
-                       ("xmin", "ymin", "xmax", "ymax")]
+            x0, y0, x1, y1 = (
+                float(item.findtext(f"bndbox/{key}", ""))
+                for key in ("xmin", "ymin", "xmax", "ymax")
+            )
             # pixels are counted from 1, and the last is inside
-            boxes.append((corners[0] - 1, corners[1] - 1, corners[2], corners[3]))
+            boxes.append((x0 - 1, y0 - 1, x1, y1))
         return (objects[0].findtext("name") if objects else None), tuple(boxes)
     except (OSError, ElementTree.ParseError, ValueError):
         return None, ()
@@ -399,9 +379,7 @@ def _cub_root(root: Path) -> Path:
     return inner if (inner / "images.txt").is_file() else root
 
 
-def read_cub(
-    root: Path, split: Optional[str], classes: Sequence[str], messages: list[str]
-) -> Listing:
+def _read_cub(root: Path, split: Optional[str], classes: Sequence[str]) -> Listing:
     """CUB-200-2011 in its official layout."""
     if split not in (None, "train", "test"):
         raise ValueError(f"CUB-200-2011 has no split {split!r}: choose train or test")
@@ -410,13 +388,12 @@ def read_cub(
         if not (base / f"{name}.txt").is_file():
             raise ValueError(f"{base} is not CUB-200-2011: {name}.txt is missing")
     images, numbers, train, names = (_pairs(base / f"{name}.txt") for name in CUB_FILES)
-    boxes = {}
-    if (base / "bounding_boxes.txt").is_file():
-        boxes = _pairs(base / "bounding_boxes.txt")
+    corners = base / "bounding_boxes.txt"
+    boxes = _pairs(corners) if corners.is_file() else {}
     # unpacked inside of the folder, or beside it
     folders = (base / "segmentations", base.parent / "segmentations")
     masks = next((folder for folder in folders if folder.is_dir()), None)
-    entries = []
+    samples = []
     for key, file in images.items():
         try:
             if (train[key] == "1") != (split == "train"):
@@ -432,9 +409,9 @@ def read_cub(
             ) from error
         path = base / "images" / file
         mask = None if masks is None else masks / Path(file).with_suffix(".png")
-        entries.append(Entry(_name(path, root), path, label, None, mask, box))
+        samples.append(Sample(_name(path, root), path, label, mask, box))
     order = sorted(names, key=lambda key: (len(key), key))
-    return Listing(root, entries, [names[key] for key in order])
+    return Listing(root, samples, [names[key] for key in order])
 
 
 def _pairs(file: Path) -> dict[str, str]:
@@ -447,10 +424,16 @@ def _pairs(file: Path) -> dict[str, str]:
     return {key: value.strip() for key, _, value in pairs}
 
 
-# -- files -----------------------------------------------------------------------------
+READERS = {
+    "folder": _read_folder,
+    "csv": _read_csv,
+    "imagenet": _read_imagenet,
+    "cub": _read_cub,
+}
+LAYOUTS = (*READERS,)
 
 
-def _visible(folder: Path) -> list[os.DirEntry[str]]:
+def _visible(folder: Path) -> list["os.DirEntry[str]"]:
     """Entries of a folder by name, without hidden ones."""
     with os.scandir(folder) as entries:
         found = [entry for entry in entries if not entry.name.startswith(".")]
@@ -481,37 +464,30 @@ def _name(path: Path, root: Path) -> str:
     return raw.decode("utf-8", "backslashreplace")
 
 
-# -- names -----------------------------------------------------------------------------
-
-
-class Names:
-    """Classes by their names, from the most to the least exact way to compare these."""
+class ClassMatcher:
+    """Finds classes by their names, from the most to the least exact comparison."""
 
     def __init__(self, classes: Sequence[str]) -> None:
         self.count = len(classes)
-        self.levels: list[dict[str, list[int]]] = []
+        self.levels: list[dict[str, list[int]]] = [{} for _ in range(5)]
         for index, name in enumerate(classes):
-            for level, keys in enumerate(self.keys(name)):
-                if level == len(self.levels):
-                    self.levels.append({})
+            for level, keys in zip(self.levels, self._keys(name)):
                 for key in keys:
-                    self.levels[level].setdefault(key, []).append(index)
+                    level.setdefault(key, []).append(index)
 
     @staticmethod
-    def keys(name: str) -> tuple[set[str], ...]:
+    def _keys(name: str) -> tuple[set[str], ...]:
+        """As it is, in lower case, without a number, its first synonym, any synonym."""
         plain = " ".join(name.replace("_", " ").lower().split())
         bare = re.sub(r"^[0-9]{1,4}\. ?", "", plain)
         synonyms = [part.strip() for part in bare.split(",")]
-        first, others = {synonyms[0]}, {part for part in synonyms if part}
-        return {name.strip()}, {plain}, {bare}, first, others
+        return {name.strip()}, {plain}, {bare}, {synonyms[0]}, {*synonyms} - {""}
 
     def find(self, label: str) -> list[int]:
         """Indices of classes with this name, or with this number."""
-        if not label:
-            return []
-        for keys, level in zip(self.keys(label), self.levels):
+        for keys, level in zip(self._keys(label), self.levels) if label else ():
             hits = sorted({index for key in keys for index in level.get(key, ())})
             if hits:
                 return hits
-        number = to_number(label)
+        number = _to_number(label)
         return [number] if number is not None and 0 <= number < self.count else []

@@ -1,44 +1,61 @@
-"""Attribution methods of an evaluation by name."""
+"""Attribution methods of an evaluation: composites, and what else there is.
 
-import ast
+Names are those of :class:`zennit_resnet.methods.Method`, and mean the same here. Methods
+of Captum, perturbation methods, attention branch networks and controls are added.
+"""
+
 import inspect
-import re
 import warnings
+import zlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, Optional
 
+import captum.attr
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.nn import Module
-from zennit.composites import COMPOSITES
 
-from captum_adapters.attr import CompositeAttribution
-from captum_adapters.evaluation.baselines import OPTIONS, OTHERS, Context, Function
-from captum_adapters.evaluation.controls import CONTROLS
-from zennit_resnet.attribution import VALUES, initial_relevance
-from zennit_resnet.classic import SETTINGS, ClassicLRP
-from zennit_resnet.methods import (
-    LEVELS,
-    MAX_LEVELS,
-    POSTPROCESSING,
-    SPLITTING,
-    create_composite,
-    is_own,
-)
-from zennit_resnet.postprocess import EmptyMaskWarning, c1c, c3, heat_quantization
+from captum_adapters.attr.abn import ABN, load_abn
+from captum_adapters.attr import RISE, CompositeAttribution, ScoreCAM
+from zennit_resnet import methods as grammar
+from zennit_resnet.attribution import initial_relevance
+from zennit_resnet.models import Classifier
 
 
-class Explained(NamedTuple):
-    """Maps of a batch.
+class Context(NamedTuple):
+    """What methods are made for.
+
+    Attributes:
+
+        classifier (Classifier): The network and its preprocessing.
+        initial (str): What relevance starts from: `"logit"`, `"softmax"` or `"one"`.
+        forward_batch (int): Number of images in a forward pass.
+        device (torch.device): Where images are.
+        forward (callable or None): The network for passes without gradients, which may
+                be faster.
+        autocast (callable): Context manager for such passes.
+    """
+
+    classifier: Classifier
+    initial: str = "softmax"
+    forward_batch: int = 32
+    device: torch.device = torch.device("cpu")
+    forward: Optional[Callable[[Tensor], Tensor]] = None
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+class Attributed(NamedTuple):
+    """Maps of a batch before post-processing.
 
     Attributes:
 
         maps (Tensor): Maps of shape (batch, height, width).
-        total (Tensor or None): Sum of relevance of each example before any
-                post-processing, of shape (batch,), for methods that distribute
-                relevance.
+        total (Tensor or None): Sum of relevance of each example, of shape (batch,), for
+                methods that distribute relevance.
         initial (Tensor or None): What relevance starts from, of shape (batch,).
     """
 
@@ -47,135 +64,211 @@ class Explained(NamedTuple):
     initial: Optional[Tensor] = None
 
 
-class Method:
-    """An attribution method, by a name such as `resnet_lrp:splitting=ratio+quantize8`.
+# From a batch of inputs, targets and names of samples to attributions, of shape (batch,
+# channels, height, width) or (batch, height, width)
+Function = Callable[[Tensor, Tensor, Sequence[str]], Tensor]
 
-    After the name may follow options of its constructor or call, separated by commas
-    (of composites also `initial=logit`, what relevance starts from), and suffixes:
-    `+ratio`, `+symmetric` or `+zennit` for splitting at skip connections in composites
-    that do not split by themselves, `+abs` for the magnitude of the sum over channels,
-    and `+quantize`, `+quantize4` (levels), `+c1c` or `+c3` for post-processing.
+
+# -- methods of others -----------------------------------------------------------------
+
+
+def _captum(context: Context, name: str, **options: Any) -> Function:
+    """A method of Captum's that needs nothing but the network."""
+    method = getattr(captum.attr, name)(context.classifier.model)
+
+    def attribute(images: Tensor, targets: Tensor, names: Sequence[str]) -> Tensor:
+        if name != "IntegratedGradients":
+            images = images.clone().requires_grad_()
+            return method.attribute(images, target=targets, **options)
+        black = context.classifier.bounds()[0].to(images).expand_as(images)
+        size = max(context.forward_batch, len(images))
+        settings = {"n_steps": 50, **options, "internal_batch_size": size}
+        return method.attribute(images, black, targets, **settings)
+
+    return attribute
+
+
+def _last_layer(context: Context) -> Module:
+    """The last module that gives a map of features, such as a ResNet's `layer4`."""
+    model = context.classifier.model
+    found: list[Module] = []
+
+    def watch(module: Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.ndim == 4 and output.shape[-1] > 1:
+            found.append(module)
+
+    handles = [module.register_forward_hook(watch) for module in model.children()]
+    photo = context.classifier.transform(Image.new("RGB", (256, 256)))[None]
+    try:
+        with torch.no_grad():
+            model(photo.to(context.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not found:
+        raise ValueError("the network has no layer with a map of features")
+    return found[-1]
+
+
+def _grad_cam(context: Context, relu: bool = True) -> Function:
+    """Grad-CAM at the last map of features."""
+    method = captum.attr.LayerGradCam(context.classifier.model, _last_layer(context))
+    return lambda images, targets, names: method.attribute(
+        images.clone().requires_grad_(), targets, relu_attributions=relu
+    )
+
+
+def _score_cam(context: Context) -> Function:
+    """Score-CAM at the last map of features."""
+    method = ScoreCAM(context.classifier.model, _last_layer(context))
+
+    def attribute(images: Tensor, targets: Tensor, names: Sequence[str]) -> Tensor:
+        with context.autocast():
+            return method.attribute(
+                images, targets, perturbations_per_eval=context.forward_batch
+            ).float()
+
+    return attribute
+
+
+def _rise(context: Context, **options: Any) -> Function:
+    """RISE with the masks of its paper for a ResNet-50."""
+    method = RISE(context.forward or context.classifier.model)
+    options = {"n_masks": 8000, **options}
+    return lambda images, targets, names: method.attribute(
+        images, targets, perturbations_per_eval=context.forward_batch, **options
+    )
+
+
+def _abn(
+    context: Context, weights: Optional[str] = None, model: str = "resnet50"
+) -> tuple[Function, Module]:
+    """The attention map of an attention branch network, which is a network itself."""
+    if weights is None:
+        raise ValueError(
+            "abn is a network of its own: train it by examples/abn/train.py, and name"
+            " its file as abn:weights=FILE"
+        )
+    network = load_abn(str(weights), model).to(context.device).eval()
+    method = ABN(network)
+    return lambda images, targets, names: method.attribute(images, targets), network
+
+
+class _Other(NamedTuple):
+    """How to make a method for a network, and the names of its options."""
+
+    create: Callable[..., Any]
+    options: tuple[str, ...] = ()
+
+
+OTHERS = {
+    "input_x_gradient": _Other(partial(_captum, name="InputXGradient")),
+    "gradient": _Other(partial(_captum, name="Saliency"), ("abs",)),
+    "integrated_gradients": _Other(
+        partial(_captum, name="IntegratedGradients"), ("method", "n_steps")
+    ),
+    "guided_backprop": _Other(partial(_captum, name="GuidedBackprop")),
+    "captum_lrp": _Other(partial(_captum, name="LRP")),
+    "grad_cam": _Other(_grad_cam, ("relu",)),
+    "score_cam": _Other(_score_cam),
+    "rise": _Other(
+        _rise, ("grid_size", "n_masks", "normalization", "probability", "seed")
+    ),
+    "abn": _Other(_abn, ("model", "weights")),
+}
+
+
+# -- maps that explain nothing, which any method should be better than ------------------
+
+
+def _random(images: Tensor, names: Sequence[str], std: Tensor, seed: int = 0) -> Tensor:
+    """Uniform noise, the same for a sample whatever the batch."""
+    maps = []
+    for name in names:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+        maps.append(torch.rand(images.shape[2:], generator=generator))
+    return torch.stack(maps).to(images.device)
+
+
+def _constant(images: Tensor, names: Sequence[str], std: Tensor) -> Tensor:
+    """One everywhere."""
+    return torch.ones_like(images[:, 0])
+
+
+def _gaussian(
+    images: Tensor, names: Sequence[str], std: Tensor, sigma: float = 0.25
+) -> Tensor:
+    """A Gaussian in the centre, with a standard deviation in sides of the image."""
+    if not sigma > 0:
+        raise ValueError(f"sigma={sigma} is not positive")
+    rows, columns = (
+        torch.exp(-((torch.linspace(-0.5, 0.5, size) / sigma) ** 2) / 2)
+        for size in images.shape[2:]
+    )
+    return torch.outer(rows, columns).to(images).expand(len(images), -1, -1)
+
+
+def _sobel(images: Tensor, names: Sequence[str], std: Tensor) -> Tensor:
+    """Magnitude of the gradient of brightness."""
+    grey = (images * std.to(images)[None]).mean(1, keepdim=True)
+    kernel = torch.tensor([[1.0, 2.0, 1.0]]).T @ torch.tensor([[-1.0, 0.0, 1.0]])
+    kernels = torch.stack([kernel, kernel.T])[:, None].to(images)
+    return F.conv2d(F.pad(grey, (1, 1, 1, 1), mode="replicate"), kernels).norm(dim=1)
+
+
+CONTROLS: dict[str, Callable[..., Tensor]] = {
+    "random": _random,
+    "constant": _constant,
+    "gaussian": _gaussian,
+    "sobel": _sobel,
+}
+
+
+# -- by name ---------------------------------------------------------------------------
+
+
+def find_entries() -> dict[str, grammar.Entry]:
+    """All methods by name. Of those that Zennit has as well, Captum's are taken."""
+    found = grammar.find_entries()
+    for name in OTHERS:
+        found.pop(name, None)
+    found.update(
+        (name, grammar.Entry("baseline", other.options)) for name, other in OTHERS.items()
+    )
+    for name, function in CONTROLS.items():
+        options = tuple(inspect.signature(function).parameters)[3:]
+        found[name] = grammar.Entry("control", options)
+    return found
+
+
+class Method(grammar.Method):
+    """An attribution method, by a name such as `resnet_lrp_ratio+quantize8`.
+
+    The grammar is that of :class:`zennit_resnet.methods.Method`.
 
     Args:
 
-        text (str): The name.
+        text (str): The name with options and suffixes.
 
     Raises:
         ValueError: If there is no such method, or an option or suffix is not for it.
-
-    Attributes:
-
-        text (str): The name.
-        base (str): The name without options and suffixes.
-        attribution (str): The name without post-processing, which is the same for methods
-                that have their attributions in common.
-        group (str): `"ours"`, `"baseline"` or `"control"`.
     """
 
     def __init__(self, text: str) -> None:
-        self.text = text.strip()
-        head, *suffixes = self.text.split("+")
-        self.base, _, options = head.partition(":")
-        if self.base not in names():
-            raise ValueError(
-                f"unknown method {self.base or self.text!r}: choose among"
-                f" {', '.join(names())}"
-            )
-        self.options = _parse_options(self.text, options)
-        self.initial: Optional[str] = None
-        if _is_composite(self.base) or self.base in SETTINGS:
-            self.initial = self.options.pop("initial", None)
-            if self.initial not in (None, *VALUES):
-                raise ValueError(
-                    f"{self.text}: initial is not one of {', '.join(VALUES)}"
-                )
-        self.splitting: Optional[str] = None
-        self.magnitude = False
-        self.postprocess: list[Callable[[Tensor], Tensor]] = []
-        for suffix in suffixes:
-            quantize = re.fullmatch("quantize([0-9]*)", suffix)
-            if suffix in SPLITTING and self.splitting is None:
-                self.splitting = suffix
-            elif suffix == "abs" and not self.magnitude:
-                self.magnitude = True
-            elif quantize:
-                levels = int(quantize[1] or LEVELS)
-                if not 2 <= levels <= MAX_LEVELS:
-                    raise ValueError(
-                        f"{self.text} has {levels} levels: choose from 2 to {MAX_LEVELS}"
-                    )
-                self.postprocess.append(partial(heat_quantization, levels=levels))
-            elif suffix in ("c1c", "c3"):
-                self.postprocess.append(c3 if suffix == "c3" else c1c)
-            else:
-                choices = [*SPLITTING, "abs", *POSTPROCESSING]
-                raise ValueError(
-                    f"suffix '+{suffix}' of {self.text} is unknown or repeated: choose"
-                    f" among {', '.join(f'+{choice}' for choice in choices)}"
-                )
-        if self.splitting is not None and not _can_split(self.base):
-            raise ValueError(
-                f"{self.text}: splitting is for composites of Zennit and classic rules,"
-                f" not for {self.base}"
-            )
-        self.attribution = head
-        if self.splitting is not None:
-            self.attribution += f"+{self.splitting}"
-        _check_options(self)
+        super().__init__(text)
 
-    @property
-    def group(self) -> str:
-        """`"ours"`, `"baseline"` or `"control"`."""
-        return group_of(self.text)
+    @staticmethod
+    def entries() -> dict[str, grammar.Entry]:
+        """Methods that there are, see :func:`find_entries`."""
+        return find_entries()
 
     def create(self, context: Context) -> "Explainer":
         """Make the method ready for a network.
-
-        Args:
-
-            context (Context): The network, and how to use it.
-
-        Returns:
-            Explainer: What computes maps.
 
         Raises:
             ValueError: If the method can not be used with the network.
         """
         return Explainer(self, context)
-
-
-def base_of(text: str) -> str:
-    """Name of a method without options and suffixes."""
-    return re.split("[:+]", text)[0]
-
-
-def group_of(text: str) -> str:
-    """Group of a method by its name: `"ours"`, `"baseline"` or `"control"`."""
-    base = base_of(text)
-    if base in CONTROLS:
-        return "control"
-    own = _is_composite(base) and is_own(base)
-    split = base not in OTHERS and any(
-        suffix in ("ratio", "symmetric") for suffix in text.split("+")[1:]
-    )
-    return "ours" if own or split else "baseline"
-
-
-def stands_for(text: str, name: str) -> bool:
-    """Whether a method is meant by a name, such as `rise:n_masks=1000` by `rise`.
-
-    Args:
-
-        text (str): The method with its options.
-        name (str): The name, without options of methods that have no suffixes.
-
-    Returns:
-        bool: Whether they are equal, or the name is that of a method of others, and the
-        method is the same with other options.
-    """
-    return text == name or (
-        name in OTHERS and "+" not in text and base_of(text) == name
-    )
 
 
 class Explainer:
@@ -192,52 +285,34 @@ class Explainer:
         self.method = method
         self.network: Optional[Module] = None
         self._initial: Optional[str] = None
-        if method.base in CONTROLS:
-            self._function: Function = partial(
-                CONTROLS[method.base], classifier=context.classifier, **method.options
+        classifier = context.classifier
+        if method.name in CONTROLS:
+            control = partial(
+                CONTROLS[method.name], std=classifier.std, **method.options
             )
-        elif method.base in OTHERS:
-            self._function, self.network = OTHERS[method.base](context, method.options)
+            self._function: Function = lambda images, targets, names: control(
+                images, names
+            )
+        elif method.name in OTHERS:
+            made = OTHERS[method.name].create(context, **method.options)
+            self._function, self.network = made if type(made) is tuple else (made, None)
         else:
-            model = context.classifier.model
             initial = method.initial or context.initial
-            lrp = CompositeAttribution(model, _composite(method, context), initial)
+            lrp = CompositeAttribution(
+                classifier.model, method.composite(classifier), initial
+            )
             # gradients are no relevance
-            if lrp.has_convergence_delta():
+            if lrp.multiplies_by_inputs:
                 self._initial = initial
             self._function = lambda images, targets, names: lrp.attribute(
                 images, targets
             )
-        if method.base == "input_x_gradient":
+        if method.name == grammar.INPUT_X_GRADIENT:
             self._initial = "logit"
 
-    def attribute(
-        self, images: Tensor, targets: Tensor, names: Sequence[str]
-    ) -> Tensor:
-        """Compute attributions, without any post-processing.
-
-        Args:
-
-            images (Tensor): Network inputs of shape (batch, channels, height, width).
-            targets (Tensor): Classes to explain, of shape (batch,).
-            names (sequence of str): Names of the samples.
-
-        Returns:
-            Tensor: Attributions of shape (batch, channels, height, width), or (batch,
-            height, width), with the method's own height and width.
-        """
-        with warnings.catch_warnings():
-            # that hooks are set and removed again, which is what is wanted
-            warnings.filterwarnings("ignore", category=UserWarning, module="captum")
-            return self._function(images, targets, names).detach()
-
     def __call__(
-        self,
-        images: Tensor,
-        targets: Tensor,
-        output: Tensor,
-        names: Sequence[str],
-    ) -> Explained:
+        self, images: Tensor, targets: Tensor, output: Tensor, names: Sequence[str]
+    ) -> Tensor:
         """Compute maps, and post-process them.
 
         Args:
@@ -248,22 +323,21 @@ class Explainer:
             names (sequence of str): Names of the samples, which random maps depend on.
 
         Returns:
-            Explained: The maps, which may not be finite.
+            Tensor: Maps of shape (batch, height, width), which may not be finite.
         """
-        return self.process(self.explain(images, targets, output, names))
+        return self.process(self.attribute(images, targets, output, names).maps)
 
-    def explain(
-        self,
-        images: Tensor,
-        targets: Tensor,
-        output: Tensor,
-        names: Sequence[str],
-    ) -> Explained:
+    def attribute(
+        self, images: Tensor, targets: Tensor, output: Tensor, names: Sequence[str]
+    ) -> Attributed:
         """Compute maps before any post-processing, with the arguments of a call.
 
         They are the same for all methods that only differ in their post-processing.
         """
-        attributions = self.attribute(images, targets, names)
+        with warnings.catch_warnings():
+            # that hooks are set and removed again, which is what is wanted
+            warnings.filterwarnings("ignore", category=UserWarning, module="captum")
+            attributions = self._function(images, targets, names).detach()
         total = initial = None
         if self._initial is not None:
             total = attributions.double().flatten(1).sum(1)
@@ -273,130 +347,32 @@ class Explainer:
             maps = F.interpolate(
                 maps[:, None], images.shape[2:], mode="bilinear", align_corners=False
             )[:, 0]
-        return Explained(maps, total, initial)
+        return Attributed(maps, total, initial)
 
-    def process(self, explained: Explained) -> Explained:
-        """Post-process maps, which are left as they are."""
-        maps = explained.maps
-        if self.method.magnitude:
-            maps = maps.abs()
+    def process(self, maps: Tensor) -> Tensor:
+        """Post-process maps, of which those that are not finite stay as they are."""
         finite = maps.flatten(1).isfinite().all(1)[:, None, None]
-        with warnings.catch_warnings():
-            # a map of zeros is measured like any other
-            warnings.simplefilter("ignore", EmptyMaskWarning)
-            for function in self.method.postprocess:
-                # what is not finite can not be processed, and the caller reports it
-                maps = function(maps.where(finite, 0)).where(finite, maps)
-        return explained._replace(maps=maps)
+        return self.method.process(maps.where(finite, 0)).where(finite, maps)
 
 
-# -- by name ---------------------------------------------------------------------------
+def base_of(text: str) -> str:
+    """Name of a method without options and suffixes."""
+    return text.partition("+")[0].partition(":")[0]
 
 
-def names() -> list[str]:
-    """Names of all methods, without options and suffixes."""
-    composites = [*filter(_is_composite, COMPOSITES)]
-    own = [name for name in composites if is_own(name)]
-    others = [name for name in composites if name not in own]
-    return [*own, *SETTINGS, *others, *OTHERS, *CONTROLS]
+def kind_of(text: str) -> str:
+    """`"ours"`, `"baseline"` or `"control"`, also of a method that is not there now."""
+    try:
+        return str(Method(text).kind)
+    except ValueError:
+        return "baseline"
 
 
-def _is_composite(base: str) -> bool:
-    """Whether this is a composite, and not another method that has its name."""
-    # Captum and Zennit both have guided backpropagation
-    return base in COMPOSITES and base not in OTHERS and base not in CONTROLS
+def stands_for(text: str, name: str) -> bool:
+    """Whether a method is meant by a name, such as `rise:n_masks=1000` by `rise`.
 
-
-def _parse_options(text: str, options: str) -> dict[str, Any]:
-    """Options `key=value,…`, where values are numbers or words."""
-    parsed: dict[str, Any] = {}
-    for part in filter(None, options.split(",")):
-        key, sign, value = part.partition("=")
-        if not sign or not key.isidentifier() or key in parsed:
-            raise ValueError(
-                f"option {part!r} of {text} is not of the form key=value, or repeated"
-            )
-        try:
-            parsed[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            parsed[key] = value
-    return parsed
-
-
-def _can_split(base: str) -> bool:
-    """Whether a splitting can be added to a composite."""
-    return base in SETTINGS or (_is_composite(base) and not is_own(base))
-
-
-def _check_options(method: Method) -> None:
-    """Check names and values of options, as far as that is possible without network."""
-    if method.base in SETTINGS:
-        accepted = {"addition", "batch_norm", "with_bias", "stabilizer"}
-    elif _is_composite(method.base):
-        accepted = set(_parameters(method.base))
-        accepted -= {"canonizers", "layer_map", "first_map", "low", "high"}
-    elif method.base in CONTROLS:
-        accepted = set(inspect.signature(CONTROLS[method.base]).parameters)
-        accepted -= {"images", "targets", "names", "classifier"}
-    else:
-        accepted = set(OPTIONS[method.base])
-    for key in method.options:
-        if key not in accepted:
-            raise ValueError(
-                f"{method.text}: {method.base} has no option {key!r}, but"
-                f" {', '.join(sorted(accepted)) or 'none'}"
-            )
-    if method.base in SETTINGS or _is_composite(method.base):
-        options = dict(method.options)
-        if method.base in SETTINGS:
-            settings: Any = SETTINGS[method.base]
-            create, options = ClassicLRP, {**settings, **options}
-        else:
-            create = COMPOSITES[method.base]
-            if _needs_bounds(method):
-                options.update(low=torch.zeros(()), high=torch.ones(()))
-        try:
-            create(**options)
-        except (TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{method.text}: {reason}") from error
-
-
-def _parameters(base: str) -> dict[str, inspect.Parameter]:
-    """Parameters of a composite, with those that it hands on to the class it is of."""
-    composite = COMPOSITES[base]
-    found: dict[str, inspect.Parameter] = {}
-    for cls in composite.__mro__ if inspect.isclass(composite) else (composite,):
-        parameters = inspect.signature(cls).parameters
-        found = {**parameters, **found}
-        if not any(item.kind is item.VAR_KEYWORD for item in parameters.values()):
-            break
-    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    return {name: item for name, item in found.items() if item.kind not in kinds}
-
-
-def _needs_bounds(method: Method) -> bool:
-    """Whether a composite has to be given the lowest and highest input."""
-    parameters = _parameters(method.base)
-    low = parameters.get("low")
-    needed = low is not None and low.default is low.empty
-    return needed or method.options.get("first_layer") == "zbox"
-
-
-def _composite(method: Method, context: Context) -> Any:
-    """The composite of a method."""
-    options = dict(method.options)
-    if method.base in SETTINGS:
-        if method.splitting in ("ratio", "symmetric"):
-            options["addition"] = method.splitting
-        elif method.splitting == "zennit":
-            raise ValueError(
-                f"{method.text}: classic rules find additions by themselves, so"
-                " Zennit's canonizer would do it twice"
-            )
-        settings: Any = SETTINGS[method.base]
-        return ClassicLRP(**{**settings, **options})
-    if _needs_bounds(method):
-        low, high = (bound.to(context.device) for bound in context.classifier.bounds())
-        options.update(low=low, high=high)
-    return create_composite(method.base, method.splitting or "none", **options)
+    They are equal, or the method is one of others with any options but no suffix.
+    """
+    return text == name or (
+        name in OTHERS and "+" not in text and base_of(text) == name
+    )

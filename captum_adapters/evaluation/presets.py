@@ -27,7 +27,6 @@ class Preset(NamedTuple):
                 :class:`captum_adapters.evaluation.Evaluation`.
         printed (dict): The paper's figures by method and column.
         columns (tuple[str]): Columns to compare with the paper's.
-        by_class (bool): Whether the paper shows single classes, the best and the worst.
     """
 
     title: str
@@ -37,234 +36,190 @@ class Preset(NamedTuple):
     options: dict[str, Any]
     printed: dict[str, dict[str, float]]
     columns: tuple[str, ...]
-    by_class: bool = False
-
-
-def _areas(insertion: float, deletion: float, id_score: float) -> dict[str, float]:
-    """A row of a table of insertion and deletion."""
-    return {
-        "insertion_keio": insertion,
-        "deletion_keio": deletion,
-        "id_keio": id_score,
-    }
 
 
 AREAS = ("insertion_keio", "deletion_keio", "id_keio")
-KEIO = (
-    "The published code explains the predicted class, and measures the probability of"
-    " the label, from black images; our protocol measures that of the explained class."
-)
+OTHER = "not in the paper"
 
-#: All presets by name.
-PRESETS: dict[str, Preset] = {
-    "lrp-for-resnet-table1": Preset(
-        "LRP for ResNet (Otsuki et al. 2024), Table 1, ImageNet",
-        f"{KEIO} LRP [Bach 15] is Captum's, which finds no additions in torchvision's"
-        " networks; Zennit's EpsilonPlus with its canonizer is added. The method is run"
-        " as in the text (but for the first layer and dead units), as in the published"
-        " code (but for its stabilizer), and with our defaults.",
-        {
-            "captum_lrp": "LRP",
-            "epsilon_plus+zennit": "not in the paper",
-            "integrated_gradients": "IG",
-            "guided_backprop": "Guided BP",
-            "grad_cam": "Grad-CAM",
-            "score_cam": "Score-CAM",
-            f"resnet_lrp_ratio:{TEXT}+quantize8": "Ours (text)",
-            f"resnet_lrp_ratio:{CODE}+quantize8": "Ours (published code)",
-            "resnet_lrp_ratio": "not in the paper",
-            "resnet_lrp_ratio+quantize8": "not in the paper",
-        },
-        ("insertion_deletion", "conservation"),
-        {"published": "label", "initial": "softmax"},
-        {
-            "captum_lrp": _areas(0.095, 0.083, 0.011),
-            "integrated_gradients": _areas(0.052, 0.062, -0.011),
-            "guided_backprop": _areas(0.115, 0.057, 0.057),
-            "grad_cam": _areas(0.497, 0.126, 0.371),
-            "score_cam": _areas(0.488, 0.133, 0.355),
-            f"resnet_lrp_ratio:{TEXT}+quantize8": _areas(0.563, 0.018, 0.545),
-            f"resnet_lrp_ratio:{CODE}+quantize8": _areas(0.563, 0.018, 0.545),
-        },
-        AREAS,
-    ),
-    "lrp-for-resnet-table2": Preset(
-        "LRP for ResNet (Otsuki et al. 2024), Table 2, ablation",
-        f"{KEIO} Rows (i) and (iii) have the same figures in the paper. All with eight"
-        " levels; our own variants are added with and without these.",
-        {
-            f"resnet_lrp_symmetric:identity_skip=False,{TEXT}+quantize8": "(i)",
-            f"resnet_lrp_symmetric:{TEXT}+quantize8": "(ii)",
-            f"resnet_lrp_ratio:identity_skip=False,{TEXT}+quantize8": "(iii)",
-            f"resnet_lrp_ratio:{TEXT}+quantize8": "(iv)",
-            f"resnet_lrp_ratio:{TEXT}": "(iv) without quantization",
-            "resnet_lrp_ratio": "projection=spread, coverage=even",
-            "resnet_lrp_ratio+quantize8": "the same, quantized",
-            "resnet_lrp_ratio:projection=spread,coverage=literal": "projection=spread",
-            "resnet_lrp_ratio:batch_norm=merge": "batch_norm=merge",
-            "resnet_lrp_ratio:first_layer=ones": "first_layer=ones",
-            "resnet_lrp_ratio:first_layer=zbox": "first_layer=zbox",
-            "resnet_lrp_symmetric": "symmetric",
-        },
-        ("insertion_deletion", "conservation"),
-        {"published": "label", "initial": "softmax"},
-        {
-            f"resnet_lrp_symmetric:identity_skip=False,{TEXT}+quantize8": _areas(
-                0.543, 0.033, 0.510
-            ),
-            f"resnet_lrp_symmetric:{TEXT}+quantize8": _areas(0.553, 0.036, 0.517),
-            f"resnet_lrp_ratio:identity_skip=False,{TEXT}+quantize8": _areas(
-                0.543, 0.033, 0.510
-            ),
-            f"resnet_lrp_ratio:{TEXT}+quantize8": _areas(0.563, 0.018, 0.545),
-        },
-        AREAS,
-    ),
-    "c3-lrp-table1": Preset(
-        "C³-LRP (Doublet et al.), Table 1",
-        f"{KEIO} The paper gives no protocol beyond the equations; its group's code is"
-        " taken. The printed figures are of CUB-200-2011. For ABN, add"
-        " abn:weights=FILE to the methods after training by examples/abn/train.py.",
-        {
-            "rise": "RISE",
-            "grad_cam": "GradCAM",
-            "captum_lrp": "LRP",
-            "abn": "ABN",
-            "block_lrp+c3": "Ours",
-            "block_lrp:initial=logit+c3": "Ours, from the logit",
-            "resnet_lrp_ratio+c3": "not in the paper",
-            "input_x_gradient": "not in the paper",
-        },
-        ("insertion_deletion", "conservation"),
-        {"published": "label", "initial": "softmax"},
-        {
-            "rise": _areas(0.371, 0.043, 0.328),
-            "grad_cam": _areas(0.466, 0.156, 0.310),
-            "captum_lrp": _areas(0.063, 0.051, 0.011),
-            "abn": _areas(0.282, 0.075, 0.207),
-            "block_lrp+c3": _areas(0.685, 0.017, 0.668),
-        },
-        AREAS,
-    ),
-    "c3-lrp-table2": Preset(
-        "C³-LRP (Doublet et al.), Table 2, ablation",
-        f"{KEIO} The printed figures are of CUB-200-2011. The same choices are applied"
-        " to our maps, to a centred Gaussian and to edges, which tells how much of the"
-        " gain is due to the map.",
-        {
-            "block_lrp": "(i) None",
-            "block_lrp+c1c": "(ii) C1C",
-            "block_lrp+c3": "(iii) C³",
-            "block_lrp:initial=logit": "(i), from the logit",
-            "block_lrp:initial=logit+c3": "(iii), from the logit",
-            "resnet_lrp_ratio": "not in the paper",
-            "resnet_lrp_ratio+c1c": "not in the paper",
-            "resnet_lrp_ratio+c3": "not in the paper",
-            "gaussian+c3": "control",
-            "sobel+c3": "control",
-        },
-        ("insertion_deletion", "conservation"),
-        {"published": "label", "initial": "softmax"},
-        {
-            "block_lrp": _areas(0.250, 0.018, 0.232),
-            "block_lrp+c1c": _areas(0.642, 0.042, 0.600),
-            "block_lrp+c3": _areas(0.685, 0.017, 0.668),
-        },
-        AREAS,
-    ),
-}
 
-_CLASSIC = {
+def _areas(
+    title: str, about: str, rows: dict[str, tuple[str, tuple[float, ...]]]
+) -> Preset:
+    """A table of insertion, deletion and their difference."""
+    about = (
+        "The published code explains the predicted class, and measures the probability of"
+        " the label, from black images; our protocol measures that of the explained"
+        f" class. {about}"
+    )
+    return Preset(
+        title,
+        about,
+        {method: name for method, (name, _) in rows.items()},
+        ("insertion_deletion", "conservation"),
+        {"published": "label", "initial": "softmax"},
+        {method: dict(zip(AREAS, areas)) for method, (_, areas) in rows.items() if areas},
+        AREAS,
+    )
+
+
+def _pixels(
+    title: str, about: str, rows: dict[str, str], columns: tuple[str, ...]
+) -> Preset:
+    """A figure of the most relevant pixels, of which the paper prints curves only."""
+    return Preset(
+        f"R-LRP (Nyiri & Gibaru), {title}",
+        "Pixels are ranked by the magnitude of the sum over channels, as in the paper."
+        f" {about}",
+        rows,
+        tuple(name.removesuffix("_accuracy") for name in columns),
+        {"rank_by": "magnitude", "initial": "one"},
+        {},
+        columns,
+    )
+
+
+CLASSIC = {
     "relative_lrp": "R-LRP",
     "lrp_alpha_beta_2_-1": "LRP-αβ (2, −1)",
     "lrp_alpha_beta_0.5_0.5": "LRP-αβ (0.5, 0.5)",
     "lrp_gamma_0.25": "LRP-γ (0.25)",
     "lrp_epsilon_1": "LRP-ε (1)",
     "lrp_0": "LRP-0",
-}
-_OURS = {
     "relative_lrp:cardinality=per_position": "R-LRP, Card(J) counted",
-    "resnet_lrp_ratio": "not in the paper",
+    "resnet_lrp_ratio": OTHER,
 }
-_ABSOLUTE = (
-    "Pixels are ranked by the magnitude of the sum over channels, as in the paper."
-)
-_MAGNITUDE: dict[str, Any] = {"rank_by": "magnitude", "initial": "one"}
+CLASSES = "The paper shows its best and its worst class of twelve"
+CUB = "The printed figures are of CUB-200-2011."
 
-PRESETS.update(
-    {
-        "r-lrp-fig19": Preset(
-            "R-LRP (Nyiri & Gibaru), Figure 19: VGG-16 and VGG-19",
-            f"{_ABSOLUTE} The paper has VGG networks: choose --model vgg16 or vgg19. It"
-            " prints curves, and no figures.",
-            {**_CLASSIC, **_OURS},
-            ("accuracy",),
-            _MAGNITUDE,
-            {},
-            ("accuracy",),
-        ),
-        "r-lrp-fig21": Preset(
-            "R-LRP (Nyiri & Gibaru), Figure 21: ResNet-50",
-            f"{_ABSOLUTE} The paper prints curves, and no figures; LRP-ε and LRP-γ are"
-            " left out there, as they overflow or are bad.",
-            {**_CLASSIC, **_OURS},
-            ("accuracy",),
-            _MAGNITUDE,
-            {},
-            ("accuracy",),
-        ),
-        "r-lrp-fig22": Preset(
-            "R-LRP (Nyiri & Gibaru), Figure 22: across networks",
-            f"{_ABSOLUTE} Other networks are named by --cross NAME=WEIGHTS, and run"
-            " once for each network whose pixels are given to others.",
-            {"relative_lrp": "R-LRP", "resnet_lrp_ratio": "not in the paper"},
-            ("accuracy", "cross"),
-            _MAGNITUDE,
-            {},
-            ("accuracy", "cross_accuracy"),
-        ),
-        "r-lrp-fig25": Preset(
-            "R-LRP (Nyiri & Gibaru), Figure 25: pointing game, ResNet-50",
-            f"{_ABSOLUTE} The paper shows its best and its worst class of twelve. Masks"
-            " are needed; without labels that the network has, add --labels ignore.",
-            {**_CLASSIC, **_OURS},
-            ("pointing",),
-            _MAGNITUDE,
-            {},
-            ("pointing",),
-            True,
-        ),
-        "r-lrp-fig28": Preset(
-            "R-LRP (Nyiri & Gibaru), Figure 28: distance to the mask, ResNet-50",
-            f"{_ABSOLUTE} The paper shows its best and its worst class of twelve, with"
-            " distances normalized in a way that it does not state: here by the"
-            " diagonal. Masks are needed.",
-            {**_CLASSIC, **_OURS},
-            ("distance",),
-            _MAGNITUDE,
-            {},
-            ("distance",),
-            True,
-        ),
-    }
-)
+#: All presets by name.
+PRESETS: dict[str, Preset] = {
+    "lrp-for-resnet-table1": _areas(
+        "LRP for ResNet (Otsuki et al. 2024), Table 1, ImageNet",
+        "LRP [Bach 15] is Captum's, which finds no additions in torchvision's networks;"
+        " Zennit's EpsilonPlus with its canonizer is added. The method is run as in the"
+        " text (but for the first layer and dead units), as in the published code (but"
+        " for its stabilizer), and with our defaults.",
+        {
+            "captum_lrp": ("LRP", (0.095, 0.083, 0.011)),
+            "epsilon_plus+zennit": (OTHER, ()),
+            "integrated_gradients": ("IG", (0.052, 0.062, -0.011)),
+            "guided_backprop": ("Guided BP", (0.115, 0.057, 0.057)),
+            "grad_cam": ("Grad-CAM", (0.497, 0.126, 0.371)),
+            "score_cam": ("Score-CAM", (0.488, 0.133, 0.355)),
+            f"resnet_lrp_ratio:{TEXT}+quantize8": ("Ours (text)", (0.563, 0.018, 0.545)),
+            f"resnet_lrp_ratio:{CODE}+quantize8": (
+                "Ours (published code)",
+                (0.563, 0.018, 0.545),
+            ),
+            "resnet_lrp_ratio": (OTHER, ()),
+            "resnet_lrp_ratio+quantize8": (OTHER, ()),
+        },
+    ),
+    "lrp-for-resnet-table2": _areas(
+        "LRP for ResNet (Otsuki et al. 2024), Table 2, ablation",
+        "Rows (i) and (iii) have the same figures in the paper. All with eight levels;"
+        " our own variants are added with and without these.",
+        {
+            f"resnet_lrp_symmetric:identity_skip=False,{TEXT}+quantize8": (
+                "(i)",
+                (0.543, 0.033, 0.510),
+            ),
+            f"resnet_lrp_symmetric:{TEXT}+quantize8": ("(ii)", (0.553, 0.036, 0.517)),
+            f"resnet_lrp_ratio:identity_skip=False,{TEXT}+quantize8": (
+                "(iii)",
+                (0.543, 0.033, 0.510),
+            ),
+            f"resnet_lrp_ratio:{TEXT}+quantize8": ("(iv)", (0.563, 0.018, 0.545)),
+            f"resnet_lrp_ratio:{TEXT}": ("(iv) without quantization", ()),
+            "resnet_lrp_ratio": ("projection=spread, coverage=even", ()),
+            "resnet_lrp_ratio+quantize8": ("the same, quantized", ()),
+            "resnet_lrp_ratio:projection=spread,coverage=literal": (
+                "projection=spread",
+                (),
+            ),
+            "resnet_lrp_ratio:batch_norm=merge": ("batch_norm=merge", ()),
+            "resnet_lrp_ratio:first_layer=ones": ("first_layer=ones", ()),
+            "resnet_lrp_ratio:first_layer=zbox": ("first_layer=zbox", ()),
+            "resnet_lrp_symmetric": ("symmetric", ()),
+        },
+    ),
+    "c3-lrp-table1": _areas(
+        "C³-LRP (Doublet et al.), Table 1",
+        f"The paper gives no protocol beyond the equations; its group's code is taken. {CUB}"
+        " For ABN, add abn:weights=FILE to the methods after training by"
+        " examples/abn/train.py.",
+        {
+            "rise": ("RISE", (0.371, 0.043, 0.328)),
+            "grad_cam": ("GradCAM", (0.466, 0.156, 0.310)),
+            "captum_lrp": ("LRP", (0.063, 0.051, 0.011)),
+            "abn": ("ABN", (0.282, 0.075, 0.207)),
+            "block_lrp+c3": ("Ours", (0.685, 0.017, 0.668)),
+            "block_lrp:initial=logit+c3": ("Ours, from the logit", ()),
+            "resnet_lrp_ratio+c3": (OTHER, ()),
+            "input_x_gradient": (OTHER, ()),
+        },
+    ),
+    "c3-lrp-table2": _areas(
+        "C³-LRP (Doublet et al.), Table 2, ablation",
+        f"{CUB} The same choices are applied to our maps, to a centred Gaussian and to"
+        " edges, which tells how much of the gain is due to the map.",
+        {
+            "block_lrp": ("(i) None", (0.250, 0.018, 0.232)),
+            "block_lrp+c1c": ("(ii) C1C", (0.642, 0.042, 0.600)),
+            "block_lrp+c3": ("(iii) C³", (0.685, 0.017, 0.668)),
+            "block_lrp:initial=logit": ("(i), from the logit", ()),
+            "block_lrp:initial=logit+c3": ("(iii), from the logit", ()),
+            "resnet_lrp_ratio": (OTHER, ()),
+            "resnet_lrp_ratio+c1c": (OTHER, ()),
+            "resnet_lrp_ratio+c3": (OTHER, ()),
+            "gaussian+c3": ("control", ()),
+            "sobel+c3": ("control", ()),
+        },
+    ),
+    "r-lrp-fig19": _pixels(
+        "Figure 19: VGG-16 and VGG-19",
+        "The paper has VGG networks: choose --model vgg16 or vgg19. It prints curves, and"
+        " no figures.",
+        CLASSIC,
+        ("accuracy",),
+    ),
+    "r-lrp-fig21": _pixels(
+        "Figure 21: ResNet-50",
+        "The paper prints curves, and no figures; LRP-ε and LRP-γ are left out there, as"
+        " they overflow or are bad.",
+        CLASSIC,
+        ("accuracy",),
+    ),
+    "r-lrp-fig22": _pixels(
+        "Figure 22: across networks",
+        "Other networks are named by --cross NAME=WEIGHTS, and run once for each network"
+        " whose pixels are given to others.",
+        {"relative_lrp": "R-LRP", "resnet_lrp_ratio": OTHER},
+        ("accuracy", "cross_accuracy"),
+    ),
+    "r-lrp-fig25": _pixels(
+        "Figure 25: pointing game, ResNet-50",
+        f"{CLASSES}. Masks are needed; without labels that the network has, add --labels"
+        " ignore.",
+        CLASSIC,
+        ("pointing",),
+    ),
+    "r-lrp-fig28": _pixels(
+        "Figure 28: distance to the mask, ResNet-50",
+        f"{CLASSES}, with distances normalized in a way that it does not state: here by"
+        " the diagonal. Masks are needed.",
+        CLASSIC,
+        ("distance",),
+    ),
+}
 
 
 def find_preset(name: str) -> Preset:
     """Find a preset.
 
-    Args:
-
-        name (str): Its name.
-
-    Returns:
-        Preset: The preset.
-
     Raises:
         ValueError: If there is none of this name.
     """
     if name not in PRESETS:
-        raise ValueError(
-            f"unknown preset {name!r}: choose among {', '.join(PRESETS)}"
-        )
+        raise ValueError(f"unknown preset {name!r}: choose among {', '.join(PRESETS)}")
     return PRESETS[name]

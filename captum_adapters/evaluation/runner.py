@@ -1,19 +1,16 @@
 """The loop of an evaluation: samples, methods and metrics, resumable and sharded.
 
-Samples are cut into blocks, always in the same places. Each process computes every
-n-th block, and commits a method's records for a whole block at once. So whichever
-process computes a block, and whenever it was interrupted, the same images go through
-the network together, and the records are the same. Processes need not know of each
-other: there is nothing that they exchange.
+Samples are cut into batches, always in the same places. Each process computes every
+n-th batch, and writes a method's records of a whole batch at once. So whichever process
+computes a batch, and whenever it was interrupted, the same images go through the
+network together, and the records are the same. Processes exchange nothing.
 """
 
-import contextlib
 import io
 import os
 import sys
-import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -23,37 +20,26 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from captum_adapters.evaluation.blocks import Computation
-from captum_adapters.evaluation.controls import CONTROLS
-from captum_adapters.evaluation.datasets import (
-    Images,
-    Loaded,
-    LoadedBatch,
-    collate,
-    read_samples,
-)
-from captum_adapters.evaluation.measures import MASKED
-from captum_adapters.evaluation.methods import Method
-from captum_adapters.evaluation.records import (
-    RunError,
-    SampleRecord,
-    Writer,
-    open_run,
-    read_done,
-    read_times,
-)
-from captum_adapters.evaluation.settings import (
+from captum_adapters.evaluation.computation import Computation
+from captum_adapters.evaluation.config import (
     Evaluation,
     check,
+    check_masks,
     check_pixels,
     describe,
-    input_size,
+)
+from captum_adapters.evaluation.data import Images, Loaded, read_samples
+from captum_adapters.evaluation.methods import CONTROLS, Method
+from captum_adapters.evaluation.metrics import Batch, input_size
+from captum_adapters.evaluation.store import (
+    SETTINGS,
+    RunError,
+    SampleRecord,
+    Store,
 )
 from zennit_resnet.messages import one_line
 from zennit_resnet.models import load_classifier
 
-# records are committed after a method at the latest, if as many seconds have passed
-COMMIT_SECONDS = 5.0
 # at least between two lines of progress, if there is no terminal
 LINE_SECONDS = 60.0
 
@@ -151,17 +137,17 @@ class Loop:
         if evaluation.controls:
             names += [name for name in CONTROLS if name not in names]
         self.methods = [Method(name) for name in names]
-        self.evaluation = replace(
+        evaluation = replace(
             evaluation, methods=tuple(method.text for method in self.methods)
         )
-        if len(set(self.evaluation.methods)) < len(self.methods):
-            raise ValueError(f"a method is named twice: {', '.join(names)}")
+        self.evaluation = evaluation
         self.device = _device(evaluation.device, process)
         self.classifier = load_classifier(
             evaluation.model, evaluation.weights, evaluation.size
         )
-        check_pixels(evaluation, input_size(self.classifier))
-        self.data = read_samples(
+        size = input_size(self.classifier)
+        check_pixels(evaluation, size)
+        data = read_samples(
             evaluation.data,
             self.classifier.classes,
             layout=evaluation.layout,
@@ -170,187 +156,149 @@ class Loop:
             limit=evaluation.limit,
             seed=evaluation.seed,
         )
-        for message in self.data.messages:
-            self.say(message)
-        self._check_masks()
-        self.folder = Path(evaluation.out)
+        self.samples = data.samples
+        for message in (*data.messages, check_masks(evaluation, data)):
+            if message is not None:
+                self.say(message)
+        self.images = Images(data.samples, self.classifier.transform)
         self.settings = describe(
-            self.evaluation, self.classifier, self.data, self.device.type
+            evaluation, self.classifier, data, size, self.device.type
         )
-        self.fingerprint = self.settings["fingerprint"]
 
     def say(self, text: str) -> None:
         """Print a line beside the progress bar."""
         if not self.quiet:
             tqdm.write(one_line(text), file=sys.stderr)
 
-    def _check_masks(self) -> None:
-        """Say if there is no mask for metrics that need one."""
-        metrics = self.evaluation.metrics
-        needed = [name for name in MASKED if name in metrics]
-        if not needed or any(sample.mask or sample.boxes for sample in self.data.samples):
-            return
-        reason = f"there are no masks or boxes in {self.evaluation.data}"
-        if len(needed) == len(metrics):
-            raise ValueError(f"{reason}, which the metrics {', '.join(needed)} need")
-        self.say(f"{reason}, so there are no scores {', '.join(needed)}")
-
-    # -- what is left
-
-    def _count(
-        self, skipped: set[str], done: set[tuple[str, str]], seconds: float = 0.0
-    ) -> Progress:
-        """What remains of the whole run."""
-        names = [sample.name for sample in self.data.samples]
-        total = len(names) * len(self.methods)
-        kept = sum(
-            name in skipped or (name, method.text) in done
-            for name in names
-            for method in self.methods
+    def prepare(self) -> Computation:
+        """Bring everything that costs time or memory to the device."""
+        return Computation(
+            self.evaluation, self.classifier, self.methods, self.device
         )
-        return Progress(total, kept, seconds, sum(name in skipped for name in names))
 
-    def _read_done(
-        self, numbers: Iterable[int]
-    ) -> tuple[set[str], set[tuple[str, str]]]:
-        """Samples that are left out and records that there are.
+    def _open(self, write: bool) -> None:
+        """Open the folder, and cut samples into batches of their numbers."""
+        self.store = Store(Path(self.evaluation.out), self.settings, write)
+        every, size = [*range(len(self.samples))], self.store.batch_size
+        self.batches = [every[start : start + size] for start in every[::size]]
 
-        Of these samples, those that could not be read are tried again, as the reason
-        may have been that a disk was missing.
-        """
-        skipped, done, messages = read_done(self.folder, self.fingerprint)
-        for message in messages:
-            self.say(message)
-        loaded = Images(self.data.samples, self.classifier.transform)
-        for number in numbers:
-            name = self.data.samples[number].name
-            if name in skipped and loaded[number].problem is None:
-                skipped.remove(name)
-        return skipped, done
+    def _missing(self, batch: int) -> list[Method]:
+        """Methods that are not evaluated on a batch yet."""
+        numbers = range(len(self.methods))
+        return [self.methods[each] for each in numbers if not self.store.has(batch, each)]
+
+    def _left_out(self, batch: int) -> list[int]:
+        """Samples of a batch that could not be used."""
+        samples = self.store.read_samples(batch) or ()
+        return [
+            number
+            for number, sample in zip(self.batches[batch], samples)
+            if sample.problem is not None
+        ]
+
+    def _unread(self, batch: int) -> list[int]:
+        """Those of them that may be readable now."""
+        left_out = self._left_out(batch)
+        return [number for number in left_out if self.samples[number].problem is None]
+
+    def _count(self, again: Sequence[int] = ()) -> Progress:
+        """What remains of the whole run, if some batches are computed again."""
+        done = skipped = 0
+        for batch, numbers in enumerate(self.batches):
+            if batch not in again:
+                out = len(self._left_out(batch))
+                present = len(self.methods) - len(self._missing(batch))
+                skipped += out
+                done += out * len(self.methods) + (len(numbers) - out) * present
+        return Progress(len(self.samples) * len(self.methods), done, 0.0, skipped)
 
     def estimate(self) -> Progress:
         """What remains, and how long it takes, without writing anything."""
-        skipped: set[str] = set()
-        done: set[tuple[str, str]] = set()
-        times: dict[str, tuple[float, float]] = {}
-        if (self.folder / "settings.json").exists():
-            open_run(self.folder, self.settings)
-            skipped, done = self._read_done(range(len(self.data.samples)))
-            times = read_times(self.folder, self.fingerprint)
-        rest = {
-            method.text: sum(
-                sample.name not in skipped and (sample.name, method.text) not in done
-                for sample in self.data.samples
-            )
-            for method in self.methods
+        self._open(write=False)
+        again, rest = [], dict.fromkeys(self.evaluation.methods, 0)
+        for batch, numbers in enumerate(self.batches):
+            count, methods = len(numbers) - len(self._left_out(batch)), self._missing(batch)
+            if any(self.images[number].problem is None for number in self._unread(batch)):
+                again.append(batch)
+                count, methods = len(numbers), self.methods
+            for method in methods:
+                rest[method.text] += count
+        left = [method for method in self.methods if rest[method.text]]
+        known = {
+            method.text: self.store.read_times(self.methods.index(method)) for method in left
         }
-        missing = [name for name, count in rest.items() if count and name not in times]
-        if missing:
-            self.say(f"timing {len(missing)} methods on one image")
-            times.update(self._time(missing))
-        seconds = sum(
-            count * sum(times[name]) for name, count in rest.items() if count
-        )
-        return self._count(skipped, done, seconds - self._shared(rest, times))
-
-    def _shared(
-        self, rest: Mapping[str, int], times: Mapping[str, tuple[float, float]]
-    ) -> float:
-        """Time of attributions that are computed once for several methods."""
-        groups: dict[str, list[str]] = defaultdict(list)
-        for method in self.methods:
-            if rest[method.text]:
-                groups[method.attribution].append(method.text)
+        untimed = [method for method in left if known[method.text] is None]
+        if untimed:
+            self.say(f"timing {len(untimed)} methods on one image")
+            known.update(self._time(untimed))
+        # attributions that are computed once for several methods count once
+        groups: dict[str, list[tuple[int, float]]] = defaultdict(list)
         seconds = 0.0
-        for names in groups.values():
-            counts = [rest[name] for name in names]
-            # that of the one with the least post-processing
-            shared = min(times[name][0] for name in names)
-            seconds += (sum(counts) - max(counts)) * shared
-        return seconds
+        for method in left:
+            count = rest[method.text]
+            first, second = known[method.text] or (0.0, 0.0)
+            seconds += count * (first + second)
+            groups[method.attribution].append((count, first))
+        for members in groups.values():
+            counts = [count for count, _ in members]
+            seconds -= (sum(counts) - max(counts)) * min(time for _, time in members)
+        return self._count(again)._replace(seconds=seconds)
 
-    def _time(self, names: Sequence[str]) -> dict[str, tuple[float, float]]:
-        """Time methods on one image."""
+    def _time(self, methods: Sequence[Method]) -> dict[str, tuple[float, float]]:
+        """Seconds of methods and metrics on the first image that can be read."""
         computation = self.prepare()
-        loaded = Images(self.data.samples, self.classifier.transform)
-        for number in range(len(loaded)):
-            item = loaded[number]
+        for number, sample in enumerate(self.samples):
+            item = self.images[number]
             if item.image is not None:
+                batch = computation.prepare([sample], [item])
                 break
         else:
-            return {name: (0.0, 0.0) for name in names}
-        block = computation.block([self.data.samples[number]], [item])
+            return {}
         times = {}
-        for method in self.methods:
-            if method.text in names:
-                record = computation.explain(method, block, [0], False)[0]
-                times[method.text] = (record.seconds, record.metric_seconds)
+        for method in methods:
+            scores = computation.run_method(method, batch, False)[0].scores
+            times[method.text] = (scores["seconds"], scores["metric_seconds"])
         return times
-
-    # -- the loop
 
     def run(self) -> Progress:
         """Compute all records of this process that are not there yet."""
-        evaluation, process = self.evaluation, self.process
         computation = None
-        if not (self.folder / "settings.json").exists():
+        if not Path(self.evaluation.out, SETTINGS).exists():
             # what can not be prepared leaves no run that the next one differs from
             computation = self.prepare()
-        open_run(self.folder, self.settings)
-        every = [*range(len(self.data.samples))]
-        size = evaluation.batch_size
-        starts = every[::size][process.rank :: process.world]
-        own = [every[start : start + size] for start in starts]
-        skipped, done = self._read_done(chain.from_iterable(own))
-        blocks = [
-            numbers
-            for numbers in own
-            if any(
-                self.data.samples[number].name not in skipped
-                and (self.data.samples[number].name, method.text) not in done
-                for number in numbers
-                for method in self.methods
-            )
+        self._open(write=True)
+        numbers = range(len(self.batches))
+        todo = [
+            batch
+            for batch in numbers[self.process.rank :: self.process.world]
+            if self.store.read_samples(batch) is None
+            or self._missing(batch)
+            or self._unread(batch)
         ]
-        count = sum(map(len, blocks)) * len(self.methods)
-        known = sum(
-            (self.data.samples[number].name, method.text) in done
-            for block in blocks
-            for number in block
-            for method in self.methods
-        )
-        if not blocks:
-            return self._count(skipped, done)
+        if not todo:
+            return self._count()
         computation = computation or self.prepare()
-        computation.worked.update(method for _, method in done)
-        writer = Writer(self.folder, process.rank, self.fingerprint)
-        for message in writer.messages:
-            self.say(message)
-        try:
-            with self._bar(count, known) as bar:
-                for numbers, batch in zip(blocks, self._load(blocks)):
-                    process.check()
-                    items = [Loaded(*fields) for fields in zip(*batch)]
-                    self._evaluate_block(
-                        computation, numbers, items, writer, done, bar
-                    )
-                    writer.commit()
-        finally:
-            # everything that was added is complete
-            with contextlib.suppress(RunError):
-                writer.commit()
-            writer.close()
-        # other processes may have written as well
-        skipped, done, _ = read_done(self.folder, self.fingerprint)
-        return self._count(skipped, done)
+        for number, method in enumerate(self.methods):
+            if any(self.store.has(batch, number) for batch in numbers):
+                computation.worked.add(method.text)
+        loader: Any = DataLoader(
+            self.images,  # type: ignore[arg-type]
+            batch_sampler=[self.batches[batch] for batch in todo],
+            num_workers=self.evaluation.workers,
+            collate_fn=list,
+        )
+        with self._bar(sum(len(self.batches[batch]) for batch in todo)) as bar:
+            for batch, items in zip(todo, loader):
+                self.process.check()
+                self._evaluate(computation, batch, items, bar)
+        return self._count()
 
-    def _bar(self, count: int, known: int) -> "tqdm[Any]":
+    def _bar(self, images: int) -> "tqdm[Any]":
         """Progress bar, or plain lines if there is no terminal."""
         others = f" by 1 of {self.process.world}" if self.process.world > 1 else ""
         terminal = sys.stderr.isatty()
         return tqdm(
-            total=count,
-            initial=known,
+            total=images * len(self.methods),
             unit="map",
             desc=f"maps{others}",
             disable=self.quiet,
@@ -362,85 +310,67 @@ class Loop:
             smoothing=0.05,
         )
 
-    def prepare(self) -> Computation:
-        """Bring everything that costs time or memory to the device."""
-        return Computation(
-            self.evaluation, self.classifier, self.methods, self.device
-        )
-
-    def _load(self, blocks: list[list[int]]) -> Iterator[LoadedBatch]:
-        """Read the images of blocks, in other processes if there are workers."""
-        return iter(
-            DataLoader(
-                Images(self.data.samples, self.classifier.transform),
-                batch_sampler=blocks,
-                num_workers=self.evaluation.workers,
-                collate_fn=collate,
-                pin_memory=False,
+    def _evaluate(
+        self,
+        computation: Computation,
+        batch: int,
+        items: Sequence[Loaded],
+        bar: "tqdm[Any]",
+    ) -> None:
+        """Compute what is missing of a batch, and all of it if other images are read."""
+        store, numbers = self.store, self.batches[batch]
+        read = [row for row, item in enumerate(items) if item.image is not None]
+        # in parts, if the run began with a larger size
+        size = self.evaluation.batch_size
+        parts = [
+            computation.prepare(
+                [self.samples[numbers[row]] for row in rows], [items[row] for row in rows]
             )
+            for rows in (read[start : start + size] for start in range(0, len(read), size))
+        ]
+        samples = self._describe(computation, numbers, items, parts)
+        known = store.read_samples(batch)
+        again = any(
+            (old.problem is None) != (new.problem is None)
+            for old, new in zip(known or (), samples)
         )
+        if known is None:
+            store.write_samples(batch, samples)
+        heatmaps = numbers[0] < self.evaluation.pictures
+        for number, method in enumerate(self.methods):
+            if parts and (again or not store.has(batch, number)):
+                self.process.check()
+                found = [computation.run_method(method, part, heatmaps) for part in parts]
+                store.write_records(batch, number, [*chain.from_iterable(found)])
+            bar.update(len(numbers))
+        if again:
+            # at the end, so that an interruption makes it be computed again
+            store.write_samples(batch, samples)
+        computation.shared.clear()
 
-    def _evaluate_block(
+    def _describe(
         self,
         computation: Computation,
         numbers: Sequence[int],
         items: Sequence[Loaded],
-        writer: Writer,
-        done: set[tuple[str, str]],
-        bar: "tqdm[Any]",
-    ) -> None:
-        """Compute what is missing of a block."""
-        samples = [self.data.samples[number] for number in numbers]
-        block = computation.block(samples, items)
-        for row, (number, sample, item) in enumerate(zip(numbers, samples, items)):
-            if sample.name in block.problems:
-                problem = block.problems[sample.name]
-                # nothing is missing if it could be read when that was computed
-                if any((sample.name, method.text) not in done for method in self.methods):
-                    writer.add_sample(
-                        SampleRecord(sample.name, sample.label, problem=problem)
-                    )
-                bar.update(len(self.methods))
-                continue
-            place = block.valid.index(row)
-            explained = int(block.explained[place])
-            notes = [] if item.note is None else [item.note]
-            if sample.label is None and "label" in (
-                self.evaluation.explain,
-                self.evaluation.score,
-                self.evaluation.published,
-            ):
-                notes.append("no label, so the prediction was used")
-            writer.add_sample(
-                SampleRecord(
-                    sample.name,
-                    sample.label,
-                    explained,
-                    int(block.output[place].argmax()),
-                    float(block.output[place].double().softmax(0)[explained]),
-                    notes=tuple(notes),
-                    picture=computation.picture(block.images[place])
-                    if number < self.evaluation.pictures
-                    else None,
-                )
-            )
-        committed = time.monotonic()
-        for method in self.methods:
-            rows = [
-                row
-                for row, name in enumerate(block.names)
-                if (name, method.text) not in done
-            ]
-            if not rows:
-                continue
-            self.process.check()
-            heatmaps = numbers[0] < self.evaluation.pictures
-            for record in computation.explain(method, block, rows, heatmaps):
-                writer.add(record)
-            if time.monotonic() - committed > COMMIT_SECONDS:
-                writer.commit()
-                committed = time.monotonic()
-            bar.update(len(rows))
+        parts: Sequence[Batch],
+    ) -> list[SampleRecord]:
+        """What is known about the samples of a batch."""
+        options = self.evaluation
+        labelled = "label" in (options.explain_class, options.score, options.published)
+        found = ((part, row) for part in parts for row in range(len(part.names)))
+        samples = []
+        for number, item in zip(numbers, items):
+            sample = self.samples[number]
+            record = SampleRecord(sample.name, sample.label, problem=item.problem)
+            if item.image is not None:
+                notes = [] if item.note is None else [item.note]
+                if sample.label is None and labelled:
+                    notes.append("no label, so the prediction was used")
+                kept = computation.describe(*next(found), number < options.pictures)
+                record = record._replace(notes=tuple(notes), **kept)
+            samples.append(record)
+        return samples
 
 
 class _Lines(io.TextIOBase):

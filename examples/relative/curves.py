@@ -32,7 +32,7 @@ from common import (
 )
 from tqdm import tqdm
 
-from captum_adapters.evaluation.settings import adapt
+from captum_adapters.evaluation.metrics import adapt
 from captum_adapters.metrics import cross_model_accuracy, pixel_accuracy
 from zennit_resnet.classic import SETTINGS
 

@@ -1,6 +1,7 @@
 '''Tests for the command line of the evaluation.'''
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -8,26 +9,22 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from PIL import Image
-from torchvision.models import resnet18
 
-from captum_adapters.cli import duration, main, make_evaluation
-from captum_adapters.evaluation import PRESETS, Method, read_run
-from captum_adapters.evaluation.measures import COLUMNS
+from captum_adapters.cli import duration, main
+from captum_adapters.evaluation import COLUMNS, PRESETS, Method, make_evaluation, read_run
+from captum_adapters.evaluation.methods import Context
+from zennit_resnet.cli import main as zennit_main
+from zennit_resnet.image import read_image
+from zennit_resnet.models import load_classifier
 
 
 @pytest.fixture(scope='module')
-def assets(tmp_path_factory):
-    '''Folder with some images, and the weights of a small network.'''
-    folder = tmp_path_factory.mktemp('assets')
-    torch.manual_seed(0)
-    torch.save(resnet18(num_classes=3).state_dict(), folder / 'net.pt')
-    (folder / 'images').mkdir()
-    generator = np.random.default_rng(0)
+def photos(tmp_path_factory, assets):
+    '''Folder with some images, of which one is broken.'''
+    folder = tmp_path_factory.mktemp('photos')
     for number in range(3):
-        picture = generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)
-        Image.fromarray(picture).save(folder / 'images' / f'{number}.png')
-    (folder / 'images' / 'broken.png').write_bytes(b'')
+        shutil.copy(assets / 'images' / 'circle' / f'{number}.png', folder)
+    (folder / 'broken.png').write_bytes(b'')
     return folder
 
 
@@ -36,26 +33,26 @@ def call(*args):
     return CliRunner().invoke(main, [str(arg) for arg in args])
 
 
-def evaluate(assets, out, *args):
+def evaluate(assets, photos, out, *args):
     '''Evaluate the small network.'''
     return call(
-        'evaluate', '--data', assets / 'images', '--out', out, '--model', 'resnet18', '--weights', assets / 'net.pt',
+        'evaluate', '--data', photos, '--out', out, '--model', 'resnet18', '--weights', assets / 'net.pt',
         '--size', 64, '--step', 2048, '--device', 'cpu', *args,
     )
 
 
-def test_evaluate_and_report(assets, tmp_path):
+def test_evaluate_and_report(assets, photos, tmp_path):
     '''From images to a page.'''
     methods = 'resnet_lrp_ratio:first_layer=ones,maxpool=average+quantize4,grad_cam'
-    result = evaluate(assets, tmp_path / 'run', '--methods', methods)
+    result = evaluate(assets, photos, tmp_path / 'run', '--methods', methods)
     assert result.exit_code == 0, result.output
     assert '24 of 24 records (1 images left out, see the report)' in result.output
     assert f'report: python -m captum_adapters report {tmp_path}/run' in result.output
     run = read_run(tmp_path / 'run')
-    assert run.settings['methods'][:2] == [
+    assert run.settings['identity']['methods'][:2] == [
         'resnet_lrp_ratio:first_layer=ones,maxpool=average+quantize4', 'grad_cam'
     ]
-    again = evaluate(assets, tmp_path / 'run', '--methods', methods, '--dry-run')
+    again = evaluate(assets, photos, tmp_path / 'run', '--methods', methods, '--dry-run')
     assert '24 of 24 records (1 images left out, see the report), 0 left, about 0 s' in again.output
 
     report = call('report', tmp_path / 'run', '--out', tmp_path / 'report')
@@ -78,13 +75,13 @@ def test_evaluate_and_report(assets, tmp_path):
     assert typo.output.startswith("Error: there are no records of 'grad_camera', but of constant, gaussian, grad_cam, ")
     assert 'has no records of' not in call('report', tmp_path / 'run', '--methods', 'grad_cam').output
     preset = call('report', tmp_path / 'run', '--preset', 'lrp-for-resnet-table1').output
-    assert 'Grad-CAM: grad_cam' in preset and 'quantize4' not in preset
+    assert 'Grad-CAM: grad_cam' in ' '.join(preset.split()) and 'quantize4' not in preset
 
 
-def test_command(assets, tmp_path):
+def test_command(assets, photos, tmp_path):
     '''The command is kept such that it can be given again, and none if it was another program.'''
     args = [
-        '--data', assets / 'images', '--out', tmp_path / 'a run', '--model', 'resnet18', '--weights', assets / 'net.pt',
+        '--data', photos, '--out', tmp_path / 'a run', '--model', 'resnet18', '--weights', assets / 'net.pt',
         '--size', 64, '--methods', 'random', '--no-controls', '--step', 2048, '--device', 'cpu',
     ]
     command = [sys.executable, '-m', 'captum_adapters', 'evaluate', *map(str, args)]
@@ -94,21 +91,21 @@ def test_command(assets, tmp_path):
     assert read_run(tmp_path / 'other').settings['command'] is None
 
 
-def test_report_of_chosen_methods(assets, tmp_path):
+def test_report_of_chosen_methods(assets, photos, tmp_path):
     '''Runs of methods that are not chosen are left out, and do not lack records.'''
     names = 'grad_cam', 'gradient'
     for name in names:
         call(
-            'evaluate', '--data', assets / 'images', '--out', tmp_path / name, '--model', 'resnet18', '--weights',
+            'evaluate', '--data', photos, '--out', tmp_path / name, '--model', 'resnet18', '--weights',
             assets / 'net.pt', '--size', 64, '--methods', name, '--no-controls', '--step', 2048, '--device', 'cpu',
         )
     report = call('report', *(tmp_path / name for name in names), '--methods', 'gradient').output
     assert 'gradient' in report and 'grad_cam' not in report and 'records' not in report
 
 
-def test_quiet(assets, tmp_path):
+def test_quiet(assets, photos, tmp_path):
     '''Nothing is printed.'''
-    result = evaluate(assets, tmp_path / 'run', '--methods', 'grad_cam', '--no-controls', '--quiet')
+    result = evaluate(assets, photos, tmp_path / 'run', '--methods', 'grad_cam', '--no-controls', '--quiet')
     assert (result.exit_code, result.output) == (0, '')
 
 
@@ -119,14 +116,14 @@ def test_quiet(assets, tmp_path):
     (('--percents', '1,many'), 'not made of numbers'),
     (('--methods', ','), "no names in ','"),
     (('--methods', '+grad_cam'), '+grad_cam is for what a preset has besides'),
-    (('--explain', 'truth'), 'truth'),
+    (('--explain-class', 'truth'), 'truth'),
     (('--preset', 'c3-lrp-table1', '--preset', 'r-lrp-fig25'), 'differ in their protocol'),
     (('--limit', '0'), '0'),
     (('--layout', 'coco'), 'coco'),
 ])
-def test_errors(assets, tmp_path, args, message):
+def test_errors(assets, photos, tmp_path, args, message):
     '''What is wrong is said in one line, without a traceback.'''
-    result = evaluate(assets, tmp_path / 'run', *args)
+    result = evaluate(assets, photos, tmp_path / 'run', *args)
     assert result.exit_code != 0
     assert message in result.output
     assert result.output.strip().splitlines()[-1].startswith('Error: ')
@@ -185,15 +182,37 @@ def test_duration(seconds, text):
     assert duration(seconds) == text
 
 
-def test_options_of_baselines(assets, tmp_path):
+def test_options_of_baselines(assets, photos, tmp_path):
     '''A preset's baseline is meant with any options, but not a method of ours.'''
     methods = 'rise:n_masks=8,block_lrp+c3,block_lrp:epsilon=0.1+c3'
-    evaluate(assets, tmp_path / 'run', '--methods', methods)
+    evaluate(assets, photos, tmp_path / 'run', '--methods', methods)
     result = call('report', tmp_path / 'run', '--preset', 'c3-lrp-table1')
     assert 'RISE: rise:n_masks=8' in result.output
     assert 'ABN: abn' in result.output
     assert 'Ours: block_lrp+c3' in result.output
     assert 'epsilon' not in result.output
+
+
+def test_same_names(assets, photos, tmp_path):
+    '''Methods have the same names in explain and compare, and give the same heatmap.'''
+    names = 'resnet_lrp_ratio:first_layer=ones,maxpool=avg2x2+abs+quantize4', 'lrp_gamma_0.25+ratio'
+    options = ['--model', 'resnet18', '--weights', assets / 'net.pt', '--size', 64, '--device', 'cpu']
+    args = ['compare', photos / '0.png', *options, '--methods', ','.join(names), '--out', tmp_path / 'compare.png']
+    result = CliRunner().invoke(zennit_main, [str(arg) for arg in args])
+    assert result.exit_code == 0 and (tmp_path / 'compare.png').exists(), result.output
+    classifier = load_classifier('resnet18', str(assets / 'net.pt'), 64)
+    images = classifier.transform(read_image(photos / '0.png'))[None]
+    output = classifier.model(images).detach()
+    for name in names:
+        args = ['explain', photos / '0.png', *options, '--method', name, '--value', 'softmax', '--out', tmp_path]
+        result = CliRunner().invoke(zennit_main, [str(arg) for arg in args])
+        assert result.exit_code == 0, result.output
+        relevance = torch.from_numpy(np.load(tmp_path / '0_relevance.npy'))
+        attributed = Method(name).create(Context(classifier)).attribute(images, output.argmax(1), output, ['0'])
+        torch.testing.assert_close(relevance.sum(0), attributed.maps[0])
+    args = ['explain', photos / '0.png', *options, '--method', 'resnet_lrp_ratio:first_layer=best']
+    result = CliRunner().invoke(zennit_main, [str(arg) for arg in args])
+    assert result.exit_code == 1 and 'best' in result.output and len(result.output.splitlines()) == 1
 
 
 ODD = 'red\x1b[31m\nline\u202e'
@@ -205,14 +224,14 @@ def assert_printable(result, code):
     assert all(char.isprintable() or char == '\n' for char in result.output), ascii(result.output)
 
 
-def test_odd_names(assets, tmp_path):
+def test_odd_names(assets, photos, tmp_path):
     '''Escape sequences and line breaks in names do not reach the terminal, in all that is printed.'''
     (tmp_path / ODD).mkdir()
     for name in (f'{ODD}.png', f'broken {ODD}.png'):
-        (tmp_path / ODD / name).write_bytes(b'' if 'broken' in name else (assets / 'images' / '0.png').read_bytes())
+        (tmp_path / ODD / name).write_bytes(b'' if 'broken' in name else (photos / '0.png').read_bytes())
     out = tmp_path / f'run {ODD}'
     options = ('--methods', 'grad_cam', '--no-controls', '--data', tmp_path / ODD)
-    result = evaluate(assets, out, *options)
+    result = evaluate(assets, photos, out, *options)
     assert_printable(result, 0)
     assert f"report: python -m captum_adapters report '{tmp_path}/run red?[31m?line?'" in result.output
     for style in ('terminal', 'markdown', 'csv', 'latex'):
@@ -221,8 +240,22 @@ def test_odd_names(assets, tmp_path):
         if style == 'terminal':
             assert 'broken red?[31m?line?' in ' '.join(result.output.split()), result.output
             assert re.search(r'^written .*/report red\?\[31m\?line\?/', result.output, re.M)
-    assert_printable(evaluate(assets, out, *options, '--model', ODD), 1)
-    assert_printable(evaluate(assets, out, '--data', tmp_path / f'missing {ODD}'), 1)
+    assert_printable(evaluate(assets, photos, out, *options, '--model', ODD), 1)
+    assert_printable(evaluate(assets, photos, out, '--data', tmp_path / f'missing {ODD}'), 1)
     assert_printable(call('report', tmp_path / f'missing {ODD}'), 1)
-    assert_printable(call('evaluate', '--explain', ODD), 2)
+    assert_printable(call('evaluate', '--explain-class', ODD), 2)
     assert_printable(call(ODD), 2)
+
+
+@pytest.mark.parametrize('package', ['pandas', 'jinja2', 'tabulate'])
+def test_without_packages(package):
+    '''Without its packages, the evaluator says in one line what to install, and all else can be imported.'''
+    hide = f'import sys; sys.modules[{package!r}] = None; import captum_adapters.attr, captum_adapters.metrics; '
+    args = 'sys.argv[1:] = ["report", "x"]; import runpy; runpy.run_module("captum_adapters", run_name="__main__")'
+    result = subprocess.run([sys.executable, '-c', hide + args], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    line, = result.stderr.splitlines()
+    assert package in line and 'zennit-resnet[evaluation]' in line
+    code = f'import sys, captum_adapters.attr, captum_adapters.metrics; assert {package!r} not in sys.modules'
+    if package == 'pandas':
+        subprocess.run([sys.executable, '-c', code], check=True)

@@ -3,22 +3,23 @@
 import math
 from collections.abc import Iterator, Sequence
 
-from captum_adapters.evaluation.measures import COLUMNS
 from captum_adapters.evaluation.methods import base_of
-from captum_adapters.evaluation.summary import (
+from captum_adapters.evaluation.metrics import COLUMNS
+from captum_adapters.evaluation.report.aggregate import (
     Group,
     Row,
     column_of,
     counterpart_of,
     folder_names,
     list_some,
+    methods_of,
     protocol_of,
     settings_of,
     sign_of,
 )
-from captum_adapters.evaluation.tables import format_number
+from captum_adapters.evaluation.report.tables import format_number
 
-# Columns of the top p % of pixels
+# Scores of the top p % of pixels
 TOP = ("accuracy", "cross_accuracy", "pointing", "distance")
 # Share of tied pixels above which it matters how they are treated
 TIED_SHARE = 0.05
@@ -36,18 +37,16 @@ def find_gaps(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
     names = dict(zip(map(id, runs), folder_names(runs)))
     for index, group in enumerate(groups):
         for run in group.runs:
-            name = names[id(run)]
+            name, total = names[id(run)], settings_of(run)["samples"]
             yield from (f"{name}: {message}" for message in run.messages)
-            total = settings_of(run).get("samples")
-            if isinstance(total, int) and len(run.samples) < total:
+            if len(run.samples) < total:
                 yield (
                     f"{name} is not complete: {len(run.samples)} of {total} samples are"
                     " evaluated."
                 )
-            evaluated = {method for _, method in run.records}
-            listed = settings_of(run).get("methods") or ()
-            missing = [method for method in listed if method not in evaluated]
-            if not run.records:
+            evaluated = set(run.records.index.unique("method"))
+            missing = [name for name in methods_of(run) if name not in evaluated]
+            if not evaluated:
                 yield f"{name} has no records."
             elif missing:
                 yield f"{name} has no records of {list_some(missing)}."
@@ -58,12 +57,12 @@ def find_gaps(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
                 " for the reasons under Problems."
             )
         members = [row for row in rows if row.group == index]
-        if len({tuple(row.records) for row in members}) > 1:
-            most = max(len(row.records) for row in members)
+        if len({tuple(row.scores.index) for row in members}) > 1:
+            most = max(len(row.scores) for row in members)
             fewer = [
-                f"{row.name} {len(row.records)}"
+                f"{row.name} {len(row.scores)}"
                 for row in members
-                if len(row.records) < most
+                if len(row.scores) < most
             ]
             listed = f" ({list_some(fewer)} of {most})" if fewer else ""
             yield (
@@ -76,97 +75,32 @@ def find_gaps(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
             yield f"{', '.join(own)}: explained and measured with its own network."
 
 
-def _ranking(rows: Sequence[Row], name: str) -> list[Row]:
-    """Rows from best to worst."""
-    return sorted(rows, key=lambda row: (-sign_of(name) * row.mean(name), row.name))
-
-
-def _warn_controls(rows: Sequence[Row], name: str) -> Iterator[str]:
-    """Where maps that do not explain anything are better than methods."""
-    sign = sign_of(name)
-    methods = [
-        row
-        for row in _ranking(rows, name)
-        if not row.control and name in row.statistics
-    ]
-    parts = []
-    for control in rows:
-        mean = control.mean(name)
-        beaten = [row for row in methods if sign * mean > sign * row.mean(name)]
-        if control.control and beaten:
-            parts.append(
-                f"{control.name} ({format_number(mean)}) is better than {len(beaten)} of"
-                f" {len(methods)} methods, up to {beaten[0].name}"
-                f" ({format_number(beaten[0].mean(name))})"
-            )
-    if parts:
-        yield f"Controls in {column_of(name).title}, {protocol_of(name)}: {'; '.join(parts)}."
-
-
-def _warn_ties(rows: Sequence[Row], published: str, ours: str) -> Iterator[str]:
-    """What pixels of the same value gain by entering at once."""
-    for row in rows:
-        share, gap = row.mean("tied_share"), row.mean(published) - row.mean(ours)
-        if share > TIED_SHARE and not math.isnan(gap):
-            yield (
-                f"{row.name}: {100 * share:.1f} % of pixels are tied with others, and"
-                f" {column_of(published).title} is {format_number(row.mean(published))} by"
-                f" the {protocol_of(published)}, {format_number(row.mean(ours))} by our"
-                f" protocol, a difference of {format_number(gap)}."
-            )
-
-
-def _warn_top_ties(rows: Sequence[Row]) -> Iterator[str]:
-    """Where the top p % of pixels are partly a matter of chance."""
-    for row in rows:
-        listed = [column_of(name).title for name in TOP if name in row.statistics]
-        by_magnitude = "tied_share_magnitude" in row.statistics
-        share = row.mean("tied_share_magnitude" if by_magnitude else "tied_share")
-        if listed and share > TIED_SHARE:
-            yield (
-                f"{row.name}: {100 * share:.1f} % of pixels are tied with others, and have"
-                f" no order among these: {', '.join(listed)}"
-                f" {'are means' if len(listed) > 1 else 'is the mean'} over their orders,"
-                " and partly chance."
-            )
-
-
-def _warn_ranks(rows: Sequence[Row], published: str, ours: str) -> Iterator[str]:
-    """Where methods change their order by the protocol."""
-    methods = [
-        row
-        for row in rows
-        if not row.control and published in row.statistics and ours in row.statistics
-    ]
-    before = [row.name for row in _ranking(methods, ours)]
-    after = [row.name for row in _ranking(methods, published)]
-    moves = [(before.index(name) + 1, after.index(name) + 1, name) for name in after]
-    moves = [move for move in moves if move[0] != move[1]]
-    if moves:
-        moves.sort(key=lambda move: -abs(move[0] - move[1]))
-        listed = list_some([f"{name} from {old} to {new}" for old, new, name in moves])
-        yield (
-            f"{len(moves)} of {len(methods)} methods change their rank in"
-            f" {column_of(published).title} from our protocol to the"
-            f" {protocol_of(published)}: {listed}."
-        )
-
-
-def _warn_suffixes(rows: Sequence[Row], published: str, ours: str) -> Iterator[str]:
-    """Where post-processing gains by a published protocol only."""
-    for row in rows:
-        for other in rows:
-            if not row.method.startswith(f"{other.method}+"):
-                continue
-            means = [
-                item.mean(name) for name in (published, ours) for item in (row, other)
-            ]
-            if means[0] > means[1] and means[2] <= means[3]:
-                new, old, own, former = map(format_number, means)
+def find_warnings(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
+    """What a reader may take for better than it is."""
+    for group in groups:
+        yield from _warn_samples(group)
+    names = [name for name in COLUMNS if any(name in row.scores for row in rows)]
+    # published protocols first
+    names.sort(key=lambda name: counterpart_of(name) is None)
+    for index in range(len(groups)):
+        members = [row for row in rows if row.group == index]
+        for name in names:
+            ours = counterpart_of(name)
+            # insertion and deletion are summed up in their difference
+            if sign_of(name) and not name.startswith(("insertion", "deletion")):
+                yield from _warn_controls(members, name)
+            if name.startswith("id") and ours in names:
+                if column_of(name).protocol == "keio":
+                    yield from _warn_ties(members, name, ours)
+                yield from _warn_ranks(members, name, ours)
+                yield from _warn_suffixes(members, name, ours)
+        yield from _warn_top_ties(members)
+        for row in members:
+            if row.mean("negative") > 0:
+                share = 100 * row.mean("negative")
                 yield (
-                    f"{row.name} is better than {other.name} in"
-                    f" {column_of(published).title} by the {protocol_of(published)} ({new}"
-                    f" and {old}), but not by our protocol ({own} and {former})."
+                    f"{row.name}: {share:.1f} % of its maps have no positive value. Their"
+                    " top pixels are the least negative ones."
                 )
 
 
@@ -187,32 +121,86 @@ def _warn_samples(group: Group) -> Iterator[str]:
             )
 
 
-def find_warnings(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
-    """What a reader may take for better than it is."""
-    for group in groups:
-        yield from _warn_samples(group)
-    names = [name for name in COLUMNS if any(name in row.statistics for row in rows)]
-    # published protocols first
-    names.sort(key=lambda name: counterpart_of(name) is None)
-    for index in range(len(groups)):
-        members = [row for row in rows if row.group == index]
-        for name in names:
-            ours = counterpart_of(name)
-            # insertion and deletion are summed up in their difference
-            if sign_of(name) and not name.startswith(
-                ("insertion", "deletion", "id_norm")
-            ):
-                yield from _warn_controls(members, name)
-            if name.startswith("id") and ours in names:
-                if column_of(name).protocol == "keio":
-                    yield from _warn_ties(members, name, ours)
-                yield from _warn_ranks(members, name, ours)
-                yield from _warn_suffixes(members, name, ours)
-        yield from _warn_top_ties(members)
-        for row in members:
-            if row.mean("negative") > 0:
-                share = 100 * row.mean("negative")
+def _ranking(rows: Sequence[Row], name: str) -> list[Row]:
+    """Methods that have a score, from best to worst."""
+    methods = [row for row in rows if not row.control and not math.isnan(row.mean(name))]
+    return sorted(methods, key=lambda row: (-sign_of(name) * row.mean(name), row.name))
+
+
+def _warn_controls(rows: Sequence[Row], name: str) -> Iterator[str]:
+    """Where maps that do not explain anything are better than methods."""
+    sign, methods, parts = sign_of(name), _ranking(rows, name), []
+    for control in rows:
+        mean = control.mean(name)
+        beaten = [row for row in methods if sign * mean > sign * row.mean(name)]
+        if control.control and beaten:
+            parts.append(
+                f"{control.name} ({format_number(mean)}) is better than {len(beaten)} of"
+                f" {len(methods)} methods, up to {beaten[0].name}"
+                f" ({format_number(beaten[0].mean(name))})"
+            )
+    if parts:
+        where = f"{column_of(name).title}, {protocol_of(name)}"
+        yield f"Controls in {where}: {'; '.join(parts)}."
+
+
+def _warn_ties(rows: Sequence[Row], published: str, ours: str) -> Iterator[str]:
+    """What pixels of the same value gain by entering at once."""
+    for row in rows:
+        share, gap = row.mean("tied_share"), row.mean(published) - row.mean(ours)
+        if share > TIED_SHARE and not math.isnan(gap):
+            yield (
+                f"{row.name}: {100 * share:.1f} % of pixels are tied with others, and"
+                f" {column_of(published).title} is {format_number(row.mean(published))} by"
+                f" the {protocol_of(published)}, {format_number(row.mean(ours))} by our"
+                f" protocol, a difference of {format_number(gap)}."
+            )
+
+
+def _warn_top_ties(rows: Sequence[Row]) -> Iterator[str]:
+    """Where the top p % of pixels are partly a matter of chance."""
+    for row in rows:
+        listed = [column_of(name).title for name in TOP if name in row.statistics.index]
+        share = row.mean("tied_share_magnitude")
+        share = row.mean("tied_share") if math.isnan(share) else share
+        if listed and share > TIED_SHARE:
+            yield (
+                f"{row.name}: {100 * share:.1f} % of pixels are tied with others, and have"
+                f" no order among these: {', '.join(listed)}"
+                f" {'are means' if len(listed) > 1 else 'is the mean'} over their orders,"
+                " and partly chance."
+            )
+
+
+def _warn_ranks(rows: Sequence[Row], published: str, ours: str) -> Iterator[str]:
+    """Where methods change their order by the protocol."""
+    after = [row.name for row in _ranking(rows, published) if ours in row.statistics.index]
+    before = [row.name for row in _ranking(rows, ours) if row.name in after]
+    moves = [(before.index(name) + 1, after.index(name) + 1, name) for name in after]
+    moves = [move for move in moves if move[0] != move[1]]
+    if moves:
+        moves.sort(key=lambda move: -abs(move[0] - move[1]))
+        listed = list_some([f"{name} from {old} to {new}" for old, new, name in moves])
+        yield (
+            f"{len(moves)} of {len(after)} methods change their rank in"
+            f" {column_of(published).title} from our protocol to the"
+            f" {protocol_of(published)}: {listed}."
+        )
+
+
+def _warn_suffixes(rows: Sequence[Row], published: str, ours: str) -> Iterator[str]:
+    """Where post-processing gains by a published protocol only."""
+    for row in rows:
+        for other in rows:
+            if not row.method.startswith(f"{other.method}+"):
+                continue
+            means = [
+                item.mean(name) for name in (published, ours) for item in (row, other)
+            ]
+            if means[0] > means[1] and means[2] <= means[3]:
+                new, old, own, former = map(format_number, means)
                 yield (
-                    f"{row.name}: {share:.1f} % of its maps have no positive value, of which"
-                    " the top pixels are the least negative ones."
+                    f"{row.name} is better than {other.name} in"
+                    f" {column_of(published).title} by the {protocol_of(published)} ({new}"
+                    f" and {old}), but not by our protocol ({own} and {former})."
                 )

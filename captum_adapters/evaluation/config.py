@@ -1,0 +1,384 @@
+"""What is evaluated: the options, and what determines the records."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+
+from captum_adapters.evaluation.data import Samples
+from captum_adapters.evaluation.layouts import LAYOUTS
+from captum_adapters.evaluation.methods import CONTROLS, Method
+from captum_adapters.evaluation.metrics import (
+    DEFAULT,
+    MASKED,
+    NAMES,
+    RISE_STEP,
+    TOP,
+)
+from captum_adapters.evaluation.presets import find_preset
+from zennit_resnet.models import Classifier, find_embedded
+
+PERCENTS = (1, 5, 10, 15, 20, 25, 40, 50, 60, 75, 80, 85, 90, 95, 99)
+PACKAGES = ("zennit-resnet", "torch", "torchvision", "zennit", "captum", "numpy")
+
+
+def _option(default: Any, text: str, **metadata: Any) -> Any:
+    """A field with what the command line needs to know about it."""
+    return dataclasses.field(default=default, metadata={"help": text, **metadata})
+
+
+@dataclass
+class Evaluation:
+    """What is evaluated, and how. Each field is an option of the command line.
+
+    Raises:
+        ValueError: If a value is wrong. The message is a single line.
+
+    Attributes:
+    """
+
+    data: str = _option(dataclasses.MISSING, "Folder or CSV file of images.")
+    out: str = _option(
+        dataclasses.MISSING, "Folder of the run. The same command goes on with it."
+    )
+    methods: tuple[str, ...] = _option(
+        ("resnet_lrp_ratio",),
+        "Names separated by commas, such as resnet_lrp_ratio+quantize8,grad_cam. See"
+        " --list for all of them.",
+    )
+    metrics: tuple[str, ...] = _option(DEFAULT, f"Among {', '.join(NAMES)}.")
+    preset: tuple[str, ...] = _option(
+        (),
+        "Methods and protocol of a paper's table or figure; may be repeated. What is"
+        " given besides replaces that, except that --methods +NAME adds methods.",
+    )
+    model: Optional[str] = _option(
+        None, "Model of torchvision  [default: embedded ResNet-50]"
+    )
+    weights: Optional[str] = _option(None, "Name of weights in torchvision, or a file.")
+    size: Optional[int] = _option(
+        None, "Side of the images, for weights from a file.", least=1
+    )
+    layout: Optional[str] = _option(
+        None, f"Layout of the data, if it is not recognized: {', '.join(LAYOUTS)}."
+    )
+    split: Optional[str] = _option(None, "Split of the data.")
+    labels: str = _option(
+        "given", "Use labels of the data, or none.", choices=("given", "ignore")
+    )
+    limit: Optional[int] = _option(
+        None, "Largest number of images, chosen at random.", least=1
+    )
+    seed: int = _option(0, "Seed of this choice.")
+    explain_class: str = _option(
+        "prediction", "Class that is explained.", choices=("prediction", "label")
+    )
+    score: str = _option(
+        "explained",
+        "Class whose probability is measured.",
+        choices=("explained", "label"),
+    )
+    published: str = _option(
+        "explained",
+        "The same for published protocols of insertion and deletion.",
+        choices=("explained", "label"),
+    )
+    initial: str = _option(
+        "softmax", "What relevance starts from.", choices=("softmax", "logit", "one")
+    )
+    step: int = _option(500, "Pixels between two points of curves.", least=1)
+    percents: tuple[float, ...] = _option(
+        PERCENTS, "Percentages of the most relevant pixels."
+    )
+    rank_by: str = _option(
+        "magnitude",
+        "What is most relevant, for accuracy, pointing and distance.",
+        choices=("value", "magnitude"),
+    )
+    fill: str = _option(
+        "black", "What replaces deleted pixels.", choices=("black", "mean")
+    )
+    cross: tuple[str, ...] = _option(
+        (),
+        "Another network NAME=WEIGHTS for the metric cross, such as vgg16=DEFAULT; may be"
+        " repeated.",
+    )
+    batch_size: int = _option(8, "Images that are explained together.", least=1)
+    forward_batch: int = _option(32, "Images in a forward pass of metrics.", least=1)
+    workers: int = _option(0, "Processes that read images.", least=0)
+    device: Optional[str] = _option(None, "Device, such as cuda or cpu.")
+    amp: Optional[str] = _option(
+        None,
+        "Half precision for the forward passes of metrics, RISE and Score-CAM.",
+        choices=(None, "bfloat16", "float16"),
+    )
+    pictures: int = _option(
+        1000, "Images of which pictures are kept for the report.", least=0
+    )
+    channels_last: bool = _option(
+        True, "Memory format of images.", flag="--channels-last/--channels-first"
+    )
+    compile: bool = _option(
+        False, "Compile the network for the passes of metrics.", flag="--compile"
+    )
+    controls: bool = _option(
+        True,
+        f"Add {', '.join(CONTROLS)} maps.",
+        flag="--controls/--no-controls",
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.percents, (int, float)):
+            self.percents = (self.percents,)
+
+
+FIELDS = dataclasses.fields(Evaluation)
+Evaluation.__doc__ = f"{Evaluation.__doc__}\n" + "".join(
+    f"        {item.name}: {item.metadata['help']}\n" for item in FIELDS
+)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check(evaluation: Evaluation) -> None:
+    """Check what can be checked without data and network."""
+    for item in FIELDS:
+        value, optional = getattr(evaluation, item.name), item.default is None
+        choices, least = (item.metadata.get(key) for key in ("choices", "least"))
+        if choices is not None and value not in choices:
+            known = ", ".join(map(repr, choices))
+            raise ValueError(f"{item.name}={value!r} is not one of {known}")
+        if least is not None and not (value is None and optional):
+            if not _is_integer(value) or value < least:
+                raise ValueError(f"{item.name}={value!r} is not an integer from {least} on")
+    for name in ("methods", "metrics", "cross"):
+        values = getattr(evaluation, name)
+        if not values and name != "cross":
+            raise ValueError(f"there are no {name}: choose at least one")
+        for value in values:
+            if name == "metrics" and value not in NAMES:
+                raise ValueError(
+                    f"unknown metric {value!r}: choose one of {', '.join(NAMES)}"
+                )
+            if values.count(value) > 1:
+                raise ValueError(f"{name}={values} has {value!r} twice")
+    percents = evaluation.percents
+    if not isinstance(percents, (tuple, list)) or not percents:
+        raise ValueError(f"percents={percents!r} are no numbers, such as (1, 5)")
+    for percent in percents:
+        number = isinstance(percent, (int, float)) and not isinstance(percent, bool)
+        if not number or not 0 < percent <= 100:
+            raise ValueError(f"percents are above 0 and up to 100, unlike {percent!r}")
+    if ("cross" in evaluation.metrics) != bool(evaluation.cross):
+        raise ValueError(
+            "the metric 'cross' and other networks belong together: name them as"
+            " --cross NAME=WEIGHTS"
+        )
+
+
+def check_pixels(evaluation: Evaluation, size: Sequence[int]) -> None:
+    """Check steps and percentages for images of this height and width."""
+    pixels = math.prod(size)
+    images = f"images of {size[0]} x {size[1]} = {pixels} pixels"
+    steps = {"insertion_deletion": evaluation.step, "c3": evaluation.step}
+    for name, step in {**steps, "rise": RISE_STEP}.items():
+        if name in evaluation.metrics and step > pixels:
+            raise ValueError(f"step={step} of {name} is too large for {images}")
+    if {*TOP} & {*evaluation.metrics}:
+        for percent in evaluation.percents:
+            if Fraction(str(percent)) * pixels < 100:
+                raise ValueError(
+                    f"percents contain {percent:g}, which is no pixel of {images}"
+                )
+
+
+def check_masks(evaluation: Evaluation, data: Samples) -> Optional[str]:
+    """Check that there are masks for metrics that need them, and say what is missing."""
+    needed = [name for name in MASKED if name in evaluation.metrics]
+    if not needed or any(sample.mask or sample.boxes for sample in data.samples):
+        return None
+    reason = f"there are no masks or boxes in {evaluation.data}"
+    if len(needed) == len(evaluation.metrics):
+        raise ValueError(f"{reason}, which the metrics {', '.join(needed)} need")
+    return f"{reason}, so there are no scores {', '.join(needed)}"
+
+
+def make_evaluation(given: dict[str, Any]) -> Evaluation:
+    """Combine what is given with presets.
+
+    Args:
+
+        given (dict): Fields of :class:`Evaluation`, `None` if not given.
+
+    Returns:
+        Evaluation: The evaluation.
+
+    Raises:
+        ValueError: If a preset is unknown, or two can not be run together.
+    """
+    given = {name: value for name, value in given.items() if value not in (None, ())}
+    fields: dict[str, Any] = {}
+    for name in given.get("preset", ()):
+        preset = find_preset(name)
+        # abn is nothing without a file
+        rows = [method for method in preset.rows if method != "abn"]
+        names = {
+            key: tuple(dict.fromkeys([*fields.pop(key, ()), *values]))
+            for key, values in (("methods", rows), ("metrics", preset.metrics))
+        }
+        if fields and fields != preset.options:
+            raise ValueError(
+                f"the presets {given['preset'][0]} and {name} differ in their protocol:"
+                " run them one by one"
+            )
+        fields = {**names, **preset.options}
+    if given.get("methods", ("",))[0].startswith("+"):
+        if not fields:
+            raise ValueError(
+                f"{given['methods'][0]} is for what a preset has besides: name a --preset"
+            )
+        fields["methods"] += tuple(name.lstrip("+") for name in given.pop("methods"))
+    return Evaluation(**{**fields, **given})
+
+
+# -- what determines the records -------------------------------------------------------
+
+
+def describe(
+    evaluation: Evaluation,
+    classifier: Classifier,
+    data: Samples,
+    size: Sequence[int],
+    device: str,
+) -> dict[str, Any]:
+    """Settings of a run, with a fingerprint of what determines its records.
+
+    Args:
+
+        evaluation (Evaluation): What is evaluated.
+        classifier (Classifier): The network.
+        data (Samples): The samples.
+        size (sequence of int): Height and width of the images.
+        device (str): Type of the device.
+
+    Returns:
+        dict: What is written to `settings.json`.
+    """
+    names = (
+        *("explain_class", "score", "published", "initial"),
+        *("step", "rank_by", "fill", "amp"),
+    )
+    options = {name: getattr(evaluation, name) for name in names}
+    options["percents"] = list(evaluation.percents)
+    options["size"] = list(size)
+    options["mean"] = classifier.mean.flatten().tolist()
+    options["std"] = classifier.std.flatten().tolist()
+    files = [Method(text).options.get("weights", "") for text in evaluation.methods]
+    files += [text.partition("=")[2] for text in evaluation.cross]
+    files = [str(name) for name in files if Path(str(name)).is_file()]
+    versions = {name: _version(name) for name in PACKAGES}
+    identity = {
+        "manifest": hash_manifest(data),
+        "samples": len(data.samples),
+        "model": evaluation.model or "resnet50",
+        "weights": hash_state(classifier.model),
+        "transform": _describe_transform(classifier),
+        "methods": list(evaluation.methods),
+        "metrics": list(evaluation.metrics),
+        "cross": list(evaluation.cross),
+        "files": {name: hash_file(name) for name in files},
+        "options": options,
+        "device": device,
+        # a patch release computes the same
+        "versions": {
+            name: ".".join(version.split("+")[0].split(".")[:2])
+            for name, version in versions.items()
+        },
+    }
+    return {
+        "fingerprint": fingerprint(identity),
+        "identity": identity,
+        "data": os.path.abspath(evaluation.data),
+        "layout": data.layout,
+        "weights_name": str(evaluation.weights or find_embedded().name),
+        "classes": list(classifier.classes),
+        "preset": list(evaluation.preset),
+        "batch_size": evaluation.batch_size,
+        "installed": versions,
+        "command": _command(),
+        "evaluation": dataclasses.asdict(evaluation),
+    }
+
+
+def _version(name: str) -> str:
+    """Version of a package, which may be imported without being installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def fingerprint(identity: dict[str, Any]) -> str:
+    """Hash of everything that determines the records, in any order."""
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _command() -> Optional[str]:
+    """The command that was given, `None` if it is another program that evaluates."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None or spec.name != "captum_adapters.__main__":
+        return None
+    return shlex.join(["python", "-m", "captum_adapters", *sys.argv[1:]])
+
+
+def _describe_transform(classifier: Classifier) -> str:
+    """Preprocessing as a text, which differs for another one."""
+    transform = classifier.transform
+    keywords = getattr(transform, "keywords", None)
+    if keywords is not None:
+        return f"{transform.func.__name__}({keywords})"  # type: ignore[attr-defined]
+    return " ".join(repr(transform).split())
+
+
+def hash_manifest(data: Samples) -> str:
+    """Hash of names, file sizes, labels, masks and boxes, wherever the data is."""
+    digest = hashlib.sha256()
+    for sample in data.samples:
+        sizes = []
+        for path in (sample.path, sample.mask):
+            try:
+                sizes.append(-1 if path is None else path.stat().st_size)
+            except OSError:
+                sizes.append(-2)
+        row = (sample.name, sample.label, sizes, sample.boxes, sample.problem)
+        digest.update(f"{row}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def hash_state(model: torch.nn.Module) -> str:
+    """Hash of all weights and buffers of a network."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(content.numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def hash_file(path: str) -> str:
+    """Hash of a file's content."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]

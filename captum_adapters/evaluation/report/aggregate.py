@@ -1,0 +1,360 @@
+"""Records of runs put together: groups of comparable runs, and a row for each method."""
+
+import math
+import os
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+import pandas as pd
+
+from captum_adapters.evaluation.methods import kind_of
+from captum_adapters.evaluation.metrics import COLUMNS, Column
+from captum_adapters.evaluation.store import Run, SampleRecord, differences
+from captum_adapters.metrics import bootstrap_interval
+
+PROTOCOLS = {
+    "default": "our protocol",
+    "keio": "published code of Otsuki et al. 2024",
+    "rise": "published code of RISE",
+    "c3": "text of C³-LRP",
+}
+# Runs on the same data are comparable if they agree in these settings
+COMPARABLE = ("model", "weights", "transform", "classes", "options")
+# Runs that differ in these are put together, and it is said
+MENTIONED = ("versions", "device", "cross", "files")
+# Items that are named in a sentence
+NAMED = 5
+
+
+class Row(NamedTuple):
+    """A method of a group of comparable runs.
+
+    Attributes:
+
+        name (str): Name that no other row has.
+        method (str): Name of the method.
+        kind (str): `"ours"`, `"baseline"` or `"control"`.
+        group (int): Index of the group.
+        runs (tuple[Run]): Runs that have records of it.
+        scores (DataFrame): Finite scores of the sound records, indexed by sample.
+        problems (dict): Reasons by name of the sample for which there are no scores.
+        statistics (DataFrame): `mean`, ends of the interval `low` and `high`, and number
+                of `examples`, indexed by score.
+    """
+
+    name: str
+    method: str
+    kind: str
+    group: int
+    runs: tuple[Run, ...]
+    scores: pd.DataFrame
+    problems: dict[str, str]
+    statistics: pd.DataFrame
+
+    @property
+    def control(self) -> bool:
+        """Whether it does not explain anything."""
+        return self.kind == "control"
+
+    @property
+    def seconds(self) -> float:
+        """Mean time of the attribution of an example."""
+        times = self.scores["seconds"]
+        return math.fsum(times) / len(times) if len(times) else math.nan
+
+    def mean(self, score: str) -> float:
+        """Mean of a score, NaN if there is none."""
+        known = score in self.statistics.index
+        return float(self.statistics.at[score, "mean"]) if known else math.nan
+
+    def of(self, score: str) -> "pd.Series[float]":
+        """A score of the samples that have it."""
+        if score not in self.scores:
+            return pd.Series(dtype=float)
+        return self.scores[score].dropna()
+
+    def curve(self, name: str) -> dict[str, np.ndarray]:
+        """Curves by sample."""
+        return self._arrays([run.curves[name] for run in self.runs if name in run.curves])
+
+    def heatmaps(self) -> dict[str, np.ndarray]:
+        """Small maps by sample."""
+        return self._arrays([run.heatmaps for run in self.runs])
+
+    def _arrays(self, columns: Sequence["pd.Series[Any]"]) -> dict[str, np.ndarray]:
+        """Arrays of the sound records."""
+        found: dict[str, np.ndarray] = {}
+        for column in columns:
+            for name, array in column.xs(self.method, level="method").dropna().items():
+                found.setdefault(str(name), array)
+        return {name: found[name] for name in self.scores.index if name in found}
+
+
+class Group(NamedTuple):
+    """Comparable runs.
+
+    Attributes:
+
+        name (str): Names of the runs' folders.
+        runs (tuple[Run]): The runs.
+        samples (dict): :class:`SampleRecord` of all runs by name, in order.
+    """
+
+    name: str
+    runs: tuple[Run, ...]
+    samples: dict[str, SampleRecord]
+
+    def clusters(
+        self, names: Sequence[str], clusters: Optional[str]
+    ) -> Optional[np.ndarray]:
+        """Class of each sample, or one of its own if it is not known."""
+        if clusters is None:
+            return None
+        labels = [
+            self.samples[name].label if name in self.samples else None for name in names
+        ]
+        return np.array(
+            [
+                f"sample {name}" if label is None else f"class {label}"
+                for name, label in zip(names, labels)
+            ]
+        )
+
+    def class_name(self, label: Optional[int]) -> str:
+        """Name of a class, empty if there is no label."""
+        classes = self.runs[0].settings.get("classes") or ()
+        if label is None:
+            return ""
+        return str(classes[label]) if label < len(classes) else f"class {label}"
+
+
+# -- columns ---------------------------------------------------------------------------
+
+
+def column_of(name: str) -> Column:
+    """What is known about a score, also if it is of another version."""
+    return COLUMNS.get(name, Column(name, None, ""))
+
+
+def protocol_of(name: str) -> str:
+    """What the protocol of a score is called."""
+    return PROTOCOLS[column_of(name).protocol]
+
+
+def title_of(name: str) -> str:
+    """Title of a score, with an arrow to where it is better."""
+    column = column_of(name)
+    return column.title + {"higher": " ↑", "lower": " ↓"}.get(column.better or "", "")
+
+
+def sign_of(name: str) -> int:
+    """1 if more is better, -1 if less is, 0 if neither."""
+    return {"higher": 1, "lower": -1}.get(column_of(name).better or "", 0)
+
+
+def counterpart_of(name: str) -> Optional[str]:
+    """The score by our protocol for one by a published protocol."""
+    ours = name.removesuffix(f"_{column_of(name).protocol}")
+    return ours if ours != name else None
+
+
+# -- runs ------------------------------------------------------------------------------
+
+
+def settings_of(run: Run) -> dict[str, Any]:
+    """Settings of a run, with those of its identity."""
+    settings = {**run.settings.get("identity", {}), **run.settings}
+    settings.pop("identity", None)
+    return settings
+
+
+def methods_of(run: Run) -> list[str]:
+    """Methods that a run is of."""
+    return list(settings_of(run)["methods"])
+
+
+def list_some(items: Sequence[str]) -> str:
+    """The first items, and how many others there are."""
+    more = f" and {len(items) - NAMED} more" if len(items) > NAMED else ""
+    return ", ".join(items[:NAMED]) + more
+
+
+def _differences(first: Run, second: Run, keys: Sequence[str]) -> str:
+    """Which settings differ, and how."""
+    old, new = (
+        {key: settings_of(run).get(key) for key in keys} for run in (first, second)
+    )
+    return differences(old, new)
+
+
+def folder_names(runs: Sequence[Run]) -> list[str]:
+    """Names of the runs' folders, with as many of their parents as tell them apart."""
+    paths = [run.folder.resolve().parts for run in runs]
+    count = 1
+    while len({path[-count:] for path in paths}) < len(set(paths)):
+        count += 1
+    names = ["/".join(path[-count:]) for path in paths]
+    # bytes that are no text can not be drawn
+    return [name.encode(errors="backslashreplace").decode() for name in names]
+
+
+def _same_data(first: Run, second: Run) -> bool:
+    """Whether samples are of the same data, wherever it is, or further ones of it."""
+    old, new = settings_of(first), settings_of(second)
+    if old.get("manifest") is not None and old["manifest"] == new.get("manifest"):
+        return True
+    places = [os.path.normpath(values.get("data") or "") for values in (old, new)]
+    return places[0] == places[1] and old.get("layout") == new.get("layout")
+
+
+def _merge_samples(runs: Sequence[Run]) -> dict[str, SampleRecord]:
+    """Samples of all runs. What was a problem in one may be none in another."""
+    samples: dict[str, SampleRecord] = {}
+    for run in runs:
+        for name, sample in run.samples.items():
+            known = samples.get(name)
+            if known is None or (known.problem is not None and sample.problem is None):
+                samples[name] = sample
+            elif sample.problem is None:
+                notes = tuple(dict.fromkeys([*known.notes, *sample.notes]))
+                samples[name] = known._replace(notes=notes)
+    return dict(sorted(samples.items()))
+
+
+def group_runs(
+    runs: Sequence[Run], warnings: list[str], messages: list[str]
+) -> list[Group]:
+    """Put comparable runs together."""
+    found: list[list[Run]] = []
+    for run in runs:
+        for members in found:
+            if not _differences(members[0], run, COMPARABLE) and any(
+                _same_data(member, run) for member in members
+            ):
+                members.append(run)
+                break
+        else:
+            found.append([run])
+    names = dict(zip(map(id, runs), folder_names(runs)))
+    groups = [
+        Group(
+            " + ".join(dict.fromkeys(names[id(run)] for run in members)),
+            tuple(members),
+            _merge_samples(members),
+        )
+        for members in found
+    ]
+    for group in groups:
+        first = group.runs[0]
+        for other in group.runs[1:]:
+            what = _differences(first, other, MENTIONED)
+            if what:
+                messages.append(f"{names[id(first)]} and {names[id(other)]} differ in {what}.")
+    for group in groups[1:]:
+        first, other = groups[0].runs[0], group.runs[0]
+        data = () if _same_data(first, other) else ("data", "layout")
+        warnings.append(
+            f"Rows of {group.name} can not be compared with those of {groups[0].name}: the"
+            f" runs differ in {_differences(first, other, (*data, *COMPARABLE))}."
+        )
+    return groups
+
+
+# -- rows ------------------------------------------------------------------------------
+
+
+def _merge_records(
+    runs: Sequence[Run], method: str, messages: list[str]
+) -> tuple[pd.DataFrame, dict[str, str]]:
+    """Sound records of a method in any run, and reasons of problems, by sample."""
+    table = pd.concat([run.records.xs(method, level="method") for run in runs])
+    sound = table["problem"].isna()
+    problems = table["problem"][~sound & ~table.index.isin(table.index[sound])]
+    # another run may have measured something else
+    merged = table[sound].drop(columns="problem").groupby(level=0)
+    scores = merged.first().astype(float)
+    several = merged.nunique().drop(columns=["seconds", "metric_seconds"]) > 1
+    conflicts = int(several.any(axis=1).sum())
+    if conflicts:
+        messages.append(
+            f"{method}: {conflicts} examples have other scores in a further run; those of"
+            " the first are used."
+        )
+    return scores, {str(name): text for name, text in sorted(problems.items())}
+
+
+def _statistics(
+    scores: pd.DataFrame,
+    clusters: Optional[np.ndarray],
+    confidence: float,
+    n_resamples: int,
+) -> pd.DataFrame:
+    """Mean and interval of each score."""
+    # scores that are defined for the same examples are resampled together
+    patterns: dict[bytes, list[str]] = defaultdict(list)
+    for name in scores.columns.drop(["seconds", "metric_seconds"]):
+        valid = scores[name].notna().to_numpy()
+        if valid.any():
+            patterns[valid.tobytes()].append(name)
+    found = {}
+    for names in patterns.values():
+        valid = scores[names[0]].notna().to_numpy()
+        values = scores.loc[valid, names].to_numpy()
+        interval = bootstrap_interval(
+            values,
+            None if clusters is None else clusters[valid],
+            confidence=confidence,
+            n_resamples=n_resamples,
+        )
+        for name, column, low, high in zip(names, values.T, interval.low, interval.high):
+            # this sum is not rounded in between, so it is the same in any order
+            found[name] = (math.fsum(column) / len(column), low, high, len(column))
+    names = ["mean", "low", "high", "examples"]
+    return pd.DataFrame.from_dict(found, orient="index", columns=names)
+
+
+def build_rows(
+    groups: Sequence[Group],
+    confidence: float,
+    clusters: Optional[str],
+    n_resamples: int,
+    messages: list[str],
+) -> list[Row]:
+    """Rows of all groups, each with its controls last."""
+    found: dict[tuple[int, str], list[Run]] = defaultdict(list)
+    for index, group in enumerate(groups):
+        for run in group.runs:
+            for method in run.records.index.unique("method"):
+                found[index, method].append(run)
+    repeated = Counter(method for _, method in found)
+    rows = []
+    for (index, method), members in found.items():
+        name = method
+        if repeated[method] > 1:
+            name = f"{method} ({groups[index].name})"
+        scores, problems = _merge_records(members, method, messages)
+        infinite = int(np.isinf(scores.to_numpy()).sum())
+        if infinite:
+            messages.append(f"{name}: {infinite} infinite scores are left out.")
+        scores = scores.replace([math.inf, -math.inf], math.nan)
+        labels = groups[index].clusters([*scores.index], clusters)
+        statistics = _statistics(scores, labels, confidence, n_resamples)
+        rows.append(
+            Row(
+                name,
+                method,
+                kind_of(method),
+                index,
+                tuple(members),
+                scores,
+                problems,
+                statistics,
+            )
+        )
+    # methods in the order in which they were given, and controls at the end
+    order = [name for group in groups for run in group.runs for name in methods_of(run)]
+    return sorted(
+        rows, key=lambda row: (row.group, row.control, order.index(row.method))
+    )

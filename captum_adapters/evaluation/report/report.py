@@ -1,0 +1,497 @@
+"""Reports on runs of the evaluator: comparisons, and all that there is to say."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import pandas as pd
+
+from captum_adapters.evaluation.methods import stands_for
+from captum_adapters.evaluation.metrics import COLUMNS
+from captum_adapters.evaluation.presets import PRESETS, Preset
+from captum_adapters.evaluation.report.aggregate import (
+    Group,
+    Row,
+    build_rows,
+    column_of,
+    counterpart_of,
+    folder_names,
+    group_runs,
+    protocol_of,
+    settings_of,
+    sign_of,
+    title_of,
+)
+from captum_adapters.evaluation.report.checks import find_gaps, find_warnings
+from captum_adapters.evaluation.report.significance import (
+    Significance,
+    choose_primary,
+    compare_rows,
+)
+from captum_adapters.evaluation.report.tables import (
+    RENDERERS,
+    Table,
+    format_interval,
+    format_number,
+    render_list,
+)
+from captum_adapters.evaluation.store import Run, brief
+from captum_adapters.metrics import Comparison
+from zennit_resnet.messages import one_line
+
+# Number of clusters below which intervals of the bootstrap are clearly too narrow
+FEW_CLASSES = 20
+# Examples that are named of each problem, and different problems that are listed
+EXAMPLES = 5
+REASONS = 20
+STATISTICS = ("mean", "low", "high", "examples")
+
+
+class Report(NamedTuple):
+    """Result of :func:`captum_adapters.evaluation.summarize`.
+
+    Attributes:
+
+        groups (tuple[Group]): Groups of comparable runs.
+        rows (tuple[Row]): Methods of each group, followed by its controls.
+        columns (tuple[str]): Names of the scores that any method has.
+        primary (str or None): Name of the score by which methods are compared.
+        confidence (float): Level of confidence of intervals.
+        clusters (str or None): `"class"` if whole classes were resampled.
+        significance (tuple[Significance]): Comparisons with a baseline by group.
+        warnings (tuple[str]): What may mislead.
+        messages (tuple[str]): What is missing, or was left out.
+        presets (tuple[Preset]): What papers have printed.
+    """
+
+    groups: tuple[Group, ...]
+    rows: tuple[Row, ...]
+    columns: tuple[str, ...]
+    primary: Optional[str]
+    confidence: float
+    clusters: Optional[str]
+    significance: tuple[Significance, ...]
+    warnings: tuple[str, ...]
+    messages: tuple[str, ...]
+    presets: tuple[Preset, ...] = ()
+
+    @property
+    def runs(self) -> list[Run]:
+        """All runs."""
+        return [run for group in self.groups for run in group.runs]
+
+    def frame(self) -> pd.DataFrame:
+        """All means with their intervals and numbers of examples, a row for a method."""
+        wanted = [f"{name} {what}" for name in self.columns for what in STATISTICS]
+        lines = []
+        for row in self.rows:
+            means = row.statistics.stack()
+            means.index = [f"{name} {what}" for name, what in means.index]
+            line = {
+                "run": self.groups[row.group].name,
+                "method": row.name,
+                "kind": row.kind,
+                "examples": len(row.scores),
+                "problems": len(row.problems),
+                "seconds": row.seconds,
+            }
+            lines.append({**line, **means.reindex(wanted)})
+        counts = [name for name in wanted if name.endswith(" examples")]
+        return pd.DataFrame(lines).fillna(dict.fromkeys(counts, 0)).astype(
+            dict.fromkeys(counts if lines else (), int)
+        )
+
+    # -- tables
+
+    def _keys(self, row: Row) -> dict[str, str]:
+        """First cells of a row."""
+        group = {"Run": self.groups[row.group].name} if len(self.groups) > 1 else {}
+        return {**group, "Method": row.name, "Kind": row.kind}
+
+    def _table(self, title: str, cells: list[dict[str, str]], note: str = "") -> Table:
+        """A table of all rows, but for those without any cell."""
+        kept = [
+            {**self._keys(row), **line} for row, line in zip(self.rows, cells) if line
+        ]
+        texts = 3 if len(self.groups) > 1 else 2
+        return Table(title, pd.DataFrame(kept).fillna(""), note, texts)
+
+    def results(self) -> list[Table]:
+        """Tables of the means: insertion and deletion by our protocol and by published
+        ones, other scores, and what it took to get them."""
+        if not self.rows:
+            return []
+        topics: dict[str, list[str]] = {}
+        for name in self.columns:
+            topic = column_of(name).topic
+            if topic == column_of("id").topic:
+                topic = f"{topic}, {protocol_of(name)}"
+            topics.setdefault(topic, []).append(name)
+        resampled = " of classes" if self.clusters else ""
+        note = f"Means with {100 * self.confidence:g} % bootstrap intervals{resampled}."
+        found = []
+        for topic, names in topics.items():
+            notes = [note] if any(map(sign_of, names)) else []
+            table = self._table(
+                topic,
+                [
+                    {
+                        title_of(name): self._cell(row, name)
+                        for name in names
+                        if {*names} & {*row.statistics.index}
+                    }
+                    for row in self.rows
+                ],
+                " ".join(notes + self._counts(names)),
+            )
+            found.append(table._replace(marks=self._marks(table, names)))
+        cells = [
+            {
+                "Examples": str(len(row.scores)),
+                "Problems": str(len(row.problems)),
+                "Seconds per image": format_number(row.seconds),
+            }
+            for row in self.rows
+        ]
+        return [*found, self._table("Examples and time", cells)]
+
+    def _cell(self, row: Row, name: str) -> str:
+        """A mean, with its interval unless it is for information only."""
+        if name not in row.statistics.index:
+            return ""
+        mean, low, high, _ = row.statistics.loc[name]
+        return format_interval(mean, low, high) if sign_of(name) else format_number(mean)
+
+    def _marks(self, table: Table, names: Sequence[str]) -> pd.DataFrame:
+        """Which means are the best of all methods, or of controls that are as good."""
+        marks = pd.DataFrame("", table.frame.index, table.frame.columns)
+        rows = {row.name: row for row in self.rows}
+        for place, text in enumerate(table.frame["Method"]):
+            row = rows[text]
+            for name in filter(sign_of, names):
+                means = [
+                    sign_of(name) * other.mean(name)
+                    for other in self.rows
+                    if other.group == row.group and not other.control
+                ]
+                best = max((mean for mean in means if not math.isnan(mean)), default=math.nan)
+                if sign_of(name) * row.mean(name) >= best:
+                    marks.loc[place, title_of(name)] = "above" if row.control else "best"
+        return marks
+
+    def _counts(self, names: Sequence[str]) -> list[str]:
+        """Sentences on scores that are not defined for some of the examples."""
+        sentences = []
+        for name in names:
+            rows = [row for row in self.rows if name in row.statistics.index]
+            counts = [int(row.statistics.at[name, "examples"]) for row in rows]
+            sizes = [len(row.scores) for row in rows]
+            if counts != sizes:
+                low, high = min(counts), max(counts)
+                span = str(low) if low == high else f"{low} to {high}"
+                title = column_of(name).title
+                sentences.append(f"{title} is defined for {span} of {max(sizes)} examples.")
+        return sentences
+
+    def comparisons(self) -> list[Table]:
+        """Tables of the significance of differences."""
+        found = []
+        for item in self.significance:
+            where = f" ({self.groups[item.group].name})" if len(self.groups) > 1 else ""
+            frame = pd.DataFrame(
+                {
+                    "Method": result.method,
+                    "Examples": str(result.num_examples),
+                    "Mean": format_number(result.mean),
+                    "Difference": format_interval(
+                        result.difference, result.low, result.high
+                    ),
+                    "p (Holm)": "< 0.001"
+                    if result.p_holm < 0.001
+                    else format_number(result.p_holm),
+                }
+                for result in item.results
+            )
+            baseline = next(row for row in self.rows if row.name == item.baseline)
+            mean = format_number(baseline.mean(item.column))
+            found.append(
+                Table(
+                    f"{column_of(item.column).title} compared with {item.baseline}{where}",
+                    frame,
+                    f"Paired differences to {item.baseline} ({mean}) on the examples for"
+                    f" which both have a score, {100 * self.confidence:g} % bootstrap"
+                    " intervals, and p-values of permutation tests, corrected for"
+                    f" {len(item.results)} comparisons.",
+                )
+            )
+        return found
+
+    def printed(self) -> list[Table]:
+        """Tables of papers' figures beside those that were measured here."""
+        return [self._printed(preset) for preset in self.presets if self.rows]
+
+    def _printed(self, preset: Preset) -> Table:
+        """The table of a paper."""
+        lines = []
+        for method, title in preset.rows.items():
+            figures = preset.printed.get(method, {})
+            rows: list[Optional[Row]] = [
+                row for row in self.rows if stands_for(row.method, method)
+            ]
+            for row in rows or [None]:
+                line = {"Method": f"{title}: {method if row is None else row.name}"}
+                for name in preset.columns:
+                    known, ours = title_of(name), counterpart_of(name)
+                    values = {f"{known} printed": figures.get(name, math.nan)}
+                    if not any(name in each for each in preset.printed.values()):
+                        values = {}
+                    protocol = "our protocol" if ours is None else "as published"
+                    for text, score in ((protocol, name), ("our protocol", ours)):
+                        if score is not None:
+                            mean = math.nan if row is None else row.mean(score)
+                            values[f"{known} here, {text}"] = mean
+                    line.update({key: format_number(each) for key, each in values.items()})
+                lines.append(line)
+        return Table(preset.title, pd.DataFrame(lines), preset.about)
+
+    def problems(self) -> list[Table]:
+        """The table of what was left out, by reason."""
+        found: list[tuple[str, str, str]] = []
+        for group in self.groups:
+            for name, sample in group.samples.items():
+                if sample.problem is not None:
+                    found.append(("left out", sample.problem, name))
+                found += [("note", note, name) for note in sample.notes]
+        for row in self.rows:
+            what = f"no values of {row.name}"
+            found += [(what, reason, name) for name, reason in row.problems.items()]
+        if not found:
+            return []
+        frame = pd.DataFrame(found, columns=["What", "Reason", "Such as"]).map(one_line)
+        groups = frame.groupby(["What", "Reason"])["Such as"]
+        frame = groups.agg([_name_some, "size"]).reset_index()
+        frame = frame.sort_values("size", ascending=False, kind="stable")
+        frame.columns = ["What", "Reason", "Such as", "Number"]
+        others = frame.iloc[REASONS:]
+        frame = frame.iloc[:REASONS].reset_index(drop=True)
+        if len(others):
+            reasons = f"{len(others)} other reasons"
+            frame.loc[REASONS] = ["others", reasons, "", others["Number"].sum()]
+        return [Table("Problems and notes", frame.astype(str), texts=3)]
+
+    def settings(self) -> Table:
+        """The table of the runs' settings."""
+        settings = [settings_of(run) for run in self.runs]
+        keys = dict.fromkeys(key for values in settings for key in values)
+        # shown apart, and a repetition
+        for key in ("command", "evaluation"):
+            keys.pop(key, None)
+        lines = [
+            [key, *(brief(values.get(key), 2000) for values in settings)] for key in keys
+        ]
+        frame = pd.DataFrame(lines, columns=["Setting", *folder_names(self.runs)])
+        return Table("Settings", frame, texts=len(frame.columns))
+
+    # -- output
+
+    def table(self, format: str = "terminal") -> str:
+        """Means of all methods.
+
+        Args:
+
+            format (str, optional): `"terminal"`, `"markdown"`, `"latex"` for the package
+                    booktabs, or `"csv"`: one table with all columns and digits.
+                    Default: `"terminal"`
+
+        Returns:
+            str: The tables.
+
+        Raises:
+            ValueError: If the format is unknown.
+        """
+        if format == "csv":
+            return self.frame().to_csv(index=False)
+        if format not in RENDERERS:
+            known = ", ".join([*RENDERERS, "csv"])
+            raise ValueError(f"format={format!r} is not one of {known}.")
+        if not self.rows:
+            return f"{'% ' if format == 'latex' else ''}There are no records to report.\n"
+        shown = self.results() + self.printed()
+        return "\n".join(RENDERERS[format](table) for table in shown)
+
+    def text(self, format: str = "terminal") -> str:
+        """All that the report says: tables, warnings, messages, comparisons, problems.
+
+        Args:
+
+            format (str, optional): `"terminal"` or `"markdown"`.
+                    Default: `"terminal"`
+
+        Raises:
+            ValueError: If the format is another one.
+        """
+        if format not in ("terminal", "markdown"):
+            raise ValueError(f"format={format!r} is not one of terminal, markdown.")
+        parts = [self.table(format)]
+        for title, lines in (("Warnings", self.warnings), ("Messages", self.messages)):
+            if lines:
+                parts.append(render_list(title, lines, format))
+        parts += map(RENDERERS[format], self.comparisons() + self.problems())
+        return "\n".join(parts)
+
+    def significance_csv(self) -> str:
+        """All comparisons with all digits."""
+        lines = [
+            [self.groups[item.group].name, item.column, *result]
+            for item in self.significance
+            for result in item.results
+        ]
+        columns = ["run", "column", *Comparison._fields]
+        return pd.DataFrame(lines, columns=columns).to_csv(index=False)
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write the report to files. The same records give the same files.
+
+        Args:
+
+            folder (Path): Where to. It is made if there is none. Files of an earlier
+                    report are replaced.
+
+        Returns:
+            list[Path]: What was written: `report.html`, the tables, and the pictures if
+            there is anything to see.
+        """
+        # drawing takes long to import
+        from captum_adapters.evaluation.report import figures
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        curves = figures.draw_curves(self)
+        texts = {
+            "report.html": figures.make_page(self, curves),
+            "report.md": self.text("markdown"),
+            "table.md": self.table("markdown"),
+            "table.csv": self.table("csv"),
+            "table.tex": self.table("latex"),
+            "significance.csv": self.significance_csv(),
+        }
+        files: dict[str, bytes] = {
+            # paths may have bytes that are no text
+            **{name: text.encode(errors="replace") for name, text in texts.items()},
+            **{f"curves_{name}.png": curve.data for name, curve in curves.items()},
+        }
+        montage = figures.draw_montage(self)
+        if montage is not None:
+            files["montage.png"] = montage
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+        return [folder / name for name in files]
+
+
+def _name_some(names: "pd.Series[str]") -> str:
+    """The first names."""
+    return ", ".join(names[:EXAMPLES]) + ", …" * (len(names) > EXAMPLES)
+
+
+def summarize(
+    runs: Sequence[Run],
+    *,
+    baseline: Optional[str] = None,
+    primary: str = "id",
+    confidence: float = 0.95,
+    clusters: Optional[str] = None,
+    presets: Optional[Sequence[Preset]] = None,
+    n_resamples: Optional[int] = None,
+) -> Report:
+    """Put the records of runs together.
+
+    Runs of other methods on the same data, or of the same methods on further samples of
+    it, are merged. Runs that differ in data, model or options are reported side by side,
+    and not compared.
+
+    Args:
+
+        runs (sequence of Run): The runs, see
+                :func:`captum_adapters.evaluation.read_run`.
+        baseline (str, optional): Name of the method that others are compared with. By
+                default, it is the best one by the primary score that is neither ours nor
+                a control, of those with at least half as many examples as any other.
+                Default: None
+        primary (str, optional): Name of the score by which methods are compared. If
+                there is no `"id"`, it is the first one there is.
+                Default: `"id"`
+        confidence (float, optional): Level of confidence of intervals.
+                Default: 0.95
+        clusters (str, optional): `"class"` to resample whole classes instead of
+                examples, for intervals that hold for other classes too.
+                Default: None
+        presets (sequence of Preset, optional): What papers have printed, to be shown
+                beside the scores, see :data:`captum_adapters.evaluation.PRESETS`. By
+                default, the presets that the runs name.
+                Default: None
+        n_resamples (int, optional): Number of resamples of intervals and tests. By
+                default, it is 9999 for up to 10,000 examples, and less for more, where
+                intervals vary little, but not less than 1999.
+                Default: None
+
+    Returns:
+        Report: The means, comparisons and warnings, to be shown or written.
+
+    Raises:
+        ValueError: If there are no runs, or an argument is not among what there is.
+    """
+    if not runs:
+        raise ValueError("There are no runs: give the folder of one or more.")
+    if clusters not in (None, "none", "class"):
+        raise ValueError(f"clusters={clusters!r} is not one of 'class' and 'none'.")
+    clusters = None if clusters == "none" else clusters
+    warnings: list[str] = []
+    messages: list[str] = []
+    groups = group_runs(runs, warnings, messages)
+    if n_resamples is None:
+        largest = max(len(group.samples) for group in groups)
+        n_resamples = max(1999, min(9999, 10**8 // max(largest, 1)))
+    rows = build_rows(groups, confidence, clusters, n_resamples, messages)
+    messages[:0] = find_gaps(groups, rows)
+    known = {name: None for row in rows for name in row.statistics.index}
+    names = [*filter(known.__contains__, COLUMNS), *sorted(set(known) - set(COLUMNS))]
+    chosen = choose_primary(rows, primary, messages)
+    significance = compare_rows(
+        groups,
+        rows,
+        chosen,
+        baseline,
+        clusters,
+        messages,
+        confidence=confidence,
+        n_resamples=n_resamples,
+    )
+    warnings += find_warnings(groups, rows)
+    for group in groups if clusters else ():
+        labels = {sample.label for sample in group.samples.values()} - {None}
+        if not labels:
+            messages.append(f"{group.name} has no labels, so examples are resampled.")
+        elif len(labels) < FEW_CLASSES:
+            warnings.append(
+                f"Intervals of {group.name} are from {len(labels)} classes: they are too"
+                " narrow, as there are so few."
+            )
+    if presets is None:
+        asked = dict.fromkeys(name for run in runs for name in run.settings["preset"])
+        presets = [PRESETS[name] for name in asked if name in PRESETS]
+        unknown = ", ".join(name for name in asked if name not in PRESETS)
+        if unknown:
+            messages.append(f"There are no printed figures of the preset {unknown}.")
+    return Report(
+        tuple(groups),
+        tuple(rows),
+        tuple(names),
+        chosen,
+        confidence,
+        clusters,
+        tuple(significance),
+        tuple(dict.fromkeys(warnings)),
+        tuple(dict.fromkeys(messages)),
+        tuple(presets),
+    )

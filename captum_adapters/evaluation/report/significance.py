@@ -1,0 +1,123 @@
+"""Methods of each group compared with the best baseline."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+
+from captum_adapters.evaluation.metrics import COLUMNS
+from captum_adapters.evaluation.report.aggregate import Group, Row, sign_of
+from captum_adapters.metrics import Comparison, compare
+
+
+class Significance(NamedTuple):
+    """All methods of a group compared with one of them.
+
+    Attributes:
+
+        group (int): Index of the group.
+        column (str): Name of the score.
+        baseline (str): Name of the row that others are compared with.
+        results (tuple[Comparison]): The comparisons.
+    """
+
+    group: int
+    column: str
+    baseline: str
+    results: tuple[Comparison, ...]
+
+
+def choose_primary(
+    rows: Sequence[Row], primary: str, messages: list[str]
+) -> Optional[str]:
+    """The score by which methods are compared."""
+    known = [name for name in COLUMNS if any(name in row.statistics.index for row in rows)]
+    directed = [name for name in known if sign_of(name)]
+    if primary in directed:
+        return primary
+    if not rows:
+        return None
+    if primary != "id":
+        raise ValueError(
+            f"primary={primary!r} is not a score of these runs that is better when higher or"
+            f" lower. There are {', '.join(directed) or 'none'}."
+        )
+    if not directed:
+        messages.append(
+            "No score is better when higher or lower, so nothing is compared."
+        )
+        return None
+    messages.append(f"There is no score id, so methods are compared by {directed[0]}.")
+    return directed[0]
+
+
+def _choose_baseline(
+    rows: Sequence[Row], primary: str, baseline: Optional[str], messages: list[str]
+) -> Optional[Row]:
+    """What others are compared with, None if it is not in this group."""
+    if baseline is not None:
+        return next((row for row in rows if baseline in (row.name, row.method)), None)
+    candidates = [row for row in rows if row.kind == "baseline"]
+    if not candidates:
+        candidates = [row for row in rows if row.control]
+        if candidates and len(rows) > 1:
+            messages.append(
+                "There is no method of others to compare with, so methods are compared with"
+                " the best control. Choose another one with --baseline."
+            )
+    # the best one of few examples may be so by chance
+    counts = {row.name: row.statistics.at[primary, "examples"] for row in candidates}
+    most = max(counts.values(), default=0)
+    return max(
+        (row for row in candidates if 2 * counts[row.name] >= most),
+        key=lambda row: sign_of(primary) * row.mean(primary),
+        default=None,
+    )
+
+
+def compare_rows(
+    groups: Sequence[Group],
+    rows: Sequence[Row],
+    primary: Optional[str],
+    baseline: Optional[str],
+    clusters: Optional[str],
+    messages: list[str],
+    **options: Any,
+) -> list[Significance]:
+    """Compare the methods of each group with the best baseline."""
+    if primary is None:
+        return []
+    names = {name for row in rows for name in (row.name, row.method)}
+    if baseline is not None and baseline not in names:
+        raise ValueError(
+            f"baseline={baseline!r} is not among the methods"
+            f" {', '.join(row.name for row in rows)}."
+        )
+    found = []
+    for index, group in enumerate(groups):
+        members = [
+            row for row in rows if row.group == index and primary in row.statistics.index
+        ]
+        other = _choose_baseline(members, primary, baseline, messages)
+        if len(members) < 2 or other is None:
+            if members:
+                messages.append(
+                    f"Nothing to compare in {group.name}: it needs a baseline and a method."
+                )
+            continue
+        samples = other.of(primary).index
+        scores = {}
+        for row in members:
+            values = row.of(primary).reindex(samples).to_numpy()
+            if np.isnan(values).all():
+                messages.append(
+                    f"{row.name} has {primary} of no example that {other.name} has it of."
+                )
+                continue
+            scores[row.name] = values
+        if len(scores) < 2:
+            continue
+        labels = group.clusters([*samples], clusters)
+        results = compare(scores, other.name, labels, **options)
+        found.append(Significance(index, primary, other.name, tuple(results)))
+    return found

@@ -1,0 +1,192 @@
+"""Tables of texts, as plain text, Markdown and LaTeX."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Optional
+
+import pandas as pd
+
+# Width of a terminal
+WIDTH = 100
+KEY_WIDTH = 36
+MARKED = "Bold: best method; !: control that is as good as that or better."
+
+
+class Table(NamedTuple):
+    """A table of texts.
+
+    Attributes:
+
+        title (str): Its title.
+        frame (DataFrame): Texts.
+        note (str): What to know about it.
+        texts (int): Number of columns at the beginning that are no numbers.
+        marks (DataFrame or None): For cells, `"best"`, `"above"` (better, but a control)
+                or nothing.
+    """
+
+    title: str
+    frame: pd.DataFrame
+    note: str = ""
+    texts: int = 1
+    marks: Optional[pd.DataFrame] = None
+
+    @property
+    def marked(self) -> bool:
+        """Whether there is anything to explain about marks."""
+        return self.marks is not None and bool((self.marks != "").any(axis=None))
+
+    @property
+    def explained(self) -> str:
+        """The note, with what marks mean."""
+        return " ".join([self.note, MARKED if self.marked else ""]).strip()
+
+    @property
+    def align(self) -> list[str]:
+        """Alignment of columns."""
+        numbers = len(self.frame.columns) - self.texts
+        return ["left"] * self.texts + ["right"] * numbers
+
+    def with_marks(
+        self, best: str, above: str, escape: Callable[[str], str]
+    ) -> pd.DataFrame:
+        """The texts, with marks around them."""
+        texts = self.frame.map(escape).to_numpy(object)
+        patterns = {"best": best, "above": above}
+        if self.marks is not None:
+            marks = self.marks.to_numpy(object)
+            for place in zip(*(marks != "").nonzero()):
+                texts[place] = patterns[marks[place]].format(texts[place])
+        return pd.DataFrame(texts, columns=self.frame.columns)
+
+
+def format_number(value: float, like: Optional[float] = None) -> str:
+    """A number with about three digits, or as many as another one has."""
+    if math.isnan(value):
+        return "–"
+    size = abs(value if like is None else like)
+    if size != 0 and not 5e-4 <= size < 1e6:
+        return f"{value:.2e}"
+    digits = 3 if size < 10 else 2 if size < 100 else 1 if size < 1000 else 0
+    text = f"{value:.{digits}f}"
+    # no negative zero
+    return text[1:] if text.startswith("-") and not float(text) else text
+
+
+def format_interval(mean: float, low: float, high: float) -> str:
+    """A mean with its interval, if there is one."""
+    text = format_number(mean)
+    if math.isnan(low):
+        return text
+    return f"{text} [{format_number(low, mean)}, {format_number(high, mean)}]"
+
+
+def wrap(text: str, width: int) -> str:
+    """Lines of a text, which is broken where names of methods and files have a joint."""
+    lines = [""]
+    for part in re.findall(rf"[^ ,:+/]{{0,{width - 1}}}[ ,:+/]?|.", text):
+        if len(lines[-1] + part.rstrip()) > width and lines[-1]:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def escape_markdown(text: str) -> str:
+    """Text that is not taken for markup."""
+    text = re.sub(r"([\\|*<`])", r"\\\1", " ".join(text.split()))
+    return text.replace("](", "]\\(")
+
+
+def to_text(table: Table) -> str:
+    """A table as plain text, in parts if it is too wide."""
+    width = KEY_WIDTH if table.texts < len(table.frame.columns) else 40
+    frame = table.with_marks("*{}", "!{}", lambda text: wrap(text, width))
+    frame.columns = [wrap(title, 22) for title in frame.columns]
+    widths = [
+        2 + max(len(line) for text in [name, *frame[name]] for line in text.split("\n"))
+        for name in frame
+    ]
+    keys = [*range(table.texts)]
+    parts: list[list[int]] = [[*keys]]
+    for number in range(table.texts, len(widths)):
+        if sum(widths[each] for each in (*parts[-1], number)) > WIDTH and parts[-1] != keys:
+            parts.append([*keys])
+        parts[-1].append(number)
+    texts = [
+        frame.iloc[:, part].to_markdown(
+            index=False,
+            tablefmt="simple",
+            disable_numparse=True,
+            colalign=[table.align[number] for number in part],
+        )
+        for part in parts
+    ]
+    note = table.explained.replace("Bold:", "*:")
+    return "\n\n".join([table.title, *texts, *([note] if note else [])]) + "\n"
+
+
+def to_markdown(table: Table) -> str:
+    """A table as GitHub's Markdown."""
+    frame = table.with_marks("**{}**", "{} !", escape_markdown)
+    text = frame.rename(columns=escape_markdown).to_markdown(
+        index=False, disable_numparse=True, colalign=table.align
+    )
+    note = escape_markdown(table.explained)
+    parts = [f"### {escape_markdown(table.title)}", text, *([note] if note else [])]
+    return "\n\n".join(parts) + "\n"
+
+
+LATEX = {
+    **{char: f"\\{char}" for char in "&%$#_{}"},
+    "\\": "\\textbackslash{}",
+    "~": "\\textasciitilde{}",
+    "^": "\\textasciicircum{}",
+    "<": "$<$",
+    ">": "$>$",
+    "↑": "$\\uparrow$",
+    "↓": "$\\downarrow$",
+    "³": "$^3$",
+    "α": "$\\alpha$",
+    "β": "$\\beta$",
+    "γ": "$\\gamma$",
+    "ε": "$\\varepsilon$",
+    "−": "$-$",
+    "–": "--",
+    "…": "\\ldots{}",
+}
+
+
+def escape_latex(text: str) -> str:
+    """Text that is not taken for commands, with minus signs before numbers."""
+    text = "".join(LATEX.get(char, char) for char in " ".join(text.split()))
+    text = re.sub(r"(?<![\w-])-(?=\d)", "$-$", text)
+    # at the beginning of a row, it would be taken for an option
+    return f"{{}}{text}" if text.startswith("[") else text
+
+
+def to_latex(table: Table) -> str:
+    """A table for the package booktabs."""
+    frame = table.with_marks("\\textbf{{{}}}", "{} !", escape_latex)
+    frame.columns = [escape_latex(title) for title in frame.columns]
+    return frame.to_latex(
+        index=False,
+        caption=escape_latex(f"{table.title}. {table.explained}".strip()),
+        column_format="".join(side[0] for side in table.align),
+    )
+
+
+RENDERERS: dict[str, Callable[[Table], str]] = {
+    "terminal": to_text,
+    "markdown": to_markdown,
+    "latex": to_latex,
+}
+
+
+def render_list(title: str, lines: Sequence[str], format: str) -> str:
+    """Sentences under a title, for the terminal or as Markdown."""
+    if format == "markdown":
+        items = [f"- {escape_markdown(line)}" for line in lines]
+        return "\n".join([f"### {title}", "", *items]) + "\n"
+    items = [f"- {line}" for line in lines]
+    return "\n".join([f"{title}:", *items]) + "\n"

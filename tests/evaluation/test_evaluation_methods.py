@@ -1,0 +1,107 @@
+'''Methods of the evaluator by name: all give maps, and leave the network as it was.'''
+import pytest
+import torch
+from helpers.evaluation import SIZE
+
+from captum_adapters.evaluation import PRESETS, Method
+from captum_adapters.evaluation.methods import Context, find_entries, kind_of
+from zennit_resnet.methods import Method as Grammar
+from zennit_resnet.methods import split_names
+from zennit_resnet.models import load_classifier
+
+
+@pytest.fixture(scope='module')
+def context(assets):
+    '''A small network.'''
+    return Context(load_classifier('resnet18', str(assets / 'net.pt'), SIZE), forward_batch=16)
+
+
+# composites but for gradients
+RELEVANCE = {name for name, entry in find_entries().items() if entry.composite is not None} | {'input_x_gradient'}
+RELEVANCE -= {'beta_smooth', 'deconvnet'}
+
+
+@pytest.mark.parametrize('name', sorted({
+    *(name for preset in PRESETS.values() for name in preset.rows), *find_entries(),
+    'epsilon_plus_flat+ratio', 'epsilon_plus+symmetric+abs+c1c', 'relative_lrp+abs', 'lrp_gamma_0.25+ratio+quantize4',
+    'rise:n_masks=8,grid_size=4', 'grad_cam:relu=False', 'beta_smooth',
+} - {'abn'}))
+def test_method(name, context):
+    '''All methods of presets, and all there are, give maps, and leave the network as it was.'''
+    if name.startswith('score_cam'):
+        pytest.importorskip('torchcam')
+    text = 'rise:n_masks=8' if name == 'rise' else name
+    torch.manual_seed(1)
+    # within the range of photographs, for methods that are given it
+    images = torch.randn(2, 3, SIZE, SIZE).clamp(-1.8, 2.2)
+    model = context.classifier.model
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        output = model(images)
+    explainer = Method(text).create(context)
+    attributed = explainer.attribute(images, output.argmax(1), output, ['a', 'b'])
+    maps, total, initial = explainer.process(attributed.maps), attributed.total, attributed.initial
+    assert maps.shape == (2, SIZE, SIZE)
+    assert not maps.requires_grad
+    if 'lrp_' not in name or name.startswith('resnet_lrp'):
+        assert maps.isfinite().all()
+    if name.startswith('resnet_lrp') and 'drop' not in name:
+        torch.testing.assert_close(total, initial, rtol=1e-4, atol=0)
+    # sensitivities are no relevance that could be conserved
+    assert (total is not None) == (initial is not None) == (explainer.method.name in RELEVANCE)
+    with torch.no_grad():
+        assert torch.equal(model(images), output)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert not any(module._forward_hooks or module._backward_hooks for module in model.modules())
+
+
+def test_kinds():
+    '''Methods are ours, baselines or controls.'''
+    assert {name: kind_of(name) for name in (
+        'resnet_lrp_ratio:maxpool=average+c3', 'relative_lrp', 'block_lrp', 'epsilon_plus+ratio', 'epsilon_plus+zennit',
+        'grad_cam', 'lrp_0', 'random', 'sobel+c3', 'guided_backprop+ratio',
+    )} == {
+        'resnet_lrp_ratio:maxpool=average+c3': 'ours', 'relative_lrp': 'ours', 'block_lrp': 'ours',
+        'epsilon_plus+ratio': 'ours', 'epsilon_plus+zennit': 'baseline', 'grad_cam': 'baseline', 'lrp_0': 'baseline',
+        'random': 'control', 'sobel+c3': 'control', 'guided_backprop+ratio': 'baseline',
+    }
+
+
+def test_controls(context):
+    '''Random maps depend on the sample alone, Gaussians are centred, and edges are where brightness changes.'''
+    images = torch.zeros(3, 3, SIZE, SIZE)
+    images[:, :, :, SIZE // 2:] = 1
+    output = torch.zeros(3, 3)
+    target = output.argmax(1)
+
+    def maps(name, names=('a', 'b', 'a')):
+        return Method(name).create(context)(images, target, output, names)
+
+    noise = maps('random')
+    assert torch.equal(noise[0], noise[2])
+    assert not torch.equal(noise[0], noise[1])
+    assert torch.equal(noise[1], maps('random', 'bca')[0])
+    assert not torch.equal(noise, maps('random:seed=1'))
+    bump = maps('gaussian')[0]
+    torch.testing.assert_close(bump, bump.flip(0).flip(1))
+    assert bump.argmax() in (SIZE * SIZE // 2 + SIZE // 2 - SIZE - 1 + offset for offset in (0, 1, SIZE, SIZE + 1))
+    edges = maps('sobel')[0]
+    assert edges[:, SIZE // 2 - 1:SIZE // 2 + 1].min() > 0.9
+    assert edges[:, :SIZE // 2 - 1].abs().max() < 1e-6
+    assert edges[:, SIZE // 2 + 1:].abs().max() < 1e-6
+    assert torch.equal(maps('constant'), torch.ones(3, SIZE, SIZE))
+
+
+def test_one_grammar():
+    '''Names of methods mean the same on both command lines.'''
+    names = 'resnet_lrp_ratio:first_layer=ones,maxpool=avg2x2+abs+quantize8,epsilon_plus+ratio,lrp_gamma_0.25'
+    assert split_names(names) == [
+        'resnet_lrp_ratio:first_layer=ones,maxpool=avg2x2+abs+quantize8', 'epsilon_plus+ratio', 'lrp_gamma_0.25'
+    ]
+    for name in split_names(names):
+        first, second = Method(name), Grammar(name)
+        assert {**vars(first), 'entry': None} == {**vars(second), 'entry': None} and first.kind == second.kind
+    ratio = Method(split_names(names)[0])
+    assert ratio.options == {'first_layer': 'ones', 'maxpool': 'avg2x2'} and ratio.levels == 8 and ratio.magnitude
+    assert ratio.attribution == 'resnet_lrp_ratio:first_layer=ones,maxpool=avg2x2'
+    assert set(Grammar.entries()) - {'input_x_gradient'} <= set(Method.entries())

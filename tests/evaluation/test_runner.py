@@ -1,0 +1,592 @@
+'''The loop of an evaluation: resuming, processes, problems, and what is refused.'''
+import importlib.metadata
+import io
+import json
+import math
+import os
+import re
+import shutil
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from helpers.evaluation import CLASSES, METHODS, SIZE, assert_same, run, setting
+from PIL import Image
+from torchvision.models import resnet18
+
+from captum_adapters.attr import CompositeAttribution
+from captum_adapters.evaluation import COLUMNS, Process, RunError, computation, evaluate, read_run, runner, summarize
+from captum_adapters.evaluation.methods import Explainer
+from captum_adapters.metrics import insertion_deletion
+from zennit_resnet.models import load_classifier
+from zennit_resnet.postprocess import heat_quantization
+
+
+def test_records(whole, assets):
+    '''There is a record for each sample and method, with the values of the metrics.'''
+    methods = (*METHODS, 'random', 'constant', 'gaussian', 'sobel')
+    sample_names = sorted(f'{name}/{number}.png' for name in CLASSES for number in range(4))
+    assert list(whole.samples) == sample_names
+    assert set(whole.records.index) == {(sample, method) for sample in sample_names for method in methods}
+    assert whole.messages == []
+    assert whole.settings['identity']['methods'] == list(methods)
+    assert whole.records['problem'].isna().all()
+
+    classifier = load_classifier('resnet18', str(assets / 'net.pt'), SIZE)
+    sample = sample_names[5]
+    with Image.open(assets / 'images' / sample) as image:
+        input = classifier.transform(image)[None]
+    output = classifier.model(input).detach()
+    target = output.argmax(1)
+    known = whole.samples[sample]
+    assert known.label == 1
+    assert known.target == known.prediction == int(target)
+    assert known.probability == pytest.approx(float(output.softmax(1)[0, target]), abs=1e-6)
+    relevance = CompositeAttribution(classifier.model, initial_relevance='softmax').attribute(input, target)
+    heat = relevance.sum(1)
+    for method, maps in (('resnet_lrp_ratio', heat), ('resnet_lrp_ratio+quantize8', heat_quantization(heat))):
+        values, drawn = whole.records.loc[(sample, method)], whole.curves.loc[(sample, method)]
+        black = classifier.bounds()[0]
+        default = insertion_deletion(
+            classifier.model, input, maps, black, target, protocol='keio', ties='nearest', step=1024
+        )
+        published = insertion_deletion(classifier.model, input, maps, black, target, protocol='keio', step=1024)
+        for name, expected in {
+            'insertion': default.insertion, 'deletion': default.deletion, 'id': default.id_score,
+            'insertion_keio': published.insertion, 'deletion_keio': published.deletion,
+            'id_keio': published.id_score, 'relevance_sum': relevance.sum(),
+            'initial': output.softmax(1)[0, target], 'score_full': default.score_full,
+        }.items():
+            assert values[name] == pytest.approx(float(expected), abs=2e-5), (method, name)
+        # values that are equal may differ by rounding
+        assert values['tied_share'] == pytest.approx(float(default.tied_share), abs=5e-3)
+        assert values['distinct_levels'] == pytest.approx(float(default.distinct_levels), abs=5)
+        assert abs(values['gap']) < 1e-4
+        np.testing.assert_allclose(drawn['insertion'], default.insertion_curve[0], atol=2e-5)
+        np.testing.assert_allclose(drawn['fractions'], default.fractions[0], atol=1e-6)
+        assert values['seconds'] > 0
+        assert values['metric_seconds'] > 0
+        np.testing.assert_array_equal(whole.heatmaps[sample, method], (maps[0] / maps.abs().max() * 127).round())
+    assert whole.records.loc[(sample, 'resnet_lrp_ratio+quantize8'), 'distinct_levels'] <= 8
+    assert math.isnan(whole.records.loc[(sample, 'random'), 'gap'])
+    constant = whole.records.loc[(sample, 'constant')]
+    assert constant['id'] == pytest.approx(0, abs=1e-6)
+    assert constant['id_keio'] == pytest.approx(constant['score_full'] - constant['score_blank'], abs=1e-6)
+    assert set(whole.records) - {'problem', 'seconds', 'metric_seconds'} <= set(COLUMNS)
+    with Image.open(io.BytesIO(known.picture)) as picture:
+        assert picture.size == (SIZE, SIZE)
+
+
+@pytest.mark.parametrize('world', [2, 3])
+def test_processes(assets, whole, tmp_path, world):
+    '''Several processes write the same records as one.'''
+    for rank in range(world):
+        evaluate(setting(assets, tmp_path / 'run'), process=Process(rank, world), quiet=True)
+    assert_same(read_run(tmp_path / 'run'), whole)
+
+
+def test_resume(assets, whole, tmp_path, monkeypatch):
+    '''After an error, the same call computes what is missing, also with another number of processes.'''
+    original, calls = computation.measure, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 12:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(computation, 'measure', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(assets, tmp_path / 'run')
+    # each method of a batch of four samples is written at once, but the one that was interrupted
+    assert len(read_run(tmp_path / 'run').records) == 11 * 4
+    monkeypatch.setattr(computation, 'measure', lambda *args: calls.append(args) or original(*args))
+    for rank in range(2):
+        progress = evaluate(setting(assets, tmp_path / 'run'), process=Process(rank, 2), quiet=True)
+    assert len(calls) == 12 + 3 * 7 - 11
+    assert progress.done == progress.total == 12 * 7
+    assert_same(read_run(tmp_path / 'run'), whole)
+    # now there is nothing left to do
+    run(assets, tmp_path / 'run')
+    assert len(calls) == 12 + 3 * 7 - 11
+
+
+def test_smaller_batches(assets, whole, tmp_path, monkeypatch):
+    '''A run that began with too large batches goes on with smaller ones.'''
+    monkeypatch.setattr(computation, 'measure', lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(assets, tmp_path / 'run')
+    monkeypatch.undo()
+    result = run(assets, tmp_path / 'run', batch_size=3)
+    assert list(result.records.index) == list(whole.records.index)
+    np.testing.assert_allclose(result.records['id'], whole.records['id'], atol=1e-5)
+    for one, two in zip(result.curves['insertion'], whole.curves['insertion']):
+        np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+def test_other_run(assets, whole, tmp_path, monkeypatch):
+    '''A folder with another run is refused, with what differs.'''
+    folder = tmp_path / 'run'
+    shutil.copytree(whole.folder, folder)
+    before = sorted((str(path), path.stat().st_mtime_ns) for path in folder.rglob('*'))
+    torch.manual_seed(1)
+    torch.save(resnet18(num_classes=3).state_dict(), tmp_path / 'other.pt')
+    images = tmp_path / 'images'
+    shutil.copytree(assets / 'images', images)
+    # the same number of images of the same size
+    (images / 'circle' / '0.png').rename(images / 'circle' / '00.png')
+    for options, what in (
+        ({'step': 512}, r'step \(1024, now 512\)'),
+        ({'methods': METHODS[:2]}, r'methods \(input_x_gradient, now none\)'),
+        ({'methods': (*METHODS, 'grad_cam')}, r'methods \(none, now grad_cam\)'),
+        ({'metrics': ('insertion_deletion',)}, r'metrics \(conservation, now none\)'),
+        ({'limit': 3}, r'samples \(12, now 3\)'),
+        ({'amp': 'bfloat16'}, r'amp \(None, now bfloat16\)'),
+        ({'size': 32}, 'size'),
+        ({'weights': str(tmp_path / 'other.pt')}, 'weights'),
+        ({'data': str(images)}, 'manifest'),
+    ):
+        for dry_run in (False, True):
+            with pytest.raises(RunError, match=what):
+                evaluate(setting(assets, folder, **options), process=Process(), quiet=True, dry_run=dry_run)
+    version, load = importlib.metadata.version, runner.load_classifier
+
+    def other_version(package, number):
+        monkeypatch.setattr(
+            importlib.metadata, 'version', lambda name: number if name == package else version(name)
+        )
+
+    for package in ('torch', 'zennit'):
+        other_version(package, '0.4.1')
+        with pytest.raises(RunError, match=rf'{package} \(.*, now 0\.4\)'):
+            run(assets, folder)
+    monkeypatch.undo()
+    mean = torch.full((3, 1, 1), 0.5)
+    monkeypatch.setattr(runner, 'load_classifier', lambda *args: load(*args)._replace(mean=mean))
+    with pytest.raises(RunError, match=r'mean \(0\.48.*, now 0\.5, 0\.5'):
+        run(assets, folder)
+    monkeypatch.undo()
+    assert sorted((str(path), path.stat().st_mtime_ns) for path in folder.rglob('*')) == before
+    # how it is computed, where the data is, and a patch release does not matter
+    other_version('numpy', '.'.join([*version('numpy').split('.')[:2], '99']))
+    shutil.copytree(assets / 'images', tmp_path / 'moved')
+    run(assets, folder, batch_size=3, forward_batch=2, workers=1, data=str(tmp_path / 'moved'))
+
+
+def test_problems(assets, tmp_path):
+    '''What can not be used is recorded with its reason, and the rest is evaluated.'''
+    images = tmp_path / 'images'
+    shutil.copytree(assets / 'images' / 'circle', images)
+    (images / 'broken.png').write_bytes(b'no image')
+    Image.fromarray(np.full((SIZE, SIZE), 255, dtype=np.uint8)).save(images / 'mask.png')
+    (images / 'manifest.csv').write_text(
+        'image,label,mask\n0.png,0,mask.png\n1.png,1,missing.png\n2.png,7,\nbroken.png,1,\nabsent.png,2,\n3.png,2,\n'
+    )
+    result = run(
+        assets, tmp_path / 'run', data=str(images / 'manifest.csv'), methods=('resnet_lrp_ratio',),
+        metrics=('insertion_deletion', 'pointing', 'distance'), explain_class='label',
+    )
+    problems = {name: sample.problem for name, sample in result.samples.items() if sample.problem}
+    assert set(problems) == {'2.png', 'broken.png', 'absent.png'}
+    assert '7' in problems['2.png']
+    assert 'image' in problems['broken.png']
+    assert 'missing' in problems['absent.png']
+    assert {name for name, _ in result.records.index} == {'0.png', '1.png', '3.png'}
+    assert result.samples['1.png'].notes and 'mask' in result.samples['1.png'].notes[0]
+    assert result.samples['0.png'].notes == result.samples['3.png'].notes == ()
+    inside, without = (result.records.loc[(name, 'resnet_lrp_ratio')] for name in ('0.png', '3.png'))
+    assert inside['pointing'] == inside['pointing_chance'] == 1
+    assert inside['distance'] == 0
+    for name in ('pointing', 'pointing_chance', 'distance', 'distance_chance'):
+        assert math.isnan(without[name])
+    assert [result.samples[name].target for name in ('0.png', '1.png', '3.png')] == [0, 1, 2]
+    # they count as done
+    progress = evaluate(
+        setting(
+            assets, tmp_path / 'run', data=str(images / 'manifest.csv'), methods=('resnet_lrp_ratio',),
+            metrics=('insertion_deletion', 'pointing', 'distance'), explain_class='label',
+        ), process=Process(), quiet=True,
+    )
+    assert (progress.done, progress.total, progress.skipped) == (30, 30, 3)
+
+
+@pytest.mark.parametrize('world', [1, 3])
+def test_read_again(assets, whole, tmp_path, monkeypatch, world):
+    '''Images that could not be read, as a disk was missing, are tried at the next start, by whichever process.'''
+    images = tmp_path / 'images'
+    shutil.copytree(assets / 'images', images)
+    options = {'data': str(images), 'layout': 'folder'}
+    missing = [images / 'circle' / '1.png', images / 'stripes' / '0.png']
+    original = computation.Computation.prepare
+
+    def prepare(*args):
+        for path in missing:
+            path.unlink(missing_ok=True)
+        return original(*args)
+
+    monkeypatch.setattr(computation.Computation, 'prepare', prepare)
+    part = run(assets, tmp_path / 'run', **options)
+    monkeypatch.undo()
+    # the first batch was read before
+    assert {name for name, sample in part.samples.items() if sample.problem} == {'stripes/0.png'}
+    for path in missing:
+        shutil.copy(assets / path.relative_to(tmp_path), path)
+    # the batch is computed again as a whole
+    before = evaluate(setting(assets, tmp_path / 'run', **options), process=Process(), quiet=True, dry_run=True)
+    assert (before.done, before.skipped) == (8 * 7, 0)
+    for rank in range(world):
+        progress = evaluate(setting(assets, tmp_path / 'run', **options), process=Process(rank, world), quiet=True)
+    assert (progress.done, progress.total, progress.skipped) == (12 * 7, 12 * 7, 0)
+    assert_same(read_run(tmp_path / 'run'), whole)
+
+
+def test_lost_image(assets, whole, tmp_path, monkeypatch):
+    '''An image that is missing when a run goes on is a problem, until it is there again.'''
+    images = tmp_path / 'images'
+    shutil.copytree(assets / 'images', images)
+    options = {'data': str(images), 'layout': 'folder'}
+    original, calls = computation.measure, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(computation, 'measure', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(assets, tmp_path / 'run', **options)
+    monkeypatch.undo()
+    path, size = images / 'circle' / '1.png', (images / 'circle' / '1.png').stat().st_size
+    content = path.read_bytes()
+    path.write_bytes(bytes(size))
+    part = run(assets, tmp_path / 'run', **options)
+    assert part.samples['circle/1.png'].problem
+    assert set(part.records.index) == {key for key in whole.records.index if key[0] != 'circle/1.png'}
+    path.write_bytes(content)
+    assert_same(run(assets, tmp_path / 'run', **options), whole)
+
+
+def test_shared_maps(assets, tmp_path, monkeypatch):
+    '''Methods that only differ in their post-processing share attributions, and have the records of each alone.'''
+    (tmp_path / 'images').mkdir()
+    for number in range(5):
+        source = assets / 'images' / CLASSES[number % 3] / f'{number // 3}.png'
+        shutil.copy(source, tmp_path / 'images' / f'{number}.png')
+    families = (
+        ('resnet_lrp_ratio+abs+c3', 'resnet_lrp_ratio', 'resnet_lrp_ratio+quantize8'),
+        ('epsilon_plus_flat+ratio',), ('epsilon_plus_flat+abs',),
+        ('rise:n_masks=8', 'rise:n_masks=8+c3'), ('random+c3', 'random'),
+    )
+    methods = tuple(name for family in families for name in family)
+    passes, pause = [], 0.06
+    original = Explainer.attribute
+
+    def attribute(self, images, targets, output, names):
+        passes.append(self.method.attribution)
+        if self.method.name == 'resnet_lrp_ratio' and '4.png' in names:
+            raise RuntimeError('a strange image')
+        if self.method.name == 'rise':
+            time.sleep(pause)
+        return original(self, images, targets, output, names)
+
+    monkeypatch.setattr(Explainer, 'attribute', attribute)
+    options = {'data': str(tmp_path / 'images'), 'controls': False, 'batch_size': 3, 'step': 2048}
+    together = run(assets, tmp_path / 'run', methods=methods, **options)
+    # the image of the second block that fails is found by each method for itself
+    assert {name: passes.count(name) for name in passes} == {
+        'resnet_lrp_ratio': 1 + 3 * 3, 'epsilon_plus_flat+ratio': 2, 'epsilon_plus_flat': 2, 'rise:n_masks=8': 2,
+        'random': 2,
+    }
+    # as it costs alone
+    assert together.records.xs('rise:n_masks=8', level='method')['seconds'].min() >= pause / 3
+
+    for name in methods:
+        alone, times = run(assets, tmp_path / name, methods=(name,), **options).records, ['seconds', 'metric_seconds']
+        same = together.records.xs(name, level='method', drop_level=False)[[*alone]]
+        pd.testing.assert_frame_equal(alone.drop(columns=times), same.drop(columns=times), check_exact=True)
+    for rank in range(2):
+        evaluate(setting(assets, tmp_path / 'two', methods=methods, **options), process=Process(rank, 2), quiet=True)
+    assert_same(read_run(tmp_path / 'two'), together)
+
+    # a method that is missing alone computes its own maps
+    store = next((tmp_path / 'run').glob('*/'))
+    for number in (6, 2):
+        for path in store.glob(f'*-{number:03d}.npz'):
+            path.unlink()
+    passes.clear()
+    assert_same(run(assets, tmp_path / 'run', methods=methods, **options), together)
+    assert {name: passes.count(name) for name in passes} == {'resnet_lrp_ratio': 1 + 3, 'rise:n_masks=8': 2}
+
+    # shared time counts once in the estimate
+    for number in (5, 6):
+        (store / f'00000-{number:03d}.npz').unlink()
+    left = evaluate(setting(assets, tmp_path / 'run', methods=methods, **options), process=Process(), dry_run=True)
+    kept = read_run(tmp_path / 'run').records
+    costs = [kept.xs(name, level='method')[['seconds', 'metric_seconds']].mean() for name in families[3]]
+    assert left.seconds == pytest.approx(3 * (sum(map(sum, costs)) - min(cost['seconds'] for cost in costs)))
+
+
+def test_not_finite(assets, tmp_path, monkeypatch):
+    '''Maps with NaN or infinity are recorded as a problem of the method, and others of the batch are measured.'''
+    original = CompositeAttribution.attribute
+
+    def attribute(self, inputs, *args):
+        result = original(self, inputs, *args)
+        result[1, 0, 5, 5] = math.nan
+        result[2, 0, 5, 5] = math.inf
+        return result
+
+    monkeypatch.setattr(CompositeAttribution, 'attribute', attribute)
+    result = run(assets, tmp_path / 'run', methods=('resnet_lrp_ratio+c3',), controls=False, limit=4)
+    assert result.records['problem'].notna().tolist() == [False, True, True, False]
+    for scores in (result.records['id'], result.curves['insertion'], result.heatmaps):
+        assert scores.isna().tolist() == [False, True, True, False]
+
+
+def test_failure(assets, tmp_path, monkeypatch):
+    '''A method that fails at once is an error. One that fails later does so for the images that are the reason.'''
+    original = CompositeAttribution.attribute
+
+    def attribute(self, inputs, *args):
+        if bad is None or any(torch.equal(image, bad) for image in inputs):
+            raise RuntimeError('a strange\nimage')
+        return original(self, inputs, *args)
+
+    bad = None
+    monkeypatch.setattr(CompositeAttribution, 'attribute', attribute)
+    options = {'methods': ('resnet_lrp_ratio',), 'controls': False}
+    message = r'resnet_lrp_ratio .*circle/0.png .*RuntimeError: a strange image'
+    with pytest.raises(RunError, match=message):
+        run(assets, tmp_path / 'first', **options)
+    with pytest.raises(RunError, match='gaussian:sigma=0 .*sigma=0 '):
+        run(assets, tmp_path / 'gaussian', methods=('gaussian:sigma=0',), controls=False)
+    with Image.open(assets / 'images' / 'square' / '2.png') as image:
+        bad = load_classifier('resnet18', str(assets / 'net.pt'), SIZE).transform(image)
+    result = run(assets, tmp_path / 'later', **options)
+    assert result.records['problem'].dropna().to_dict() == {
+        ('square/2.png', 'resnet_lrp_ratio'): 'RuntimeError: a strange image'
+    }
+    assert len(result.records) == 12
+
+
+def test_published_class(assets, tmp_path):
+    '''Published protocols may measure the label, where ours measures the explained class.'''
+    options = {'methods': ('resnet_lrp_ratio',), 'controls': False}
+    explained = run(assets, tmp_path / 'explained', **options)
+    label = run(assets, tmp_path / 'label', **options, score='label', published='label')
+    both = run(assets, tmp_path / 'both', **options, published='label')
+    for name in both.records.columns.drop(['problem', 'seconds', 'metric_seconds']):
+        expected = label if name.endswith('_keio') else explained
+        np.testing.assert_allclose(both.records[name], expected.records[name], atol=1e-6)
+    wrong = sum(sample.label != sample.prediction for sample in both.samples.values())
+    assert 0 < wrong < len(both.samples)
+
+
+def test_same_data(assets, tmp_path, monkeypatch):
+    '''Folders of the same relative path in different places are different data.'''
+    for name in CLASSES[:2]:
+        shutil.copytree(assets / 'images' / name, tmp_path / name / 'photos')
+    runs = []
+    for name, data, limit in (('circle', 'photos', 2), ('square', 'photos', None), ('circle', '../circle/photos/', 3)):
+        monkeypatch.chdir(tmp_path / name)
+        out = tmp_path / f'run {len(runs)}'
+        runs.append(run(assets, out, data=data, methods=('random',), controls=False, limit=limit))
+    groups = summarize(runs, n_resamples=99).groups
+    assert [[run.folder.name for run in group.runs] for group in groups] == [['run 0', 'run 2'], ['run 1']]
+
+
+def test_no_labels(assets, tmp_path):
+    '''Without a label, the prediction is explained and measured, and that is noted.'''
+    (tmp_path / 'images').mkdir()
+    for name in CLASSES:
+        shutil.copy(assets / 'images' / name / '0.png', tmp_path / 'images' / f'{name}.png')
+    options = {'methods': ('resnet_lrp_ratio',), 'controls': False, 'data': str(tmp_path / 'images')}
+    label = run(assets, tmp_path / 'label', **options, explain_class='label', score='label', published='label')
+    prediction = run(assets, tmp_path / 'prediction', **options)
+    for name, sample in label.samples.items():
+        assert sample.label is None and sample.target == sample.prediction
+        assert sample.notes == ('no label, so the prediction was used',)
+        assert not prediction.samples[name].notes
+    pd.testing.assert_frame_equal(
+        *(each.records.drop(columns=['seconds', 'metric_seconds']) for each in (prediction, label)), check_exact=True
+    )
+    assert len(prediction.records) == 3
+
+
+def test_dry_run(assets, whole, tmp_path):
+    '''A dry run says what is left, and writes nothing.'''
+    before = evaluate(setting(assets, tmp_path / 'run'), process=Process(), quiet=True, dry_run=True)
+    assert not (tmp_path / 'run').exists()
+    assert (before.total, before.done) == (84, 0)
+    assert before.seconds > 0
+    after = evaluate(setting(assets, whole.folder), process=Process(), quiet=True, dry_run=True)
+    assert (after.total, after.done, after.seconds) == (84, 84, 0)
+
+
+@pytest.mark.parametrize('amp, channels_last', [(None, True), ('bfloat16', False), ('bfloat16', True)])
+def test_precision(assets, tmp_path, monkeypatch, amp, channels_last):
+    '''Passes of metrics and RISE are in the precision that is chosen, others in single, all in the memory format.'''
+    seen, original = [], torch.nn.Conv2d._conv_forward
+
+    def convolve(self, *args):
+        output = original(self, *args)
+        if self.in_channels == 3:
+            seen.append((output.dtype, output.is_contiguous(memory_format=torch.channels_last)))
+        return output
+
+    monkeypatch.setattr(torch.nn.Conv2d, '_conv_forward', convolve)
+    run(
+        assets, tmp_path / 'run', methods=('input_x_gradient', 'rise:n_masks=8'), controls=False, limit=1, step=4096,
+        amp=amp, channels_last=channels_last,
+    )
+    # after a check at loading: prediction and gradient; then metrics of the first method, RISE, and its metrics
+    single, chosen = (torch.float32, channels_last), (getattr(torch, amp or 'float32'), channels_last)
+    assert seen[1:] == [single, single, chosen, chosen, chosen]
+
+
+def test_compile(assets, whole, tmp_path, monkeypatch):
+    '''The network is compiled for metrics if that is chosen, with batches of one size, which changes no record.'''
+    compiled, sizes = [], []
+
+    def compile(function, **options):
+        compiled.append(options)
+
+        def network(images):
+            sizes.append(len(images))
+            return function(images)
+
+        return network
+
+    monkeypatch.setattr(torch, 'compile', compile)
+    options = {'methods': ('random',), 'controls': False, 'limit': 2}
+    run(assets, tmp_path / 'run', **options)
+    assert not compiled
+    result = run(assets, tmp_path / 'compiled', **options, compile=True)
+    assert compiled == [{'dynamic': False, 'options': {'freezing': True}}]
+    assert set(sizes) == {16}
+    assert len(result.records) == 2
+    names = result.records.columns.drop(['problem', 'seconds', 'metric_seconds'])
+    np.testing.assert_allclose(result.records[names], whole.records.loc[result.records.index, names], atol=1e-5)
+
+
+def test_progress(assets, tmp_path, monkeypatch, capsys):
+    '''Off a terminal, progress is plain lines with rate and remaining time, of the first process alone.'''
+    monkeypatch.setattr(runner, 'LINE_SECONDS', 0.)
+    options = {'methods': ('random',), 'metrics': ('conservation',), 'controls': False, 'limit': 6, 'batch_size': 1}
+    evaluate(setting(assets, tmp_path / 'run', **options), process=Process(1, 2))
+    assert capsys.readouterr().err == ''
+    evaluate(setting(assets, tmp_path / 'run', **options), process=Process(0, 2))
+    error = capsys.readouterr().err
+    assert '\r' not in error
+    number = r'[\d.]+ ?'
+    lines = re.findall(
+        rf'^maps by 1 of 2: .*\| ([1-3])/3 \[[\d:]+<[\d:]+, +{number}(?:map/s|s/map)\]$', error, re.MULTILINE
+    )
+    assert lines[:2] == ['1', '2'] and lines[-1] == '3', error
+    evaluate(setting(assets, tmp_path / 'quiet', **options), process=Process(), quiet=True)
+    assert capsys.readouterr().err == ''
+
+
+def test_no_masks(assets, tmp_path, capsys):
+    '''It is said at the start that metrics of masks are not defined.'''
+    options = {'methods': ('random',), 'controls': False, 'metrics': ('conservation', 'pointing')}
+    evaluate(setting(assets, tmp_path / 'run', **options), process=Process(), dry_run=True)
+    assert 'no masks or boxes in' in capsys.readouterr().err
+    (tmp_path / 'boxes.csv').write_text(f"image,x0,y0,x1,y1\n{assets / 'images' / 'circle' / '0.png'},1,1,9,9\n")
+    options = {**options, 'data': str(tmp_path / 'boxes.csv'), 'metrics': ('pointing',)}
+    evaluate(setting(assets, tmp_path / 'run', **options), process=Process(), dry_run=True)
+    assert 'no masks or boxes in' not in capsys.readouterr().err
+
+
+def test_pictures(assets, tmp_path):
+    '''Pictures and heatmaps are kept for as many images as asked for.'''
+    result = run(assets, tmp_path / 'run', methods=('random',), controls=False, pictures=4)
+    assert [sample.picture is not None for sample in result.samples.values()] == [True] * 4 + [False] * 8
+    assert result.heatmaps.notna().tolist() == [True] * 4 + [False] * 8
+
+
+def test_workers(assets, whole, tmp_path):
+    '''Images read by other processes are the same.'''
+    assert_same(run(assets, tmp_path / 'run', workers=2), whole)
+
+
+def test_launcher_is_gone(assets, tmp_path, monkeypatch):
+    '''A process whose launcher was killed stops, such that it does not compete with a new one.'''
+    with pytest.raises(RunError, match='launcher'):
+        run(assets, tmp_path / 'run', process=Process(0, 2, 0, launcher=1))
+    monkeypatch.setenv('RANK', '2')
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(RunError, match='RANK=2 does not fit WORLD_SIZE=2'):
+        Process.current()
+    monkeypatch.setenv('RANK', 'first')
+    with pytest.raises(RunError, match="RANK='first'"):
+        Process.current()
+
+
+@pytest.mark.parametrize('options, message', [
+    ({'methods': ('grad_camera',)}, "'grad_camera'"),
+    ({'methods': ('grad_cam', '+rise')}, r"'\+rise'"),
+    ({'methods': ()}, 'methods'),
+    ({'methods': ('grad_cam', 'grad_cam')}, 'twice'),
+    ({'methods': ('grad_cam:relu',)}, "'relu'"),
+    ({'methods': ('grad_cam:colour=1',)}, "'colour'"),
+    ({'methods': ('resnet_lrp_ratio:first_layer=best',)}, 'first_layer'),
+    ({'methods': ('resnet_lrp_ratio:initial=best',)}, 'initial'),
+    ({'methods': ('resnet_lrp_ratio+ratio',)}, "'ratio'"),
+    ({'methods': ('grad_cam+blur',)}, r"'\+blur'"),
+    ({'methods': ('grad_cam+quantize1',)}, '1 levels'),
+    ({'methods': ('lrp_0+zennit',)}, r'lrp_0\+zennit'),
+    # Captum's, though Zennit has a composite of this name
+    ({'methods': ('guided_backprop+ratio',)}, "'ratio'"),
+    ({'methods': ('guided_backprop:initial=logit',)}, "'initial'"),
+    ({'methods': ('abn',)}, 'abn:weights=FILE'),
+    ({'metrics': ('beauty',)}, "'beauty'"),
+    ({'metrics': ()}, 'metrics'),
+    ({'metrics': ('accuracy', 'accuracy')}, 'twice'),
+    ({'metrics': ('cross',)}, 'cross'),
+    ({'explain_class': 'truth'}, "explain_class='truth'"),
+    ({'step': 0}, 'step=0'),
+    ({'step': True}, 'step=True'),
+    ({'step': 2.5}, 'step=2.5'),
+    ({'step': math.nan}, 'step=nan'),
+    ({'step': 4097}, 'step=4097 .*4096 pixels'),
+    ({'step': 4097, 'metrics': ('conservation', 'c3')}, 'step=4097 .*4096 pixels'),
+    ({'size': 14, 'metrics': ('rise',)}, 'step=224 .*196 pixels'),
+    ({'forward_batch': 0.5}, 'forward_batch=0.5'),
+    ({'limit': 0}, 'limit=0'),
+    ({'limit': math.nan}, 'limit=nan'),
+    ({'workers': True}, 'workers=True'),
+    ({'percents': ()}, r'percents=\(\)'),
+    ({'percents': '50'}, "percents='50'"),
+    ({'percents': ('50',)}, "unlike '50'"),
+    ({'percents': (math.nan,)}, 'unlike nan'),
+    ({'percents': True}, 'unlike True'),
+    ({'percents': -1}, 'unlike -1'),
+    ({'percents': (50, 0.01), 'metrics': ('conservation', 'pointing')}, '0.01.*4096 pixels'),
+    ({'pictures': -3}, 'pictures=-3'),
+    ({'percents': (10, 200)}, 'unlike 200'),
+    ({'percents': (0, 10)}, 'unlike 0'),
+    ({'metrics': ('pointing', 'distance')}, 'no masks or boxes in .*, which the metrics pointing, distance need'),
+    ({'batch_size': 0}, 'batch_size=0'),
+    ({'device': 'abacus'}, "device 'abacus'"),
+    ({'data': 'nowhere'}, 'nowhere'),
+])
+def test_errors(assets, tmp_path, options, message):
+    '''What is wrong is said before anything is written.'''
+    with pytest.raises(ValueError, match=message) as info:
+        run(assets, tmp_path / 'run', **options)
+    assert '\n' not in str(info.value)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_settings_are_json(whole):
+    '''Settings can be read by other programs.'''
+    settings = json.loads((whole.folder / 'settings.json').read_text())
+    assert settings == whole.settings
+    assert settings['data'] == os.path.abspath(settings['evaluation']['data'])
+    assert settings['classes'] == [f'class {number}' for number in range(3)]
+    assert settings['identity']['options']['step'] == 1024
+    assert settings['installed']['torch'].startswith(settings['identity']['versions']['torch'])

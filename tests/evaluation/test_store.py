@@ -1,0 +1,183 @@
+'''The files of a run: what is written is read, each file is complete or not there, and other runs are refused.'''
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from captum_adapters.evaluation.store import Record, RunError, SampleRecord, Store, differences, read_run
+
+IDENTITY = {'methods': ['a', 'b'], 'options': {'step': 500}}
+SETTINGS = {'fingerprint': 'f', 'identity': IDENTITY, 'installed': {}, 'batch_size': 2}
+
+
+@pytest.fixture
+def store(tmp_path):
+    '''A run without records.'''
+    return Store(tmp_path / 'run', SETTINGS)
+
+
+def records(*names, problem=None, heatmap=True, **scores):
+    '''Records of samples, of which the last one may have a problem.'''
+    heatmap = np.arange(-127, 128, dtype=np.int8).reshape(15, 17) if heatmap else None
+    curve, found = np.array([0., 0.1, 1 / 3], np.float32), []
+    for number, name in enumerate(names):
+        reason = problem if number == len(names) - 1 else None
+        values = {'problem': reason, 'seconds': 0.25, 'metric_seconds': 0.75}
+        if reason is None:
+            values.update((key, column[number]) for key, column in scores.items())
+            found.append(Record(name, values, {'fractions': curve, 'short': 2 * curve[:1]}, heatmap))
+        else:
+            found.append(Record(name, values))
+    return found
+
+
+def test_round_trip(store):
+    '''Everything is read as it was written, to the last digit, sorted by sample and method.'''
+    sample = SampleRecord('x.png', 1, 2, 3, 0.1 + 0.2, None, ('no mask', 'ä'), b'\xff\x00jpeg')
+    skipped = SampleRecord('y.png', problem='it is no image')
+    store.write_samples(0, [sample, skipped])
+    found = {'id': [0.1 + 0.2, 1e-300], 'pointing': [float('nan'), 1.]}
+    store.write_records(0, 0, records('x.png', 'ä.png', **found))
+    store.write_records(0, 1, records('x.png', 'ä.png', problem='the map has NaN', heatmap=False, gap=[0.5]))
+    run = read_run(store.folder)
+    assert run.settings == SETTINGS and run.messages == []
+    assert run.samples == {'x.png': sample, 'y.png': skipped}
+    assert list(run.records.index) == [('x.png', 'a'), ('x.png', 'b'), ('ä.png', 'a'), ('ä.png', 'b')]
+    assert run.records['id'].tolist()[::2] == found['id'] and run.records['id'].isna().tolist() == [0, 1, 0, 1]
+    assert run.records['gap'].tolist()[1] == 0.5
+    assert run.records['problem'].fillna('').tolist() == ['', '', '', 'the map has NaN']
+    assert run.curves.loc[('x.png', 'a'), 'fractions'].tolist() == np.float32([0, 0.1, 1 / 3]).tolist()
+    assert run.curves.loc[('x.png', 'a'), 'short'].shape == (1,)
+    assert pd.isna(run.curves.loc[('ä.png', 'b'), 'fractions'])
+    np.testing.assert_array_equal(run.heatmaps['x.png', 'a'], records('x.png')[0].heatmap)
+    assert run.heatmaps['x.png', 'a'].dtype == np.int8 and run.heatmaps['x.png', 'b'] is None
+    assert store.read_times(0) == (0.25, 0.75) and store.has(0, 1) and not store.has(1, 0)
+    assert store.read_samples(0) == [sample, skipped] and store.read_samples(1) is None
+
+
+def test_replace(store):
+    '''A file that is written again replaces the one before, so that nothing is there twice.'''
+    for value in (1., 2.):
+        Store(store.folder, SETTINGS).write_records(3, 0, records('x.png', id=[value]))
+    assert read_run(store.folder).records['id'].tolist() == [2.]
+
+
+def test_killed_while_writing(store):
+    '''What a process was writing when it was killed is not there, and what was written before is.'''
+    script = textwrap.dedent(f'''
+        import os, signal, sys
+        sys.path[:0] = {[os.path.dirname(__file__), os.getcwd()]!r}
+        from test_store import SETTINGS, Store, records
+        store = Store({str(store.folder)!r}, SETTINGS)
+        store.write_records(0, 0, records("a"))
+        os.fsync = lambda number: os.kill(os.getpid(), signal.SIGKILL)
+        store.write_records(1, 0, records("b"))
+    ''')
+    path = os.pathsep.join([os.path.dirname(os.path.dirname(__file__)), os.getcwd()])
+    process = subprocess.run([sys.executable, '-c', script], env={**os.environ, 'PYTHONPATH': path}, check=False)
+    assert process.returncode == -signal.SIGKILL
+    left = [path.name for path in store.records.iterdir() if path.name.startswith('.')]
+    assert len(left) == 1 and left[0].startswith('.00001-000.npz')
+    run = read_run(store.folder)
+    assert list(run.records.index) == [('a', 'a')] and run.messages == [] and not store.has(1, 0)
+
+
+def test_full_disk(store):
+    '''If the disk is full, what was written is kept, nothing incomplete is left, and the message says how to go on.'''
+    resource = pytest.importorskip('resource')
+    store.write_records(0, 0, records('a'))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(RunError) as info:
+            store.write_records(1, 0, records('b'))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert str(store.records) in str(info.value) and '\n' not in str(info.value)
+    assert sorted(path.name for path in store.records.iterdir()) == ['00000-000.npz']
+    store.write_records(1, 0, records('b'))
+    assert len(read_run(store.folder).records) == 2
+
+
+@pytest.mark.parametrize('content', [b'', b'PK', None], ids=['empty', 'header', 'truncated'])
+def test_damaged(store, content):
+    '''A damaged file is left out, and the message names it.'''
+    store.write_records(0, 0, records('a'))
+    store.write_records(1, 0, records('b'))
+    path = store.records / '00001-000.npz'
+    path.write_bytes(path.read_bytes()[:-300] if content is None else content)
+    run = read_run(store.folder)
+    assert list(run.records.index) == [('a', 'a')]
+    assert len(run.messages) == 1 and '00001-000.npz' in run.messages[0]
+    store.write_samples(0, [SampleRecord('a')])
+    (store.records / '00000.json').write_bytes(b'[{"sample')
+    assert store.read_samples(0) is None and '00000.json' in read_run(store.folder).messages[0]
+
+
+@pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() == 0, reason='root may write everywhere')
+def test_read_only(store):
+    '''A folder that can not be written is an error, but can be read.'''
+    store.write_records(0, 0, records('a'))
+    store.records.chmod(0o500)
+    try:
+        with pytest.raises(RunError, match=str(store.records)):
+            store.write_records(1, 0, records('b'))
+        assert len(read_run(store.folder).records) == 1
+    finally:
+        store.records.chmod(0o700)
+
+
+def test_no_folder(tmp_path):
+    '''A folder that can not be made is an error.'''
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(RunError, match=str(tmp_path / 'file' / 'run')):
+        Store(tmp_path / 'file' / 'run', SETTINGS)
+
+
+@pytest.mark.parametrize('text', [None, '[]', '{', json.dumps({'fingerprint': 'f', 'identity': IDENTITY})])
+def test_no_run(tmp_path, text):
+    '''A folder without a run, or with one of an earlier version, is an error.'''
+    if text is not None:
+        (tmp_path / 'settings.json').write_text(text)
+    with pytest.raises(RunError, match=str(tmp_path)) as info:
+        read_run(tmp_path)
+    assert '\n' not in str(info.value) and ('SQLite' in str(info.value)) == ('fingerprint' in str(text))
+    if text is not None:
+        with pytest.raises(RunError, match=str(tmp_path)):
+            Store(tmp_path, SETTINGS)
+
+
+def test_other_run(store):
+    '''Another run is refused with what differs, and leaves no trace.'''
+    other = {'fingerprint': 'g', 'identity': {'methods': ['a'], 'options': {'step': 100}}}
+    before = sorted(store.folder.rglob('*'))
+    for write in (True, False):
+        with pytest.raises(RunError, match=r'methods \(b, now none\).*500, now 100'):
+            Store(store.folder, {**SETTINGS, **other}, write)
+    assert sorted(store.folder.rglob('*')) == before
+    # its way of cutting batches stays
+    assert Store(store.folder, {**SETTINGS, 'batch_size': 5}).batch_size == 2
+
+
+def test_nothing_is_written(tmp_path):
+    '''A store that is only read makes no folder.'''
+    assert not Store(tmp_path / 'run', SETTINGS, write=False).has(0, 0)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_differences():
+    '''Differences are named in one line.'''
+    text = differences(
+        {'a': 1, 'b': ['1', '2'], 'c': {'d': 1, 'e': 2}, 'gone': 'x' * 100},
+        {'a': 2, 'b': ['2', '1'], 'c': {'d': 1, 'e': 3}, 'new': 0}, ', now ',
+    )
+    parts = ['a (1, now 2)', 'b (1, 2, now 2, 1)', 'e (2, now 3)', f"gone ({'x' * 59}…, now None)"]
+    assert text == ', '.join([*parts, 'new (None, now 0)'])
