@@ -161,6 +161,18 @@ def is_move(node):
     return any(key in node.name() for key in MOVES)
 
 
+def pull_back(node, gradient):
+    '''What a node that moves elements makes of a gradient, without the hooks of the backward pass.'''
+    if rule_of(node) is not None:
+        # of a product or sum with constants, which change nothing
+        return gradient
+    with torch.no_grad():
+        # nodes of custom functions are no functions
+        results = node(gradient) if callable(node) else node.apply(gradient)
+    results = results if isinstance(results, tuple) else (results,)
+    return next(elem for elem, (parent, _) in zip(results, node.next_functions) if parent is not None)
+
+
 # -- questions ---------------------------------------------------------------------------------------------------------
 
 def depends_on(tensor, source):

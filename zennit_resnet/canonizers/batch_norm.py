@@ -10,7 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from zennit.core import RemovableHandleList
 from zennit.types import BatchNorm, ConvolutionTranspose, Linear
 
-from .._autograd import count_uses, nodes_of, origin_of, rule_of, sequence_of
+from .._autograd import count_uses, nodes_of, origin_of, pull_back, rule_of, sequence_of
 from .._compat import DisableTorchFunction, rules_of
 from .._weights import UsedModule, UsedWeights, is_plain
 from ..layer import LinearMap, Normalization
@@ -38,8 +38,6 @@ class Produced(NamedTuple):
         Its weights, None if the node of the layer has them.
     nodes: tuple of :py:obj:`torch.autograd.graph.Node`
         Nodes from that of the layer to that of the tensor.
-    output_nr: int
-        Which output of its node that of the layer is.
     shape: tuple[int, ...]
         Its shape.
     given: tuple[int, ...] or None
@@ -56,7 +54,6 @@ class Produced(NamedTuple):
     linear: torch.nn.Module
     used: UsedWeights
     nodes: tuple
-    output_nr: int
     shape: tuple
     given: tuple
     dim: int
@@ -107,7 +104,7 @@ class BatchNormMerge:
                 used = None if has_single_pass else UsedWeights(module)
                 given = args[0].shape if isinstance(module, LinearMap) else None
                 self._keep(
-                    output, module, used, (output.grad_fn,), output.output_nr, output.shape, given,
+                    output, module, used, (output.grad_fn,), output.shape, given,
                     _channels(module, output.ndim)
                 )
                 self.calls[module] = self.calls.get(module, 0) + 1
@@ -149,7 +146,7 @@ class BatchNormMerge:
                     return
                 offset = shift if offset is None else offset + shift
             nodes = (*produced.nodes, *moves, output.grad_fn)
-            self._keep(output, produced.linear, produced.used, nodes, *produced[5:8], dim, total, offset)
+            self._keep(output, produced.linear, produced.used, nodes, *produced[5:7], dim, total, offset)
             if total is not None and shift is not None:
                 axis = 0
                 if isinstance(produced.linear, LinearMap):
@@ -264,9 +261,8 @@ def _pulled(produced, tensor, moves, value):
         return None
     if len(produced.nodes) == 1 and not moves:
         return value
-    # nothing in between changes relevance
-    edge = torch.autograd.graph.GradientEdge(produced.nodes[0], produced.output_nr)
-    value, = torch.autograd.grad(tensor, edge, value, retain_graph=True)
+    for node in reversed((*produced.nodes[1:], *moves)):
+        value = pull_back(node, value)
     return value
 
 
