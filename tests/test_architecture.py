@@ -10,12 +10,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the ground up. A name stands for the module or the package.
 FLOORS = [
-    ('zennit_resnet._compat', 'zennit_resnet.arguments', 'zennit_resnet.layer', 'zennit_resnet.messages'),
+    ('zennit_resnet._compat', 'zennit_resnet.arguments', 'zennit_resnet.layer', 'zennit_resnet._text'),
     ('zennit_resnet._autograd', 'zennit_resnet._inplace', 'zennit_resnet._weights'),
     ('zennit_resnet.rules',),
     ('zennit_resnet.canonizers',),
     ('zennit_resnet.composites', 'zennit_resnet.classic', 'zennit_resnet.attribution', 'zennit_resnet.registration'),
     ('zennit_resnet.conservation', 'zennit_resnet.postprocess', 'zennit_resnet.image', 'zennit_resnet.models'),
+    ('zennit_resnet.methods',),
     ('zennit_resnet.cli', 'zennit_resnet'),
     ('captum_adapters._compat', 'captum_adapters._validation'),
     ('captum_adapters.metrics', 'captum_adapters.attr'),

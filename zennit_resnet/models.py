@@ -15,7 +15,7 @@ import torchvision
 from torchvision.models import get_model, get_model_weights, list_models
 from torchvision.transforms import functional
 
-from .messages import one_line
+from ._text import one_line
 
 EMBEDDED = Path('examples', 'assets', 'resnet50_imagenette.safetensors')
 DEFAULT_MODEL = 'resnet50'

@@ -29,8 +29,8 @@ from captum_adapters.evaluation.layouts import (
     recognize,
 )
 from captum_adapters.metrics import boxes_to_masks
+from zennit_resnet._text import one_line
 from zennit_resnet.image import read_image
-from zennit_resnet.messages import one_line
 
 
 class Samples(NamedTuple):

@@ -12,7 +12,7 @@ import pandas as pd
 import scipy.io
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from zennit_resnet.messages import one_line
+from zennit_resnet._text import one_line
 
 Box = tuple[float, float, float, float]
 

@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import Module
 
-from captum_adapters.attr.abn import ABN, load_abn
 from captum_adapters.attr import RISE, CompositeAttribution, ScoreCAM
+from captum_adapters.attr.abn import ABN, load_abn
 from zennit_resnet import methods as grammar
 from zennit_resnet.attribution import initial_relevance
 from zennit_resnet.models import Classifier

@@ -37,7 +37,7 @@ from captum_adapters.evaluation.store import (
     SampleRecord,
     Store,
 )
-from zennit_resnet.messages import one_line
+from zennit_resnet._text import one_line
 from zennit_resnet.models import load_classifier
 
 # at least between two lines of progress, if there is no terminal

@@ -21,7 +21,7 @@ from zennit.composites import COMPOSITES, EpsilonGammaBox, EpsilonPlus
 from zennit.torchvision import ResNetCanonizer
 
 from zennit_resnet import models
-from zennit_resnet.cli import Method, main, save_picture, unique_stems
+from zennit_resnet.cli.commands import Method, main, save_picture, unique_stems
 from zennit_resnet.composites import ResNetLRP, with_splitting
 from zennit_resnet.image import draw_heatmap
 from zennit_resnet.models import load_classifier

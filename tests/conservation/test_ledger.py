@@ -39,10 +39,11 @@ from zennit.torchvision import ResNetCanonizer
 
 from zennit_resnet import conservation, initial_relevance
 from zennit_resnet.canonizers import UnsupportedOperation
-from zennit_resnet.cli import Method, main
+from zennit_resnet.cli import main
 from zennit_resnet.composites import BlockLRP, RelativeLRP, ResNetLRP, with_splitting
 from zennit_resnet.conservation import assert_conserved, conservation_ledger
 from zennit_resnet.conservation.losses import CAUSES
+from zennit_resnet.methods import Method
 from zennit_resnet.models import load_classifier
 from zennit_resnet.rules import BlockEpsilon, ZPlus
 

@@ -38,7 +38,7 @@ from captum_adapters.evaluation.report.tables import (
 )
 from captum_adapters.evaluation.store import Run, brief
 from captum_adapters.metrics import Comparison
-from zennit_resnet.messages import one_line
+from zennit_resnet._text import one_line
 
 # Number of clusters below which intervals of the bootstrap are clearly too narrow
 FEW_CLASSES = 20

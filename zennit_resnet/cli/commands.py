@@ -11,13 +11,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from . import __version__
-from .attribution import VALUES
-from .canonizers import UnsupportedOperation
-from .image import draw_comparison, draw_heatmap, draw_overlay, read_image
-from .messages import Commands, one_line
-from .methods import INPUT_X_GRADIENT, LEVELS, MAX_LEVELS, POSTPROCESSING, SPLITTING, Method, split_names
-from .models import load_classifier
+from .. import __version__
+from .._text import one_line
+from ..attribution import VALUES
+from ..canonizers import UnsupportedOperation
+from ..image import draw_comparison, draw_heatmap, draw_overlay, read_image
+from ..methods import INPUT_X_GRADIENT, LEVELS, MAX_LEVELS, POSTPROCESSING, SPLITTING, Method, split_names
+from ..models import load_classifier
+from .group import Commands
 
 # Formats to write a comparison in
 PICTURES = ('.png', '.jpg', '.jpeg', '.webp', '.tif', '.tiff', '.bmp', '.gif', '.pdf')

@@ -1,0 +1,31 @@
+'''Groups of commands.'''
+from contextlib import contextmanager
+
+import click
+
+from .._text import one_line, printable
+
+
+class Commands(click.Group):
+    '''A group of commands of which all error messages are printable, whatever names they contain.'''
+    def make_context(self, *args, **kwargs):
+        '''Parse the command line.'''
+        with _printable_errors():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx):
+        '''Run the command.'''
+        with _printable_errors():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _printable_errors():
+    try:
+        yield
+    except click.FileError as error:
+        error.ui_filename, error.message = one_line(error.ui_filename), printable(error.message)
+        raise
+    except click.ClickException as error:
+        error.message = printable(error.message) if isinstance(error.message, str) else error.message
+        raise
