@@ -69,6 +69,15 @@ def test_is_move(name):
     assert not _autograd.is_move((leaf() * 2).grad_fn)
 
 
+def test_change_of_a_view():
+    '''A change of a view in place is no move of the whole tensor, but may be part of a gate.'''
+    tensor, gate = leaf().clone(), leaf().sigmoid()
+    tensor[:1].relu_()
+    gate[:1].mul_(2)
+    assert 'CopySlices' in tensor.grad_fn.name() and not _autograd.is_move(tensor.grad_fn)
+    assert _autograd.is_gate(gate) and not _autograd.is_gate(tensor)
+
+
 @pytest.mark.parametrize('name', REORDERS)
 def test_moves_first(name):
     '''The dimension along which a function moves elements is told by what its node has saved.'''

@@ -31,7 +31,8 @@ REORDERS = (
 )
 # Functions that do so regardless of dimensions.
 SCATTERS = ('MaskedSelect', 'MaskedScatter', 'Take', 'Put')
-MOVES = ('View', 'Expand', 'queeze', 'Permute', 'Transpose', 'Clone', 'Copy', 'Identity')
+# 'CopySlices' is what a change of a view makes of the whole tensor, and no move.
+MOVES = ('View', 'Expand', 'queeze', 'Permute', 'Transpose', 'Clone', 'ToCopy', 'CopyBackwards', 'Identity')
 # Functions, and modules in place of them, of which the output is a gate if all that they are given is one.
 SHIFTS, SCALES = ('Add', 'Sub', 'Rsub'), ('Mul', 'Div', 'Neg')
 AVERAGES = ('Pool', 'Upsample', 'Mean', 'Sum')
@@ -224,7 +225,7 @@ def end_of(node):
     '''The last function before an output that does more than moving, selecting or averaging elements.'''
     while len(_parents(node)) == 1 and (
         isinstance(module_of(node), AvgPool) or _stem(node).startswith(REORDERS)
-        or any(key in _stem(node) for key in MOVES + AVERAGES)
+        or is_move(node) or any(key in _stem(node) for key in AVERAGES)
     ):
         node, = _parents(node)
     return node
@@ -270,7 +271,7 @@ def is_sum(node, is_inverse=False):
 def is_exponential(node):
     '''Whether a function has some elements of exponentials.'''
     while node is not None and len(_parents(node)) == 1 and (
-        _stem(node).startswith(REORDERS) or any(key in _stem(node) for key in MOVES)
+        _stem(node).startswith(REORDERS) or is_move(node)
     ):
         node, = _parents(node)
     return _function(node) == 'exp'
@@ -333,7 +334,7 @@ def _function(node):
 def _skip(node, names=()):
     '''The function before those that move elements, and those of some names.'''
     while node is not None and len(_parents(node)) == 1 and (
-        _function(node) in names or any(key in _stem(node) for key in MOVES)
+        _function(node) in names or is_move(node)
     ):
         node, = _parents(node)
     return node
@@ -454,7 +455,7 @@ def _clips(node, module):
 def _scales(node):
     '''Whether a function moves or scales what it is given.'''
     stem = _stem(node)
-    return isinstance(module_of(node), Gate) or stem in SCALES or any(key in stem for key in MOVES)
+    return isinstance(module_of(node), Gate) or stem in SCALES or is_move(node)
 
 
 def _combines(node):
@@ -463,8 +464,8 @@ def _combines(node):
     if isinstance(module, Operation) and module.name in UNBOUNDED:
         return False
     return (
-        getattr(module, 'in_gate', False) or isinstance(module, COMBINES) or _scales(node) or stem in SHIFTS
-        or stem.startswith(REORDERS) or any(key in stem for key in AVERAGES + CLIPS)
+        getattr(module, 'in_gate', False) or isinstance(module, COMBINES) or _scales(node)
+        or stem in (*SHIFTS, 'CopySlices') or stem.startswith(REORDERS) or any(key in stem for key in AVERAGES + CLIPS)
     ) and bool(_parents(node))
 
 
@@ -518,7 +519,7 @@ def origin_of(tensor, known=()):
     '''The last function before a tensor that is known or does more than moving its elements, and those after it.'''
     node, moves = tensor.grad_fn, []
     while node is not None and node not in known and len(_parents(node)) == 1 and (
-        any(key in _stem(node) for key in MOVES) and 'Expand' not in _stem(node) or _stem(node) == 'T'
+        is_move(node) and 'Expand' not in _stem(node) or _stem(node) == 'T'
         or _stem(node) == 'Select' and node._saved_self_sym_sizes[_dim(node, node._saved_self_sym_sizes)] == 1
     ):
         moves.append(node)
@@ -530,7 +531,7 @@ def moved_before(tensor):
     '''Whether what moves elements right before a tensor also moves them along the first dimension.'''
     node = tensor.grad_fn
     while node is not None and len(_parents(node)) == 1 and (
-        _stem(node).startswith(REORDERS) or any(key in _stem(node) for key in MOVES)
+        _stem(node).startswith(REORDERS) or is_move(node)
     ):
         if moves_first(node):
             return True

@@ -54,7 +54,8 @@ class Wrong(torch.nn.Module):
         if self.kind == 'network changed':
             self.calls += 1
         if self.kind == 'depends on the batch':
-            return x + x.mean((0, 2, 3), keepdim=True).detach()
+            # by a function that nobody sees
+            return x + torch.from_numpy(x.detach().numpy().mean((0, 2, 3), keepdims=True))
         return x.clone()
 
 
