@@ -471,7 +471,7 @@ def _combines(node):
 
 def _stem(node):
     '''Name of a function of PyTorch without what it has in common with all others.'''
-    return node.name().split('Backward')[0]
+    return function_of(node).split('Backward')[0]
 
 
 def _parents(node):
