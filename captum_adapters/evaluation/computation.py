@@ -156,19 +156,10 @@ class Computation:
         }
 
     def run_method(self, method: Method, batch: Batch, heatmaps: bool) -> list[Record]:
-        """Explain images by a method, and measure that.
+        """Explain images by a method, and measure that, with small maps if asked for.
 
         Methods that only differ in their post-processing share the maps before it. The
         time of these counts for each of them, as if it was the only one.
-
-        Args:
-
-            method (Method): The method.
-            batch (Batch): The images.
-            heatmaps (bool): Whether to keep small maps.
-
-        Returns:
-            list[Record]: A record of each image.
 
         Raises:
             RunError: If the method can not be used at all, or memory is short.

@@ -217,14 +217,7 @@ def check_masks(evaluation: Evaluation, data: Samples) -> Optional[str]:
 
 
 def make_evaluation(given: dict[str, Any]) -> Evaluation:
-    """Combine what is given with presets.
-
-    Args:
-
-        given (dict): Fields of :class:`Evaluation`, `None` if not given.
-
-    Returns:
-        Evaluation: The evaluation.
+    """Combine fields of :class:`Evaluation`, `None` if not given, with presets.
 
     Raises:
         ValueError: If a preset is unknown, or two can not be run together.
@@ -264,19 +257,7 @@ def describe(
     size: Sequence[int],
     device: str,
 ) -> dict[str, Any]:
-    """Settings of a run, with a fingerprint of what determines its records.
-
-    Args:
-
-        evaluation (Evaluation): What is evaluated.
-        classifier (Classifier): The network.
-        data (Samples): The samples.
-        size (sequence of int): Height and width of the images.
-        device (str): Type of the device.
-
-    Returns:
-        dict: What is written to `settings.json`.
-    """
+    """What is written to `settings.json`, with a fingerprint of what determines records."""
     names = (
         *("explain_class", "score", "published", "initial"),
         *("step", "rank_by", "fill", "amp"),

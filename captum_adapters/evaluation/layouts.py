@@ -2,6 +2,7 @@
 
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
@@ -133,16 +134,24 @@ def _read_csv(root: Path, split: Optional[str], classes: Sequence[str]) -> Listi
 def _table(file: Path, needed: Sequence[str] = ()) -> pd.DataFrame:
     """A CSV file of texts, with the path of the image as `image`."""
     try:
-        # spreadsheets write a byte order mark
-        table = pd.read_csv(
-            file, dtype=str, keep_default_na=False, encoding="utf-8-sig"
-        )
+        with warnings.catch_warnings():
+            # rows that are longer than the header
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            # spreadsheets write a byte order mark
+            table = pd.read_csv(
+                file,
+                dtype=str,
+                keep_default_na=False,
+                index_col=False,
+                encoding="utf-8-sig",
+            )
     except pd.errors.EmptyDataError:
         table = pd.DataFrame()
-    except (UnicodeDecodeError, pd.errors.ParserError) as error:
+    except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.ParserWarning) as error:
         reason = one_line(error)
         raise ValueError(f"{file} is not a CSV file in UTF-8 ({reason})") from error
-    table = table.rename(columns=str.strip).apply(lambda column: column.str.strip())
+    table = table.rename(columns=str.strip).fillna("")
+    table = table.apply(lambda column: column.str.strip())
     table = table[(table != "").any(axis=1)] if len(table.columns) else table
     column = next((name for name in ("image", "file") if name in table), None)
     if column is None:

@@ -27,41 +27,24 @@ from zennit_resnet.models import Classifier
 
 
 class Context(NamedTuple):
-    """What methods are made for.
-
-    Attributes:
-
-        classifier (Classifier): The network and its preprocessing.
-        initial (str): What relevance starts from: `"logit"`, `"softmax"` or `"one"`.
-        forward_batch (int): Number of images in a forward pass.
-        device (torch.device): Where images are.
-        forward (callable or None): The network for passes without gradients, which may
-                be faster.
-        autocast (callable): Context manager for such passes.
-    """
+    """What methods are made for."""
 
     classifier: Classifier
-    initial: str = "softmax"
-    forward_batch: int = 32
+    initial: str = "softmax"  # what relevance starts from
+    forward_batch: int = 32  # images in a forward pass
     device: torch.device = torch.device("cpu")
+    # the network for passes without gradients, which may be faster, and their context
     forward: Optional[Callable[[Tensor], Tensor]] = None
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 class Attributed(NamedTuple):
-    """Maps of a batch before post-processing.
+    """Maps of a batch before post-processing."""
 
-    Attributes:
-
-        maps (Tensor): Maps of shape (batch, height, width).
-        total (Tensor or None): Sum of relevance of each example, of shape (batch,), for
-                methods that distribute relevance.
-        initial (Tensor or None): What relevance starts from, of shape (batch,).
-    """
-
-    maps: Tensor
+    maps: Tensor  # of shape (batch, height, width)
+    # sums of relevance of shape (batch,), for methods that distribute it
     total: Optional[Tensor] = None
-    initial: Optional[Tensor] = None
+    initial: Optional[Tensor] = None  # what relevance starts from
 
 
 # From a batch of inputs, targets and names of samples to attributions, of shape (batch,
@@ -274,11 +257,8 @@ class Method(grammar.Method):
 class Explainer:
     """A method for a network, made by :meth:`Method.create`.
 
-    Attributes:
-
-        method (Method): The method.
-        network (torch.nn.Module or None): The network that is explained and has to be
-                measured, if it is not the one of the context.
+    `network` is what is explained and has to be measured, if it is not the one of the
+    context.
     """
 
     def __init__(self, method: Method, context: Context) -> None:
@@ -313,7 +293,7 @@ class Explainer:
     def __call__(
         self, images: Tensor, targets: Tensor, output: Tensor, names: Sequence[str]
     ) -> Tensor:
-        """Compute maps, and post-process them.
+        """Maps of shape (batch, height, width), which may not be finite.
 
         Args:
 
@@ -321,9 +301,6 @@ class Explainer:
             targets (Tensor): Classes to explain, of shape (batch,).
             output (Tensor): Output of the network, of shape (batch, classes).
             names (sequence of str): Names of the samples, which random maps depend on.
-
-        Returns:
-            Tensor: Maps of shape (batch, height, width), which may not be finite.
         """
         return self.process(self.attribute(images, targets, output, names).maps)
 

@@ -35,22 +35,13 @@ RISE_STEP = 224
 
 
 class Column(NamedTuple):
-    """A score in a table.
-
-    Attributes:
-
-        title (str): Short title.
-        better (str or None): `"higher"` or `"lower"`, `None` if neither is better.
-        about (str): What it is, in one sentence.
-        topic (str): Title of the table it is in.
-        protocol (str): `"default"` for ours, or the published one.
-    """
+    """A score in a table."""
 
     title: str
-    better: Optional[str]
-    about: str
-    topic: str = "Insertion and deletion"
-    protocol: str = "default"
+    better: Optional[str]  # "higher", "lower", or None if neither is better
+    about: str  # one sentence
+    topic: str = "Insertion and deletion"  # title of its table
+    protocol: str = "default"  # ours, or the published one
 
 
 def _areas(protocol: str, about: str, suffix: str = "") -> dict[str, Column]:
@@ -139,27 +130,15 @@ Forward = Callable[[Tensor], Tensor]
 
 
 class Batch(NamedTuple):
-    """Images of a batch that can be used, and what the network says about them.
+    """Images of a batch that can be used, and what the network says about them."""
 
-    Attributes:
-
-        names (list[str]): Names of their samples.
-        images (Tensor): Network inputs of shape (batch, channels, height, width).
-        output (Tensor): Output of the network, of shape (batch, classes).
-        targets (Tensor): Class to explain, of shape (batch,).
-        scored (Tensor): Class whose score is measured, of shape (batch,).
-        published (Tensor): The same for published protocols, of shape (batch,).
-        masks (Tensor): Masks of objects, bool of shape (batch, height, width). Without
-                an object, empty.
-    """
-
-    names: list[str]
-    images: Tensor
-    output: Tensor
-    targets: Tensor
-    scored: Tensor
-    published: Tensor
-    masks: Tensor
+    names: list[str]  # of their samples
+    images: Tensor  # network inputs of shape (batch, channels, height, width)
+    output: Tensor  # of the network, of shape (batch, classes)
+    targets: Tensor  # class to explain, of shape (batch,)
+    scored: Tensor  # class whose score is measured
+    published: Tensor  # the same for published protocols
+    masks: Tensor  # bool of shape (batch, height, width), empty without an object
 
     def take(self, rows: list[int]) -> "Batch":
         """Some of the images. All of them are not copied."""
@@ -169,26 +148,14 @@ class Batch(NamedTuple):
 
 
 class MetricSettings(NamedTuple):
-    """Settings of metrics.
-
-    Attributes:
-
-        step (int): Number of pixels between two points of curves.
-        percents (tuple): Percentages p of the top p %.
-        rank_by (str): `"value"` or `"magnitude"` of the sum over channels, for
-                accuracy, pointing and distance.
-        fill (Tensor): What deleted pixels are replaced with, of shape (1, channels, 1,
-                1).
-        forward_batch (int): Number of images in a forward pass.
-        others (dict): Further networks by name, each with the function that makes their
-                inputs out of images of the evaluated one.
-    """
+    """Settings of metrics, see :class:`captum_adapters.evaluation.Evaluation`."""
 
     step: int = 500
     percents: tuple[float, ...] = (1, 5, 10)
     rank_by: str = "magnitude"
-    fill: Optional[Tensor] = None
+    fill: Optional[Tensor] = None  # of shape (1, channels, 1, 1)
     forward_batch: int = 32
+    # networks by name, with the function that makes their inputs
     others: Mapping[str, tuple[Forward, Callable[[Tensor], Tensor]]] = {}
 
 
@@ -413,26 +380,11 @@ def measure(
     relevance: Optional[Tensor] = None,
     initial: Optional[Tensor] = None,
 ) -> tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.float32]]]:
-    """Measure maps.
+    """Measure finite maps of shape (batch, height, width).
 
-    Args:
-
-        names (sequence of str): Names of metrics among :data:`NAMES`.
-        forward (callable): The network, from images to outputs of shape (batch,
-                classes).
-        batch (Batch): The images.
-        maps (Tensor): Finite maps of shape (batch, height, width).
-        settings (MetricSettings): Settings of metrics.
-        relevance (Tensor, optional): Sums of relevance of shape (batch,), before
-                post-processing.
-                Default: None
-        initial (Tensor, optional): Initial relevance of shape (batch,). For methods
-                without, conservation is not measured.
-                Default: None
-
-    Returns:
-        tuple: Arrays of shape (batch,) by column, and of shape (batch, points) by the
-        name of a curve.
+    `relevance` and `initial`, of shape (batch,), are sums of relevance before any
+    post-processing and at the output, for methods that conserve it. Returned are arrays
+    of shape (batch,) by column, and of shape (batch, points) by the name of a curve.
     """
     values: dict[str, Tensor] = {}
     curves: dict[str, Tensor] = {}
@@ -481,16 +433,7 @@ def load_other(text: str) -> tuple[str, Classifier]:
 
 
 def adapt(source: Classifier, target: Classifier) -> Callable[[Tensor], Tensor]:
-    """Function from images of a network to those of another one's size and mean.
-
-    Args:
-
-        source (Classifier): The network whose inputs there are.
-        target (Classifier): The network that needs inputs.
-
-    Returns:
-        callable: From images of shape (batch, 3, height, width) to others.
-    """
+    """Function from images of a network to those of another one's size and mean."""
     size = input_size(target)
 
     def transform(images: Tensor) -> Tensor:

@@ -14,28 +14,15 @@ CODE = f"{TEXT},first_layer=ones,maxpool=avg2x2,dead_units=drop"
 
 
 class Preset(NamedTuple):
-    """A table or figure of a paper.
-
-    Attributes:
-
-        title (str): What it is.
-        about (str): How it is run here, and what differs from the paper.
-        rows (dict): Names of the paper's methods by ours. Methods of ours that the
-                paper does not have are called that.
-        metrics (tuple[str]): Metrics.
-        options (dict): Other settings of
-                :class:`captum_adapters.evaluation.Evaluation`.
-        printed (dict): The paper's figures by method and column.
-        columns (tuple[str]): Columns to compare with the paper's.
-    """
+    """A table or figure of a paper."""
 
     title: str
-    about: str
-    rows: dict[str, str]
+    about: str  # how it is run here, and what differs from the paper
+    rows: dict[str, str]  # names of the paper's methods by ours
     metrics: tuple[str, ...]
-    options: dict[str, Any]
-    printed: dict[str, dict[str, float]]
-    columns: tuple[str, ...]
+    options: dict[str, Any]  # other fields of an evaluation
+    printed: dict[str, dict[str, float]]  # the paper's figures by method and column
+    columns: tuple[str, ...]  # what to compare with the paper's
 
 
 AREAS = ("insertion_keio", "deletion_keio", "id_keio")

@@ -58,22 +58,13 @@ class SampleRecord(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What was measured on a method's map for a sample.
-
-    Attributes:
-
-        sample (str): Name of the sample.
-        scores (dict): `problem` (why nothing was measured, else `None`), `seconds` of the
-                attribution, `metric_seconds`, and scores by the names of
-                :data:`captum_adapters.evaluation.COLUMNS`.
-        curves (dict): Arrays by name, float32 of shape (points,).
-        heatmap (array or None): The map divided by its largest magnitude, times 127, as
-                int8 of 112 x 112 pixels or less.
-    """
+    """What was measured on a method's map for a sample."""
 
     sample: str
+    # problem (why nothing was measured, else None), seconds, metric_seconds, and scores
     scores: dict[str, Any]
-    curves: dict[str, np.ndarray] = {}
+    curves: dict[str, np.ndarray] = {}  # float32 of shape (points,)
+    # divided by its largest magnitude, times 127, as int8 of 112 x 112 pixels or less
     heatmap: Optional[np.ndarray] = None
 
 
@@ -85,7 +76,8 @@ class Run(NamedTuple):
         folder (Path): The folder.
         settings (dict): What was evaluated.
         samples (dict): :class:`SampleRecord` by name, in order.
-        records (DataFrame): :attr:`Record.scores`, indexed by `sample` and `method`, in
+        records (DataFrame): `problem` (why nothing was measured), `seconds`,
+                `metric_seconds` and scores, indexed by `sample` and `method`, in
                 order. NaN where a score is not defined, such as without a mask.
         curves (DataFrame): Arrays of shape (points,) by name, with the same index.
         heatmaps (Series): Small maps, with the same index. `None` where there is none.

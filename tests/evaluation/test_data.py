@@ -165,6 +165,14 @@ def test_csv(tmp_path):
         tmp_path / 'in' / 'list.csv', [], labels='ignore').samples} == {None}
 
 
+def test_short_rows(tmp_path):
+    '''Cells that are missing at the end of a row are empty.'''
+    file = write(tmp_path, 'labels.csv', 'file,label,mask\na.png\nb.png,tench\n')
+    assert [sample[2:] for sample in read_samples(file, CLASSES).samples] == [
+        (None, None, (), None), (0, None, (), None)
+    ]
+
+
 def test_csv_indices(tmp_path):
     '''Columns with indices are used for as many classes as they are for, and names where the order differs.'''
     write(tmp_path, 'labels.csv', (
@@ -304,6 +312,8 @@ def test_cub(tmp_path):
     ({'path': 'parts.csv', 'split': 'val'}, "with split 'val'"),
     ({'path': 'box.csv'}, "no column 'y1' for boxes"),
     ({'path': 'text.csv'}, r'text.csv, .* 2: .*\(1, 2, 3, four\)'),
+    ({'path': 'long.csv'}, 'long.csv'),
+    ({'path': 'longer.csv'}, 'longer.csv'),
     ({'path': 'blank.csv'}, 'blank.csv, .* 1: '),
     ({'layout': 'imagenet'}, 'neither folders named by wnid'),
     ({'layout': 'cub'}, 'images.txt is missing'),
@@ -321,6 +331,8 @@ def test_errors(tmp_path, options, message):
     write(tmp_path, 'parts.csv', 'file,split\na.png,train\n')
     write(tmp_path, 'box.csv', 'file,x0,y0,x1\na.png,1,2,3\n')
     write(tmp_path, 'text.csv', 'file,x0,y0,x1,y1\na.png,1,2,3,4\na.png,1,2,3,four\n')
+    write(tmp_path, 'long.csv', 'file,label\na.png,projectile, missile\n')
+    write(tmp_path, 'longer.csv', 'file,label\na.png,tench\nb.png,projectile, missile\n')
     write(tmp_path, 'blank.csv', 'file,label\n,tench\n')
     make_cub(tmp_path / 'cub')
     (tmp_path / 'cub' / 'train_test_split.txt').unlink()

@@ -29,29 +29,16 @@ NAMED = 5
 
 
 class Row(NamedTuple):
-    """A method of a group of comparable runs.
+    """A method of a group of comparable runs."""
 
-    Attributes:
-
-        name (str): Name that no other row has.
-        method (str): Name of the method.
-        kind (str): `"ours"`, `"baseline"` or `"control"`.
-        group (int): Index of the group.
-        runs (tuple[Run]): Runs that have records of it.
-        scores (DataFrame): Finite scores of the sound records, indexed by sample.
-        problems (dict): Reasons by name of the sample for which there are no scores.
-        statistics (DataFrame): `mean`, ends of the interval `low` and `high`, and number
-                of `examples`, indexed by score.
-    """
-
-    name: str
+    name: str  # that no other row has
     method: str
-    kind: str
+    kind: str  # "ours", "baseline" or "control"
     group: int
-    runs: tuple[Run, ...]
-    scores: pd.DataFrame
-    problems: dict[str, str]
-    statistics: pd.DataFrame
+    runs: tuple[Run, ...]  # those that have records of it
+    scores: pd.DataFrame  # finite scores of the sound records, indexed by sample
+    problems: dict[str, str]  # reasons by sample for which there are no scores
+    statistics: pd.DataFrame  # mean, low, high and examples of each score
 
     @property
     def control(self) -> bool:
@@ -93,14 +80,7 @@ class Row(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Comparable runs.
-
-    Attributes:
-
-        name (str): Names of the runs' folders.
-        runs (tuple[Run]): The runs.
-        samples (dict): :class:`SampleRecord` of all runs by name, in order.
-    """
+    """Comparable runs, with the samples of all of them by name."""
 
     name: str
     runs: tuple[Run, ...]

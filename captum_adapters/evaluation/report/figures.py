@@ -206,15 +206,7 @@ def _draw_chance(axes: Axes, row: Row, key: str, where: str) -> dict[str, Line2D
 
 
 def draw_curves(report: "Report") -> dict[str, Picture]:
-    """Curves of the ten best methods and all controls, as far as they were recorded.
-
-    Args:
-
-        report (Report): The report.
-
-    Returns:
-        dict: :class:`Picture` by a name for its file.
-    """
+    """Curves of the ten best methods and all controls, by a name for their file."""
     pictures = {}
     for index, group in enumerate(report.groups):
         several = len(report.groups) > 1
@@ -237,38 +229,22 @@ def draw_curves(report: "Report") -> dict[str, Picture]:
 
 
 class Example(NamedTuple):
-    """A picture, and a heatmap on it.
+    """A picture, and a heatmap on it."""
 
-    Attributes:
-
-        rank (str): `"best"`, `"median"` or `"worst"`.
-        sample (str): Name of the sample.
-        score (float): Its primary score.
-        explained (str): Name of the class that is explained, if it is known.
-        picture (array): The picture of shape (height, width, 3).
-        overlay (array): The heatmap on it, of the same shape.
-    """
-
-    rank: str
+    rank: str  # "best", "median" or "worst"
     sample: str
-    score: float
-    explained: str
-    picture: np.ndarray
+    score: float  # its primary score
+    explained: str  # name of the class, if it is known
+    picture: np.ndarray  # of shape (height, width, 3)
     overlay: np.ndarray
 
 
 def find_examples(
     report: "Report",
 ) -> tuple[list[tuple[Row, list[Example]]], list[str]]:
-    """The best, median and worst example of each method by the primary score.
+    """The best, median and worst example of at most 8 methods by the primary score.
 
-    Args:
-
-        report (Report): The report.
-
-    Returns:
-        tuple: For at most 8 methods, the row and its examples, and sentences on what is
-        not shown.
+    Returned are pairs of a row and its examples, and sentences on what is not shown.
     """
     found: list[tuple[Row, list[Example]]] = []
     notes: list[str] = []
@@ -323,15 +299,7 @@ def _draw_example(data: bytes, heatmap: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def draw_montage(report: "Report") -> Optional[bytes]:
-    """The examples of :func:`find_examples` as one PNG, `None` if there are none.
-
-    Args:
-
-        report (Report): The report.
-
-    Returns:
-        bytes or None: The file.
-    """
+    """The examples of :func:`find_examples` as one PNG, `None` if there are none."""
     rows, captions = [], []
     for row, examples in find_examples(report)[0]:
         tiles = {item.rank: [item.picture, item.overlay] for item in examples}
@@ -364,16 +332,7 @@ def _jpeg(picture: np.ndarray) -> str:
 
 
 def make_page(report: "Report", curves: dict[str, Picture]) -> str:
-    """The report as one HTML page that needs no other file.
-
-    Args:
-
-        report (Report): The report.
-        curves (dict): Pictures of :func:`draw_curves`.
-
-    Returns:
-        str: The page.
-    """
+    """The report as one HTML page that needs no other file."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("captum_adapters.evaluation.report", "."),
         autoescape=True,

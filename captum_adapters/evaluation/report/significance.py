@@ -11,19 +11,11 @@ from captum_adapters.metrics import Comparison, compare
 
 
 class Significance(NamedTuple):
-    """All methods of a group compared with one of them.
-
-    Attributes:
-
-        group (int): Index of the group.
-        column (str): Name of the score.
-        baseline (str): Name of the row that others are compared with.
-        results (tuple[Comparison]): The comparisons.
-    """
+    """All methods of a group compared with one of them."""
 
     group: int
-    column: str
-    baseline: str
+    column: str  # name of the score
+    baseline: str  # name of the row that others are compared with
     results: tuple[Comparison, ...]
 
 

@@ -14,22 +14,13 @@ MARKED = "Bold: best method; !: control that is as good as that or better."
 
 
 class Table(NamedTuple):
-    """A table of texts.
-
-    Attributes:
-
-        title (str): Its title.
-        frame (DataFrame): Texts.
-        note (str): What to know about it.
-        texts (int): Number of columns at the beginning that are no numbers.
-        marks (DataFrame or None): For cells, `"best"`, `"above"` (better, but a control)
-                or nothing.
-    """
+    """A table of texts."""
 
     title: str
     frame: pd.DataFrame
     note: str = ""
-    texts: int = 1
+    texts: int = 1  # columns at the beginning that are no numbers
+    # of each cell: "best", "above" (as good, but a control), or nothing
     marks: Optional[pd.DataFrame] = None
 
     @property
