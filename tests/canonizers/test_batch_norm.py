@@ -314,7 +314,8 @@ def test_folded_into_any_layout(how, name):
     lambda x, norm: x * norm.w, lambda x, norm: x * norm.w + x.detach(),
     lambda x, norm: x * torch.rand(7, 7).double() + 1,
     lambda x, norm: x.transpose(2, 3) * torch.rand(7).double() + 1, lambda x, norm: (x * norm.w).relu() + norm.b,
-    lambda x, norm: x * norm.w + norm.b + x,
+    lambda x, norm: x * norm.w + norm.b + x, lambda x, norm: torch.addcmul(torch.zeros_like(x), x, norm.w),
+    lambda x, norm: x * norm.w + 0 * norm.b,
 ])
 def test_other_products(how):
     '''Layer scale and constants that are no normalization of channels are not folded.'''

@@ -147,7 +147,8 @@ class BatchNormMerge:
                 offset = shift if offset is None else offset + shift
             nodes = (*produced.nodes, *moves, output.grad_fn)
             self._keep(output, produced.linear, produced.used, nodes, *produced[5:7], dim, total, offset)
-            if total is not None and shift is not None:
+            # nothing but zeros is added to a layer scale, which is no normalization
+            if total is not None and shift is not None and bool(offset.any()):
                 axis = 0
                 if isinstance(produced.linear, LinearMap):
                     axis = _axis_of_map(produced.linear, produced.given, dim, len(total))
