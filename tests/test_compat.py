@@ -143,6 +143,20 @@ def test_pre_hooks_in_order():
     assert order == [0, 1, 2, 0, 1, 2] and len(_compat.hooks_of(module)) == 0
 
 
+def test_without_hooks():
+    '''Hooks do not run in the context, but for those that compute weights, and are there again after it.'''
+    module, calls = nn.utils.spectral_norm(nn.Linear(2, 2)).eval(), []
+    for register in (module.register_forward_hook, module.register_forward_pre_hook):
+        register(lambda *args: calls.append(1))
+    before = {name: list(elem) for name, elem in vars(module).items() if name.endswith('_hooks')}
+    with _compat.without_hooks(module):
+        module(torch.zeros(1, 2))
+        assert len(_compat.pre_hooks_of(module)) == 1 and not calls
+    assert before == {name: list(elem) for name, elem in vars(module).items() if name.endswith('_hooks')}
+    module(torch.zeros(1, 2))
+    assert calls == [1, 1]
+
+
 def test_dropout():
     '''All dropouts are of one class.'''
     kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)

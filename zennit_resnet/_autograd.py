@@ -32,7 +32,10 @@ REORDERS = (
 # Functions that do so regardless of dimensions.
 SCATTERS = ('MaskedSelect', 'MaskedScatter', 'Take', 'Put')
 # 'CopySlices' is what a change of a view makes of the whole tensor, and no move.
-MOVES = ('View', 'Expand', 'queeze', 'Permute', 'Transpose', 'Clone', 'ToCopy', 'CopyBackwards', 'Identity')
+MOVES = (
+    'View', 'Expand', 'queeze', 'Permute', 'Transpose', 'Clone', 'ToCopy', 'CopyBackwards', 'Identity',
+    'BackwardHookFunction',
+)
 # Functions, and modules in place of them, of which the output is a gate if all that they are given is one.
 SHIFTS, SCALES = ('Add', 'Sub', 'Rsub'), ('Mul', 'Div', 'Neg')
 AVERAGES = ('Pool', 'Upsample', 'Mean', 'Sum')

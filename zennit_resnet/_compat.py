@@ -6,6 +6,8 @@ here: it fails where an upgrade would otherwise silently make maps wrong.
 Checked with Python 3.10 to 3.13, PyTorch 2.4 to 2.13, Zennit 0.5.1 and 1.0.0.
 '''
 import sys
+from collections import OrderedDict
+from contextlib import contextmanager
 
 import torch
 
@@ -63,6 +65,26 @@ def rules_of(module, with_post=False):
     if with_post:
         owners += [getattr(hook, '__self__', None) for hook in hooks_of(module)]
     return [owner for owner in owners if isinstance(owner, Hook)]
+
+
+@contextmanager
+def without_hooks(root):
+    '''Run a network without the hooks of its modules, but for those of PyTorch itself, which compute weights.'''
+    kept = []
+    for module in root.modules():
+        for name in ('_forward_pre_hooks', '_forward_hooks', '_backward_hooks', '_backward_pre_hooks'):
+            hooks = vars(module)[name]
+            # others in its place, as PyTorch may be going through them
+            kept.append((vars(module), name, hooks))
+            vars(module)[name] = OrderedDict(
+                (key, hook) for key, hook in hooks.items()
+                if (getattr(hook, '__module__', None) or type(hook).__module__).startswith('torch.nn.utils')
+            )
+    try:
+        yield
+    finally:
+        for attributes, name, hooks in kept:
+            attributes[name] = hooks
 
 
 def padding_of(convolution):

@@ -1,4 +1,5 @@
 '''Batch normalization in all its forms: folded wherever it is a fixed affine map, refused where it mixes examples.'''
+import threading
 import types
 
 import pytest
@@ -11,6 +12,7 @@ from zennit.attribution import Gradient
 from zennit.composites import EpsilonPlus
 
 from zennit_resnet import BlockLRP, RelativeLRP, ResidualCanonizer, ResNetLRP, initial_relevance
+from zennit_resnet.canonizers import residual
 
 MERGING = {
     'ratio': lambda: ResNetLRP(batch_norm='merge'), 'relative': RelativeLRP,
@@ -332,6 +334,71 @@ def test_other_products(how):
         torch.testing.assert_close(*maps)
 
 
+USERS = {
+    'full backward hook': lambda layer: layer.register_full_backward_hook(lambda *args: None),
+    'full backward pre-hook': lambda layer: layer.register_full_backward_pre_hook(lambda *args: None),
+    'view': lambda layer: layer.register_forward_hook(lambda module, args, output: output.view_as(output)),
+    'copy': lambda layer: layer.register_forward_hook(lambda module, args, output: output.clone()),
+}
+
+
+@pytest.mark.parametrize('name', ['ratio', 'relative'])
+@pytest.mark.parametrize('hook', USERS)
+def test_hooks_of_users(hook, name):
+    '''Hooks on the layer leave the map as it is.'''
+    model = network()
+    USERS[hook](model.stem)
+    torch.testing.assert_close(explain(model, MERGING[name]()), explain(network(), MERGING[name]()))
+
+
+CHANGES = {
+    'view': lambda h: h[:, :, ::2].relu_(), 'columns': lambda h: h[..., ::2].mul_(.5),
+    'module': lambda h: nn.ReLU(inplace=True)(h[:, :, ::2]), 'channels': lambda h: h[:, :4].neg_(),
+    'detached': lambda h: h.detach().mul_(.5),
+}
+
+
+@pytest.mark.parametrize('how', CHANGES)
+def test_changed_before_the_normalization(how):
+    '''What is changed in place before the normalization is not the output of the layer any more.'''
+    class Changed(nn.Module):
+        '''The normalization after the change.'''
+        def __init__(self, norm):
+            super().__init__()
+            self.norm = norm
+
+        def forward(self, h):
+            '''Normalized.'''
+            CHANGES[how](h)
+            return self.norm(h)
+
+    model = network(Changed)
+    torch.testing.assert_close(explain(model, ResNetLRP(batch_norm='merge')), explain(model, ResNetLRP()))
+
+
+def test_threads():
+    '''Threads that share a context with folded layers do not share what they know of their forward passes.'''
+    model, results = network(), [None] * 3
+    inputs = [torch.randn(1, 3, 9, 9, generator=torch.Generator().manual_seed(num)).double() for num in range(3)]
+    with Gradient(model=model, composite=RelativeLRP()) as attributor:
+        expected = [attributor(x.clone(), initial_relevance(1))[1] for x in inputs]
+
+        def work(num):
+            for _ in range(10):
+                leaf = inputs[num].clone().requires_grad_()
+                output = model(leaf)
+                relevance, = torch.autograd.grad(output, leaf, initial_relevance(1)(output))
+                results[num] = relevance if results[num] is None or torch.equal(relevance, results[num]) else None
+
+        threads = [threading.Thread(target=work, args=(num,)) for num in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for found, elem in zip(results, expected):
+        torch.testing.assert_close(found, elem)
+
+
 @pytest.mark.parametrize('name', MERGING)
 def test_not_folded(name):
     '''Statistics alone do not make a normalization.'''
@@ -465,19 +532,20 @@ INDEPENDENT = {
 
 @pytest.mark.parametrize('name', ['ratio', 'zennit', 'pass', 'block'])
 @pytest.mark.parametrize('how', INDEPENDENT)
-def test_no_statistics(how, name):
+def test_no_statistics(how, name, monkeypatch):
     '''Other reductions are none of the batch, whatever their dimensions are.'''
     create = {**MERGING, 'pass': ResNetLRP, 'block': BlockLRP}[name]
     model, x = network(lambda norm: Function(INDEPENDENT[how])), torch.randn(3, 3, 9, 9).double()
-    calls = []
+    calls, checks, check = [], [], residual.depends_on_batch
+    monkeypatch.setattr(residual, 'depends_on_batch', lambda *args: checks.append(0) or check(*args))
     model.register_forward_hook(lambda *args: calls.append(0))
     relevance = Gradient(model, create())(x, initial_relevance(1))[1]
     for num in range(3):
         single = Gradient(model, create())(x[num:num + 1], initial_relevance(1))[1]
         torch.testing.assert_close(relevance[num:num + 1], single, rtol=1e-6, atol=1e-9)
     # it runs again only if it may be one
-    is_suspicious = how in ('logged', 'softmax', 'one by one', 'channels first') or (how, name) == ('branches', 'block')
-    assert len(calls) == (6 if is_suspicious else 4)
+    is_suspicious = how in ('logged', 'softmax', 'one by one', 'channels first', 'branches', 'channels')
+    assert len(calls) == 4 and len(checks) == is_suspicious
 
 
 def test_arguments_by_name():

@@ -1,6 +1,7 @@
 '''Folding batch normalizations into the linear layers before them, by data flow.'''
 import contextlib
 import functools
+import threading
 import types
 import weakref
 from typing import NamedTuple
@@ -11,7 +12,8 @@ from zennit.core import RemovableHandleList
 from zennit.types import BatchNorm, ConvolutionTranspose, Linear
 
 from .._autograd import count_uses, nodes_of, origin_of, pull_back, rule_of, sequence_of
-from .._compat import DisableTorchFunction, rules_of
+from .._compat import DisableTorchFunction, rules_of, version_of
+from .._inplace import settle
 from .._weights import UsedModule, UsedWeights, is_plain
 from ..layer import LinearMap, Normalization
 from ..rules.base import SinglePass
@@ -61,6 +63,19 @@ class Produced(NamedTuple):
     shift: torch.Tensor = None
 
 
+class _Forward(threading.local):
+    '''What is known of the forward pass of a thread, and the normalizations that are running.'''
+    def __init__(self):
+        self.clear()
+
+    def clear(self):
+        '''Begin anew.'''
+        self.producers, self.last, self.calls, self.candidates, self.pairs = {}, {}, {}, [], {}
+
+    def __deepcopy__(self, memo):
+        return _Forward()
+
+
 class BatchNormMerge:
     '''Find pairs of a linear layer and a batch normalization in a forward pass, and fold them for the backward pass.
 
@@ -73,9 +88,7 @@ class BatchNormMerge:
     '''
     def __init__(self):
         self.handles = RemovableHandleList()
-        self.producers, self.last, self.calls, self.candidates, self.folded = {}, {}, {}, [], []
-        # of normalizations that are running
-        self.pairs = {}
+        self.local, self.folded = _Forward(), []
 
     def watch(self, module):
         '''Watch a module, after its rules were registered, such that tensors are seen as other modules see them.'''
@@ -90,40 +103,49 @@ class BatchNormMerge:
             if not isinstance(output, torch.Tensor) or not output.requires_grad:
                 return
             # a layer with a forward of its own may return the output of a functional one, or do more than that
-            before = self.producers.get(id(output))
+            before = self.local.producers.get(id(output))
             if before is not None and before.reference() is output:
                 return
-            has_single_pass = rule_of(output.grad_fn) is not None
+            node, moves = output.grad_fn, ()
+            if rule_of(node) is None and is_plain(module):
+                # hooks of the user may return a copy or a view
+                origin, after = origin_of(output)
+                node, moves = (origin, after) if origin is not None and rule_of(origin) is not None else (node, ())
+            has_single_pass = rule_of(node) is not None
             if isinstance(module, LinearMap) and not has_single_pass:
                 # rules of Zennit need a bias
                 return
-            if isinstance(output.grad_fn.module, Linear) if has_single_pass else (
+            if isinstance(node.module, Linear) if has_single_pass else (
                 is_plain(module) or rules_of(module)
             ):
                 # the node of a single-pass rule has the weights of its call
                 used = None if has_single_pass else UsedWeights(module)
                 given = args[0].shape if isinstance(module, LinearMap) else None
                 self._keep(
-                    output, module, used, (output.grad_fn,), output.shape, given,
+                    output, module, used, (node, *moves), output.shape, given,
                     _channels(module, output.ndim)
                 )
-                self.calls[module] = self.calls.get(module, 0) + 1
+                self.local.calls[module] = self.local.calls.get(module, 0) + 1
 
     def _keep(self, output, *values):
         produced = Produced(weakref.ref(output), _number(output), *values)
-        self.producers[id(output)] = self.last[output.grad_fn] = produced
+        self.local.producers[id(output)] = self.local.last[output.grad_fn] = produced
 
     def find(self, tensor):
         '''What a linear layer returned, from which a tensor was only moved, None if there is nothing like that.'''
-        if not self.producers:
+        if not self.local.producers:
             return None
         with DisableTorchFunction():
-            produced = self.producers.get(id(tensor))
+            produced = self.local.producers.get(id(tensor))
             # something else may have changed it in place, such as an addition
             if produced is not None and produced.reference() is tensor and _number(tensor) == produced.number:
                 return produced, ()
-            node, moves = origin_of(tensor, self.last)
-            return (self.last[node], moves) if moves and node in self.last else None
+            node, moves = origin_of(tensor, self.local.last)
+            if not moves or node not in self.local.last:
+                return None
+            produced = self.local.last[node]
+            before = produced.reference()
+            return (produced, moves) if before is None or _number(before) == produced.number else None
 
     def note(self, found, input, output, scale=None, shift=None):
         '''Note that a constant was multiplied or added, as in a normalization that is written out, or as a bias.'''
@@ -158,12 +180,15 @@ class BatchNormMerge:
                 )
                 constants = types.SimpleNamespace(module=affine, check=lambda: None)
                 if axis is not None:
-                    self.candidates.append((nodes[:-1], produced.linear, produced.used, constants, nodes[-1], axis))
+                    self.local.candidates.append(
+                        (nodes[:-1], produced.linear, produced.used, constants, nodes[-1], axis)
+                    )
 
     def _note_input(self, module, args, kwargs):
-        self.pairs.pop(module, None)
+        self.local.pairs.pop(module, None)
         if not _has_statistics(module):
             return
+        settle((args, kwargs))
         for input in (*args, *kwargs.values()):
             found = self.find(input) if isinstance(input, torch.Tensor) and input.requires_grad else None
             if found is None:
@@ -179,28 +204,28 @@ class BatchNormMerge:
                     nodes = *produced.nodes, *moves
                     # it may be changed in place
                     values = None if isinstance(module, (BatchNorm, Normalization)) else input.detach()[:1].clone()
-                    self.pairs[module] = values, nodes, produced.linear, produced.used, batch_norm, axis
+                    self.local.pairs[module] = values, nodes, produced.linear, produced.used, batch_norm, axis
             return
 
     def _note_result(self, module, args, output):
-        pair = self.pairs.pop(module, None)
+        pair = self.local.pairs.pop(module, None)
         if pair is None or not isinstance(output, torch.Tensor):
             return
         input, nodes, linear, used, batch_norm, axis = pair
         with DisableTorchFunction():
             # a normalization may be made of others, of which the inner one is found first
-            if all(nodes[0] is not candidate[0][0] for candidate in self.candidates) and (
+            if all(nodes[0] is not candidate[0][0] for candidate in self.local.candidates) and (
                 isinstance(module, (BatchNorm, Normalization)) and (
                     # what has a rule of its own counts as what its type says
                     is_plain(module) or any(rule.active for rule in rules_of(module))
                 ) or input is not None and _is_affine(batch_norm.module, input, output)
             ):
-                self.candidates.append((nodes, linear, used, batch_norm, output.grad_fn, axis))
+                self.local.candidates.append((nodes, linear, used, batch_norm, output.grad_fn, axis))
 
     def fold(self, outputs):
         '''Put folded parameters in place after a forward pass, or have that done when a rule uses them.'''
-        candidates, calls = self.candidates, self.calls
-        self.producers, self.last, self.calls, self.candidates, self.pairs = {}, {}, {}, [], {}
+        candidates, calls = self.local.candidates, self.local.calls
+        self.local.clear()
         uses, folded = count_uses(nodes_of(outputs)) if candidates else {}, set()
         # of constants that follow each other, all
         for nodes, linear, used, batch_norm, result, axis in reversed(candidates):
@@ -235,7 +260,7 @@ class BatchNormMerge:
 
     def unfold(self):
         '''Put the original parameters back, for a forward pass.'''
-        self.producers, self.last, self.calls, self.candidates = {}, {}, {}, []
+        self.local.clear()
         while self.folded:
             _restore(*self.folded.pop())
 
@@ -349,7 +374,7 @@ def _scale(batch_norm):
 
 def _number(tensor):
     '''Number of the node that has computed a tensor, which no other has, None for leaves.'''
-    return None if tensor.grad_fn is None else sequence_of(tensor.grad_fn)
+    return None if tensor.grad_fn is None else (sequence_of(tensor.grad_fn), version_of(tensor))
 
 
 def _weights(linear):

@@ -1,22 +1,32 @@
 '''Whether what a network returns for an image depends on the other images of the batch.'''
+from contextlib import nullcontext
+
 import torch
 
 from .._autograd import active_tensors, map_tensors, moved_before, tensors_of
+from .._compat import DisableTorchFunction, without_hooks
 from .functions import ALIASES
 from .operations import OPERATIONS
 
 # Functions over all dimensions but the first, which only matter if that has no examples.
 NORMALIZATIONS = frozenset('instance_norm layer_norm group_norm native_layer_norm native_group_norm'.split())
 PRODUCTS = frozenset('matmul __matmul__ mm linalg_matmul einsum addmm'.split())
+# Functions that compare or multiply all entries of tensors, which may be images.
+PAIRS = frozenset('cdist tensordot mv inner outer ger kron vdot dot'.split())
+# Functions of regions of interest.
+REGIONS = 'roi'
+TRANSPOSED = frozenset('transpose permute swapaxes swapdims movedim moveaxis t adjoint'.split())
 REDUCTIONS = {name: entry.reduces for name, entry in OPERATIONS.items() if entry.reduces}
 MOVES = {name: entry.takes for name, entry in OPERATIONS.items() if entry.takes}
 # Softmaxes of attention are over the last dimension of what heads have moved.
 SOFTMAXES = frozenset('softmax log_softmax special_softmax special_log_softmax'.split())
-WATCHED = frozenset(REDUCTIONS) | frozenset(MOVES) | NORMALIZATIONS | PRODUCTS | {'__getitem__'}
+WATCHED = frozenset(REDUCTIONS) | frozenset(MOVES) | NORMALIZATIONS | PRODUCTS | PAIRS | {'__getitem__', 'pad'}
 
 
 def may_mix(name, args, kwargs, size):
     '''Whether a function may compute something from several images.'''
+    if name in PAIRS:
+        return bool(active_tensors((args, kwargs)))
     if name == 'einsum':
         return _contracts_first(args)
     if name in PRODUCTS:
@@ -33,8 +43,12 @@ def may_mix(name, args, kwargs, size):
         ))
     if hasattr(input, '_stacked'):
         return any(map(moved_before, input._stacked[0]))
+    if name == 'pad':
+        amounts = args[1] if len(args) > 1 else kwargs['pad']
+        return len(amounts) >= 2 * input.ndim and any(amounts[2 * input.ndim - 2:])
     if name in NORMALIZATIONS:
-        return moved_before(input)
+        shape = args[1] if len(args) > 1 else kwargs.get('normalized_shape')
+        return moved_before(input) or isinstance(shape, (list, tuple)) and len(shape) == input.ndim
     dims = _dims(input, args, kwargs, *REDUCTIONS[name])
     return 0 in dims or bool(dims) and name not in SOFTMAXES and moved_before(input)
 
@@ -68,33 +82,56 @@ def _contracts_first(args):
     return not arrow or any(elem[:1] not in output for elem in inputs.split(','))
 
 
-def depends_on_batch(module, given, output):
-    '''Whether the output of a network for an image depends on other images: whether it is the same for half a batch.'''
-    size = batch_size(given)
-    for part in (slice(0, size // 2), slice(size // 2, size)):
-        args, kwargs = map_tensors(lambda elem, part=part: (
-            elem.detach()[part] if elem.ndim and len(elem) == size else elem.detach()
-        ), given)
-        try:
-            with torch.no_grad():
-                actual = tensors_of(module(*args, **kwargs))
-        except Exception:  # pylint: disable=broad-exception-caught
-            return False
-        if any(_differ(values, elem, part, size) for values, elem in zip(actual, tensors_of(output))):
+def changes_first(name, args, size):
+    '''Whether images are no longer the first dimension of a tensor that a function is given, or after it.'''
+    with DisableTorchFunction():
+        tensors = [elem for elem in args[:2] if isinstance(elem, torch.Tensor) and elem.requires_grad]
+        if any(not elem.ndim or len(elem) != size for elem in tensors):
             return True
+        if not tensors or name not in TRANSPOSED:
+            return False
+        dims = [dim for arg in args[1:] for dim in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+        if name.startswith('permute'):
+            return bool(dims) and dims[0] % tensors[0].ndim != 0
+        return not dims or any(isinstance(dim, int) and dim % tensors[0].ndim == 0 for dim in dims)
+
+
+def depends_on_batch(module, given, output):
+    '''Whether the output of a network for an image depends on others: whether it is another among copies of itself.
+
+    Asked of the first and of the last image. None if the network cannot be run so. Hooks of modules only run if there
+    is any doubt.
+    '''
+    size = batch_size(given)
+    for index in (0, size - 1):
+        args, kwargs = map_tensors(lambda elem, index=index: (
+            elem.detach()[[index] * size] if elem.ndim and len(elem) == size else elem.detach()
+        ), given)
+        for context in (without_hooks(module), nullcontext()):
+            try:
+                with context, torch.no_grad(), torch.random.fork_rng():
+                    actual = tensors_of(module(*args, **kwargs))
+                differs = any(_differ(elem, expected, index, size)
+                              for elem, expected in zip(actual, tensors_of(output)))
+            except Exception:  # pylint: disable=broad-exception-caught
+                differs = None
+            if differs is False:
+                break
+        if differs is not False:
+            return differs
     return False
 
 
-def _differ(actual, output, part, size):
-    '''Whether values for a part of a batch are others than those for all of it.'''
-    if not output.requires_grad or not output.ndim or len(output) % size:
+def _differ(actual, output, index, size):
+    '''Whether the values of an image are others than before.'''
+    if not output.requires_grad or not output.ndim or len(output) != size or actual.shape != output.shape:
         return False
-    expected = output.detach().reshape(size, -1)[part]
-    if expected.numel() != actual.numel():
-        return False
-    tolerance = min(1e3 * torch.finfo(output.dtype).eps, 1e-2) * float(expected.abs().amax()) if expected.numel() else 0
-    # NaN differs
-    return not bool(((actual.reshape(expected.shape) - expected).abs() <= tolerance).all())
+    actual, expected = actual[index], output.detach()[index]
+    finite = expected[expected.isfinite()]
+    tolerance = min(1e3 * torch.finfo(output.dtype).eps, 1e-2) * (float(finite.abs().amax()) if finite.numel() else 0.)
+    # masked classes may be infinite
+    same = (actual == expected) | (actual.isnan() & expected.isnan()) | ((actual - expected).abs() <= tolerance)
+    return not bool(same.all())
 
 
 def batch_size(given):

@@ -2,7 +2,7 @@
 import torch
 
 from .._autograd import map_tensors, tensors_of
-from .._compat import is_view
+from .._compat import is_view, keep_version
 
 # What PyTorch calls some arguments as well.
 ALIASES = {'self': 'input', 'axis': 'dim', 'keepdims': 'keepdim'}
@@ -138,7 +138,8 @@ def with_values(output, exact):
         output = output.reshape(exact.shape)
     # the graph of a view is made anew once its values change, of which not all functions are capable
     output = output.clone() if is_view(output) else output
-    with torch.no_grad():
+    # the network has not changed it
+    with torch.no_grad(), keep_version(output):
         output.copy_(exact)
     return output
 

@@ -36,6 +36,12 @@ def _fill(canonizer, call, function):
     return canonizer.run(call, Filling, function, examples=None)
 
 
+def copy(canonizer, call, function):
+    '''Copy a tensor into another, whose elements are lost. Of constants, relevance goes back to them.'''
+    target = function.bind('input')['input']
+    return function() if len(function.active) > 1 or not target.requires_grad else _fill(canonizer, call, function)
+
+
 def assign(canonizer, call, function):
     '''Assign elements in place.'''
     target, index, value = function.args

@@ -84,13 +84,13 @@ TABLE = (
     # moves, selections, and what is the identity in evaluation
     _entry('''
         view view_as reshape reshape_as flatten unflatten ravel permute transpose t swapaxes swapdims movedim
-        moveaxis adjoint squeeze squeeze_ unsqueeze unsqueeze_ contiguous clone copy_ expand expand_as repeat
+        moveaxis adjoint squeeze squeeze_ unsqueeze unsqueeze_ contiguous clone expand expand_as repeat
         repeat_interleave tile broadcast_to broadcast_tensors as_strided pixel_shuffle pixel_unshuffle
         channel_shuffle to type type_as float double half bfloat16 cuda cpu detach detach_ requires_grad_
         __get__ __set__ retain_grad register_hook dropout_ alpha_dropout_ feature_dropout feature_dropout_
-        feature_alpha_dropout_ swapaxes_ swapdims_ transpose_ t_ fliplr split_with_sizes unsafe_split
-        unsafe_split_with_sizes unsafe_chunk dsplit hsplit diagonal linalg_diagonal narrow_copy atleast_1d
-        atleast_2d atleast_3d meshgrid cartesian_prod combinations as_tensor asarray positive __pos__ nan_to_num
+        feature_alpha_dropout_ swapaxes_ swapdims_ transpose_ t_ fliplr dsplit hsplit diagonal linalg_diagonal
+        narrow_copy atleast_1d atleast_2d atleast_3d meshgrid cartesian_prod combinations as_tensor asarray
+        positive __pos__ nan_to_num
         nan_to_num_ resolve_conj resolve_neg conj conj_physical conj_physical_ real native_channel_shuffle
         fft_fftshift fft_ifftshift pin_memory _to_copy _unsafe_view alias lift_fresh view_copy permute_copy
         transpose_copy t_copy squeeze_copy unsqueeze_copy select_copy slice_copy split_copy
@@ -99,7 +99,9 @@ TABLE = (
         fractional_max_pool3d_with_indices as_strided_ index
     ''', gradient),
     _entry('select unbind narrow index_select gather take_along_dim', gradient, takes=(1, 0)),
-    _entry('split chunk tensor_split roll', gradient, takes=(2, 0)),
+    _entry('''
+        split chunk tensor_split roll split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk
+    ''', gradient, takes=(2, 0)),
     _entry('flip', gradient, takes=(1, None)),
     _entry('rot90', gradient, takes=(2, (0, 1))),
     _entry('__reversed__ flipud vsplit', gradient, takes=(9, 0)),
@@ -202,6 +204,7 @@ TABLE = (
         diagonal_scatter _index_put_impl_
     ''', moves.place),
     _entry('scatter_add scatter_add_ index_add index_add_ scatter_reduce scatter_reduce_', moves.add_at),
+    _entry('copy_', moves.copy),
     _entry('__setitem__', moves.assign),
     _entry('unfold im2col', moves.unfold),
     # no rule, but they may compute something from several images

@@ -1,6 +1,7 @@
 '''Canonizers which make the operations of residual networks visible to rules.'''
 import gc
 import threading
+import warnings
 import weakref
 from contextlib import contextmanager
 
@@ -8,12 +9,12 @@ import torch
 from zennit.canonizers import Canonizer
 from zennit.core import RemovableHandleList
 
-from .._autograd import active_tensors, class_of, function_of, is_arithmetic, name_of, nodes_of, walk
+from .._autograd import active_tensors, class_of, function_of, is_arithmetic, name_of, nodes_of, tensors_of, walk
 from .._compat import DisableTorchFunction, caller, in_backward, is_replacing, is_running, registering_composite
 from .._inplace import Watch, forget, note_copy, settle
 from ..arguments import Described, check_choice, check_flag
 from .batch_norm import BatchNormMerge
-from .batches import WATCHED, batch_size, depends_on_batch, may_mix
+from .batches import REGIONS, WATCHED, batch_size, changes_first, depends_on_batch, may_mix
 from .calls import Local, ModuleCall, is_opaque, keep_stored, single_pass
 from .eager import Eager, check_evaluation, is_active
 from .functions import FunctionCall
@@ -163,6 +164,8 @@ class ResidualCanonizer(Described, Canonizer):
         REGISTERED.append(self)
         self.context = self.paused = None
         self.surrogates, self.leaves, self.weights = {}, {}, WeightLog()
+        # shapes of inputs for which images were found not to depend on each other
+        self.independent = set()
         self.local = Local()
         self.interception = _Interception(self, self.is_gradient)
         # zennit 1.0.0 replaces parameters of layers with new objects when its rules run
@@ -223,7 +226,7 @@ class ResidualCanonizer(Described, Canonizer):
         self.local.__dict__.setdefault('stack', [])
         stack = self._stack()
         if not stack:
-            self.local.mixing = None
+            self.local.mixing, self.local.moved = None, ''
             if module is not self.root:
                 self.local.given, self.local.batch = None, 0
             self.local.counts, self.local.seen, self.local.known, self.local.softmaxes = {}, set(), set(), Softmaxes()
@@ -304,19 +307,31 @@ class ResidualCanonizer(Described, Canonizer):
     def _check_batch(self, output):
         '''Raise a RuntimeError if functions that may compute something from several images do.'''
         given, self.local.given = self.local.given, None
-        if self.local.mixing is None or self.paused is not None:
+        shapes = tuple(elem.shape for elem in tensors_of(given))
+        mixing, moved = self.local.mixing, self.local.moved
+        # regions belong to images by their numbers, which are others in a part of the batch
+        if self.paused is not None or shapes in self.independent or mixing is None and moved in ('', REGIONS):
             return
         self.local.is_checking = True
         try:
-            is_dependent = depends_on_batch(self.root, given, output)
+            is_dependent = None if moved == REGIONS else depends_on_batch(self.root, given, output)
         finally:
             self.local.is_checking = False
-        if is_dependent:
-            label, name = self.local.mixing
-            raise RuntimeError(
-                f'{label} calls \'{name}\' over the {self.local.batch} images of the batch, by which the output for '
-                'one image depends on the others: explain one image at a time, or use running statistics.'
-            )
+        if is_dependent is False or is_dependent is None and mixing is None:
+            # of further batches of this shape as well
+            self.independent.add(shapes)
+            return
+        label, name = mixing or (self._label(self.root), moved)
+        message = (
+            f'{label} calls \'{name}\' over the {self.local.batch} images of the batch, by which the output for one '
+            'image depends on the others' + (
+                '' if is_dependent else ', or may do so: the network cannot be run for copies of one of them'
+            ) + ': explain one image at a time, or use running statistics. If the first dimension has no images, '
+            'ResidualCanonizer(strict=False) warns instead.'
+        )
+        if self.strict:
+            raise RuntimeError(message)
+        warnings.warn(message, stacklevel=2)
 
     def _start(self, args):
         if self not in REGISTERED:
@@ -398,9 +413,11 @@ class ResidualCanonizer(Described, Canonizer):
         '''
         name = name_of(func)
         size = self.local.batch
-        if size > 1 and name in WATCHED and self.local.mixing is None and may_mix(name, args, kwargs, size):
+        if size > 1 and self.local.mixing is None and name in WATCHED and may_mix(name, args, kwargs, size):
             stack = self._stack()
             self.local.mixing = self._label(stack[-1].module if stack else self.root), name
+        if size > 1 and not self.local.moved:
+            self.local.moved = REGIONS if 'roi' in name else name if changes_first(name, args, size) else ''
         if name not in TRAINING or not is_training(func, args, kwargs):
             return
         stack = self._stack()

@@ -1,0 +1,131 @@
+'''Networks in which images of a batch depend on each other, and those in which they do not.'''
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from zennit.attribution import Gradient
+from zennit.composites import EpsilonPlus
+
+from zennit_resnet import BlockLRP, RelativeLRP, ResidualCanonizer, ResNetLRP, initial_relevance, with_splitting
+
+COMPOSITES = {
+    'ratio': ResNetLRP, 'relative': RelativeLRP, 'block': BlockLRP, 'splitting': lambda: with_splitting(EpsilonPlus()),
+}
+
+
+class Net(nn.Module):
+    '''A convolution, a function of its output, and a head.'''
+    def __init__(self, function):
+        super().__init__()
+        self.conv, self.function = nn.Conv2d(3, 8, 3, padding=1), function
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+
+    def forward(self, x):
+        '''Logits.'''
+        return self.head(self.function(self.conv(x).relu()))
+
+
+class Views(nn.Module):
+    '''Several views of each example, of which the features are averaged.'''
+    def __init__(self, mask=None):
+        super().__init__()
+        self.net, self.mask = Net(self.average), mask
+
+    def average(self, h):
+        '''The mean of views.'''
+        return h.view(3, -1, *h.shape[1:]).mean(0)
+
+    def forward(self, x):
+        '''Logits, some of which may be left out.'''
+        output = self.net(x.transpose(0, 1).flatten(0, 1))
+        return output if self.mask is None else output.masked_fill(self.mask, -torch.inf)
+
+
+def build(create):
+    '''A network in double precision.'''
+    torch.manual_seed(0)
+    return create().double().eval()
+
+
+def images(*shape):
+    '''A batch of four.'''
+    return torch.randn(4, *shape or (3, 8, 8), generator=torch.Generator().manual_seed(1)).double()
+
+
+def explain(model, x, composite):
+    '''Relevance of the input.'''
+    with Gradient(model=model, composite=composite) as attributor:
+        return attributor(x.clone(), initial_relevance(1))[1]
+
+
+MIXING = {
+    'mean': lambda h: h - h.mean(0), 'ghosts': lambda h: torch.cat([elem - elem.mean(0) for elem in h.split(2)]),
+    'pairs': lambda h: torch.stack((h[0::2], h[1::2]), 1).amax(1).repeat_interleave(2, 0),
+    'view': lambda h: (h.view(-1, 2, 8, 8, 8) - h.view(-1, 2, 8, 8, 8).mean(1, keepdim=True)).view(h.shape),
+    'unflatten': lambda h: h.unflatten(0, (2, 2)).mean(1).repeat_interleave(2, 0), 'mT': lambda h: h - h.flatten(
+        1).mT.mean(-1).view(1, 8, 8, 8),
+    'layer norm': lambda h: F.layer_norm(h, h.shape),
+    'group norm': lambda h: F.group_norm(h.reshape(1, -1, 8, 8), 1).view(h.shape),
+    'differences': lambda h: (h[:, None] - h[None]).mean(1),
+    'tensordot': lambda h: h - torch.tensordot(torch.ones(4).double() / 4, h, 1),
+    'roll': lambda h: h.transpose(0, 1).roll(1, 1).transpose(0, 1),
+    'flat roll': lambda h: h.flatten().roll(512).view(h.shape),
+    'shift': lambda h: torch.cat((h[:1], h[1:] + h[:-1])), 'pad': lambda h: F.pad(h, (0, 0, 0, 0, 0, 0, 1, -1)),
+    'unsafe chunk': lambda h: h + torch.unsafe_chunk(h, 4)[0],
+    'pooling': lambda h: h - F.adaptive_avg_pool3d(h.transpose(0, 1), (1, 8, 8)).transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize('name', COMPOSITES)
+@pytest.mark.parametrize('how', MIXING)
+def test_mixing(how, name):
+    '''It is an error if the map of an image would depend on the others, also within parts of the batch.'''
+    with pytest.raises((RuntimeError, ValueError), match='one (image |example )?at a time|single example'):
+        explain(build(lambda: Net(MIXING[how])), images(), COMPOSITES[name]())
+
+
+def test_hooks_and_errors_hide_nothing():
+    '''A hook or a network that fails for a part of the batch does not let the others through.'''
+    model = build(lambda: Net(MIXING['mean']))
+    model.conv.register_forward_hook(lambda module, args, output: output.retain_grad())
+    with pytest.raises(RuntimeError, match='one image at a time'):
+        explain(model, images(), ResNetLRP())
+
+    with pytest.raises(RuntimeError, match='one image at a time'):
+        explain(build(lambda: Net(lambda h: h.view(4, 8, 8, 8) - h.mean(0))), images(), ResNetLRP())
+
+    def fails(h):
+        assert torch.is_grad_enabled()
+        return h - h.mean(0)
+
+    with pytest.raises(RuntimeError, match='cannot be run'):
+        explain(build(lambda: Net(fails)), images(), ResNetLRP())
+
+
+def test_independent():
+    '''Views of the same example are no other images. Hooks run once for each call, random numbers stay as they are.'''
+    model, x, sizes = build(Views), images(3, 3, 8, 8), []
+    model.net.conv.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    torch.manual_seed(0)
+    with Gradient(model=model, composite=ResNetLRP()) as attributor:
+        found = [attributor(x.clone(), initial_relevance(1))[1] for _ in range(2)]
+    assert sizes == [12, 12] and torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(0)))
+    alone = torch.cat([explain(model, elem[None], ResNetLRP()) for elem in x])
+    for elem in found:
+        torch.testing.assert_close(elem, alone, rtol=1e-9, atol=1e-12)
+
+
+def test_masked_classes():
+    '''Classes that are masked with infinity are the same for all batches.'''
+    mask = torch.tensor([False, False, False, True, True])
+    x = images(3, 3, 8, 8)
+    torch.testing.assert_close(
+        explain(build(lambda: Views(mask)), x, ResNetLRP()), explain(build(Views), x, ResNetLRP())
+    )
+
+
+def test_no_images():
+    '''If the first dimension has none, the error can be made a warning.'''
+    model = build(lambda: Net(MIXING['mean']))
+    with pytest.warns(UserWarning, match='4 images'):
+        explain(model, images(), ResNetLRP(canonizers=[ResidualCanonizer(strict=False)]))
