@@ -356,7 +356,9 @@ def compare(images, methods, show, out, **options):
             raise click.ClickException(f'cannot write {out}: {error.strerror or error}') from error
         tqdm.write(f'written {one_line(out)}', file=sys.stdout)
         for (text, note), names in notes.items():
-            which = 'all' if len(names) == len(rows) else ', '.join(map(one_line, names))
+            shown, more = names[:3], len(names) - 3
+            which = ', '.join(map(one_line, shown)) + (f' and {more} more' if more > 0 else '')
+            which = 'all' if len(names) == len(rows) else which
             tqdm.write(f'  {text}: {note} ({which})', file=sys.stdout)
     session.finish()
 
