@@ -144,17 +144,19 @@ def test_pre_hooks_in_order():
 
 
 def test_without_hooks():
-    '''Hooks do not run in the context, but for those that compute weights, and are there again after it.'''
-    module, calls = nn.utils.spectral_norm(nn.Linear(2, 2)).eval(), []
-    for register in (module.register_forward_hook, module.register_forward_pre_hook):
+    '''Hooks of the copy are those that compute weights. The network has all of its own, and its attributes.'''
+    layer, calls = nn.utils.spectral_norm(nn.Linear(2, 2)).eval(), []
+    module = nn.Sequential(layer, layer)
+    for register in (layer.register_forward_hook, layer.register_forward_pre_hook, module.register_forward_hook):
         register(lambda *args: calls.append(1))
-    before = {name: list(elem) for name, elem in vars(module).items() if name.endswith('_hooks')}
-    with _compat.without_hooks(module):
-        module(torch.zeros(1, 2))
-        assert len(_compat.pre_hooks_of(module)) == 1 and not calls
-    assert before == {name: list(elem) for name, elem in vars(module).items() if name.endswith('_hooks')}
-    module(torch.zeros(1, 2))
-    assert calls == [1, 1]
+    before = {name: list(elem) for name, elem in vars(layer).items() if name.endswith('_hooks')}
+    bare = _compat.without_hooks(module)
+    assert bare[0] is bare[1] is not layer and bare[0].weight_orig is layer.weight_orig
+    assert torch.equal(bare(torch.ones(1, 2)), module(torch.ones(1, 2)))
+    assert len(_compat.pre_hooks_of(bare[0])) == 1 and len(calls) == 5
+    assert before == {name: list(elem) for name, elem in vars(layer).items() if name.endswith('_hooks')}
+    bare[0].note = 'its own'
+    assert not hasattr(layer, 'note')
 
 
 def test_dropout():

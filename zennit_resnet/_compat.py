@@ -7,7 +7,6 @@ Checked with Python 3.10 to 3.13, PyTorch 2.4 to 2.13, Zennit 0.5.1 and 1.0.0.
 '''
 import sys
 from collections import OrderedDict
-from contextlib import contextmanager
 
 import torch
 
@@ -67,24 +66,30 @@ def rules_of(module, with_post=False):
     return [owner for owner in owners if isinstance(owner, Hook)]
 
 
-@contextmanager
 def without_hooks(root):
-    '''Run a network without the hooks of its modules, but for those of PyTorch itself, which compute weights.'''
-    kept = []
-    for module in root.modules():
+    '''A network of the same parts, without hooks of modules, but for those of PyTorch itself, which compute weights.
+
+    The network is left alone, as other threads may run it. What it assigns to its modules stays in the copy.
+    '''
+    copies = {}
+
+    def duplicate(module):
+        if module in copies or module is None:
+            return copies.get(module)
+        twin = copies[module] = object.__new__(type(module))
+        attributes = vars(twin)
+        attributes.update(vars(module))
+        for name in ('_parameters', '_buffers'):
+            attributes[name] = attributes[name].copy()
         for name in ('_forward_pre_hooks', '_forward_hooks', '_backward_hooks', '_backward_pre_hooks'):
-            hooks = vars(module)[name]
-            # others in its place, as PyTorch may be going through them
-            kept.append((vars(module), name, hooks))
-            vars(module)[name] = OrderedDict(
-                (key, hook) for key, hook in hooks.items()
+            attributes[name] = OrderedDict(
+                (key, hook) for key, hook in attributes[name].items()
                 if (getattr(hook, '__module__', None) or type(hook).__module__).startswith('torch.nn.utils')
             )
-    try:
-        yield
-    finally:
-        for attributes, name, hooks in kept:
-            attributes[name] = hooks
+        attributes['_modules'] = {name: duplicate(child) for name, child in module._modules.items()}
+        return twin
+
+    return duplicate(root)
 
 
 def padding_of(convolution):

@@ -1,4 +1,6 @@
 '''Networks in which images of a batch depend on each other, and those in which they do not.'''
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -129,3 +131,27 @@ def test_no_images():
     model = build(lambda: Net(MIXING['mean']))
     with pytest.warns(UserWarning, match='4 images'):
         explain(model, images(), ResNetLRP(canonizers=[ResidualCanonizer(strict=False)]))
+
+
+def test_threads():
+    '''To find out whether images depend on each other leaves the network to other threads as it is.'''
+    model, results = build(Views), {}
+    inputs = [torch.randn(2 + num % 9, 3, 3, 8, 8).double() for num in range(36)]
+
+    def relevance(x):
+        leaf = x.clone().requires_grad_()
+        output = model(leaf)
+        return torch.autograd.grad(output, leaf, initial_relevance(1)(output))[0]
+
+    with Gradient(model=model, composite=ResNetLRP()):
+        def work(first):
+            for num in range(first, len(inputs), 4):
+                results[num] = relevance(inputs[num])
+
+        threads = [threading.Thread(target=work, args=(num,)) for num in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for num, x in enumerate(inputs):
+            torch.testing.assert_close(results[num], relevance(x), rtol=1e-9, atol=1e-12)

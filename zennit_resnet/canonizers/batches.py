@@ -1,6 +1,4 @@
 '''Whether what a network returns for an image depends on the other images of the batch.'''
-from contextlib import nullcontext
-
 import torch
 
 from .._autograd import active_tensors, map_tensors, moved_before, tensors_of
@@ -102,15 +100,16 @@ def depends_on_batch(module, given, output):
     Asked of the first and of the last image. None if the network cannot be run so. Hooks of modules only run if there
     is any doubt.
     '''
-    size = batch_size(given)
+    size, bare = batch_size(given), without_hooks(module)
+    devices = {elem.device for elem in tensors_of(given) if elem.is_cuda}
     for index in (0, size - 1):
         args, kwargs = map_tensors(lambda elem, index=index: (
             elem.detach()[[index] * size] if elem.ndim and len(elem) == size else elem.detach()
         ), given)
-        for context in (without_hooks(module), nullcontext()):
+        for network in (bare, module):
             try:
-                with context, torch.no_grad(), torch.random.fork_rng():
-                    actual = tensors_of(module(*args, **kwargs))
+                with torch.no_grad(), torch.random.fork_rng(devices):
+                    actual = tensors_of(network(*args, **kwargs))
                 differs = any(_differ(elem, expected, index, size)
                               for elem, expected in zip(actual, tensors_of(output)))
             except Exception:  # pylint: disable=broad-exception-caught
