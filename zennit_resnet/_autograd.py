@@ -3,9 +3,6 @@
 ``tests/test_autograd.py`` has a canary for each name that is read here: another name would silently make gates of
 signals, or have operations attributed to other layers.
 '''
-import copy
-import dataclasses
-
 import torch
 from zennit.types import Activation, AvgPool, Convolution, MaxPool
 
@@ -56,60 +53,6 @@ def name_of(function):
     '''Name of a function, without that of an overload, which those of exported networks have (``add.Tensor``).'''
     name = getattr(function, '__name__', None)
     return str(function) if name is None else name.partition('.')[0]
-
-
-def tensors_of(value):
-    '''All tensors in nested arguments, in their order.'''
-    found = []
-    _collect(value, found)
-    return found
-
-
-def _collect(value, found):
-    if isinstance(value, torch.Tensor):
-        found.append(value)
-    # what most arguments are, first
-    elif value is not None and not isinstance(value, (int, float, str)):
-        for elem in value if isinstance(value, (list, tuple)) else _elements(value).values():
-            _collect(elem, found)
-
-
-def map_tensors(function, value):
-    '''Replace all tensors in nested arguments by a function of them. What has none of another value is not copied.'''
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    elements = _elements(value)
-    mapped = {key: map_tensors(function, elem) for key, elem in elements.items()}
-    if all(mapped[key] is elem for key, elem in elements.items()):
-        return value
-    if isinstance(value, tuple):
-        return type(value)._make(mapped.values()) if hasattr(value, '_make') else type(value)(mapped.values())
-    result = copy.copy(value)
-    for key, elem in mapped.items():
-        if isinstance(value, (dict, list)):
-            result[key] = elem
-        else:
-            # it may be frozen
-            object.__setattr__(result, key, elem)
-    return result
-
-
-def _elements(value):
-    '''Elements of a container by their keys, empty for anything else.'''
-    if isinstance(value, dict):
-        return value
-    if isinstance(value, (list, tuple)):
-        return dict(enumerate(value))
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    return {}
-
-
-def active_tensors(value):
-    '''All tensors that carry relevance in nested arguments, in their order.'''
-    # while functions are seen, attributes are as well, which takes longer than anything else here
-    with DisableTorchFunction():
-        return [tensor for tensor in tensors_of(value) if tensor.requires_grad]
 
 
 def nodes_of(tensors):
@@ -226,12 +169,9 @@ def is_gate(tensor, with_tanh=True):
 
 def end_of(node):
     '''The last function before an output that does more than moving, selecting or averaging elements.'''
-    while len(_parents(node)) == 1 and (
-        isinstance(module_of(node), AvgPool) or _stem(node).startswith(REORDERS)
-        or is_move(node) or any(key in _stem(node) for key in AVERAGES)
-    ):
-        node, = _parents(node)
-    return node
+    return _back(node, lambda node: (
+        isinstance(module_of(node), AvgPool) or _reorders(node) or any(key in _stem(node) for key in AVERAGES)
+    ))[0]
 
 
 def is_shift(tensor, other):
@@ -273,11 +213,7 @@ def is_sum(node, is_inverse=False):
 
 def is_exponential(node):
     '''Whether a function has some elements of exponentials.'''
-    while node is not None and len(_parents(node)) == 1 and (
-        _stem(node).startswith(REORDERS) or is_move(node)
-    ):
-        node, = _parents(node)
-    return _function(node) == 'exp'
+    return _function(_back(node, _reorders)[0]) == 'exp'
 
 
 def _exponential(node, is_inverse):
@@ -328,19 +264,15 @@ def _function(node):
     module = module_of(node)
     if isinstance(module, Operation):
         return module.name.strip('_').replace('special_', '').replace('log_s', 'logs')
-    if module is not None and hasattr(node, 'rule'):
+    if module is not None and rule_of(node) is not None:
         kind = next(base for base in type(module).__mro__ if base.__module__.startswith('torch.nn.'))
         return kind.__name__.lower()
-    return _stem(node).rpartition('::')[2].lower().replace('special', '')
+    return _stem(node).lower().replace('special', '')
 
 
 def _skip(node, names=()):
     '''The function before those that move elements, and those of some names.'''
-    while node is not None and len(_parents(node)) == 1 and (
-        _function(node) in names or is_move(node)
-    ):
-        node, = _parents(node)
-    return node
+    return _back(node, lambda node: _function(node) in names or is_move(node))[0]
 
 
 def is_attention(tensor):
@@ -481,6 +413,20 @@ def _parents(node):
     return [parent for parent, _ in node.next_functions if parent is not None]
 
 
+def _back(node, passes):
+    '''The first node from one back that has several parents or does not pass, and those on the way to it.'''
+    passed = []
+    while node is not None and len(_parents(node)) == 1 and passes(node):
+        passed.append(node)
+        node, = _parents(node)
+    return node, passed
+
+
+def _reorders(node):
+    '''Whether a function moves or selects elements.'''
+    return _stem(node).startswith(REORDERS) or is_move(node)
+
+
 def walk(nodes, seen=None):
     '''All nodes of the graph that some nodes are computed from, themselves included.'''
     queue, seen = [node for node in nodes if node is not None], set() if seen is None else seen
@@ -520,26 +466,16 @@ def _dim(node, sizes):
 
 def origin_of(tensor, known=()):
     '''The last function before a tensor that is known or does more than moving its elements, and those after it.'''
-    node, moves = tensor.grad_fn, []
-    while node is not None and node not in known and len(_parents(node)) == 1 and (
+    node, moves = _back(tensor.grad_fn, lambda node: node not in known and (
         is_move(node) and 'Expand' not in _stem(node) or _stem(node) == 'T'
         or _stem(node) == 'Select' and node._saved_self_sym_sizes[_dim(node, node._saved_self_sym_sizes)] == 1
-    ):
-        moves.append(node)
-        node, = _parents(node)
+    ))
     return node, tuple(reversed(moves))
 
 
 def moved_before(tensor):
     '''Whether what moves elements right before a tensor also moves them along the first dimension.'''
-    node = tensor.grad_fn
-    while node is not None and len(_parents(node)) == 1 and (
-        _stem(node).startswith(REORDERS) or is_move(node)
-    ):
-        if moves_first(node):
-            return True
-        node, = _parents(node)
-    return False
+    return any(map(moves_first, _back(tensor.grad_fn, _reorders)[1]))
 
 
 def count_uses(nodes):

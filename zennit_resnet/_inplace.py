@@ -7,8 +7,9 @@ from numbers import Number
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ._autograd import name_of, tensors_of
+from ._autograd import name_of
 from ._compat import DisableTorchFunction, function_modes, is_view, keep_version, pop_mode, push_mode, version_of
+from ._nested import tensors_of
 
 # Functions after which each entry is the same as before, or has a gradient of zero (but may have relevance).
 CLIPPING = frozenset('relu relu_ relu6 hardtanh hardtanh_ clamp_ clip_ clamp_min_ clamp_max_ threshold_'.split())

@@ -8,7 +8,7 @@ from zennit.core import Composite
 from zennit.torchvision import ResNetCanonizer
 from zennit.types import Activation, AvgPool, BatchNorm, Convolution, MaxPool
 
-from ._autograd import active_tensors
+from ._nested import active_tensors
 from ._weights import is_plain
 from .arguments import (
     Described,

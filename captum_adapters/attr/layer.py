@@ -24,14 +24,9 @@ from captum_adapters.attr.composite import (
     Output,
     ReadOut,
 )
-from zennit_resnet._autograd import (
-    map_tensors,
-    next_sequence,
-    sequence_of,
-    tensors_of,
-    walk,
-)
+from zennit_resnet._autograd import next_sequence, sequence_of, walk
 from zennit_resnet._compat import COMPILED_MODULE, DisableTorchFunction
+from zennit_resnet._nested import map_tensors, tensors_of
 from zennit_resnet.arguments import check_flag, describe
 from zennit_resnet.canonizers import ResidualCanonizer
 from zennit_resnet.layer import Operation

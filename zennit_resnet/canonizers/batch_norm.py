@@ -1,7 +1,6 @@
 '''Folding batch normalizations into the linear layers before them, by data flow.'''
 import contextlib
 import functools
-import threading
 import types
 import weakref
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from .._inplace import settle
 from .._weights import UsedModule, UsedWeights, is_plain
 from ..layer import LinearMap, Normalization
 from ..rules.base import SinglePass
+from .calls import Local
 
 # By their numbers of spatial dimensions.
 CONVOLUTIONS = (
@@ -32,8 +32,8 @@ class Produced(NamedTuple):
     ----------
     reference: callable
         Weak reference to the tensor.
-    number: int
-        Number of its node.
+    number: tuple[int, int]
+        Number of its node, and how often it was changed in place.
     linear: :py:obj:`torch.nn.Module`
         The layer.
     used: :py:obj:`UsedWeights` or None
@@ -52,7 +52,7 @@ class Produced(NamedTuple):
         Dimension of the channels, None if it is not known yet.
     '''
     reference: object
-    number: int
+    number: tuple
     linear: torch.nn.Module
     used: UsedWeights
     nodes: tuple
@@ -63,7 +63,7 @@ class Produced(NamedTuple):
     shift: torch.Tensor = None
 
 
-class _Forward(threading.local):
+class _Forward(Local):
     '''What is known of the forward pass of a thread, and the normalizations that are running.'''
     def __init__(self):
         self.clear()
@@ -71,9 +71,6 @@ class _Forward(threading.local):
     def clear(self):
         '''Begin anew.'''
         self.producers, self.last, self.calls, self.candidates, self.pairs = {}, {}, {}, [], {}
-
-    def __deepcopy__(self, memo):
-        return _Forward()
 
 
 class BatchNormMerge:
@@ -121,14 +118,13 @@ class BatchNormMerge:
                 # the node of a single-pass rule has the weights of its call
                 used = None if has_single_pass else UsedWeights(module)
                 given = args[0].shape if isinstance(module, LinearMap) else None
-                self._keep(
-                    output, module, used, (node, *moves), output.shape, given,
-                    _channels(module, output.ndim)
-                )
+                self._keep(output, Produced(
+                    weakref.ref(output), _number(output), module, used, (node, *moves), output.shape, given,
+                    _channels(module, output.ndim),
+                ))
                 self.local.calls[module] = self.local.calls.get(module, 0) + 1
 
-    def _keep(self, output, *values):
-        produced = Produced(weakref.ref(output), _number(output), *values)
+    def _keep(self, output, produced):
         self.local.producers[id(output)] = self.local.last[output.grad_fn] = produced
 
     def find(self, tensor):
@@ -168,7 +164,9 @@ class BatchNormMerge:
                     return
                 offset = shift if offset is None else offset + shift
             nodes = (*produced.nodes, *moves, output.grad_fn)
-            self._keep(output, produced.linear, produced.used, nodes, *produced[5:7], dim, total, offset)
+            self._keep(output, produced._replace(
+                reference=weakref.ref(output), number=_number(output), nodes=nodes, dim=dim, scale=total, shift=offset
+            ))
             # nothing but zeros is added to a layer scale, which is no normalization
             if total is not None and shift is not None and bool(offset.any()):
                 axis = 0

@@ -1,9 +1,10 @@
 '''Whether what a network returns for an image depends on the other images of the batch.'''
 import torch
 
-from .._autograd import active_tensors, map_tensors, moved_before, tensors_of
+from .._autograd import moved_before
 from .._compat import DisableTorchFunction, without_hooks
-from .functions import ALIASES
+from .._nested import active_tensors, map_tensors, tensors_of
+from .functions import ALIASES, dims_of
 from .operations import OPERATIONS
 
 # Functions over all dimensions but the first, which only matter if that has no examples.
@@ -58,10 +59,7 @@ def _dims(input, args, kwargs, position, default):
     if isinstance(dims, torch.Tensor):
         # an element-wise maximum
         return ()
-    if dims is None or isinstance(dims, (bool, str)) or dims in ((), []):
-        return range(input.ndim)
-    dims = dims if isinstance(dims, (list, tuple)) else (dims,)
-    return [dim % input.ndim for dim in dims]
+    return dims_of(input, None if isinstance(dims, str) else dims)
 
 
 def _indexes_first(index):

@@ -1,5 +1,6 @@
 '''Canonizer which finds residual blocks.'''
-from .._autograd import active_tensors, name_of
+from .._autograd import name_of
+from .._nested import active_tensors
 from ..rules.block import note_addition
 from . import layers
 from .operations import OPERATIONS

@@ -6,8 +6,9 @@ import torch
 from zennit.core import BasicHook
 from zennit.types import Activation, AvgPool, BatchNorm, Linear, MaxPool
 
-from .._autograd import map_tensors, nodes_of, tensors_of
+from .._autograd import nodes_of
 from .._compat import DisableTorchFunction, Dropout, in_backward, pre_hooks_of, rules_of
+from .._nested import map_tensors, tensors_of
 from .._weights import is_plain
 from ..layer import Operation
 from ..rules.base import SinglePass
@@ -23,7 +24,7 @@ COVERED = (
 class Local(threading.local):
     '''State of a thread, of which nothing is copied.'''
     def __deepcopy__(self, memo):
-        return Local()
+        return type(self)()
 
 
 class ModuleCall:

@@ -1,8 +1,8 @@
 '''Calls of functions, and other ways to write them.'''
 import torch
 
-from .._autograd import map_tensors, tensors_of
 from .._compat import is_view, keep_version
+from .._nested import map_tensors, tensors_of
 
 # What PyTorch calls some arguments as well.
 ALIASES = {'self': 'input', 'axis': 'dim', 'keepdims': 'keepdim'}
@@ -39,6 +39,10 @@ class FunctionCall:
         constants = {id(elem): elem.detach() for elem in self.active if elem is not tensor}
         args, kwargs = _replace(self.args, constants), _replace(self.kwargs, constants)
         return FunctionCall(self.func, self.name, args, kwargs, [tensor])
+
+    def renamed(self, name):
+        '''The call as one of another function, with the form in place if this one is.'''
+        return FunctionCall(self.func, name + '_' * self.is_inplace, self.args, self.kwargs, self.active)
 
     def put(self, tensor, value):
         '''The call with another tensor in the place of one.'''
@@ -152,3 +156,11 @@ def write_out(canonizer, function, twin):
     with canonizer.interception:
         output = twin()
     return with_values(output, exact)
+
+
+def dims_of(input, dim):
+    '''Dimensions as numbers that are not negative, all if there are none.'''
+    if dim is None or isinstance(dim, bool) or dim == () or dim == []:
+        return tuple(range(input.ndim))
+    dims = dim if isinstance(dim, (list, tuple)) else (dim,)
+    return tuple(elem % max(input.ndim, 1) for elem in dims)

@@ -82,10 +82,9 @@ def normalize(canonizer, call, function, operands, factors):
         if sign == -1 and signal.shape != other.shape and is_shift(signal, other):
             return canonizer.run_known(function.keep(signal), [signal])
         if is_log_sum(other.grad_fn) and are_probabilities(signal.detach() + sign * other.detach()):
-            name = 'log_softmax_' if function.is_inplace else 'log_softmax'
-            function = FunctionCall(function.func, name, function.args, function.kwargs, function.active)
+            function = function.renamed('log_softmax')
             output = products.run_on(canonizer, call, Gate, function, signal)
-            canonizer.note_softmax(call, name, output, is_passed=True)
+            canonizer.note_softmax(call, function.name, output, is_passed=True)
             return output
     return None
 
@@ -102,8 +101,7 @@ def unary(canonizer, call, function, kind):
             bounds = tuple(default if value is None else value for default, value in zip((-1, 1), bounds))
         exponent = function.bind('input', 'exponent').get('exponent') if function.name in POWERS else None
         if isinstance(exponent, (int, float)) and exponent == -1:
-            name = 'reciprocal_' if function.is_inplace else 'reciprocal'
-            function = FunctionCall(function.func, name, function.args, function.kwargs, function.active)
+            function = function.renamed('reciprocal')
         return products.run_on(
             canonizer, call, kind, function, function.active[0], is_clipped=is_clipped, bounds=bounds
         )
@@ -115,10 +113,7 @@ def batch_norm(canonizer, call, function):
     given = batch_norm_arguments(function.func, function.args, function.kwargs)
     if len(function.active) > 1:
         return canonizer.refuse(call, function, 'more than one of its arguments does')
-    # for those who fold it
-    settings = {key: None if given.get(key) is None else given[key].detach()
-                for key in ('running_mean', 'running_var', 'weight', 'bias')}
-    return canonizer.run(call, Normalization, function, eps=given.get('eps', 1e-5), **settings)
+    return canonizer.run(call, Normalization, function, **_constants(given))
 
 
 def native_batch_norm(canonizer, call, function):
@@ -128,8 +123,16 @@ def native_batch_norm(canonizer, call, function):
     given = function.bind('input', *names, *flags, 'momentum', 'eps')
     if len(function.active) > 1 or given.get('running_mean') is None:
         return products.run_first(canonizer, call, function, Normalization)
-    settings = {key: None if given.get(key) is None else given[key].detach() for key in names}
-    return products.run_first(canonizer, call, function, Normalization, eps=given.get('eps', 1e-5), **settings)
+    return products.run_first(canonizer, call, function, Normalization, **_constants(given))
+
+
+def _constants(given):
+    '''What is needed to fold a batch normalization, from its arguments.'''
+    names = ('running_mean', 'running_var', 'weight', 'bias')
+    return {
+        'eps': given.get('eps', 1e-5),
+        **{key: None if given.get(key) is None else given[key].detach() for key in names},
+    }
 
 
 def batch_norm_arguments(func, args, kwargs):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from .._compat import version_of
 from ..layer import Addition, Filling, NonNegativeMap, Reduction
-from .functions import FunctionCall, kept, out_of_place, with_values, write_out
+from .functions import FunctionCall, dims_of, kept, out_of_place, with_values, write_out
 from .products import run_first
 
 # Functions that may take examples one by one.
@@ -253,14 +253,6 @@ def minimum(canonizer, call, function):
     return write_out(canonizer, function, lambda: -largest(-given['input'], **settings))
 
 
-def _dims(input, dim):
-    '''Dimensions as numbers that are not negative, all if there are none.'''
-    if dim is None or isinstance(dim, bool) or dim == () or dim == []:
-        return tuple(range(input.ndim))
-    dims = dim if isinstance(dim, (list, tuple)) else (dim,)
-    return tuple(elem % max(input.ndim, 1) for elem in dims)
-
-
 def _squared_deviation(dims, input):
     return (input - input.mean(dims, keepdim=True)) ** 2
 
@@ -281,7 +273,7 @@ def _exponential(dims, input):
 def deviation(canonizer, call, function):
     '''A variance or standard deviation, which may come with the mean.'''
     given = function.bind('input', 'dim')
-    dims = _dims(given['input'], given.get('dim'))
+    dims = dims_of(given['input'], given.get('dim'))
     settings = {'amounts': functools.partial(_squared_deviation, dims), 'dims': dims}
     if not function.name.endswith('_mean'):
         return canonizer.run(call, Reduction, function, **settings)
@@ -321,14 +313,14 @@ def norm(canonizer, call, function):
         if is_matrix or isinstance(value, str):
             return canonizer.refuse(call, function, f'elements have no share of a matrix norm of order {value!r}')
         order = float(value)
-    dims = _dims(input, dim)
+    dims = dims_of(input, dim)
     return canonizer.run(call, Reduction, function, amounts=functools.partial(_power, order, dims), dims=dims)
 
 
 def log_sum_exp(canonizer, call, function):
     '''A soft maximum.'''
     given = function.bind('input', 'dim')
-    dims = _dims(given['input'], given['dim'])
+    dims = dims_of(given['input'], given['dim'])
     return canonizer.run(call, Reduction, function, amounts=functools.partial(_exponential, dims), dims=dims)
 
 

@@ -87,16 +87,14 @@ def multiply(canonizer, call, function):
     signal = _exponentials(left, right, is_division)
     if signal is not None:
         # a softmax
-        name = 'softmax_' if function.is_inplace else 'softmax'
-        function = FunctionCall(function.func, name, function.args, function.kwargs, function.active)
+        function = function.renamed('softmax')
         output = run_on(canonizer, call, Gate, function, (left, right)[signal])
         canonizer.note_softmax(call, 'softmax', output, is_passed=True)
         return output
     signal = 0 if is_division else find_signal([left, right])
     if is_division and is_one_more(right.grad_fn) and bool(((right - left).detach() - 1).abs().amax() <= 1e-3):
         # e^h / (e^h + 1)
-        name = 'sigmoid_' if function.is_inplace else 'sigmoid'
-        function = FunctionCall(function.func, name, function.args, function.kwargs, function.active)
+        function = function.renamed('sigmoid')
     if signal is None:
         return canonizer.refuse(call, function, (
             f'which factor is the signal and which the gate is ambiguous: shapes {tuple(left.shape)} and '

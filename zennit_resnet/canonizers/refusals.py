@@ -5,17 +5,9 @@ import torch
 from zennit.rules import NoMod
 from zennit.types import Linear
 
-from .._autograd import (
-    SOFT,
-    active_tensors,
-    are_probabilities,
-    end_of,
-    metadata_of,
-    nodes_of,
-    softmaxes_before,
-    tensors_of,
-)
+from .._autograd import SOFT, are_probabilities, end_of, metadata_of, nodes_of, softmaxes_before
 from .._compat import DisableTorchFunction, pre_hooks_of, rules_of
+from .._nested import active_tensors, tensors_of
 from ..rules.base import SinglePass
 from ..rules.block import BlockEpsilon
 

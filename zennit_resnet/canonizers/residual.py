@@ -9,9 +9,10 @@ import torch
 from zennit.canonizers import Canonizer
 from zennit.core import RemovableHandleList
 
-from .._autograd import active_tensors, class_of, function_of, is_arithmetic, name_of, nodes_of, tensors_of, walk
+from .._autograd import class_of, function_of, is_arithmetic, name_of, nodes_of, walk
 from .._compat import DisableTorchFunction, caller, in_backward, is_replacing, is_running, registering_composite
 from .._inplace import Watch, forget, note_copy, settle
+from .._nested import active_tensors, tensors_of
 from ..arguments import Described, check_choice, check_flag
 from .batch_norm import BatchNormMerge
 from .batches import REGIONS, WATCHED, batch_size, changes_first, depends_on_batch, may_mix
@@ -287,8 +288,8 @@ class ResidualCanonizer(Described, Canonizer):
             active = active or active_tensors(vars(output) if hasattr(output, '__dict__') else ())
             self._check_batch(output)
             check_output(self.root, args, output, active)
-            self.local.softmaxes.follow(active, self.is_gradient, lambda: refusal(
-                self._label(self.root), self.root, 'softmax', 'it is not the output', self.strict
+            self.local.softmaxes.follow(active, self.is_gradient, lambda: self._check(
+                self.root, 'softmax', 'it is not the output'
             ))
             if self.is_gradient:
                 self.weights.finish(active)
@@ -307,10 +308,12 @@ class ResidualCanonizer(Described, Canonizer):
     def _check_batch(self, output):
         '''Raise a RuntimeError if functions that may compute something from several images do.'''
         given, self.local.given = self.local.given, None
-        shapes = tuple(elem.shape for elem in tensors_of(given))
         mixing, moved = self.local.mixing, self.local.moved
-        # regions belong to images by their numbers, which are others in a part of the batch
-        if self.paused is not None or shapes in self.independent or mixing is None and moved in ('', REGIONS):
+        # regions belong to images by their numbers, which are no longer theirs
+        if self.paused is not None or mixing is None and moved in ('', REGIONS):
+            return
+        shapes = tuple(elem.shape for elem in tensors_of(given))
+        if shapes in self.independent:
             return
         self.local.is_checking = True
         try:
@@ -395,22 +398,7 @@ class ResidualCanonizer(Described, Canonizer):
     # -- what runs in it -----------------------------------------------------------------------------------------------
 
     def look(self, func, args, kwargs):
-        '''Look at a function before :py:meth:`intercept` runs it, and what it changes is copied for rules.
-
-        Parameters
-        ----------
-        func: callable
-            The function that was called.
-        args: tuple
-            Its positional arguments.
-        kwargs: dict
-            Its keyword arguments.
-
-        Raises
-        ------
-        RuntimeError
-            If what it returns depends on chance or on other samples, as it is called for training.
-        '''
+        '''Look at a function before :py:meth:`intercept` runs it. Raise a RuntimeError if it is called for training.'''
         name = name_of(func)
         size = self.local.batch
         if size > 1 and self.local.mixing is None and name in WATCHED and may_mix(name, args, kwargs, size):
@@ -433,27 +421,7 @@ class ResidualCanonizer(Described, Canonizer):
             )
 
     def intercept(self, func, args, kwargs):
-        '''Run a function, through a module that stands for it if it is an operation on relevance.
-
-        Parameters
-        ----------
-        func: callable
-            The function that was called.
-        args: tuple
-            Its positional arguments.
-        kwargs: dict
-            Its keyword arguments.
-
-        Returns
-        -------
-        object
-            What the function returns.
-
-        Raises
-        ------
-        UnsupportedOperation
-            If there is no rule for the function.
-        '''
+        '''Run a function, through a surrogate or with a check if there is no rule, and get what it returns.'''
         name = name_of(func)
         stack = self._stack()
         if not stack or stack[-1].opaque or not self.local.is_active or not torch.is_grad_enabled():
@@ -472,42 +440,14 @@ class ResidualCanonizer(Described, Canonizer):
         return output
 
     def refuse(self, call, function, reason):
-        '''Run a function which relevance must not reach. What computes a gate may be anything.
-
-        Parameters
-        ----------
-        call: object
-            The call of the module that runs the function.
-        function: :py:obj:`zennit_resnet.canonizers.functions.FunctionCall`
-            The function with its arguments.
-        reason: str
-            Why there is no rule, for the message once relevance does reach it.
-
-        Returns
-        -------
-        object
-            What the function returns.
-        '''
-        output, check = self.run_known(function, function.active), self._check(call, function.name, reason)
+        '''Run a function which relevance must not reach, for a reason. What computes a gate may be anything.'''
+        output, check = self.run_known(function, function.active), self._check(call.module, function.name, reason)
         for tensor in active_tensors((output,)):
             tensor.register_hook(check)
         return output
 
     def pass_at_end(self, call, function):
-        '''Run a softmax, which passes relevance to the logits it was computed from if it is the output of the network.
-
-        Parameters
-        ----------
-        call: object
-            The call of the module that runs the function.
-        function: :py:obj:`zennit_resnet.canonizers.functions.FunctionCall`
-            The function with its arguments.
-
-        Returns
-        -------
-        :py:obj:`torch.Tensor`
-            What the function returns.
-        '''
+        '''Run a softmax, which passes relevance to its logits if it is the output of the network.'''
         output = self.run_known(function, function.active)
         self.note_softmax(call, function.name, output)
         return output
@@ -516,12 +456,12 @@ class ResidualCanonizer(Described, Canonizer):
         '''Note what a softmax returned, and whether a rule passes its relevance.'''
         with DisableTorchFunction():
             if output.requires_grad:
-                check = self._check(call, name, 'it is not the output')
+                check = self._check(call.module, name, 'it is not the output')
                 self.local.softmaxes.add(output.grad_fn, check, is_passed)
 
-    def _check(self, call, name, reason):
+    def _check(self, module, name, reason):
         '''A backward hook which raises or warns if there is any relevance.'''
-        return refusal(self._label(call.module), call.module, name, reason, self.strict)
+        return refusal(self._label(module), module, name, reason, self.strict)
 
     def _guard(self, call, outputs):
         '''Custom autograd functions, scripted and mapped ones are not intercepted. Relevance must not reach them.'''
@@ -532,10 +472,11 @@ class ResidualCanonizer(Described, Canonizer):
             if source is not None and source.__name__ not in IDENTITIES and (
                 source.__module__.partition('.')[0] not in ('zennit', __package__.partition('.')[0])
             ):
-                node.register_prehook(self._check(call, source.__qualname__, 'it has a backward function of its own'))
+                reason = 'it has a backward function of its own'
+                node.register_prehook(self._check(call.module, source.__qualname__, reason))
             elif is_arithmetic(node):
-                name = function_of(node)
-                node.register_prehook(self._check(call, name, 'it runs in a scripted or mapped function'))
+                reason = 'it runs in a scripted or mapped function'
+                node.register_prehook(self._check(call.module, function_of(node), reason))
 
     def _note(self, outputs, begin):
         '''Do not guard what lies between outputs and the nodes of all inputs that they were computed from.'''
@@ -545,22 +486,7 @@ class ResidualCanonizer(Described, Canonizer):
         return None if self.composite is None else self.composite()
 
     def surrogate_for(self, call, kind, name):
-        '''Get the surrogate for the next operation of a kind, with its rule.
-
-        Parameters
-        ----------
-        call: object
-            The call of the module that runs the operation.
-        kind: type
-            Class of the surrogate, see :py:mod:`zennit_resnet.layer`.
-        name: str
-            Name of the function.
-
-        Returns
-        -------
-        :py:obj:`torch.nn.Module`
-            The surrogate.
-        '''
+        '''Get the surrogate for the next operation of a kind and name in a call, with its rule.'''
         index = call.counts[kind.label] = call.counts.get(kind.label, -1) + 1
         key = call.module, kind, index
         if key not in self.surrogates:
@@ -598,24 +524,7 @@ class ResidualCanonizer(Described, Canonizer):
             self.handles.extend(keep_stored(surrogate))
 
     def run(self, call, kind, function, **settings):
-        '''Run a function through the surrogate for it.
-
-        Parameters
-        ----------
-        call: object
-            The call of the module that runs the function.
-        kind: type
-            Class of the surrogate, see :py:mod:`zennit_resnet.layer`.
-        function: :py:obj:`zennit_resnet.canonizers.functions.FunctionCall`
-            The function with its arguments.
-        **settings
-            Attributes of the surrogate, which its rule needs to know.
-
-        Returns
-        -------
-        object
-            What the function returns.
-        '''
+        '''Run a function through the surrogate for it, whose attributes the settings become.'''
         surrogate = self.surrogate_for(call, kind, function.name)
         for key, value in settings.items():
             setattr(surrogate, key, value)

@@ -5,9 +5,9 @@ import threading
 import torch
 from zennit.core import Hook, RemovableHandle, RemovableHandleList, Stabilizer
 
-from .._autograd import active_tensors, map_tensors
 from .._compat import DisableTorchFunction, caller, is_running, version_of
 from .._inplace import Kept, is_watched, replace, settle
+from .._nested import active_tensors, map_tensors
 from ..arguments import Described, check_choice, check_flag, check_stabilizer
 from ._linear_maps import by_example
 
