@@ -25,9 +25,9 @@ from captum_adapters._validation import (
     split_args,
     suggest,
 )
+from zennit_resnet.models import SUFFIXES
 from zennit_resnet.registration import unwrap
 
-SUFFIXES = (".pt", ".pth", ".safetensors")
 _TRUNK = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
 _PERCEPTION = ("layer4", "avgpool", "fc")
 

@@ -27,9 +27,9 @@ from captum_adapters.evaluation.metrics import (
     TOP,
 )
 from captum_adapters.evaluation.presets import find_preset
+from captum_adapters.metrics import PERCENTS
 from zennit_resnet.models import Classifier, find_embedded
 
-PERCENTS = (1, 5, 10, 15, 20, 25, 40, 50, 60, 75, 80, 85, 90, 95, 99)
 PACKAGES = ("zennit-resnet", "torch", "torchvision", "zennit", "captum", "numpy")
 
 

@@ -23,7 +23,7 @@ from captum_adapters.evaluation.report.aggregate import (
     sign_of,
 )
 from captum_adapters.evaluation.report.tables import format_number, wrap
-from captum_adapters.metrics.plots import plot_curves
+from captum_adapters.metrics.plots import LINE_STYLES, plot_curves
 from zennit_resnet.image import draw_comparison, draw_overlay
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ RANKS = ("best", "median", "worst")
 # Controls are grey
 CONTROL_STYLES = {"random": ":", "constant": "--", "gaussian": "-.", "sobel": "-"}
 COLORS = [colormaps["tab10"](number) for number in range(10) if number != 7]
-LINE_STYLES = ("-", "--", ":", "-.")
 
 
 class Panel(NamedTuple):
