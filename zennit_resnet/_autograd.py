@@ -33,6 +33,8 @@ MOVES = (
     'View', 'Expand', 'queeze', 'Permute', 'Transpose', 'Clone', 'ToCopy', 'CopyBackwards', 'Identity',
     'BackwardHookFunction',
 )
+# Functions that pick elements in another order.
+PICKS = frozenset('Flip Roll Index IndexSelect Slice'.split())
 # Functions, and modules in place of them, of which the output is a gate if all that they are given is one.
 SHIFTS, SCALES = ('Add', 'Sub', 'Rsub'), ('Mul', 'Div', 'Neg')
 AVERAGES = ('Pool', 'Upsample', 'Mean', 'Sum')
@@ -109,7 +111,7 @@ def is_move(node):
 
 
 def pull_back(node, gradient):
-    '''What a node that moves elements makes of a gradient, without the hooks of the backward pass.'''
+    '''What a node that moves or picks elements makes of a gradient, without the hooks of the backward pass.'''
     if rule_of(node) is not None:
         # of a product or sum with constants, which change nothing
         return gradient
@@ -465,9 +467,9 @@ def _dim(node, sizes):
 
 
 def origin_of(tensor, known=()):
-    '''The last function before a tensor that is known or does more than moving its elements, and those after it.'''
+    '''The last function before a tensor that is known or does more than picking its elements, and those after it.'''
     node, moves = _back(tensor.grad_fn, lambda node: node not in known and (
-        is_move(node) and 'Expand' not in _stem(node) or _stem(node) == 'T'
+        is_move(node) and 'Expand' not in _stem(node) or _stem(node) in ('T', *PICKS)
         or _stem(node) == 'Select' and node._saved_self_sym_sizes[_dim(node, node._saved_self_sym_sizes)] == 1
     ))
     return node, tuple(reversed(moves))

@@ -312,6 +312,51 @@ def test_folded_into_any_layout(how, name):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * float(expected[1].abs().amax()))
 
 
+ORDERS = {
+    'flipped': lambda h: h.flip(1), 'mirrored': lambda h: h.flip(3), 'rolled': lambda h: h.roll(2, 1),
+    'indexed': lambda h: h[:, [3, 1, 5, 0, 2, 4]],
+    'selected': lambda h: h.index_select(1, torch.tensor([3, 1, 5, 0, 2, 4])), 'cropped': lambda h: h[:, :, 1:-1, 2:],
+    'some channels': lambda h: h[:, [3, 5, 0]], 'first channels': lambda h: h[:, :4],
+    'shuffled': lambda h: h.unflatten(1, (2, 3)).transpose(1, 2).flatten(1, 2),
+}
+
+
+@pytest.mark.parametrize('written', [False, True])
+@pytest.mark.parametrize('name', MERGING)
+@pytest.mark.parametrize('how', ORDERS)
+def test_folded_in_any_order(how, name, written):
+    '''The channels that reach a normalization may have another order, or be some of those of the layer.'''
+    class Net(nn.Module):
+        '''A layer, of which channels are picked before or after a normalization of all.'''
+        def __init__(self, is_first):
+            super().__init__()
+            torch.manual_seed(0)
+            self.stem, self.norm = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+            channels = ORDERS[how](torch.arange(6.)[None, :, None, None].expand(1, 6, 7, 7))[0, :, 0, 0].long()
+            self.head, self.is_first = nn.Linear(len(channels), 4), is_first
+            randomize(self)
+            # z+ tells signs of factors, not their sizes
+            self.norm.weight.data = torch.tensor([-.5, .7, -.9, 1.1, 1.3, -1.5])
+            if not is_first:
+                for key in ('weight', 'bias', 'running_mean', 'running_var'):
+                    getattr(self.norm, key).data = getattr(self.norm, key).data[channels]
+
+        def normalize(self, h):
+            scale, shift = factors(self.norm)
+            return h * spatial(scale) + spatial(shift) if written else self.norm(h)
+
+        def forward(self, x):
+            '''Logits.'''
+            h = self.stem(x)
+            h = ORDERS[how](self.normalize(h)) if self.is_first else self.normalize(ORDERS[how](h))
+            return self.head(h.relu().mean((2, 3)))
+
+    expected, actual = (explain(Net(elem).double().eval(), MERGING[name]()) for elem in (True, False))
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    passed = explain(Net(False).double().eval(), ResNetLRP())
+    assert name == 'relative' or not torch.allclose(passed[1], expected[1])
+
+
 @pytest.mark.parametrize('how', [
     lambda x, norm: x * norm.w, lambda x, norm: x * norm.w + x.detach(),
     lambda x, norm: x * torch.rand(7, 7).double() + 1,

@@ -179,7 +179,7 @@ class BatchNormMerge:
                 constants = types.SimpleNamespace(module=affine, check=lambda: None)
                 if axis is not None:
                     self.local.candidates.append(
-                        (nodes[:-1], produced.linear, produced.used, constants, nodes[-1], axis)
+                        (nodes[:-1], produced.linear, produced.used, constants, nodes[-1], (axis, None))
                     )
 
     def _note_input(self, module, args, kwargs):
@@ -195,21 +195,21 @@ class BatchNormMerge:
             with DisableTorchFunction():
                 # rules of Zennit need a shift, which is in no bias
                 is_plain_output = produced.scale is None and (produced.used is None or produced.shift is None)
-                axis = _axis(produced, input, moves) if is_plain_output else None
-                if axis is not None:
+                place = _place(produced, input, moves) if is_plain_output else None
+                if place is not None:
                     batch_norm = UsedModule(module)
                     batch_norm.finish(module)
                     nodes = *produced.nodes, *moves
                     # it may be changed in place
                     values = None if isinstance(module, (BatchNorm, Normalization)) else input.detach()[:1].clone()
-                    self.local.pairs[module] = values, nodes, produced.linear, produced.used, batch_norm, axis
+                    self.local.pairs[module] = values, nodes, produced.linear, produced.used, batch_norm, place
             return
 
     def _note_result(self, module, args, output):
         pair = self.local.pairs.pop(module, None)
         if pair is None or not isinstance(output, torch.Tensor):
             return
-        input, nodes, linear, used, batch_norm, axis = pair
+        input, nodes, linear, used, batch_norm, place = pair
         with DisableTorchFunction():
             # a normalization may be made of others, of which the inner one is found first
             if all(nodes[0] is not candidate[0][0] for candidate in self.local.candidates) and (
@@ -218,7 +218,7 @@ class BatchNormMerge:
                     is_plain(module) or any(rule.active for rule in rules_of(module))
                 ) or input is not None and _is_affine(batch_norm.module, input, output)
             ):
-                self.local.candidates.append((nodes, linear, used, batch_norm, output.grad_fn, axis))
+                self.local.candidates.append((nodes, linear, used, batch_norm, output.grad_fn, place))
 
     def fold(self, outputs):
         '''Put folded parameters in place after a forward pass, or have that done when a rule uses them.'''
@@ -226,7 +226,7 @@ class BatchNormMerge:
         self.local.clear()
         uses, folded = count_uses(nodes_of(outputs)) if candidates else {}, set()
         # of constants that follow each other, all
-        for nodes, linear, used, batch_norm, result, axis in reversed(candidates):
+        for nodes, linear, used, batch_norm, result, place in reversed(candidates):
             node = nodes[0]
             # what the batch normalization returned may not be used
             if any(uses.get(elem) != 1 for elem in nodes) or calls[linear] != 1 or result not in uses or node in folded:
@@ -234,13 +234,13 @@ class BatchNormMerge:
             folded.add(node)
             if isinstance(rule_of(node), SinglePass):
                 # the node has a copy of the layer
-                node.context = functools.partial(_folded, node.module, batch_norm, axis)
+                node.context = functools.partial(_folded, node.module, batch_norm, *place)
             else:
                 _check_foldable(linear)
                 used.check()
                 batch_norm.check()
                 self.folded.append((linear, _weights(linear)))
-                fold_batch_norm(linear, batch_norm.module)
+                fold_batch_norm(linear, batch_norm.module, *place)
         return [linear for linear, _ in self.folded]
 
     def pause(self):
@@ -277,48 +277,61 @@ def _channels(linear, ndim):
 
 
 def _pulled(produced, tensor, moves, value):
-    '''A constant that meets the moved output of a linear layer, moved back, None if the output is broadcast.'''
+    '''A constant that meets the moved output of a linear layer, moved back, NaN at elements that it does not meet.
+
+    None if the output is broadcast, or an element is picked several times.
+    '''
     value = torch.as_tensor(value, device=tensor.device)
     try:
         value = value.detach().to(tensor.dtype).expand(tensor.shape)
     except RuntimeError:
         return None
-    if len(produced.nodes) == 1 and not moves:
+    nodes = (*produced.nodes[1:], *moves)
+    if not nodes:
         return value
-    for node in reversed((*produced.nodes[1:], *moves)):
-        value = pull_back(node, value)
-    return value
+    counts = torch.ones_like(value)
+    for node in reversed(nodes):
+        value, counts = pull_back(node, value), pull_back(node, counts)
+    return value.masked_fill(counts == 0, torch.nan) if bool((counts <= 1).all()) else None
 
 
 def _along_channels(produced, tensor, moves, value, dim):
-    '''Dimension of channels and a constant as one number for each of them, None if it is anything else.'''
+    '''Dimension of channels and a constant as one number for each of them, None if it is anything else.
+
+    That of a channel that the constant does not meet is one: nothing depends on it.
+    '''
     value = _pulled(produced, tensor, moves, value)
     if value is None or value.shape != produced.shape or not value.numel():
         return dim, None
     for num in range(value.ndim) if dim is None else (dim,):
         rows = value.movedim(num, 0).flatten(1)
-        if bool((rows == rows[:, :1]).all()):
-            return num, rows[:, 0].clone()
+        missed = rows.isnan()
+        lowest, highest = (rows.masked_fill(missed, end).aminmax(dim=1) for end in (torch.inf, -torch.inf))
+        is_missed = missed.all(1)
+        if bool((is_missed | (lowest.min == highest.max)).all()):
+            return num, lowest.min.masked_fill(is_missed, 1)
     return dim, None
 
 
-def _axis(produced, tensor, moves):
-    '''Axis of a layer's weight that has the channels of a normalization of its moved output, None if there is none.'''
+def _place(produced, tensor, moves):
+    '''Where to fold a normalization of the moved output of a layer, None if that is impossible.
+
+    It is the axis of the layer's weight that has the channels, and the channel of the normalization that each of them
+    is given to, None if these are the same.
+    '''
     if tensor.ndim < 2:
         return None
-    dim, linear, size = produced.dim, produced.linear, tensor.shape[1]
-    if dim == 1 and len(produced.nodes) == 1 and not moves:
-        return 0
+    if produced.dim == 1 and len(produced.nodes) == 1 and not moves:
+        return 0, None
     if not all(produced.shape):
         return None
-    labels = torch.arange(size, dtype=tensor.dtype, device=tensor.device).view(-1, *(1,) * (tensor.ndim - 2))
-    labels = _pulled(produced, tensor, moves, labels)
-    for num in range(len(produced.shape)) if dim is None else (dim,):
-        if produced.shape[num] == size and torch.equal(
-            labels, torch.arange(size).to(labels).view(-1, *(1,) * (labels.ndim - 1 - num)).expand_as(labels)
-        ):
-            return 0 if dim is not None else _axis_of_map(linear, produced.given, num, size)
-    return None
+    labels = torch.arange(tensor.shape[1], device=tensor.device).view(-1, *(1,) * (tensor.ndim - 2))
+    dim, order = _along_channels(produced, tensor, moves, labels, produced.dim)
+    if order is None:
+        return None
+    axis = 0 if produced.dim is not None else _axis_of_map(produced.linear, produced.given, dim, len(order))
+    # any channel will do for those that the normalization is not given
+    return None if axis is None else (axis, order.long().clamp(max=tensor.shape[1] - 1))
 
 
 def _axis_of_map(linear, given, dim, size):
@@ -389,11 +402,11 @@ def _restore(linear, weights):
 
 
 @contextlib.contextmanager
-def _folded(linear, batch_norm, axis=0):
-    '''Have folded parameters in place, given the axis of the weight that has the channels of the output.'''
+def _folded(linear, batch_norm, axis, order):
+    '''Have folded parameters in place, see :py:func:`_place`.'''
     batch_norm.check()
     weights = _weights(linear)
-    fold_batch_norm(linear, batch_norm.module, axis)
+    fold_batch_norm(linear, batch_norm.module, axis, order)
     try:
         yield
     finally:
@@ -408,20 +421,22 @@ def _check_foldable(linear):
         )
 
 
-def fold_batch_norm(linear, batch_norm, axis=0):
+def fold_batch_norm(linear, batch_norm, axis=0, order=None):
     '''Replace the parameters of a linear layer with those of it and the batch normalization after it.'''
+    def pick(values):
+        return values if order is None else values[order]
+
     with torch.no_grad():
-        scale = _scale(batch_norm)
+        scale, mean = pick(_scale(batch_norm)), pick(batch_norm.running_mean)
         weight = linear.weight
         if isinstance(linear, ConvolutionTranspose):
             shape = (linear.groups, weight.shape[0] // linear.groups, *weight.shape[1:])
             weight = (weight.view(shape) * scale.view(linear.groups, 1, -1, *(1,) * (weight.ndim - 2))).view_as(weight)
         else:
             weight = weight * scale.view(-1, *(1,) * (weight.ndim - 1 - (axis or 0)))
-        bias = -batch_norm.running_mean if linear.bias is None else linear.bias - batch_norm.running_mean
-        bias = bias * scale
+        bias = (-mean if linear.bias is None else linear.bias - mean) * scale
         if getattr(batch_norm, 'bias', None) is not None:
-            bias = bias + batch_norm.bias
+            bias = bias + pick(batch_norm.bias)
     dtype = linear.weight.dtype
     for key, value in (('weight', weight), ('bias', bias)):
         if key in vars(linear):
