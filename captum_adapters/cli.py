@@ -108,11 +108,8 @@ def evaluate_command(dry_run: bool, quiet: bool, **given: Any) -> None:
     evaluate ...
     """
     try:
-        evaluation = make_evaluation(given)
-        process = Process.current()
-        progress = evaluate(
-            evaluation, process=process, quiet=quiet, dry_run=dry_run
-        )
+        evaluation, process = make_evaluation(given), Process.current()
+        progress = evaluate(evaluation, process=process, quiet=quiet, dry_run=dry_run)
     except (ValueError, RunError) as error:
         raise click.ClickException(one_line(error)) from error
     except KeyboardInterrupt:
@@ -189,13 +186,13 @@ def report_command(
     try:
         presets = [PRESETS[name] for name in names] or None
         results = [read_run(run) for run in runs]
-        chosen = {name for preset in presets or () for name in preset.rows}
-        chosen.update(methods or ())
         evaluated = sorted({name for run in results for name in run.records.index.levels[1]})
         for name in methods or ():
             if not any(stands_for(method, name) for method in evaluated):
                 known = ", ".join(evaluated) or "no method"
                 raise ValueError(f"there are no records of {name!r}, but of {known}")
+        chosen = {name for preset in presets or () for name in preset.rows}
+        chosen.update(methods or ())
         if chosen:
             selected = [select_methods(run, chosen) for run in results]
             # runs of other methods have nothing to say
@@ -217,17 +214,7 @@ def report_command(
 
 
 def select_methods(run: Run, chosen: Collection[str]) -> Run:
-    """A run with the records of some methods only.
-
-    Args:
-
-        run (Run): The run.
-        chosen (collection of str): Names of methods. Those of others are meant with any
-                options. Controls are always kept.
-
-    Returns:
-        Run: The run without the others.
-    """
+    """A run with the records of these methods, baselines with any options, and controls."""
     identity = run.settings["identity"]
     methods = [
         text

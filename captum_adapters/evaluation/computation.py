@@ -46,13 +46,9 @@ class Computation:
         # maps that methods still to come have in common, with their images and times
         self.shared: dict[str, tuple[list[str], Attributed, float]] = {}
         self.forward = self._forward(classifier.model.to(device))
+        chunk = evaluation.forward_batch
         context = Context(
-            classifier,
-            evaluation.initial,
-            evaluation.forward_batch,
-            device,
-            self.forward,
-            self._autocast,
+            classifier, evaluation.initial, chunk, device, self.forward, self._autocast
         )
         self.explainers = {method.text: method.create(context) for method in methods}
         # the last of the methods that have attributions in common
@@ -63,6 +59,7 @@ class Computation:
             if explainer.network is not None
         }
         black = classifier.bounds()[0].to(device)
+        fill = black if evaluation.fill == "black" else torch.zeros_like(black)
         others = {}
         names = [text.partition("=")[0] for text in evaluation.cross]
         for text in evaluation.cross:
@@ -71,13 +68,9 @@ class Computation:
             key = text if names.count(name) > 1 else name
             forward = self._forward(other.model.to(device))
             others[key] = (forward, adapt(classifier, other))
+        step, percents = evaluation.step, evaluation.percents
         self.metric_settings = MetricSettings(
-            evaluation.step,
-            evaluation.percents,
-            evaluation.rank_by,
-            black if evaluation.fill == "black" else torch.zeros_like(black),
-            evaluation.forward_batch,
-            others,
+            step, percents, evaluation.rank_by, fill, chunk, others
         )
 
     def _forward(self, model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
@@ -141,18 +134,16 @@ class Computation:
         """What a record says of a sample that was read."""
         target = int(batch.targets[row])
         output = batch.output[row]
-        data = None
+        buffer = io.BytesIO()
         if picture:
             image = Image.fromarray(self.classifier.photo(batch.images[row]))
             image.thumbnail((PICTURE, PICTURE))
-            buffer = io.BytesIO()
             image.save(buffer, "JPEG", quality=80)
-            data = buffer.getvalue()
         return {
             "target": target,
             "prediction": int(output.argmax()),
             "probability": float(output.double().softmax(0)[target]),
-            "picture": data,
+            "picture": buffer.getvalue() or None,
         }
 
     def run_method(self, method: Method, batch: Batch, heatmaps: bool) -> list[Record]:
@@ -198,7 +189,10 @@ class Computation:
         curves: dict[str, np.ndarray] = {}
         if kept:
             rows = slice(None) if len(kept) == len(names) else kept
-            total, initial = attributed.total, attributed.initial
+            total, initial = (
+                None if sums is None else sums[rows]
+                for sums in (attributed.total, attributed.initial)
+            )
             with torch.no_grad():
                 values, curves = measure(
                     self.evaluation.metrics,
@@ -206,8 +200,8 @@ class Computation:
                     batch.take(kept),
                     maps[rows],
                     self.metric_settings,
-                    None if total is None else total[rows],
-                    None if initial is None else initial[rows],
+                    total,
+                    initial,
                 )
         self._synchronize()
         times = {
@@ -254,9 +248,13 @@ class Computation:
 def _thumbnail(heatmap: Tensor) -> np.ndarray:
     """A small map in 8 bit, in which zero stays zero."""
     values = heatmap[None, None].detach().float()
-    size = (min(PICTURE, heatmap.shape[0]), min(PICTURE, heatmap.shape[1]))
     # magnitudes at the limit of the range would overflow when they are averaged
-    values = values / values.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
-    values = F.adaptive_avg_pool2d(values, size)[0, 0]
-    values = values / values.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+    values = _normalize(values)
+    size = (min(PICTURE, heatmap.shape[0]), min(PICTURE, heatmap.shape[1]))
+    values = _normalize(F.adaptive_avg_pool2d(values, size)[0, 0])
     return (values * 127).round().to(torch.int8).cpu().numpy()
+
+
+def _normalize(values: Tensor) -> Tensor:
+    """Divide by the largest magnitude, if there is any."""
+    return values / values.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)

@@ -31,6 +31,8 @@ from captum_adapters.metrics import PERCENTS
 from zennit_resnet.models import Classifier, find_embedded
 
 PACKAGES = ("zennit-resnet", "torch", "torchvision", "zennit", "captum", "numpy")
+# Options that records depend on, besides methods and metrics
+IDENTICAL = "explain_class score published initial step rank_by fill amp".split()
 
 
 def _option(default: Any, text: str, **metadata: Any) -> Any:
@@ -149,38 +151,38 @@ Evaluation.__doc__ = f"{Evaluation.__doc__}\n" + "".join(
 )
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_number(value: Any, *kinds: type) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
 
 
 def check(evaluation: Evaluation) -> None:
     """Check what can be checked without data and network."""
     for item in FIELDS:
-        value, optional = getattr(evaluation, item.name), item.default is None
-        choices, least = (item.metadata.get(key) for key in ("choices", "least"))
-        if choices is not None and value not in choices:
+        value, least = getattr(evaluation, item.name), item.metadata.get("least")
+        choices = item.metadata.get("choices", (value,))
+        if value not in choices:
             known = ", ".join(map(repr, choices))
             raise ValueError(f"{item.name}={value!r} is not one of {known}")
-        if least is not None and not (value is None and optional):
-            if not _is_integer(value) or value < least:
-                raise ValueError(f"{item.name}={value!r} is not an integer from {least} on")
+        if least is None or (value is None and item.default is None):
+            continue
+        if not _is_number(value, int) or value < least:
+            raise ValueError(f"{item.name}={value!r} is not an integer from {least} on")
     for name in ("methods", "metrics", "cross"):
         values = getattr(evaluation, name)
         if not values and name != "cross":
             raise ValueError(f"there are no {name}: choose at least one")
-        for value in values:
-            if name == "metrics" and value not in NAMES:
-                raise ValueError(
-                    f"unknown metric {value!r}: choose one of {', '.join(NAMES)}"
-                )
-            if values.count(value) > 1:
-                raise ValueError(f"{name}={values} has {value!r} twice")
+        twice = next((value for value in values if values.count(value) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{name}={values} has {twice!r} twice")
+    for name in evaluation.metrics:
+        if name not in NAMES:
+            known = ", ".join(NAMES)
+            raise ValueError(f"unknown metric {name!r}: choose one of {known}")
     percents = evaluation.percents
     if not isinstance(percents, (tuple, list)) or not percents:
         raise ValueError(f"percents={percents!r} are no numbers, such as (1, 5)")
     for percent in percents:
-        number = isinstance(percent, (int, float)) and not isinstance(percent, bool)
-        if not number or not 0 < percent <= 100:
+        if not _is_number(percent, int, float) or not 0 < percent <= 100:
             raise ValueError(f"percents are above 0 and up to 100, unlike {percent!r}")
     if ("cross" in evaluation.metrics) != bool(evaluation.cross):
         raise ValueError(
@@ -193,16 +195,16 @@ def check_pixels(evaluation: Evaluation, size: Sequence[int]) -> None:
     """Check steps and percentages for images of this height and width."""
     pixels = math.prod(size)
     images = f"images of {size[0]} x {size[1]} = {pixels} pixels"
-    steps = {"insertion_deletion": evaluation.step, "c3": evaluation.step}
-    for name, step in {**steps, "rise": RISE_STEP}.items():
-        if name in evaluation.metrics and step > pixels:
-            raise ValueError(f"step={step} of {name} is too large for {images}")
-    if {*TOP} & {*evaluation.metrics}:
-        for percent in evaluation.percents:
-            if Fraction(str(percent)) * pixels < 100:
-                raise ValueError(
-                    f"percents contain {percent:g}, which is no pixel of {images}"
-                )
+    step = evaluation.step
+    steps = {"insertion_deletion": step, "c3": step, "rise": RISE_STEP}
+    for name in evaluation.metrics:
+        if steps.get(name, 0) > pixels:
+            raise ValueError(f"step={steps[name]} of {name} is too large for {images}")
+    for percent in evaluation.percents if {*TOP} & {*evaluation.metrics} else ():
+        if Fraction(str(percent)) * pixels < 100:
+            raise ValueError(
+                f"percents contain {percent:g}, which is no pixel of {images}"
+            )
 
 
 def check_masks(evaluation: Evaluation, data: Samples) -> Optional[str]:
@@ -258,29 +260,29 @@ def describe(
     device: str,
 ) -> dict[str, Any]:
     """What is written to `settings.json`, with a fingerprint of what determines records."""
-    names = (
-        *("explain_class", "score", "published", "initial"),
-        *("step", "rank_by", "fill", "amp"),
-    )
-    options = {name: getattr(evaluation, name) for name in names}
-    options["percents"] = list(evaluation.percents)
-    options["size"] = list(size)
-    options["mean"] = classifier.mean.flatten().tolist()
-    options["std"] = classifier.std.flatten().tolist()
-    files = [Method(text).options.get("weights", "") for text in evaluation.methods]
+    given = dataclasses.asdict(evaluation)
+    options = {
+        **{name: given[name] for name in IDENTICAL},
+        "percents": list(evaluation.percents),
+        "size": list(size),
+        "mean": classifier.mean.flatten().tolist(),
+        "std": classifier.std.flatten().tolist(),
+    }
+    files = [str(Method(text).options.get("weights", "")) for text in evaluation.methods]
     files += [text.partition("=")[2] for text in evaluation.cross]
-    files = [str(name) for name in files if Path(str(name)).is_file()]
     versions = {name: _version(name) for name in PACKAGES}
     identity = {
-        "manifest": hash_manifest(data),
+        "manifest": _hash_manifest(data),
         "samples": len(data.samples),
         "model": evaluation.model or "resnet50",
-        "weights": hash_state(classifier.model),
+        "weights": _hash_state(classifier.model),
         "transform": _describe_transform(classifier),
         "methods": list(evaluation.methods),
         "metrics": list(evaluation.metrics),
         "cross": list(evaluation.cross),
-        "files": {name: hash_file(name) for name in files},
+        "files": {
+            name: _hash(Path(name).read_bytes()) for name in files if Path(name).is_file()
+        },
         "options": options,
         "device": device,
         # a patch release computes the same
@@ -289,8 +291,9 @@ def describe(
             for name, version in versions.items()
         },
     }
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
     return {
-        "fingerprint": fingerprint(identity),
+        "fingerprint": _hash(text.encode()),
         "identity": identity,
         "data": os.path.abspath(evaluation.data),
         "layout": data.layout,
@@ -300,7 +303,7 @@ def describe(
         "batch_size": evaluation.batch_size,
         "installed": versions,
         "command": _command(),
-        "evaluation": dataclasses.asdict(evaluation),
+        "evaluation": given,
     }
 
 
@@ -310,12 +313,6 @@ def _version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "unknown"
-
-
-def fingerprint(identity: dict[str, Any]) -> str:
-    """Hash of everything that determines the records, in any order."""
-    text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _command() -> Optional[str]:
@@ -328,38 +325,42 @@ def _command() -> Optional[str]:
 
 def _describe_transform(classifier: Classifier) -> str:
     """Preprocessing as a text, which differs for another one."""
-    transform = classifier.transform
-    keywords = getattr(transform, "keywords", None)
-    if keywords is not None:
-        return f"{transform.func.__name__}({keywords})"  # type: ignore[attr-defined]
+    transform: Any = classifier.transform
+    if hasattr(transform, "keywords"):
+        return f"{transform.func.__name__}({transform.keywords})"
     return " ".join(repr(transform).split())
 
 
-def hash_manifest(data: Samples) -> str:
+def _hash(*parts: Any) -> str:
+    """Hash of bytes, one after the other."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def _hash_manifest(data: Samples) -> str:
     """Hash of names, file sizes, labels, masks and boxes, wherever the data is."""
-    digest = hashlib.sha256()
-    for sample in data.samples:
-        sizes = []
-        for path in (sample.path, sample.mask):
-            try:
-                sizes.append(-1 if path is None else path.stat().st_size)
-            except OSError:
-                sizes.append(-2)
-        row = (sample.name, sample.label, sizes, sample.boxes, sample.problem)
-        digest.update(f"{row}\n".encode())
-    return digest.hexdigest()[:16]
+    rows = []
+    for name, path, label, mask, boxes, problem in data.samples:
+        row = (name, label, [_file_size(path), _file_size(mask)], boxes, problem)
+        rows.append(f"{row}\n".encode())
+    return _hash(*rows)
 
 
-def hash_state(model: torch.nn.Module) -> str:
+def _file_size(path: Optional[Path]) -> int:
+    """Size of a file, -1 if there is no path, and -2 if it is not there."""
+    try:
+        return -1 if path is None else path.stat().st_size
+    except OSError:
+        return -2
+
+
+def _hash_state(model: torch.nn.Module) -> str:
     """Hash of all weights and buffers of a network."""
-    digest = hashlib.sha256()
+    parts: list[Any] = []
     for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(content.numpy().data)
-    return digest.hexdigest()[:16]
-
-
-def hash_file(path: str) -> str:
-    """Hash of a file's content."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+        parts.append(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        parts.append(content.numpy().data)
+    return _hash(*parts)

@@ -23,6 +23,7 @@ CORNERS = ("x0", "y0", "x1", "y1")
 SPLITS = {"train", "val", "valid", "validation", "test"}
 WNID = re.compile(r"n\d{8}")
 ILSVRC = re.compile(r"ILSVRC2012_val_\d{8}\.JPEG", re.IGNORECASE)
+KITS = ("", "ILSVRC2012_devkit_t12/")
 CUB_FILES = ("images", "image_class_labels", "train_test_split", "classes")
 
 
@@ -96,12 +97,10 @@ def _read_folder(root: Path, split: Optional[str], classes: Sequence[str]) -> Li
 
 def _read_csv(root: Path, split: Optional[str], classes: Sequence[str]) -> Listing:
     """A CSV file, with a row for each image or box."""
-    file = root
-    if root.is_dir():
-        found = [root / name for name in MANIFESTS if (root / name).is_file()]
-        if not found:
-            raise ValueError(f"there is no {' or '.join(MANIFESTS)} in {root}")
-        file = found[0]
+    files = [root / name for name in MANIFESTS] if root.is_dir() else [root]
+    file = next((path for path in files if path.is_file()), None)
+    if file is None:
+        raise ValueError(f"there is no {' or '.join(MANIFESTS)} in {root}")
     root = file.parent
     table = _table(file)
     if split is not None:
@@ -115,41 +114,32 @@ def _read_csv(root: Path, split: Optional[str], classes: Sequence[str]) -> Listi
         path = root / row["image"]
         mask = root / row["mask"] if row.get("mask") else None
         sample = Sample(_name(path, root), path, label_of(row), mask, _row_boxes(row))
-        first = samples.setdefault(sample.name, sample)
-        if first is not sample:
-            samples[sample.name] = _merge(first, sample)
+        samples[sample.name] = _merge(samples.get(sample.name, sample), sample)
     beside = root / "boxes.csv"
     if beside.is_file() and beside != file:
-        for row in _table(beside, CORNERS).to_dict("records"):
+        for row in _table(beside, boxes=True).to_dict("records"):
             name = _name(root / row["image"], root)
             if name in samples:
                 boxes = (*samples[name].boxes, *_row_boxes(row))
                 samples[name] = samples[name]._replace(boxes=boxes)
-    names = {sample.label for sample in samples.values()}
-    labels = sorted(name for name in names if isinstance(name, str))
+    labels = sorted({item.label for item in samples.values() if type(item.label) is str})
     order = labels if all(map(WNID.fullmatch, labels)) else ()
     return Listing(root, list(samples.values()), order, messages=messages)
 
 
-def _table(file: Path, needed: Sequence[str] = ()) -> pd.DataFrame:
+def _table(file: Path, boxes: bool = False) -> pd.DataFrame:
     """A CSV file of texts, with the path of the image as `image`."""
     try:
         with warnings.catch_warnings():
             # rows that are longer than the header
             warnings.simplefilter("error", pd.errors.ParserWarning)
             # spreadsheets write a byte order mark
-            table = pd.read_csv(
-                file,
-                dtype=str,
-                keep_default_na=False,
-                index_col=False,
-                encoding="utf-8-sig",
-            )
+            options = {"dtype": str, "keep_default_na": False, "index_col": False}
+            table = pd.read_csv(file, encoding="utf-8-sig", **options)
     except pd.errors.EmptyDataError:
         table = pd.DataFrame()
     except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.ParserWarning) as error:
-        reason = one_line(error)
-        raise ValueError(f"{file} is not a CSV file in UTF-8 ({reason})") from error
+        raise ValueError(f"{file} is not a CSV file in UTF-8 ({one_line(error)})") from error
     table = table.rename(columns=str.strip).fillna("")
     table = table.apply(lambda column: column.str.strip())
     table = table[(table != "").any(axis=1)] if len(table.columns) else table
@@ -157,15 +147,14 @@ def _table(file: Path, needed: Sequence[str] = ()) -> pd.DataFrame:
     if column is None:
         known = ", ".join(table.columns[:20]) or "none at all"
         raise ValueError(f"{file} has no column 'image' or 'file', but {known}")
-    for name in CORNERS if needed or {*CORNERS} & {*table} else ():
+    for name in CORNERS if boxes or {*CORNERS} & {*table} else ():
         if name not in table:
             raise ValueError(f"{file} has no column {name!r} for boxes")
-    table = table.assign(
-        image=table[column], where=[f"{file}, row {row + 1}" for row in table.index]
-    )
-    missing = table[table["image"] == ""]
+    where = [f"{file}, row {row + 1}" for row in table.index]
+    table = table.assign(image=table[column], where=where)
+    missing = table["where"][table["image"] == ""]
     if len(missing):
-        raise ValueError(f"{missing['where'].iloc[0]}: the image's path is missing")
+        raise ValueError(f"{missing.iloc[0]}: the image's path is missing")
     return table
 
 
@@ -199,10 +188,8 @@ def _row_labels(
         count = 1 + max((num for num in numbers if num is not None), default=-1)
         names = ClassMatcher(classes)
         found = [names.find(row.get("label", "")) for row in rows]
-        if any(
-            len(hits) == 1 and num not in (None, hits[0])
-            for hits, num in zip(found, numbers)
-        ):
+        pairs = zip(found, numbers)
+        if any(len(hits) == 1 and num not in (None, hits[0]) for hits, num in pairs):
             messages.append(
                 "class_index has other classes than the network, or another order:"
                 " labels are matched by name"
@@ -303,9 +290,7 @@ def _near(root: Path, *names: str) -> Optional[Path]:
 
 
 def _devkit(root: Path, name: str) -> Optional[Path]:
-    kit = "ILSVRC2012_devkit_t12"
-    folders = ("", "data/", f"{kit}/", f"{kit}/data/")
-    return _near(root, *(f"{folder}{name}" for folder in folders))
+    return _near(root, *(f"{kit}{part}{name}" for kit in KITS for part in ("", "data/")))
 
 
 def _truth(root: Path) -> Optional[Path]:
@@ -367,15 +352,13 @@ def read_annotation(
     image: Path, folder: Path
 ) -> tuple[Optional[str], tuple[Box, ...]]:
     """Wnid and boxes of an image's annotation, none if it cannot be read."""
+    corners = ("xmin", "ymin", "xmax", "ymax")
     try:
-        tree = ElementTree.parse(folder / f"{image.stem}.xml")
-        objects = tree.getroot().findall("object")
+        objects = ElementTree.parse(folder / f"{image.stem}.xml").findall("object")
         boxes = []
         for item in objects:
-            x0, y0, x1, y1 = (
-                float(item.findtext(f"bndbox/{key}", ""))
-                for key in ("xmin", "ymin", "xmax", "ymax")
-            )
+            texts = (item.findtext(f"bndbox/{key}", "") for key in corners)
+            x0, y0, x1, y1 = map(float, texts)
             # pixels are counted from 1, and the last is inside
             boxes.append((x0 - 1, y0 - 1, x1, y1))
         return (objects[0].findtext("name") if objects else None), tuple(boxes)

@@ -58,15 +58,20 @@ Function = Callable[[Tensor, Tensor, Sequence[str]], Tensor]
 def _captum(context: Context, name: str, **options: Any) -> Function:
     """A method of Captum's that needs nothing but the network."""
     method = getattr(captum.attr, name)(context.classifier.model)
+    return lambda images, targets, names: method.attribute(
+        images.clone().requires_grad_(), target=targets, **options
+    )
+
+
+def _integrated_gradients(context: Context, **options: Any) -> Function:
+    """Integrated gradients on the way from a black image."""
+    integrated = captum.attr.IntegratedGradients(context.classifier.model)
 
     def attribute(images: Tensor, targets: Tensor, names: Sequence[str]) -> Tensor:
-        if name != "IntegratedGradients":
-            images = images.clone().requires_grad_()
-            return method.attribute(images, target=targets, **options)
         black = context.classifier.bounds()[0].to(images).expand_as(images)
         size = max(context.forward_batch, len(images))
         settings = {"n_steps": 50, **options, "internal_batch_size": size}
-        return method.attribute(images, black, targets, **settings)
+        return integrated.attribute(images, black, targets, **settings)
 
     return attribute
 
@@ -104,12 +109,11 @@ def _grad_cam(context: Context, relu: bool = True) -> Function:
 def _score_cam(context: Context) -> Function:
     """Score-CAM at the last map of features."""
     method = ScoreCAM(context.classifier.model, _last_layer(context))
+    size = context.forward_batch
 
     def attribute(images: Tensor, targets: Tensor, names: Sequence[str]) -> Tensor:
         with context.autocast():
-            return method.attribute(
-                images, targets, perturbations_per_eval=context.forward_batch
-            ).float()
+            return method.attribute(images, targets, perturbations_per_eval=size).float()
 
     return attribute
 
@@ -147,9 +151,7 @@ class _Other(NamedTuple):
 OTHERS = {
     "input_x_gradient": _Other(partial(_captum, name="InputXGradient")),
     "gradient": _Other(partial(_captum, name="Saliency"), ("abs",)),
-    "integrated_gradients": _Other(
-        partial(_captum, name="IntegratedGradients"), ("method", "n_steps")
-    ),
+    "integrated_gradients": _Other(_integrated_gradients, ("method", "n_steps")),
     "guided_backprop": _Other(partial(_captum, name="GuidedBackprop")),
     "captum_lrp": _Other(partial(_captum, name="LRP")),
     "grad_cam": _Other(_grad_cam, ("relu",)),
@@ -227,18 +229,8 @@ def find_entries() -> dict[str, grammar.Entry]:
 class Method(grammar.Method):
     """An attribution method, by a name such as `resnet_lrp_ratio+quantize8`.
 
-    The grammar is that of :class:`zennit_resnet.methods.Method`.
-
-    Args:
-
-        text (str): The name with options and suffixes.
-
-    Raises:
-        ValueError: If there is no such method, or an option or suffix is not for it.
+    See :class:`zennit_resnet.methods.Method` for the grammar and for what is raised.
     """
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
 
     @staticmethod
     def entries() -> dict[str, grammar.Entry]:
@@ -264,31 +256,28 @@ class Explainer:
     def __init__(self, method: Method, context: Context) -> None:
         self.method = method
         self.network: Optional[Module] = None
+        # what relevance starts from, if the method distributes it
         self._initial: Optional[str] = None
-        classifier = context.classifier
-        if method.name in CONTROLS:
-            control = partial(
-                CONTROLS[method.name], std=classifier.std, **method.options
-            )
-            self._function: Function = lambda images, targets, names: control(
-                images, names
-            )
-        elif method.name in OTHERS:
-            made = OTHERS[method.name].create(context, **method.options)
+        self._function: Function
+        classifier, name = context.classifier, method.name
+        if name in CONTROLS:
+            control = partial(CONTROLS[name], std=classifier.std, **method.options)
+            self._function = lambda images, targets, names: control(images, names)
+        elif name in OTHERS:
+            made = OTHERS[name].create(context, **method.options)
             self._function, self.network = made if type(made) is tuple else (made, None)
+            if name == grammar.INPUT_X_GRADIENT:
+                self._initial = "logit"
         else:
             initial = method.initial or context.initial
-            lrp = CompositeAttribution(
-                classifier.model, method.composite(classifier), initial
-            )
+            composite = method.composite(classifier)
+            lrp = CompositeAttribution(classifier.model, composite, initial)
             # gradients are no relevance
             if lrp.multiplies_by_inputs:
                 self._initial = initial
             self._function = lambda images, targets, names: lrp.attribute(
                 images, targets
             )
-        if method.name == grammar.INPUT_X_GRADIENT:
-            self._initial = "logit"
 
     def __call__(
         self, images: Tensor, targets: Tensor, output: Tensor, names: Sequence[str]

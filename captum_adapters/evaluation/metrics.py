@@ -6,7 +6,8 @@ A new metric is a function in :data:`METRICS`, and its columns in :data:`COLUMNS
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Optional
+from functools import partial
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -17,7 +18,6 @@ from torch import Tensor
 from torchvision.transforms import functional
 
 from captum_adapters.metrics import (
-    InsertionDeletion,
     NegativeMapWarning,
     conservation_gap,
     cross_model_accuracy,
@@ -44,17 +44,16 @@ class Column(NamedTuple):
     protocol: str = "default"  # ours, or the published one
 
 
-def _areas(protocol: str, about: str, suffix: str = "") -> dict[str, Column]:
+def _areas(protocol: str, about: str) -> dict[str, Column]:
     """The three columns of insertion and deletion."""
+    suffix = "" if protocol == "default" else f"_{protocol}"
     texts = {
         "insertion": ("Insertion", "higher", "Area under the insertion curve"),
         "deletion": ("Deletion", "lower", "Area under the deletion curve"),
         "id": ("ID", "higher", "Insertion minus deletion"),
     }
     return {
-        f"{name}{suffix}": Column(
-            title, better, f"{text}, {about}.", protocol=protocol
-        )
+        f"{name}{suffix}": Column(title, better, f"{text}, {about}.", protocol=protocol)
         for name, (title, better, text) in texts.items()
     }
 
@@ -70,9 +69,9 @@ MEAN = "mean over p, and over orders of equal pixels."
 #: All scores by the names that they have in records.
 COLUMNS: dict[str, Column] = {
     **_areas("default", "each pixel counted, with both ends, equal pixels together"),
-    **_areas("keio", "by the published code of Otsuki et al. 2024", "_keio"),
-    **_areas("rise", "by the published code of RISE", "_rise"),
-    **_areas("c3", "by the text of C³-LRP", "_c3"),
+    **_areas("keio", "by the published code of Otsuki et al. 2024"),
+    **_areas("rise", "by the published code of RISE"),
+    **_areas("c3", "by the text of C³-LRP"),
     **_topic(
         "Top pixels",
         ("accuracy", "Accuracy", "higher", "Share of images whose class is found with"
@@ -158,28 +157,45 @@ class MetricSettings(NamedTuple):
     # networks by name, with the function that makes their inputs
     others: Mapping[str, tuple[Forward, Callable[[Tensor], Tensor]]] = {}
 
+    @property
+    def absolute(self) -> bool:
+        """Whether the top pixels are those of the largest magnitude."""
+        return self.rank_by == "magnitude"
+
+    def kept(self) -> dict[str, Any]:
+        """How images with only the top pixels are made, and go through a network."""
+        return {
+            "absolute": self.absolute,
+            "baselines": self.fill,
+            "max_examples_per_batch": self.forward_batch,
+        }
+
+
+# -- insertion and deletion ------------------------------------------------------------
+
+
+def _area_scores(result: Any, suffix: str = "") -> dict[str, Tensor]:
+    """The columns of :func:`_areas`."""
+    return {
+        f"insertion{suffix}": result.insertion,
+        f"deletion{suffix}": result.deletion,
+        f"id{suffix}": result.id_score,
+    }
+
 
 def _insertion_deletion(
     forward: Forward, batch: Batch, maps: Tensor, settings: MetricSettings
 ) -> Scores:
     """Insertion and deletion by our protocol and the ratio paper's code, at once."""
-
-    def curves(
-        images: Tensor, maps: Tensor, target: Tensor, ties: Optional[str]
-    ) -> InsertionDeletion:
-        return insertion_deletion(
-            forward,
-            images,
-            maps,
-            settings.fill,
-            target,
-            protocol="keio",
-            ties=ties,
-            step=settings.step,
-            max_examples_per_batch=settings.forward_batch,
-        )
-
-    result = curves(batch.images, maps, batch.scored, "nearest")
+    curves = partial(
+        insertion_deletion,
+        forward,
+        baselines=settings.fill,
+        protocol="keio",
+        step=settings.step,
+        max_examples_per_batch=settings.forward_batch,
+    )
+    result = curves(batch.images, maps, target=batch.scored, ties="nearest")
     published = keio_areas(result)
     # numbers of pixels at the points of the published code
     pixels, step = maps[0].numel(), settings.step
@@ -188,21 +204,15 @@ def _insertion_deletion(
     # the same images, unless ties move points or another class is scored
     other = (result.selected[:, 1:] != grid).any(1) | (batch.published != batch.scored)
     if bool(other.any()):
-        again = curves(batch.images[other], maps[other], batch.published[other], None)
+        again = curves(batch.images[other], maps[other], target=batch.published[other])
         for area, name in zip(published, ("insertion", "deletion", "id_score")):
             area[other] = getattr(again, name)
+    kept = ("tied_share", "distinct_levels", "score_full", "score_blank")
     return (
         {
-            "insertion": result.insertion,
-            "deletion": result.deletion,
-            "id": result.id_score,
-            "insertion_keio": published.insertion,
-            "deletion_keio": published.deletion,
-            "id_keio": published.id_score,
-            "tied_share": result.tied_share,
-            "distinct_levels": result.distinct_levels,
-            "score_full": result.score_full,
-            "score_blank": result.score_blank,
+            **_area_scores(result),
+            **_area_scores(published, "_keio"),
+            **{name: getattr(result, name) for name in kept},
         },
         {
             "fractions": result.fractions,
@@ -212,65 +222,53 @@ def _insertion_deletion(
     )
 
 
-def _published(protocol: str) -> Callable[[Forward, Batch, Tensor, MetricSettings], Scores]:
+def _published(
+    forward: Forward, batch: Batch, maps: Tensor, settings: MetricSettings, protocol: str
+) -> Scores:
     """Insertion and deletion by a protocol that needs images of its own."""
-
-    def measure(
-        forward: Forward, batch: Batch, maps: Tensor, settings: MetricSettings
-    ) -> Scores:
-        result = insertion_deletion(
-            forward,
-            batch.images,
-            maps,
-            # RISE deletes to 0 after normalization
-            None if protocol == "rise" else settings.fill,
-            batch.published,
-            protocol=protocol,
-            step=None if protocol == "rise" else settings.step,
-            max_examples_per_batch=settings.forward_batch,
-        )
-        return (
-            {
-                f"insertion_{protocol}": result.insertion,
-                f"deletion_{protocol}": result.deletion,
-                f"id_{protocol}": result.id_score,
-            },
-            {},
-        )
-
-    return measure
+    # RISE deletes to 0 after normalization, in steps of its own
+    own: dict[str, Any] = {"baselines": settings.fill, "step": settings.step}
+    result = insertion_deletion(
+        forward,
+        batch.images,
+        maps,
+        target=batch.published,
+        protocol=protocol,
+        max_examples_per_batch=settings.forward_batch,
+        **({} if protocol == "rise" else own),
+    )
+    return _area_scores(result, f"_{protocol}"), {}
 
 
-def _ties(tied_share: Tensor, settings: MetricSettings) -> dict[str, Tensor]:
-    """The share of ties in what accuracy, pointing and distance rank by."""
-    suffix = "_magnitude" if settings.rank_by == "magnitude" else ""
-    return {f"tied_share{suffix}": tied_share}
+# -- the top p % of pixels -------------------------------------------------------------
 
 
-def _percents(settings: MetricSettings, like: Tensor) -> Tensor:
-    """Percentages as a curve's positions, of the shape of the curve."""
-    return torch.tensor(settings.percents, dtype=torch.float64).expand(len(like), -1)
+def _top(
+    settings: MetricSettings,
+    tied_share: Tensor,
+    scores: dict[str, Tensor],
+    curves: dict[str, Tensor],
+) -> Scores:
+    """Add the percentages, and the share of ties in what pixels are ranked by."""
+    suffix = "_magnitude" if settings.absolute else ""
+    percents = torch.tensor(settings.percents, dtype=torch.float64)
+    return (
+        {**scores, f"tied_share{suffix}": tied_share},
+        {"percents": percents.expand(len(tied_share), -1), **curves},
+    )
 
 
 def _accuracy(
     forward: Forward, batch: Batch, maps: Tensor, settings: MetricSettings
 ) -> Scores:
     """Accuracy with the top p % of pixels."""
+    images, percents = batch.images, settings.percents
     result = pixel_accuracy(
-        forward,
-        batch.images,
-        maps,
-        settings.percents,
-        batch.scored,
-        absolute=settings.rank_by == "magnitude",
-        baselines=settings.fill,
-        max_examples_per_batch=settings.forward_batch,
+        forward, images, maps, percents, batch.scored, **settings.kept()
     )
     accuracy = result.accuracy
-    return (
-        {"accuracy": accuracy.mean(1), **_ties(result.tied_share, settings)},
-        {"percents": _percents(settings, accuracy), "accuracy": accuracy},
-    )
+    scores = {"accuracy": accuracy.mean(1)}
+    return _top(settings, result.tied_share, scores, {"accuracy": accuracy})
 
 
 def _cross(forward: Forward, batch: Batch, maps: Tensor, settings: MetricSettings) -> Scores:
@@ -283,18 +281,12 @@ def _cross(forward: Forward, batch: Batch, maps: Tensor, settings: MetricSetting
             maps,
             settings.percents,
             reference="prediction",
-            absolute=settings.rank_by == "magnitude",
-            baselines=settings.fill,
             transform=transform,
-            max_examples_per_batch=settings.forward_batch,
+            **settings.kept(),
         )
         curves[f"cross_accuracy:{name}"] = result.accuracy
-    every = torch.stack([*curves.values()])
-    curves["percents"] = _percents(settings, every[0])
-    return (
-        {"cross_accuracy": every.mean((0, 2)), **_ties(result.tied_share, settings)},
-        curves,
-    )
+    scores = {"cross_accuracy": torch.stack([*curves.values()]).mean((0, 2))}
+    return _top(settings, result.tied_share, scores, curves)
 
 
 def _pointing(
@@ -302,22 +294,15 @@ def _pointing(
 ) -> Scores:
     """Share of the top p % of pixels in the mask."""
     result = mask_pointing(
-        maps, batch.masks, settings.percents, absolute=settings.rank_by == "magnitude"
+        maps, batch.masks, settings.percents, absolute=settings.absolute
     )
-    return (
-        {
-            "pointing": result.share.mean(1),
-            "pointing_chance": result.chance.where(~result.empty, math.nan),
-            **_ties(result.tied_share, settings),
-        },
-        {
-            "percents": _percents(settings, result.share),
-            "pointing": result.share,
-            "pointing_ceiling": result.ceiling.masked_fill(
-                result.empty[:, None], math.nan
-            ),
-        },
-    )
+    scores = {
+        "pointing": result.share.mean(1),
+        "pointing_chance": result.chance.where(~result.empty, math.nan),
+    }
+    ceiling = result.ceiling.masked_fill(result.empty[:, None], math.nan)
+    curves = {"pointing": result.share, "pointing_ceiling": ceiling}
+    return _top(settings, result.tied_share, scores, curves)
 
 
 def _distance(
@@ -325,16 +310,11 @@ def _distance(
 ) -> Scores:
     """Mean distance of the top p % of pixels to the mask."""
     result = mask_distance(
-        maps, batch.masks, settings.percents, absolute=settings.rank_by == "magnitude"
+        maps, batch.masks, settings.percents, absolute=settings.absolute
     )
-    return (
-        {
-            "distance": result.distance.mean(1),
-            "distance_chance": result.chance,
-            **_ties(result.tied_share, settings),
-        },
-        {"percents": _percents(settings, result.distance), "distance": result.distance},
-    )
+    distance = result.distance
+    scores = {"distance": distance.mean(1), "distance_chance": result.chance}
+    return _top(settings, result.tied_share, scores, {"distance": distance})
 
 
 def _attention(
@@ -343,19 +323,16 @@ def _attention(
     """Types of errors of what is attended."""
     result = attention_errors(maps, batch.masks)._asdict()
     missing = result["coverage"].isnan()
-    return (
-        {
-            f"attention_{name}": value.double().masked_fill(missing, math.nan)
-            for name, value in result.items()
-        },
-        {},
-    )
+    return {
+        f"attention_{name}": value.double().masked_fill(missing, math.nan)
+        for name, value in result.items()
+    }, {}
 
 
 METRICS: dict[str, Callable[[Forward, Batch, Tensor, MetricSettings], Scores]] = {
     "insertion_deletion": _insertion_deletion,
-    "rise": _published("rise"),
-    "c3": _published("c3"),
+    "rise": partial(_published, protocol="rise"),
+    "c3": partial(_published, protocol="c3"),
     "accuracy": _accuracy,
     "cross": _cross,
     "pointing": _pointing,

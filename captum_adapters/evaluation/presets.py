@@ -7,10 +7,12 @@ be compared with them, hardly the numbers.
 
 from typing import Any, NamedTuple
 
+RATIO, SYMMETRIC = "resnet_lrp_ratio", "resnet_lrp_symmetric"
 # The ratio paper's text: no rule of ours for lattices
 TEXT = "projection=literal,coverage=literal"
 # Its published code: https://github.com/keio-smilab24/LRP-for-ResNet
 CODE = f"{TEXT},first_layer=ones,maxpool=avg2x2,dead_units=drop"
+NO_IDENTITY = "identity_skip=False"
 
 
 class Preset(NamedTuple):
@@ -29,10 +31,8 @@ AREAS = ("insertion_keio", "deletion_keio", "id_keio")
 OTHER = "not in the paper"
 
 
-def _areas(
-    title: str, about: str, rows: dict[str, tuple[str, tuple[float, ...]]]
-) -> Preset:
-    """A table of insertion, deletion and their difference."""
+def _areas(title: str, about: str, rows: dict[str, tuple[Any, ...]]) -> Preset:
+    """A table of insertion, deletion and their difference, after the names of methods."""
     about = (
         "The published code explains the predicted class, and measures the probability of"
         " the label, from black images; our protocol measures that of the explained"
@@ -41,10 +41,10 @@ def _areas(
     return Preset(
         title,
         about,
-        {method: name for method, (name, _) in rows.items()},
+        {method: row[0] for method, row in rows.items()},
         ("insertion_deletion", "conservation"),
         {"published": "label", "initial": "softmax"},
-        {method: dict(zip(AREAS, areas)) for method, (_, areas) in rows.items() if areas},
+        {method: dict(zip(AREAS, row[1:])) for method, row in rows.items() if row[1:]},
         AREAS,
     )
 
@@ -73,7 +73,7 @@ CLASSIC = {
     "lrp_epsilon_1": "LRP-ε (1)",
     "lrp_0": "LRP-0",
     "relative_lrp:cardinality=per_position": "R-LRP, Card(J) counted",
-    "resnet_lrp_ratio": OTHER,
+    RATIO: OTHER,
 }
 CLASSES = "The paper shows its best and its worst class of twelve"
 CUB = "The printed figures are of CUB-200-2011."
@@ -87,19 +87,16 @@ PRESETS: dict[str, Preset] = {
         " text (but for the first layer and dead units), as in the published code (but"
         " for its stabilizer), and with our defaults.",
         {
-            "captum_lrp": ("LRP", (0.095, 0.083, 0.011)),
-            "epsilon_plus+zennit": (OTHER, ()),
-            "integrated_gradients": ("IG", (0.052, 0.062, -0.011)),
-            "guided_backprop": ("Guided BP", (0.115, 0.057, 0.057)),
-            "grad_cam": ("Grad-CAM", (0.497, 0.126, 0.371)),
-            "score_cam": ("Score-CAM", (0.488, 0.133, 0.355)),
-            f"resnet_lrp_ratio:{TEXT}+quantize8": ("Ours (text)", (0.563, 0.018, 0.545)),
-            f"resnet_lrp_ratio:{CODE}+quantize8": (
-                "Ours (published code)",
-                (0.563, 0.018, 0.545),
-            ),
-            "resnet_lrp_ratio": (OTHER, ()),
-            "resnet_lrp_ratio+quantize8": (OTHER, ()),
+            "captum_lrp": ("LRP", 0.095, 0.083, 0.011),
+            "epsilon_plus+zennit": (OTHER,),
+            "integrated_gradients": ("IG", 0.052, 0.062, -0.011),
+            "guided_backprop": ("Guided BP", 0.115, 0.057, 0.057),
+            "grad_cam": ("Grad-CAM", 0.497, 0.126, 0.371),
+            "score_cam": ("Score-CAM", 0.488, 0.133, 0.355),
+            f"{RATIO}:{TEXT}+quantize8": ("Ours (text)", 0.563, 0.018, 0.545),
+            f"{RATIO}:{CODE}+quantize8": ("Ours (published code)", 0.563, 0.018, 0.545),
+            RATIO: (OTHER,),
+            f"{RATIO}+quantize8": (OTHER,),
         },
     ),
     "lrp-for-resnet-table2": _areas(
@@ -107,27 +104,18 @@ PRESETS: dict[str, Preset] = {
         "Rows (i) and (iii) have the same figures in the paper. All with eight levels;"
         " our own variants are added with and without these.",
         {
-            f"resnet_lrp_symmetric:identity_skip=False,{TEXT}+quantize8": (
-                "(i)",
-                (0.543, 0.033, 0.510),
-            ),
-            f"resnet_lrp_symmetric:{TEXT}+quantize8": ("(ii)", (0.553, 0.036, 0.517)),
-            f"resnet_lrp_ratio:identity_skip=False,{TEXT}+quantize8": (
-                "(iii)",
-                (0.543, 0.033, 0.510),
-            ),
-            f"resnet_lrp_ratio:{TEXT}+quantize8": ("(iv)", (0.563, 0.018, 0.545)),
-            f"resnet_lrp_ratio:{TEXT}": ("(iv) without quantization", ()),
-            "resnet_lrp_ratio": ("projection=spread, coverage=even", ()),
-            "resnet_lrp_ratio+quantize8": ("the same, quantized", ()),
-            "resnet_lrp_ratio:projection=spread,coverage=literal": (
-                "projection=spread",
-                (),
-            ),
-            "resnet_lrp_ratio:batch_norm=merge": ("batch_norm=merge", ()),
-            "resnet_lrp_ratio:first_layer=ones": ("first_layer=ones", ()),
-            "resnet_lrp_ratio:first_layer=zbox": ("first_layer=zbox", ()),
-            "resnet_lrp_symmetric": ("symmetric", ()),
+            f"{SYMMETRIC}:{NO_IDENTITY},{TEXT}+quantize8": ("(i)", 0.543, 0.033, 0.510),
+            f"{SYMMETRIC}:{TEXT}+quantize8": ("(ii)", 0.553, 0.036, 0.517),
+            f"{RATIO}:{NO_IDENTITY},{TEXT}+quantize8": ("(iii)", 0.543, 0.033, 0.510),
+            f"{RATIO}:{TEXT}+quantize8": ("(iv)", 0.563, 0.018, 0.545),
+            f"{RATIO}:{TEXT}": ("(iv) without quantization",),
+            RATIO: ("projection=spread, coverage=even",),
+            f"{RATIO}+quantize8": ("the same, quantized",),
+            f"{RATIO}:projection=spread,coverage=literal": ("projection=spread",),
+            f"{RATIO}:batch_norm=merge": ("batch_norm=merge",),
+            f"{RATIO}:first_layer=ones": ("first_layer=ones",),
+            f"{RATIO}:first_layer=zbox": ("first_layer=zbox",),
+            SYMMETRIC: ("symmetric",),
         },
     ),
     "c3-lrp-table1": _areas(
@@ -136,14 +124,14 @@ PRESETS: dict[str, Preset] = {
         " For ABN, add abn:weights=FILE to the methods after training by"
         " examples/abn/train.py.",
         {
-            "rise": ("RISE", (0.371, 0.043, 0.328)),
-            "grad_cam": ("GradCAM", (0.466, 0.156, 0.310)),
-            "captum_lrp": ("LRP", (0.063, 0.051, 0.011)),
-            "abn": ("ABN", (0.282, 0.075, 0.207)),
-            "block_lrp+c3": ("Ours", (0.685, 0.017, 0.668)),
-            "block_lrp:initial=logit+c3": ("Ours, from the logit", ()),
-            "resnet_lrp_ratio+c3": (OTHER, ()),
-            "input_x_gradient": (OTHER, ()),
+            "rise": ("RISE", 0.371, 0.043, 0.328),
+            "grad_cam": ("GradCAM", 0.466, 0.156, 0.310),
+            "captum_lrp": ("LRP", 0.063, 0.051, 0.011),
+            "abn": ("ABN", 0.282, 0.075, 0.207),
+            "block_lrp+c3": ("Ours", 0.685, 0.017, 0.668),
+            "block_lrp:initial=logit+c3": ("Ours, from the logit",),
+            f"{RATIO}+c3": (OTHER,),
+            "input_x_gradient": (OTHER,),
         },
     ),
     "c3-lrp-table2": _areas(
@@ -151,16 +139,16 @@ PRESETS: dict[str, Preset] = {
         f"{CUB} The same choices are applied to our maps, to a centred Gaussian and to"
         " edges, which tells how much of the gain is due to the map.",
         {
-            "block_lrp": ("(i) None", (0.250, 0.018, 0.232)),
-            "block_lrp+c1c": ("(ii) C1C", (0.642, 0.042, 0.600)),
-            "block_lrp+c3": ("(iii) C³", (0.685, 0.017, 0.668)),
-            "block_lrp:initial=logit": ("(i), from the logit", ()),
-            "block_lrp:initial=logit+c3": ("(iii), from the logit", ()),
-            "resnet_lrp_ratio": (OTHER, ()),
-            "resnet_lrp_ratio+c1c": (OTHER, ()),
-            "resnet_lrp_ratio+c3": (OTHER, ()),
-            "gaussian+c3": ("control", ()),
-            "sobel+c3": ("control", ()),
+            "block_lrp": ("(i) None", 0.250, 0.018, 0.232),
+            "block_lrp+c1c": ("(ii) C1C", 0.642, 0.042, 0.600),
+            "block_lrp+c3": ("(iii) C³", 0.685, 0.017, 0.668),
+            "block_lrp:initial=logit": ("(i), from the logit",),
+            "block_lrp:initial=logit+c3": ("(iii), from the logit",),
+            RATIO: (OTHER,),
+            f"{RATIO}+c1c": (OTHER,),
+            f"{RATIO}+c3": (OTHER,),
+            "gaussian+c3": ("control",),
+            "sobel+c3": ("control",),
         },
     ),
     "r-lrp-fig19": _pixels(
@@ -181,7 +169,7 @@ PRESETS: dict[str, Preset] = {
         "Figure 22: across networks",
         "Other networks are named by --cross NAME=WEIGHTS, and run once for each network"
         " whose pixels are given to others.",
-        {"relative_lrp": "R-LRP", "resnet_lrp_ratio": OTHER},
+        {"relative_lrp": "R-LRP", RATIO: OTHER},
         ("accuracy", "cross_accuracy"),
     ),
     "r-lrp-fig25": _pixels(

@@ -6,11 +6,10 @@ computes a batch, and whenever it was interrupted, the same images go through th
 network together, and the records are the same. Processes exchange nothing.
 """
 
-import io
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -126,6 +125,20 @@ def evaluate(
     return loop.estimate() if dry_run else loop.run()
 
 
+class _State(NamedTuple):
+    """What there is of a batch."""
+
+    known: bool  # whether its samples were written
+    left_out: int  # samples that could not be used
+    unread: list[int]  # numbers of those that may be readable now
+    missing: list[int]  # numbers of the methods that are not evaluated on it
+
+    @property
+    def todo(self) -> bool:
+        """Whether there is anything to compute."""
+        return not self.known or bool(self.missing or self.unread)
+
+
 class Loop:
     """One process of an evaluation, see :func:`evaluate`."""
 
@@ -182,82 +195,74 @@ class Loop:
         every, size = [*range(len(self.samples))], self.store.batch_size
         self.batches = [every[start : start + size] for start in every[::size]]
 
-    def _missing(self, batch: int) -> list[Method]:
-        """Methods that are not evaluated on a batch yet."""
-        numbers = range(len(self.methods))
-        return [self.methods[each] for each in numbers if not self.store.has(batch, each)]
-
-    def _left_out(self, batch: int) -> list[int]:
-        """Samples of a batch that could not be used."""
-        samples = self.store.read_samples(batch) or ()
-        return [
+    def _look(self, batch: int) -> _State:
+        """Find out what there is of a batch."""
+        known = self.store.read_samples(batch)
+        pairs = zip(self.batches[batch], known or ())
+        left_out = [number for number, sample in pairs if sample.problem is not None]
+        unread = [number for number in left_out if self.samples[number].problem is None]
+        missing = [
             number
-            for number, sample in zip(self.batches[batch], samples)
-            if sample.problem is not None
+            for number in range(len(self.methods))
+            if not self.store.has(batch, number)
         ]
+        return _State(known is not None, len(left_out), unread, missing)
 
-    def _unread(self, batch: int) -> list[int]:
-        """Those of them that may be readable now."""
-        left_out = self._left_out(batch)
-        return [number for number in left_out if self.samples[number].problem is None]
-
-    def _count(self, again: Sequence[int] = ()) -> Progress:
-        """What remains of the whole run, if some batches are computed again."""
+    def _count(
+        self, states: Iterable[Optional[_State]], seconds: float = 0.0
+    ) -> Progress:
+        """What remains of the whole run, where batches without state are computed again."""
         done = skipped = 0
-        for batch, numbers in enumerate(self.batches):
-            if batch not in again:
-                out = len(self._left_out(batch))
-                present = len(self.methods) - len(self._missing(batch))
-                skipped += out
-                done += out * len(self.methods) + (len(numbers) - out) * present
-        return Progress(len(self.samples) * len(self.methods), done, 0.0, skipped)
+        for numbers, state in zip(self.batches, states):
+            if state is not None:
+                skipped += state.left_out
+                done += state.left_out * len(self.methods)
+                present = len(self.methods) - len(state.missing)
+                done += (len(numbers) - state.left_out) * present
+        return Progress(len(self.samples) * len(self.methods), done, seconds, skipped)
 
     def estimate(self) -> Progress:
         """What remains, and how long it takes, without writing anything."""
         self._open(write=False)
-        again, rest = [], dict.fromkeys(self.evaluation.methods, 0)
+        states: list[Optional[_State]] = []
+        rest = dict.fromkeys(range(len(self.methods)), 0)
         for batch, numbers in enumerate(self.batches):
-            count, methods = len(numbers) - len(self._left_out(batch)), self._missing(batch)
-            if any(self.images[number].problem is None for number in self._unread(batch)):
-                again.append(batch)
-                count, methods = len(numbers), self.methods
-            for method in methods:
-                rest[method.text] += count
-        left = [method for method in self.methods if rest[method.text]]
-        known = {
-            method.text: self.store.read_times(self.methods.index(method)) for method in left
-        }
-        untimed = [method for method in left if known[method.text] is None]
+            state = self._look(batch)
+            again = any(self.images[number].problem is None for number in state.unread)
+            states.append(None if again else state)
+            count = len(numbers) - (0 if again else state.left_out)
+            for number in rest if again else state.missing:
+                rest[number] += count
+        left = [number for number in rest if rest[number]]
+        known = {number: self.store.read_times(number) for number in left}
+        untimed = [number for number in left if known[number] is None]
         if untimed:
             self.say(f"timing {len(untimed)} methods on one image")
             known.update(self._time(untimed))
         # attributions that are computed once for several methods count once
         groups: dict[str, list[tuple[int, float]]] = defaultdict(list)
         seconds = 0.0
-        for method in left:
-            count = rest[method.text]
-            first, second = known[method.text] or (0.0, 0.0)
-            seconds += count * (first + second)
-            groups[method.attribution].append((count, first))
+        for number in left:
+            first, second = known[number] or (0.0, 0.0)
+            seconds += rest[number] * (first + second)
+            groups[self.methods[number].attribution].append((rest[number], first))
         for members in groups.values():
-            counts = [count for count, _ in members]
-            seconds -= (sum(counts) - max(counts)) * min(time for _, time in members)
-        return self._count(again)._replace(seconds=seconds)
+            counts, times = zip(*members)
+            seconds -= (sum(counts) - max(counts)) * min(times)
+        return self._count(states, seconds)
 
-    def _time(self, methods: Sequence[Method]) -> dict[str, tuple[float, float]]:
+    def _time(self, numbers: Sequence[int]) -> dict[int, tuple[float, float]]:
         """Seconds of methods and metrics on the first image that can be read."""
         computation = self.prepare()
-        for number, sample in enumerate(self.samples):
-            item = self.images[number]
-            if item.image is not None:
-                batch = computation.prepare([sample], [item])
-                break
-        else:
+        items = ((sample, self.images[row]) for row, sample in enumerate(self.samples))
+        found = next((pair for pair in items if pair[1].image is not None), None)
+        if found is None:
             return {}
+        batch = computation.prepare([found[0]], [found[1]])
         times = {}
-        for method in methods:
-            scores = computation.run_method(method, batch, False)[0].scores
-            times[method.text] = (scores["seconds"], scores["metric_seconds"])
+        for number in numbers:
+            scores = computation.run_method(self.methods[number], batch, False)[0].scores
+            times[number] = (scores["seconds"], scores["metric_seconds"])
         return times
 
     def run(self) -> Progress:
@@ -267,19 +272,14 @@ class Loop:
             # what can not be prepared leaves no run that the next one differs from
             computation = self.prepare()
         self._open(write=True)
-        numbers = range(len(self.batches))
-        todo = [
-            batch
-            for batch in numbers[self.process.rank :: self.process.world]
-            if self.store.read_samples(batch) is None
-            or self._missing(batch)
-            or self._unread(batch)
-        ]
+        batches = range(len(self.batches))
+        mine = batches[self.process.rank :: self.process.world]
+        todo = [batch for batch in mine if self._look(batch).todo]
         if not todo:
-            return self._count()
+            return self._count(map(self._look, batches))
         computation = computation or self.prepare()
         for number, method in enumerate(self.methods):
-            if any(self.store.has(batch, number) for batch in numbers):
+            if any(self.store.has(batch, number) for batch in batches):
                 computation.worked.add(method.text)
         loader: Any = DataLoader(
             self.images,  # type: ignore[arg-type]
@@ -291,13 +291,13 @@ class Loop:
             for batch, items in zip(todo, loader):
                 self.process.check()
                 self._evaluate(computation, batch, items, bar)
-        return self._count()
+        return self._count(map(self._look, batches))
 
     def _bar(self, images: int) -> "tqdm[Any]":
         """Progress bar, or plain lines if there is no terminal."""
         others = f" by 1 of {self.process.world}" if self.process.world > 1 else ""
         terminal = sys.stderr.isatty()
-        return tqdm(
+        return (tqdm if terminal else _Lines)(
             total=images * len(self.methods),
             unit="map",
             desc=f"maps{others}",
@@ -305,8 +305,6 @@ class Loop:
             mininterval=0.1 if terminal else LINE_SECONDS,
             maxinterval=10.0 if terminal else 600.0,
             ascii=None if terminal else True,
-            # a new line for each state instead of overwriting the last one
-            file=sys.stderr if terminal else _Lines(sys.stderr),
             smoothing=0.05,
         )
 
@@ -373,20 +371,13 @@ class Loop:
         return samples
 
 
-class _Lines(io.TextIOBase):
-    """Writes each state of a progress bar as a line of its own, for log files."""
+class _Lines(tqdm):  # type: ignore[type-arg]
+    """A progress bar with a line of its own for each state, for log files."""
 
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-
-    def write(self, text: str) -> int:
-        lines = [line.strip() for line in text.replace("\r", "\n").split("\n")]
-        for line in filter(None, lines):
-            self.stream.write(f"{line}\n")
-        return len(text)
-
-    def flush(self) -> None:
-        self.stream.flush()
+    @staticmethod
+    def status_printer(file: Any) -> Callable[[str], None]:
+        """How a state is written."""
+        return lambda text: print(text.strip(), file=file, flush=True)
 
 
 def _device(name: Optional[str], process: Process) -> torch.device:

@@ -24,6 +24,8 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 import pandas as pd
 
+from zennit_resnet._text import one_line
+
 SETTINGS = "settings.json"
 
 
@@ -107,9 +109,7 @@ def _writing(folder: Path) -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     """Why something went wrong, in one line."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(getattr(error, "strerror", None) or error)
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -161,12 +161,12 @@ def differences(first: dict[str, Any], second: dict[str, Any], sign: str = "; ")
             continue
         if isinstance(old, dict) and isinstance(new, dict):
             found.append(differences(old, new, sign))
-        elif isinstance(old, list) and isinstance(new, list) and sorted(old) != sorted(new):
+            continue
+        if isinstance(old, list) and isinstance(new, list) and sorted(old) != sorted(new):
             gone = [elem for elem in old if elem not in new]
             more = [elem for elem in new if elem not in old]
-            found.append(f"{key} ({brief(gone) or 'none'}{sign}{brief(more) or 'none'})")
-        else:
-            found.append(f"{key} ({brief(old)}{sign}{brief(new)})")
+            old, new = gone or "none", more or "none"
+        found.append(f"{key} ({brief(old)}{sign}{brief(new)})")
     return ", ".join(found)
 
 
@@ -243,7 +243,7 @@ class Store:
     def read_times(self, method: int) -> Optional[tuple[float, float]]:
         """Mean seconds of a method's attributions and of their metrics, if known."""
         paths = self.records.glob(f"*-{method:03d}.npz")
-        scores = [each.scores for path in paths for each in read_records(path)]
+        scores = [each.scores for path in paths for each in _read_records(path)]
         if not scores:
             return None
         means = pd.DataFrame(scores).mean(numeric_only=True)
@@ -262,17 +262,11 @@ class Store:
         _write(self._samples(batch), json.dumps(rows).encode())
 
     def write_records(self, batch: int, method: int, records: Sequence[Record]) -> None:
-        """Write the records of a batch by a method.
-
-        Raises:
-            RunError: If that is not possible, as the disk is full.
-        """
-        values = pd.DataFrame([record.scores for record in records])
-        problems = [record.scores["problem"] or "" for record in records]
-        values = values.drop(columns="problem")
+        """Write the records of a batch by a method. It raises as :meth:`write_samples`."""
+        values = pd.DataFrame([each.scores for each in records]).drop(columns="problem")
         arrays: dict[str, Any] = {
-            "samples": np.array([record.sample for record in records]),
-            "problems": np.array(problems),
+            "samples": np.array([each.sample for each in records]),
+            "problems": np.array([each.scores["problem"] or "" for each in records]),
             "columns": np.array([*values], dtype=str),
             "values": values.to_numpy(np.float64),
         }
@@ -299,35 +293,34 @@ def _read_samples(path: Path) -> list[SampleRecord]:
     """Samples of a file."""
     samples = []
     for row in json.loads(path.read_text(encoding="utf-8")):
-        picture = row["picture"]
-        row["picture"] = None if picture is None else base64.b64decode(picture)
+        if row["picture"] is not None:
+            row["picture"] = base64.b64decode(row["picture"])
         samples.append(SampleRecord(**{**row, "notes": tuple(row["notes"])}))
     return samples
 
 
-def read_records(path: Path) -> list[Record]:
-    """Records of a file.
-
-    Raises:
-        ValueError: If it is damaged.
-    """
+def _read_records(path: Path) -> list[Record]:
+    """Records of a file. It is a `ValueError` if it is damaged."""
     try:
         with np.load(io.BytesIO(path.read_bytes())) as file:
             arrays = {name: file[name] for name in file.files}
-        names, values = arrays["columns"].tolist(), arrays["values"].tolist()
+        names, heatmaps = arrays["columns"].tolist(), arrays.get("heatmaps")
+        curves = {
+            name.removeprefix("curve/"): array
+            for name, array in arrays.items()
+            if name.startswith("curve/")
+        }
         found = []
         for row, sample in enumerate(arrays["samples"].tolist()):
             problem = str(arrays["problems"][row]) or None
-            scores = {"problem": problem, **dict(zip(names, values[row]))}
-            curves, heatmap = {}, None
+            values = dict(zip(names, arrays["values"][row].tolist()))
+            record = Record(sample, {"problem": problem, **values})
             if problem is None:
-                curves = {
-                    name.removeprefix("curve/"): array[row]
-                    for name, array in arrays.items()
-                    if name.startswith("curve/")
-                }
-                heatmap = arrays["heatmaps"][row] if "heatmaps" in arrays else None
-            found.append(Record(sample, scores, curves, heatmap))
+                record = record._replace(
+                    curves={name: array[row] for name, array in curves.items()},
+                    heatmap=None if heatmaps is None else heatmaps[row],
+                )
+            found.append(record)
         return found
     except (zipfile.BadZipFile, EOFError, KeyError, OSError, ValueError) as error:
         raise ValueError(_reason(error)) from error
@@ -358,17 +351,16 @@ def read_run(folder: Path) -> Run:
                 samples.update((row.sample, row) for row in _read_samples(path))
             else:
                 method = methods[int(path.stem.partition("-")[2])]
-                found.update(((row.sample, method), row) for row in read_records(path))
+                found.update(((row.sample, method), row) for row in _read_records(path))
         except ValueError as error:
             messages.append(
                 f"{path.name} is damaged ({error}): delete it, and the command of the run"
                 " computes it again"
             )
-    names = ["sample", "method"]
-    index = pd.MultiIndex.from_tuples(sorted(found), names=names)
+    index = pd.MultiIndex.from_tuples(sorted(found), names=["sample", "method"])
     rows = [found[key] for key in index]
-    columns = ["problem", "seconds", "metric_seconds"]
-    records = pd.DataFrame([row.scores for row in rows], index, None if rows else columns)
+    columns = None if rows else ["problem", "seconds", "metric_seconds"]
+    records = pd.DataFrame([row.scores for row in rows], index, columns)
     problems = [row.scores["problem"] for row in rows]
     records["problem"] = pd.Series(problems, index, dtype=object)
     return Run(

@@ -26,6 +26,8 @@ COMPARABLE = ("model", "weights", "transform", "classes", "options")
 MENTIONED = ("versions", "device", "cross", "files")
 # Items that are named in a sentence
 NAMED = 5
+TIMES = ["seconds", "metric_seconds"]
+STATISTICS = ["mean", "low", "high", "examples"]
 
 
 class Row(NamedTuple):
@@ -73,9 +75,8 @@ class Row(NamedTuple):
     def _arrays(self, columns: Sequence["pd.Series[Any]"]) -> dict[str, np.ndarray]:
         """Arrays of the sound records."""
         found: dict[str, np.ndarray] = {}
-        for column in columns:
-            for name, array in column.xs(self.method, level="method").dropna().items():
-                found.setdefault(str(name), array)
+        for column in reversed(columns):
+            found.update(column.xs(self.method, level="method").dropna().items())
         return {name: found[name] for name in self.scores.index if name in found}
 
 
@@ -84,6 +85,7 @@ class Group(NamedTuple):
 
     name: str
     runs: tuple[Run, ...]
+    folders: tuple[str, ...]  # names of the runs
     samples: dict[str, SampleRecord]
 
     def clusters(
@@ -92,9 +94,8 @@ class Group(NamedTuple):
         """Class of each sample, or one of its own if it is not known."""
         if clusters is None:
             return None
-        labels = [
-            self.samples[name].label if name in self.samples else None for name in names
-        ]
+        known = {name: sample.label for name, sample in self.samples.items()}
+        labels = [known.get(name) for name in names]
         return np.array(
             [
                 f"sample {name}" if label is None else f"class {label}"
@@ -150,11 +151,6 @@ def settings_of(run: Run) -> dict[str, Any]:
     return settings
 
 
-def methods_of(run: Run) -> list[str]:
-    """Methods that a run is of."""
-    return list(settings_of(run)["methods"])
-
-
 def list_some(items: Sequence[str]) -> str:
     """The first items, and how many others there are."""
     more = f" and {len(items) - NAMED} more" if len(items) > NAMED else ""
@@ -169,7 +165,7 @@ def _differences(first: Run, second: Run, keys: Sequence[str]) -> str:
     return differences(old, new)
 
 
-def folder_names(runs: Sequence[Run]) -> list[str]:
+def _folder_names(runs: Sequence[Run]) -> list[str]:
     """Names of the runs' folders, with as many of their parents as tell them apart."""
     paths = [run.folder.resolve().parts for run in runs]
     count = 1
@@ -217,28 +213,24 @@ def group_runs(
                 break
         else:
             found.append([run])
-    names = dict(zip(map(id, runs), folder_names(runs)))
-    groups = [
-        Group(
-            " + ".join(dict.fromkeys(names[id(run)] for run in members)),
-            tuple(members),
-            _merge_samples(members),
-        )
-        for members in found
-    ]
-    for group in groups:
-        first = group.runs[0]
-        for other in group.runs[1:]:
-            what = _differences(first, other, MENTIONED)
+    names = dict(zip(map(id, runs), _folder_names(runs)))
+    groups: list[Group] = []
+    for members in found:
+        folders = tuple(names[id(run)] for run in members)
+        name = " + ".join(dict.fromkeys(folders))
+        groups.append(Group(name, tuple(members), folders, _merge_samples(members)))
+        for run, folder in zip(members, folders):
+            what = _differences(members[0], run, MENTIONED)
             if what:
-                messages.append(f"{names[id(first)]} and {names[id(other)]} differ in {what}.")
-    for group in groups[1:]:
-        first, other = groups[0].runs[0], group.runs[0]
-        data = () if _same_data(first, other) else ("data", "layout")
-        warnings.append(
-            f"Rows of {group.name} can not be compared with those of {groups[0].name}: the"
-            f" runs differ in {_differences(first, other, (*data, *COMPARABLE))}."
-        )
+                messages.append(f"{folders[0]} and {folder} differ in {what}.")
+        first = groups[0].runs[0]
+        if len(groups) > 1:
+            data = () if _same_data(first, members[0]) else ("data", "layout")
+            what = _differences(first, members[0], (*data, *COMPARABLE))
+            warnings.append(
+                f"Rows of {name} can not be compared with those of {groups[0].name}: the"
+                f" runs differ in {what}."
+            )
     return groups
 
 
@@ -254,53 +246,44 @@ def _merge_records(
     problems = table["problem"][~sound & ~table.index.isin(table.index[sound])]
     # another run may have measured something else
     merged = table[sound].drop(columns="problem").groupby(level=0)
-    scores = merged.first().astype(float)
-    several = merged.nunique().drop(columns=["seconds", "metric_seconds"]) > 1
+    several = merged.nunique().drop(columns=TIMES) > 1
     conflicts = int(several.any(axis=1).sum())
     if conflicts:
         messages.append(
             f"{method}: {conflicts} examples have other scores in a further run; those of"
             " the first are used."
         )
-    return scores, {str(name): text for name, text in sorted(problems.items())}
+    reasons = {str(name): text for name, text in sorted(problems.items())}
+    return merged.first().astype(float), reasons
 
 
 def _statistics(
-    scores: pd.DataFrame,
-    clusters: Optional[np.ndarray],
-    confidence: float,
-    n_resamples: int,
+    scores: pd.DataFrame, clusters: Optional[np.ndarray], **options: Any
 ) -> pd.DataFrame:
     """Mean and interval of each score."""
     # scores that are defined for the same examples are resampled together
     patterns: dict[bytes, list[str]] = defaultdict(list)
-    for name in scores.columns.drop(["seconds", "metric_seconds"]):
-        valid = scores[name].notna().to_numpy()
-        if valid.any():
-            patterns[valid.tobytes()].append(name)
+    for name in scores.columns.drop(TIMES):
+        patterns[scores[name].notna().to_numpy().tobytes()].append(name)
     found = {}
     for names in patterns.values():
         valid = scores[names[0]].notna().to_numpy()
+        if not valid.any():
+            continue
         values = scores.loc[valid, names].to_numpy()
-        interval = bootstrap_interval(
-            values,
-            None if clusters is None else clusters[valid],
-            confidence=confidence,
-            n_resamples=n_resamples,
-        )
+        labels = None if clusters is None else clusters[valid]
+        interval = bootstrap_interval(values, labels, **options)
         for name, column, low, high in zip(names, values.T, interval.low, interval.high):
             # this sum is not rounded in between, so it is the same in any order
             found[name] = (math.fsum(column) / len(column), low, high, len(column))
-    names = ["mean", "low", "high", "examples"]
-    return pd.DataFrame.from_dict(found, orient="index", columns=names)
+    return pd.DataFrame.from_dict(found, orient="index", columns=STATISTICS)
 
 
 def build_rows(
     groups: Sequence[Group],
-    confidence: float,
     clusters: Optional[str],
-    n_resamples: int,
     messages: list[str],
+    **options: Any,
 ) -> list[Row]:
     """Rows of all groups, each with its controls last."""
     found: dict[tuple[int, str], list[Run]] = defaultdict(list)
@@ -311,30 +294,24 @@ def build_rows(
     repeated = Counter(method for _, method in found)
     rows = []
     for (index, method), members in found.items():
-        name = method
-        if repeated[method] > 1:
-            name = f"{method} ({groups[index].name})"
+        group = groups[index]
+        name = f"{method} ({group.name})" if repeated[method] > 1 else method
         scores, problems = _merge_records(members, method, messages)
         infinite = int(np.isinf(scores.to_numpy()).sum())
         if infinite:
             messages.append(f"{name}: {infinite} infinite scores are left out.")
         scores = scores.replace([math.inf, -math.inf], math.nan)
-        labels = groups[index].clusters([*scores.index], clusters)
-        statistics = _statistics(scores, labels, confidence, n_resamples)
-        rows.append(
-            Row(
-                name,
-                method,
-                kind_of(method),
-                index,
-                tuple(members),
-                scores,
-                problems,
-                statistics,
-            )
-        )
+        labels = group.clusters([*scores.index], clusters)
+        statistics = _statistics(scores, labels, **options)
+        runs, kind = tuple(members), kind_of(method)
+        rows.append(Row(name, method, kind, index, runs, scores, problems, statistics))
     # methods in the order in which they were given, and controls at the end
-    order = [name for group in groups for run in group.runs for name in methods_of(run)]
+    order = [
+        method
+        for group in groups
+        for run in group.runs
+        for method in settings_of(run)["methods"]
+    ]
     return sorted(
         rows, key=lambda row: (row.group, row.control, order.index(row.method))
     )

@@ -10,9 +10,7 @@ from captum_adapters.evaluation.report.aggregate import (
     Row,
     column_of,
     counterpart_of,
-    folder_names,
     list_some,
-    methods_of,
     protocol_of,
     settings_of,
     sign_of,
@@ -33,19 +31,17 @@ SAMPLE_FIELDS = {
 
 def find_gaps(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
     """Sentences on what is missing."""
-    runs = [run for group in groups for run in group.runs]
-    names = dict(zip(map(id, runs), folder_names(runs)))
     for index, group in enumerate(groups):
-        for run in group.runs:
-            name, total = names[id(run)], settings_of(run)["samples"]
+        for run, name in zip(group.runs, group.folders):
+            settings = settings_of(run)
             yield from (f"{name}: {message}" for message in run.messages)
-            if len(run.samples) < total:
+            if len(run.samples) < settings["samples"]:
                 yield (
-                    f"{name} is not complete: {len(run.samples)} of {total} samples are"
-                    " evaluated."
+                    f"{name} is not complete: {len(run.samples)} of {settings['samples']}"
+                    " samples are evaluated."
                 )
             evaluated = set(run.records.index.unique("method"))
-            missing = [name for name in methods_of(run) if name not in evaluated]
+            missing = [text for text in settings["methods"] if text not in evaluated]
             if not evaluated:
                 yield f"{name} has no records."
             elif missing:
@@ -58,12 +54,9 @@ def find_gaps(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
             )
         members = [row for row in rows if row.group == index]
         if len({tuple(row.scores.index) for row in members}) > 1:
-            most = max(len(row.scores) for row in members)
-            fewer = [
-                f"{row.name} {len(row.scores)}"
-                for row in members
-                if len(row.scores) < most
-            ]
+            counts = {row.name: len(row.scores) for row in members}
+            most = max(counts.values())
+            fewer = [f"{name} {count}" for name, count in counts.items() if count < most]
             listed = f" ({list_some(fewer)} of {most})" if fewer else ""
             yield (
                 f"Methods of {group.name} are not evaluated on the same examples{listed}."

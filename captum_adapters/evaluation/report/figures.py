@@ -5,7 +5,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import jinja2
 import numpy as np
@@ -40,13 +40,13 @@ COLORS = [colormaps["tab10"](number) for number in range(10) if number != 7]
 
 
 class Panel(NamedTuple):
-    """Curves beside each other: names, titles, x-axis, its title, and the score."""
+    """Curves beside each other."""
 
     title: str
-    curves: dict[str, str]
-    positions: str
-    label: str
-    score: str
+    curves: dict[str, str]  # titles by name
+    label: str  # of the x-axis
+    score: str  # that methods are sorted by
+    positions: str = "percents"
 
 
 KEPT = "Kept, in the order of relevance (%)"
@@ -54,24 +54,22 @@ PANELS = {
     "insertion_deletion": Panel(
         "Insertion and deletion",
         {"insertion": "Insertion", "deletion": "Deletion"},
-        "fractions",
         "Share of pixels inserted or deleted",
         "id",
+        "fractions",
     ),
     "accuracy": Panel(
-        "Accuracy with the top p %", {"accuracy": "Accuracy"}, "percents", KEPT, "accuracy"
+        "Accuracy with the top p %", {"accuracy": "Accuracy"}, KEPT, "accuracy"
     ),
     "pointing": Panel(
         "Share of the top p % inside of the mask",
         {"pointing": "Share inside of the mask"},
-        "percents",
         "Top p %",
         "pointing",
     ),
     "distance": Panel(
         "Distance of the top p % to the mask",
         {"distance": "Distance to the mask"},
-        "percents",
         "Top p %",
         "distance",
     ),
@@ -88,7 +86,7 @@ class Picture(NamedTuple):
 # -- curves ----------------------------------------------------------------------------
 
 
-def collect(
+def _collect(
     row: Row, key: str, where: str
 ) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Names of samples with finite curves, the curves and positions, (n, points) each.
@@ -113,20 +111,24 @@ def collect(
 def _draw(report: "Report", members: Sequence[Row], panel: Panel) -> Optional[bytes]:
     """Mean curves of methods, with bands."""
     found = {
-        (row.name, key): collect(row, key, panel.positions)
+        (row.name, key): _collect(row, key, panel.positions)
         for row in members
         for key in panel.curves
     }
+    means = {row.name: row.mean(panel.score) for row in members}
     shown = [
         row for row in members if any(found[row.name, key][0] for key in panel.curves)
     ]
+    methods = [row.name for row in shown if not row.control]
+    sign = sign_of(panel.score)
+    # those without a mean come last
+    ranked = sorted(
+        methods, key=lambda name: (math.isnan(means[name]), -sign * means[name])
+    )
+    best = [name for name in methods if name in ranked[:CURVES]]
+    shown = [row for row in shown if row.control or row.name in best]
     if not shown:
         return None
-    methods = [row for row in shown if not row.control]
-    sign = sign_of(panel.score)
-    ranked = sorted(methods, key=lambda row: _last(-sign * row.mean(panel.score)))
-    best = [row.name for row in methods if row in ranked[:CURVES]]
-    shown = [row for row in shown if row.control or row.name in best]
     width = 3.4 + 4.2 * len(panel.curves)
     canvas = Figure(figsize=(width, 4.6), layout="constrained")
     lines: dict[str, Line2D] = {}
@@ -157,8 +159,8 @@ def _draw(report: "Report", members: Sequence[Row], panel: Panel) -> Optional[by
             band.set(color=line.get_color(), alpha=alpha, linewidth=0)
             lines.setdefault(row.name, line)
         axes.set(title=title, xlabel=panel.label)
-        lines.update(_draw_chance(axes, shown[0], key, panel.positions))
-    means = {row.name: row.mean(panel.score) for row in shown}
+        drawn = {*found[shown[0].name, key][0]}
+        lines.update(_draw_chance(axes, shown[0], key, panel.positions, drawn))
     texts = []
     for name in lines:
         mean = means.get(name, math.nan)
@@ -181,22 +183,17 @@ def _draw(report: "Report", members: Sequence[Row], panel: Panel) -> Optional[by
     return buffer.getvalue()
 
 
-def _last(value: float) -> float:
-    """A key to sort by."""
-    return math.inf if math.isnan(value) else value
-
-
-def _draw_chance(axes: Axes, row: Row, key: str, where: str) -> dict[str, Line2D]:
-    """What is to be had without any explanation, and at most."""
+def _draw_chance(
+    axes: Axes, row: Row, key: str, where: str, drawn: set[str]
+) -> dict[str, Line2D]:
+    """What is to be had without any explanation, and at most, for these samples."""
     lines = {}
     chance = row.mean(f"{key}_chance")
     if not math.isnan(chance):
         lines["chance"] = axes.axhline(
             chance, color="black", linewidth=0.8, linestyle=":"
         )
-    # the ceiling is that of the examples whose curves are drawn
-    drawn = set(collect(row, key, where)[0])
-    names, curves, positions = collect(row, f"{key}_ceiling", where)
+    names, curves, positions = _collect(row, f"{key}_ceiling", where)
     kept = [number for number, name in enumerate(names) if name in drawn]
     if kept:
         mean = curves[kept].mean(0)
@@ -207,13 +204,13 @@ def _draw_chance(axes: Axes, row: Row, key: str, where: str) -> dict[str, Line2D
 def draw_curves(report: "Report") -> dict[str, Picture]:
     """Curves of the ten best methods and all controls, by a name for their file."""
     pictures = {}
+    several = len(report.groups) > 1
     for index, group in enumerate(report.groups):
-        several = len(report.groups) > 1
         panels = dict(PANELS)
         for key in sorted({str(key) for run in group.runs for key in run.curves}):
             if key.startswith("cross_accuracy:"):
                 title = f"Accuracy of {key.partition(':')[2]} with the top p %"
-                panels[key] = Panel(title, {key: title}, "percents", KEPT, "")
+                panels[key] = Panel(title, {key: title}, KEPT, "")
         members = [row for row in report.rows if row.group == index]
         for key, panel in panels.items():
             data = _draw(report, members, panel)
@@ -289,12 +286,18 @@ def find_examples(
 
 def _draw_example(data: bytes, heatmap: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A picture, and the heatmap on it."""
-    with Image.open(io.BytesIO(data)) as image:
-        picture = np.asarray(image.convert("RGB"))
+    picture = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     scaled = Image.fromarray(heatmap.astype(np.float32)).resize(
         picture.shape[1::-1], Image.Resampling.BILINEAR
     )
     return picture, draw_overlay(picture, np.asarray(scaled))
+
+
+def _encode(picture: np.ndarray, kind: str, **options: Any) -> bytes:
+    """A file of a picture."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
 def draw_montage(report: "Report") -> Optional[bytes]:
@@ -309,10 +312,7 @@ def draw_montage(report: "Report") -> Optional[bytes]:
     if not rows:
         return None
     titles = [title for rank in RANKS for title in (rank, "heatmap")]
-    picture = Image.fromarray(draw_comparison(rows, titles, captions))
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
+    return _encode(draw_comparison(rows, titles, captions), "PNG", optimize=True)
 
 
 # -- page ------------------------------------------------------------------------------
@@ -325,9 +325,7 @@ def _uri(data: bytes, kind: str = "png") -> str:
 
 def _jpeg(picture: np.ndarray) -> str:
     """A small photograph as an address."""
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=80)
-    return _uri(buffer.getvalue(), "jpeg")
+    return _uri(_encode(picture, "JPEG", quality=80), "jpeg")
 
 
 def make_page(report: "Report", curves: dict[str, Picture]) -> str:

@@ -11,12 +11,12 @@ from captum_adapters.evaluation.methods import stands_for
 from captum_adapters.evaluation.metrics import COLUMNS
 from captum_adapters.evaluation.presets import PRESETS, Preset
 from captum_adapters.evaluation.report.aggregate import (
+    STATISTICS,
     Group,
     Row,
     build_rows,
     column_of,
     counterpart_of,
-    folder_names,
     group_runs,
     protocol_of,
     settings_of,
@@ -45,7 +45,6 @@ FEW_CLASSES = 20
 # Examples that are named of each problem, and different problems that are listed
 EXAMPLES = 5
 REASONS = 20
-STATISTICS = ("mean", "low", "high", "examples")
 
 
 class Report(NamedTuple):
@@ -84,6 +83,7 @@ class Report(NamedTuple):
     def frame(self) -> pd.DataFrame:
         """All means with their intervals and numbers of examples, a row for a method."""
         wanted = [f"{name} {what}" for name in self.columns for what in STATISTICS]
+        counts = [name for name in wanted if name.endswith(" examples")]
         lines = []
         for row in self.rows:
             means = row.statistics.stack()
@@ -97,25 +97,20 @@ class Report(NamedTuple):
                 "seconds": row.seconds,
             }
             lines.append({**line, **means.reindex(wanted)})
-        counts = [name for name in wanted if name.endswith(" examples")]
-        return pd.DataFrame(lines).fillna(dict.fromkeys(counts, 0)).astype(
-            dict.fromkeys(counts if lines else (), int)
-        )
+        frame = pd.DataFrame(lines).fillna(dict.fromkeys(counts, 0))
+        return frame.astype(dict.fromkeys(counts if lines else (), int))
 
     # -- tables
 
-    def _keys(self, row: Row) -> dict[str, str]:
-        """First cells of a row."""
-        group = {"Run": self.groups[row.group].name} if len(self.groups) > 1 else {}
-        return {**group, "Method": row.name, "Kind": row.kind}
-
     def _table(self, title: str, cells: list[dict[str, str]], note: str = "") -> Table:
         """A table of all rows, but for those without any cell."""
-        kept = [
-            {**self._keys(row), **line} for row, line in zip(self.rows, cells) if line
-        ]
-        texts = 3 if len(self.groups) > 1 else 2
-        return Table(title, pd.DataFrame(kept).fillna(""), note, texts)
+        several = len(self.groups) > 1
+        lines = []
+        for row, line in zip(self.rows, cells):
+            group = {"Run": self.groups[row.group].name} if several else {}
+            if line:
+                lines.append({**group, "Method": row.name, "Kind": row.kind, **line})
+        return Table(title, pd.DataFrame(lines).fillna(""), note, 2 + several)
 
     def results(self) -> list[Table]:
         """Tables of the means: insertion and deletion by our protocol and by published
@@ -132,19 +127,14 @@ class Report(NamedTuple):
         note = f"Means with {100 * self.confidence:g} % bootstrap intervals{resampled}."
         found = []
         for topic, names in topics.items():
+            cells = [
+                {title_of(name): _cell(row, name) for name in names}
+                if {*names} & {*row.statistics.index}
+                else {}
+                for row in self.rows
+            ]
             notes = [note] if any(map(sign_of, names)) else []
-            table = self._table(
-                topic,
-                [
-                    {
-                        title_of(name): self._cell(row, name)
-                        for name in names
-                        if {*names} & {*row.statistics.index}
-                    }
-                    for row in self.rows
-                ],
-                " ".join(notes + self._counts(names)),
-            )
+            table = self._table(topic, cells, " ".join(notes + self._counts(names)))
             found.append(table._replace(marks=self._marks(table, names)))
         cells = [
             {
@@ -156,25 +146,17 @@ class Report(NamedTuple):
         ]
         return [*found, self._table("Examples and time", cells)]
 
-    def _cell(self, row: Row, name: str) -> str:
-        """A mean, with its interval unless it is for information only."""
-        if name not in row.statistics.index:
-            return ""
-        mean, low, high, _ = row.statistics.loc[name]
-        return format_interval(mean, low, high) if sign_of(name) else format_number(mean)
-
     def _marks(self, table: Table, names: Sequence[str]) -> pd.DataFrame:
         """Which means are the best of all methods, or of controls that are as good."""
         marks = pd.DataFrame("", table.frame.index, table.frame.columns)
         rows = {row.name: row for row in self.rows}
         for place, text in enumerate(table.frame["Method"]):
             row = rows[text]
+            others = [
+                each for each in self.rows if each.group == row.group and not each.control
+            ]
             for name in filter(sign_of, names):
-                means = [
-                    sign_of(name) * other.mean(name)
-                    for other in self.rows
-                    if other.group == row.group and not other.control
-                ]
+                means = [sign_of(name) * other.mean(name) for other in others]
                 best = max((mean for mean in means if not math.isnan(mean)), default=math.nan)
                 if sign_of(name) * row.mean(name) >= best:
                     marks.loc[place, title_of(name)] = "above" if row.control else "best"
@@ -188,8 +170,7 @@ class Report(NamedTuple):
             counts = [int(row.statistics.at[name, "examples"]) for row in rows]
             sizes = [len(row.scores) for row in rows]
             if counts != sizes:
-                low, high = min(counts), max(counts)
-                span = str(low) if low == high else f"{low} to {high}"
+                span = " to ".join(map(str, sorted({min(counts), max(counts)})))
                 title = column_of(name).title
                 sentences.append(f"{title} is defined for {span} of {max(sizes)} examples.")
         return sentences
@@ -199,7 +180,7 @@ class Report(NamedTuple):
         found = []
         for item in self.significance:
             where = f" ({self.groups[item.group].name})" if len(self.groups) > 1 else ""
-            frame = pd.DataFrame(
+            lines = [
                 {
                     "Method": result.method,
                     "Examples": str(result.num_examples),
@@ -212,19 +193,17 @@ class Report(NamedTuple):
                     else format_number(result.p_holm),
                 }
                 for result in item.results
-            )
+            ]
             baseline = next(row for row in self.rows if row.name == item.baseline)
-            mean = format_number(baseline.mean(item.column))
-            found.append(
-                Table(
-                    f"{column_of(item.column).title} compared with {item.baseline}{where}",
-                    frame,
-                    f"Paired differences to {item.baseline} ({mean}) on the examples for"
-                    f" which both have a score, {100 * self.confidence:g} % bootstrap"
-                    " intervals, and p-values of permutation tests, corrected for"
-                    f" {len(item.results)} comparisons.",
-                )
+            title = f"{column_of(item.column).title} compared with {item.baseline}{where}"
+            note = (
+                f"Paired differences to {item.baseline}"
+                f" ({format_number(baseline.mean(item.column))}) on the examples for which"
+                f" both have a score, {100 * self.confidence:g} % bootstrap intervals, and"
+                " p-values of permutation tests, corrected for"
+                f" {len(item.results)} comparisons."
             )
+            found.append(Table(title, pd.DataFrame(lines), note))
         return found
 
     def printed(self) -> list[Table]:
@@ -233,6 +212,7 @@ class Report(NamedTuple):
 
     def _printed(self, preset: Preset) -> Table:
         """The table of a paper."""
+        known = {name for figures in preset.printed.values() for name in figures}
         lines = []
         for method, title in preset.rows.items():
             figures = preset.printed.get(method, {})
@@ -240,19 +220,20 @@ class Report(NamedTuple):
                 row for row in self.rows if stands_for(row.method, method)
             ]
             for row in rows or [None]:
-                line = {"Method": f"{title}: {method if row is None else row.name}"}
+                values = {}
                 for name in preset.columns:
-                    known, ours = title_of(name), counterpart_of(name)
-                    values = {f"{known} printed": figures.get(name, math.nan)}
-                    if not any(name in each for each in preset.printed.values()):
-                        values = {}
-                    protocol = "our protocol" if ours is None else "as published"
-                    for text, score in ((protocol, name), ("our protocol", ours)):
-                        if score is not None:
-                            mean = math.nan if row is None else row.mean(score)
-                            values[f"{known} here, {text}"] = mean
-                    line.update({key: format_number(each) for key, each in values.items()})
-                lines.append(line)
+                    score, ours = title_of(name), counterpart_of(name)
+                    if name in known:
+                        values[f"{score} printed"] = figures.get(name, math.nan)
+                    here = {"our protocol": name}
+                    if ours is not None:
+                        here = {"as published": name, "our protocol": ours}
+                    for protocol, column in here.items():
+                        mean = math.nan if row is None else row.mean(column)
+                        values[f"{score} here, {protocol}"] = mean
+                line = {key: format_number(value) for key, value in values.items()}
+                name = method if row is None else row.name
+                lines.append({"Method": f"{title}: {name}", **line})
         return Table(preset.title, pd.DataFrame(lines), preset.about)
 
     def problems(self) -> list[Table]:
@@ -284,13 +265,14 @@ class Report(NamedTuple):
         """The table of the runs' settings."""
         settings = [settings_of(run) for run in self.runs]
         keys = dict.fromkeys(key for values in settings for key in values)
-        # shown apart, and a repetition
-        for key in ("command", "evaluation"):
-            keys.pop(key, None)
         lines = [
-            [key, *(brief(values.get(key), 2000) for values in settings)] for key in keys
+            [key, *(brief(values.get(key), 2000) for values in settings)]
+            for key in keys
+            # shown apart, and a repetition
+            if key not in ("command", "evaluation")
         ]
-        frame = pd.DataFrame(lines, columns=["Setting", *folder_names(self.runs)])
+        folders = [folder for group in self.groups for folder in group.folders]
+        frame = pd.DataFrame(lines, columns=["Setting", *folders])
         return Table("Settings", frame, texts=len(frame.columns))
 
     # -- output
@@ -389,6 +371,14 @@ class Report(NamedTuple):
         return [folder / name for name in files]
 
 
+def _cell(row: Row, name: str) -> str:
+    """A mean, with its interval unless it is for information only."""
+    if name not in row.statistics.index:
+        return ""
+    mean, low, high, _ = row.statistics.loc[name]
+    return format_interval(mean, low, high) if sign_of(name) else format_number(mean)
+
+
 def _name_some(names: "pd.Series[str]") -> str:
     """The first names."""
     return ", ".join(names[:EXAMPLES]) + ", …" * (len(names) > EXAMPLES)
@@ -452,20 +442,14 @@ def summarize(
     if n_resamples is None:
         largest = max(len(group.samples) for group in groups)
         n_resamples = max(1999, min(9999, 10**8 // max(largest, 1)))
-    rows = build_rows(groups, confidence, clusters, n_resamples, messages)
+    options = {"confidence": confidence, "n_resamples": n_resamples}
+    rows = build_rows(groups, clusters, messages, **options)
     messages[:0] = find_gaps(groups, rows)
     known = {name: None for row in rows for name in row.statistics.index}
     names = [*filter(known.__contains__, COLUMNS), *sorted(set(known) - set(COLUMNS))]
     chosen = choose_primary(rows, primary, messages)
     significance = compare_rows(
-        groups,
-        rows,
-        chosen,
-        baseline,
-        clusters,
-        messages,
-        confidence=confidence,
-        n_resamples=n_resamples,
+        groups, rows, chosen, baseline, clusters, messages, **options
     )
     warnings += find_warnings(groups, rows)
     for group in groups if clusters else ():

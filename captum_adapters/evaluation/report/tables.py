@@ -24,14 +24,10 @@ class Table(NamedTuple):
     marks: Optional[pd.DataFrame] = None
 
     @property
-    def marked(self) -> bool:
-        """Whether there is anything to explain about marks."""
-        return self.marks is not None and bool((self.marks != "").any(axis=None))
-
-    @property
     def explained(self) -> str:
         """The note, with what marks mean."""
-        return " ".join([self.note, MARKED if self.marked else ""]).strip()
+        marked = self.marks is not None and bool((self.marks != "").any(axis=None))
+        return f"{self.note} {MARKED if marked else ''}".strip()
 
     @property
     def align(self) -> list[str]:
@@ -130,21 +126,10 @@ def to_markdown(table: Table) -> str:
 
 LATEX = {
     **{char: f"\\{char}" for char in "&%$#_{}"},
-    "\\": "\\textbackslash{}",
-    "~": "\\textasciitilde{}",
-    "^": "\\textasciicircum{}",
-    "<": "$<$",
-    ">": "$>$",
-    "↑": "$\\uparrow$",
-    "↓": "$\\downarrow$",
-    "³": "$^3$",
-    "α": "$\\alpha$",
-    "β": "$\\beta$",
-    "γ": "$\\gamma$",
-    "ε": "$\\varepsilon$",
-    "−": "$-$",
-    "–": "--",
-    "…": "\\ldots{}",
+    **{"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"},
+    **{"<": "$<$", ">": "$>$", "↑": "$\\uparrow$", "↓": "$\\downarrow$", "³": "$^3$"},
+    **{"α": "$\\alpha$", "β": "$\\beta$", "γ": "$\\gamma$", "ε": "$\\varepsilon$"},
+    **{"−": "$-$", "–": "--", "…": "\\ldots{}"},
 }
 
 
@@ -176,8 +161,7 @@ RENDERERS: dict[str, Callable[[Table], str]] = {
 
 def render_list(title: str, lines: Sequence[str], format: str) -> str:
     """Sentences under a title, for the terminal or as Markdown."""
+    head = [f"{title}:"]
     if format == "markdown":
-        items = [f"- {escape_markdown(line)}" for line in lines]
-        return "\n".join([f"### {title}", "", *items]) + "\n"
-    items = [f"- {line}" for line in lines]
-    return "\n".join([f"{title}:", *items]) + "\n"
+        head, lines = [f"### {title}", ""], [*map(escape_markdown, lines)]
+    return "\n".join([*head, *(f"- {line}" for line in lines)]) + "\n"
