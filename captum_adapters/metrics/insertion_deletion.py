@@ -143,26 +143,9 @@ def insertion_deletion(
     map is the deletion area of its negative, random maps have an expected ID score of
     0, and so does a constant map.
 
-    The published protocols are presets:
-
-    - `"c3"`, the text of C³-LRP: like the default, but exactly n pixels at a time,
-      equal ones row by row. How many points there are is not stated. It rewards maps
-      with ties for objects in the upper half of the image.
-    - `"keio"`, the published code of Otsuki et al. 2024: a point every 500 pixels,
-      where all pixels that reach the value of rank n enter, however many they are,
-      while points are equally spaced. The empty image is no point of insertion, nor is
-      the whole image one of deletion. Pixels become black. It rewards ties: a constant
-      map scores the whole image's score minus the blank one's, close to the highest
-      score possible, and coarsened or masked maps gain in the same way. The target is
-      the label there, although maps explain the predicted class.
-    - `"rise"`, the published code of RISE: a point every 224 pixels, equally spaced.
-      Deleted pixels become 0 after normalization, but insertion starts from the blurred
-      image. In that the object may be seen already, hence insertion is higher for any
-      map, and the difference of both areas does not have zero as its chance level.
-      Their code leaves the order of ties to the sorting algorithm, here it is row by
-      row.
-
-    What the caller chooses replaces what the protocol prescribes.
+    The published protocols are presets, see `docs/metrics.md` for what they reward:
+    `"c3"` is the text of C³-LRP, `"keio"` the published code of Otsuki et al. 2024, and
+    `"rise"` that of RISE. What the caller chooses replaces what they prescribe.
 
     Args:
 
@@ -321,14 +304,8 @@ def insertion_deletion(
         )
 
     scores, classes = forward_in_chunks(
-        forward_func,
-        perturbed.create,
-        collect,
-        examples,
-        batch,
-        additional_forward_args,
-        chunk,
-        show_progress,
+        forward_func, perturbed.create, collect, examples, batch,
+        additional_forward_args, chunk, show_progress,
     )
     warn_probabilities(judged)
     scores, classes = scores[perturbed.inverse], classes[perturbed.inverse]
@@ -341,31 +318,20 @@ def insertion_deletion(
     full, deletion_blank = insertion_curve[:, -1], deletion_curve[:, -1]
 
     if preset.uniform and not moved:
-        fractions = torch.arange(n_points).to(scores) / max(1, n_points - 1)
+        fractions = _equal_steps(insertion_curve)
     else:
         fractions = (selected if moved else counts).to(scores) / n_pixels
     fractions = fractions.expand(batch, -1)
     insertion = _area(insertion_curve, fractions)
     deletion = _area(deletion_curve, fractions)
-    insertion_normalized = _normalize(insertion, scores[:, n_points], full)
-    deletion_normalized = _normalize(deletion, deletion_blank, full)
+    insertion_scaled = _normalize(insertion, scores[:, n_points], full)
+    deletion_scaled = _normalize(deletion, deletion_blank, full)
     return InsertionDeletion(
-        insertion,
-        deletion,
-        insertion - deletion,
-        insertion_normalized,
-        deletion_normalized,
-        insertion_normalized - deletion_normalized,
-        fractions,
-        selected,
-        insertion_curve,
-        deletion_curve,
-        classes[:, :n_points],
-        classes[:, -n_points:],
-        full,
-        deletion_blank,
-        tied_pixels(values).to(scores.dtype).mean(1),
-        n_pixels - equal.sum(1),
+        insertion, deletion, insertion - deletion,
+        insertion_scaled, deletion_scaled, insertion_scaled - deletion_scaled,
+        fractions, selected, insertion_curve, deletion_curve,
+        classes[:, :n_points], classes[:, -n_points:], full, deletion_blank,
+        tied_pixels(values).to(scores.dtype).mean(1), n_pixels - equal.sum(1),
     )
 
 
@@ -380,15 +346,11 @@ class Areas(NamedTuple):
 def keio_areas(result: InsertionDeletion) -> Areas:
     """Areas by the published code of Otsuki et al. 2024, without further forwards.
 
-    That code evaluates the same images, whatever the ties. It leaves out the empty
-    image of insertion and the whole image of deletion, and its points are equally far
-    apart.
-
     Args:
 
         result (InsertionDeletion): Result of :func:`insertion_deletion` with
                 `protocol="keio"`, and `ties="group"`, or `"nearest"` for maps without
-                a moved point.
+                a moved point. The images of that code are the same, whatever the ties.
 
     Returns:
         Areas: A named tuple of tensors of shape (batch,).
@@ -408,13 +370,18 @@ def keio_areas(result: InsertionDeletion) -> Areas:
     """
     if result.insertion_curve.shape[1] < 2:
         raise ValueError("The curves have a single point, and no area.")
+    # without the empty image of insertion, and the whole image of deletion
     curves = (result.insertion_curve[:, 1:], result.deletion_curve[:, 1:])
-    n_points = curves[0].shape[1]
-    fractions = torch.arange(n_points).to(curves[0]) / max(1, n_points - 1)
-    insertion, deletion = (
-        _area(curve, fractions.expand_as(curve)) for curve in curves
-    )
+    fractions = _equal_steps(curves[0])
+    insertion, deletion = (_area(curve, fractions) for curve in curves)
     return Areas(insertion, deletion, insertion - deletion)
+
+
+def _equal_steps(curves: Tensor) -> Tensor:
+    """Positions of points on the x-axis that are equally far apart."""
+    n_points = curves.shape[1]
+    fractions = torch.arange(n_points).to(curves) / max(1, n_points - 1)
+    return fractions.expand_as(curves)
 
 
 def _repeat(output: Tensor, batch: int) -> Tensor:
