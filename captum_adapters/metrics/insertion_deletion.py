@@ -40,8 +40,6 @@ from captum_adapters.metrics._perturbation import (
 )
 from captum_adapters.metrics._ranking import SampleIds, tied_pixels
 
-TIES = ("nearest", "group", "stable", "random", "threshold")
-
 
 class Protocol(NamedTuple):
     """What a protocol prescribes, where the caller chooses nothing else."""
@@ -128,9 +126,7 @@ def insertion_deletion(
     seed: int = 0,
     sample_ids: SampleIds = None,
 ) -> InsertionDeletion:
-    r"""
-    Scores while pixels are inserted into, and deleted from, an image in the order of
-    their attributions.
+    r"""Scores while pixels are inserted into, and deleted from, an image.
 
     Pixels are ranked by descending attribution, all channels of a pixel together. The
     image of insertion has the first n pixels of the input, and the baseline elsewhere,
@@ -171,8 +167,8 @@ def insertion_deletion(
                 one or a tuple. Tensors with a row for each example are given with the
                 row of each image's example.
                 Default: None
-        n_steps (int, optional): Number of equal intervals of pixels, at most one for
-                each pixel. If the middle falls between two pixels, both are points.
+        n_steps (int, optional): Number of equal intervals of pixels. If the middle
+                falls between two pixels, both are points.
                 Default: None, for 100 or the `step` of the protocol
         ties (str, optional): What happens to pixels of equal value. `"nearest"`: they
                 enter together, and a point that would divide them is moved to before or
@@ -194,8 +190,8 @@ def insertion_deletion(
         interpolate (str, optional): Mode of :func:`torch.nn.functional.interpolate` for
                 attributions of another height and width. `None` refuses these.
                 Default: None
-        max_examples_per_batch (int, optional): The largest number of images that are
-                created and evaluated at a time. It has no influence on the result.
+        max_examples_per_batch (int, optional): The largest number of images to evaluate
+                at a time.
                 Default: None, for 32 or the batch size if that is larger
         protocol (str, optional): `"keio"`, `"rise"` or `"c3"`, see above.
                 Default: None
@@ -214,13 +210,12 @@ def insertion_deletion(
                 Default: None, for the content of the image
 
     Returns:
-        InsertionDeletion: A named tuple of tensors with a row for each example, on the
-        device of the inputs.
+        InsertionDeletion: A named tuple of tensors on the device of the inputs.
 
     Raises:
-        ValueError: If a shape does not fit, the batch is empty, a map has NaN or
-                infinity, a target is missing or out of range, the network is in
-                training mode, or an argument is unknown or out of range.
+        ValueError: If a shape does not fit, a map has NaN or infinity, a target is
+                missing or out of range, the network is in training mode, or an argument
+                is unknown or out of range.
         TypeError: If an argument is not of the type above.
 
     Warns:
@@ -241,7 +236,7 @@ def insertion_deletion(
     check_choice("protocol", protocol, PROTOCOLS)
     preset = PROTOCOLS[protocol]
     ties = preset.ties if ties is None else ties
-    check_choice("ties", ties, TIES)
+    check_choice("ties", ties, ("nearest", "group", "stable", "random", "threshold"))
     check_score(output)
     images = check_images(inputs)
     maps = pixel_maps(attributions, images, reduce, interpolate)
@@ -351,9 +346,6 @@ def keio_areas(result: InsertionDeletion) -> Areas:
         result (InsertionDeletion): Result of :func:`insertion_deletion` with
                 `protocol="keio"`, and `ties="group"`, or `"nearest"` for maps without
                 a moved point. The images of that code are the same, whatever the ties.
-
-    Returns:
-        Areas: A named tuple of tensors of shape (batch,).
 
     Raises:
         ValueError: If there is no other point but the end.

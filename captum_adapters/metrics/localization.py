@@ -75,10 +75,7 @@ class MaskDistance(NamedTuple):
 
 
 def _rank(
-    attributions: Maps,
-    masks: Maps,
-    percents: Percents,
-    absolute: bool,
+    attributions: Maps, masks: Maps, percents: Percents, absolute: bool,
     interpolate: Optional[str],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Scores to rank pixels by, masks as bool, counts and percentages.
@@ -170,8 +167,7 @@ def mask_pointing(
                 Default: None
 
     Returns:
-        MaskPointing: A named tuple of tensors, with a row for each example, on the
-        device of the attributions.
+        MaskPointing: A named tuple of tensors on the device of the attributions.
 
     Raises:
         ValueError: If a shape does not fit, a mask has other values than 0 and 1, a
@@ -249,8 +245,7 @@ def mask_distance(
         attributions, masks, percents, ...: See :func:`mask_pointing`, as for errors.
 
     Returns:
-        MaskDistance: A named tuple of tensors, with a row for each example, on the
-        device of the attributions.
+        MaskDistance: A named tuple of tensors on the device of the attributions.
 
     Examples::
 
@@ -295,10 +290,9 @@ def boxes_to_masks(
 ) -> Tensor:
     """Masks of the pixels inside of bounding boxes.
 
-    Coordinates are those of an image whose upper left corner is (0, 0) and whose lower
-    right corner is (width, height). A pixel is inside of a box if its center is: with
-    integers, the columns x0 to x1 - 1 and the rows y0 to y1 - 1 are. What is outside of
-    the image is cut off.
+    Coordinates are those of an image from (0, 0), upper left, to (width, height). A
+    pixel is inside of a box if its center is: with integers, the columns x0 to x1 - 1
+    and the rows y0 to y1 - 1 are. What is outside of the image is cut off.
 
     Boxes are often given otherwise: Pascal VOC and ImageNet count pixels from 1 and
     include the last (subtract 1 from x0 and y0), and COCO gives (x0, y0, width,
@@ -317,9 +311,8 @@ def boxes_to_masks(
         Tensor: Masks, bool of shape (batch, height, width).
 
     Raises:
-        ValueError: If there is no image, a size is not positive, boxes are not of shape
-                (boxes, 4), or a box has a coordinate that is NaN, or does not extend
-                from left to right and from top to bottom.
+        ValueError: If there is no image, a size is not positive, or boxes are not of
+                shape (boxes, 4), x0 < x1 and y0 < y1.
 
     Examples::
 

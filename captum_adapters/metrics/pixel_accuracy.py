@@ -65,10 +65,7 @@ class PixelAccuracy(NamedTuple):
 
 
 def _unit_scores(
-    attributions: Maps,
-    images: Tensor,
-    unit: str,
-    absolute: bool,
+    attributions: Maps, images: Tensor, unit: str, absolute: bool,
     interpolate: Optional[str] = None,
 ) -> Tensor:
     """Scores to rank, of shape (batch, 1 or channels, height, width)."""
@@ -95,21 +92,11 @@ def _unit_scores(
 
 
 def _accuracy(
-    forward_func: Callable[..., Any],
-    images: Tensor,
-    scores: Tensor,
-    transform: Optional[Callable[[Tensor], Tensor]],
-    percents: Percents,
-    target: TargetType,
-    additional_forward_args: object,
-    reference: str,
-    baselines: BaselineType,
-    max_examples_per_batch: Optional[int],
-    show_progress: bool,
-    ties: str,
-    n_orders: int,
-    seed: int,
-    sample_ids: SampleIds,
+    forward_func: Callable[..., Any], images: Tensor, scores: Tensor,
+    transform: Optional[Callable[[Tensor], Tensor]], percents: Percents,
+    target: TargetType, additional_forward_args: object, reference: str,
+    baselines: BaselineType, max_examples_per_batch: Optional[int], show_progress: bool,
+    ties: str, n_orders: int, seed: int, sample_ids: SampleIds,
 ) -> PixelAccuracy:
     """Predictions for images that keep only the highest scores."""
     batch, total = len(images), scores[0].numel()
@@ -186,12 +173,9 @@ def _accuracy(
     index = [distinct.index(count) for count in counts]
     selected = table[index].t().contiguous()
     return PixelAccuracy(
-        selected == compared[:, None],
-        selected,
-        compared,
+        selected == compared[:, None], selected, compared,
         *percent_tensors(percents, total, images.device),
-        accuracy[index].t().contiguous(),
-        tied_share,
+        accuracy[index].t().contiguous(), tied_share,
     )
 
 
@@ -238,8 +222,7 @@ def keep_top(
         Tensor: Images of the shape and type of the inputs.
 
     Raises:
-        ValueError: If a shape does not fit, the percentage is not from 0 to 100, or
-                there is NaN or infinity in the attributions.
+        ValueError: As :func:`pixel_accuracy`.
 
     Examples::
 
@@ -316,14 +299,11 @@ def pixel_accuracy(
                 Default: 4
 
     Returns:
-        PixelAccuracy: A named tuple of tensors, with a row for each example, on the
-        device of the inputs.
+        PixelAccuracy: A named tuple of tensors on the device of the inputs.
 
     Raises:
-        ValueError: If a shape does not fit, a percentage is not from 0 to 100, there is
-                NaN or infinity in the attributions or NaN in the output, a label is out
-                of range or missing, the batch is empty, the network is in training
-                mode, or a number is not a positive integer.
+        ValueError: As :func:`insertion_deletion`, or if a percentage is not from 0 to
+                100, there is NaN in the output, or a label is missing.
         TypeError: If an argument is neither a tensor nor an array, or a percentage is
                 no number.
 
@@ -378,14 +358,10 @@ def cross_model_accuracy(
     the p % of each image that are most relevant to network A (`attributions`), as in
     section 5.3 and figure 22 of R-LRP by Nyiri & Gibaru.
 
-    Networks often differ in their preprocessing. There are two ways to deal with it:
-
-    - `inputs` as A sees them, and a `transform` from these to what B sees. The images
-      are masked first, and resized and normalized for B then, so that B's input is a
-      picture of what A uses, with blurred edges where it is resized.
-    - `inputs` as B sees them, of the same section of the image. If their size is
-      another than that of the attributions, `resize_selection` transfers which pixels
-      are kept: a pixel of B's image is kept if the pixel of A's image at its center is.
+    If their preprocessing differs, `inputs` are either what A sees, and a `transform`
+    makes of the masked images what B sees, or they are what B sees of the same section
+    of the image, and `resize_selection` transfers which pixels are kept: a pixel of B's
+    image is kept if the pixel of A's image at its center is.
 
     Args:
 
@@ -403,11 +379,7 @@ def cross_model_accuracy(
                 Default: False
 
     Returns:
-        PixelAccuracy: A named tuple as of :func:`pixel_accuracy`. The counts are those
-        of A's pixels or inputs.
-
-    Raises:
-        ValueError: As :func:`pixel_accuracy`.
+        PixelAccuracy: As :func:`pixel_accuracy`, with counts of A's pixels or inputs.
 
     Examples::
 

@@ -89,11 +89,7 @@ def plot_curves(
         points, x = _common_positions(to_numpy(values), to_numpy(where), name)
         valid = ~np.isnan(points).any(1)
         line = axes.plot(
-            x,
-            points[valid].mean(0),
-            label=name,
-            marker=marker,
-            markersize=4,
+            x, points[valid].mean(0), label=name, marker=marker, markersize=4,
             linestyle=LINE_STYLES[number // 10 % len(LINE_STYLES)],
         )[0]
         if confidence is not None:
@@ -183,9 +179,7 @@ def plot_accuracy(results: Mapping[str, PixelAccuracy], **options: Any) -> Axes:
         **{"marker": "o", **options},
     )
     axes.set(
-        xlabel="Kept, in the order of relevance (%)",
-        ylabel="Accuracy",
-        xlim=(0, 100),
+        xlabel="Kept, in the order of relevance (%)", ylabel="Accuracy", xlim=(0, 100),
         ylim=(-0.02, 1.02),
     )
     axes.legend()

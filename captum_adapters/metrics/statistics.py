@@ -53,11 +53,10 @@ class Comparison(NamedTuple):
         low, high (float): Ends of the confidence interval of the difference.
         effect_size (float): Mean of the paired differences in units of their standard
                 deviation. NaN if all differences are the same, or there is only one.
-        rank_biserial (float): Sum of the signed ranks of the differences divided by its
-                largest possible value, from -1 (always lower) to 1 (always higher).
+        rank_biserial (float): Sum of the signed ranks of the differences, from -1
+                (always lower) to 1 (always higher).
         p_value (float): Two-sided p-value of the test, for this comparison alone.
-        p_holm (float): p-value with Holm's correction for all comparisons, see
-                :func:`holm`.
+        p_holm (float): p-value corrected for all comparisons, see :func:`holm`.
     """
 
     method: str
@@ -127,12 +126,8 @@ def _check_resampling(confidence: float, n_resamples: int) -> None:
 
 
 def _interval(
-    values: NDArray[np.float64],
-    index: NDArray[np.int64],
-    confidence: float,
-    n_resamples: int,
-    seed: int,
-    method: str,
+    values: NDArray[np.float64], index: NDArray[np.int64], confidence: float,
+    n_resamples: int, seed: int, method: str,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Ends of the bootstrap confidence interval of the mean over the first axis."""
     sums = _cluster_sums(values, index)
@@ -160,13 +155,8 @@ def _interval(
         # where all resamples are equal
         warnings.simplefilter("ignore")
         result = stats.bootstrap(
-            (np.arange(groups),),
-            means,
-            vectorized=True,
-            n_resamples=n_resamples,
-            batch=max(1, BLOCK // groups),
-            confidence_level=confidence,
-            method=method,
+            (np.arange(groups),), means, vectorized=True, n_resamples=n_resamples,
+            batch=max(1, BLOCK // groups), confidence_level=confidence, method=method,
             random_state=np.random.default_rng(seed),
         )
     tail = (1 - confidence) / 2
@@ -218,8 +208,8 @@ def bootstrap_interval(
         Interval: A named tuple.
 
     Raises:
-        ValueError: If there is infinity in the values, the number of clusters is not
-                that of the examples, or an argument is out of range.
+        ValueError: If there is infinity, a shape does not fit, or an argument is out of
+                range.
 
     Examples::
 
@@ -363,23 +353,20 @@ def compare(
 
                 - `"permutation"`: whether the mean is zero, by the signs of the
                   differences, which are as likely to be reversed if methods do not
-                  differ; with clusters, these of all its examples together. It is
-                  exact if all combinations of signs are at most `n_resamples`.
+                  differ (of a cluster, all together). It is exact if all combinations
+                  of signs are at most `n_resamples`.
                 - `"wilcoxon"`: the signed-rank test, for scores with outliers. With
                   clusters, the ranks' sum is tested by reversing signs as above.
 
                 Default: `"permutation"`
-        clusters, confidence, n_resamples, seed: See :func:`bootstrap_interval`. If
-                examples of a cluster resemble each other, intervals and p-values are
-                too small without clusters.
+        clusters, confidence, n_resamples, seed: See :func:`bootstrap_interval`.
 
     Returns:
         list[Comparison]: A named tuple for each pair.
 
     Raises:
-        ValueError: If there are less than two methods, the baseline is none of them,
-                scores have different or wrong shapes or infinity, or an argument is
-                unknown or out of range.
+        ValueError: If there are less than two methods, scores have different shapes or
+                infinity, or an argument is unknown or out of range.
 
     Examples::
 

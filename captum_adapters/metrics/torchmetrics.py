@@ -174,12 +174,8 @@ class _OfNetwork(_PerExample[Result]):
     """Metrics that evaluate a network."""
 
     def update(
-        self,
-        sample_ids: SampleIds,
-        forward_func: Callable[..., Any],
-        inputs: TensorOrTuple,
-        attributions: TensorOrTuple,
-        target: TargetType = None,
+        self, sample_ids: SampleIds, forward_func: Callable[..., Any],
+        inputs: TensorOrTuple, attributions: TensorOrTuple, target: TargetType = None,
         additional_forward_args: object = None,
     ) -> None:
         """Add a batch.
