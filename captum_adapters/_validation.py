@@ -156,9 +156,7 @@ def as_batch(maps: Tensor, batch: int) -> Tensor:
 
 
 def pixel_maps(
-    attributions: Any,
-    images: Tensor,
-    reduce: str = "sum",
+    attributions: Any, images: Tensor, reduce: str = "sum",
     interpolate: Optional[str] = None,
 ) -> Tensor:
     """One value per pixel, by which pixels are ranked, of shape (batch, height, width).
@@ -292,9 +290,7 @@ def check_output(output: Any, count: int) -> Tensor:
 
 
 def check_target(
-    target: TargetType,
-    batch: int,
-    device: Union[None, str, torch.device] = None,
+    target: TargetType, batch: int, device: Union[None, str, torch.device] = None,
     allow_negative: bool = False,
 ) -> Optional[Tensor]:
     """Give each example a target of its own, from any of Captum's forms of targets.

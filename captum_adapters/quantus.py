@@ -64,7 +64,6 @@ def explain(
                 package or of :mod:`captum.attr`; a class, or any function `(model,
                 **init_kwargs)` which returns a Captum attribution, for instance `lambda
                 model: NoiseTunnel(ResNetLRP(model))`; or an attribution for this model.
-                Default: `"ResNetLRP"`
         device (str or torch.device, optional): Device of the inputs, which must be that
                 of the model. Quantus passes its own on.
                 Default: None, for the model's device
@@ -73,11 +72,9 @@ def explain(
         reduce (str, optional): `"sum"` for the sum over channels, as Quantus' own
                 explanation functions do. `"abs_sum"` for the magnitude of that sum,
                 `None` to keep the channels.
-                Default: `"sum"`
         attribute_kwargs (dict, optional): Further arguments of the method's
                 `attribute`, for instance `{"n_masks": 8000}` for RISE. Arrays are
                 converted to tensors, the same for each part of `batch_size` inputs.
-                Default: None
         init_kwargs (Any): Further arguments of the method's constructor, for instance
                 `splitting="symmetric"` for ResNetLRP. The name of a module may be given
                 for `layer`, with any method.
@@ -139,12 +136,8 @@ def explain(
 
 
 def explainer(
-    method: Method,
-    *,
-    batch_size: Optional[int] = None,
-    reduce: Optional[str] = "sum",
-    attribute_kwargs: Optional[Mapping[str, Any]] = None,
-    **init_kwargs: Any,
+    method: Method, *, batch_size: Optional[int] = None, reduce: Optional[str] = "sum",
+    attribute_kwargs: Optional[Mapping[str, Any]] = None, **init_kwargs: Any,
 ) -> Callable[..., NDArray[Any]]:
     r"""Create an `explain_func` for Quantus from a method and its settings.
 

@@ -227,9 +227,7 @@ class ABN(Attribution):
 
     @log_usage()
     def attribute(
-        self,
-        inputs: TensorOrTuple,
-        target: TargetType = None,
+        self, inputs: TensorOrTuple, target: TargetType = None,
         additional_forward_args: object = None,
     ) -> TensorOrTuple:
         """Args:
@@ -281,8 +279,7 @@ class ABN(Attribution):
 
 
 def save_abn(
-    model: AttentionBranchNetwork,
-    path: Union[str, Path],
+    model: AttentionBranchNetwork, path: Union[str, Path],
     classes: Optional[Sequence[str]] = None,
 ) -> None:
     r"""Write the weights of an attention branch network.
@@ -295,7 +292,6 @@ def save_abn(
                 (`.pt`, `.pth`).
         classes (sequence of str, optional): Names of the classes, for the metadata of
                 safetensors.
-                Default: None
 
     Raises:
         ValueError: If the suffix is unknown, safetensors is missing, or there are more
@@ -334,7 +330,6 @@ def load_abn(
         path (str or Path): A state dict. The number of classes is the size of the last
                 layer.
         architecture (str, optional): Name of the residual network in torchvision.
-                Default: `"resnet50"`
 
     Returns:
         AttentionBranchNetwork: The network on the CPU, in single precision and

@@ -89,20 +89,17 @@ class CompositeAttribution(GradientAttribution):
         composite (Composite, type or str, optional): An instance, a class that needs no
                 arguments, or a name under which one is registered in Zennit, such as
                 `"resnet_lrp_ratio"`, `"block_lrp"` or `"epsilon_plus_flat"`.
-                Default: `"resnet_lrp_ratio"`
         initial_relevance (str or callable, optional): What the target starts with:
                 `"logit"` for the output itself, `"softmax"` for its probability among
                 the classes (dimension 1), `"one"` for 1, or a function from the output
                 to a tensor of the same shape: the target's value is taken, or
                 everything if there is no target.
-                Default: `"logit"`
         postprocess (str or callable, optional): Post-processing of heatmaps: `"c3"`,
                 `"c1c"` or `"heat_quantization"` for those of
                 :mod:`zennit_resnet.postprocess`, or a function `(batch, height, width)
                 -> (batch, height, width)`, for instance `functools.partial(c3,
                 size=14)`. It is given the sum over channels, and the channels of the
                 attributions receive equal parts of what it returns. For images only.
-                Default: None
         output (str, int or callable, optional): For models that return several outputs,
                 in a dict, tuple, dataclass and the like: the key, index or name of the
                 tensor to explain, or a function of what the model returns. Rules apply
@@ -187,11 +184,8 @@ class CompositeAttribution(GradientAttribution):
 
     @log_usage()
     def attribute(
-        self,
-        inputs: Any,
-        target: TargetType = None,
-        additional_forward_args: object = None,
-        return_convergence_delta: bool = False,
+        self, inputs: Any, target: TargetType = None,
+        additional_forward_args: object = None, return_convergence_delta: bool = False,
         internal_batch_size: Optional[int] = None,
     ) -> Any:
         r"""Args:
@@ -203,12 +197,9 @@ class CompositeAttribution(GradientAttribution):
                     list of integers or a 1D tensor with one for each, a tuple with the
                     indices of all output dimensions but the batch, or a list of tuples.
                     Not necessary for a single output.
-                    Default: None
             additional_forward_args (Any, optional): Further arguments of the model,
                     after the inputs. There are no attributions for them.
-                    Default: None
             return_convergence_delta (bool, optional): Whether to return the delta, too.
-                    Default: False
             internal_batch_size (int, optional): Number of examples to run at once.
                     Those tensors among `additional_forward_args` that have a row for
                     each example are divided like the inputs.

@@ -76,12 +76,9 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
     """
 
     def __init__(
-        self,
-        model: Module,
-        layer: Union[Layer, list[Layer]],
+        self, model: Module, layer: Union[Layer, list[Layer]],
         composite: Union[Composite, type, str] = "resnet_lrp_ratio",
-        initial_relevance: InitialRelevance = "logit",
-        output: Output = None,
+        initial_relevance: InitialRelevance = "logit", output: Output = None,
     ) -> None:
         for each in layer if isinstance(layer, list) else [layer]:
             if not isinstance(each, (Module, str)):
@@ -123,7 +120,6 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
             attribute_to_layer_input (bool, optional): Whether to return the relevance
                     of the layers' inputs (those given by position) in the place of
                     their outputs.
-                    Default: False
 
         Returns:
             **attributions**, or 2-element tuple of **attributions**, **delta**:

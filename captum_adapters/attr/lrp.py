@@ -108,16 +108,10 @@ class RelativeLRP(CompositeAttribution):
     _name = "Relative LRP"
 
     def __init__(
-        self,
-        model: Module,
-        cardinality: str = "constant",
-        normalization: str = "signed",
-        batch_norm: str = "merge",
-        layer_map: Optional[LayerMap] = None,
-        canonizers: Optional[list[Any]] = None,
-        *,
-        initial_relevance: InitialRelevance = "logit",
-        postprocess: Postprocess = None,
+        self, model: Module, cardinality: str = "constant",
+        normalization: str = "signed", batch_norm: str = "merge",
+        layer_map: Optional[LayerMap] = None, canonizers: Optional[list[Any]] = None, *,
+        initial_relevance: InitialRelevance = "logit", postprocess: Postprocess = None,
         output: Output = None,
     ) -> None:
         composite = composites.RelativeLRP(
@@ -156,17 +150,10 @@ class C3LRP(CompositeAttribution):
     _name = "C3-LRP"
 
     def __init__(
-        self,
-        model: Module,
-        epsilon: Stabilizer = 1e-6,
-        mode: str = "sign",
-        blocks: Any = None,
-        layer_map: Optional[LayerMap] = None,
-        canonizers: Optional[list[Any]] = None,
-        *,
-        postprocess: Postprocess = "c3",
-        initial_relevance: InitialRelevance = "logit",
-        output: Output = None,
+        self, model: Module, epsilon: Stabilizer = 1e-6, mode: str = "sign",
+        blocks: Any = None, layer_map: Optional[LayerMap] = None,
+        canonizers: Optional[list[Any]] = None, *, postprocess: Postprocess = "c3",
+        initial_relevance: InitialRelevance = "logit", output: Output = None,
     ) -> None:
         composite = composites.BlockLRP(epsilon, mode, blocks, layer_map, canonizers)
         super().__init__(model, composite, initial_relevance, postprocess, output)

@@ -112,29 +112,22 @@ class RISE(PerturbationAttribution):
                     Default: None, for 0 as in the paper (after normalization)
             n_masks (int, optional): Number of masks N. The paper uses 4000 for VGG-16
                     and 8000 for ResNet-50.
-                    Default: 4000
             grid_size (int or sequence of int, optional): Number of cells s along each
                     spatial dimension, or one for all of them.
-                    Default: 7
             probability (float, optional): Probability p of a cell to be visible,
                     between 0 and 1 (exclusive).
-                    Default: 0.5
             seed (int, optional): Seed of the masks.
-                    Default: 0
             output (str or callable, optional): What the score is, see
                     :func:`captum_adapters.metrics.insertion_deletion`. The paper's is
                     the probability.
-                    Default: `"softmax"`
             normalization (str, optional): What sums are divided by: `"coverage"` for
                     the sum of the masks at the pixel, so that the result is the mean
                     score of the masks that show it, or `"expected"` for the paper's
                     p N. A pixel that no mask shows is 0.
-                    Default: `"coverage"`
             perturbations_per_eval (int, optional): Number of masks to evaluate at once,
                     each of them with the whole batch.
                     Default: None, for as many as give 32 images, at least one
             show_progress (bool, optional): Whether to show a progress bar.
-                    Default: False
 
         Returns:
             *Tensor* or *tuple[Tensor]* of **attributions**:

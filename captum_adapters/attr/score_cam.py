@@ -87,9 +87,7 @@ class ScoreCAM(LayerAttribution):
 
     @log_usage()
     def attribute(
-        self,
-        inputs: Inputs,
-        target: TargetType = None,
+        self, inputs: Inputs, target: TargetType = None,
         additional_forward_args: object = None,
         perturbations_per_eval: int = DEFAULT_CHUNK,
     ) -> Tensor:
@@ -101,7 +99,6 @@ class ScoreCAM(LayerAttribution):
                     The target should be a logit.
             perturbations_per_eval (int, optional): Number of masked images to evaluate
                     at once.
-                    Default: 32
 
         Returns:
             *Tensor* of **attributions**:

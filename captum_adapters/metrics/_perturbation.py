@@ -128,13 +128,8 @@ class PerturbedImages:
     """
 
     def __init__(
-        self,
-        images: Tensor,
-        deleted: Tensor,
-        inserted: Optional[Tensor],
-        order: Tensor,
-        selected: Tensor,
-        alone: bool,
+        self, images: Tensor, deleted: Tensor, inserted: Optional[Tensor],
+        order: Tensor, selected: Tensor, alone: bool,
     ) -> None:
         self.images, self.deleted, self.inserted = images, deleted, inserted
         self.size = size = order.shape[1]

@@ -216,13 +216,8 @@ class Ranks(NamedTuple):
 
 
 def rank_ties(
-    scores: Tensor,
-    counts: Sequence[int],
-    images: Tensor,
-    ties: str,
-    n_orders: int,
-    seed: int,
-    sample_ids: SampleIds,
+    scores: Tensor, counts: Sequence[int], images: Tensor, ties: str, n_orders: int,
+    seed: int, sample_ids: SampleIds,
 ) -> Ranks:
     """Ranks of scores, in several random orders of those ties that counts divide."""
     check_choice("ties", ties, ("random", "stable"))

@@ -40,6 +40,8 @@ from captum_adapters.metrics._perturbation import (
 )
 from captum_adapters.metrics._ranking import SampleIds, tied_pixels
 
+Pair = tuple[Tensor, Tensor]
+
 
 class Protocol(NamedTuple):
     """What a protocol prescribes, where the caller chooses nothing else."""
@@ -158,15 +160,12 @@ def insertion_deletion(
                 the space of the inputs: the mean colour if these are normalized. Black
                 is `-mean / std` then, which must be given for `protocol="keio"`, as
                 only the caller knows it.
-                Default: None
         target (int, tuple, Tensor, or list, optional): Index of the class whose score
                 is measured, as in Captum. `None` is for networks with a single
                 output only.
-                Default: None
         additional_forward_args (Any, optional): Further arguments of `forward_func`,
                 one or a tuple. Tensors with a row for each example are given with the
                 row of each image's example.
-                Default: None
         n_steps (int, optional): Number of equal intervals of pixels. If the middle
                 falls between two pixels, both are points.
                 Default: None, for 100 or the `step` of the protocol
@@ -183,27 +182,19 @@ def insertion_deletion(
                 `"logit"` for the output as it is, or a function of the output. A single
                 output per example is taken as it is. Networks that return probabilities
                 need `"identity"`.
-                Default: `"softmax"`
         reduce (str, optional): `"sum"` ranks pixels by the sum of attributions over
                 channels, `"abs_sum"` by its magnitude.
-                Default: `"sum"`
         interpolate (str, optional): Mode of :func:`torch.nn.functional.interpolate` for
                 attributions of another height and width. `None` refuses these.
-                Default: None
         max_examples_per_batch (int, optional): The largest number of images to evaluate
                 at a time.
                 Default: None, for 32 or the batch size if that is larger
         protocol (str, optional): `"keio"`, `"rise"` or `"c3"`, see above.
-                Default: None
         show_progress (bool, optional): Whether to show a progress bar.
-                Default: False
         step (int, optional): Number of pixels between two points, instead of `n_steps`.
-                Default: None
         insertion_baselines (scalar, Tensor, tuple of scalar, or Tensor, optional): What
                 insertion starts from, if not from `baselines`.
-                Default: None
         seed (int, optional): Seed of random orders.
-                Default: 0
         sample_ids (list or Tensor, optional): An identity for each example, which
                 together with `seed` determines its random order, whatever the rest of
                 the batch.
@@ -280,23 +271,19 @@ def insertion_deletion(
     first: list[Tensor] = []
     judged: list[Tensor] = []
 
-    def collect(result: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+    def choose(scores: Tensor, logits: Tensor, index: Optional[Tensor]) -> Pair:
+        """The target's scores, and the predicted classes."""
+        chosen = select_target(scores, index, validate=False)
+        return chosen, predicted_class(logits, index)
+
+    def collect(result: Tensor, part: slice) -> Pair:
         scores = to_scores(result, output, judged)
         # where there are several positions, the class at the target's is meant
         logits = result if result.ndim <= 2 else scores
         if part.start == 0:
             check_range(scores, index)
-            first.extend(
-                [
-                    select_target(_repeat(scores, batch), index, validate=False),
-                    predicted_class(_repeat(logits, batch), index),
-                ]
-            )
-        chosen = None if index is None else index[examples[part]]
-        return (
-            select_target(scores, chosen, validate=False),
-            predicted_class(logits, chosen),
-        )
+            first.extend(choose(_repeat(scores, batch), _repeat(logits, batch), index))
+        return choose(scores, logits, None if index is None else index[examples[part]])
 
     scores, classes = forward_in_chunks(
         forward_func, perturbed.create, collect, examples, batch,

@@ -126,12 +126,8 @@ def _rank(
 
 
 def mask_pointing(
-    attributions: Maps,
-    masks: Maps,
-    percents: Percents = PERCENTS,
-    *,
-    absolute: bool = True,
-    interpolate: Optional[str] = None,
+    attributions: Maps, masks: Maps, percents: Percents = PERCENTS, *,
+    absolute: bool = True, interpolate: Optional[str] = None,
 ) -> MaskPointing:
     r"""Share of the most relevant p % of pixels that is inside of the object's mask.
 
@@ -162,9 +158,7 @@ def mask_pointing(
                 Default: those of the figures of R-LRP's paper
         absolute (bool, optional): Whether to rank by the magnitude of the sum over
                 channels, as the paper does. Otherwise negative relevance comes last.
-                Default: True
         interpolate (str, optional): See :func:`insertion_deletion`.
-                Default: None
 
     Returns:
         MaskPointing: A named tuple of tensors on the device of the attributions.
@@ -213,12 +207,8 @@ def distance_maps(masks: Tensor) -> Tensor:
 
 
 def mask_distance(
-    attributions: Maps,
-    masks: Maps,
-    percents: Percents = PERCENTS,
-    *,
-    normalization: Optional[str] = "diagonal",
-    absolute: bool = True,
+    attributions: Maps, masks: Maps, percents: Percents = PERCENTS, *,
+    normalization: Optional[str] = "diagonal", absolute: bool = True,
     interpolate: Optional[str] = None,
 ) -> MaskDistance:
     r"""Mean distance of the most relevant p % of pixels to the object's mask.
@@ -241,7 +231,6 @@ def mask_distance(
                   which a random map has an expected distance of 1.
                 - `None`: nothing, the unit is a pixel.
 
-                Default: `"diagonal"`
         attributions, masks, percents, ...: See :func:`mask_pointing`, as for errors.
 
     Returns:
@@ -284,8 +273,7 @@ def mask_distance(
 
 
 def boxes_to_masks(
-    boxes: Sequence[Union[Tensor, Sequence[Sequence[float]]]],
-    size: tuple[int, int],
+    boxes: Sequence[Union[Tensor, Sequence[Sequence[float]]]], size: tuple[int, int],
     device: Union[None, str, torch.device] = None,
 ) -> Tensor:
     """Masks of the pixels inside of bounding boxes.
@@ -305,7 +293,6 @@ def boxes_to_masks(
                 is empty for an image without boxes.
         size (tuple[int, int]): Height and width of the masks, in pixels.
         device (str or torch.device, optional): Device of the masks.
-                Default: None
 
     Returns:
         Tensor: Masks, bool of shape (batch, height, width).

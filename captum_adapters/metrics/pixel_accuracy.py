@@ -206,15 +206,12 @@ def keep_top(
         unit (str, optional): `"pixel"` to rank pixels by the sum over their channels,
                 or `"input"` to rank each channel's values on their own, so that of a
                 pixel only the red channel may be kept.
-                Default: `"pixel"`
         absolute (bool, optional): Whether to rank by magnitude; that of a pixel is
                 taken after the sum over its channels. Otherwise negative contributions
                 come last.
-                Default: True
         ties (str, optional): `"random"` if pixels with equal attributions come in
                 random order, `"stable"` if they come row by row, which favours those in
                 the upper half of the image.
-                Default: `"random"`
         baselines, interpolate, seed, sample_ids: See :func:`insertion_deletion`. The
                 paper does not say whether the rest is the mean color or black.
 
@@ -283,20 +280,17 @@ def pixel_accuracy(
                 Default: those of the paper's figures
         target (int, Tensor or list, optional): With `reference="label"`, the class of
                 all examples, or one for each.
-                Default: None
         inputs, attributions, unit, absolute, ties, ...: See :func:`keep_top`. Of the
                 paper, figures 9 to 15 have `unit="input"`, and figures 9 to 13
                 `absolute=False`.
         reference (str, optional): What is correct: `"label"` compares with `target`,
                 and `"prediction"` with the class that is predicted for the whole image,
                 as the paper does on ImageNet.
-                Default: `"label"`
         additional_forward_args, max_examples_per_batch, show_progress: See
                 :func:`insertion_deletion`.
         n_orders (int, optional): Number of random orders over which `accuracy` is
                 averaged where a percentage divides ties, and for which as many images
                 are evaluated. Every second one is the reverse of the one before.
-                Default: 4
 
     Returns:
         PixelAccuracy: A named tuple of tensors on the device of the inputs.
@@ -372,11 +366,9 @@ def cross_model_accuracy(
                 whole image. The paper does not say which of them it used.
         transform (callable, optional): A function from a batch of masked images to
                 B's inputs, for instance resizing and another normalization.
-                Default: None
         resize_selection (bool, optional): Whether attributions may have another height
                 and width than inputs. The share of B's pixels that is kept may differ
                 from that of A's by rounding.
-                Default: False
 
     Returns:
         PixelAccuracy: As :func:`pixel_accuracy`, with counts of A's pixels or inputs.

@@ -42,14 +42,9 @@ def _common_positions(
 
 
 def plot_curves(
-    curves: Mapping[str, Scores],
-    positions: Union[Scores, Mapping[str, Scores]],
-    *,
-    axes: Optional[Axes] = None,
-    confidence: Optional[float] = 0.95,
-    clusters: Clusters = None,
-    n_resamples: int = 2000,
-    marker: Optional[str] = None,
+    curves: Mapping[str, Scores], positions: Union[Scores, Mapping[str, Scores]], *,
+    axes: Optional[Axes] = None, confidence: Optional[float] = 0.95,
+    clusters: Clusters = None, n_resamples: int = 2000, marker: Optional[str] = None,
 ) -> Axes:
     """Draw the mean curve of each method, and a band for its confidence interval.
 
@@ -69,10 +64,8 @@ def plot_curves(
                 Default: None, for a new figure, to be found as `axes.figure`
         confidence (float, optional): Level of confidence of the bands, `None` for no
                 bands.
-                Default: 0.95
         clusters, n_resamples: See :func:`captum_adapters.metrics.bootstrap_interval`.
         marker (str, optional): Marker of points.
-                Default: None
 
     Returns:
         Axes: What was drawn on.
@@ -107,9 +100,7 @@ def plot_curves(
 
 
 def plot_insertion_deletion(
-    results: Mapping[str, InsertionDeletion],
-    *,
-    figure: Optional[Figure] = None,
+    results: Mapping[str, InsertionDeletion], *, figure: Optional[Figure] = None,
     **options: Any,
 ) -> Figure:
     """Draw the mean insertion and deletion curves of methods, with confidence bands.
@@ -119,7 +110,6 @@ def plot_insertion_deletion(
         results (mapping of str to InsertionDeletion): The result of
                 :func:`captum_adapters.metrics.insertion_deletion` for each method.
         figure (Figure, optional): What to draw on, a new one by default.
-                Default: None
         **options: See :func:`plot_curves`.
 
     Returns:

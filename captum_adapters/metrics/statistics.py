@@ -170,13 +170,8 @@ def _interval(
 
 
 def bootstrap_interval(
-    values: Scores,
-    clusters: Clusters = None,
-    *,
-    confidence: float = 0.95,
-    n_resamples: int = 9999,
-    method: str = "bca",
-    seed: int = 0,
+    values: Scores, clusters: Clusters = None, *, confidence: float = 0.95,
+    n_resamples: int = 9999, method: str = "bca", seed: int = 0,
 ) -> Interval:
     """Confidence interval of a mean over examples, by the bootstrap.
 
@@ -193,16 +188,11 @@ def bootstrap_interval(
                 own. Examples with NaN are left out.
         clusters (Tensor or sequence, optional): The cluster of each example, for
                 instance its class, as numbers or names of shape (n,).
-                Default: None
         confidence (float, optional): Level of confidence.
-                Default: 0.95
         n_resamples (int, optional): Number of resamples.
-                Default: 9999
         method (str, optional): `"bca"` corrects the percentiles of the resamples for
                 bias and skewness (Efron 1987), `"percentile"` does not.
-                Default: `"bca"`
         seed (int, optional): Seed of the resamples.
-                Default: 0
 
     Returns:
         Interval: A named tuple.
@@ -328,14 +318,9 @@ def _describe(
 
 
 def compare(
-    scores: Mapping[str, Scores],
-    baseline: Optional[str] = None,
-    clusters: Clusters = None,
-    *,
-    test: str = "permutation",
-    confidence: float = 0.95,
-    n_resamples: int = 9999,
-    seed: int = 0,
+    scores: Mapping[str, Scores], baseline: Optional[str] = None,
+    clusters: Clusters = None, *, test: str = "permutation", confidence: float = 0.95,
+    n_resamples: int = 9999, seed: int = 0,
 ) -> list[Comparison]:
     """Compare methods by their scores on the same examples.
 
@@ -358,7 +343,6 @@ def compare(
                 - `"wilcoxon"`: the signed-rank test, for scores with outliers. With
                   clusters, the ranks' sum is tested by reversing signs as above.
 
-                Default: `"permutation"`
         clusters, confidence, n_resamples, seed: See :func:`bootstrap_interval`.
 
     Returns:

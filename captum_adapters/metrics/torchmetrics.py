@@ -260,9 +260,7 @@ class ConservationGapMetric(_PerExample[Tensor]):
     function, result_type = conservation_gap, Tensor
 
     def update(
-        self,
-        sample_ids: SampleIds,
-        attributions: TensorOrTuple,
+        self, sample_ids: SampleIds, attributions: TensorOrTuple,
         initial: Union[int, float, Tensor],
     ) -> None:
         """Add a batch: identities of shape (batch,), and arguments of the function."""
