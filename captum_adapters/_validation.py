@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from zennit_resnet.arguments import check_choice
+from zennit_resnet.arguments import as_map, check_choice
 from zennit_resnet.attribution import select_output
 from zennit_resnet.canonizers.eager import varies
 
@@ -32,6 +32,8 @@ ScoreFunction = Union[str, Callable[[Tensor], Tensor]]
 DEFAULT_CHUNK = 32
 # Rounding to bfloat16 changes a sum of probabilities by less
 SUM_TOLERANCE = 5e-3
+# Modes of torch.nn.functional.interpolate for images
+INTERPOLATIONS = (None, "bilinear", "bicubic", "area", "nearest-exact", "nearest")
 # Logits of fewer classes may all be between 0 and 1 by chance
 MANY_CLASSES = 10
 
@@ -79,20 +81,10 @@ def as_argument(value: Any, name: str) -> Any:
     """Take a single value out of a tuple, and copy arrays to tensors."""
     if isinstance(value, tuple) and len(value) == 1:
         value = value[0]
-    if not isinstance(value, (np.ndarray, np.generic)):
-        return value
-    if value.dtype.kind not in "biufc":
-        raise TypeError(f"{name} must be numbers, but are of {value.dtype}.")
-    try:
-        # a copy: arrays may be read-only, reversed or of another byte order
-        return torch.from_numpy(
-            np.array(value, dtype=value.dtype.newbyteorder("="), order="C")
-        )
-    except TypeError:
-        raise TypeError(
-            f"{name} are of {value.dtype}, which PyTorch does not have: convert them to"
-            " float64 first."
-        ) from None
+    if isinstance(value, (np.ndarray, np.generic)):
+        # of the byte order of this machine
+        value = as_map(name, np.asarray(value, value.dtype.newbyteorder("=")))
+    return value
 
 
 def to_tensor(value: Any, name: str) -> Tensor:
@@ -100,9 +92,8 @@ def to_tensor(value: Any, name: str) -> Tensor:
     value = as_argument(value, name)
     if isinstance(value, tuple):
         raise ValueError(
-            f"{name} is a tuple of {len(value)}, but metrics on pixels take a single"
-            " tensor: compute them for one input at a time, and give the others as"
-            " additional_forward_args."
+            f"{name} is a tuple of {len(value)}, but must be a single tensor: give other"
+            " inputs as additional_forward_args."
         )
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, but is {type(value).__name__}.")
@@ -122,6 +113,24 @@ def suggest(name: str, known: Iterable[str]) -> str:
 # -- images and maps -------------------------------------------------------------------
 
 
+def check_inputs(inputs: Any) -> tuple[Tensor, ...]:
+    """Inputs as a tuple of tensors with one and the same number of examples."""
+    given = inputs if isinstance(inputs, tuple) else (inputs,)
+    for tensor in given:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                "inputs must be a tensor or a tuple of tensors, but there is"
+                f" {type(tensor).__name__}."
+            )
+    sizes = {tuple(tensor.shape[:1]) for tensor in given}
+    if len(sizes) != 1 or sizes & {(), (0,)}:
+        raise ValueError(
+            "inputs must have one and the same number of examples, but are of shape"
+            f" {', '.join(str(tuple(tensor.shape)) for tensor in given) or '()'}."
+        )
+    return given
+
+
 def check_images(inputs: Any) -> Tensor:
     """Images of shape (batch, channels, height, width), detached."""
     images = to_tensor(inputs, "inputs").detach()
@@ -135,25 +144,28 @@ def check_images(inputs: Any) -> Tensor:
     return images
 
 
+def examples_where(mask: Tensor) -> list[int]:
+    """The examples for which a mask of shape (batch, ...) is true anywhere."""
+    examples: list[int] = mask.flatten(1).any(1).nonzero()[:, 0].tolist()
+    return examples
+
+
 def as_batch(maps: Tensor, batch: int) -> Tensor:
     """Give a single map of shape (height, width) its batch, if that has one image."""
     return maps[None] if maps.ndim == 2 and batch == 1 else maps
 
 
 def pixel_maps(
-    attributions: Any,
-    images: Tensor,
-    reduce: str = "sum",
+    attributions: Any, images: Tensor, reduce: str = "sum",
     interpolate: Optional[str] = None,
 ) -> Tensor:
     """One value per pixel, by which pixels are ranked, of shape (batch, height, width).
 
-    The sum over channels, or with `reduce="abs_sum"` its magnitude: the sum comes
-    first, as contributions of the channels of a pixel may cancel. Maps are on the
-    device of the images, in at least single precision.
+    The sum over channels, or with `reduce="abs_sum"` its magnitude, on the device of
+    the images, in at least single precision.
     """
     check_choice("reduce", reduce, ("sum", "abs_sum"))
-    _check_interpolation(interpolate)
+    check_choice("interpolate", interpolate, INTERPOLATIONS)
     maps = as_batch(to_tensor(attributions, "attributions"), len(images)).detach()
     shape = tuple(maps.shape)
     if maps.ndim == 3:
@@ -162,59 +174,43 @@ def pixel_maps(
     if maps.ndim != 4 or len(maps) != batch or maps.shape[1] not in (1, channels):
         raise ValueError(
             f"attributions of shape {shape} do not fit inputs of shape"
-            f" {tuple(images.shape)}: they must be of shape (batch, {channels}, height,"
-            " width), (batch, 1, height, width) or (batch, height, width) with a batch"
-            f" of {batch}."
+            f" {tuple(images.shape)}: they must be of shape (batch, channels or 1,"
+            " height, width) or (batch, height, width)."
         )
     if maps.is_complex() or maps.dtype == torch.bool:
         raise ValueError(f"attributions must be real numbers, but are {maps.dtype}.")
-    precise = maps.dtype == torch.float64 or not maps.is_floating_point()
     # half precision would merge neighbouring ranks
-    maps = maps.to(images.device, torch.float64 if precise else torch.float32).sum(1)
+    maps = at_least_single(maps) if maps.is_floating_point() else maps.double()
+    maps = maps.to(images.device).sum(1)
     if reduce == "abs_sum":
         maps = maps.abs()
     if maps.shape[1:] != (height, width):
         if interpolate is None:
             raise ValueError(
                 f"attributions are of {maps.shape[1]} x {maps.shape[2]} pixels, but"
-                f" inputs of {height} x {width}: choose how to resize them, for"
-                " instance with interpolate='bilinear'."
+                f" inputs of {height} x {width}: resize them, for instance with"
+                " interpolate='bilinear'."
             )
         maps = F.interpolate(maps[:, None], (height, width), mode=interpolate)[:, 0]
-    finite = maps.isfinite().flatten(1).all(1)
-    if not bool(finite.all()):
+    wrong = examples_where(~maps.isfinite())
+    if wrong:
         raise ValueError(
-            "attributions contain NaN or infinity for the examples"
-            f" {(~finite).nonzero()[:, 0].tolist()} of the batch."
+            f"attributions contain NaN or infinity for the examples {wrong} of the batch."
         )
     return maps
 
 
-def _check_interpolation(mode: Optional[str]) -> None:
-    """Refuse modes of interpolation that are not for images."""
-    if mode is None:
-        return
-    try:
-        F.interpolate(torch.zeros(1, 1, 1, 1), (1, 1), mode=mode)
-    except (NotImplementedError, RuntimeError, TypeError, ValueError):
-        raise ValueError(
-            f"interpolate={mode!r} is no mode for images: choose 'bilinear', 'bicubic',"
-            " 'area', 'nearest-exact' or 'nearest'."
-        ) from None
-
-
 def warn_negative_maps(maps: Tensor, stacklevel: int = 3) -> None:
     """Warn the caller of the caller of maps that vary, but nowhere above zero."""
-    values = maps.flatten(1)
-    highest = values.amax(1)
-    negative = (highest <= 0) & (values.amin(1) < highest)
-    if bool(negative.any()):
+    highest = maps.flatten(1).amax(1, keepdim=True)
+    negative = examples_where((highest <= 0) & (maps.flatten(1) < highest))
+    if negative:
         warnings.warn(
-            f"The maps of the examples {negative.nonzero()[:, 0].tolist()} have no"
-            " positive value. If relevance started from a negative logit, then rules"
-            " such as z+ give the most relevant pixels the lowest values, and they are"
-            " ranked last. Rank by magnitude (reduce='abs_sum'), or start from the"
-            " probability ('softmax') or from one ('one').",
+            f"The maps of the examples {negative} have no positive value. If relevance"
+            " started from a negative logit, then rules such as z+ give the most"
+            " relevant pixels the lowest values, and they are ranked last. Rank by"
+            " magnitude (reduce='abs_sum'), or start from the probability ('softmax')"
+            " or from one ('one').",
             NegativeMapWarning,
             stacklevel=stacklevel,
         )
@@ -237,8 +233,8 @@ def check_baselines(
     # integers would be cut off, or wrap around
     if not images.is_floating_point() and bool((base.to(given.device) != given).any()):
         raise ValueError(
-            f"{name} have values that inputs of {images.dtype} cannot have: convert the"
-            " inputs to floating point numbers."
+            f"{name} have values that inputs of {images.dtype} cannot have: convert"
+            " these to floating point numbers."
         )
     if base.ndim == 0:
         return base.view([1] * images.ndim)
@@ -249,8 +245,8 @@ def check_baselines(
     if not fits:
         raise ValueError(
             f"{name} of shape {tuple(base.shape)} cannot be broadcast to inputs of"
-            f" shape {tuple(images.shape)}: give a number, or a tensor of shape (1 or"
-            " batch, 1 or channels, 1 or height, 1 or width)."
+            f" shape {tuple(images.shape)}: give a number, or for instance one for each"
+            " channel, of shape (1, channels, 1, 1)."
         )
     return base if base.ndim == images.ndim else base[None]
 
@@ -266,8 +262,7 @@ def check_evaluation(forward_func: Callable[..., Any]) -> None:
         if varies(module):
             raise ValueError(
                 f"forward_func's {name or 'module'} ({type(module).__name__}) is in"
-                " training mode, in which results depend on the rest of the batch or"
-                " on chance: call forward_func.eval() first."
+                " training mode: call forward_func.eval() first."
             )
 
 
@@ -295,9 +290,7 @@ def check_output(output: Any, count: int) -> Tensor:
 
 
 def check_target(
-    target: TargetType,
-    batch: int,
-    device: Union[None, str, torch.device] = None,
+    target: TargetType, batch: int, device: Union[None, str, torch.device] = None,
     allow_negative: bool = False,
 ) -> Optional[Tensor]:
     """Give each example a target of its own, from any of Captum's forms of targets.
@@ -393,10 +386,10 @@ def to_scores(result: Tensor, output: ScoreFunction, judged: list[Tensor]) -> Te
     """Scores of all classes. What a softmax is taken of is judged, without waiting."""
     scores = output(result) if callable(output) else result
     if not isinstance(scores, Tensor) or scores.shape[:1] != result.shape[:1]:
+        found = tuple(scores.shape) if isinstance(scores, Tensor) else repr(scores)
         raise ValueError(
-            "output must be a function which returns a tensor with one row for each"
-            f" of {len(result)} images, but returns"
-            f" {tuple(scores.shape) if isinstance(scores, Tensor) else scores!r}."
+            f"output must return a tensor with one row for each of {len(result)} images,"
+            f" but returns {found}."
         )
     scores = at_least_single(scores)
     if output != "softmax" or scores.shape[1:].numel() <= 1:
@@ -417,8 +410,7 @@ def warn_probabilities(judged: list[Tensor], stacklevel: int = 3) -> None:
         message = (
             "forward_func returns probabilities (between 0 and 1, with a sum of 1 over"
             " the classes), and output='softmax' takes the softmax once more: all"
-            " scores are close to each other then. Give output='identity', or a"
-            " function that returns logits."
+            " scores are close to each other then. Give output='identity'."
         )
     elif within:
         message = (

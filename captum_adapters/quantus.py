@@ -51,8 +51,7 @@ def explain(
 
     Let relevance start from `initial_relevance="one"` with the LRP methods of this
     package. From a negative logit, as of most classes but the predicted one, z+ has
-    negative maps, in which the most relevant pixels rank last. Quantus refuses a batch
-    of them, and this function warns of each.
+    negative maps, in which the most relevant pixels rank last.
 
     Args:
 
@@ -65,22 +64,17 @@ def explain(
                 package or of :mod:`captum.attr`; a class, or any function `(model,
                 **init_kwargs)` which returns a Captum attribution, for instance `lambda
                 model: NoiseTunnel(ResNetLRP(model))`; or an attribution for this model.
-                Default: `"ResNetLRP"`
         device (str or torch.device, optional): Device of the inputs, which must be that
                 of the model. Quantus passes its own on.
                 Default: None, for the model's device
-        batch_size (int, optional): Number of inputs to explain at once. Quantus gives
-                as many as its own `batch_size`, but `quantus.evaluate` gives all.
+        batch_size (int, optional): Number of inputs to explain at once.
                 Default: None, for all
         reduce (str, optional): `"sum"` for the sum over channels, as Quantus' own
-                explanation functions do: most of its metrics rank the values, and those
-                of a pixel belong together. `"abs_sum"` for the magnitude of that sum,
+                explanation functions do. `"abs_sum"` for the magnitude of that sum,
                 `None` to keep the channels.
-                Default: `"sum"`
         attribute_kwargs (dict, optional): Further arguments of the method's
                 `attribute`, for instance `{"n_masks": 8000}` for RISE. Arrays are
                 converted to tensors, the same for each part of `batch_size` inputs.
-                Default: None
         init_kwargs (Any): Further arguments of the method's constructor, for instance
                 `splitting="symmetric"` for ResNetLRP. The name of a module may be given
                 for `layer`, with any method.
@@ -95,8 +89,7 @@ def explain(
 
     Raises:
         ValueError: If the method, or a layer, is unknown, an attribution is for another
-                model, the model is on another device, the number of targets is not that
-                of inputs, or attributions do not fit the inputs.
+                model, the model is on another device, or shapes do not fit.
         TypeError: If targets are not integers, or the method does not take an argument.
 
     Examples::
@@ -125,13 +118,10 @@ def explain(
     kwargs = dict(attribute_kwargs or {})
     for key, value in kwargs.items():
         if isinstance(value, np.ndarray):
-            floating = np.issubdtype(value.dtype, np.floating)
-            kwargs[key] = torch.tensor(
-                value, device=where, dtype=dtype if floating else None
-            )
+            kind = dtype if np.issubdtype(value.dtype, np.floating) else None
+            kwargs[key] = torch.tensor(value, device=where, dtype=kind)
     # some methods of Captum explain a neuron or layer, and not an output
-    takes_target = inspect.signature(attribution.attribute).parameters
-    if "target" not in takes_target and "kwargs" not in takes_target:
+    if not {"target", "kwargs"} & {*inspect.signature(attribution.attribute).parameters}:
         target = None
     parts = []
     for begin in range(0, len(images), size):
@@ -146,12 +136,8 @@ def explain(
 
 
 def explainer(
-    method: Method,
-    *,
-    batch_size: Optional[int] = None,
-    reduce: Optional[str] = "sum",
-    attribute_kwargs: Optional[Mapping[str, Any]] = None,
-    **init_kwargs: Any,
+    method: Method, *, batch_size: Optional[int] = None, reduce: Optional[str] = "sum",
+    attribute_kwargs: Optional[Mapping[str, Any]] = None, **init_kwargs: Any,
 ) -> Callable[..., NDArray[Any]]:
     r"""Create an `explain_func` for Quantus from a method and its settings.
 
@@ -184,12 +170,7 @@ def explainer(
         **init_kwargs,
     }
 
-    def explain_func(
-        model: torch.nn.Module,
-        inputs: ArrayLike,
-        targets: Optional[ArrayLike],
-        **kwargs: Any,
-    ) -> NDArray[Any]:
+    def explain_func(model: Any, inputs: Any, targets: Any, **kwargs: Any) -> Any:
         """Attributions of a batch of arrays."""
         kwargs.pop("method", None)
         return explain(model, inputs, targets, method, **{**settings, **kwargs})
@@ -209,9 +190,7 @@ def _create(
             )
         if method.forward_func is not model:
             raise ValueError(
-                f"{method.get_name()} was created for another model than the one to"
-                " explain: give its class instead, as some metrics of Quantus compare"
-                " several models."
+                f"{method.get_name()} was created for another model: give its class."
             )
         return method
     factory = _find(method) if isinstance(method, str) else method
@@ -220,27 +199,25 @@ def _create(
     if isinstance(layer, str) and not knows_names:
         modules = dict(model.named_modules())
         if layer not in modules:
-            raise ValueError(
-                f"layer={layer!r} is not a module of {type(model).__name__}"
-                f"{suggest(layer, modules)}"
-            )
+            where = f"{type(model).__name__}{suggest(layer, modules)}"
+            raise ValueError(f"layer={layer!r} is not a module of {where}")
         init_kwargs = {**init_kwargs, "layer": modules[layer]}
     attribution = factory(model, **init_kwargs)
     if not isinstance(attribution, Attribution):
         raise TypeError(
-            "method must be the name or class of an attribution, or a function that"
-            f" returns one, but returns {type(attribution).__name__}."
+            f"method must return an attribution, but returns {type(attribution).__name__}."
         )
     return attribution
 
 
 def _find(name: str) -> Callable[..., Attribution]:
     """Find a class by its name."""
-    known: dict[str, Callable[..., Attribution]] = {}
-    for module in (captum_adapters.attr, captum.attr):
-        for key, value in vars(module).items():
-            if inspect.isclass(value) and issubclass(value, Attribution):
-                known.setdefault(key, value)
+    known = {
+        key: value
+        for module in (captum.attr, captum_adapters.attr)
+        for key, value in vars(module).items()
+        if inspect.isclass(value) and issubclass(value, Attribution)
+    }
     if name not in known:
         raise ValueError(f"method={name!r} is unknown{suggest(name, known)}")
     return known[name]
@@ -274,15 +251,12 @@ def _to_target(targets: Optional[ArrayLike], batch: int) -> Optional[list[Any]]:
         raise ValueError(
             f"targets of shape {array.shape} are not one for each of {batch} inputs."
         )
-    if array.ndim == 2 and array.shape[1] > 1:
-        return [tuple(row) for row in array.tolist()]
-    indices: list[int] = array.reshape(-1).tolist()
-    return indices
+    rows: list[Any] = array.reshape(batch, -1).tolist()
+    return [tuple(row) if len(row) > 1 else row[0] for row in rows]
 
 
 def _fit(
-    attributions: Union[Tensor, tuple[Tensor, ...]],
-    inputs: Tensor,
+    attributions: Union[Tensor, tuple[Tensor, ...]], inputs: Tensor,
     reduce: Optional[str],
 ) -> Tensor:
     """Attributions of the inputs' dimensions, of a type that NumPy has."""
@@ -290,8 +264,8 @@ def _fit(
         attributions = attributions[0]
     if not isinstance(attributions, Tensor):
         raise ValueError(
-            "The method returns several tensors, but Quantus takes a single one: choose"
-            " one layer, and no convergence delta."
+            "The method returns several tensors: choose one layer, and no convergence"
+            " delta."
         )
     # maps of layers are resized, but neither their units nor channels are the inputs'
     fits = attributions.ndim == inputs.ndim and len(attributions) == len(inputs)

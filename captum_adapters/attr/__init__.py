@@ -12,11 +12,6 @@ from captum_adapters.attr.rise import RISE
 from captum_adapters.attr.score_cam import ScoreCAM
 
 __all__ = [
-    "C3LRP",
-    "CompositeAttribution",
-    "LayerRelevance",
-    "RISE",
-    "RelativeLRP",
-    "ResNetLRP",
-    "ScoreCAM",
+    "C3LRP", "CompositeAttribution", "LayerRelevance", "RISE", "RelativeLRP",
+    "ResNetLRP", "ScoreCAM",
 ]

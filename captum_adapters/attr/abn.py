@@ -18,14 +18,16 @@ from torchvision import models
 from captum_adapters._validation import (
     TargetType,
     TensorOrTuple,
+    at_least_single,
     check_evaluation,
     check_images,
     check_range,
     check_target,
+    examples_where,
     split_args,
     suggest,
 )
-from zennit_resnet.models import SUFFIXES
+from zennit_resnet.models import SUFFIXES, _read_state
 from zennit_resnet.registration import unwrap
 
 _TRUNK = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
@@ -54,8 +56,7 @@ class AttentionBranch(Module):
     """The branch which computes class scores and attention maps from features.
 
     The structure of Fukui et al. 2019, with batch normalization at the places of their
-    published code. That code has a 3 x 3 convolution for the attention map, in which
-    this follows the paper.
+    published code (which, unlike the paper, has a 3 x 3 convolution for the map).
 
     Nothing about the start is random: the stage has the parameters of the classifier's
     last stage (`stage`, copied with stride 1), the class maps those of its last layer
@@ -99,20 +100,16 @@ class AttentionBranchNetwork(Module):
     Fukui et al. 2019: the network up to its third stage is the feature extractor. From
     its features :math:`g(x)`, an :class:`AttentionBranch` computes class scores and a
     map of attention :math:`M(x)`. The perception branch, which is the rest of the
-    network, computes class scores from :math:`(1 + M(x)) g(x)`: the output, so that
-    this is a classifier as any other. Before it has been trained, see
-    `examples/abn/train.py`, the attention means little.
-
-    All parameters and buffers are copies, and the branches share none: the given model
-    is left as found.
+    network, computes class scores from :math:`(1 + M(x)) g(x)`: the output. Before it
+    has been trained, see `examples/abn/train.py`, the attention means little. All
+    parameters and buffers are copies, and the branches share none.
 
     Args:
 
         model (torch.nn.Module): A classifier with the modules of torchvision's
                 :class:`~torchvision.models.ResNet`: `conv1`, `bn1`, `relu`, `maxpool`,
-                `layer1` to `layer4`, `avgpool` and `fc`. The attention branch is made
-                for its device, type, and training mode, and requires gradients even if
-                the model does not.
+                `layer1` to `layer4`, `avgpool` and `fc`. The attention branch has its
+                device, type, and training mode, and requires gradients in any case.
 
     Raises:
         TypeError: If `model` is not a module.
@@ -144,10 +141,7 @@ class AttentionBranchNetwork(Module):
             )
         fc = parts["fc"]
         if not isinstance(fc, Linear):
-            raise ValueError(
-                f"fc is {type(fc).__name__}, but must be a linear layer, from which the"
-                " number of classes is known."
-            )
+            raise ValueError(f"fc is {type(fc).__name__}, but must be a linear layer.")
         # copied at once: what these share is shared by the copies as well
         copies = copy.deepcopy({name: parts[name] for name in (*_TRUNK, *_PERCEPTION)})
         for name, module in copies.items():
@@ -163,7 +157,12 @@ class AttentionBranchNetwork(Module):
         return input
 
     def classify_features(self, features: Tensor) -> Branches:
-        """Compute both branches of features, see :meth:`forward_branches`."""
+        """Compute both branches of features.
+
+        Raises:
+            ValueError: If `layer4` changes the size of features by other means than
+                    the stride of convolutions.
+        """
         attention_logits, attention = self.attention_branch(features)
         if attention.shape[2:] != features.shape[2:]:
             raise ValueError(
@@ -177,12 +176,7 @@ class AttentionBranchNetwork(Module):
         return Branches(attention_logits, logits, attention)
 
     def forward_branches(self, input: Tensor) -> Branches:
-        """Compute class scores of both branches, and attention, of images.
-
-        Raises:
-            ValueError: If `layer4` changes the size of features by other means than
-                    the stride of convolutions.
-        """
+        """Compute both branches of images, see :meth:`classify_features`."""
         return self.classify_features(self.extract_features(input))
 
     def forward(self, input: Tensor) -> Tensor:
@@ -194,8 +188,7 @@ class ABN(Attribution):
     r"""The attention map of an attention branch network, as an attribution.
 
     Fukui et al. 2019. The map is part of the network's forward pass, and there is one
-    for each image: it does **not** depend on the target. All it says about a class is
-    that the network looks at these places before it decides.
+    for each image: it does **not** depend on the target.
 
     Args:
 
@@ -222,8 +215,7 @@ class ABN(Attribution):
         if not isinstance(network, AttentionBranchNetwork):
             raise TypeError(
                 "ABN explains an AttentionBranchNetwork, but there is"
-                f" {type(network).__name__}: make one of a residual network, and train"
-                " it."
+                f" {type(network).__name__}: make one of a residual network."
             )
         Attribution.__init__(self, model)
         self.network = network
@@ -235,21 +227,15 @@ class ABN(Attribution):
 
     @log_usage()
     def attribute(
-        self,
-        inputs: TensorOrTuple,
-        target: TargetType = None,
+        self, inputs: TensorOrTuple, target: TargetType = None,
         additional_forward_args: object = None,
     ) -> TensorOrTuple:
         """Args:
 
             inputs (Tensor or tuple[Tensor]): Images of shape (batch, channels, height,
                     width).
-            target (int, Tensor, or list, optional): Only checked, as attention does not
-                    depend on it.
-                    Default: None
-            additional_forward_args (Any, optional): For Captum's manner of calling, as
-                    the network has no further arguments.
-                    Default: None
+            target, additional_forward_args: For Captum's manner of calling. The target
+                    is only checked, and the network has no further arguments.
 
         Returns:
             *Tensor* or *tuple[Tensor]* of **attributions**:
@@ -260,23 +246,19 @@ class ABN(Attribution):
                     tuple is returned if inputs are a tuple.
 
         Raises:
-            ValueError: If there are several inputs, no examples, or further arguments,
-                    inputs are not images, the target is out of range, attention is NaN,
-                    or the network is in training mode.
+            ValueError: If there are several inputs or further arguments, inputs are not
+                    images, the target is out of range, attention is NaN, or the network
+                    is in training mode.
             TypeError: If inputs are not floating point tensors, or the target is not of
                     integers.
         """
         images = check_images(inputs)
         if not images.is_floating_point():
             raise TypeError(
-                f"inputs of {images.dtype} are no images for the network: convert them"
-                " to floating point numbers."
+                f"inputs of {images.dtype} must be converted to floating point numbers."
             )
         if split_args(additional_forward_args, 1)[0]:
-            raise ValueError(
-                "An AttentionBranchNetwork has a single input, but there are"
-                " additional_forward_args."
-            )
+            raise ValueError("The network has a single input: no additional_forward_args.")
         index = check_target(target, len(images))
         check_evaluation(self.network)
         with torch.no_grad():
@@ -284,25 +266,20 @@ class ABN(Attribution):
         if index is not None:
             check_range(logits, index)
         # half precision would give neighbouring pixels the same value
-        precise = attention.dtype == torch.float64
-        attention = attention.to(torch.float64 if precise else torch.float32)
-        maps = F.interpolate(
-            attention, images.shape[2:], mode="bilinear", align_corners=False
-        )
-        wrong = maps.isnan().flatten(1).any(1)
-        if bool(wrong.any()):
+        attention = at_least_single(attention)
+        maps = F.interpolate(attention, images.shape[2:], mode="bilinear")
+        wrong = examples_where(maps.isnan())
+        if wrong:
             raise ValueError(
-                "Attention is NaN for the examples"
-                f" {wrong.nonzero()[:, 0].tolist()} of the batch: check the inputs and"
-                " the weights."
+                f"Attention is NaN for the examples {wrong} of the batch: check the"
+                " inputs and the weights."
             )
         attributions = (maps / images.shape[1]).repeat(1, images.shape[1], 1, 1)
         return (attributions,) if isinstance(inputs, tuple) else attributions
 
 
 def save_abn(
-    model: AttentionBranchNetwork,
-    path: Union[str, Path],
+    model: AttentionBranchNetwork, path: Union[str, Path],
     classes: Optional[Sequence[str]] = None,
 ) -> None:
     r"""Write the weights of an attention branch network.
@@ -315,7 +292,6 @@ def save_abn(
                 (`.pt`, `.pth`).
         classes (sequence of str, optional): Names of the classes, for the metadata of
                 safetensors.
-                Default: None
 
     Raises:
         ValueError: If the suffix is unknown, safetensors is missing, or there are more
@@ -324,16 +300,12 @@ def save_abn(
     """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(
-            f"{path} is for weights, and must end in one of {', '.join(SUFFIXES)}."
-        )
+        raise ValueError(f"{path} must end in one of {', '.join(SUFFIXES)}.")
     count = model.attention_branch.scores.out_channels
     if classes is not None and len(classes) != count:
         raise ValueError(f"There are {len(classes)} names for {count} classes.")
-    state = {
-        key: value.detach().cpu().contiguous()
-        for key, value in model.state_dict().items()
-    }
+    items = model.state_dict().items()
+    state = {key: value.detach().cpu().contiguous() for key, value in items}
     if path.suffix.lower() != ".safetensors":
         with open(path, "wb") as file:
             torch.save(state, file)
@@ -358,7 +330,6 @@ def load_abn(
         path (str or Path): A state dict. The number of classes is the size of the last
                 layer.
         architecture (str, optional): Name of the residual network in torchvision.
-                Default: `"resnet50"`
 
     Returns:
         AttentionBranchNetwork: The network on the CPU, in single precision and
@@ -374,11 +345,9 @@ def load_abn(
         if models.get_model_builder(name).__module__ == models.resnet.__name__
     ]
     if architecture not in names:
-        raise ValueError(
-            f"{architecture!r} is not a residual network of"
-            f" torchvision{suggest(architecture, names)}"
-        )
-    state = _read(Path(path))
+        hint = suggest(architecture, names)
+        raise ValueError(f"{architecture!r} is no residual network of torchvision{hint}")
+    state, _ = _read_state(Path(path))
     if not any(key.startswith("attention_branch.") for key in state):
         raise ValueError(
             f"The weights {path} have no attention branch: train one with"
@@ -387,35 +356,13 @@ def load_abn(
     last = state.get("fc.weight")
     if last is None or last.ndim != 2:
         raise ValueError(f"The weights {path} lack fc.weight, the last layer.")
-    model = AttentionBranchNetwork(
-        models.get_model(architecture, weights=None, num_classes=len(last))
-    )
+    network = models.get_model(architecture, weights=None, num_classes=len(last))
+    model = AttentionBranchNetwork(network)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         problems = [shorten(line, 120) for line in str(error).splitlines()[1:4]]
         raise ValueError(
-            f"The weights {path} do not fit {architecture}, choose another"
-            f" architecture: {' '.join(problems)}"
+            f"The weights {path} do not fit {architecture}: {' '.join(problems)}"
         ) from None
     return model.eval()
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """A state dict, by whichever format its suffix names."""
-    if not path.is_file():
-        raise ValueError(f"There is no file {path}.")
-    try:
-        if path.suffix.lower() == ".safetensors":
-            from safetensors.torch import load_file
-
-            return dict(load_file(path))
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return {key: value for key, value in state.items() if value is not None}
-    except ImportError as error:
-        raise ValueError(
-            f"reading {path} needs another package: pip install safetensors"
-        ) from error
-    except Exception as error:
-        reason = shorten(str(error), 200)
-        raise ValueError(f"{path} cannot be read as weights: {reason}") from error

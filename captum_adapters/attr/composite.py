@@ -15,6 +15,7 @@ import zennit_resnet.composites  # noqa: F401, registers composites by their nam
 from captum_adapters._validation import (
     Inputs,
     TargetType,
+    check_inputs,
     check_range,
     check_target,
     double_dtype,
@@ -43,8 +44,6 @@ POSTPROCESS: dict[str, Callable[[Tensor], Tensor]] = {
     "c1c": c1c,
     "heat_quantization": heat_quantization,
 }
-# Composites of Zennit which give sensitivities, and not relevance
-_GRADIENTS = (BetaSmooth, DeconvNet, GuidedBackprop)
 
 
 class ReadOut(NamedTuple):
@@ -60,13 +59,18 @@ class ReadOut(NamedTuple):
     factor: Optional[Tensor] = None
     parts: Optional[list[Tensor]] = None
 
+    def relevance(self, gradient: Optional[Tensor]) -> Tensor:
+        """Relevance that is read off. Where none arrives, it is zero."""
+        if self.parts is not None:
+            gradient = sum(self.parts[1:], self.parts[0]) if self.parts else None
+        if gradient is None:
+            return torch.zeros_like(self.tensor)
+        gradient = gradient.detach()
+        return gradient if self.factor is None else gradient * self.factor
 
-# Runs a model, given the module with rules, what to call, inputs and further arguments.
-# Returns the output, and for each layer where to read off its relevance.
-Run = Callable[
-    [Module, Callable[..., Any], tuple[Tensor, ...], tuple[Any, ...]],
-    tuple[Any, list[tuple[ReadOut, ...]]],
-]
+
+# The output of a model, and for each layer where to read off its relevance
+Run = tuple[Any, list[tuple[ReadOut, ...]]]
 
 
 class CompositeAttribution(GradientAttribution):
@@ -76,14 +80,8 @@ class CompositeAttribution(GradientAttribution):
     propagated to the inputs, just as by :class:`zennit.attribution.Gradient`.
 
     Rules are attached for the duration of a call, and the model is left as it was
-    found, after errors as well. Calls of several threads take turns if they have a
-    model, parts of a model, or a composite in common. Models that they do not share run
-    at the same time. No other thread should run a model while it is explained, though.
-
-    Of :class:`torch.nn.DataParallel` with several devices, the first one does all of
-    the work: replicas have no rules. Use `internal_batch_size` if its memory is short.
-    Of :class:`torch.nn.parallel.DistributedDataParallel` and compiled models, the model
-    inside is used.
+    found, after errors as well. For threads, :class:`torch.nn.DataParallel` and
+    compiled models see `docs/captum.md`.
 
     Args:
 
@@ -91,21 +89,17 @@ class CompositeAttribution(GradientAttribution):
         composite (Composite, type or str, optional): An instance, a class that needs no
                 arguments, or a name under which one is registered in Zennit, such as
                 `"resnet_lrp_ratio"`, `"block_lrp"` or `"epsilon_plus_flat"`.
-                Default: `"resnet_lrp_ratio"`
         initial_relevance (str or callable, optional): What the target starts with:
                 `"logit"` for the output itself, `"softmax"` for its probability among
                 the classes (dimension 1), `"one"` for 1, or a function from the output
                 to a tensor of the same shape: the target's value is taken, or
                 everything if there is no target.
-                Default: `"logit"`
         postprocess (str or callable, optional): Post-processing of heatmaps: `"c3"`,
                 `"c1c"` or `"heat_quantization"` for those of
                 :mod:`zennit_resnet.postprocess`, or a function `(batch, height, width)
                 -> (batch, height, width)`, for instance `functools.partial(c3,
                 size=14)`. It is given the sum over channels, and the channels of the
-                attributions receive equal parts of what it returns, so that their sum
-                is the heatmap. For images only.
-                Default: None
+                attributions receive equal parts of what it returns. For images only.
         output (str, int or callable, optional): For models that return several outputs,
                 in a dict, tuple, dataclass and the like: the key, index or name of the
                 tensor to explain, or a function of what the model returns. Rules apply
@@ -113,8 +107,7 @@ class CompositeAttribution(GradientAttribution):
                 Default: None, for models that return a tensor
 
     Raises:
-        TypeError: If `model` is not a module, `composite` not a composite, or `output`
-                none of the above.
+        TypeError: If an argument is none of the above.
         ValueError: If a name is unknown.
 
     Examples::
@@ -183,7 +176,7 @@ class CompositeAttribution(GradientAttribution):
     @property
     def multiplies_by_inputs(self) -> bool:
         """Whether attributions are contributions, and not sensitivities."""
-        return not isinstance(self.composite, _GRADIENTS)
+        return not isinstance(self.composite, (BetaSmooth, DeconvNet, GuidedBackprop))
 
     def has_convergence_delta(self) -> bool:
         """Whether there is a convergence delta, which is always so."""
@@ -191,11 +184,8 @@ class CompositeAttribution(GradientAttribution):
 
     @log_usage()
     def attribute(
-        self,
-        inputs: Any,
-        target: TargetType = None,
-        additional_forward_args: object = None,
-        return_convergence_delta: bool = False,
+        self, inputs: Any, target: TargetType = None,
+        additional_forward_args: object = None, return_convergence_delta: bool = False,
         internal_batch_size: Optional[int] = None,
     ) -> Any:
         r"""Args:
@@ -207,16 +197,12 @@ class CompositeAttribution(GradientAttribution):
                     list of integers or a 1D tensor with one for each, a tuple with the
                     indices of all output dimensions but the batch, or a list of tuples.
                     Not necessary for a single output.
-                    Default: None
             additional_forward_args (Any, optional): Further arguments of the model,
                     after the inputs. There are no attributions for them.
-                    Default: None
             return_convergence_delta (bool, optional): Whether to return the delta, too.
-                    Default: False
             internal_batch_size (int, optional): Number of examples to run at once.
                     Those tensors among `additional_forward_args` that have a row for
-                    each example are divided like the inputs. Results are the same but
-                    for rounding.
+                    each example are divided like the inputs.
                     Default: None, for all
 
         Returns:
@@ -230,9 +216,8 @@ class CompositeAttribution(GradientAttribution):
                     Initial relevance minus the sum of attributions, of shape (batch,).
 
         Raises:
-            ValueError: If the target is missing or out of range, numbers of examples
-                    differ, the output does not depend on the inputs, or inputs are not
-                    images but there is post-processing.
+            ValueError: If the target is missing or out of range, a shape does not fit,
+                    or the output does not depend on the inputs.
             TypeError: If inputs are not floating point tensors, the target is not of
                     integers, or the output is not a tensor.
             RuntimeError: If the model is in training mode with batch norm or dropout
@@ -271,9 +256,6 @@ class CompositeAttribution(GradientAttribution):
 
         Returns:
             Tensor: The difference, of shape (batch,).
-
-        Raises:
-            ValueError: If numbers of examples differ.
         """
         initial = output.detach().flatten()
         # sums of many terms would otherwise have a delta of their own
@@ -291,15 +273,17 @@ class CompositeAttribution(GradientAttribution):
         return delta.to(initial.dtype)
 
     def _explain(
-        self,
-        inputs: Inputs,
-        target: TargetType,
-        additional_forward_args: object,
-        internal_batch_size: Optional[int],
-        run: Run,
+        self, inputs: Inputs, target: TargetType, additional_forward_args: object,
+        internal_batch_size: Optional[int], run: Callable[..., Run],
     ) -> tuple[list[tuple[Tensor, ...]], Tensor]:
-        """Relevance at one or several layers, and initial relevance (batch,)."""
-        tensors = _check_inputs(inputs, None if self._takes_integers else self.model)
+        """Relevance at one or several layers, and initial relevance (batch,).
+
+        What runs the model is given the module with rules, what to call, inputs and
+        further arguments.
+        """
+        tensors = check_inputs(inputs)
+        if not self._takes_integers:
+            self._check_floating(tensors)
         batch = len(tensors[0])
         index = check_target(target, batch, allow_negative=True)
         args, divided = split_args(additional_forward_args, batch)
@@ -311,8 +295,7 @@ class CompositeAttribution(GradientAttribution):
             part = slice(begin, begin + size)
             chunks.append(
                 self._propagate(
-                    run,
-                    tuple(tensor[part] for tensor in tensors),
+                    run, tuple(tensor[part] for tensor in tensors),
                     None if index is None else index[part],
                     tuple(arg[part] if cut else arg for arg, cut in zip(args, divided)),
                 )
@@ -325,12 +308,22 @@ class CompositeAttribution(GradientAttribution):
         ]
         return layers, torch.cat([chunk[1] for chunk in chunks])
 
+    def _check_floating(self, tensors: tuple[Tensor, ...]) -> None:
+        """Refuse integers, and name the layer which they enter."""
+        for tensor in tensors:
+            if not tensor.is_floating_point():
+                kinds = (torch.nn.Embedding, torch.nn.EmbeddingBag)
+                modules = unwrap(self.model)[0].named_modules()
+                names = [repr(name) for name, each in modules if isinstance(each, kinds)]
+                raise TypeError(
+                    f"inputs of {tensor.dtype} cannot have relevance: explain the output"
+                    " of the layer that they enter, with LayerRelevance(model,"
+                    f" {[*names, 'layer'][0]}), or give them as additional_forward_args."
+                )
+
     def _propagate(
-        self,
-        run: Run,
-        tensors: tuple[Tensor, ...],
-        index: Optional[Tensor],
-        args: tuple[Any, ...],
+        self, run: Callable[..., Run], tensors: tuple[Tensor, ...],
+        index: Optional[Tensor], args: tuple[Any, ...],
     ) -> tuple[list[tuple[Tensor, ...]], Tensor]:
         """Propagate relevance for a part of the batch."""
         module, forward = unwrap(self.model)
@@ -350,22 +343,16 @@ class CompositeAttribution(GradientAttribution):
             with check_precision(module, *leaves):
                 output, layers = run(module, forward, leaves, args)
             seed = self._seed(output, index, len(leaves[0]))
-            edges = [
-                read_out.edge
-                for layer in layers
-                for read_out in layer
-                if read_out.edge is not None
+            reached = [
+                each for layer in layers for each in layer if each.edge is not None
             ]
-            gradients = iter(
-                torch.autograd.grad(output, edges, seed, allow_unused=True)
-                if edges
-                else ()
-            )
+            edges = [each.edge for each in reached]
+            gradients: Any = ()
+            if edges:
+                gradients = torch.autograd.grad(output, edges, seed, allow_unused=True)
+        found = dict(zip(map(id, reached), gradients))
         relevance = [
-            tuple(
-                _relevance(read_out, None if read_out.edge is None else next(gradients))
-                for read_out in layer
-            )
+            tuple(each.relevance(found.get(id(each))) for each in layer)
             for layer in layers
         ]
         return relevance, seed.reshape(len(seed), -1).sum(1)
@@ -377,8 +364,7 @@ class CompositeAttribution(GradientAttribution):
         )
         if not output.requires_grad:
             raise ValueError(
-                "The output does not depend on the inputs by operations that have a"
-                " gradient."
+                "The output does not depend on the inputs by operations with a gradient."
             )
         if output.ndim == 0 or len(output) != batch:
             raise ValueError(
@@ -392,23 +378,20 @@ class CompositeAttribution(GradientAttribution):
         if callable(self.initial_relevance):
             values = self.initial_relevance(values)
             if not isinstance(values, Tensor) or values.shape != output.shape:
-                shape = getattr(values, "shape", None)
                 raise ValueError(
                     "initial_relevance must return a tensor of the output's shape"
-                    f" {tuple(output.shape)}, but returns"
-                    f" {type(values).__name__ if shape is None else tuple(shape)}."
+                    f" {tuple(output.shape)}, but returns {_shape_or_type(values)}."
                 )
-            if index is None:
-                return values.detach()
             values = values.detach()
+            if index is None:
+                return values
         elif self.initial_relevance == "one":
             values = torch.ones_like(values)
         elif self.initial_relevance == "softmax":
             if values.ndim < 2 or values.shape[1] == 1:
                 raise ValueError(
-                    "initial_relevance='softmax' is for an output with classes in"
-                    f" dimension 1, but its shape is {tuple(output.shape)}: use"
-                    " 'logit'."
+                    "initial_relevance='softmax' needs classes in dimension 1 of the"
+                    f" output, but its shape is {tuple(output.shape)}: use 'logit'."
                 )
             values = values.softmax(1)
         check_range(output, index)
@@ -429,66 +412,33 @@ class CompositeAttribution(GradientAttribution):
             function = POSTPROCESS[function]
         if relevance.ndim != 4:
             raise ValueError(
-                "Post-processing is for images of shape (batch, channels, height,"
-                f" width), but the shape is {tuple(relevance.shape)}: use"
-                " postprocess=None."
+                "Post-processing is for images, but the shape is"
+                f" {tuple(relevance.shape)}: use postprocess=None."
             )
         heatmap = function(sum_channels(relevance))
         expected = (len(relevance), *relevance.shape[2:])
         if not isinstance(heatmap, Tensor) or heatmap.shape != expected:
             raise ValueError(
                 f"postprocess must return heatmaps of shape {expected}, but returns"
-                f" {tuple(getattr(heatmap, 'shape', ())) or type(heatmap).__name__}."
+                f" {_shape_or_type(heatmap)}."
             )
         part = heatmap[:, None] / relevance.shape[1]
         return part.to(relevance.dtype).expand_as(relevance).clone()
 
 
 def _run(
-    module: Module,
-    forward: Callable[..., Any],
-    leaves: tuple[Tensor, ...],
+    module: Module, forward: Callable[..., Any], leaves: tuple[Tensor, ...],
     args: tuple[Any, ...],
-) -> tuple[Any, list[tuple[ReadOut, ...]]]:
+) -> Run:
     """Run the model, to read off relevance at its inputs."""
     # the model may change copies of its inputs in place
     output = forward(*(leaf.clone() for leaf in leaves), *args)
     return output, [tuple(ReadOut(leaf, leaf) for leaf in leaves)]
 
 
-def _check_inputs(
-    inputs: Inputs, model: Optional[Module] = None
-) -> tuple[Tensor, ...]:
-    """Inputs as a tuple of tensors, which can have relevance if there is a model."""
-    given = inputs if isinstance(inputs, tuple) else (inputs,)
-    for tensor in given:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(
-                "inputs must be a tensor or a tuple of tensors, but there is"
-                f" {type(tensor).__name__}."
-            )
-        if model is not None and not tensor.is_floating_point():
-            kinds = (torch.nn.Embedding, torch.nn.EmbeddingBag)
-            names = [
-                name
-                for name, module in unwrap(model)[0].named_modules()
-                if isinstance(module, kinds)
-            ]
-            layer = repr(names[0]) if names else "layer"
-            raise TypeError(
-                f"inputs of {tensor.dtype} cannot have relevance: explain the output"
-                f" of the layer that they enter, with LayerRelevance(model, {layer}), or"
-                " give them as additional_forward_args."
-            )
-    if not given or any(
-        tensor.ndim == 0 or len(tensor) != len(given[0]) or not len(tensor)
-        for tensor in given
-    ):
-        raise ValueError(
-            "inputs must have one and the same number of examples, but are of shape"
-            f" {', '.join(str(tuple(tensor.shape)) for tensor in given) or '()'}."
-        )
-    return given
+def _shape_or_type(value: Any) -> Any:
+    """What a value is, for messages."""
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
 
 
 def _as_constant(tensor: Tensor) -> Tensor:
@@ -496,38 +446,21 @@ def _as_constant(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
-def _relevance(read_out: ReadOut, gradient: Optional[Tensor]) -> Tensor:
-    """Relevance that is read off. Where none arrives, it is zero."""
-    if read_out.parts is not None:
-        parts = read_out.parts
-        gradient = sum(parts[1:], parts[0]) if parts else None
-    if gradient is None:
-        return torch.zeros_like(read_out.tensor)
-    gradient = gradient.detach()
-    return gradient if read_out.factor is None else gradient * read_out.factor
-
-
 def create_composite(composite: Any) -> Composite:
     """Get an instance of a composite."""
     factory = composite
     if isinstance(composite, str):
         if composite not in COMPOSITES:
-            raise ValueError(
-                f"composite={composite!r} is not"
-                f" registered{suggest(composite, COMPOSITES)}"
-            )
+            hint = suggest(composite, COMPOSITES)
+            raise ValueError(f"composite={composite!r} is not registered{hint}")
         factory = COMPOSITES[composite]
     if isinstance(factory, type) and issubclass(factory, Composite):
         try:
             return factory()
         except TypeError as error:
             raise TypeError(
-                f"composite={composite!r} cannot be created without arguments, give an"
-                f" instance: {error}"
+                f"composite={composite!r} needs arguments, give an instance: {error}"
             ) from error
     if not isinstance(composite, Composite):
-        raise TypeError(
-            f"composite={composite!r} is neither a composite of Zennit nor the name of"
-            " one."
-        )
+        raise TypeError(f"composite={composite!r} is neither a composite nor a name.")
     return composite

@@ -23,6 +23,7 @@ from captum_adapters.attr.composite import (
     InitialRelevance,
     Output,
     ReadOut,
+    Run,
 )
 from zennit_resnet._autograd import next_sequence, sequence_of, walk
 from zennit_resnet._compat import COMPILED_MODULE, DisableTorchFunction
@@ -50,20 +51,14 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
     several times needs the number of the call, as `layer1.0.relu#2` for the second.
 
     Composites such as :class:`~zennit_resnet.composites.BlockLRP` propagate relevance
-    divided by the activation, which is multiplied by it here. It is relevance of the
-    method at the borders of blocks, and its continuation by the gradient inside.
+    divided by the activation, which is multiplied by it here.
 
     Args:
 
-        model (torch.nn.Module): The network, in evaluation mode.
         layer (torch.nn.Module, str or list): One or several layers, as modules or by
                 their names (without the `module.` of wrapped models).
-        composite, initial_relevance, output: See :class:`CompositeAttribution`.
-
-    Raises:
-        TypeError: As :class:`CompositeAttribution`, or if a layer is neither a module
-                nor a name.
-        ValueError: If a name of a composite or initial relevance is unknown.
+        model, composite, initial_relevance, output: See :class:`CompositeAttribution`,
+                as for errors.
 
     Examples::
 
@@ -81,12 +76,9 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
     """
 
     def __init__(
-        self,
-        model: Module,
-        layer: Union[Layer, list[Layer]],
+        self, model: Module, layer: Union[Layer, list[Layer]],
         composite: Union[Composite, type, str] = "resnet_lrp_ratio",
-        initial_relevance: InitialRelevance = "logit",
-        output: Output = None,
+        initial_relevance: InitialRelevance = "logit", output: Output = None,
     ) -> None:
         for each in layer if isinstance(layer, list) else [layer]:
             if not isinstance(each, (Module, str)):
@@ -128,7 +120,6 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
             attribute_to_layer_input (bool, optional): Whether to return the relevance
                     of the layers' inputs (those given by position) in the place of
                     their outputs.
-                    Default: False
 
         Returns:
             **attributions**, or 2-element tuple of **attributions**, **delta**:
@@ -145,21 +136,17 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
                     passes, if the composite conserves it.
 
         Raises:
-            ValueError: As :meth:`CompositeAttribution.attribute`, or if a layer is not
-                    part of the model, did not run, has been called several times and no
-                    call is chosen, or has no row for each example.
-            TypeError: As :meth:`CompositeAttribution.attribute`, or if a layer does not
-                    give floating point tensors.
-            RuntimeError: As :meth:`CompositeAttribution.attribute`, or if a layer is
-                    inside of a module with a rule for all that it contains.
+            ValueError: As :meth:`CompositeAttribution.attribute`, as the others, or if
+                    a layer is not part of the model, did not run, has been called
+                    several times and no call is chosen, or has no row for each example.
+            TypeError: If a layer does not give floating point tensors.
+            RuntimeError: If a layer is inside of a module with a rule for all that it
+                    contains.
         """
         check_flag("return_convergence_delta", return_convergence_delta)
         check_flag("attribute_to_layer_input", attribute_to_layer_input)
         layers, initial = self._explain(
-            inputs,
-            target,
-            additional_forward_args,
-            internal_batch_size,
+            inputs, target, additional_forward_args, internal_batch_size,
             partial(self._run_layers, attribute_to_layer_input),
         )
         is_list = isinstance(self.layer, list)
@@ -171,20 +158,15 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
         return attributions, deltas if is_list else deltas[0]
 
     def _run_layers(
-        self,
-        of_input: bool,
-        module: Module,
-        forward: Callable[..., Any],
-        leaves: tuple[Tensor, ...],
-        args: tuple[Any, ...],
-    ) -> tuple[Any, list[tuple[ReadOut, ...]]]:
+        self, of_input: bool, module: Module, forward: Callable[..., Any],
+        leaves: tuple[Tensor, ...], args: tuple[Any, ...],
+    ) -> Run:
         """Run the model, to read off relevance at layers."""
         given = self.layer if isinstance(self.layer, list) else [self.layer]
         # the model may be wrapped
         given = [module if each is self.model else each for each in given]
-        recorder = _Recorder(module, self.composite, given, of_input, len(leaves[0]))
         inputs = [leaf.clone() for leaf in leaves]
-        recorder.integers = set(map(_memory, _integers(inputs)))
+        recorder = _Recorder(module, self.composite, given, of_input, inputs)
         with recorder.watch():
             output = forward(*inputs, *args)
         return output, recorder.result(output)
@@ -206,33 +188,27 @@ class _Recorder:
     """
 
     def __init__(
-        self,
-        root: Module,
-        composite: Composite,
-        layers: list[Layer],
-        of_input: bool,
-        batch: int,
+        self, root: Module, composite: Composite, layers: list[Layer], of_input: bool,
+        inputs: list[Tensor],
     ) -> None:
-        self.root = root
-        self.composite = composite
-        self.of_input = of_input
-        self.batch = batch
+        self.root, self.composite, self.of_input = root, composite, of_input
+        self.batch = len(inputs[0])
         self.is_gradient = getattr(composite, "propagates", "relevance") == "gradient"
         self.thread = threading.get_ident()
         # where inputs of integers are, which cannot require gradients: the graph then
         # begins at the output of modules that take them
-        self.integers: set[int] = set()
+        self.integers = set(map(_memory, _integers(inputs)))
         self.has_begun = False
         # a module may have several names
         self.names = dict(root.named_modules(remove_duplicate=False))
         self.paths = {module: name for name, module in root.named_modules()}
         self.wanted = [self._find(layer) for layer in layers]
-        self.calls: dict[Union[Module, str], list[_LayerCall]] = {
+        self.calls: dict[Layer, list[_LayerCall]] = {
             key: [] for key, _, _ in self.wanted
         }
         self.handles: dict[Module, Any] = {}
 
-    def _find(self, layer: Layer) -> tuple[Union[Module, str], str, int]:
+    def _find(self, layer: Layer) -> tuple[Layer, str, int]:
         """The module or name of a layer, its name with call, and the call or 0."""
         if isinstance(layer, Module):
             if layer not in self.paths:
@@ -257,7 +233,7 @@ class _Recorder:
             for handle in self.handles.values():
                 handle.remove()
 
-    def _key(self, module: Module) -> Union[Module, str]:
+    def _key(self, module: Module) -> Layer:
         """The key of a module, which is its name for operations."""
         if module in self.paths or not isinstance(module, Operation):
             return module
@@ -285,8 +261,7 @@ class _Recorder:
         if not torch.is_grad_enabled():
             raise RuntimeError(
                 f"There is no relevance of {self._name(key)!r}, as it runs without"
-                " gradients: it is inside of a module with a rule for all that it"
-                " contains, or the model runs it so."
+                " gradients, as inside of a module with a rule for all that it contains."
             )
         if module not in self.handles:
             # by now all rules have their hooks, so this is the last one
@@ -313,7 +288,7 @@ class _Recorder:
         with DisableTorchFunction():
             return map_tensors(begin, value)
 
-    def _check_begun(self, key: Union[Module, str], value: Any) -> None:
+    def _check_begun(self, key: Layer, value: Any) -> None:
         """Refuse layers before which relevance would be cut off."""
         if self.integers and not self.has_begun and _tensors(value):
             raise RuntimeError(
@@ -329,7 +304,7 @@ class _Recorder:
         key = self._key(module)
         call = self.calls[key][-1]
         if not self.of_input:
-            if self.integers and list(_integers(args)):
+            if self.integers and _integers(args):
                 output = self._begin(output)
             self._check_begun(key, output)
         call.end = next_sequence()
@@ -344,7 +319,7 @@ class _Recorder:
         )
         return None
 
-    def _read_outs(self, key: Union[Module, str], value: Any) -> tuple[ReadOut, ...]:
+    def _read_outs(self, key: Layer, value: Any) -> tuple[ReadOut, ...]:
         """Where the relevance of tensors arrives."""
         # outside of the whole network, it is relevance in any case
         with_factor = self.is_gradient and key is not self.root
@@ -358,10 +333,9 @@ class _Recorder:
             _collect(chosen, output)
         return [call.read_outs for call in chosen]
 
-    def _choose(self, key: Union[Module, str], label: str, call: int) -> _LayerCall:
+    def _choose(self, key: Layer, label: str, call: int) -> _LayerCall:
         """The call of a layer that was asked for."""
-        calls = self.calls[key]
-        label = f"layer {label!r}"
+        calls, label = self.calls[key], f"layer {label!r}"
         if not calls:
             raise ValueError(f"{label} did not run{self._suggest(key)}")
         if len(calls) > 1 and not call:
@@ -384,7 +358,7 @@ class _Recorder:
                 )
         return chosen
 
-    def _suggest(self, key: Union[Module, str]) -> str:
+    def _suggest(self, key: Layer) -> str:
         """The end of a message with similar names, of operations as well."""
         if not isinstance(key, str):
             return "."
@@ -395,13 +369,13 @@ class _Recorder:
             return f", as there is none: did you mean {bare!r}?"
         return f", as there is none{suggest(key, names)}"
 
-    def _name(self, key: Union[Module, str]) -> str:
+    def _name(self, key: Layer) -> str:
         return key if isinstance(key, str) else self.paths[key]
 
 
-def _integers(value: Any) -> Iterator[Tensor]:
+def _integers(value: Any) -> list[Tensor]:
     """All tensors of integers in inputs of a module."""
-    return (elem for elem in tensors_of(value) if not elem.is_floating_point())
+    return [elem for elem in tensors_of(value) if not elem.is_floating_point()]
 
 
 def _memory(tensor: Tensor) -> int:
@@ -411,13 +385,7 @@ def _memory(tensor: Tensor) -> int:
 
 def _tensors(value: Any) -> list[Tensor]:
     """All floating point tensors in inputs or outputs of a module."""
-    if isinstance(value, Tensor):
-        return [value] if value.is_floating_point() else []
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, (tuple, list)):
-        return []
-    return [tensor for elem in value for tensor in _tensors(elem)]
+    return [elem for elem in tensors_of(value) if elem.is_floating_point()]
 
 
 def _read_out(tensor: Tensor, with_factor: bool) -> ReadOut:
@@ -451,9 +419,7 @@ def _collect(calls: list[_LayerCall], output: Any) -> None:
 
 
 def _put_down(
-    index: int,
-    parts: list[Tensor],
-    grad_inputs: tuple[Optional[Tensor], ...],
+    index: int, parts: list[Tensor], grad_inputs: tuple[Optional[Tensor], ...],
     grad_outputs: tuple[Optional[Tensor], ...],
 ) -> None:
     """Called when an operation has propagated relevance."""

@@ -29,19 +29,12 @@ class ResNetLRP(CompositeAttribution):
 
     Args:
 
-        model (torch.nn.Module): The network, in evaluation mode.
-        splitting (str, optional): `"ratio"` by the magnitudes of both branches, or
-                `"symmetric"` in half.
-                Default: `"ratio"`
-        identity_skip, batch_norm, first_layer, ...: See
+        splitting, identity_skip, batch_norm, first_layer, ...: See
                 :class:`zennit_resnet.composites.ResNetLRP`.
-        initial_relevance, postprocess, output: See :class:`CompositeAttribution`. The
-                paper's post-processing is `"heat_quantization"`, which does not
-                conserve relevance.
-
-    Raises:
-        TypeError: If `model` is not a module.
-        ValueError: If an argument is not one of its choices.
+        model, initial_relevance, postprocess, output: See
+                :class:`CompositeAttribution`, as for errors. The paper's
+                post-processing is `"heat_quantization"`, which does not conserve
+                relevance.
 
     Examples::
 
@@ -79,19 +72,8 @@ class ResNetLRP(CompositeAttribution):
         output: Output = None,
     ) -> None:
         composite = composites.ResNetLRP(
-            splitting=splitting,
-            identity_skip=identity_skip,
-            batch_norm=batch_norm,
-            first_layer=first_layer,
-            projection=projection,
-            dead_units=dead_units,
-            maxpool=maxpool,
-            stabilizer=stabilizer,
-            layer_map=layer_map,
-            canonizers=canonizers,
-            low=low,
-            high=high,
-            coverage=coverage,
+            splitting, identity_skip, batch_norm, first_layer, projection, dead_units,
+            maxpool, stabilizer, layer_map, canonizers, low, high, coverage,
         )
         super().__init__(model, composite, initial_relevance, postprocess, output)
 
@@ -108,14 +90,10 @@ class RelativeLRP(CompositeAttribution):
 
     Args:
 
-        model (torch.nn.Module): The network, in evaluation mode.
         cardinality, normalization, batch_norm, layer_map, canonizers: See
                 :class:`zennit_resnet.composites.RelativeLRP`.
-        initial_relevance, postprocess, output: See :class:`CompositeAttribution`.
-
-    Raises:
-        TypeError: If `model` is not a module.
-        ValueError: If an argument is not one of its choices.
+        model, initial_relevance, postprocess, output: See
+                :class:`CompositeAttribution`.
 
     Examples::
 
@@ -130,24 +108,14 @@ class RelativeLRP(CompositeAttribution):
     _name = "Relative LRP"
 
     def __init__(
-        self,
-        model: Module,
-        cardinality: str = "constant",
-        normalization: str = "signed",
-        batch_norm: str = "merge",
-        layer_map: Optional[LayerMap] = None,
-        canonizers: Optional[list[Any]] = None,
-        *,
-        initial_relevance: InitialRelevance = "logit",
-        postprocess: Postprocess = None,
+        self, model: Module, cardinality: str = "constant",
+        normalization: str = "signed", batch_norm: str = "merge",
+        layer_map: Optional[LayerMap] = None, canonizers: Optional[list[Any]] = None, *,
+        initial_relevance: InitialRelevance = "logit", postprocess: Postprocess = None,
         output: Output = None,
     ) -> None:
         composite = composites.RelativeLRP(
-            cardinality=cardinality,
-            normalization=normalization,
-            batch_norm=batch_norm,
-            layer_map=layer_map,
-            canonizers=canonizers,
+            cardinality, normalization, batch_norm, layer_map, canonizers
         )
         super().__init__(model, composite, initial_relevance, postprocess, output)
 
@@ -158,24 +126,15 @@ class C3LRP(CompositeAttribution):
     A block with input z, output z' and Jacobian J propagates :math:`R_z = z \odot J^T
     (R_{z'} / z')`, Eqs. (1) and (2). The heatmap is then restricted to what the
     interior of its largest contour and its largest component have in common. Without
-    that, it is Gradient × Input up to a factor.
-
-    With post-processing, the channels have equal parts of the heatmap, so that their
-    sum is the heatmap. The delta is what biases absorb, and what was cut off.
+    that (`postprocess=None`), it is Gradient × Input up to a factor, for inputs of any
+    shape. The delta is what biases absorb, and what was cut off.
 
     Args:
 
-        model (torch.nn.Module): The network, in evaluation mode.
         epsilon, mode, blocks, layer_map, canonizers: See
                 :class:`zennit_resnet.composites.BlockLRP`.
-        postprocess (str or callable, optional): See :class:`CompositeAttribution`.
-                `None` for the block rule alone, which is for inputs of any shape.
-                Default: `"c3"`
-        initial_relevance, output: See :class:`CompositeAttribution`.
-
-    Raises:
-        TypeError: If `model` is not a module, or `blocks` is none of its forms.
-        ValueError: If an argument is not one of its choices.
+        model, postprocess, initial_relevance, output: See
+                :class:`CompositeAttribution`.
 
     Examples::
 
@@ -191,23 +150,10 @@ class C3LRP(CompositeAttribution):
     _name = "C3-LRP"
 
     def __init__(
-        self,
-        model: Module,
-        epsilon: Stabilizer = 1e-6,
-        mode: str = "sign",
-        blocks: Any = None,
-        layer_map: Optional[LayerMap] = None,
-        canonizers: Optional[list[Any]] = None,
-        *,
-        postprocess: Postprocess = "c3",
-        initial_relevance: InitialRelevance = "logit",
-        output: Output = None,
+        self, model: Module, epsilon: Stabilizer = 1e-6, mode: str = "sign",
+        blocks: Any = None, layer_map: Optional[LayerMap] = None,
+        canonizers: Optional[list[Any]] = None, *, postprocess: Postprocess = "c3",
+        initial_relevance: InitialRelevance = "logit", output: Output = None,
     ) -> None:
-        composite = composites.BlockLRP(
-            epsilon=epsilon,
-            mode=mode,
-            blocks=blocks,
-            layer_map=layer_map,
-            canonizers=canonizers,
-        )
+        composite = composites.BlockLRP(epsilon, mode, blocks, layer_map, canonizers)
         super().__init__(model, composite, initial_relevance, postprocess, output)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Callable, Optional, Union
+from typing import Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +20,12 @@ from captum_adapters._validation import (
     check_baselines,
     check_choice,
     check_evaluation,
+    check_inputs,
     check_output,
     check_score,
     check_target,
     double_dtype,
+    examples_where,
     positive_integer,
     select_target,
     split_args,
@@ -54,12 +56,8 @@ class RISE(PerturbationAttribution):
     A mask starts as a grid of s × s cells, each of them visible with probability p. The
     grid is resized to s + 1 cells' lengths with linear interpolation, and an area of
     the image's size is cut out at random. A cell's length is that of the image divided
-    by s, rounded up; the cut is shifted by up to a cell's length (exclusive), so that
-    all positions of the grid are equally likely.
-
-    All examples of a batch have the same masks, and these only depend on `seed`. Thus
-    the result of an example depends neither on the rest of the batch, nor on how many
-    masks are evaluated at once (but for rounding), nor on the device.
+    by s, rounded up; the cut is shifted by up to a cell's length (exclusive). All
+    examples of a batch have the same masks, which depend on `seed` alone.
 
     Args:
 
@@ -79,9 +77,6 @@ class RISE(PerturbationAttribution):
         >>> bool(attributions[..., 7].mean() > attributions[..., 0].mean())
         True
     """
-
-    def __init__(self, forward_func: Callable[..., Any]) -> None:
-        PerturbationAttribution.__init__(self, forward_func)
 
     @classmethod
     def get_name(cls) -> str:
@@ -110,64 +105,44 @@ class RISE(PerturbationAttribution):
                     width), or with one or three spatial dimensions instead. Each of
                     several tensors has masks of its own. What shall not be masked
                     belongs into `additional_forward_args`.
-            target (int, tuple, Tensor, or list, optional): See
-                    :meth:`CompositeAttribution.attribute`.
-                    Default: None
-            additional_forward_args (Any, optional): Further arguments of
-                    `forward_func`. Those tensors that have a row for each example are
-                    given with the row of each masked image's example.
-                    Default: None
+            target, additional_forward_args: See :meth:`CompositeAttribution.attribute`.
             baselines (scalar, Tensor, tuple of scalar, or Tensor, optional): What is
                     seen where a mask is zero: a number, or a tensor that can be
-                    broadcast to the inputs, for each of them. The paper's is 0 after
-                    normalization, the mean color.
-                    Default: None, for 0
+                    broadcast to the inputs, for each of them.
+                    Default: None, for 0 as in the paper (after normalization)
             n_masks (int, optional): Number of masks N. The paper uses 4000 for VGG-16
-                    and 8000 for ResNet-50. The noise is proportional to
-                    :math:`1 / \sqrt{N}`.
-                    Default: 4000
+                    and 8000 for ResNet-50.
             grid_size (int or sequence of int, optional): Number of cells s along each
                     spatial dimension, or one for all of them.
-                    Default: 7
             probability (float, optional): Probability p of a cell to be visible,
                     between 0 and 1 (exclusive).
-                    Default: 0.5
-            seed (int, optional): Seed of the masks. The global random state is neither
-                    used nor changed.
-                    Default: 0
+            seed (int, optional): Seed of the masks.
             output (str or callable, optional): What the score is, see
                     :func:`captum_adapters.metrics.insertion_deletion`. The paper's is
                     the probability.
-                    Default: `"softmax"`
             normalization (str, optional): What sums are divided by: `"coverage"` for
                     the sum of the masks at the pixel, so that the result is the mean
                     score of the masks that show it, or `"expected"` for the paper's
                     p N. A pixel that no mask shows is 0.
-                    Default: `"coverage"`
             perturbations_per_eval (int, optional): Number of masks to evaluate at once,
                     each of them with the whole batch.
                     Default: None, for as many as give 32 images, at least one
             show_progress (bool, optional): Whether to show a progress bar.
-                    Default: False
 
         Returns:
             *Tensor* or *tuple[Tensor]* of **attributions**:
             - **attributions** (*Tensor* or *tuple[Tensor]*):
                     Importance in units of the score, of the shape and type of the
-                    inputs. As masks cover all channels, these are the same:
-                    `attributions[:, :1]` is the paper's map. A tuple is returned if
-                    inputs are a tuple.
+                    inputs. All channels are the same: `attributions[:, :1]` is the
+                    paper's map. A tuple is returned if inputs are a tuple.
 
         Raises:
-            ValueError: If there are no spatial dimensions or no examples, an argument
-                    is out of range, a baseline does not fit, the target is missing or
-                    out of range, the number of outputs is not that of the images, a
-                    score is NaN or infinite, or the network is in training mode with
-                    batch norm or dropout.
+            ValueError: If a shape does not fit, an argument is out of range or missing,
+                    a score is NaN or infinite, or the network is in training mode.
             TypeError: If inputs are not floating point tensors, the target is not of
                     integers, or the output is not a tensor.
         """
-        images = check_inputs(inputs)
+        images = check_maskable(inputs)
         batch = len(images[0])
         bases = _check_baselines(baselines, images)
         positive_integer("n_masks", n_masks)
@@ -181,22 +156,15 @@ class RISE(PerturbationAttribution):
         if perturbations_per_eval is not None:
             chunk = positive_integer("perturbations_per_eval", perturbations_per_eval)
         # few bits each, so that masks are the same however they are evaluated
-        generator = torch.Generator().manual_seed(seed)
-        grids = [
-            _draw_grids(image, n_masks, grid_size, probability, generator)
-            for image in images
-        ]
+        drawing = grid_size, probability, torch.Generator().manual_seed(seed)
+        grids = [_draw_grids(image, n_masks, *drawing) for image in images]
         index = check_target(target, batch, allow_negative=True)
         totals = [
             image.new_zeros((batch, *image.shape[2:]), dtype=double_dtype(image.device))
             for image in images
         ]
         covered = [torch.zeros_like(total[0]) for total in totals]
-        bar = tqdm(
-            desc=f"{self.get_name()} attribution",
-            total=n_masks,
-            disable=not show_progress,
-        )
+        bar = tqdm(desc="RISE attribution", total=n_masks, disable=not show_progress)
         judged: list[Tensor] = []
         with torch.no_grad(), bar:
             for begin in range(0, n_masks, chunk):
@@ -208,19 +176,14 @@ class RISE(PerturbationAttribution):
                 count = len(masks[0])
                 result = self.forward_func(
                     *map(_apply_masks, images, bases, masks),
-                    # the batch is repeated for each mask
                     *(
-                        arg.repeat(count, *[1] * (arg.ndim - 1)) if expand else arg
+                        _repeat(arg, count) if expand else arg
                         for arg, expand in zip(args, per_example)
                     ),
                 )
                 result = check_output(result, count * batch)
                 scores = to_scores(result, output, judged)
-                rows = None
-                if index is not None:
-                    rows = index.to(scores.device).repeat(
-                        count, *[1] * (index.ndim - 1)
-                    )
+                rows = None if index is None else _repeat(index.to(scores.device), count)
                 scores = select_target(scores, rows, begin == 0).view(count, -1)
                 for total, cover, mask in zip(totals, covered, masks):
                     mask = mask.to(total.dtype)
@@ -230,16 +193,14 @@ class RISE(PerturbationAttribution):
         # Captum's decorator is in between
         warn_probabilities(judged, stacklevel=4)
         for total, cover in zip(totals, covered):
-            if normalization == "expected":
-                total /= probability * n_masks
-            else:
-                # a pixel that no mask shows has a total of zero
-                total /= cover.clamp(min=torch.finfo(cover.dtype).tiny)
-        finite = totals[0].isfinite().flatten(1).all(1)
-        if not bool(finite.all()):
+            # a pixel that no mask shows has a total of zero
+            seen = cover.clamp(min=torch.finfo(cover.dtype).tiny)
+            total /= probability * n_masks if normalization == "expected" else seen
+        wrong = examples_where(~totals[0].isfinite())
+        if wrong:
             raise ValueError(
                 "forward_func returns NaN or infinity for masked images of the examples"
-                f" {(~finite).nonzero()[:, 0].tolist()}."
+                f" {wrong}."
             )
         attributions = tuple(
             total.to(image.dtype)[:, None].expand_as(image).clone()
@@ -248,25 +209,20 @@ class RISE(PerturbationAttribution):
         return attributions if isinstance(inputs, tuple) else attributions[0]
 
 
-def check_inputs(inputs: Inputs) -> tuple[Tensor, ...]:
+def check_maskable(inputs: Inputs) -> tuple[Tensor, ...]:
     """Inputs as a tuple of floating point tensors with spatial dimensions."""
-    images = inputs if isinstance(inputs, tuple) else (inputs,)
+    images = check_inputs(inputs)
     for image in images:
         if not image.is_floating_point():
             raise TypeError(
                 f"inputs of {image.dtype} cannot be masked: convert them to floating"
                 " point numbers."
             )
-        if image.ndim - 2 not in _LINEAR:
+        if image.ndim - 2 not in _LINEAR or image.numel() == 0:
             raise ValueError(
                 "inputs must be of shape (batch, channels, height, width), or with one"
-                " or three spatial dimensions instead, but are of shape"
+                " or three spatial dimensions, and not empty, but are of shape"
                 f" {tuple(image.shape)}."
-            )
-        if image.numel() == 0 or len(image) != len(images[0]):
-            raise ValueError(
-                "inputs must have one and the same number of examples, but are of"
-                f" shape {', '.join(str(tuple(tensor.shape)) for tensor in images)}."
             )
     return images
 
@@ -277,20 +233,14 @@ def _check_baselines(
     """A baseline for each input, `None` for zeros."""
     given = baselines if isinstance(baselines, tuple) else (baselines,) * len(images)
     if len(given) != len(images):
-        raise ValueError(
-            f"There are {len(given)} baselines for {len(images)} inputs: give one for"
-            " each."
-        )
+        raise ValueError(f"There are {len(given)} baselines for {len(images)} inputs.")
     bases = [check_baselines(base, image) for base, image in zip(given, images)]
     return [base if bool(base.any()) else None for base in bases]
 
 
 def _draw_grids(
-    image: Tensor,
-    n_masks: int,
-    grid_size: Union[int, Sequence[int]],
-    probability: float,
-    generator: torch.Generator,
+    image: Tensor, n_masks: int, grid_size: Union[int, Sequence[int]],
+    probability: float, generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Which cells are visible, and by how many pixels they are shifted, on the CPU.
 
@@ -306,11 +256,10 @@ def _draw_grids(
             f" of {len(size)} spatial dimensions of inputs."
         )
     grids = torch.rand(n_masks, *cells, generator=generator, device="cpu") < probability
+    cell = [math.ceil(length / count) for length, count in zip(size, cells)]
     shifts = [
-        torch.randint(
-            math.ceil(length / count), (n_masks,), generator=generator, device="cpu"
-        )
-        for length, count in zip(size, cells)
+        torch.randint(length, (n_masks,), generator=generator, device="cpu")
+        for length in cell
     ]
     return grids, torch.stack(shifts, 1)
 
@@ -323,8 +272,7 @@ def _make_masks(grids: Tensor, shifts: Tensor, image: Tensor) -> Tensor:
         masks = F.interpolate(
             grids[:, None].to(image.device, dtype),
             [(count + 1) * math.ceil(side / count) for side, count in zip(size, cells)],
-            mode=_LINEAR[len(size)],
-            align_corners=False,
+            mode=_LINEAR[len(size)], align_corners=False,
         )[:, 0]
     for dim, (side, shift) in enumerate(zip(size, shifts.unbind(1)), 1):
         index = shift[:, None] + torch.arange(side, device=shift.device)
@@ -332,6 +280,11 @@ def _make_masks(grids: Tensor, shifts: Tensor, image: Tensor) -> Tensor:
         view[dim] = side
         masks = masks.take_along_dim(index.view(view).to(masks.device), dim)
     return masks
+
+
+def _repeat(rows: Tensor, count: int) -> Tensor:
+    """The rows of a batch, repeated for each mask."""
+    return rows.repeat(count, *[1] * (rows.ndim - 1))
 
 
 def _apply_masks(image: Tensor, base: Optional[Tensor], masks: Tensor) -> Tensor:

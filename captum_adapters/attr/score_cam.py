@@ -22,7 +22,7 @@ from captum_adapters._validation import (
     select_target,
     split_args,
 )
-from captum_adapters.attr.rise import check_inputs
+from captum_adapters.attr.rise import check_maskable
 
 
 class ScoreCAM(LayerAttribution):
@@ -40,10 +40,9 @@ class ScoreCAM(LayerAttribution):
     The computation is `torch-cam <https://pypi.org/project/torchcam>`_'s, which is
     an optional dependency: `pip install "zennit-resnet[cam]"`. Around it, this class
     adds Captum's targets and further arguments, and leaves the network as it was.
-    Images are evaluated one by one, so that results do not depend on the rest of the
-    batch, without gradients, and in evaluation mode unless `forward_func` is a function
-    that hides its network. It takes as many evaluations of the network as the layer has
-    channels: 2048 for the last stage of ResNet-50.
+    Images are evaluated one by one, without gradients, and in evaluation mode unless
+    `forward_func` is a function that hides its network. It takes as many evaluations of
+    the network as the layer has channels: 2048 for the last stage of ResNet-50.
 
     Args:
 
@@ -88,9 +87,7 @@ class ScoreCAM(LayerAttribution):
 
     @log_usage()
     def attribute(
-        self,
-        inputs: Inputs,
-        target: TargetType = None,
+        self, inputs: Inputs, target: TargetType = None,
         additional_forward_args: object = None,
         perturbations_per_eval: int = DEFAULT_CHUNK,
     ) -> Tensor:
@@ -98,31 +95,25 @@ class ScoreCAM(LayerAttribution):
 
             inputs (Tensor or tuple[Tensor]): Images of shape (batch, channels, height,
                     width). Further inputs belong into `additional_forward_args`.
-            target (int, tuple, Tensor, or list, optional): See
-                    :meth:`CompositeAttribution.attribute`. It should be a logit.
-                    Default: None
-            additional_forward_args (Any, optional): See :meth:`RISE.attribute`.
-                    Default: None
+            target, additional_forward_args: See :meth:`CompositeAttribution.attribute`.
+                    The target should be a logit.
             perturbations_per_eval (int, optional): Number of masked images to evaluate
                     at once.
-                    Default: 32
 
         Returns:
             *Tensor* of **attributions**:
             - **attributions** (*Tensor*):
                     Non-negative maps of the layer's height and width, of shape (batch,
-                    1, height, width) as those of Captum's :class:`LayerGradCam`, in
-                    units of the layer's activations. Resize them to the image with
-                    :meth:`LayerAttribution.interpolate`.
+                    1, height, width), in units of the layer's activations. Resize them
+                    to the image with :meth:`LayerAttribution.interpolate`.
 
         Raises:
-            ValueError: If there are several inputs or no examples, the layer has no
-                    part in the network or no spatial dimensions, the target is missing
-                    or out of range, or an output is NaN.
+            ValueError: If a shape does not fit, the layer has no part in the network,
+                    the target is missing or out of range, or an output is NaN.
             TypeError: If the layer's output, or the network's, is not a tensor, or the
                     target is not of integers.
         """
-        images = check_inputs(inputs)
+        images = check_maskable(inputs)
         if len(images) > 1:
             raise ValueError(
                 f"There are {len(images)} inputs, but Score-CAM masks a single one:"
@@ -132,96 +123,77 @@ class ScoreCAM(LayerAttribution):
         batch = len(images[0])
         index = check_target(target, batch, allow_negative=True)
         args, per_example = split_args(additional_forward_args, batch)
+        network = _SingleScore(self.forward_func, self.layer, index, args, per_example)
         maps = []
         for row, image in enumerate(images[0].detach().split(1)):
-            network = _SingleScore(
-                self.forward_func,
-                self.layer,
-                None if index is None else index[row : row + 1],
-                args,
-                [row if expand else None for expand in per_example],
-            )
-            with torch.no_grad(), _evaluation(network), network.watch_layer():
-                extractor = self._library.ScoreCAM(
+            network.row = row
+            with (
+                torch.no_grad(),
+                _evaluation(network),
+                self.layer.register_forward_hook(_check_layer),
+                self._library.ScoreCAM(
                     network, self.layer, batch_size=perturbations_per_eval
-                )
+                ) as extractor,
+            ):
                 # called after torch-cam's hook
                 copying = partial(_copy_activation, extractor)
-                with extractor:
-                    with self.layer.register_forward_hook(copying):
-                        network(image)
-                    if cam_activation(extractor) is None:
-                        raise ValueError(
-                            f"The layer {type(self.layer).__name__} is not used by"
-                            " forward_func: choose one that is."
-                        )
-                    maps.extend(extractor(0, normalized=False))
+                with self.layer.register_forward_hook(copying):
+                    network(image)
+                if cam_activation(extractor) is None:
+                    raise ValueError(
+                        f"The layer {type(self.layer).__name__} is not used by"
+                        " forward_func: choose one that is."
+                    )
+                maps.extend(extractor(0, normalized=False))
         return torch.stack(maps)
 
 
 class _SingleScore(torch.nn.Module):
-    """The target's output of one example, as a network with images as only input.
-
-    `rows` tells which row of a further argument is the example's, if it has any.
-    """
+    """The target's output of the example in a row, with images as only input."""
 
     def __init__(
-        self,
-        forward_func: Callable[..., Any],
-        layer: torch.nn.Module,
-        target: Optional[Tensor],
-        args: tuple[Any, ...],
-        rows: list[Optional[int]],
+        self, forward_func: Callable[..., Any], layer: torch.nn.Module,
+        target: Optional[Tensor], args: tuple[Any, ...], per_example: list[bool],
     ) -> None:
         super().__init__()
         # both are found among the modules of this one, also if forward_func is none
         self.layer, self.forward_func = layer, forward_func
-        self.target, self.args, self.rows = target, args, rows
+        self.target, self.args, self.per_example = target, args, per_example
+        self.row = 0
 
     def forward(self, images: Tensor) -> Tensor:
         """Output of shape (images, 1)."""
-        count = len(images)
+        rows = [self.row] * len(images)
         result = self.forward_func(
             # which may be changed in place
             images.clone(),
             *(
-                arg if row is None else arg[row : row + 1].expand(count, *arg.shape[1:])
-                for arg, row in zip(self.args, self.rows)
+                arg[rows] if expand else arg
+                for arg, expand in zip(self.args, self.per_example)
             ),
         )
-        result = check_output(result, count)
-        index = self.target
-        if index is not None:
-            index = index.expand(count, *index.shape[1:]).to(result.device)
+        result = check_output(result, len(images))
+        index = None if self.target is None else self.target[rows].to(result.device)
         scores = at_least_single(select_target(result, index))
         # torch-cam would make it a map of zeros
         if bool(scores.isnan().any()):
             raise ValueError("forward_func returns NaN for a masked image.")
         return scores[:, None]
 
-    @contextmanager
-    def watch_layer(self) -> Iterator[None]:
-        """Refuse layers whose output is no image."""
 
-        def check(module: torch.nn.Module, _: Any, output: Any) -> None:
-            name = type(module).__name__
-            if not isinstance(output, Tensor):
-                raise TypeError(
-                    f"The layer {name} returns {type(output).__name__} instead of a"
-                    " tensor: choose another layer."
-                )
-            if output.ndim < 3:
-                raise ValueError(
-                    f"The layer {name} has an output of shape {tuple(output.shape)}"
-                    " without spatial dimensions: choose a convolution or a stage of"
-                    " them."
-                )
-
-        handle = self.layer.register_forward_hook(check)
-        try:
-            yield
-        finally:
-            handle.remove()
+def _check_layer(module: torch.nn.Module, _: Any, output: Any) -> None:
+    """Refuse layers whose output is no image."""
+    name = type(module).__name__
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"The layer {name} returns {type(output).__name__} instead of a tensor:"
+            " choose another layer."
+        )
+    if output.ndim < 3:
+        raise ValueError(
+            f"The layer {name} has an output of shape {tuple(output.shape)} without"
+            " spatial dimensions: choose a convolution or a stage of them."
+        )
 
 
 def _copy_activation(extractor: Any, *_: Any) -> None:

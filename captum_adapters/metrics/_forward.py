@@ -10,14 +10,9 @@ from captum_adapters._validation import check_evaluation, check_output, split_ar
 
 
 def forward_in_chunks(
-    forward_func: Callable[..., Any],
-    make_inputs: Callable[[slice], Tensor],
-    collect: Callable[[Tensor, slice], tuple[Tensor, ...]],
-    examples: Tensor,
-    batch: int,
-    additional_forward_args: object,
-    chunk: int,
-    show_progress: bool,
+    forward_func: Callable[..., Any], make_inputs: Callable[[slice], Tensor],
+    collect: Callable[[Tensor, slice], tuple[Tensor, ...]], examples: Tensor,
+    batch: int, additional_forward_args: object, chunk: int, show_progress: bool,
 ) -> tuple[Tensor, ...]:
     """Evaluate images that are derived from a batch, and concatenate what is collected.
 

@@ -113,17 +113,9 @@ class PerturbedImages:
     the same of them are kept. For each example, an image is encoded as a number: 0 is
     blank, N (the number of pixels) is the whole image, a number k below it has the
     first k pixels deleted, N + k has the first k inserted, and 2 N is blank if
-    insertion starts from something else.
-
-    Args:
-
-        images (Tensor): Images of shape (batch, channels, height, width).
-        deleted (Tensor): Baseline of deletion, of as many dimensions.
-        inserted (Tensor or None): Baseline of insertion, `None` for the same.
-        order (Tensor): Pixels in descending order, of shape (batch, N).
-        selected (Tensor): Number of pixels at each point of the curves, of shape
-                (batch, points).
-        alone (bool): Whether the network sees nothing but the image.
+    insertion starts from something else, which is `inserted`. Of N pixels in `order`,
+    (batch, N), `selected` counts those of each point, (batch, points). `alone` tells
+    whether the network sees nothing but the image.
 
     Attributes:
 
@@ -136,13 +128,8 @@ class PerturbedImages:
     """
 
     def __init__(
-        self,
-        images: Tensor,
-        deleted: Tensor,
-        inserted: Optional[Tensor],
-        order: Tensor,
-        selected: Tensor,
-        alone: bool,
+        self, images: Tensor, deleted: Tensor, inserted: Optional[Tensor],
+        order: Tensor, selected: Tensor, alone: bool,
     ) -> None:
         self.images, self.deleted, self.inserted = images, deleted, inserted
         self.size = size = order.shape[1]

@@ -87,13 +87,7 @@ def percent_list(percents: Any) -> list[Any]:
 
 
 def top_counts(percents: Percents, total: int) -> tuple[int, ...]:
-    r"""How many elements the top percentages are, :math:`\lfloor pN/100 \rfloor`.
-
-    The result is exact: percentages are taken as the decimal fractions they are
-    written as, so 0.7 % of 1000 is 7, although 0.7 * 1000 / 100 is below 7 in floating
-    point numbers. A :class:`fractions.Fraction` gives any other ratio: the percentage
-    at which exactly `k` of `n` are kept is `Fraction(100 * k, n)`.
-    """
+    """How many elements the top percentages are, see :func:`top_fraction`."""
     counts = []
     for percent in percent_list(percents):
         try:
@@ -170,9 +164,12 @@ def ranks_of(order: Tensor) -> Tensor:
 def top_fraction(scores: Tensor, percent: Percent) -> Tensor:
     r"""Select the top p % of the elements of each example.
 
-    Exactly :math:`\lfloor pN/100 \rfloor` of N elements are selected. Of equal scores,
-    the first in row-major order come first, so that a share of the selection depends on
-    where in the image ties are: :func:`mask_pointing` has the expected share instead.
+    Exactly :math:`\lfloor pN/100 \rfloor` of N elements are selected. Percentages are
+    taken as the decimal fractions they are written as: 0.7 % of 1000 is 7, although
+    0.7 * 1000 / 100 is below 7 in floating point numbers. The percentage at which
+    exactly `k` of `n` are selected is `Fraction(100 * k, n)`. Of equal scores, the first
+    in row-major order come first, so that a share of the selection depends on where in
+    the image ties are: :func:`mask_pointing` has the expected share instead.
 
     Args:
 
@@ -195,13 +192,11 @@ def top_fraction(scores: Tensor, percent: Percent) -> Tensor:
                  [False,  True]]])
     """
     scores = to_tensor(scores, "scores").detach()
-    if scores.ndim < 2:
+    if scores.ndim < 2 or scores.numel() == 0:
         raise ValueError(
-            f"scores of shape {tuple(scores.shape)} have no batch: they must be of"
-            " shape (batch, ...)."
+            f"scores of shape {tuple(scores.shape)} have no batch or are empty: they"
+            " must be of shape (batch, ...)."
         )
-    if scores.numel() == 0:
-        raise ValueError(f"scores of shape {tuple(scores.shape)} are empty.")
     if bool(scores.isnan().any()):
         raise ValueError("scores contain NaN, which has no rank.")
     (count,) = top_counts([percent], scores[0].numel())
@@ -221,13 +216,8 @@ class Ranks(NamedTuple):
 
 
 def rank_ties(
-    scores: Tensor,
-    counts: Sequence[int],
-    images: Tensor,
-    ties: str,
-    n_orders: int,
-    seed: int,
-    sample_ids: SampleIds,
+    scores: Tensor, counts: Sequence[int], images: Tensor, ties: str, n_orders: int,
+    seed: int, sample_ids: SampleIds,
 ) -> Ranks:
     """Ranks of scores, in several random orders of those ties that counts divide."""
     check_choice("ties", ties, ("random", "stable"))

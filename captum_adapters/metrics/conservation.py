@@ -20,17 +20,15 @@ def conservation_gap(
         \frac{\sum_i R_i - R}{|R|}
 
     with the attributions :math:`R_i` and the initial relevance :math:`R` at the output.
-    Zero is exact conservation (Otsuki et al., section 3.2), -1 a complete loss, and 1
-    means that relevance has doubled.
+    Zero is exact conservation (Otsuki et al., section 3.2), -1 a complete loss.
 
     Args:
 
         attributions (Tensor, numpy.ndarray or tuple of these): Attributions of shape
                 (batch, ...). For a tuple, the sum goes over all its tensors.
-        initial (int, float, Tensor or numpy.ndarray): Relevance that was propagated
-                from the output of each example, for instance its target's logit: a
-                tensor of shape (batch,), or of (batch, ...), which is summed for each
-                example, or a number for all.
+        initial (int, float, Tensor or numpy.ndarray): Relevance at the output, for
+                instance the target's logit: a tensor of shape (batch,), or (batch,
+                ...), which is summed for each example, or a number for all.
 
     Returns:
         Tensor: Relative gap of shape (batch,), in double precision. NaN if the initial
@@ -59,10 +57,9 @@ def conservation_gap(
     if start.ndim == 0:
         start = start.expand(batch)
     if any(len(part) != batch for part in (*parts, start)):
+        shapes = ", ".join(str(tuple(part.shape)) for part in (*parts, start))
         raise ValueError(
-            "Batch sizes differ: attributions are of shape"
-            f" {', '.join(str(tuple(part.shape)) for part in parts)}, and initial is of"
-            f" shape {tuple(start.shape)}."
+            f"Batch sizes of attributions and initial differ: the shapes are {shapes}."
         )
     start = start.reshape(batch, -1).sum(1)
     total = sum(

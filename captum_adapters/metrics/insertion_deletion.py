@@ -40,7 +40,7 @@ from captum_adapters.metrics._perturbation import (
 )
 from captum_adapters.metrics._ranking import SampleIds, tied_pixels
 
-TIES = ("nearest", "group", "stable", "random", "threshold")
+Pair = tuple[Tensor, Tensor]
 
 
 class Protocol(NamedTuple):
@@ -128,9 +128,7 @@ def insertion_deletion(
     seed: int = 0,
     sample_ids: SampleIds = None,
 ) -> InsertionDeletion:
-    r"""
-    Scores while pixels are inserted into, and deleted from, an image in the order of
-    their attributions.
+    r"""Scores while pixels are inserted into, and deleted from, an image.
 
     Pixels are ranked by descending attribution, all channels of a pixel together. The
     image of insertion has the first n pixels of the input, and the baseline elsewhere,
@@ -143,26 +141,9 @@ def insertion_deletion(
     map is the deletion area of its negative, random maps have an expected ID score of
     0, and so does a constant map.
 
-    The published protocols are presets:
-
-    - `"c3"`, the text of C³-LRP: like the default, but exactly n pixels at a time,
-      equal ones row by row. How many points there are is not stated. It rewards maps
-      with ties for objects in the upper half of the image.
-    - `"keio"`, the published code of Otsuki et al. 2024: a point every 500 pixels,
-      where all pixels that reach the value of rank n enter, however many they are,
-      while points are equally spaced. The empty image is no point of insertion, nor is
-      the whole image one of deletion. Pixels become black. It rewards ties: a constant
-      map scores the whole image's score minus the blank one's, close to the highest
-      score possible, and coarsened or masked maps gain in the same way. The target is
-      the label there, although maps explain the predicted class.
-    - `"rise"`, the published code of RISE: a point every 224 pixels, equally spaced.
-      Deleted pixels become 0 after normalization, but insertion starts from the blurred
-      image. In that the object may be seen already, hence insertion is higher for any
-      map, and the difference of both areas does not have zero as its chance level.
-      Their code leaves the order of ties to the sorting algorithm, here it is row by
-      row.
-
-    What the caller chooses replaces what the protocol prescribes.
+    The published protocols are presets, see `docs/metrics.md` for what they reward:
+    `"c3"` is the text of C³-LRP, `"keio"` the published code of Otsuki et al. 2024, and
+    `"rise"` that of RISE. What the caller chooses replaces what they prescribe.
 
     Args:
 
@@ -179,17 +160,14 @@ def insertion_deletion(
                 the space of the inputs: the mean colour if these are normalized. Black
                 is `-mean / std` then, which must be given for `protocol="keio"`, as
                 only the caller knows it.
-                Default: None
         target (int, tuple, Tensor, or list, optional): Index of the class whose score
                 is measured, as in Captum. `None` is for networks with a single
                 output only.
-                Default: None
         additional_forward_args (Any, optional): Further arguments of `forward_func`,
                 one or a tuple. Tensors with a row for each example are given with the
                 row of each image's example.
-                Default: None
-        n_steps (int, optional): Number of equal intervals of pixels, at most one for
-                each pixel. If the middle falls between two pixels, both are points.
+        n_steps (int, optional): Number of equal intervals of pixels. If the middle
+                falls between two pixels, both are points.
                 Default: None, for 100 or the `step` of the protocol
         ties (str, optional): What happens to pixels of equal value. `"nearest"`: they
                 enter together, and a point that would divide them is moved to before or
@@ -204,40 +182,31 @@ def insertion_deletion(
                 `"logit"` for the output as it is, or a function of the output. A single
                 output per example is taken as it is. Networks that return probabilities
                 need `"identity"`.
-                Default: `"softmax"`
         reduce (str, optional): `"sum"` ranks pixels by the sum of attributions over
                 channels, `"abs_sum"` by its magnitude.
-                Default: `"sum"`
         interpolate (str, optional): Mode of :func:`torch.nn.functional.interpolate` for
                 attributions of another height and width. `None` refuses these.
-                Default: None
-        max_examples_per_batch (int, optional): The largest number of images that are
-                created and evaluated at a time. It has no influence on the result.
+        max_examples_per_batch (int, optional): The largest number of images to evaluate
+                at a time.
                 Default: None, for 32 or the batch size if that is larger
         protocol (str, optional): `"keio"`, `"rise"` or `"c3"`, see above.
-                Default: None
         show_progress (bool, optional): Whether to show a progress bar.
-                Default: False
         step (int, optional): Number of pixels between two points, instead of `n_steps`.
-                Default: None
         insertion_baselines (scalar, Tensor, tuple of scalar, or Tensor, optional): What
                 insertion starts from, if not from `baselines`.
-                Default: None
         seed (int, optional): Seed of random orders.
-                Default: 0
         sample_ids (list or Tensor, optional): An identity for each example, which
                 together with `seed` determines its random order, whatever the rest of
                 the batch.
                 Default: None, for the content of the image
 
     Returns:
-        InsertionDeletion: A named tuple of tensors with a row for each example, on the
-        device of the inputs.
+        InsertionDeletion: A named tuple of tensors on the device of the inputs.
 
     Raises:
-        ValueError: If a shape does not fit, the batch is empty, a map has NaN or
-                infinity, a target is missing or out of range, the network is in
-                training mode, or an argument is unknown or out of range.
+        ValueError: If a shape does not fit, a map has NaN or infinity, a target is
+                missing or out of range, the network is in training mode, or an argument
+                is unknown or out of range.
         TypeError: If an argument is not of the type above.
 
     Warns:
@@ -258,7 +227,7 @@ def insertion_deletion(
     check_choice("protocol", protocol, PROTOCOLS)
     preset = PROTOCOLS[protocol]
     ties = preset.ties if ties is None else ties
-    check_choice("ties", ties, TIES)
+    check_choice("ties", ties, ("nearest", "group", "stable", "random", "threshold"))
     check_score(output)
     images = check_images(inputs)
     maps = pixel_maps(attributions, images, reduce, interpolate)
@@ -302,33 +271,23 @@ def insertion_deletion(
     first: list[Tensor] = []
     judged: list[Tensor] = []
 
-    def collect(result: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+    def choose(scores: Tensor, logits: Tensor, index: Optional[Tensor]) -> Pair:
+        """The target's scores, and the predicted classes."""
+        chosen = select_target(scores, index, validate=False)
+        return chosen, predicted_class(logits, index)
+
+    def collect(result: Tensor, part: slice) -> Pair:
         scores = to_scores(result, output, judged)
         # where there are several positions, the class at the target's is meant
         logits = result if result.ndim <= 2 else scores
         if part.start == 0:
             check_range(scores, index)
-            first.extend(
-                [
-                    select_target(_repeat(scores, batch), index, validate=False),
-                    predicted_class(_repeat(logits, batch), index),
-                ]
-            )
-        chosen = None if index is None else index[examples[part]]
-        return (
-            select_target(scores, chosen, validate=False),
-            predicted_class(logits, chosen),
-        )
+            first.extend(choose(_repeat(scores, batch), _repeat(logits, batch), index))
+        return choose(scores, logits, None if index is None else index[examples[part]])
 
     scores, classes = forward_in_chunks(
-        forward_func,
-        perturbed.create,
-        collect,
-        examples,
-        batch,
-        additional_forward_args,
-        chunk,
-        show_progress,
+        forward_func, perturbed.create, collect, examples, batch,
+        additional_forward_args, chunk, show_progress,
     )
     warn_probabilities(judged)
     scores, classes = scores[perturbed.inverse], classes[perturbed.inverse]
@@ -341,31 +300,20 @@ def insertion_deletion(
     full, deletion_blank = insertion_curve[:, -1], deletion_curve[:, -1]
 
     if preset.uniform and not moved:
-        fractions = torch.arange(n_points).to(scores) / max(1, n_points - 1)
+        fractions = _equal_steps(insertion_curve)
     else:
         fractions = (selected if moved else counts).to(scores) / n_pixels
     fractions = fractions.expand(batch, -1)
     insertion = _area(insertion_curve, fractions)
     deletion = _area(deletion_curve, fractions)
-    insertion_normalized = _normalize(insertion, scores[:, n_points], full)
-    deletion_normalized = _normalize(deletion, deletion_blank, full)
+    insertion_scaled = _normalize(insertion, scores[:, n_points], full)
+    deletion_scaled = _normalize(deletion, deletion_blank, full)
     return InsertionDeletion(
-        insertion,
-        deletion,
-        insertion - deletion,
-        insertion_normalized,
-        deletion_normalized,
-        insertion_normalized - deletion_normalized,
-        fractions,
-        selected,
-        insertion_curve,
-        deletion_curve,
-        classes[:, :n_points],
-        classes[:, -n_points:],
-        full,
-        deletion_blank,
-        tied_pixels(values).to(scores.dtype).mean(1),
-        n_pixels - equal.sum(1),
+        insertion, deletion, insertion - deletion,
+        insertion_scaled, deletion_scaled, insertion_scaled - deletion_scaled,
+        fractions, selected, insertion_curve, deletion_curve,
+        classes[:, :n_points], classes[:, -n_points:], full, deletion_blank,
+        tied_pixels(values).to(scores.dtype).mean(1), n_pixels - equal.sum(1),
     )
 
 
@@ -380,18 +328,11 @@ class Areas(NamedTuple):
 def keio_areas(result: InsertionDeletion) -> Areas:
     """Areas by the published code of Otsuki et al. 2024, without further forwards.
 
-    That code evaluates the same images, whatever the ties. It leaves out the empty
-    image of insertion and the whole image of deletion, and its points are equally far
-    apart.
-
     Args:
 
         result (InsertionDeletion): Result of :func:`insertion_deletion` with
                 `protocol="keio"`, and `ties="group"`, or `"nearest"` for maps without
-                a moved point.
-
-    Returns:
-        Areas: A named tuple of tensors of shape (batch,).
+                a moved point. The images of that code are the same, whatever the ties.
 
     Raises:
         ValueError: If there is no other point but the end.
@@ -408,13 +349,18 @@ def keio_areas(result: InsertionDeletion) -> Areas:
     """
     if result.insertion_curve.shape[1] < 2:
         raise ValueError("The curves have a single point, and no area.")
+    # without the empty image of insertion, and the whole image of deletion
     curves = (result.insertion_curve[:, 1:], result.deletion_curve[:, 1:])
-    n_points = curves[0].shape[1]
-    fractions = torch.arange(n_points).to(curves[0]) / max(1, n_points - 1)
-    insertion, deletion = (
-        _area(curve, fractions.expand_as(curve)) for curve in curves
-    )
+    fractions = _equal_steps(curves[0])
+    insertion, deletion = (_area(curve, fractions) for curve in curves)
     return Areas(insertion, deletion, insertion - deletion)
+
+
+def _equal_steps(curves: Tensor) -> Tensor:
+    """Positions of points on the x-axis that are equally far apart."""
+    n_points = curves.shape[1]
+    fractions = torch.arange(n_points).to(curves) / max(1, n_points - 1)
+    return fractions.expand_as(curves)
 
 
 def _repeat(output: Tensor, batch: int) -> Tensor:

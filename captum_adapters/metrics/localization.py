@@ -24,8 +24,6 @@ from captum_adapters.metrics._ranking import (
     percent_tensors,
 )
 
-NORMALIZATIONS = ("diagonal", "max", "mean", None)
-
 
 class MaskPointing(NamedTuple):
     """Result of :func:`mask_pointing`, with one row for each example.
@@ -33,9 +31,8 @@ class MaskPointing(NamedTuple):
     Attributes:
 
         share (Tensor): Share of the top p % that is inside of the mask, from 0 to 1,
-                (batch, percents). NaN if the mask is empty, so that an image without an
-                object counts neither as a hit nor as a miss, or if the percentage
-                selects no pixel.
+                (batch, percents). NaN if the mask is empty, or the percentage selects
+                no pixel.
         chance (Tensor): Share of the mask in the image, which is the expected share of
                 a random map, (batch,).
         ceiling (Tensor): Largest possible share, the smaller of 1 and the mask's number
@@ -77,10 +74,14 @@ class MaskDistance(NamedTuple):
     tied_share: Tensor
 
 
-def _check_masks(
-    attributions: Maps, masks: Maps, interpolate: Optional[str]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Maps, masks as bool of shape (batch, height, width), and a frame for the maps."""
+def _rank(
+    attributions: Maps, masks: Maps, percents: Percents, absolute: bool,
+    interpolate: Optional[str],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scores to rank pixels by, masks as bool, counts and percentages.
+
+    Scores and masks are of shape (batch, height, width).
+    """
     maps = to_tensor(attributions, "attributions").detach()
     masks = to_tensor(masks, "masks").detach().to(maps.device)
     shape = tuple(masks.shape)
@@ -115,28 +116,18 @@ def _check_masks(
             " masks as the images were, or choose how to resize the attributions, for"
             " instance with interpolate='bilinear'."
         )
-    channels = maps.shape[1] if maps.ndim == 4 else 1
-    return maps, inside, inside[:, None].expand(-1, channels, -1, -1)
-
-
-def _scores(
-    maps: Tensor, frame: Tensor, absolute: bool, interpolate: Optional[str]
-) -> Tensor:
-    """Scores to rank pixels by, of shape (batch, height, width)."""
+    counts, values = percent_tensors(percents, inside[0].numel(), maps.device)
+    frame = inside[:, None].expand(-1, maps.shape[1] if maps.ndim == 4 else 1, -1, -1)
     scores = pixel_maps(maps, frame, "abs_sum" if absolute else "sum", interpolate)
     if not absolute:
         # attributed to the caller of the public function
         warn_negative_maps(scores, stacklevel=4)
-    return scores
+    return scores, inside, counts, values
 
 
 def mask_pointing(
-    attributions: Maps,
-    masks: Maps,
-    percents: Percents = PERCENTS,
-    *,
-    absolute: bool = True,
-    interpolate: Optional[str] = None,
+    attributions: Maps, masks: Maps, percents: Percents = PERCENTS, *,
+    absolute: bool = True, interpolate: Optional[str] = None,
 ) -> MaskPointing:
     r"""Share of the most relevant p % of pixels that is inside of the object's mask.
 
@@ -146,15 +137,13 @@ def mask_pointing(
     with the top pixels :math:`T_p` and the mask :math:`M`: the pointing game of R-LRP
     by Nyiri & Gibaru (section 6.1, figures 24 and 25). The larger the mask, the higher
     the share of any map; it is to be compared with that of a random map, and with the
-    largest possible one, as a mask smaller than the top p % cannot contain them all.
-    The pointing game in which the single highest pixel counts is the percentage
-    `Fraction(100, N)`.
+    largest possible one. The pointing game in which the single highest pixel counts is
+    the percentage `Fraction(100, N)`.
 
-    Pixels with equal attributions have no order. If the top p % divide them, then the
-    share is the expected one over all their orders: the pixels above, and of the tied
-    ones the fraction that is needed. So a constant map has exactly the level of chance.
-    The paper leaves out images whose mask covers less than 1 % or more than
-    99 %, which the field `chance` tells.
+    If the top p % divide pixels with equal attributions, then the share is the expected
+    one over all their orders: the pixels above, and of the tied ones the fraction that
+    is needed. So a constant map has exactly the level of chance. The paper leaves out
+    images whose mask covers less than 1 % or more than 99 %, which `chance` tells.
 
     Args:
 
@@ -165,19 +154,14 @@ def mask_pointing(
                 (batch, 1, height, width), 1 or True inside of the object. A single one
                 may be of shape (height, width). For boxes, see :func:`boxes_to_masks`.
         percents (int, float or Fraction, or sequence of these, optional): Percentages
-                from 0 to 100, in any order. The top p % are exactly
-                :math:`\lfloor pN/100 \rfloor` of the N pixels.
+                from 0 to 100, in any order, see :func:`top_fraction`.
                 Default: those of the figures of R-LRP's paper
         absolute (bool, optional): Whether to rank by the magnitude of the sum over
                 channels, as the paper does. Otherwise negative relevance comes last.
-                Default: True
-        interpolate (str, optional): Mode of :func:`torch.nn.functional.interpolate` for
-                attributions of another height and width. `None` refuses these.
-                Default: None
+        interpolate (str, optional): See :func:`insertion_deletion`.
 
     Returns:
-        MaskPointing: A named tuple of tensors, with a row for each example, on the
-        device of the attributions.
+        MaskPointing: A named tuple of tensors on the device of the attributions.
 
     Raises:
         ValueError: If a shape does not fit, a mask has other values than 0 and 1, a
@@ -194,20 +178,18 @@ def mask_pointing(
         >>> [values.tolist() for values in (result.share, result.chance)]
         [[[1.0, 0.5]], [0.25]]
     """
-    maps, inside, frame = _check_masks(attributions, masks, interpolate)
-    total = inside[0].numel()
-    counts, values = percent_tensors(percents, total, maps.device)
-    scores = _scores(maps, frame, absolute, interpolate)
-    dtype = double_dtype(maps.device)
+    scores, inside, counts, values = _rank(
+        attributions, masks, percents, absolute, interpolate
+    )
     area = inside.flatten(1).sum(1)
-    empty = area == 0
-    chance = area.to(dtype) / total
+    pixels = area.to(double_dtype(area.device))
+    chance = pixels / inside[0].numel()
     share, tied_share = means_of_top(inside.long(), scores, counts, chance)
     return MaskPointing(
-        share=share.masked_fill(empty[:, None], math.nan),
+        share=share.masked_fill(area[:, None] == 0, math.nan),
         chance=chance,
-        ceiling=(area.to(dtype)[:, None] / counts).clamp(max=1),
-        empty=empty,
+        ceiling=(pixels[:, None] / counts).clamp(max=1),
+        empty=area == 0,
         counts=counts,
         percents=values,
         tied_share=tied_share,
@@ -225,12 +207,8 @@ def distance_maps(masks: Tensor) -> Tensor:
 
 
 def mask_distance(
-    attributions: Maps,
-    masks: Maps,
-    percents: Percents = PERCENTS,
-    *,
-    normalization: Optional[str] = "diagonal",
-    absolute: bool = True,
+    attributions: Maps, masks: Maps, percents: Percents = PERCENTS, *,
+    normalization: Optional[str] = "diagonal", absolute: bool = True,
     interpolate: Optional[str] = None,
 ) -> MaskDistance:
     r"""Mean distance of the most relevant p % of pixels to the object's mask.
@@ -243,7 +221,6 @@ def mask_distance(
 
     Args:
 
-        attributions, masks, percents: See :func:`mask_pointing`.
         normalization (str, optional): What distances are divided by. The paper
                 normalizes as masks differ in size, but does not say how.
 
@@ -254,15 +231,10 @@ def mask_distance(
                   which a random map has an expected distance of 1.
                 - `None`: nothing, the unit is a pixel.
 
-                Default: `"diagonal"`
-        absolute, interpolate: See :func:`mask_pointing`.
+        attributions, masks, percents, ...: See :func:`mask_pointing`, as for errors.
 
     Returns:
-        MaskDistance: A named tuple of tensors, with a row for each example, on the
-        device of the attributions.
-
-    Raises:
-        ValueError: As :func:`mask_pointing`, or if the normalization is unknown.
+        MaskDistance: A named tuple of tensors on the device of the attributions.
 
     Examples::
 
@@ -273,24 +245,22 @@ def mask_distance(
         >>> mask_distance(maps, masks, (25, 50), normalization=None).distance.tolist()
         [[3.0, 2.5]]
     """
-    check_choice("normalization", normalization, NORMALIZATIONS)
-    maps, inside, frame = _check_masks(attributions, masks, interpolate)
+    check_choice("normalization", normalization, ("diagonal", "max", "mean", None))
+    scores, inside, counts, values = _rank(
+        attributions, masks, percents, absolute, interpolate
+    )
     distances = distance_maps(inside)
     flat = distances.flatten(1)
+    chance = flat.mean(1)
     if normalization == "diagonal":
         height, width = inside.shape[1:]
-        scale = torch.full_like(flat[:, 0], math.hypot(height - 1, width - 1))
+        scale = torch.full_like(chance, math.hypot(height - 1, width - 1))
     elif normalization == "max":
         scale = flat.amax(1)
-    elif normalization == "mean":
-        scale = flat.mean(1)
     else:
-        scale = torch.ones_like(flat[:, 0])
+        scale = chance if normalization == "mean" else torch.ones_like(chance)
     # where the mask covers the image, all distances are zero
     scale = scale.masked_fill(scale == 0, 1)
-    counts, values = percent_tensors(percents, flat.shape[1], maps.device)
-    scores = _scores(maps, frame, absolute, interpolate)
-    chance = flat.mean(1)
     means, tied_share = means_of_top(distances, scores, counts, chance)
     return MaskDistance(
         distance=means / scale[:, None],
@@ -303,16 +273,14 @@ def mask_distance(
 
 
 def boxes_to_masks(
-    boxes: Sequence[Union[Tensor, Sequence[Sequence[float]]]],
-    size: tuple[int, int],
+    boxes: Sequence[Union[Tensor, Sequence[Sequence[float]]]], size: tuple[int, int],
     device: Union[None, str, torch.device] = None,
 ) -> Tensor:
     """Masks of the pixels inside of bounding boxes.
 
-    Coordinates are those of an image whose upper left corner is (0, 0) and whose lower
-    right corner is (width, height). A pixel is inside of a box if its center is: with
-    integers, the columns x0 to x1 - 1 and the rows y0 to y1 - 1 are. What is outside of
-    the image is cut off.
+    Coordinates are those of an image from (0, 0), upper left, to (width, height). A
+    pixel is inside of a box if its center is: with integers, the columns x0 to x1 - 1
+    and the rows y0 to y1 - 1 are. What is outside of the image is cut off.
 
     Boxes are often given otherwise: Pascal VOC and ImageNet count pixels from 1 and
     include the last (subtract 1 from x0 and y0), and COCO gives (x0, y0, width,
@@ -325,15 +293,13 @@ def boxes_to_masks(
                 is empty for an image without boxes.
         size (tuple[int, int]): Height and width of the masks, in pixels.
         device (str or torch.device, optional): Device of the masks.
-                Default: None
 
     Returns:
         Tensor: Masks, bool of shape (batch, height, width).
 
     Raises:
-        ValueError: If there is no image, a size is not positive, boxes are not of shape
-                (boxes, 4), or a box has a coordinate that is NaN, or does not extend
-                from left to right and from top to bottom.
+        ValueError: If there is no image, a size is not positive, or boxes are not of
+                shape (boxes, 4), x0 < x1 and y0 < y1.
 
     Examples::
 
@@ -342,14 +308,9 @@ def boxes_to_masks(
         tensor([[[0, 1, 1],
                  [0, 0, 0]]], dtype=torch.int32)
     """
-    height, width = size
-    if height < 1 or width < 1 or len(boxes) == 0:
-        raise ValueError(
-            f"There are no masks of size {height} x {width} for {len(boxes)} images."
-        )
-    height, width = (
-        positive_integer(name, value) for name, value in zip(("height", "width"), size)
-    )
+    if len(boxes) == 0:
+        raise ValueError("There are boxes of 0 images: give a list for each image.")
+    height, width = map(positive_integer, ("height", "width"), size)
     rows = torch.arange(height, device=device)[:, None] + 0.5
     columns = torch.arange(width, device=device) + 0.5
     masks = torch.zeros(len(boxes), height, width, dtype=torch.bool, device=device)

@@ -41,20 +41,18 @@ class PixelAccuracy(NamedTuple):
 
     Attributes:
 
-        correct (Tensor): Whether the predicted class is the reference, bool of shape
-                (batch, percents), in the first order of ties.
-        predictions (Tensor): Class with the largest output, of shape (batch, percents),
-                in the same order.
-        reference (Tensor): Class that each example's predictions are compared with, of
-                shape (batch,).
-        counts (Tensor): Number of pixels, or inputs, that are kept, of shape
-                (percents,).
-        percents (Tensor): Percentages, of shape (percents,).
-        accuracy (Tensor): `correct` as numbers, of shape (batch, percents), but the
-                mean over `n_orders` random orders of ties where the percentage divides
-                these. Accuracies are `accuracy.mean(0)`.
+        correct (Tensor): Whether the predicted class is the reference, bool (batch,
+                percents), in the first order of ties.
+        predictions (Tensor): Class with the largest output, (batch, percents), in the
+                same order.
+        reference (Tensor): Class that predictions are compared with, (batch,).
+        counts (Tensor): Number of pixels, or inputs, that are kept, (percents,).
+        percents (Tensor): Percentages, (percents,).
+        accuracy (Tensor): `correct` as numbers, (batch, percents), or its mean over
+                `n_orders` random orders where the percentage divides ties. Accuracies
+                are `accuracy.mean(0)`.
         tied_share (Tensor): Share of pixels, or inputs, whose attribution is not theirs
-                alone, of shape (batch,).
+                alone, (batch,).
     """
 
     correct: Tensor
@@ -67,10 +65,7 @@ class PixelAccuracy(NamedTuple):
 
 
 def _unit_scores(
-    attributions: Maps,
-    images: Tensor,
-    unit: str,
-    absolute: bool,
+    attributions: Maps, images: Tensor, unit: str, absolute: bool,
     interpolate: Optional[str] = None,
 ) -> Tensor:
     """Scores to rank, of shape (batch, 1 or channels, height, width)."""
@@ -82,17 +77,13 @@ def _unit_scores(
         maps = to_tensor(attributions, "attributions")
         if maps.ndim != 4 or maps.shape[:2] != images.shape[:2]:
             raise ValueError(
-                "unit='input' ranks each channel's values on their own, so attributions"
-                f" must have the channels of inputs of shape {tuple(images.shape)}, but"
-                f" are of shape {tuple(maps.shape)}. For maps with one value per pixel,"
-                " choose unit='pixel'."
+                f"unit='input' ranks each channel on its own, but attributions of shape"
+                f" {tuple(maps.shape)} do not have the channels of inputs of shape"
+                f" {tuple(images.shape)}: choose unit='pixel'."
             )
+        channels = maps.split(1, 1)
         scores = torch.stack(
-            [
-                pixel_maps(channel[:, None], images[:, :1], reduce, interpolate)
-                for channel in maps.unbind(1)
-            ],
-            1,
+            [pixel_maps(each, images[:, :1], reduce, interpolate) for each in channels], 1
         )
     if not absolute:
         # attributed to the caller of the public function
@@ -101,21 +92,11 @@ def _unit_scores(
 
 
 def _accuracy(
-    forward_func: Callable[..., Any],
-    images: Tensor,
-    scores: Tensor,
-    percents: Percents,
-    target: TargetType,
-    additional_forward_args: object,
-    reference: str,
-    baselines: BaselineType,
-    transform: Optional[Callable[[Tensor], Tensor]],
-    max_examples_per_batch: Optional[int],
-    show_progress: bool,
-    ties: str,
-    n_orders: int,
-    seed: int,
-    sample_ids: SampleIds,
+    forward_func: Callable[..., Any], images: Tensor, scores: Tensor,
+    transform: Optional[Callable[[Tensor], Tensor]], percents: Percents,
+    target: TargetType, additional_forward_args: object, reference: str,
+    baselines: BaselineType, max_examples_per_batch: Optional[int], show_progress: bool,
+    ties: str, n_orders: int, seed: int, sample_ids: SampleIds,
 ) -> PixelAccuracy:
     """Predictions for images that keep only the highest scores."""
     batch, total = len(images), scores[0].numel()
@@ -123,11 +104,9 @@ def _accuracy(
     check_choice("reference", reference, ("label", "prediction"))
     if (reference == "label") == (labels is None):
         raise ValueError(
-            "reference='label' compares with the classes in target, which is None: give"
-            " them, or choose reference='prediction'."
-            if labels is None
-            else "reference='prediction' compares with the class that is predicted for"
-            " the whole image: leave target out, or choose reference='label'."
+            f"reference={reference!r} is {'not ' if labels is None else ''}without"
+            " target: 'label' compares with the classes in target, and 'prediction'"
+            " with those that are predicted for the whole images."
         )
     baseline = check_baselines(baselines, images)
     percents = percent_list(percents)
@@ -170,15 +149,10 @@ def _accuracy(
             check_range(output, labels)
         return output.argmax(1), output.isnan().any(1)
 
+    chunk = chunk_size(max_examples_per_batch, batch)
     predictions, invalid = forward_in_chunks(
-        forward_func,
-        make_inputs,
-        collect,
-        examples,
-        batch,
-        additional_forward_args,
-        chunk_size(max_examples_per_batch, batch),
-        show_progress,
+        forward_func, make_inputs, collect, examples, batch, additional_forward_args,
+        chunk, show_progress,
     )
     if bool(invalid.any()):
         wrong = examples[invalid.to(examples.device)].unique().tolist()
@@ -199,12 +173,9 @@ def _accuracy(
     index = [distinct.index(count) for count in counts]
     selected = table[index].t().contiguous()
     return PixelAccuracy(
-        selected == compared[:, None],
-        selected,
-        compared,
+        selected == compared[:, None], selected, compared,
         *percent_tensors(percents, total, images.device),
-        accuracy[index].t().contiguous(),
-        tied_share,
+        accuracy[index].t().contiguous(), tied_share,
     )
 
 
@@ -228,42 +199,27 @@ def keep_top(
 
     Args:
 
-        inputs (Tensor or tuple[Tensor]): Images of shape (batch, channels, height,
-                width).
-        attributions (Tensor, numpy.ndarray or tuple[Tensor]): Attributions of shape
-                (batch, channels, height, width), or with `unit="pixel"` also of shape
-                (batch, 1, height, width) or (batch, height, width), or (height, width)
-                for a single image.
-        percent (int, float or Fraction): Percentage from 0 to 100. Exactly
-                :math:`\lfloor pN/100 \rfloor` of the N pixels or inputs are kept; 1 %
-                of 224 x 224 pixels are 501.
+        inputs, attributions: See :func:`insertion_deletion`. With `unit="input"`,
+                attributions must have the channels of the inputs.
+        percent (int, float or Fraction): Percentage from 0 to 100, see
+                :func:`top_fraction`; 1 % of 224 x 224 pixels are 501.
         unit (str, optional): `"pixel"` to rank pixels by the sum over their channels,
                 or `"input"` to rank each channel's values on their own, so that of a
                 pixel only the red channel may be kept.
-                Default: `"pixel"`
         absolute (bool, optional): Whether to rank by magnitude; that of a pixel is
                 taken after the sum over its channels. Otherwise negative contributions
                 come last.
-                Default: True
-        baselines (scalar, Tensor, tuple of scalar, or Tensor, optional): What the rest
-                is replaced with, see :func:`insertion_deletion`. The paper does not say
-                whether it is the mean color or black.
-                Default: 0
-        interpolate (str, optional): Mode of :func:`torch.nn.functional.interpolate` for
-                attributions of another height and width. `None` refuses these.
-                Default: None
         ties (str, optional): `"random"` if pixels with equal attributions come in
                 random order, `"stable"` if they come row by row, which favours those in
                 the upper half of the image.
-                Default: `"random"`
-        seed, sample_ids: What random orders depend on, see :func:`insertion_deletion`.
+        baselines, interpolate, seed, sample_ids: See :func:`insertion_deletion`. The
+                paper does not say whether the rest is the mean color or black.
 
     Returns:
         Tensor: Images of the shape and type of the inputs.
 
     Raises:
-        ValueError: If a shape does not fit, the percentage is not from 0 to 100, or
-                there is NaN or infinity in the attributions.
+        ValueError: As :func:`pixel_accuracy`.
 
     Examples::
 
@@ -312,52 +268,36 @@ def pixel_accuracy(
 
     Pixels with equal attributions have no order. Where a percentage divides them, which
     of them are kept is left to chance: there are several random orders, the same in
-    each run, and `accuracy` is the mean over these.
-
-    Images that keep the same number of pixels are evaluated once. There is one value
-    for each example, so that methods can be compared example by example
-    (:func:`captum_adapters.metrics.compare`).
+    each run, and `accuracy` is the mean over these. Images that keep the same number of
+    pixels are evaluated once.
 
     Args:
 
         forward_func (callable): The network, or any function that returns an output of
                 shape (batch, classes).
-        inputs, attributions: See :func:`keep_top`.
         percents (int, float or Fraction, or sequence of these, optional): Percentages
-                from 0 to 100, in any order, see :func:`keep_top`.
+                from 0 to 100, in any order.
                 Default: those of the paper's figures
         target (int, Tensor or list, optional): With `reference="label"`, the class of
                 all examples, or one for each.
-                Default: None
-        additional_forward_args (Any, optional): Further arguments of `forward_func`,
-                see :func:`insertion_deletion`.
-                Default: None
-        unit (str, optional): `"pixel"` (the paper's figures 16 to 21) or `"input"`
-                (figures 9 to 15), see :func:`keep_top`.
-                Default: `"pixel"`
-        absolute (bool, optional): Whether to rank by magnitude. The paper does in
-                figures 14 to 21, but not in figures 9 to 13.
-                Default: True
+        inputs, attributions, unit, absolute, ties, ...: See :func:`keep_top`. Of the
+                paper, figures 9 to 15 have `unit="input"`, and figures 9 to 13
+                `absolute=False`.
         reference (str, optional): What is correct: `"label"` compares with `target`,
                 and `"prediction"` with the class that is predicted for the whole image,
                 as the paper does on ImageNet.
-                Default: `"label"`
-        baselines, interpolate, ties, seed, sample_ids: See :func:`keep_top`.
-        max_examples_per_batch, show_progress: See :func:`insertion_deletion`.
+        additional_forward_args, max_examples_per_batch, show_progress: See
+                :func:`insertion_deletion`.
         n_orders (int, optional): Number of random orders over which `accuracy` is
                 averaged where a percentage divides ties, and for which as many images
                 are evaluated. Every second one is the reverse of the one before.
-                Default: 4
 
     Returns:
-        PixelAccuracy: A named tuple of tensors, with a row for each example, on the
-        device of the inputs.
+        PixelAccuracy: A named tuple of tensors on the device of the inputs.
 
     Raises:
-        ValueError: If a shape does not fit, a percentage is not from 0 to 100, there is
-                NaN or infinity in the attributions or NaN in the output, a label is out
-                of range or missing, the batch is empty, the network is in training
-                mode, or a number is not a positive integer.
+        ValueError: As :func:`insertion_deletion`, or if a percentage is not from 0 to
+                100, there is NaN in the output, or a label is missing.
         TypeError: If an argument is neither a tensor nor an array, or a percentage is
                 no number.
 
@@ -379,21 +319,9 @@ def pixel_accuracy(
     images = check_images(inputs)
     scores = _unit_scores(attributions, images, unit, absolute, interpolate)
     return _accuracy(
-        forward_func,
-        images,
-        scores,
-        percents,
-        target,
-        additional_forward_args,
-        reference,
-        baselines,
-        None,
-        max_examples_per_batch,
-        show_progress,
-        ties,
-        n_orders,
-        seed,
-        sample_ids,
+        forward_func, images, scores, None, percents, target,
+        additional_forward_args, reference, baselines, max_examples_per_batch,
+        show_progress, ties, n_orders, seed, sample_ids,
     )
 
 
@@ -424,14 +352,10 @@ def cross_model_accuracy(
     the p % of each image that are most relevant to network A (`attributions`), as in
     section 5.3 and figure 22 of R-LRP by Nyiri & Gibaru.
 
-    Networks often differ in their preprocessing. There are two ways to deal with it:
-
-    - `inputs` as A sees them, and a `transform` from these to what B sees. The images
-      are masked first, and resized and normalized for B then, so that B's input is a
-      picture of what A uses, with blurred edges where it is resized.
-    - `inputs` as B sees them, of the same section of the image. If their size is
-      another than that of the attributions, `resize_selection` transfers which pixels
-      are kept: a pixel of B's image is kept if the pixel of A's image at its center is.
+    If their preprocessing differs, `inputs` are either what A sees, and a `transform`
+    makes of the masked images what B sees, or they are what B sees of the same section
+    of the image, and `resize_selection` transfers which pixels are kept: a pixel of B's
+    image is kept if the pixel of A's image at its center is.
 
     Args:
 
@@ -442,18 +366,12 @@ def cross_model_accuracy(
                 whole image. The paper does not say which of them it used.
         transform (callable, optional): A function from a batch of masked images to
                 B's inputs, for instance resizing and another normalization.
-                Default: None
         resize_selection (bool, optional): Whether attributions may have another height
                 and width than inputs. The share of B's pixels that is kept may differ
                 from that of A's by rounding.
-                Default: False
 
     Returns:
-        PixelAccuracy: A named tuple as of :func:`pixel_accuracy`. The counts are those
-        of A's pixels or inputs.
-
-    Raises:
-        ValueError: As :func:`pixel_accuracy`.
+        PixelAccuracy: As :func:`pixel_accuracy`, with counts of A's pixels or inputs.
 
     Examples::
 
@@ -482,19 +400,7 @@ def cross_model_accuracy(
         )
     scores = _unit_scores(maps, frame, unit, absolute)
     return _accuracy(
-        forward_func,
-        images,
-        scores,
-        percents,
-        target,
-        additional_forward_args,
-        reference,
-        baselines,
-        transform,
-        max_examples_per_batch,
-        show_progress,
-        ties,
-        n_orders,
-        seed,
-        sample_ids,
+        forward_func, images, scores, transform, percents, target,
+        additional_forward_args, reference, baselines, max_examples_per_batch,
+        show_progress, ties, n_orders, seed, sample_ids,
     )

@@ -1,30 +1,20 @@
 """Plots of metrics, without any global state of matplotlib."""
 
-from typing import Mapping, Optional, Sequence, Union
+from typing import Any, Mapping, Optional, Union
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from torch import Tensor
 
 from captum_adapters.metrics.insertion_deletion import InsertionDeletion
 from captum_adapters.metrics.pixel_accuracy import PixelAccuracy
-from captum_adapters.metrics.statistics import Scores, bootstrap_interval
-
-Clusters = Optional[Union[Tensor, Sequence[object], NDArray[np.generic]]]
+from captum_adapters.metrics.statistics import Clusters, Scores, bootstrap_interval, to_numpy
 
 # Points of curves whose examples have points at different positions
 GRID_POINTS = 101
 # Methods with the same color differ in these
 LINE_STYLES = ("-", "--", ":", "-.")
-
-
-def _to_numpy(values: Scores) -> NDArray[np.float64]:
-    """Values in double precision."""
-    if isinstance(values, Tensor):
-        values = values.detach().cpu().double().numpy()
-    return np.asarray(values, dtype=np.float64)
 
 
 def _common_positions(
@@ -38,15 +28,12 @@ def _common_positions(
             " of the same shape or of shape (points,), but they are of shapes"
             f" {curves.shape} and {positions.shape}."
         )
-    if positions.ndim == 2:
-        if (positions == positions[0]).all():
-            positions = positions[0]
-        else:
-            grid = np.linspace(positions.min(), positions.max(), GRID_POINTS)
-            curves = np.stack(
-                [np.interp(grid, *points) for points in zip(positions, curves)]
-            )
-            positions = grid
+    if positions.ndim == 2 and (positions == positions[0]).all():
+        positions = positions[0]
+    elif positions.ndim == 2:
+        grid = np.linspace(positions.min(), positions.max(), GRID_POINTS)
+        curves = np.stack([np.interp(grid, *each) for each in zip(positions, curves)])
+        positions = grid
     order = np.argsort(positions, kind="stable")
     curves, positions = curves[:, order], positions[order]
     # such as the share of no pixels
@@ -55,20 +42,14 @@ def _common_positions(
 
 
 def plot_curves(
-    curves: Mapping[str, Scores],
-    positions: Union[Scores, Mapping[str, Scores]],
-    *,
-    axes: Optional[Axes] = None,
-    confidence: Optional[float] = 0.95,
-    clusters: Clusters = None,
-    n_resamples: int = 2000,
-    marker: Optional[str] = None,
+    curves: Mapping[str, Scores], positions: Union[Scores, Mapping[str, Scores]], *,
+    axes: Optional[Axes] = None, confidence: Optional[float] = 0.95,
+    clusters: Clusters = None, n_resamples: int = 2000, marker: Optional[str] = None,
 ) -> Axes:
     """Draw the mean curve of each method, and a band for its confidence interval.
 
-    The bands are for the means of all examples, point by point
-    (:func:`captum_adapters.metrics.bootstrap_interval`). Two methods may well differ
-    although their bands overlap, as both vary with the examples; for that, see
+    The bands are for the means of all examples, point by point. Two methods may well
+    differ although their bands overlap, as both vary with the examples; for that, see
     :func:`captum_adapters.metrics.compare`.
 
     Args:
@@ -79,19 +60,12 @@ def plot_curves(
                 of shape (points,) for all methods, or (batch, points) if that depends
                 on the example, where curves are interpolated linearly before they are
                 averaged; or these for each method.
-        axes (Axes, optional): What to draw on. By default, a new figure is made, to be
-                found as `axes.figure`.
-                Default: None
+        axes (Axes, optional): What to draw on.
+                Default: None, for a new figure, to be found as `axes.figure`
         confidence (float, optional): Level of confidence of the bands, `None` for no
                 bands.
-                Default: 0.95
-        clusters (Tensor or sequence, optional): The cluster of each example, see
-                :func:`captum_adapters.metrics.bootstrap_interval`.
-                Default: None
-        n_resamples (int, optional): Number of resamples of the bootstrap.
-                Default: 2000
+        clusters, n_resamples: See :func:`captum_adapters.metrics.bootstrap_interval`.
         marker (str, optional): Marker of points.
-                Default: None
 
     Returns:
         Axes: What was drawn on.
@@ -105,14 +79,10 @@ def plot_curves(
         axes = Figure(figsize=(6, 4), layout="constrained").subplots()
     for number, (name, values) in enumerate(curves.items()):
         where = positions[name] if isinstance(positions, Mapping) else positions
-        points, x = _common_positions(_to_numpy(values), _to_numpy(where), name)
+        points, x = _common_positions(to_numpy(values), to_numpy(where), name)
         valid = ~np.isnan(points).any(1)
         line = axes.plot(
-            x,
-            points[valid].mean(0),
-            label=name,
-            marker=marker,
-            markersize=4,
+            x, points[valid].mean(0), label=name, marker=marker, markersize=4,
             linestyle=LINE_STYLES[number // 10 % len(LINE_STYLES)],
         )[0]
         if confidence is not None:
@@ -120,12 +90,8 @@ def plot_curves(
                 points, clusters, confidence=confidence, n_resamples=n_resamples
             )
             axes.fill_between(
-                x,
-                interval.low,
-                interval.high,
-                color=line.get_color(),
-                alpha=0.2,
-                linewidth=0,
+                x, interval.low, interval.high,
+                color=line.get_color(), alpha=0.2, linewidth=0,
             )
     axes.grid(alpha=0.3)
     for side in ("top", "right"):
@@ -134,12 +100,8 @@ def plot_curves(
 
 
 def plot_insertion_deletion(
-    results: Mapping[str, InsertionDeletion],
-    *,
-    figure: Optional[Figure] = None,
-    confidence: Optional[float] = 0.95,
-    clusters: Clusters = None,
-    n_resamples: int = 2000,
+    results: Mapping[str, InsertionDeletion], *, figure: Optional[Figure] = None,
+    **options: Any,
 ) -> Figure:
     """Draw the mean insertion and deletion curves of methods, with confidence bands.
 
@@ -148,8 +110,7 @@ def plot_insertion_deletion(
         results (mapping of str to InsertionDeletion): The result of
                 :func:`captum_adapters.metrics.insertion_deletion` for each method.
         figure (Figure, optional): What to draw on, a new one by default.
-                Default: None
-        confidence, clusters, n_resamples: See :func:`plot_curves`.
+        **options: See :func:`plot_curves`.
 
     Returns:
         Figure: The figure, with insertion to the left and deletion to the right. The
@@ -173,16 +134,12 @@ def plot_insertion_deletion(
         (left, "insertion", "inserted"),
         (right, "deletion", "deleted"),
     ):
-        plot_curves(
-            {name: getattr(result, f"{key}_curve") for name, result in results.items()},
-            fractions,
-            axes=axes,
-            confidence=confidence,
-            clusters=clusters,
-            n_resamples=n_resamples,
-        )
+        curves = {
+            name: getattr(result, f"{key}_curve") for name, result in results.items()
+        }
+        plot_curves(curves, fractions, axes=axes, **options)
         labels = [
-            f"{name} ({np.nanmean(_to_numpy(getattr(result, key))):.3f})"
+            f"{name} ({np.nanmean(to_numpy(getattr(result, key))):.3f})"
             for name, result in results.items()
         ]
         axes.legend(axes.get_lines(), labels, title="mean area", fontsize="small")
@@ -191,14 +148,7 @@ def plot_insertion_deletion(
     return figure
 
 
-def plot_accuracy(
-    results: Mapping[str, PixelAccuracy],
-    *,
-    axes: Optional[Axes] = None,
-    confidence: Optional[float] = 0.95,
-    clusters: Clusters = None,
-    n_resamples: int = 2000,
-) -> Axes:
+def plot_accuracy(results: Mapping[str, PixelAccuracy], **options: Any) -> Axes:
     """Draw the accuracy of methods against the percentage that is kept.
 
     These are the figures 9 to 22 of R-LRP by Nyiri & Gibaru, with confidence bands.
@@ -208,7 +158,7 @@ def plot_accuracy(
         results (mapping of str to PixelAccuracy): For each method, the result of
                 :func:`captum_adapters.metrics.pixel_accuracy`, or for each network,
                 that of :func:`captum_adapters.metrics.cross_model_accuracy`.
-        axes, confidence, clusters, n_resamples: See :func:`plot_curves`.
+        **options: See :func:`plot_curves`.
 
     Returns:
         Axes: What was drawn on.
@@ -216,16 +166,10 @@ def plot_accuracy(
     axes = plot_curves(
         {name: result.accuracy for name, result in results.items()},
         {name: result.percents for name, result in results.items()},
-        axes=axes,
-        confidence=confidence,
-        clusters=clusters,
-        n_resamples=n_resamples,
-        marker="o",
+        **{"marker": "o", **options},
     )
     axes.set(
-        xlabel="Kept, in the order of relevance (%)",
-        ylabel="Accuracy",
-        xlim=(0, 100),
+        xlabel="Kept, in the order of relevance (%)", ylabel="Accuracy", xlim=(0, 100),
         ylim=(-0.02, 1.02),
     )
     axes.legend()

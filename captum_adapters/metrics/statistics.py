@@ -13,6 +13,7 @@ from torch import Tensor
 from captum_adapters._validation import check_choice, positive_integer
 
 Scores = Union[Tensor, ArrayLike]
+Clusters = Optional[Union[Tensor, Sequence[object], NDArray[np.generic]]]
 
 # Numbers that resampling holds in memory at a time
 BLOCK = 2**22
@@ -24,9 +25,8 @@ class Interval(NamedTuple):
     Attributes:
 
         mean (array): Mean of the examples, of shape (...).
-        low (array): Lower end of the confidence interval, of shape (...). NaN if there
+        low, high (array): Ends of the confidence interval, of shape (...). NaN if there
                 are less than two examples, or clusters.
-        high (array): Upper end of the confidence interval, of shape (...).
         num_examples (int): Number of examples without NaN.
         num_nan (int): Number of examples that are left out, as there is NaN.
     """
@@ -39,29 +39,24 @@ class Interval(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """One method compared with another one by :func:`compare`.
+    """One method compared with another one, `baseline`, by :func:`compare`.
 
     What is not defined, as for too few examples, is NaN.
 
     Attributes:
 
-        method (str): Name of the method.
-        baseline (str): Name of the method it is compared with.
         num_examples (int): Number of examples with a score of both.
         num_nan (int): Number of examples that are left out, as a score is NaN.
         num_clusters (int): Number of clusters, or of examples without clusters.
-        mean (float): Mean score of the method.
-        baseline_mean (float): Mean score of the other method.
+        mean, baseline_mean (float): Mean scores of both methods.
         difference (float): Mean of the paired differences, method - baseline.
-        low (float): Lower end of the confidence interval of the difference.
-        high (float): Upper end of the confidence interval of the difference.
+        low, high (float): Ends of the confidence interval of the difference.
         effect_size (float): Mean of the paired differences in units of their standard
                 deviation. NaN if all differences are the same, or there is only one.
-        rank_biserial (float): Sum of the signed ranks of the differences divided by its
-                largest possible value, from -1 (always lower) to 1 (always higher).
+        rank_biserial (float): Sum of the signed ranks of the differences, from -1
+                (always lower) to 1 (always higher).
         p_value (float): Two-sided p-value of the test, for this comparison alone.
-        p_holm (float): p-value with Holm's correction for all comparisons, see
-                :func:`holm`.
+        p_holm (float): p-value corrected for all comparisons, see :func:`holm`.
     """
 
     method: str
@@ -80,11 +75,16 @@ class Comparison(NamedTuple):
     p_holm: float
 
 
-def _to_array(values: Scores, name: str) -> NDArray[np.float64]:
-    """Values as an array in double precision."""
+def to_numpy(values: Scores) -> NDArray[np.float64]:
+    """Values in double precision."""
     if isinstance(values, Tensor):
         values = values.detach().cpu().double().numpy()
-    array = np.asarray(values, dtype=np.float64)
+    return np.asarray(values, dtype=np.float64)
+
+
+def _check_values(values: Scores, name: str) -> NDArray[np.float64]:
+    """Values of examples as an array in double precision."""
+    array = to_numpy(values)
     if array.ndim == 0:
         raise ValueError(f"{name} must have one value per example, but are a number.")
     if np.isinf(array).any():
@@ -92,15 +92,13 @@ def _to_array(values: Scores, name: str) -> NDArray[np.float64]:
     return array
 
 
-def _cluster_index(
-    clusters: Optional[Union[Tensor, Sequence[object], NDArray[np.generic]]], size: int
-) -> NDArray[np.int64]:
+def _cluster_index(clusters: Clusters, size: int) -> NDArray[np.int64]:
     """For each example, the number of its cluster; its own one without clusters."""
     if clusters is None:
         return np.arange(size)
-    labels = np.asarray(
-        clusters.detach().cpu().numpy() if isinstance(clusters, Tensor) else clusters
-    )
+    if isinstance(clusters, Tensor):
+        clusters = clusters.detach().cpu().numpy()
+    labels = np.asarray(clusters)
     if labels.shape != (size,):
         raise ValueError(
             f"clusters must have one label for each of {size} examples, but are of"
@@ -128,12 +126,8 @@ def _check_resampling(confidence: float, n_resamples: int) -> None:
 
 
 def _interval(
-    values: NDArray[np.float64],
-    index: NDArray[np.int64],
-    confidence: float,
-    n_resamples: int,
-    seed: int,
-    method: str,
+    values: NDArray[np.float64], index: NDArray[np.int64], confidence: float,
+    n_resamples: int, seed: int, method: str,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Ends of the bootstrap confidence interval of the mean over the first axis."""
     sums = _cluster_sums(values, index)
@@ -161,13 +155,8 @@ def _interval(
         # where all resamples are equal
         warnings.simplefilter("ignore")
         result = stats.bootstrap(
-            (np.arange(groups),),
-            means,
-            vectorized=True,
-            n_resamples=n_resamples,
-            batch=max(1, BLOCK // groups),
-            confidence_level=confidence,
-            method=method,
+            (np.arange(groups),), means, vectorized=True, n_resamples=n_resamples,
+            batch=max(1, BLOCK // groups), confidence_level=confidence, method=method,
             random_state=np.random.default_rng(seed),
         )
     tail = (1 - confidence) / 2
@@ -181,22 +170,16 @@ def _interval(
 
 
 def bootstrap_interval(
-    values: Scores,
-    clusters: Optional[Union[Tensor, Sequence[object], NDArray[np.generic]]] = None,
-    *,
-    confidence: float = 0.95,
-    n_resamples: int = 9999,
-    method: str = "bca",
-    seed: int = 0,
+    values: Scores, clusters: Clusters = None, *, confidence: float = 0.95,
+    n_resamples: int = 9999, method: str = "bca", seed: int = 0,
 ) -> Interval:
     """Confidence interval of a mean over examples, by the bootstrap.
 
-    Examples are drawn with replacement as often as there are. Examples of a class
-    resemble each other, so that there is less information in them than their number
-    suggests; with `clusters`, whole classes are drawn instead, which gives an interval
-    for other classes too. It is too narrow for few clusters: of intervals of 95 %, 93 %
-    contained the mean with 20 or 40 normally distributed clusters, 90 % with 10, and
-    84 % with 5.
+    Examples are drawn with replacement as often as there are. With `clusters`, whole
+    clusters are drawn instead: examples of a class resemble each other, so that they
+    tell less than their number suggests, and the interval is for other classes too. It
+    is too narrow for few clusters: of intervals of 95 %, 93 % contained the mean with
+    20 or 40 normally distributed clusters, 90 % with 10, and 84 % with 5.
 
     Args:
 
@@ -204,26 +187,19 @@ def bootstrap_interval(
                 for the points of curves, of shape (n, ...). Each has an interval of its
                 own. Examples with NaN are left out.
         clusters (Tensor or sequence, optional): The cluster of each example, for
-                instance its class, as numbers or names of shape (n,). Clusters need not
-                be of the same size.
-                Default: None
+                instance its class, as numbers or names of shape (n,).
         confidence (float, optional): Level of confidence.
-                Default: 0.95
         n_resamples (int, optional): Number of resamples.
-                Default: 9999
         method (str, optional): `"bca"` corrects the percentiles of the resamples for
                 bias and skewness (Efron 1987), `"percentile"` does not.
-                Default: `"bca"`
         seed (int, optional): Seed of the resamples.
-                Default: 0
 
     Returns:
-        Interval: A named tuple of the mean, the ends of its confidence interval, and
-        the numbers of examples that were used, and left out.
+        Interval: A named tuple.
 
     Raises:
-        ValueError: If there is infinity in the values, the number of clusters is not
-                that of the examples, or an argument is out of range.
+        ValueError: If there is infinity, a shape does not fit, or an argument is out of
+                range.
 
     Examples::
 
@@ -236,15 +212,13 @@ def bootstrap_interval(
     """
     _check_resampling(confidence, n_resamples)
     check_choice("method", method, ("bca", "percentile"))
-    array = _to_array(values, "values")
+    array = _check_values(values, "values")
     index = _cluster_index(clusters, len(array))
     valid = ~np.isnan(array).any(tuple(range(1, array.ndim)))
     kept = array[valid]
     mean = kept.mean(0) if len(kept) else np.full(array.shape[1:], math.nan)
     low, high = _interval(kept, index[valid], confidence, n_resamples, seed, method)
-    return Interval(
-        np.asarray(mean), low, high, int(valid.sum()), int((~valid).sum())
-    )
+    return Interval(np.asarray(mean), low, high, len(kept), len(array) - len(kept))
 
 
 def _sign_flip_test(
@@ -282,33 +256,11 @@ def _signed_ranks(differences: NDArray[np.float64]) -> NDArray[np.float64]:
     return ranks * np.sign(differences)
 
 
-def _p_value(
-    differences: NDArray[np.float64],
-    index: NDArray[np.int64],
-    clustered: bool,
-    test: str,
-    n_resamples: int,
-    seed: int,
-) -> float:
-    """Two-sided p-value of paired differences."""
-    if len(differences) == 0:
-        return math.nan
-    if test == "permutation":
-        return _sign_flip_test(_cluster_sums(differences, index), n_resamples, seed)
-    if clustered:
-        sums = _cluster_sums(_signed_ranks(differences), index)
-        return _sign_flip_test(sums, n_resamples, seed)
-    if not differences.any():
-        return 1.0
-    return float(stats.wilcoxon(differences).pvalue)
-
-
 def holm(p_values: Scores) -> NDArray[np.float64]:
     """Holm's correction of p-values for several comparisons.
 
     The probability that any true null hypothesis is rejected stays below the level, no
-    matter how the tests depend on each other (Holm 1979). It is never less powerful
-    than Bonferroni's correction.
+    matter how the tests depend on each other (Holm 1979).
 
     Args:
 
@@ -327,7 +279,7 @@ def holm(p_values: Scores) -> NDArray[np.float64]:
         >>> [round(float(value), 3) for value in holm([0.01, 0.04, 0.03])]
         [0.03, 0.06, 0.06]
     """
-    values = _to_array(p_values, "p_values")
+    values = _check_values(p_values, "p_values")
     if values.ndim != 1 or ((values < 0) | (values > 1)).any():
         raise ValueError(
             "p_values must be of shape (n,) and between 0 and 1, but are"
@@ -341,70 +293,39 @@ def holm(p_values: Scores) -> NDArray[np.float64]:
     return adjusted
 
 
-def _compare_pair(
-    method: str,
-    baseline: str,
-    arrays: Mapping[str, NDArray[np.float64]],
-    index: NDArray[np.int64],
-    clustered: bool,
-    test: str,
-    confidence: float,
-    n_resamples: int,
-    seed: int,
-) -> Comparison:
-    """Compare two methods, without correction."""
-    scores, others = arrays[method], arrays[baseline]
-    valid = ~(np.isnan(scores) | np.isnan(others))
-    scores, others, index = scores[valid], others[valid], index[valid]
+def _describe(
+    scores: NDArray[np.float64], others: NDArray[np.float64]
+) -> dict[str, float]:
+    """Means, and sizes of effects."""
+    if not len(scores):
+        names = "mean", "baseline_mean", "difference", "effect_size", "rank_biserial"
+        return dict.fromkeys(names, math.nan)
     differences = scores - others
-    count = len(differences)
-    if count == 0:
-        mean = other_mean = difference = effect = math.nan
-    else:
-        mean, other_mean = float(scores.mean()), float(others.mean())
-        difference = float(differences.mean())
-        deviation = float(differences.std(ddof=1)) if count > 1 else math.nan
-        # the same difference everywhere, but for the scores' rounding, has no standard
-        # deviation to compare with
-        rounding = 1e-12 * max(np.abs(scores).max(), np.abs(others).max())
-        effect = difference / deviation if deviation > rounding else math.nan
-    low, high = _interval(differences, index, confidence, n_resamples, seed, "bca")
+    deviation = differences.std(ddof=1) if len(scores) > 1 else math.nan
+    # the same difference everywhere, but for the scores' rounding, has no standard
+    # deviation to compare with
+    rounding = 1e-12 * max(np.abs(scores).max(), np.abs(others).max())
+    effect = differences.mean() / deviation if deviation > rounding else math.nan
     ranks = _signed_ranks(differences)
     weight = np.abs(ranks).sum()
-    biserial = float(ranks.sum() / weight) if weight else 0.0
-    return Comparison(
-        method=method,
-        baseline=baseline,
-        num_examples=count,
-        num_nan=int((~valid).sum()),
-        num_clusters=len(np.unique(index)),
-        mean=mean,
-        baseline_mean=other_mean,
-        difference=difference,
-        low=float(low),
-        high=float(high),
-        effect_size=effect,
-        rank_biserial=biserial if count else math.nan,
-        p_value=_p_value(differences, index, clustered, test, n_resamples, seed),
-        p_holm=math.nan,
-    )
+    return {
+        "mean": float(scores.mean()),
+        "baseline_mean": float(others.mean()),
+        "difference": float(differences.mean()),
+        "effect_size": float(effect),
+        "rank_biserial": float(ranks.sum() / weight) if weight else 0.0,
+    }
 
 
 def compare(
-    scores: Mapping[str, Scores],
-    baseline: Optional[str] = None,
-    clusters: Optional[Union[Tensor, Sequence[object], NDArray[np.generic]]] = None,
-    *,
-    test: str = "permutation",
-    confidence: float = 0.95,
-    n_resamples: int = 9999,
-    seed: int = 0,
+    scores: Mapping[str, Scores], baseline: Optional[str] = None,
+    clusters: Clusters = None, *, test: str = "permutation", confidence: float = 0.95,
+    n_resamples: int = 9999, seed: int = 0,
 ) -> list[Comparison]:
     """Compare methods by their scores on the same examples.
 
-    How much scores differ from example to example is usually far more than how much
-    methods differ on an example, so the differences per example are what is
-    informative, and not the means with their own confidence intervals.
+    Scores usually differ far more from example to example than from method to method,
+    so the differences per example are what is informative.
 
     Args:
 
@@ -417,24 +338,19 @@ def compare(
 
                 - `"permutation"`: whether the mean is zero, by the signs of the
                   differences, which are as likely to be reversed if methods do not
-                  differ; with clusters, these of all its examples together. It is
-                  exact if all combinations of signs are at most `n_resamples`.
+                  differ (of a cluster, all together). It is exact if all combinations
+                  of signs are at most `n_resamples`.
                 - `"wilcoxon"`: the signed-rank test, for scores with outliers. With
                   clusters, the ranks' sum is tested by reversing signs as above.
 
-                Default: `"permutation"`
-        clusters, confidence, n_resamples, seed: See :func:`bootstrap_interval`. If
-                examples of a cluster resemble each other, intervals and p-values are
-                too small without clusters.
+        clusters, confidence, n_resamples, seed: See :func:`bootstrap_interval`.
 
     Returns:
-        list[Comparison]: A named tuple for each pair; `_asdict()` makes a row
-        of a table.
+        list[Comparison]: A named tuple for each pair.
 
     Raises:
-        ValueError: If there are less than two methods, the baseline is none of them,
-                scores have different or wrong shapes or infinity, or an argument is
-                unknown or out of range.
+        ValueError: If there are less than two methods, scores have different shapes or
+                infinity, or an argument is unknown or out of range.
 
     Examples::
 
@@ -455,31 +371,45 @@ def compare(
         raise ValueError(
             f"baseline={baseline!r} is not among the methods {', '.join(scores)}."
         )
-    arrays = {name: _to_array(value, f"scores of {name}") for name, value in scores.items()}
+    arrays = {name: _check_values(value, f"scores of {name}") for name, value in scores.items()}
     shapes = {name: array.shape for name, array in arrays.items()}
-    if len(set(shapes.values())) > 1 or any(len(shape) != 1 for shape in shapes.values()):
+    if len(set(shapes.values())) > 1 or any(array.ndim != 1 for array in arrays.values()):
         raise ValueError(
             f"scores must all be of the same shape (n,), but are of shapes {shapes}."
         )
-    index = _cluster_index(clusters, len(next(iter(arrays.values()))))
-    if baseline is None:
-        pairs = list(combinations(scores, 2))
-    else:
+    index = _cluster_index(clusters, next(iter(arrays.values())).size)
+    pairs = list(combinations(scores, 2))
+    if baseline is not None:
         pairs = [(name, baseline) for name in scores if name != baseline]
-    results = [
-        _compare_pair(
-            method,
-            other,
-            arrays,
-            index,
-            clusters is not None,
-            test,
-            confidence,
-            n_resamples,
-            seed,
+    results = []
+    for method, other in pairs:
+        valid = ~np.isnan(arrays[method] + arrays[other])
+        differences = (arrays[method] - arrays[other])[valid]
+        groups = index[valid]
+        low, high = _interval(differences, groups, confidence, n_resamples, seed, "bca")
+        if not valid.any():
+            p_value = math.nan
+        elif test == "wilcoxon" and clusters is None and differences.any():
+            p_value = float(stats.wilcoxon(differences).pvalue)
+        else:
+            ranked = test == "wilcoxon"
+            terms = _signed_ranks(differences) if ranked else differences
+            sums = _cluster_sums(terms, groups)
+            p_value = _sign_flip_test(sums, n_resamples, seed)
+        results.append(
+            Comparison(
+                method=method,
+                baseline=other,
+                num_examples=len(differences),
+                num_nan=len(valid) - len(differences),
+                num_clusters=len(np.unique(groups)),
+                low=float(low),
+                high=float(high),
+                p_value=p_value,
+                p_holm=math.nan,
+                **_describe(arrays[method][valid], arrays[other][valid]),
+            )
         )
-        for method, other in pairs
-    ]
     adjusted = holm([result.p_value for result in results])
     return [
         result._replace(p_holm=float(value))

@@ -107,8 +107,7 @@ class _PerExample(Metric, Generic[Result]):
 
     # set by subclasses
     function: ClassVar[Callable[..., Any]]
-    result_type: ClassVar[Callable[..., Any]]
-    fields: ClassVar[tuple[str, ...]]
+    result_type: ClassVar[type]
 
     sample_ids: Union[Tensor, list[Tensor]]
 
@@ -120,6 +119,7 @@ class _PerExample(Metric, Generic[Result]):
         super().__init__(**options)
         _check_numbers(chosen)
         self.options = chosen
+        self.fields = getattr(self.result_type, "_fields", ("values",))
         # MetricCollection takes metrics with equal states for the same metric
         settings = torch.tensor(zlib.crc32(repr(chosen).encode()))
         self.add_state("settings", settings, dist_reduce_fx="max")
@@ -138,20 +138,14 @@ class _PerExample(Metric, Generic[Result]):
         rows = (result,) if isinstance(result, Tensor) else result
         batch = len(rows[0])
         if len(ids) != batch:
-            raise ValueError(
-                f"There are {len(ids)} sample_ids for {batch} examples: give one for"
-                " each."
-            )
+            raise ValueError(f"There are {len(ids)} sample_ids for {batch} examples.")
         values = dict(zip(self.fields, rows))
         for name, value in values.items():
             if name in SHARED:
                 values[name] = value.expand(batch, -1)
             _check_points([*getattr(self, name)[-1:], values[name]])
-        for name, value in values.items():
+        for name, value in {**values, "sample_ids": ids.long()}.items():
             getattr(self, name).append(value.to(self.device))
-        states = self.sample_ids
-        assert isinstance(states, list)
-        states.append(ids.to(self.device, torch.long))
 
     def compute(self) -> Accumulated[Result]:
         """The results of all batches and processes, with each identity once."""
@@ -171,19 +165,17 @@ class _PerExample(Metric, Generic[Result]):
             if name in SHARED and bool((value == value[0]).all()):
                 value = value[0]
             values.append(value)
-        return Accumulated(ids[first], type(self).result_type(*values))
+        is_tensor = self.result_type is Tensor
+        scores: Any = values[0] if is_tensor else self.result_type(*values)
+        return Accumulated(ids[first], scores)
 
 
 class _OfNetwork(_PerExample[Result]):
     """Metrics that evaluate a network."""
 
     def update(
-        self,
-        sample_ids: SampleIds,
-        forward_func: Callable[..., Any],
-        inputs: TensorOrTuple,
-        attributions: TensorOrTuple,
-        target: TargetType = None,
+        self, sample_ids: SampleIds, forward_func: Callable[..., Any],
+        inputs: TensorOrTuple, attributions: TensorOrTuple, target: TargetType = None,
         additional_forward_args: object = None,
     ) -> None:
         """Add a batch.
@@ -199,14 +191,10 @@ class _OfNetwork(_PerExample[Result]):
             ValueError: As the function, or if curves have another number of points than
                     those before.
         """
+        # random orders of ties depend on the identities, too
         self._append(
-            sample_ids,
-            forward_func,
-            inputs,
-            attributions,
-            target=target,
-            additional_forward_args=additional_forward_args,
-            sample_ids=sample_ids,
+            sample_ids, forward_func, inputs, attributions, sample_ids=sample_ids,
+            target=target, additional_forward_args=additional_forward_args,
         )
 
 
@@ -216,13 +204,7 @@ class _OfMasks(_PerExample[Result]):
     def update(
         self, sample_ids: SampleIds, attributions: TensorOrTuple, masks: Tensor
     ) -> None:
-        """Add a batch.
-
-        Args:
-
-            sample_ids (Tensor or sequence of int): Identities of shape (batch,).
-            attributions, masks: See the function.
-        """
+        """Add a batch: identities of shape (batch,), and arguments of the function."""
         self._append(sample_ids, attributions, masks)
 
 
@@ -251,57 +233,35 @@ class InsertionDeletionMetric(_OfNetwork[InsertionDeletion]):
         (tensor([0, 1, 2, 3, 4, 5]), torch.Size([6]))
     """
 
-    function = insertion_deletion
-    result_type = InsertionDeletion
-    fields = InsertionDeletion._fields
+    function, result_type = insertion_deletion, InsertionDeletion
 
 
 class PixelAccuracyMetric(_OfNetwork[PixelAccuracy]):
     """:func:`captum_adapters.metrics.pixel_accuracy` over a data set, as above."""
 
-    function = pixel_accuracy
-    result_type = PixelAccuracy
-    fields = PixelAccuracy._fields
+    function, result_type = pixel_accuracy, PixelAccuracy
 
 
 class MaskPointingMetric(_OfMasks[MaskPointing]):
     """:func:`captum_adapters.metrics.mask_pointing` over a data set, as above."""
 
-    function = mask_pointing
-    result_type = MaskPointing
-    fields = MaskPointing._fields
+    function, result_type = mask_pointing, MaskPointing
 
 
 class MaskDistanceMetric(_OfMasks[MaskDistance]):
     """:func:`captum_adapters.metrics.mask_distance` over a data set, as above."""
 
-    function = mask_distance
-    result_type = MaskDistance
-    fields = MaskDistance._fields
+    function, result_type = mask_distance, MaskDistance
 
 
 class ConservationGapMetric(_PerExample[Tensor]):
     """:func:`captum_adapters.metrics.conservation_gap` over a data set, as above."""
 
-    function = conservation_gap
-    fields = ("gap",)
-
-    @staticmethod
-    def result_type(gap: Tensor) -> Tensor:
-        """The function returns a tensor."""
-        return gap
+    function, result_type = conservation_gap, Tensor
 
     def update(
-        self,
-        sample_ids: SampleIds,
-        attributions: TensorOrTuple,
+        self, sample_ids: SampleIds, attributions: TensorOrTuple,
         initial: Union[int, float, Tensor],
     ) -> None:
-        """Add a batch.
-
-        Args:
-
-            sample_ids (Tensor or sequence of int): Identities of shape (batch,).
-            attributions, initial: See the function.
-        """
+        """Add a batch: identities of shape (batch,), and arguments of the function."""
         self._append(sample_ids, attributions, initial)

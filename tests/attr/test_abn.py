@@ -257,7 +257,7 @@ def test_attribute_leaves_network(net, input):
 @pytest.mark.parametrize('change,error,match', [
     ({'inputs': torch.rand(3, 64, 64)}, ValueError, r'of shape \(3, 64, 64\)'),
     ({'inputs': torch.rand(0, 3, 64, 64)}, ValueError, 'empty'),
-    ({'inputs': torch.ones(1, 3, 64, 64, dtype=torch.uint8)}, TypeError, 'inputs of torch.uint8 are no images'),
+    ({'inputs': torch.ones(1, 3, 64, 64, dtype=torch.uint8)}, TypeError, 'inputs of torch.uint8'),
     ({'inputs': (torch.rand(1, 3, 64, 64),) * 2}, ValueError, 'tuple of 2'),
     ({'inputs': torch.full((1, 3, 64, 64), torch.nan)}, ValueError, r'NaN for the examples \[0\] of the batch'),
     ({'target': 3}, ValueError, 'target 3 is out of range for 3 classes'),
@@ -318,7 +318,7 @@ def test_load_other_depth(tmp_path):
 def test_save_and_load_errors(net, tmp_path):
     '''What does not fit is named.'''
     pytest.importorskip('safetensors')
-    with pytest.raises(ValueError, match=r'abn.bin is for weights, and must end in one of .pt'):
+    with pytest.raises(ValueError, match=r'abn.bin must end in one of .pt'):
         save_abn(net, tmp_path / 'abn.bin')
     with pytest.raises(ValueError, match='2 names for 3 classes'):
         save_abn(net, tmp_path / 'abn.pt', ['a', 'b'])
@@ -327,7 +327,7 @@ def test_save_and_load_errors(net, tmp_path):
             save_abn(net, tmp_path / 'missing' / name)
     assert not [*tmp_path.iterdir()]
     path = tmp_path / 'abn.pt'
-    with pytest.raises(ValueError, match='There is no file'):
+    with pytest.raises(ValueError, match='no file .*abn.pt'):
         load_abn(path)
     save_abn(net, path)
     with pytest.raises(ValueError, match=r'do not fit resnet34.*layer1\.2\.conv1\.weight'):
@@ -335,7 +335,7 @@ def test_save_and_load_errors(net, tmp_path):
     with pytest.raises(ValueError, match='do not fit resnet50'):
         load_abn(path, 'resnet50')
     for name in ('vgg16', 'googlenet', 'resnet17'):
-        with pytest.raises(ValueError, match=f"'{name}' is not a residual network of torchvision: .*resnet18"):
+        with pytest.raises(ValueError, match=f"'{name}' is no residual network of torchvision: .*resnet18"):
             load_abn(path, name)
     state = net.state_dict()
     torch.save({key: value for key, value in state.items() if key != 'fc.weight'}, path)

@@ -355,7 +355,7 @@ def test_boxes():
 
 @pytest.mark.parametrize('boxes, size, message', [
     ([], (5, 5), '0 images'),
-    ([[(0, 0, 2, 2)]], (0, 5), '0 x 5'),
+    ([[(0, 0, 2, 2)]], (0, 5), 'height=0'),
     ([[(0, 0, 2, 2)]], (5, 2.5), 'width=2.5'),
     ([[(0, 0, 2, 2)]], (float('nan'), 5), 'height=nan'),
     ([[(0, 0, 2, 2)]], (True, 5), 'height=True'),
