@@ -1,7 +1,8 @@
 '''Regions of heatmaps: the steps of the choice of contour and component in :py:mod:`zennit_resnet.postprocess`.
 
 All compute in double precision on the CPU, and do not propagate gradients. They also take single maps and NumPy arrays,
-as :py:mod:`zennit_resnet.postprocess` does.
+as :py:mod:`zennit_resnet.postprocess` does. Heatmaps that do not have three axes, are complex, not finite, or have no
+pixels raise a ValueError, as do masks without three axes.
 '''
 import math
 from operator import index
@@ -72,8 +73,7 @@ def reduce_heatmap(heatmap, size=28):
     Raises
     ------
     ValueError
-        If ``heatmap`` does not have three axes, is complex, is not finite, or has no pixels, or if ``size`` is not
-        positive.
+        If ``size`` is not positive, or ``heatmap`` is not valid.
     TypeError
         If ``size`` is not of integers.
     '''
@@ -115,8 +115,7 @@ def expand_heatmap(heatmap, size, expand='bilinear'):
     Raises
     ------
     ValueError
-        If ``heatmap`` does not have three axes, is complex, is not finite, or has no pixels, or if ``expand`` is
-        unknown.
+        If ``expand`` is unknown, or ``heatmap`` is not valid.
     '''
     check_choice('expand', expand, EXPANSIONS)
     values = to_double(heatmap)[:, None]
@@ -146,8 +145,7 @@ def binarize(heatmap, threshold='mean'):
     Raises
     ------
     ValueError
-        If ``heatmap`` does not have three axes, is complex, is not finite, or has no pixels, or if ``threshold`` is
-        unknown, not finite, or not of shape (batch,).
+        If ``threshold`` is unknown, not finite, or not of shape (batch,), or ``heatmap`` is not valid.
     '''
     values = to_double(heatmap)
     flat = values.flatten(1)
@@ -195,12 +193,11 @@ def largest_component(mask, connectivity=8):
     Raises
     ------
     ValueError
-        If ``mask`` does not have three axes, or ``connectivity`` is neither 4 nor 8.
+        If ``connectivity`` is neither 4 nor 8, or ``mask`` is not valid.
     '''
     check_choice('connectivity', connectivity, (4, 8))
 
     def choose(array):
-        '''The component of a single mask.'''
         count, labels = cv2.connectedComponents(array, connectivity=connectivity)
         if count == 1:
             return array
@@ -221,10 +218,8 @@ def component_of_maximum(heatmap, mask, connectivity=8):
     ----------
     heatmap: :py:obj:`torch.Tensor`
         Heatmaps of shape (batch, height, width). Of several largest values, the first in row-major order counts.
-    mask: :py:obj:`torch.Tensor`
-        Masks of shape (batch, height, width), where all but zero belongs to a component.
-    connectivity: int, optional
-        With 8 (default), pixels that touch at a corner are connected, with 4 they are not.
+    mask, connectivity:
+        See :py:func:`largest_component`.
 
     Returns
     -------
@@ -235,7 +230,7 @@ def component_of_maximum(heatmap, mask, connectivity=8):
     Raises
     ------
     ValueError
-        If the shapes differ, if ``heatmap`` is not valid, or if ``connectivity`` is neither 4 nor 8.
+        As :py:func:`largest_component`, or if the shapes differ.
     '''
     check_choice('connectivity', connectivity, (4, 8))
     values = to_double(heatmap)
@@ -244,7 +239,6 @@ def component_of_maximum(heatmap, mask, connectivity=8):
     maxima = iter(values.flatten(1).argmax(1).tolist())
 
     def choose(array):
-        '''The component of a single mask.'''
         _, labels = cv2.connectedComponents(array, connectivity=connectivity)
         return labels == labels.flat[next(maxima)]
 
@@ -279,16 +273,14 @@ def largest_contour(mask, choice='largest_area'):
     Raises
     ------
     ValueError
-        If ``mask`` does not have three axes, or ``choice`` is unknown.
+        If ``choice`` is unknown, or ``mask`` is not valid.
     '''
     check_choice('contour', choice, CONTOURS)
 
     def fill(array, contour):
-        '''The interior of a contour, with the contour itself.'''
         return cv2.drawContours(np.zeros_like(array), [contour], -1, 1, cv2.FILLED)
 
     def choose(array):
-        '''The contour of a single mask.'''
         contours, _ = cv2.findContours(array, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
         if not contours:
             return array
@@ -296,10 +288,8 @@ def largest_contour(mask, choice='largest_area'):
             return fill(array, contours[0])
         # by (row, column) of the first pixel
         contours = sorted(contours, key=lambda contour: min((row, col) for col, row in contour[:, 0].tolist()))
-        areas = {
-            'largest_area': lambda: [cv2.contourArea(contour) for contour in contours],
-            'largest_filled': lambda: [fill(array, contour).sum() for contour in contours],
-        }[choice]()
-        return fill(array, contours[int(np.argmax(areas))])
+        size = cv2.contourArea if choice == 'largest_area' else lambda contour: fill(array, contour).sum()
+        # the first of those which are equally large
+        return fill(array, max(contours, key=size))
 
     return _map_masks(choose, mask)
