@@ -54,27 +54,11 @@ class Addition(Operation):
         Factors of the addends (``alpha`` of :py:func:`torch.add`), all one if ``None``.
     '''
     label, in_gate = 'addition', True
-
-    def __init__(self, name='add'):
-        super().__init__(name)
-        self.factors = None
+    factors = None
 
     def forward(self, *addends):
-        '''Sum of the addends.
-
-        Parameters
-        ----------
-        *addends: tuple of :py:obj:`torch.Tensor`
-            Tensors which can be broadcast to a common shape.
-
-        Returns
-        -------
-        :py:obj:`torch.Tensor`
-            The sum.
-        '''
-        if self.function is not None:
-            return self.function(*addends)
-        return sum(addends[1:], addends[0])
+        '''Sum of the addends, which can be broadcast to a common shape.'''
+        return sum(addends[1:], addends[0]) if self.function is None else self.function(*addends)
 
 
 class Gate(Operation):
@@ -96,10 +80,7 @@ class Padding(Operation):
         Number of elements added before and after, by dimension.
     '''
     label = 'padding'
-
-    def __init__(self, name='pad'):
-        super().__init__(name)
-        self.amounts = {}
+    amounts = {}
 
 
 class Filling(Operation):
@@ -123,10 +104,7 @@ class Subsampling(Operation):
         Step of each of the trailing (spatial) dimensions.
     '''
     label = 'subsampling'
-
-    def __init__(self, name='__getitem__'):
-        super().__init__(name)
-        self.steps = ()
+    steps = ()
 
 
 class Activation(Operation, torch.nn.ReLU):
@@ -163,10 +141,7 @@ class AveragePool(Operation, torch.nn.AvgPool2d):
 class NonNegativeMap(AveragePool):
     '''Linear map with non-negative weights over any dimensions (sampling, attention pooling, cumulative sums).
 
-    Attributes
-    ----------
-    examples: :py:obj:`torch.Tensor` or None
-        The example that each entry of the output's first dimension belongs to, if the first dimension is another one.
+    It has ``examples`` as :py:class:`Filling` does.
     '''
     label = 'nonnegative_map'
     examples = None
@@ -177,17 +152,7 @@ class Signed:
     def linear(self, input, part):
         '''The linear map without constants, and with a function of its weights in their place.
 
-        Parameters
-        ----------
-        input: :py:obj:`torch.Tensor`
-            Input of the shape of the call.
-        part: callable
-            Function of the weights, element by element.
-
-        Returns
-        -------
-        :py:obj:`torch.Tensor`
-            The output, of the shape of the call.
+        Input and output are of the shape of the call, the function ``part`` goes element by element.
         '''
         raise NotImplementedError()
 
@@ -201,10 +166,7 @@ class Resampling(Signed, AveragePool):
         The map of each spatial dimension, of shape (output length, input length).
     '''
     label = 'resampling'
-
-    def __init__(self, name='interpolate'):
-        super().__init__(name)
-        self.matrices = []
+    matrices = ()
 
     def linear(self, input, part):
         '''Products of weights of each dimension are positive if an even number of these is negative.'''
@@ -233,10 +195,7 @@ class Reduction(Operation):
         Dimensions over which the function goes.
     '''
     label = 'reduction'
-
-    def __init__(self, name='norm'):
-        super().__init__(name)
-        self.amounts, self.dims = None, ()
+    amounts, dims = None, ()
 
 
 class MaxPool(Operation, torch.nn.MaxPool2d):
@@ -248,18 +207,9 @@ class FunctionalLinear(Operation):
     '''Functional linear map, with the tensors of the call as its parameters.'''
     # pylint: disable=too-many-arguments
     def set_call(self, function, weight, bias, **settings):
-        '''Take over the tensors and settings of a call.
+        '''Take over a call of a function ``(input, weight, bias, **settings) -> output``.
 
-        Parameters
-        ----------
-        function: callable
-            The function that was called, ``(input, weight, bias, ...) -> output``.
-        weight: :py:obj:`torch.Tensor`
-            The weight of the call.
-        bias: :py:obj:`torch.Tensor` or None
-            The bias of the call.
-        **settings: dict
-            Further arguments by their names (``stride``, ``padding``, ...), which become attributes of the module.
+        Settings (``stride``, ``padding``, ...) become attributes of the module.
         '''
         # a copy of this module, which belongs to an earlier call, keeps the parameters of that
         self._parameters = type(self._parameters)()
@@ -272,39 +222,21 @@ class FunctionalLinear(Operation):
         self.function = lambda input: function(input, self.weight, self.bias, **settings)
 
 
-class FullyConnected(FunctionalLinear, torch.nn.Linear):
-    '''Call of :py:func:`torch.nn.functional.linear`.'''
-    label = 'linear'
+def _calls_of(kind, name, label='convolution'):
+    '''The class of calls of the function which a linear layer of torch.nn stands for.'''
+    return type(name, (FunctionalLinear, kind), {
+        '__module__': __name__, 'label': label,
+        '__doc__': f'Call of the function of :py:class:`torch.nn.{kind.__name__}`.',
+    })
 
 
-class Convolution1d(FunctionalLinear, torch.nn.Conv1d):
-    '''Call of :py:func:`torch.nn.functional.conv1d`.'''
-    label = 'convolution'
-
-
-class Convolution2d(FunctionalLinear, torch.nn.Conv2d):
-    '''Call of :py:func:`torch.nn.functional.conv2d`.'''
-    label = 'convolution'
-
-
-class Convolution3d(FunctionalLinear, torch.nn.Conv3d):
-    '''Call of :py:func:`torch.nn.functional.conv3d`.'''
-    label = 'convolution'
-
-
-class ConvolutionTranspose1d(FunctionalLinear, torch.nn.ConvTranspose1d):
-    '''Call of :py:func:`torch.nn.functional.conv_transpose1d`.'''
-    label = 'convolution'
-
-
-class ConvolutionTranspose2d(FunctionalLinear, torch.nn.ConvTranspose2d):
-    '''Call of :py:func:`torch.nn.functional.conv_transpose2d`.'''
-    label = 'convolution'
-
-
-class ConvolutionTranspose3d(FunctionalLinear, torch.nn.ConvTranspose3d):
-    '''Call of :py:func:`torch.nn.functional.conv_transpose3d`.'''
-    label = 'convolution'
+FullyConnected = _calls_of(torch.nn.Linear, 'FullyConnected', 'linear')
+Convolution1d = _calls_of(torch.nn.Conv1d, 'Convolution1d')
+Convolution2d = _calls_of(torch.nn.Conv2d, 'Convolution2d')
+Convolution3d = _calls_of(torch.nn.Conv3d, 'Convolution3d')
+ConvolutionTranspose1d = _calls_of(torch.nn.ConvTranspose1d, 'ConvolutionTranspose1d')
+ConvolutionTranspose2d = _calls_of(torch.nn.ConvTranspose2d, 'ConvolutionTranspose2d')
+ConvolutionTranspose3d = _calls_of(torch.nn.ConvTranspose3d, 'ConvolutionTranspose3d')
 
 
 class LinearMap(Signed, FunctionalLinear, torch.nn.Linear):
@@ -320,17 +252,7 @@ class LinearMap(Signed, FunctionalLinear, torch.nn.Linear):
     product = None
 
     def set_product(self, product, weight, original):
-        '''Take over a call.
-
-        Parameters
-        ----------
-        product: callable
-            The product, see the attributes.
-        weight: :py:obj:`torch.Tensor`
-            The constant.
-        original: callable
-            The function that was called, ``(input) -> output``, which runs unless a rule has replaced the weight.
-        '''
+        '''Take over a call of ``original``, ``(input) -> output``, which runs unless a rule has replaced the weight.'''
         self.product = product
         self.set_call(None, weight, None)
         weight = self.weight
