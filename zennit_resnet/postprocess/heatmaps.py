@@ -71,12 +71,7 @@ def sum_channels(relevance):
     '''Sum relevance over channels to get heatmaps: (batch, channels, height, width) to (batch, height, width).
 
     The sum (not the mean or the largest channel) keeps the total, so that a heatmap of conserved relevance still sums
-    to the initial relevance.
-
-    Raises
-    ------
-    ValueError
-        If ``relevance`` does not have four axes.
+    to the initial relevance. A ValueError is raised unless ``relevance`` has four axes.
     '''
     if relevance.ndim != 4:
         raise ValueError(
@@ -92,7 +87,7 @@ def heat_quantization(heatmap, levels=8):
 
     With edges :math:`e_0 < ... < e_{n-1}` evenly spaced between the lowest and the highest value of the map, a value
     :math:`a` becomes :math:`e_k` where :math:`e_k \\le a < e_{k+1}`, so only the highest value itself keeps the last
-    edge. Quantizing a quantized map changes nothing.
+    edge. Quantizing a quantized map changes nothing, nor does quantizing a constant one.
 
     Quantization does not conserve relevance, and creates ties: pixels can no longer be ranked within a level.
 
@@ -102,11 +97,6 @@ def heat_quantization(heatmap, levels=8):
         Heatmaps of shape (batch, height, width). Each is quantized on its own. They are not modified.
     levels: int, optional
         Number of edges, of which the first is the lowest, and the last is the highest value. Default is 8.
-
-    Returns
-    -------
-    :py:obj:`torch.Tensor`
-        Quantized heatmaps of shape (batch, height, width). Constant maps are unchanged.
 
     Raises
     ------
@@ -176,16 +166,9 @@ def c3(
     '''Keep what the largest contour and the largest component of reduced heatmaps have in common (C³).
 
     With the reduced map :math:`\\alpha_R`, the filled contour :math:`C_1` and the component :math:`C_2`, Doublet et al.
-    2024, Eqs. (3) and (4), compute
-
-    .. math::
-
-        (C_1 \\wedge C_2) \\odot \\alpha_R
-
-    before the map is expanded again. The paper gives the size, and leaves all else open: how the map is reduced and
-    expanded, what it is compared with, which contour is the largest, and whether corners connect. With the same
-    threshold for both masks, the contour contains the component which it surrounds, so that the result either is
-    that of :py:func:`c1c`, or is empty. That both differ in the paper's Table 2 thus has a reason which the paper does
+    2024, Eqs. (3) and (4), compute :math:`(C_1 \\wedge C_2) \\odot \\alpha_R` before the map is expanded again. With
+    the same threshold for both masks, the contour contains the component which it surrounds, so that the result either
+    is that of :py:func:`c1c`, or is empty. That both differ in the paper's Table 2 has a reason which the paper does
     not state. There are two thresholds here to look for it.
 
     Parameters
@@ -262,12 +245,7 @@ def _keep(heatmap, reduced, contour, component, expand, outside, return_masks):
 
 @takes_maps('contour', 'component')
 def mask_cases(contour, component):
-    '''Find out how often the two masks of :py:func:`c3` agree.
-
-    Parameters
-    ----------
-    contour, component: :py:obj:`torch.Tensor`
-        Boolean masks of shape (batch, height, width), see :py:class:`Choice`.
+    '''Find out how often the two masks of :py:func:`c3` agree, of shape (batch, height, width).
 
     Returns
     -------
@@ -328,15 +306,12 @@ def ablation(heatmap, **options):
 
 @takes_maps('heatmap', 'mask')
 def attention_errors(heatmap, mask, threshold='mean', coverage=0.5, precision=0.5):
-    '''Tell the types of errors of explanations apart, given where the object is.
+    '''Tell the types of errors of explanations apart, given where the object is, as :py:class:`AttentionErrors`.
 
-    The slides of Doublet et al. 2024 name three: insufficiently attended (the attended area is too small),
-    over-attended (it is too large), and wrongly attended (relevance is on pixels that do not contribute). They were
-    counted by eye, one for each of 100 failures, and without thresholds. Those here are ours: the attended region is
-    what is above a threshold of the heatmap, and it is measured which share of the object it covers (coverage), and
-    which share of it is on the object (precision). With enough of both, it is correct; with too little coverage
-    insufficient, with too little precision over, with too little of both wrong. Where nothing is attended at all, it is
-    insufficient.
+    The slides of Doublet et al. 2024 name three, which were counted by eye and without thresholds. Those here are ours:
+    what is above a threshold of the heatmap is attended. With enough of the object attended (coverage), and enough of
+    what is attended on the object (precision), it is correct; with too little coverage insufficient, with too little
+    precision over, with too little of both wrong. Where nothing is attended at all, it is insufficient.
 
     Parameters
     ----------
@@ -348,11 +323,6 @@ def attention_errors(heatmap, mask, threshold='mean', coverage=0.5, precision=0.
         What is above it is attended, see :py:func:`~zennit_resnet.postprocess.binarize`.
     coverage, precision: float, optional
         Shares that are enough. Default is 0.5.
-
-    Returns
-    -------
-    :py:obj:`AttentionErrors`
-        Both shares and flags of the types, of shape (batch,).
 
     Raises
     ------

@@ -1,8 +1,11 @@
 '''Regions of heatmaps: the steps of the choice of contour and component in :py:mod:`zennit_resnet.postprocess`.
 
-All compute in double precision on the CPU, and do not propagate gradients. They also take single maps and NumPy arrays,
-as :py:mod:`zennit_resnet.postprocess` does. Heatmaps that do not have three axes, are complex, not finite, or have no
-pixels raise a ValueError, as do masks without three axes.
+Heatmaps and masks are of shape (batch, height, width), where all but zero of a mask belongs to it. Returned masks are
+boolean. All is computed in double precision on the CPU, and propagates no gradients. Functions also take single maps
+and NumPy arrays, as :py:mod:`zennit_resnet.postprocess` does. A ValueError is raised for heatmaps of another shape, or
+which are complex, not finite, or have no pixels, and for masks of another shape.
+
+Steps are those of Doublet et al. 2024, Section 3.2, which leaves open how they are done.
 '''
 import math
 from operator import index
@@ -53,7 +56,7 @@ def to_type_of(result, heatmap):
 
 @takes_maps('heatmap')
 def reduce_heatmap(heatmap, size=28):
-    '''Reduce heatmaps by area averaging (Doublet et al. 2024, Section 3.2, which does not say how it reduces).
+    '''Reduce heatmaps by area averaging to shape ``(batch, *size)``.
 
     Each cell becomes the mean of the area that it covers, with pixels on its border counted in part. So the map's mean
     stays what it was. A map that is smaller than ``size`` is enlarged by the same definition.
@@ -65,15 +68,10 @@ def reduce_heatmap(heatmap, size=28):
     size: int or tuple[int, int], optional
         Height and width to reduce to, or one number for both. Default is 28 as in the paper.
 
-    Returns
-    -------
-    :py:obj:`torch.Tensor`
-        Reduced heatmaps of shape ``(batch, *size)``.
-
     Raises
     ------
     ValueError
-        If ``size`` is not positive, or ``heatmap`` is not valid.
+        If ``size`` is not positive.
     TypeError
         If ``size`` is not of integers.
     '''
@@ -95,7 +93,7 @@ def _area_weights(length, size):
 
 @takes_maps('heatmap')
 def expand_heatmap(heatmap, size, expand='bilinear'):
-    '''Expand reduced heatmaps to the size of the image (Doublet et al. 2024, Section 3.2, which leaves open how).
+    '''Expand reduced heatmaps to the size of the image, to shape ``(batch, *size)``.
 
     Parameters
     ----------
@@ -105,17 +103,7 @@ def expand_heatmap(heatmap, size, expand='bilinear'):
         Height and width to expand to.
     expand: str, optional
         Either ``'bilinear'`` (default), with pixels at the centers of their area and without extrapolation at the
-        border, or ``'nearest'``, which rounds positions down, as OpenCV does.
-
-    Returns
-    -------
-    :py:obj:`torch.Tensor`
-        Heatmaps of shape ``(batch, *size)``.
-
-    Raises
-    ------
-    ValueError
-        If ``expand`` is unknown, or ``heatmap`` is not valid.
+        border, or ``'nearest'``, which rounds positions down, as OpenCV does. A ValueError is raised for others.
     '''
     check_choice('expand', expand, EXPANSIONS)
     values = to_double(heatmap)[:, None]
@@ -124,28 +112,21 @@ def expand_heatmap(heatmap, size, expand='bilinear'):
 
 @takes_maps('heatmap')
 def binarize(heatmap, threshold='mean'):
-    '''Find the pixels of which the value is strictly above a threshold.
-
-    Doublet et al. 2024 do not say how they binarize. The mean is what code of the same group compares with.
+    '''Find the pixels of which the value is strictly above a threshold, as masks of the shape of the heatmaps.
 
     Parameters
     ----------
     heatmap: :py:obj:`torch.Tensor`
         Heatmaps of shape (batch, height, width).
     threshold: str, float or callable, optional
-        Either ``'mean'`` (default) for the mean of each map, a number, or a function from heatmaps of shape (batch,
-        height, width) and type float64 to the threshold of each, of shape (batch,). A constant map has nothing above
-        its mean.
-
-    Returns
-    -------
-    :py:obj:`torch.Tensor`
-        Boolean masks of shape (batch, height, width).
+        Either ``'mean'`` (default, as code of the same group does it) for the mean of each map, a number, or a function
+        from heatmaps of shape (batch, height, width) and type float64 to the threshold of each, of shape (batch,). A
+        constant map has nothing above its mean.
 
     Raises
     ------
     ValueError
-        If ``threshold`` is unknown, not finite, or not of shape (batch,), or ``heatmap`` is not valid.
+        If ``threshold`` is unknown, not finite, or not of shape (batch,).
     '''
     values = to_double(heatmap)
     flat = values.flatten(1)
@@ -175,25 +156,17 @@ def _map_masks(function, mask):
 
 @takes_maps('mask')
 def largest_component(mask, connectivity=8):
-    '''Find the connected component with the most pixels (Doublet et al. 2024, Section 3.2).
+    '''Find the connected component with the most pixels.
+
+    Of several of the same size, it is the one that comes first in row-major order. All is false if there is none.
 
     Parameters
     ----------
     mask: :py:obj:`torch.Tensor`
-        Masks of shape (batch, height, width), where all but zero belongs to a component.
+        Masks of shape (batch, height, width).
     connectivity: int, optional
-        With 8 (default), pixels that touch at a corner are connected, with 4 they are not. The paper leaves it open.
-
-    Returns
-    -------
-    :py:obj:`torch.Tensor`
-        Boolean masks of shape (batch, height, width). Of several components of the same size, it is the one that comes
-        first in row-major order. All false if there is none.
-
-    Raises
-    ------
-    ValueError
-        If ``connectivity`` is neither 4 nor 8, or ``mask`` is not valid.
+        With 8 (default), pixels that touch at a corner are connected, with 4 they are not. A ValueError is raised for
+        others.
     '''
     check_choice('connectivity', connectivity, (4, 8))
 
@@ -214,23 +187,9 @@ def largest_component(mask, connectivity=8):
 def component_of_maximum(heatmap, mask, connectivity=8):
     '''Find the connected component that holds the largest value of a heatmap, as code by authors of the paper does.
 
-    Parameters
-    ----------
-    heatmap: :py:obj:`torch.Tensor`
-        Heatmaps of shape (batch, height, width). Of several largest values, the first in row-major order counts.
-    mask, connectivity:
-        See :py:func:`largest_component`.
-
-    Returns
-    -------
-    :py:obj:`torch.Tensor`
-        Boolean masks of shape (batch, height, width). Where the largest value is outside the mask, this is all that
-        is outside, as in that code.
-
-    Raises
-    ------
-    ValueError
-        As :py:func:`largest_component`, or if the shapes differ.
+    Of several largest values, the first in row-major order counts. Where it is outside the mask, the result is all that
+    is outside, as in that code. For mask and connectivity, see :py:func:`largest_component`. A ValueError is raised if
+    the shapes differ.
     '''
     check_choice('connectivity', connectivity, (4, 8))
     values = to_double(heatmap)
@@ -247,33 +206,23 @@ def component_of_maximum(heatmap, mask, connectivity=8):
 
 @takes_maps('mask')
 def largest_contour(mask, choice='largest_area'):
-    '''Find the interior of the largest external contour (Doublet et al. 2024, Section 3.2).
+    '''Find the interior of the largest external contour.
 
     The paper neither says what makes a contour the largest, nor whether it is filled. Only a filled contour makes sense
     to keep relevance in, so that holes of the region belong to it. Contours connect pixels that touch at a corner, and
-    those inside of holes are not external.
+    those inside of holes are not external. Of several largest, it is the one that comes first in row-major order. All
+    is false if there is none.
 
     Parameters
     ----------
     mask: :py:obj:`torch.Tensor`
-        Masks of shape (batch, height, width), where all but zero is inside of a contour.
+        Masks of shape (batch, height, width).
     choice: str, optional
         With ``'largest_area'`` (default), it is the polygon through the centers of the border's pixels of which the
         area (OpenCV's ``contourArea``) is the largest. It is zero for lines, however long they are. With
         ``'largest_filled'``, it is the contour that has the most pixels when it is filled. With ``'first'``, it is
         the one that OpenCV's ``findContours`` returns first, as the authors' slides can be read. Its position is
-        arbitrary, and OpenCV does not document it.
-
-    Returns
-    -------
-    :py:obj:`torch.Tensor`
-        Boolean masks of shape (batch, height, width). Of several largest contours, it is the one that comes first in
-        row-major order. All false if there is none.
-
-    Raises
-    ------
-    ValueError
-        If ``choice`` is unknown, or ``mask`` is not valid.
+        arbitrary, and OpenCV does not document it. A ValueError is raised for others.
     '''
     check_choice('contour', choice, CONTOURS)
 
