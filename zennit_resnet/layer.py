@@ -48,10 +48,7 @@ class Operation(torch.nn.Module):
 class Addition(Operation):
     '''Sum of two or more tensors of the same number of dimensions, such as skip connection and residual branch.
 
-    Attributes
-    ----------
-    factors: tuple[float, ...] or None
-        Factors of the addends (``alpha`` of :py:func:`torch.add`), all one if ``None``.
+    They are multiplied with ``factors`` (``alpha`` of :py:func:`torch.add`) unless these are None.
     '''
     label, in_gate = 'addition', True
     factors = None
@@ -72,13 +69,7 @@ class Concatenation(Operation):
 
 
 class Padding(Operation):
-    '''Padding of a tensor with a constant.
-
-    Attributes
-    ----------
-    amounts: dict[int, tuple[int, int]]
-        Number of elements added before and after, by dimension.
-    '''
+    '''Padding of a tensor with a constant, by ``amounts`` (before, after) of elements for each padded dimension.'''
     label = 'padding'
     amounts = {}
 
@@ -86,10 +77,7 @@ class Padding(Operation):
 class Filling(Operation):
     '''Elements of a tensor among constants: ``masked_fill``, ``where`` with a constant, max unpooling, ...
 
-    Attributes
-    ----------
-    examples: :py:obj:`torch.Tensor` or None
-        The example that each entry of the output's first dimension belongs to, if the first dimension is another one.
+    If the output's first dimension is not that of the examples, ``examples`` tells for each entry to which it belongs.
     '''
     label, in_gate = 'filling', True
     examples = None
@@ -98,24 +86,16 @@ class Filling(Operation):
 class Subsampling(Operation):
     '''Indexing with a step, such as ``x[:, :, ::2, ::2]`` in the parameter-free shortcuts of CIFAR networks.
 
-    Attributes
-    ----------
-    steps: tuple[int, ...]
-        Step of each of the trailing (spatial) dimensions.
+    There is one of ``steps`` for each of the trailing (spatial) dimensions.
     '''
     label = 'subsampling'
     steps = ()
 
 
 class Activation(Operation, torch.nn.ReLU):
-    '''Functional element-wise activation.
+    '''Functional element-wise activation, with its lower and upper ``bounds`` as they were given.
 
-    Attributes
-    ----------
-    is_clipped: bool
-        Whether its values have bounds on both sides.
-    bounds: tuple
-        Its lower and upper bound as they were given.
+    It ``is_clipped`` if its values have bounds on both sides.
     '''
     label = 'activation'
     is_clipped = False
@@ -160,10 +140,7 @@ class Signed:
 class Resampling(Signed, AveragePool):
     '''Interpolation with weights of both signs (bicubic).
 
-    Attributes
-    ----------
-    matrices: list of :py:obj:`torch.Tensor`
-        The map of each spatial dimension, of shape (output length, input length).
+    Its ``matrices`` of shape (output length, input length) are the map of each spatial dimension.
     '''
     label = 'resampling'
     matrices = ()
@@ -187,12 +164,7 @@ class Resampling(Signed, AveragePool):
 class Reduction(Operation):
     '''Function over dimensions that is no average of them, but to which each element adds something (norm, std).
 
-    Attributes
-    ----------
-    amounts: callable
-        What elements add, as a function ``(input) -> amounts`` with no negative values.
-    dims: tuple[int, ...]
-        Dimensions over which the function goes.
+    What elements add are the ``amounts``, a function ``(input) -> amounts`` with no negative values.
     '''
     label = 'reduction'
     amounts, dims = None, ()
@@ -242,11 +214,8 @@ ConvolutionTranspose3d = _calls_of(torch.nn.ConvTranspose3d, 'ConvolutionTranspo
 class LinearMap(Signed, FunctionalLinear, torch.nn.Linear):
     '''Any other product of a tensor and a constant (``einsum``, ``bmm``, ``deform_conv2d``), which is its weight.
 
-    Attributes
-    ----------
-    product: callable
-        The product, a function ``(input, weight) -> output`` that is linear in both, and has no weights of its own with
-        a negative sign.
+    The ``product`` is a function ``(input, weight) -> output`` that is linear in both, and has no weights of its own
+    with a negative sign.
     '''
     label = 'linear'
     product = None
