@@ -1,12 +1,4 @@
-'''Post-processing, which turns relevance into heatmaps.
-
-Heatmaps may be on any device and of any type. Results are on the same device, and of the same type (integers become the
-default floating point type). The choice of contour and component computes in double precision on the CPU, and does not
-propagate gradients.
-
-All functions take batches of tensors, but also NumPy arrays and single maps of shape (height, width): what they return
-then are arrays, and has no first axis.
-'''
+'''Post-processing, which turns relevance into heatmaps.'''
 import math
 import warnings
 from operator import index
@@ -26,9 +18,6 @@ from .regions import (
     to_double,
     to_type_of,
 )
-
-COMPONENTS = ('area', 'max_value')
-OUTSIDE = ('zero', 'minimum')
 
 
 class EmptyMaskWarning(UserWarning):
@@ -148,7 +137,7 @@ def c1c(
     :py:obj:`torch.Tensor` or :py:obj:`Choice`
         Heatmaps of shape (batch, height, width), see :py:func:`c3`, also for what is raised.
     '''
-    check_choice('select', select, COMPONENTS)
+    check_choice('select', select, ('area', 'max_value'))
     reduced = reduce_heatmap(to_double(heatmap), size)
     binary = binarize(reduced, threshold)
     if select == 'area':
@@ -224,7 +213,7 @@ def c3(
 
 def _keep(heatmap, reduced, contour, component, expand, outside, return_masks):
     '''Keep what is inside of both masks, expand it, and tell which maps are empty.'''
-    check_choice('outside', outside, OUTSIDE)
+    check_choice('outside', outside, ('zero', 'minimum'))
     check_flag('return_masks', return_masks)
     mask = component if contour is None else contour & component
     empty = ~mask.flatten(1).any(1)

@@ -1,11 +1,6 @@
-'''Regions of heatmaps: the steps of the choice of contour and component in :py:mod:`zennit_resnet.postprocess`.
+'''Regions of heatmaps: the steps of the choice of contour and component, Doublet et al. 2024, Section 3.2.
 
-Heatmaps and masks are of shape (batch, height, width), where all but zero of a mask belongs to it. Returned masks are
-boolean. All is computed in double precision on the CPU, and propagates no gradients. Functions also take single maps
-and NumPy arrays, as :py:mod:`zennit_resnet.postprocess` does. A ValueError is raised for heatmaps of another shape, or
-which are complex, not finite, or have no pixels, and for masks of another shape.
-
-Steps are those of Doublet et al. 2024, Section 3.2, which leaves open how they are done.
+The paper leaves open how they are done. What they have in common is told in :py:mod:`zennit_resnet.postprocess`.
 '''
 import math
 from operator import index
@@ -16,9 +11,6 @@ import torch
 from torch.nn import functional
 
 from ..arguments import check_choice, takes_maps
-
-CONTOURS = ('largest_area', 'largest_filled', 'first')
-EXPANSIONS = {'bilinear': {'mode': 'bilinear', 'align_corners': False}, 'nearest': {'mode': 'nearest'}}
 
 
 def check_heatmap(heatmap):
@@ -105,9 +97,10 @@ def expand_heatmap(heatmap, size, expand='bilinear'):
         Either ``'bilinear'`` (default), with pixels at the centers of their area and without extrapolation at the
         border, or ``'nearest'``, which rounds positions down, as OpenCV does. A ValueError is raised for others.
     '''
-    check_choice('expand', expand, EXPANSIONS)
-    values = to_double(heatmap)[:, None]
-    return to_type_of(functional.interpolate(values, tuple(size), **EXPANSIONS[expand])[:, 0], heatmap)
+    check_choice('expand', expand, ('bilinear', 'nearest'))
+    corners = False if expand == 'bilinear' else None
+    result = functional.interpolate(to_double(heatmap)[:, None], tuple(size), mode=expand, align_corners=corners)
+    return to_type_of(result[:, 0], heatmap)
 
 
 @takes_maps('heatmap')
@@ -224,7 +217,7 @@ def largest_contour(mask, choice='largest_area'):
         the one that OpenCV's ``findContours`` returns first, as the authors' slides can be read. Its position is
         arbitrary, and OpenCV does not document it. A ValueError is raised for others.
     '''
-    check_choice('contour', choice, CONTOURS)
+    check_choice('contour', choice, ('largest_area', 'largest_filled', 'first'))
 
     def fill(array, contour):
         return cv2.drawContours(np.zeros_like(array), [contour], -1, 1, cv2.FILLED)
