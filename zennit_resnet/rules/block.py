@@ -242,10 +242,6 @@ class GradientTimesInput(BlockEpsilon):
         with DisableTorchFunction():
             return map_tensors(_BlockCall(self, module).leave, output)
 
-    def copy(self):
-        '''Return a copy of this hook.'''
-        return type(self)()
-
 
 def note_addition(module):
     '''Note that a module which is running adds tensors.'''
