@@ -43,15 +43,7 @@ SETTINGS = {
 def drop_zero(denominator):
     '''Stabilizer which adds nothing, and makes contributions to a denominator of zero become zero.
 
-    Parameters
-    ----------
-    denominator: :py:obj:`torch.Tensor`
-        Denominators of any shape.
-
-    Returns
-    -------
-    :py:obj:`torch.Tensor`
-        The same with infinity in place of zero (and of numbers too small to be inverted).
+    It puts infinity in place of zero (and of numbers too small to be inverted).
     '''
     return denominator.masked_fill(denominator.abs() < torch.finfo(denominator.dtype).tiny, torch.inf)
 
@@ -73,10 +65,9 @@ class ClassicLRP(_LayerMap):
         stabilized denominator`` may have another.
     gamma: float, optional
         How much ``'gamma'`` enlarges contributions.
-    alpha: float, optional
-        Multiplier of positive contributions of ``'alpha_beta'``.
-    beta: float, optional
-        Multiplier of negative contributions of ``'alpha_beta'``, 1 - alpha. Zennit's has the opposite sign.
+    alpha, beta: float, optional
+        Multipliers of positive and negative contributions of ``'alpha_beta'``, which sum to one. Zennit's beta has the
+        opposite sign.
     with_bias: bool, optional
         Whether biases are part of the denominators, as in Zennit. Default is ``False``, as in the equations.
     addition: str, optional
@@ -90,11 +81,8 @@ class ClassicLRP(_LayerMap):
     stabilizer: callable or float, optional
         Stabilization parameter of all rules but ``'epsilon'``. By default, contributions to denominators of zero are
         zero, and nothing is added to others.
-    layer_map: list[tuple[tuple[torch.nn.Module, ...], Hook]], optional
-        A mapping as a list of tuples, with a tuple of applicable module types and a Hook. This will be prepended to
-        the ``layer_map`` defined by the composite.
-    canonizers: list[:py:class:`zennit.canonizers.Canonizer`], optional
-        List of canonizer instances to be applied before applying hooks. The composite adds its own.
+    layer_map, canonizers:
+        See :py:class:`~zennit_resnet.composites.ResNetLRP`.
 
     Raises
     ------
@@ -106,18 +94,8 @@ class ClassicLRP(_LayerMap):
     '''
     # pylint: disable=too-many-arguments
     def __init__(
-        self,
-        rule='epsilon',
-        epsilon=0.01,
-        gamma=0.25,
-        alpha=2.,
-        beta=-1.,
-        with_bias=False,
-        addition='rule',
-        batch_norm='merge',
-        stabilizer=drop_zero,
-        layer_map=None,
-        canonizers=None,
+        self, rule='epsilon', epsilon=0.01, gamma=0.25, alpha=2., beta=-1., with_bias=False, addition='rule',
+        batch_norm='merge', stabilizer=drop_zero, layer_map=None, canonizers=None,
     ):
         check_choice('rule', rule, RULES)
         check_choice('addition', addition, ADDITION)
@@ -139,9 +117,7 @@ class ClassicLRP(_LayerMap):
                 'zplus': lambda: ZPlus(**stabilized),
                 'wsquare': lambda: WSquare(**stabilized),
             }[rule]()
-        split = {
-            'rule': lambda: LinearSum(linear), 'duplicate': Duplicate, **SPLITTING,
-        }[addition]()
+        split = {'rule': lambda: LinearSum(linear), 'duplicate': Duplicate, **SPLITTING}[addition]()
         layer_map = self.keep(
             layer_map, canonizers, rule=rule, epsilon=epsilon, gamma=gamma, alpha=alpha, beta=beta, with_bias=with_bias,
             addition=addition, batch_norm=batch_norm, stabilizer=stabilizer,

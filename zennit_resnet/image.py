@@ -19,20 +19,10 @@ FONT_SIZE = 16
 
 
 def read_image(path):
-    '''Read a photograph as 8-bit RGB, upright as its EXIF orientation says.
+    '''Read a photograph as 8-bit RGB of Pillow, upright as its EXIF orientation says, in any format that Pillow reads.
 
     Transparent pixels are composed on white, 16-bit values are scaled to 8 bit, and of animations the first frame is
     used.
-
-    Parameters
-    ----------
-    path: str or :py:obj:`pathlib.Path`
-        File in any format that Pillow reads.
-
-    Returns
-    -------
-    :py:obj:`PIL.Image.Image`
-        The photograph in mode ``'RGB'``.
 
     Raises
     ------
@@ -146,7 +136,7 @@ def _color(scaled, cmap):
 
 
 def draw_heatmap(heatmap, percentile=99.5, cmap=HEATMAP_CMAP):
-    '''Draw a heatmap in color.
+    '''Draw a heatmap in color, as an array of shape (height, width, 3) and type uint8.
 
     The color range is symmetric around zero, so that zero has the same color in each heatmap, also in one without
     negative values.
@@ -162,11 +152,6 @@ def draw_heatmap(heatmap, percentile=99.5, cmap=HEATMAP_CMAP):
         A color map of Zennit for values from minus to plus the end of the color range. Default is ``'coldnhot'``, with
         black for zero, red to white for positive, and blue to cyan for negative values.
 
-    Returns
-    -------
-    :py:obj:`numpy.ndarray`
-        Picture of shape (height, width, 3) and type uint8.
-
     Raises
     ------
     ValueError
@@ -181,7 +166,7 @@ def draw_heatmap(heatmap, percentile=99.5, cmap=HEATMAP_CMAP):
 
 
 def draw_overlay(photo, heatmap, percentile=99.5, opacity=0.9, cmap=OVERLAY_CMAP):
-    '''Draw a heatmap on the photograph it explains.
+    '''Draw a heatmap on the photograph it explains, as an array of shape (height, width, 3) and type uint8.
 
     The photograph turns gray, and color covers it in proportion to the magnitude of relevance: from red to yellow for
     positive, and from blue to cyan for negative relevance. The robust end of the color range prevents that the most
@@ -191,24 +176,15 @@ def draw_overlay(photo, heatmap, percentile=99.5, opacity=0.9, cmap=OVERLAY_CMAP
     ----------
     photo: :py:obj:`numpy.ndarray`
         Photograph of shape (height, width, 3) and type uint8.
-    heatmap: :py:obj:`numpy.ndarray` or :py:obj:`torch.Tensor`
-        Heatmap of shape (height, width), or with further axes of size one before.
-    percentile: float, optional
-        Colors end at this percentile of the magnitudes, see :py:func:`draw_heatmap`. Default is 99.5.
+    heatmap, percentile, cmap:
+        See :py:func:`draw_heatmap`, also for what else is raised.
     opacity: float, optional
         Opacity at the end of the color range, from 0 to 1. Default is 0.9.
-    cmap: str or :py:obj:`zennit.cmap.ColorMap`, optional
-        A color map of Zennit for values from minus to plus the end of the color range.
-
-    Returns
-    -------
-    :py:obj:`numpy.ndarray`
-        Picture of shape (height, width, 3) and type uint8.
 
     Raises
     ------
     ValueError
-        If the shapes are not as above or do not match, or if an argument is out of range.
+        If the shapes do not match, or if an argument is out of range.
     '''
     photo = _check_picture(photo, 'A photograph')
     heatmap = _check_heatmap(heatmap)
@@ -228,11 +204,13 @@ def draw_overlay(photo, heatmap, percentile=99.5, opacity=0.9, cmap=OVERLAY_CMAP
 def draw_comparison(rows, titles, captions=None, scale=1):
     '''Draw pictures in a table, for instance a photograph and its heatmaps by several methods in each row.
 
+    All pictures, also the one returned, are arrays of shape (height, width, 3) and type uint8, and may be of different
+    size.
+
     Parameters
     ----------
     rows: list[list[:py:obj:`numpy.ndarray`]]
-        Pictures of shape (height, width, 3) and type uint8. All rows have the same number of pictures, which may be of
-        different size.
+        Rows of the same number of pictures.
     titles: list[str]
         Titles of the columns.
     captions: list[str], optional
@@ -240,16 +218,10 @@ def draw_comparison(rows, titles, captions=None, scale=1):
     scale: int, optional
         Pictures are enlarged by this factor, each pixel to a square. Default is 1.
 
-    Returns
-    -------
-    :py:obj:`numpy.ndarray`
-        Picture of shape (height, width, 3) and type uint8.
-
     Raises
     ------
     ValueError
-        If there are no pictures, if the numbers of pictures, titles and captions do not fit, or if the shape of a
-        picture is not as above.
+        If there are no pictures, or if a picture or the numbers of pictures, titles and captions do not fit.
     '''
     if not rows or not titles:
         raise ValueError('There is nothing to draw: a comparison needs at least one row and one column!')

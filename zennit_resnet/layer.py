@@ -48,33 +48,14 @@ class Operation(torch.nn.Module):
 class Addition(Operation):
     '''Sum of two or more tensors of the same number of dimensions, such as skip connection and residual branch.
 
-    Attributes
-    ----------
-    factors: tuple[float, ...] or None
-        Factors of the addends (``alpha`` of :py:func:`torch.add`), all one if ``None``.
+    They are multiplied with ``factors`` (``alpha`` of :py:func:`torch.add`) unless these are None.
     '''
     label, in_gate = 'addition', True
-
-    def __init__(self, name='add'):
-        super().__init__(name)
-        self.factors = None
+    factors = None
 
     def forward(self, *addends):
-        '''Sum of the addends.
-
-        Parameters
-        ----------
-        *addends: tuple of :py:obj:`torch.Tensor`
-            Tensors which can be broadcast to a common shape.
-
-        Returns
-        -------
-        :py:obj:`torch.Tensor`
-            The sum.
-        '''
-        if self.function is not None:
-            return self.function(*addends)
-        return sum(addends[1:], addends[0])
+        '''Sum of the addends, which can be broadcast to a common shape.'''
+        return sum(addends[1:], addends[0]) if self.function is None else self.function(*addends)
 
 
 class Gate(Operation):
@@ -88,27 +69,15 @@ class Concatenation(Operation):
 
 
 class Padding(Operation):
-    '''Padding of a tensor with a constant.
-
-    Attributes
-    ----------
-    amounts: dict[int, tuple[int, int]]
-        Number of elements added before and after, by dimension.
-    '''
+    '''Padding of a tensor with a constant, by ``amounts`` (before, after) of elements for each padded dimension.'''
     label = 'padding'
-
-    def __init__(self, name='pad'):
-        super().__init__(name)
-        self.amounts = {}
+    amounts = {}
 
 
 class Filling(Operation):
     '''Elements of a tensor among constants: ``masked_fill``, ``where`` with a constant, max unpooling, ...
 
-    Attributes
-    ----------
-    examples: :py:obj:`torch.Tensor` or None
-        The example that each entry of the output's first dimension belongs to, if the first dimension is another one.
+    If the output's first dimension is not that of the examples, ``examples`` tells for each entry to which it belongs.
     '''
     label, in_gate = 'filling', True
     examples = None
@@ -117,27 +86,16 @@ class Filling(Operation):
 class Subsampling(Operation):
     '''Indexing with a step, such as ``x[:, :, ::2, ::2]`` in the parameter-free shortcuts of CIFAR networks.
 
-    Attributes
-    ----------
-    steps: tuple[int, ...]
-        Step of each of the trailing (spatial) dimensions.
+    There is one of ``steps`` for each of the trailing (spatial) dimensions.
     '''
     label = 'subsampling'
-
-    def __init__(self, name='__getitem__'):
-        super().__init__(name)
-        self.steps = ()
+    steps = ()
 
 
 class Activation(Operation, torch.nn.ReLU):
-    '''Functional element-wise activation.
+    '''Functional element-wise activation, with its lower and upper ``bounds`` as they were given.
 
-    Attributes
-    ----------
-    is_clipped: bool
-        Whether its values have bounds on both sides.
-    bounds: tuple
-        Its lower and upper bound as they were given.
+    It ``is_clipped`` if its values have bounds on both sides.
     '''
     label = 'activation'
     is_clipped = False
@@ -163,10 +121,7 @@ class AveragePool(Operation, torch.nn.AvgPool2d):
 class NonNegativeMap(AveragePool):
     '''Linear map with non-negative weights over any dimensions (sampling, attention pooling, cumulative sums).
 
-    Attributes
-    ----------
-    examples: :py:obj:`torch.Tensor` or None
-        The example that each entry of the output's first dimension belongs to, if the first dimension is another one.
+    It has ``examples`` as :py:class:`Filling` does.
     '''
     label = 'nonnegative_map'
     examples = None
@@ -177,17 +132,7 @@ class Signed:
     def linear(self, input, part):
         '''The linear map without constants, and with a function of its weights in their place.
 
-        Parameters
-        ----------
-        input: :py:obj:`torch.Tensor`
-            Input of the shape of the call.
-        part: callable
-            Function of the weights, element by element.
-
-        Returns
-        -------
-        :py:obj:`torch.Tensor`
-            The output, of the shape of the call.
+        Input and output are of the shape of the call, the function ``part`` goes element by element.
         '''
         raise NotImplementedError()
 
@@ -195,16 +140,10 @@ class Signed:
 class Resampling(Signed, AveragePool):
     '''Interpolation with weights of both signs (bicubic).
 
-    Attributes
-    ----------
-    matrices: list of :py:obj:`torch.Tensor`
-        The map of each spatial dimension, of shape (output length, input length).
+    Its ``matrices`` of shape (output length, input length) are the map of each spatial dimension.
     '''
     label = 'resampling'
-
-    def __init__(self, name='interpolate'):
-        super().__init__(name)
-        self.matrices = []
+    matrices = ()
 
     def linear(self, input, part):
         '''Products of weights of each dimension are positive if an even number of these is negative.'''
@@ -225,18 +164,10 @@ class Resampling(Signed, AveragePool):
 class Reduction(Operation):
     '''Function over dimensions that is no average of them, but to which each element adds something (norm, std).
 
-    Attributes
-    ----------
-    amounts: callable
-        What elements add, as a function ``(input) -> amounts`` with no negative values.
-    dims: tuple[int, ...]
-        Dimensions over which the function goes.
+    What elements add are the ``amounts``, a function ``(input) -> amounts`` with no negative values.
     '''
     label = 'reduction'
-
-    def __init__(self, name='norm'):
-        super().__init__(name)
-        self.amounts, self.dims = None, ()
+    amounts, dims = None, ()
 
 
 class MaxPool(Operation, torch.nn.MaxPool2d):
@@ -248,18 +179,9 @@ class FunctionalLinear(Operation):
     '''Functional linear map, with the tensors of the call as its parameters.'''
     # pylint: disable=too-many-arguments
     def set_call(self, function, weight, bias, **settings):
-        '''Take over the tensors and settings of a call.
+        '''Take over a call of a function ``(input, weight, bias, **settings) -> output``.
 
-        Parameters
-        ----------
-        function: callable
-            The function that was called, ``(input, weight, bias, ...) -> output``.
-        weight: :py:obj:`torch.Tensor`
-            The weight of the call.
-        bias: :py:obj:`torch.Tensor` or None
-            The bias of the call.
-        **settings: dict
-            Further arguments by their names (``stride``, ``padding``, ...), which become attributes of the module.
+        Settings (``stride``, ``padding``, ...) become attributes of the module.
         '''
         # a copy of this module, which belongs to an earlier call, keeps the parameters of that
         self._parameters = type(self._parameters)()
@@ -272,65 +194,34 @@ class FunctionalLinear(Operation):
         self.function = lambda input: function(input, self.weight, self.bias, **settings)
 
 
-class FullyConnected(FunctionalLinear, torch.nn.Linear):
-    '''Call of :py:func:`torch.nn.functional.linear`.'''
-    label = 'linear'
+def _calls_of(kind, name, label='convolution'):
+    '''The class of calls of the function which a linear layer of torch.nn stands for.'''
+    return type(name, (FunctionalLinear, kind), {
+        '__module__': __name__, 'label': label,
+        '__doc__': f'Call of the function of :py:class:`torch.nn.{kind.__name__}`.',
+    })
 
 
-class Convolution1d(FunctionalLinear, torch.nn.Conv1d):
-    '''Call of :py:func:`torch.nn.functional.conv1d`.'''
-    label = 'convolution'
-
-
-class Convolution2d(FunctionalLinear, torch.nn.Conv2d):
-    '''Call of :py:func:`torch.nn.functional.conv2d`.'''
-    label = 'convolution'
-
-
-class Convolution3d(FunctionalLinear, torch.nn.Conv3d):
-    '''Call of :py:func:`torch.nn.functional.conv3d`.'''
-    label = 'convolution'
-
-
-class ConvolutionTranspose1d(FunctionalLinear, torch.nn.ConvTranspose1d):
-    '''Call of :py:func:`torch.nn.functional.conv_transpose1d`.'''
-    label = 'convolution'
-
-
-class ConvolutionTranspose2d(FunctionalLinear, torch.nn.ConvTranspose2d):
-    '''Call of :py:func:`torch.nn.functional.conv_transpose2d`.'''
-    label = 'convolution'
-
-
-class ConvolutionTranspose3d(FunctionalLinear, torch.nn.ConvTranspose3d):
-    '''Call of :py:func:`torch.nn.functional.conv_transpose3d`.'''
-    label = 'convolution'
+FullyConnected = _calls_of(torch.nn.Linear, 'FullyConnected', 'linear')
+Convolution1d = _calls_of(torch.nn.Conv1d, 'Convolution1d')
+Convolution2d = _calls_of(torch.nn.Conv2d, 'Convolution2d')
+Convolution3d = _calls_of(torch.nn.Conv3d, 'Convolution3d')
+ConvolutionTranspose1d = _calls_of(torch.nn.ConvTranspose1d, 'ConvolutionTranspose1d')
+ConvolutionTranspose2d = _calls_of(torch.nn.ConvTranspose2d, 'ConvolutionTranspose2d')
+ConvolutionTranspose3d = _calls_of(torch.nn.ConvTranspose3d, 'ConvolutionTranspose3d')
 
 
 class LinearMap(Signed, FunctionalLinear, torch.nn.Linear):
     '''Any other product of a tensor and a constant (``einsum``, ``bmm``, ``deform_conv2d``), which is its weight.
 
-    Attributes
-    ----------
-    product: callable
-        The product, a function ``(input, weight) -> output`` that is linear in both, and has no weights of its own with
-        a negative sign.
+    The ``product`` is a function ``(input, weight) -> output`` that is linear in both, and has no weights of its own
+    with a negative sign.
     '''
     label = 'linear'
     product = None
 
     def set_product(self, product, weight, original):
-        '''Take over a call.
-
-        Parameters
-        ----------
-        product: callable
-            The product, see the attributes.
-        weight: :py:obj:`torch.Tensor`
-            The constant.
-        original: callable
-            The function that was called, ``(input) -> output``, which runs unless a rule has replaced the weight.
-        '''
+        '''Take over a call of ``original``, ``(input) -> output``, which runs unless a rule has replaced the weight.'''
         self.product = product
         self.set_call(None, weight, None)
         weight = self.weight

@@ -43,16 +43,8 @@ NO_OPTIONS = {'canonizers', 'layer_map', 'first_map', 'low', 'high'}
 class Entry(NamedTuple):
     '''What is known about a method before there is a network.
 
-    Attributes
-    ----------
-    kind: str
-        ``'ours'``, ``'baseline'`` or ``'control'``.
-    options: tuple[str]
-        Names of its options.
-    composite: callable, optional
-        Function from options to a composite. Default is None, for methods that are not composites.
-    splits: bool
-        Whether splitting at skip connections can be added. Default is False.
+    Its kind is ``'ours'``, ``'baseline'`` or ``'control'``. The composite is a function of the options, None for
+    methods that are no composites. With ``splits``, splitting at skip connections can be added.
     '''
     kind: str
     options: tuple = ()
@@ -61,12 +53,9 @@ class Entry(NamedTuple):
 
 
 def find_entries():
-    '''Find all methods of this package and Zennit.
+    '''Find all methods of this package and Zennit, an :py:class:`Entry` by name.
 
-    Returns
-    -------
-    dict
-        :py:class:`Entry` by name: our composites, classic rules, input times gradient, and Zennit's composites.
+    These are our composites, classic rules, input times gradient, and Zennit's composites.
     '''
     composites = {
         name: Entry(
@@ -76,14 +65,9 @@ def find_entries():
     }
     own = {name: entry for name, entry in composites.items() if entry.kind == 'ours'}
     classic = {
-        name: Entry('baseline', CLASSIC_OPTIONS, partial(_classic, name), True) for name in SETTINGS
+        name: Entry('baseline', CLASSIC_OPTIONS, partial(ClassicLRP, **SETTINGS[name]), True) for name in SETTINGS
     }
     return {**own, **classic, INPUT_X_GRADIENT: Entry('baseline'), **composites}
-
-
-def _classic(name, **options):
-    '''A classic rule with other options than those of its paper.'''
-    return ClassicLRP(**{**SETTINGS[name], **options})
 
 
 def is_own(name):
@@ -107,18 +91,7 @@ def _parameters(name):
 
 
 def split_names(text):
-    '''Split names of methods at commas, except within the options of a method.
-
-    Parameters
-    ----------
-    text: str
-        Names such as ``'resnet_lrp_ratio:first_layer=ones,maxpool=avg2x2,epsilon_plus'``.
-
-    Returns
-    -------
-    list[str]
-        The names, without empty ones.
-    '''
+    '''Split names of methods at commas, except within the options of a method, and leave out empty ones.'''
     parts = []
     for part in text.split(','):
         is_option = '=' in part and ':' not in part.partition('=')[0]
@@ -167,8 +140,6 @@ class Method:
         The name without options and suffixes.
     attribution: str
         The name without post-processing. Methods for which it is the same have their attributions in common.
-    entry: :py:class:`Entry`
-        What is known about the method.
 
     Raises
     ------
@@ -276,18 +247,7 @@ class Method:
         return composite
 
     def process(self, heatmap):
-        '''Post-process heatmaps.
-
-        Parameters
-        ----------
-        heatmap: :py:obj:`torch.Tensor`
-            Sums over channels of shape (batch, height, width).
-
-        Returns
-        -------
-        :py:obj:`torch.Tensor`
-            Heatmaps of this shape.
-        '''
+        '''Post-process heatmaps, sums over channels of shape (batch, height, width).'''
         heatmap = heatmap.abs() if self.magnitude else heatmap
         if self.postprocess == 'none':
             return heatmap
@@ -315,14 +275,10 @@ class Method:
 
         Returns
         -------
-        output: :py:obj:`torch.Tensor`
-            Output of the model of shape (batch, classes).
-        relevance: :py:obj:`torch.Tensor`
-            Relevance of the shape of ``input``.
-        target: list[int]
-            The explained class of each sample.
-        initial: list[float]
-            The initial relevance of each sample.
+        output, relevance: :py:obj:`torch.Tensor`
+            Output of the model of shape (batch, classes), and relevance of the shape of ``input``.
+        target, initial: list
+            The explained class and the initial relevance of each sample.
         '''
         value = self.initial or value
         attr_output, targets = self._start(input, target, 'one' if self.entry.composite is None else value)
@@ -337,20 +293,7 @@ class Method:
         return output, relevance.detach(), targets.tolist(), initial.tolist()
 
     def ledger(self, classifier, input, target=None, value='logit'):
-        '''Find out where relevance is lost or gained.
-
-        Parameters
-        ----------
-        classifier, input, target, value:
-            See :py:meth:`attribute`.
-
-        Returns
-        -------
-        ledger: :py:obj:`zennit_resnet.conservation.Ledger`
-            The ledger.
-        target: list[int]
-            The explained class of each sample.
-        '''
+        '''Get a :py:class:`~zennit_resnet.conservation.Ledger` and the targets, see :py:meth:`attribute`.'''
         value = 'logit' if self.entry.composite is None else self.initial or value
         attr_output, targets = self._start(input, target, value)
         ledger = conservation_ledger(classifier.model, input, self.composite(classifier), attr_output)
@@ -362,28 +305,15 @@ class Method:
         targets = torch.zeros(len(input), dtype=torch.long)
 
         def attr_output(output):
-            '''Remember the targets.'''
             targets.copy_(output.argmax(1) if target is None else torch.as_tensor(target).expand(len(output)))
             return initial_relevance(targets, value)(output)
 
         return attr_output, targets
 
     def heatmap(self, relevance):
-        '''Get the heatmap to draw.
+        '''Get the heatmap to draw of relevance of shape (3, height, width), and notes of what is unusual about it.
 
         Where there is negative relevance only, it is the magnitude that is post-processed and drawn.
-
-        Parameters
-        ----------
-        relevance: :py:obj:`torch.Tensor`
-            Relevance of shape (3, height, width).
-
-        Returns
-        -------
-        heatmap: :py:obj:`numpy.ndarray`
-            Heatmap of shape (height, width).
-        notes: list[str]
-            What is unusual about it.
         '''
         heatmap, notes = sum_channels(relevance[None]), []
         if is_negative(relevance):

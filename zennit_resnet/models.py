@@ -44,10 +44,8 @@ class Classifier(NamedTuple):
         Names of the classes.
     transform: callable
         Preprocessing, from a PIL image to the normalized input of shape (3, height, width).
-    mean: :py:obj:`torch.Tensor`
-        Mean used in normalization, of shape (3, 1, 1).
-    std: :py:obj:`torch.Tensor`
-        Standard deviation used in normalization, of shape (3, 1, 1).
+    mean, std: :py:obj:`torch.Tensor`
+        Mean and standard deviation used in normalization, of shape (3, 1, 1).
     '''
     model: torch.nn.Module
     classes: list
@@ -58,48 +56,19 @@ class Classifier(NamedTuple):
     def photo(self, input):
         '''Undo the normalization, to get the picture that the network sees.
 
-        Parameters
-        ----------
-        input: :py:obj:`torch.Tensor`
-            Normalized input of shape (3, height, width).
-
-        Returns
-        -------
-        :py:obj:`numpy.ndarray`
-            Picture of shape (height, width, 3) and type uint8.
+        It is an array of shape (height, width, 3) and type uint8 for an input of shape (3, height, width).
         '''
         picture = (input.cpu() * self.std + self.mean).clamp(0, 1).movedim(0, -1)
         return (picture.numpy() * 255).round().astype(np.uint8)
 
     def bounds(self):
-        '''Normalized values of black and white.
-
-        Returns
-        -------
-        low: :py:obj:`torch.Tensor`
-            Lowest possible input of shape (1, 3, 1, 1).
-        high: :py:obj:`torch.Tensor`
-            Highest possible input of shape (1, 3, 1, 1).
-        '''
+        '''Normalized values of black and white, the lowest and highest input, of shape (1, 3, 1, 1) each.'''
         return (-self.mean / self.std)[None], ((1 - self.mean) / self.std)[None]
 
     def find_class(self, text):
-        '''Find the index of a class.
+        '''Find the index of a class by its name in upper or lower case, or by its index as text.
 
-        Parameters
-        ----------
-        text: str
-            Name of the class in upper or lower case, or its index.
-
-        Returns
-        -------
-        int
-            Index of the class.
-
-        Raises
-        ------
-        ValueError
-            If there is no such class, or if several have this name.
+        A ValueError is raised if there is no such class, or if several have this name.
         '''
         found = [num for num, name in enumerate(self.classes) if name.lower() == text.strip().lower()]
         if len(found) > 1:
@@ -161,17 +130,9 @@ def load_classifier(model=None, weights=None, size=None):
 
 
 def find_embedded():
-    '''Find the weights of the embedded ResNet-50, which are not part of the installed package.
+    '''Find the embedded ResNet-50, in the checkout of this package or under the current directory.
 
-    Returns
-    -------
-    :py:obj:`pathlib.Path`
-        Path of the weights in the checkout of this package, or under the current directory.
-
-    Raises
-    ------
-    ValueError
-        If they are in neither.
+    A ValueError is raised if it is in neither, as it is not part of the installed package.
     '''
     for folder in (Path(__file__).resolve().parent.parent, Path.cwd()):
         if (folder / EMBEDDED).is_file():

@@ -47,23 +47,17 @@ def registered(composite, module, output=None):
             )
         eager = Eager(module)
         undo.callback(eager.remove)
-        if output is not None:
-            undo.callback(_replace_forward(module, lambda result: select_output(result, output)))
         state = _State(module)
         undo.callback(state.restore)
         undo.callback(composite.remove)
         try:
+            if output is not None:
+                forward = module.forward
+                vars(module)['forward'] = lambda *args, **kwargs: select_output(forward(*args, **kwargs), output)
             composite.register(module)
         finally:
             state.note_changes()
         yield
-
-
-def _replace_forward(module, function):
-    '''Have a function take what a module returns, and get a function that undoes it.'''
-    own, forward = vars(module).get('forward'), module.forward
-    vars(module)['forward'] = lambda *args, **kwargs: function(forward(*args, **kwargs))
-    return lambda: vars(module).pop('forward') if own is None else vars(module).update(forward=own)
 
 
 class _State:
@@ -79,7 +73,7 @@ class _State:
         self.changed = []
 
     def note_changes(self):
-        '''Note which attributes the rules have changed when they were attached.'''
+        '''Note which attributes have changed since then, when rules were attached.'''
         self.changed = [
             [key for key in vars(module).keys() | before.keys() if vars(module).get(key) is not before.get(key)]
             for module, before, *_ in self.found
@@ -101,16 +95,8 @@ class _State:
 def unwrap(model):
     '''Get the module to which rules are attached, and what is called to run it.
 
-    Parameters
-    ----------
-    model: :py:obj:`torch.nn.Module`
-        A network, which may be compiled or within :py:obj:`torch.nn.DataParallel` or
-        :py:obj:`torch.nn.parallel.DistributedDataParallel`.
-
-    Returns
-    -------
-    tuple[:py:obj:`torch.nn.Module`, callable]
-        The network inside, and a function of the model's arguments.
+    A network may be compiled or within :py:obj:`torch.nn.DataParallel` or
+    :py:obj:`torch.nn.parallel.DistributedDataParallel`.
     '''
     if isinstance(model, DataParallel):
         module, forward = unwrap(model.module)

@@ -7,5 +7,5 @@ def check_sums(ledger, tolerance=1e-9):
     scale = sum(row.arrives_magnitude for row in ledger) + ledger.scale
     assert bool(((sum(row.lost for row in ledger) - (ledger.initial - ledger.final)).abs() <= tolerance * scale).all())
     for row in (*ledger.rows, *ledger.blocks):
-        assert tuple(row.lost_by) == CAUSES
+        assert tuple(row.lost_by) == tuple(CAUSES)
         assert bool(((sum(row.lost_by.values()) - row.lost).abs() <= tolerance * scale).all())

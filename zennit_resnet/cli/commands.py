@@ -40,21 +40,9 @@ class Tolerance(click.FloatRange):
 class Session:
     '''What the commands share: checked options, photographs in batches, and messages that go with a progress bar.
 
-    Parameters
-    ----------
-    images: tuple[:py:obj:`pathlib.Path`]
-        Paths of photographs.
-    methods: list[str]
-        Names of methods, see :py:class:`Method`.
-    options: dict
-        Values of the options that several commands have.
-
-    Raises
-    ------
-    :py:obj:`click.ClickException`
-        If an option is wrong in a way that makes it useless to go on.
+    Anything that makes it useless to go on raises a :py:obj:`click.ClickException`.
     '''
-    def __init__(self, images, methods, options):
+    def __init__(self, images, methods, folder, options):
         # a photograph that is named twice is explained once
         self.images = list(dict.fromkeys(images))
         self.value = options['value']
@@ -82,6 +70,12 @@ class Session:
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             # which one it is depends on the device and on how PyTorch was built
             raise click.ClickException(f'device {device!r} cannot be used: try --device cpu') from error
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise click.ClickException(f'cannot make the folder {folder} ({reason}): choose another --out') from error
+        self.stems = {path: folder / stem for path, stem in unique_stems(self.images).items()}
         self.bar = tqdm(
             total=len(self.images), unit='image', disable=len(self.images) == 1 or not sys.stderr.isatty()
         )
@@ -107,22 +101,10 @@ class Session:
             if paths:
                 yield paths, torch.stack(inputs).to(self.device)
 
-    def attribute(self, method, input, target):
-        '''Compute relevance, see :py:meth:`Method.attribute`.'''
-        with self._errors(method, input):
-            return method.attribute(self.classifier, input, target, self.value)
-
-    def ledger(self, method, input, target):
-        '''Find out where relevance is lost, see :py:meth:`Method.ledger`.'''
-        with self._errors(method, input):
-            return method.ledger(self.classifier, input, target, self.value)
-
-    @staticmethod
-    @contextmanager
-    def _errors(method, input):
-        '''End the program with a message if a method can not be used.'''
+    def run(self, method, input, target, what='attribute'):
+        '''Compute relevance or the ``'ledger'``, and end the program with a message if a method can not be used.'''
         try:
-            yield
+            return getattr(method, what)(self.classifier, input, target, self.value)
         except UnsupportedOperation as error:
             raise click.ClickException(f'{method.text}: {one_line(error)}') from error
         except torch.cuda.OutOfMemoryError as error:
@@ -218,13 +200,13 @@ def unique_stems(paths):
     return stems
 
 
-def make_folder(folder):
-    '''Make a folder with its parents if necessary.'''
+@contextmanager
+def writing(path):
+    '''End the program with a message if a file can not be written.'''
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise click.ClickException(f'cannot make the folder {folder} ({reason}): choose another --out') from error
+        raise click.ClickException(f'cannot write {path}: {error.strerror or error}') from error
 
 
 def save_picture(picture, path):
@@ -257,12 +239,10 @@ def main():
 )
 def explain(images, method, splitting, out, **options):
     '''Write the heatmap of each photograph, an overlay, and the raw relevance.'''
-    session = Session(images, [method if splitting == 'none' else f'{method}+{splitting}'], options)
-    make_folder(out)
-    stems = unique_stems(session.images)
+    session = Session(images, [method if splitting == 'none' else f'{method}+{splitting}'], out, options)
     classes = session.classifier.classes
     for paths, input in session.batches():
-        result = session.attribute(session.methods[0], input, session.target)
+        result = session.run(session.methods[0], input, session.target)
         for path, photo, output, relevance, target, initial in zip(paths, input, *result):
             if not output.isfinite().all():
                 session.fail(path, 'the output of the network is not finite, check the --weights')
@@ -273,13 +253,11 @@ def explain(images, method, splitting, out, **options):
             heatmap, overlay, notes = session.draw(session.classifier.photo(photo), session.methods[0], relevance)
             if session.methods[0].postprocess != 'none':
                 notes.insert(0, f'post-processed by {session.methods[0].postprocess}')
-            stem = out / stems[path]
-            try:
+            stem = session.stems[path]
+            with writing(f'{stem}_*'):
                 Image.fromarray(heatmap).save(f'{stem}_heatmap.png')
                 Image.fromarray(overlay).save(f'{stem}_overlay.png')
                 np.save(f'{stem}_relevance.npy', relevance.float().cpu().numpy())
-            except OSError as error:
-                raise click.ClickException(f'cannot write {stem}_*: {error.strerror or error}') from error
             values, indices = output.float().softmax(0).topk(min(3, len(classes)))
             top = ', '.join(f'{classes[index]} {100 * value:.1f} %' for value, index in zip(values.tolist(), indices))
             total = float(relevance.double().sum())
@@ -315,10 +293,9 @@ def compare(images, methods, show, out, **options):
     '''Draw several methods side by side in one figure, one row for each photograph.'''
     if out.suffix.lower() not in PICTURES:
         raise click.ClickException(f'--out {out} is not a picture: choose a name that ends with {", ".join(PICTURES)}')
-    session = Session(images, split_names(methods), options)
-    if not session.methods:
+    if not split_names(methods):
         raise click.ClickException('--methods is empty: name at least one')
-    make_folder(out.parent)
+    session = Session(images, split_names(methods), out.parent, options)
     classes = session.classifier.classes
     rows, captions, notes = [], [], {}
     for paths, input in session.batches():
@@ -330,18 +307,16 @@ def compare(images, methods, show, out, **options):
         computed = {}
         for method in session.methods:
             if method.attribution not in computed:
-                computed[method.attribution] = session.attribute(method, input, target)[1]
+                computed[method.attribution] = session.run(method, input, target)[1]
             for path, row, logits, relevance in zip(paths, batch_rows, output, computed[method.attribution]):
                 if logits.isfinite().all() and relevance.isfinite().all():
                     *pictures, found = session.draw(row[0], method, relevance)
-                    for note in found:
-                        notes.setdefault((method.text, note), []).append(path.name)
                 else:
                     # a method that fails leaves its place empty
-                    pictures = [row[0] * 0] * 2
-                    note = 'left out, as output or relevance is not finite'
-                    notes.setdefault((method.text, note), []).append(path.name)
+                    pictures, found = [row[0] * 0] * 2, ['left out, as output or relevance is not finite']
                     session.failed = True
+                for note in found:
+                    notes.setdefault((method.text, note), []).append(path.name)
                 row.extend({'heatmap': pictures[:1], 'overlay': pictures[1:], 'both': pictures}[show])
         for path, row, index, probabilities in zip(paths, batch_rows, target.tolist(), output.float().softmax(1)):
             rows.append(row)
@@ -350,10 +325,8 @@ def compare(images, methods, show, out, **options):
     if rows:
         titles = [method.text for method in session.methods for _ in range(2 if show == 'both' else 1)]
         picture = Image.fromarray(draw_comparison(rows, ['photo', *titles], captions))
-        try:
+        with writing(out):
             out = save_picture(picture, out)
-        except OSError as error:
-            raise click.ClickException(f'cannot write {out}: {error.strerror or error}') from error
         tqdm.write(f'written {one_line(out)}', file=sys.stdout)
         for (text, note), names in notes.items():
             shown, more = names[:3], len(names) - 3
@@ -379,23 +352,18 @@ def ledger(images, method, splitting, tolerance, blocks, out, **options):
 
     Writes a plot, a table (CSV), and all as JSON. The exit status is 1 if relevance is not conserved.
     '''
-    session = Session(images, [method if splitting == 'none' else f'{method}+{splitting}'], options)
-    make_folder(out)
-    stems = unique_stems(session.images)
+    session = Session(images, [method if splitting == 'none' else f'{method}+{splitting}'], out, options)
     classes = session.classifier.classes
     for paths, input in session.batches():
-        batch, targets = session.ledger(session.methods[0], input, session.target)
+        batch, targets = session.run(session.methods[0], input, session.target, 'ledger')
         for num, (path, target) in enumerate(zip(paths, targets)):
-            single, stem = batch.example(num), out / stems[path]
+            single, stem = batch.example(num), session.stems[path]
             figure = single.plot(tolerance=tolerance)
-            title = one_line(f'{path.name}: {session.methods[0].text}, {classes[target]}')
-            figure.suptitle(title, parse_math=False)
-            try:
+            figure.suptitle(one_line(f'{path.name}: {session.methods[0].text}, {classes[target]}'), parse_math=False)
+            with writing(f'{stem}_ledger.*'):
                 figure.savefig(f'{stem}_ledger.png')
                 single.to_csv(f'{stem}_ledger.csv')
                 single.to_json(f'{stem}_ledger.json')
-            except OSError as error:
-                raise click.ClickException(f'cannot write {stem}_ledger.*: {error.strerror or error}') from error
             deviation = float(single.deviation())
             is_conserved = deviation <= tolerance
             session.failed |= not is_conserved

@@ -16,7 +16,20 @@ from ..layer import LinearMap, Normalization
 from ..rules.block import BlockEpsilon
 from ..rules.zplus import ZPlus
 
-CAUSES = ('bias', 'stabilizer', 'dead_units', 'no_rule', 'unexplained')
+# What to do about each cause by which relevance is lost, and its color in plots.
+CAUSES = {
+    'bias': ('biases have a share of the output. With zero_params=\'bias\', rules of Zennit leave them out', '#0072b2'),
+    'stabilizer': ('it is not small compared with what it is added to. Choose a smaller one', '#e69f00'),
+    'dead_units': (
+        'units have relevance, but no contributions to share it by. ResNetLRP(dead_units=\'spread\') does',
+        '#999999',
+    ),
+    'no_rule': (
+        'the gradient took its place. with_splitting(composite) has one for additions, a layer map for layers',
+        '#d55e00',
+    ),
+    'unexplained': ('a rule does not conserve relevance, or terms cancel but for their rounding', '#cc79a7'),
+}
 
 # For each rule of Zennit, from outputs z and shares s of its forward passes, and the factors with which these enter the
 # relevance: parts of the relevance, of which each is divided by a denominator, as (factor, share, denominator).
@@ -37,14 +50,8 @@ DENOMINATORS = {
 class Note(NamedTuple):
     '''What a rule has to say about a backward pass through its layer.
 
-    Attributes
-    ----------
-    rule: :py:obj:`zennit.core.Hook` or None
-        The rule.
-    lost: dict[str, :py:obj:`torch.Tensor`]
-        Relevance lost by cause, of shape (batch,) and type float64.
-    smallest: :py:obj:`torch.Tensor` or None
-        The smallest magnitude of a denominator, among units with relevance, of shape (batch,) and type float64.
+    Relevance lost by cause, and the smallest magnitude of a denominator among units with relevance (or None), are of
+    shape (batch,) and type float64.
     '''
     rule: Hook
     lost: dict
@@ -52,16 +59,11 @@ class Note(NamedTuple):
 
 
 class LossProbe:
-    '''Takes notes of what rules compute while they run, without any influence on it.
-
-    Attributes
-    ----------
-    heard: set[:py:obj:`zennit.core.Hook`]
-        Rules of which there were notes.
-    '''
+    '''Takes notes of what rules compute while they run, without any influence on it.'''
     def __init__(self, batch_size):
         self.batch_size = batch_size
         self.notes = []
+        # rules of which there were notes
         self.heard = set()
         self.replaced = {}
 

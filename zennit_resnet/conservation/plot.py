@@ -1,24 +1,18 @@
 '''A plot of a ledger.'''
 import numpy as np
 
-# Colors of causes by which relevance is lost
-LEDGER_COLORS = {
-    'bias': '#0072b2', 'stabilizer': '#e69f00', 'dead_units': '#999999', 'no_rule': '#d55e00', 'unexplained': '#cc79a7'
-}
+from .losses import CAUSES
 
 
 def plot_ledger(ledger, example=0, tolerance=1e-4):
-    '''Plot what each layer loses or gains of the relevance, by cause, and what is left, from the output to the input.
-    '''
+    '''Plot what each layer loses or gains by cause, and what is left, from the output to the input.'''
     # takes long to import, and is not needed for anything else
     from matplotlib.figure import Figure
     scale = float(ledger.scale[example]) or 1.
     rows = ledger.visible(example, tolerance * scale)
     positions = np.arange(len(rows))
     initial, final = float(ledger.initial[example]) / scale, float(ledger.final[example]) / scale
-    lost = {
-        key: np.array([float(row.lost_by[key][example]) for row in rows]) / scale for key in LEDGER_COLORS
-    }
+    lost = {key: np.array([float(row.lost_by[key][example]) for row in rows]) / scale for key in CAUSES}
     left = initial - np.cumsum(sum(lost.values()))
     arrives = np.array([float(row.arrives[example]) for row in rows]) / scale
 
@@ -38,7 +32,7 @@ def plot_ledger(ledger, example=0, tolerance=1e-4):
         for key, values in lost.items():
             part = np.nan_to_num(values.clip(0) if sign > 0 else values.clip(max=0), posinf=0, neginf=0)
             if np.abs(part).max(initial=0) > smallest:
-                lower.bar(positions, part, bottom=base, color=LEDGER_COLORS[key], label=key.replace('_', ' '))
+                lower.bar(positions, part, bottom=base, color=CAUSES[key][1], label=key.replace('_', ' '))
             base += part
     lower.axhline(0, color='black', linewidth=.8)
     lower.set_ylabel('lost / initial')

@@ -15,6 +15,7 @@ from zennit.core import Hook
 
 from .._autograd import function_of, is_leaf, next_sequence, sequence_of, walk
 from .._compat import DisableTorchFunction, rules_of
+from .._nested import active_tensors
 from ..rules.base import SinglePass
 from ..rules.block import BlockEpsilon, GradientTimesInput
 from .losses import CAUSES, LossProbe, Note, is_affine, precise
@@ -23,6 +24,8 @@ from .losses import CAUSES, LossProbe, Note, is_affine, precise
 @dataclass
 class Row:
     '''Relevance of a layer, of a function call that is in no layer, or of a block.
+
+    All tensors are of shape (batch,), and of type float64 but for the numbers of values.
 
     Attributes
     ----------
@@ -36,24 +39,18 @@ class Row:
         Class of the module, or name of the function.
     rule: str or None
         Class of the rule, None where the gradient takes its place.
-    arrives: :py:obj:`torch.Tensor`
-        Sum of the relevance that arrives at the output, of shape (batch,) and type float64.
-    leaves: :py:obj:`torch.Tensor`
-        Sum of the relevance that leaves to the inputs, of shape (batch,) and type float64.
-    arrives_magnitude: :py:obj:`torch.Tensor`
-        Sum of the magnitudes of what arrives from each consumer of the output, of shape (batch,) and type float64.
-    leaves_magnitude: :py:obj:`torch.Tensor`
-        Sum of the magnitudes of what leaves to each input, of shape (batch,) and type float64.
+    arrives, leaves: :py:obj:`torch.Tensor`
+        Sum of the relevance that arrives at the output, and of that which leaves to the inputs.
+    arrives_magnitude, leaves_magnitude: :py:obj:`torch.Tensor`
+        Sum of the magnitudes of what arrives from each consumer of the output, and of what leaves to each input.
     lost_by: dict[str, :py:obj:`torch.Tensor`]
-        What is lost by ``'bias'``, ``'stabilizer'``, ``'dead_units'``, ``'no_rule'`` and ``'unexplained'``, of shape
-        (batch,) and type float64 each. They sum to ``lost``. Negative values are gains.
+        What is lost by ``'bias'``, ``'stabilizer'``, ``'dead_units'``, ``'no_rule'`` and ``'unexplained'``. They sum to
+        ``lost``. Negative values are gains.
     smallest: :py:obj:`torch.Tensor` or None
-        The smallest magnitude of a denominator, before it is stabilized, among units to which relevance arrives, of
-        shape (batch,) and type float64. None if the rule has no denominator, or is unknown.
-    nan: :py:obj:`torch.Tensor`
-        Number of NaN among what leaves, of shape (batch,).
-    inf: :py:obj:`torch.Tensor`
-        Number of infinite values among what leaves, of shape (batch,).
+        The smallest magnitude of a denominator, before it is stabilized, among units to which relevance arrives. None
+        if the rule has no denominator, or is unknown.
+    nan, inf: :py:obj:`torch.Tensor`
+        Number of NaN and of infinite values among what leaves.
     '''
     # pylint: disable=too-many-instance-attributes
     name: str
@@ -93,29 +90,17 @@ class Row:
 
     def example(self, index):
         '''The row of a single example.'''
-        def pick(value):
-            return value if value is None else value[index:][:1]
+        def pick(values):
+            return {key: value[index:][:1] for key, value in values.items() if isinstance(value, torch.Tensor)}
 
-        tensors = {key: pick(value) for key, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, lost_by={key: pick(value) for key, value in self.lost_by.items()}, **tensors)
+        return replace(self, lost_by=pick(self.lost_by), **pick(vars(self)))
 
 
 class RecordedCall:
-    '''A call of a module during the forward pass.
-
-    Attributes
-    ----------
-    module: :py:obj:`torch.nn.Module`
-        The module.
-    parent: :py:obj:`RecordedCall` or None
-        The call during which it was called.
-    rules: list[:py:obj:`zennit.core.Hook`]
-        Rules of the module.
-    is_container: bool
-        Whether it called other modules.
-    '''
+    '''A call of a module with rules during the forward pass, within that of its parent.'''
     def __init__(self, module, parent, rules):
         self.module, self.parent, self.rules = module, parent, rules
+        # whether it called other modules
         self.is_container = False
         if parent is not None:
             parent.is_container = True
@@ -148,17 +133,9 @@ class Recorder:
     Operations are numbered in their order, so it is known from when it ran to which module one belongs, whatever
     becomes of tensors by views or in-place operations.
 
-    Parameters
-    ----------
-    model: :py:obj:`torch.nn.Module`
-        The network.
-    composite: :py:obj:`zennit.core.Composite`
-        The composite, which is registered. If it ``propagates`` gradients, these become relevance by multiplication
-        with the tensor of an edge. Where it is not known, because it is neither input nor output of a module,
-        operations are not told apart.
-    batch_size: int
-        Number of examples, which are the first dimension of all tensors. Operations between which a tensor has none,
-        are not told apart either.
+    If the composite ``propagates`` gradients, these become relevance by multiplication with the tensor of an edge.
+    Where it is not known, because it is neither input nor output of a module, operations are not told apart. Nor are
+    those between which a tensor has no first dimension of examples.
     '''
     # pylint: disable=too-many-instance-attributes
     def __init__(self, model, composite, batch_size):
@@ -215,16 +192,14 @@ class Recorder:
         '''Called after all other hooks of a module.'''
         if threading.get_ident() == self.thread and self.stack and self.stack[-1].module is module:
             self._mark(self.stack.pop().parent)
-            with DisableTorchFunction():
-                self._keep(output)
+            self._keep(output)
 
     def _note_bias(self, module, args, kwargs, output):
         '''Called right after the module has run. Note layers of which the bias has a share.'''
         if threading.get_ident() != self.thread or not self.stack or self.stack[-1].module is not module:
             return
-        with DisableTorchFunction():
-            # hooks that are called before a module do not get these
-            self._keep(kwargs)
+        # hooks that are called before a module do not get these
+        self._keep(kwargs)
         call = self.stack[-1]
         rule = next((hook for hook in call.rules if isinstance(hook, BlockEpsilon)), None)
         is_inside = any(isinstance(hook, BlockEpsilon) for elem in self.stack for hook in elem.rules)
@@ -243,36 +218,16 @@ class Recorder:
 
     def _keep(self, value):
         '''Keep tensors for which gradients become relevance.'''
-        if not self.is_gradient:
-            return
-        if isinstance(value, torch.Tensor) and value.requires_grad:
-            edge = get_gradient_edge(value)
-            self.values.setdefault((edge.node, edge.output_nr), value.detach().clone())
-        elif isinstance(value, (tuple, list)):
-            for elem in value:
-                self._keep(elem)
-        elif isinstance(value, dict):
-            self._keep(list(value.values()))
+        if self.is_gradient:
+            with DisableTorchFunction():
+                for tensor in active_tensors(value):
+                    edge = get_gradient_edge(tensor)
+                    self.values.setdefault((edge.node, edge.output_nr), tensor.detach().clone())
 
     # -- backward ------------------------------------------------------------------------------------------------------
 
     def propagate(self, output, input, seed):
-        '''Propagate relevance.
-
-        Parameters
-        ----------
-        output: :py:obj:`torch.Tensor`
-            Output of the network.
-        input: :py:obj:`torch.Tensor`
-            Input of the network, a leaf.
-        seed: :py:obj:`torch.Tensor`
-            Initial relevance of the shape of the output.
-
-        Returns
-        -------
-        :py:obj:`torch.Tensor`
-            Relevance of the shape of the input.
-        '''
+        '''Propagate initial relevance of the shape of the output to the input, a leaf.'''
         edge = get_gradient_edge(input)
         self.input = edge.node, edge.output_nr
         nodes = list(walk([output.grad_fn]))
@@ -331,17 +286,12 @@ class Recorder:
     # -- result --------------------------------------------------------------------------------------------------------
 
     def summarize(self):
-        '''Sum up for each layer, each function that is in no layer, and each block.
+        '''Get rows for each layer and each function that is in no layer, and rows for modules which contain others.
 
-        Returns
-        -------
-        rows: list[:py:obj:`Row`]
-            Layers and functions in the order of the backward pass, of which each operation is in one.
-        blocks: list[:py:obj:`Row`]
-            Modules which contain others, in the order of the backward pass.
+        They are in the order of the backward pass. Each operation is in one of the former.
         '''
         names, numbers = self._names()
-        order = sorted(range(len(self.nodes)), key=lambda index: -self._number(index))
+        order = sorted(range(len(self.nodes)), key=lambda index: -sequence_of(self.nodes[index]))
         calls = [self._owner(index) for index in range(len(self.nodes))]
         layers = [call.layer() for call in calls]
         labels = self._merge([index if layer is None else layer for index, layer in enumerate(layers)])
@@ -397,12 +347,9 @@ class Recorder:
             torch.stack(smallest).amin(0) if smallest else None, nan.long(), inf.long(),
         )
 
-    def _number(self, index):
-        return sequence_of(self.nodes[index])
-
     def _owner(self, index):
         '''The call during which an operation ran.'''
-        position = bisect_right(self.starts, self._number(index)) - 1
+        position = bisect_right(self.starts, sequence_of(self.nodes[index])) - 1
         return (self.owners[position] if position >= 0 else None) or self.calls[0]
 
     def _merge(self, labels):

@@ -1,4 +1,12 @@
-'''Post-processing, which turns relevance into heatmaps, and the steps of the choice of contour and component.'''
+'''Post-processing, which turns relevance into heatmaps, and the steps of the choice of contour and component.
+
+Functions take batches of tensors of shape (batch, height, width), but also NumPy arrays and single maps of shape
+(height, width): what they return then are arrays, and has no first axis. Results are on the same device, and of the
+same type (integers become the default floating point type), masks are boolean. All but zero of a given mask belongs to
+it. A ValueError is raised for heatmaps of another shape, or which are complex, not finite, or have no pixels.
+
+The choice of contour and component computes in double precision on the CPU, and does not propagate gradients.
+'''
 from .heatmaps import (
     Choice,
     EmptyMaskWarning,

@@ -1,12 +1,4 @@
-'''Post-processing, which turns relevance into heatmaps.
-
-Heatmaps may be on any device and of any type. Results are on the same device, and of the same type (integers become the
-default floating point type). The choice of contour and component computes in double precision on the CPU, and does not
-propagate gradients.
-
-All functions take batches of tensors, but also NumPy arrays and single maps of shape (height, width): what they return
-then are arrays, and has no first axis.
-'''
+'''Post-processing, which turns relevance into heatmaps.'''
 import math
 import warnings
 from operator import index
@@ -27,9 +19,6 @@ from .regions import (
     to_type_of,
 )
 
-COMPONENTS = ('area', 'max_value')
-OUTSIDE = ('zero', 'minimum')
-
 
 class EmptyMaskWarning(UserWarning):
     '''Post-processing left nothing of a heatmap.'''
@@ -38,20 +27,9 @@ class EmptyMaskWarning(UserWarning):
 class Choice(NamedTuple):
     '''Result of :py:func:`c1c` and :py:func:`c3` with everything it was made from, for a batch of heatmaps.
 
-    Parameters
-    ----------
-    heatmap: :py:obj:`torch.Tensor`
-        The result of shape (batch, height, width).
-    reduced: :py:obj:`torch.Tensor`
-        Reduced heatmaps of shape ``(batch, *size)``.
-    contour: :py:obj:`torch.Tensor` or None
-        Boolean masks of the filled contours, of shape ``(batch, *size)``. None for :py:func:`c1c`.
-    component: :py:obj:`torch.Tensor`
-        Boolean masks of the connected components, of shape ``(batch, *size)``.
-    mask: :py:obj:`torch.Tensor`
-        Boolean masks of what was kept, of shape ``(batch, *size)``.
-    empty: :py:obj:`torch.Tensor`
-        Whether nothing was kept of each heatmap, of shape (batch,) and type bool.
+    The result and the reduced heatmaps, then boolean masks of the filled contour (None for :py:func:`c1c`), of the
+    component and of what was kept, all of shape ``(batch, *size)`` but for the result, which has that of the heatmaps,
+    and whether nothing was kept, of shape (batch,).
     '''
     heatmap: torch.Tensor
     reduced: torch.Tensor
@@ -64,24 +42,10 @@ class Choice(NamedTuple):
 class AttentionErrors(NamedTuple):
     '''How the attended region of each heatmap of a batch fits the object, see :py:func:`attention_errors`.
 
-    Exactly one of the last four is true, or none where there is no object. All are of shape (batch,), and boolean
-    except for the first two.
-
-    Parameters
-    ----------
-    coverage: :py:obj:`torch.Tensor`
-        Share of the object that is attended. NaN where there is no object.
-    precision: :py:obj:`torch.Tensor`
-        Share of the attended region that is on the object. NaN where there is no object, and one where nothing is
-        attended.
-    correct: :py:obj:`torch.Tensor`
-        Enough of the object, and little else is attended.
-    insufficient: :py:obj:`torch.Tensor`
-        Insufficiently attended (IA): what is attended is on the object, but is too little.
-    over: :py:obj:`torch.Tensor`
-        Over-attended (OA): the object is attended, but too much else is as well.
-    wrong: :py:obj:`torch.Tensor`
-        Wrongly attended (WA): something else is attended instead of the object.
+    The share of the object that is attended, and the share of the attended region that is on the object (one where
+    nothing is attended), then flags of which exactly one is true: correct, insufficiently attended (IA),
+    over-attended (OA) and wrongly attended (WA). All are of shape (batch,). Where there is no object, shares are NaN,
+    and no flag is true.
     '''
     coverage: torch.Tensor
     precision: torch.Tensor
@@ -93,25 +57,10 @@ class AttentionErrors(NamedTuple):
 
 @takes_maps('relevance', single=False)
 def sum_channels(relevance):
-    '''Sum relevance over channels to get heatmaps.
+    '''Sum relevance over channels to get heatmaps: (batch, channels, height, width) to (batch, height, width).
 
     The sum (not the mean or the largest channel) keeps the total, so that a heatmap of conserved relevance still sums
-    to the initial relevance.
-
-    Parameters
-    ----------
-    relevance: :py:obj:`torch.Tensor`
-        Relevance of shape (batch, channels, height, width).
-
-    Returns
-    -------
-    :py:obj:`torch.Tensor`
-        Heatmaps of shape (batch, height, width).
-
-    Raises
-    ------
-    ValueError
-        If ``relevance`` does not have four axes.
+    to the initial relevance. A ValueError is raised unless ``relevance`` has four axes.
     '''
     if relevance.ndim != 4:
         raise ValueError(
@@ -126,28 +75,17 @@ def heat_quantization(heatmap, levels=8):
     '''Lower each value of a heatmap to the nearest of a few evenly spaced levels (Otsuki et al. 2024, Section 3.4).
 
     With edges :math:`e_0 < ... < e_{n-1}` evenly spaced between the lowest and the highest value of the map, a value
-    :math:`a` becomes
-
-    .. math::
-
-        e_k \\quad \\text{where} \\quad e_k \\le a < e_{k+1},
-
-    so only the highest value itself keeps the last edge. Quantizing a quantized map changes nothing.
+    :math:`a` becomes :math:`e_k` where :math:`e_k \\le a < e_{k+1}`, so only the highest value itself keeps the last
+    edge. Quantizing a quantized map changes nothing, nor does quantizing a constant one.
 
     Quantization does not conserve relevance, and creates ties: pixels can no longer be ranked within a level.
 
     Parameters
     ----------
     heatmap: :py:obj:`torch.Tensor`
-        Heatmaps of shape (batch, height, width). Each is quantized on its own, with edges from its own range. They are
-        not modified. Integers are converted to the default floating point type.
+        Heatmaps of shape (batch, height, width). Each is quantized on its own. They are not modified.
     levels: int, optional
         Number of edges, of which the first is the lowest, and the last is the highest value. Default is 8.
-
-    Returns
-    -------
-    :py:obj:`torch.Tensor`
-        Quantized heatmaps of shape (batch, height, width). Constant maps are unchanged.
 
     Raises
     ------
@@ -185,51 +123,21 @@ def c1c(
 
     Parameters
     ----------
-    heatmap: :py:obj:`torch.Tensor`
-        Heatmaps of shape (batch, height, width). Each is processed on its own. They are not modified.
-    size: int or tuple[int, int], optional
-        Size to reduce heatmaps to. Default is 28. See :py:func:`~zennit_resnet.postprocess.reduce_heatmap`.
-    threshold: str, float or callable, optional
-        What is above it may belong to the component. Default is ``'mean'``. See
-        :py:func:`~zennit_resnet.postprocess.binarize`.
+    heatmap, size, threshold, connectivity, expand, outside, return_masks:
+        See :py:func:`c3`, where ``threshold`` is that of the component. A constant map has nothing above its mean, so
+        nothing of it is left with ``select='area'``.
     select: str, optional
         With ``'area'`` (default, as the paper describes it), it is the component with the most pixels. With
         ``'max_value'`` (as in code of the same group), it is the one that holds the largest value, or the whole map if
         nothing is above the threshold. That code also triples the values inside, which has no effect on pictures or
         rankings, and is left out.
-    connectivity: int, optional
-        Either 8 (default) or 4. See :py:func:`~zennit_resnet.postprocess.largest_component`.
-    expand: str, optional
-        Either ``'bilinear'`` (default) or ``'nearest'``. See :py:func:`~zennit_resnet.postprocess.expand_heatmap`.
-    outside: str, optional
-        What values outside the component become. With ``'zero'`` (default), pixels outside outrank negative relevance
-        inside, if heatmaps are ranked afterwards. With ``'minimum'``, they become the lowest value of the reduced map,
-        and no pixel outside outranks one inside.
-    return_masks: bool, optional
-        Whether to return everything instead of the result alone. Default is False.
 
     Returns
     -------
     :py:obj:`torch.Tensor` or :py:obj:`Choice`
-        Heatmaps of shape (batch, height, width), or these together with the reduced heatmaps, the masks, and flags of
-        heatmaps of which nothing is left. Such a map is zero everywhere (or the lowest value), and there is a warning
-        unless the flags are returned. A constant map has nothing above its mean, so nothing of it is left with
-        ``'area'``.
-
-    Raises
-    ------
-    ValueError
-        If ``heatmap`` does not have three axes, is complex, is not finite, or has no pixels, or if an argument is
-        unknown or out of range.
-    TypeError
-        If ``size`` is not of integers.
-
-    Warns
-    -----
-    :py:obj:`EmptyMaskWarning`
-        If nothing is left of a heatmap, unless ``return_masks``.
+        Heatmaps of shape (batch, height, width), see :py:func:`c3`, also for what is raised.
     '''
-    check_choice('select', select, COMPONENTS)
+    check_choice('select', select, ('area', 'max_value'))
     reduced = reduce_heatmap(to_double(heatmap), size)
     binary = binarize(reduced, threshold)
     if select == 'area':
@@ -247,16 +155,9 @@ def c3(
     '''Keep what the largest contour and the largest component of reduced heatmaps have in common (C³).
 
     With the reduced map :math:`\\alpha_R`, the filled contour :math:`C_1` and the component :math:`C_2`, Doublet et al.
-    2024, Eqs. (3) and (4), compute
-
-    .. math::
-
-        (C_1 \\wedge C_2) \\odot \\alpha_R
-
-    before the map is expanded again. The paper gives the size, and leaves all else open: how the map is reduced and
-    expanded, what it is compared with, which contour is the largest, and whether corners connect. With the same
-    threshold for both masks, the contour contains the component which it surrounds, so that the result either is
-    that of :py:func:`c1c`, or is empty. That both differ in the paper's Table 2 thus has a reason which the paper does
+    2024, Eqs. (3) and (4), compute :math:`(C_1 \\wedge C_2) \\odot \\alpha_R` before the map is expanded again. With
+    the same threshold for both masks, the contour contains the component which it surrounds, so that the result either
+    is that of :py:func:`c1c`, or is empty. That both differ in the paper's Table 2 has a reason which the paper does
     not state. There are two thresholds here to look for it.
 
     Parameters
@@ -264,22 +165,20 @@ def c3(
     heatmap: :py:obj:`torch.Tensor`
         Heatmaps of shape (batch, height, width). Each is processed on its own. They are not modified.
     size: int or tuple[int, int], optional
-        Size to reduce heatmaps to. Default is 28, as in the paper. See
-        :py:func:`~zennit_resnet.postprocess.reduce_heatmap`.
+        Size to reduce heatmaps to, see :py:func:`~zennit_resnet.postprocess.reduce_heatmap`. Default is 28, as in the
+        paper.
     threshold: str, float or callable, optional
-        What is above it may belong to the contour. Default is ``'mean'``. See
-        :py:func:`~zennit_resnet.postprocess.binarize`.
+        What is above it may belong to the contour, see :py:func:`~zennit_resnet.postprocess.binarize`.
     component_threshold: str, float or callable, optional
         What is above it may belong to the component. Default is None, which is ``threshold``.
     contour: str, optional
-        Either ``'largest_area'`` (default), ``'largest_filled'`` or ``'first'``. See
-        :py:func:`~zennit_resnet.postprocess.largest_contour`.
+        See :py:func:`~zennit_resnet.postprocess.largest_contour`.
     connectivity: int, optional
-        Either 8 (default) or 4. See :py:func:`~zennit_resnet.postprocess.largest_component`.
+        See :py:func:`~zennit_resnet.postprocess.largest_component`.
     expand: str, optional
-        Either ``'bilinear'`` (default) or ``'nearest'``. See :py:func:`~zennit_resnet.postprocess.expand_heatmap`.
+        See :py:func:`~zennit_resnet.postprocess.expand_heatmap`.
     outside: str, optional
-        What values outside both masks become. With ``'zero'`` (default, Eq. (4)), pixels outside outrank negative
+        What values outside of what is kept become. With ``'zero'`` (default, Eq. (4)), pixels outside outrank negative
         relevance inside, if heatmaps are ranked afterwards. With ``'minimum'``, they become the lowest value of the
         reduced map, and no pixel outside outranks one inside.
     return_masks: bool, optional
@@ -288,10 +187,9 @@ def c3(
     Returns
     -------
     :py:obj:`torch.Tensor` or :py:obj:`Choice`
-        Heatmaps of shape (batch, height, width), or these together with the reduced heatmaps, both masks, their
-        intersection, and flags of heatmaps of which nothing is left. Such a map is zero everywhere (or the lowest
-        value), and there is a warning unless the flags are returned. This happens if the masks have no pixel in common,
-        or if nothing is above a threshold, as in a constant map.
+        Heatmaps of shape (batch, height, width), or these with all masks and flags. A map of which nothing is left,
+        because the masks have no pixel in common or nothing is above a threshold, is zero everywhere (or the lowest
+        value).
 
     Raises
     ------
@@ -315,7 +213,7 @@ def c3(
 
 def _keep(heatmap, reduced, contour, component, expand, outside, return_masks):
     '''Keep what is inside of both masks, expand it, and tell which maps are empty.'''
-    check_choice('outside', outside, OUTSIDE)
+    check_choice('outside', outside, ('zero', 'minimum'))
     check_flag('return_masks', return_masks)
     mask = component if contour is None else contour & component
     empty = ~mask.flatten(1).any(1)
@@ -336,14 +234,7 @@ def _keep(heatmap, reduced, contour, component, expand, outside, return_masks):
 
 @takes_maps('contour', 'component')
 def mask_cases(contour, component):
-    '''Find out how often the two masks of :py:func:`c3` agree.
-
-    Parameters
-    ----------
-    contour: :py:obj:`torch.Tensor`
-        Boolean masks of the contours, of shape (batch, height, width).
-    component: :py:obj:`torch.Tensor`
-        Boolean masks of the components, of shape (batch, height, width).
+    '''Find out how often the two masks of :py:func:`c3` agree, of shape (batch, height, width).
 
     Returns
     -------
@@ -381,27 +272,17 @@ def ablation(heatmap, **options):
 
     Parameters
     ----------
-    heatmap: :py:obj:`torch.Tensor`
-        Heatmaps of shape (batch, height, width).
-    **options
+    heatmap, **options:
         Arguments of :py:func:`c3`. Those that :py:func:`c1c` has as well are used for both, where the threshold of C1C
         is that of the component.
 
     Returns
     -------
     heatmaps: dict[str, :py:obj:`torch.Tensor`]
-        Heatmaps of shape (batch, height, width) for each of ``'none'``, ``'c1c'`` and ``'c3'``, where ``'none'`` is
-        ``heatmap`` itself.
+        Heatmaps of shape (batch, height, width): ``'none'``, which is ``heatmap`` itself, ``'c1c'`` and ``'c3'``.
     report: dict[str, float]
-        Fractions of the batch, see :py:func:`mask_cases`. If both thresholds are equal, ``'c1c'`` and ``'c3'`` are
-        equal but for maps in ``'disjoint'``.
-
-    Raises
-    ------
-    ValueError
-        As :py:func:`c3`, or if the batch is empty.
-    TypeError
-        If an option is unknown, or ``size`` is not of integers.
+        Fractions of the batch, see :py:func:`mask_cases`, also for what is raised. If both thresholds are equal,
+        ``'c1c'`` and ``'c3'`` are equal but for maps in ``'disjoint'``.
     '''
     chosen = c3(heatmap, **options, return_masks=True)
     common = {key: value for key, value in options.items() if key in ('size', 'connectivity', 'expand', 'outside')}
@@ -414,24 +295,12 @@ def ablation(heatmap, **options):
 
 @takes_maps('heatmap', 'mask')
 def attention_errors(heatmap, mask, threshold='mean', coverage=0.5, precision=0.5):
-    '''Tell the types of errors of explanations apart, given where the object is.
+    '''Tell the types of errors of explanations apart, given where the object is, as :py:class:`AttentionErrors`.
 
-    The slides of Doublet et al. 2024 name three: insufficiently attended (the attended area is too small),
-    over-attended (it is too large), and wrongly attended (relevance is on pixels that do not contribute). They were
-    counted by eye, one for each of 100 failures, and without thresholds. Those here are ours: the attended region is
-    what is above a threshold of the heatmap, and it is measured which share of the object it covers, and which share of
-    it is on the object.
-
-    =========== =============== ==========
-    coverage    precision       type
-    =========== =============== ==========
-    enough      enough          correct
-    too little  enough          insufficient
-    enough      too little      over
-    too little  too little      wrong
-    =========== =============== ==========
-
-    Where nothing is attended at all, it is insufficient.
+    The slides of Doublet et al. 2024 name three, which were counted by eye and without thresholds. Those here are ours:
+    what is above a threshold of the heatmap is attended. With enough of the object attended (coverage), and enough of
+    what is attended on the object (precision), it is correct; with too little coverage insufficient, with too little
+    precision over, with too little of both wrong. Where nothing is attended at all, it is insufficient.
 
     Parameters
     ----------
@@ -440,18 +309,9 @@ def attention_errors(heatmap, mask, threshold='mean', coverage=0.5, precision=0.
     mask: :py:obj:`torch.Tensor`
         Masks of shape (batch, height, width), where all but zero belongs to the object.
     threshold: str, float or callable, optional
-        What is above it is attended. Default is ``'mean'``, as for :py:func:`c3`. See
-        :py:func:`~zennit_resnet.postprocess.binarize`.
-    coverage: float, optional
-        Share of the object that is enough. Default is 0.5.
-    precision: float, optional
-        Share of the attended region on the object that is enough. Default is 0.5.
-
-    Returns
-    -------
-    :py:obj:`AttentionErrors`
-        Both shares and flags of the types, of shape (batch,). Where there is no object, the shares are NaN, and all
-        flags are false.
+        What is above it is attended, see :py:func:`~zennit_resnet.postprocess.binarize`.
+    coverage, precision: float, optional
+        Shares that are enough. Default is 0.5.
 
     Raises
     ------

@@ -1,7 +1,6 @@
-'''Regions of heatmaps: the steps of the choice of contour and component in :py:mod:`zennit_resnet.postprocess`.
+'''Regions of heatmaps: the steps of the choice of contour and component, Doublet et al. 2024, Section 3.2.
 
-All compute in double precision on the CPU, and do not propagate gradients. They also take single maps and NumPy arrays,
-as :py:mod:`zennit_resnet.postprocess` does.
+The paper leaves open how they are done. What they have in common is told in :py:mod:`zennit_resnet.postprocess`.
 '''
 import math
 from operator import index
@@ -12,9 +11,6 @@ import torch
 from torch.nn import functional
 
 from ..arguments import check_choice, takes_maps
-
-CONTOURS = ('largest_area', 'largest_filled', 'first')
-EXPANSIONS = {'bilinear': {'mode': 'bilinear', 'align_corners': False}, 'nearest': {'mode': 'nearest'}}
 
 
 def check_heatmap(heatmap):
@@ -52,7 +48,7 @@ def to_type_of(result, heatmap):
 
 @takes_maps('heatmap')
 def reduce_heatmap(heatmap, size=28):
-    '''Reduce heatmaps by area averaging (Doublet et al. 2024, Section 3.2, which does not say how it reduces).
+    '''Reduce heatmaps by area averaging to shape ``(batch, *size)``.
 
     Each cell becomes the mean of the area that it covers, with pixels on its border counted in part. So the map's mean
     stays what it was. A map that is smaller than ``size`` is enlarged by the same definition.
@@ -64,16 +60,10 @@ def reduce_heatmap(heatmap, size=28):
     size: int or tuple[int, int], optional
         Height and width to reduce to, or one number for both. Default is 28 as in the paper.
 
-    Returns
-    -------
-    :py:obj:`torch.Tensor`
-        Reduced heatmaps of shape ``(batch, *size)``.
-
     Raises
     ------
     ValueError
-        If ``heatmap`` does not have three axes, is complex, is not finite, or has no pixels, or if ``size`` is not
-        positive.
+        If ``size`` is not positive.
     TypeError
         If ``size`` is not of integers.
     '''
@@ -95,7 +85,7 @@ def _area_weights(length, size):
 
 @takes_maps('heatmap')
 def expand_heatmap(heatmap, size, expand='bilinear'):
-    '''Expand reduced heatmaps to the size of the image (Doublet et al. 2024, Section 3.2, which leaves open how).
+    '''Expand reduced heatmaps to the size of the image, to shape ``(batch, *size)``.
 
     Parameters
     ----------
@@ -105,49 +95,31 @@ def expand_heatmap(heatmap, size, expand='bilinear'):
         Height and width to expand to.
     expand: str, optional
         Either ``'bilinear'`` (default), with pixels at the centers of their area and without extrapolation at the
-        border, or ``'nearest'``, which rounds positions down, as OpenCV does.
-
-    Returns
-    -------
-    :py:obj:`torch.Tensor`
-        Heatmaps of shape ``(batch, *size)``.
-
-    Raises
-    ------
-    ValueError
-        If ``heatmap`` does not have three axes, is complex, is not finite, or has no pixels, or if ``expand`` is
-        unknown.
+        border, or ``'nearest'``, which rounds positions down, as OpenCV does. A ValueError is raised for others.
     '''
-    check_choice('expand', expand, EXPANSIONS)
-    values = to_double(heatmap)[:, None]
-    return to_type_of(functional.interpolate(values, tuple(size), **EXPANSIONS[expand])[:, 0], heatmap)
+    check_choice('expand', expand, ('bilinear', 'nearest'))
+    corners = False if expand == 'bilinear' else None
+    result = functional.interpolate(to_double(heatmap)[:, None], tuple(size), mode=expand, align_corners=corners)
+    return to_type_of(result[:, 0], heatmap)
 
 
 @takes_maps('heatmap')
 def binarize(heatmap, threshold='mean'):
-    '''Find the pixels of which the value is strictly above a threshold.
-
-    Doublet et al. 2024 do not say how they binarize. The mean is what code of the same group compares with.
+    '''Find the pixels of which the value is strictly above a threshold, as masks of the shape of the heatmaps.
 
     Parameters
     ----------
     heatmap: :py:obj:`torch.Tensor`
         Heatmaps of shape (batch, height, width).
     threshold: str, float or callable, optional
-        Either ``'mean'`` (default) for the mean of each map, a number, or a function from heatmaps of shape (batch,
-        height, width) and type float64 to the threshold of each, of shape (batch,). A constant map has nothing above
-        its mean.
-
-    Returns
-    -------
-    :py:obj:`torch.Tensor`
-        Boolean masks of shape (batch, height, width).
+        Either ``'mean'`` (default, as code of the same group does it) for the mean of each map, a number, or a function
+        from heatmaps of shape (batch, height, width) and type float64 to the threshold of each, of shape (batch,). A
+        constant map has nothing above its mean.
 
     Raises
     ------
     ValueError
-        If ``heatmap`` does not have three axes, is complex, is not finite, or has no pixels, or if ``threshold`` is
-        unknown, not finite, or not of shape (batch,).
+        If ``threshold`` is unknown, not finite, or not of shape (batch,).
     '''
     values = to_double(heatmap)
     flat = values.flatten(1)
@@ -177,30 +149,21 @@ def _map_masks(function, mask):
 
 @takes_maps('mask')
 def largest_component(mask, connectivity=8):
-    '''Find the connected component with the most pixels (Doublet et al. 2024, Section 3.2).
+    '''Find the connected component with the most pixels.
+
+    Of several of the same size, it is the one that comes first in row-major order. All is false if there is none.
 
     Parameters
     ----------
     mask: :py:obj:`torch.Tensor`
-        Masks of shape (batch, height, width), where all but zero belongs to a component.
+        Masks of shape (batch, height, width).
     connectivity: int, optional
-        With 8 (default), pixels that touch at a corner are connected, with 4 they are not. The paper leaves it open.
-
-    Returns
-    -------
-    :py:obj:`torch.Tensor`
-        Boolean masks of shape (batch, height, width). Of several components of the same size, it is the one that comes
-        first in row-major order. All false if there is none.
-
-    Raises
-    ------
-    ValueError
-        If ``mask`` does not have three axes, or ``connectivity`` is neither 4 nor 8.
+        With 8 (default), pixels that touch at a corner are connected, with 4 they are not. A ValueError is raised for
+        others.
     '''
     check_choice('connectivity', connectivity, (4, 8))
 
     def choose(array):
-        '''The component of a single mask.'''
         count, labels = cv2.connectedComponents(array, connectivity=connectivity)
         if count == 1:
             return array
@@ -217,25 +180,9 @@ def largest_component(mask, connectivity=8):
 def component_of_maximum(heatmap, mask, connectivity=8):
     '''Find the connected component that holds the largest value of a heatmap, as code by authors of the paper does.
 
-    Parameters
-    ----------
-    heatmap: :py:obj:`torch.Tensor`
-        Heatmaps of shape (batch, height, width). Of several largest values, the first in row-major order counts.
-    mask: :py:obj:`torch.Tensor`
-        Masks of shape (batch, height, width), where all but zero belongs to a component.
-    connectivity: int, optional
-        With 8 (default), pixels that touch at a corner are connected, with 4 they are not.
-
-    Returns
-    -------
-    :py:obj:`torch.Tensor`
-        Boolean masks of shape (batch, height, width). Where the largest value is outside the mask, this is all that
-        is outside, as in that code.
-
-    Raises
-    ------
-    ValueError
-        If the shapes differ, if ``heatmap`` is not valid, or if ``connectivity`` is neither 4 nor 8.
+    Of several largest values, the first in row-major order counts. Where it is outside the mask, the result is all that
+    is outside, as in that code. For mask and connectivity, see :py:func:`largest_component`. A ValueError is raised if
+    the shapes differ.
     '''
     check_choice('connectivity', connectivity, (4, 8))
     values = to_double(heatmap)
@@ -244,7 +191,6 @@ def component_of_maximum(heatmap, mask, connectivity=8):
     maxima = iter(values.flatten(1).argmax(1).tolist())
 
     def choose(array):
-        '''The component of a single mask.'''
         _, labels = cv2.connectedComponents(array, connectivity=connectivity)
         return labels == labels.flat[next(maxima)]
 
@@ -253,42 +199,30 @@ def component_of_maximum(heatmap, mask, connectivity=8):
 
 @takes_maps('mask')
 def largest_contour(mask, choice='largest_area'):
-    '''Find the interior of the largest external contour (Doublet et al. 2024, Section 3.2).
+    '''Find the interior of the largest external contour.
 
     The paper neither says what makes a contour the largest, nor whether it is filled. Only a filled contour makes sense
     to keep relevance in, so that holes of the region belong to it. Contours connect pixels that touch at a corner, and
-    those inside of holes are not external.
+    those inside of holes are not external. Of several largest, it is the one that comes first in row-major order. All
+    is false if there is none.
 
     Parameters
     ----------
     mask: :py:obj:`torch.Tensor`
-        Masks of shape (batch, height, width), where all but zero is inside of a contour.
+        Masks of shape (batch, height, width).
     choice: str, optional
         With ``'largest_area'`` (default), it is the polygon through the centers of the border's pixels of which the
         area (OpenCV's ``contourArea``) is the largest. It is zero for lines, however long they are. With
         ``'largest_filled'``, it is the contour that has the most pixels when it is filled. With ``'first'``, it is
         the one that OpenCV's ``findContours`` returns first, as the authors' slides can be read. Its position is
-        arbitrary, and OpenCV does not document it.
-
-    Returns
-    -------
-    :py:obj:`torch.Tensor`
-        Boolean masks of shape (batch, height, width). Of several largest contours, it is the one that comes first in
-        row-major order. All false if there is none.
-
-    Raises
-    ------
-    ValueError
-        If ``mask`` does not have three axes, or ``choice`` is unknown.
+        arbitrary, and OpenCV does not document it. A ValueError is raised for others.
     '''
-    check_choice('contour', choice, CONTOURS)
+    check_choice('contour', choice, ('largest_area', 'largest_filled', 'first'))
 
     def fill(array, contour):
-        '''The interior of a contour, with the contour itself.'''
         return cv2.drawContours(np.zeros_like(array), [contour], -1, 1, cv2.FILLED)
 
     def choose(array):
-        '''The contour of a single mask.'''
         contours, _ = cv2.findContours(array, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
         if not contours:
             return array
@@ -296,10 +230,8 @@ def largest_contour(mask, choice='largest_area'):
             return fill(array, contours[0])
         # by (row, column) of the first pixel
         contours = sorted(contours, key=lambda contour: min((row, col) for col, row in contour[:, 0].tolist()))
-        areas = {
-            'largest_area': lambda: [cv2.contourArea(contour) for contour in contours],
-            'largest_filled': lambda: [fill(array, contour).sum() for contour in contours],
-        }[choice]()
-        return fill(array, contours[int(np.argmax(areas))])
+        size = cv2.contourArea if choice == 'largest_area' else lambda contour: fill(array, contour).sum()
+        # the first of those which are equally large
+        return fill(array, max(contours, key=size))
 
     return _map_masks(choose, mask)

@@ -25,6 +25,14 @@ def as_tuple(value, num):
     return value * num if len(value) == 1 else value
 
 
+def with_adjoint(function, input):
+    '''Output of a function, and its gradient as a function from that of the output to that of the input.'''
+    with torch.enable_grad():
+        leaf = input.detach().requires_grad_()
+        output = function(leaf)
+    return output.detach(), lambda upper, **kwargs: torch.autograd.grad(output, leaf, upper, **kwargs)[0]
+
+
 def convolve(module, input, weight, shape, spread=False):
     '''Convolve as a module does, with another weight and without bias.'''
     num = weight.ndim - 2
@@ -123,13 +131,9 @@ def average(module, input, even=False):
 
 def overlapping_stride(module, num):
     '''The stride of a convolution or pooling, None if it is one, or if windows do not overlap.'''
-    if hasattr(module, 'weight'):
-        kernel = tuple(module.weight.shape[2:])
-    elif getattr(module, 'kernel_size', None) is not None:
-        kernel = as_tuple(module.kernel_size, num)
-    else:
+    if not _has_windows(module):
         return None
-    stride = as_tuple(module.stride, num)
+    kernel, stride, *_ = settings(module, num)
     return stride if any(1 < step < size for step, size in zip(stride, kernel)) else None
 
 
@@ -194,11 +198,9 @@ def convolve_transposed(module, input, weight, output):
     if module.padding_mode == 'zeros' and all(left == right for left, right in pads):
         return _gradient(output, input, weight, stride, [left for left, _ in pads], dilation, module.groups)
     mode = 'constant' if module.padding_mode == 'zeros' else module.padding_mode
-    with torch.enable_grad():
-        input = input.detach().requires_grad_()
-        padded = F.pad(input, [value for pair in reversed(pads) for value in pair], mode=mode)
-    lower = _gradient(output, padded.detach(), weight, stride, (0,) * num, dilation, module.groups)
-    return torch.autograd.grad(padded, input, lower)[0]
+    padding = [value for pair in reversed(pads) for value in pair]
+    padded, crop = with_adjoint(lambda leaf: F.pad(leaf, padding, mode=mode), input)
+    return crop(_gradient(output, padded, weight, stride, (0,) * num, dilation, module.groups))
 
 
 # pylint: disable=too-many-arguments
@@ -212,10 +214,9 @@ def _gradient(output, input, weight, stride, padding, dilation, groups):
 def count_uses(module, input, output):
     '''Count the windows of a convolution or pooling that read each position of its input.'''
     num = input.ndim - 2
-    counts = input.new_ones((1, 1) + (1,) * num)
-    mode = getattr(module, 'padding_mode', 'zeros')
+    counts, mode = [], getattr(module, 'padding_mode', 'zeros')
     for dim, (length, out) in enumerate(zip(input.shape[2:], output.shape[2:])):
-        if getattr(module, 'kernel_size', None) is None and not hasattr(module, 'weight'):
+        if not _has_windows(module):
             reads = torch.cat([torch.arange(*bound) for bound in adaptive_bounds(length, out)])
         else:
             size, step, dil, (before, after) = (elem[dim] for elem in settings(module, num))
@@ -228,9 +229,18 @@ def count_uses(module, input, output):
                     # positions of the padding are copies of others
                     source = F.pad(torch.arange(length, dtype=torch.double)[None, None], (before, after), mode=mode)
                     reads = source.flatten().long()[reads + before]
-        count = reads[(reads >= 0) & (reads < length)].bincount(minlength=length)
-        counts = counts * count.to(counts).view(-1, *(1,) * (num - dim - 1))
-    return counts
+        counts.append(reads[(reads >= 0) & (reads < length)].bincount(minlength=length))
+    return _outer(input, counts)
+
+
+def _outer(input, vectors):
+    '''Products of one element of each vector, of shape (1, 1, *spatial).'''
+    return functools.reduce(lambda total, elem: total.unsqueeze(-1) * elem.to(input), vectors, input.new_ones((1, 1)))
+
+
+def _has_windows(module):
+    '''Whether a convolution or pooling has windows of a given size.'''
+    return hasattr(module, 'weight') or getattr(module, 'kernel_size', None) is not None
 
 
 def settings(module, num):
@@ -262,12 +272,8 @@ def adaptive_bounds(length, out):
 
 def adaptive_sizes(input, output):
     '''Sizes of the windows of an adaptive pooling, of shape (1, 1, *spatial).'''
-    num = input.ndim - 2
-    sizes = input.new_ones((1, 1) + (1,) * num)
-    for dim, (length, out) in enumerate(zip(input.shape[2:], output.shape[2:])):
-        size = torch.tensor([end - begin for begin, end in adaptive_bounds(length, out)])
-        sizes = sizes * size.to(sizes).view(-1, *(1,) * (num - dim - 1))
-    return sizes
+    bounds = (adaptive_bounds(*lengths) for lengths in zip(input.shape[2:], output.shape[2:]))
+    return _outer(input, [torch.tensor([end - begin for begin, end in bound]) for bound in bounds])
 
 
 def check_batch(rule, module, input):

@@ -173,13 +173,7 @@ class SinglePass(Described, Hook):
             pending.finish()
 
     def register(self, module):
-        '''Register this instance to the supplied module.
-
-        Raises
-        ------
-        RuntimeError
-            If the module has a rule of Zennit already.
-        '''
+        '''Register this instance to a module, which must not have a rule of Zennit already (RuntimeError).'''
         for rule in rules_of(module):
             if not isinstance(rule, SinglePass) and not type(rule).__module__.startswith(PACKAGE):
                 raise RuntimeError(

@@ -37,7 +37,9 @@ class _BlockCall:
             return tensor
         # a leaf, such as the network's input, must not be changed
         alias = tensor.detach().clone() if tensor.is_leaf else tensor.detach()
-        given = _Enter.apply(self, [alias], tensor, self.keep(tensor))
+        kept = self.keep(tensor)
+        # R' = z J^T (R / z')
+        given = _Change.apply(self, [alias], tensor, lambda gradient: kept.values * gradient)
         self.inputs.append((tensor, given, version_of(tensor)))
         return given
 
@@ -60,61 +62,21 @@ class _BlockCall:
             elem.clear()
 
 
-class _Enter(torch.autograd.Function):
-    '''Multiply with the input in the backward pass.'''
+class _Change(torch.autograd.Function):
+    '''Change relevance in the backward pass, if the call has turned out to be a layer.'''
     # pylint: disable=abstract-method,arguments-differ
     @staticmethod
-    def forward(ctx, call, alias, input, kept):
-        '''Return an alias of the input, which comes in a list, because a tensor would be returned as a view.'''
-        ctx.call = call
-        # not by save_for_backward, as the module may change its input in place
-        ctx.kept = kept
-        return alias[0]
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        '''R' = z J^T (R / z').'''
-        return None, None, ctx.kept.values * gradient if ctx.call.is_layer else gradient, None
-
-
-class _Leave(torch.autograd.Function):
-    '''Divide by the stabilized output in the backward pass.'''
-    # pylint: disable=abstract-method,arguments-differ
-    @staticmethod
-    def forward(ctx, call, alias, output, denominator):
-        '''Return an alias of the output.'''
-        ctx.call = call
-        # not by save_for_backward, as an in-place operation may follow
-        ctx.denominator = denominator
+    def forward(ctx, call, alias, tensor, change):
+        '''Return an alias of the tensor, which comes in a list, because a tensor would be returned as a view.'''
+        # what the change needs is not kept by save_for_backward, as in-place operations may follow
+        ctx.call, ctx.change = call, change
         return alias[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, relevance):
-        '''R / stab(z').'''
-        if ctx.call.is_layer:
-            relevance = ctx.call.rule.divide(relevance, _values(ctx.denominator))
-        return None, None, relevance, None
-
-
-class _Factor(torch.autograd.Function):
-    '''Multiply with the factor by which relevance at the output changes, z' / stab(z'), in the backward pass.'''
-    # pylint: disable=abstract-method,arguments-differ
-    @staticmethod
-    def forward(ctx, call, alias, output, kept, denominator):
-        '''Return an alias of the output.'''
-        ctx.call = call
-        ctx.kept, ctx.denominator = kept, denominator
-        return alias[0]
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        '''g z' / stab(z').'''
-        if ctx.call.is_layer:
-            gradient = ctx.call.rule.scale(gradient, ctx.kept.values, _values(ctx.denominator))
-        return None, None, gradient, None, None
+        '''Change relevance.'''
+        return None, None, ctx.change(relevance) if ctx.call.is_layer else relevance, None
 
 
 class BlockEpsilon(Described, Hook):
@@ -129,9 +91,8 @@ class BlockEpsilon(Described, Hook):
     Parameters
     ----------
     epsilon: callable or float, optional
-        Stabilization of the output. If it is a float (default 1e-6), it will be added with the sign of each entry. If
-        it is callable, a function ``(input: torch.Tensor) -> torch.Tensor`` is expected, of which the output
-        corresponds to the stabilized denominator. With 0, entries of zero receive nothing.
+        What is added to the output (default 1e-6), or a function ``(output) -> stabilized output``. With 0, entries of
+        zero receive nothing.
     mode: str, optional
         ``'sign'`` (default) adds ``epsilon`` with the sign of each entry, ``'plus'`` adds it as the equation has it.
     with_bias: bool, optional
@@ -161,10 +122,7 @@ class BlockEpsilon(Described, Hook):
         if is_block is not None:
             check_flag('is_block', is_block)
         self.epsilon = check_stabilizer('epsilon', epsilon)
-        self.mode = mode
-        self.with_bias = with_bias
-        self.form = form
-        self.is_block = is_block
+        self.mode, self.with_bias, self.form, self.is_block = mode, with_bias, form, is_block
 
     def copy(self):
         '''Return a copy of this hook.'''
@@ -187,20 +145,7 @@ class BlockEpsilon(Described, Hook):
         super().remove()
 
     def divide(self, relevance, output):
-        '''Divide relevance by the stabilized output.
-
-        Parameters
-        ----------
-        relevance: :py:obj:`torch.Tensor`
-            Relevance of the output.
-        output: :py:obj:`torch.Tensor`
-            The output, of the same shape.
-
-        Returns
-        -------
-        :py:obj:`torch.Tensor`
-            The quotient, zero where the denominator is zero.
-        '''
+        '''Divide relevance by the stabilized output, of the same shape, with zero where the denominator is zero.'''
         if callable(self.epsilon):
             return relevance / self.epsilon(output)
         if self.mode == 'plus':
@@ -212,21 +157,9 @@ class BlockEpsilon(Described, Hook):
         return share if self.epsilon and self.mode == 'sign' else share.masked_fill_(denominator == 0, 0.)
 
     def scale(self, gradient, output, denominator):
-        '''Multiply a gradient with the factor by which relevance at the output changes.
+        '''Multiply a gradient, relevance R divided by the output z', with the factor z' / stab(z') by which R changes.
 
-        Parameters
-        ----------
-        gradient: :py:obj:`torch.Tensor`
-            Relevance of the output, divided by the output.
-        output: :py:obj:`torch.Tensor`
-            The output z', of the same shape.
-        denominator: :py:obj:`torch.Tensor`
-            The output, without bias where Eq. (2) has it so.
-
-        Returns
-        -------
-        :py:obj:`torch.Tensor`
-            The product with z' / stab(z').
+        The denominator is the output, without bias where Eq. (2) has it so.
         '''
         if callable(self.epsilon) or self.mode == 'plus' or not self.epsilon or denominator is not output:
             return self.divide(gradient * output, denominator)
@@ -276,14 +209,18 @@ class BlockEpsilon(Described, Hook):
 
     def attach(self, call, output):
         '''Attach the rule to the output of a call.'''
-        kept, bias = call.keep(output), getattr(call.module, 'bias', None)
-        denominator = kept
+        kept, bias, without = call.keep(output), getattr(call.module, 'bias', None), None
         if not self.with_bias and isinstance(bias, torch.Tensor):
             dims = 0 if isinstance(call.module, torch.nn.Linear) else output.ndim - 2
-            denominator = output.detach() - bias.detach().view(-1, *(1,) * dims)
-        if self.form == 'gradient':
-            return _Factor.apply(call, [output.detach()], output, kept, denominator)
-        return _Leave.apply(call, [output.detach()], output, denominator)
+            without = output.detach() - bias.detach().view(-1, *(1,) * dims)
+
+        def change(relevance):
+            denominator = kept.values if without is None else without
+            if self.form == 'gradient':
+                return self.scale(relevance, kept.values, denominator)
+            return self.divide(relevance, denominator)
+
+        return _Change.apply(call, [output.detach()], output, change)
 
 
 class GradientTimesInput(BlockEpsilon):
@@ -304,15 +241,6 @@ class GradientTimesInput(BlockEpsilon):
             return None
         with DisableTorchFunction():
             return map_tensors(_BlockCall(self, module).leave, output)
-
-    def copy(self):
-        '''Return a copy of this hook.'''
-        return type(self)()
-
-
-def _values(value):
-    '''What is kept, or a tensor of its own.'''
-    return value.values if isinstance(value, Kept) else value
 
 
 def note_addition(module):

@@ -30,7 +30,7 @@ def branch_factor(begin, end, normalization='signed', tolerance=TOLERANCE):
     begin: tuple of :py:obj:`torch.Tensor`
         Sum and sum of magnitudes of the branch's contributions at the block's begin, of shape (batch,) each.
     end: tuple of :py:obj:`torch.Tensor`
-        Sum and sum of magnitudes of the contributions with which the branch started at the block's end.
+        The same of the contributions with which the branch started at the block's end.
     normalization: str, optional
         ``'signed'`` (default) for the ratio of the sums, which may be negative, ``'l1'`` for that of the sums of
         magnitudes.
@@ -49,8 +49,6 @@ def branch_factor(begin, end, normalization='signed', tolerance=TOLERANCE):
     ------
     ValueError
         If ``normalization`` is unknown, or ``tolerance`` is negative or not finite.
-    TypeError
-        If ``tolerance`` is not a number.
     '''
     check_choice('normalization', normalization, BRANCH_SUMS)
     check_number('tolerance', tolerance, 0)
@@ -87,10 +85,7 @@ class Contributions:
     Divided, it also holds for branches which have branches themselves.) A path that changes nothing, such as an
     identity skip connection, remains as it is.
 
-    Parameters
-    ----------
-    normalization: str, optional
-        See :py:func:`branch_factor`.
+    For ``normalization``, see :py:func:`branch_factor`.
     '''
     def __init__(self, normalization='signed'):
         check_choice('normalization', normalization, BRANCH_SUMS)
@@ -116,21 +111,12 @@ class Contributions:
     # -- the graph -----------------------------------------------------------------------------------------------------
 
     def watch(self, outputs, inputs, rules):
-        '''Add hooks to the graph of a forward pass.
-
-        Parameters
-        ----------
-        outputs: list of :py:obj:`torch.Tensor`
-            Its outputs, of shape (batch, ...).
-        inputs: list of :py:obj:`torch.Tensor`
-            Its inputs, at which to stop.
-        rules: set of :py:obj:`zennit.core.Hook`
-            Rules which are followed.
+        '''Add hooks to the graph of a forward pass, between outputs of shape (batch, ...) and inputs, at which to stop.
 
         Returns
         -------
         bool
-            Whether there is anything to follow: not if other rules for layers took the place of these.
+            Whether there is anything to follow: not if other rules for layers took the place of the given ones.
 
         Raises
         ------

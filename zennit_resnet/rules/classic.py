@@ -6,6 +6,7 @@ from zennit.core import BasicHook, Stabilizer
 from zennit.rules import ClampMod, zero_bias
 
 from ..arguments import Described, check_number, check_rule, check_stabilizer
+from ._linear_maps import with_adjoint
 from .base import SinglePass
 
 
@@ -15,18 +16,8 @@ class SignedAlphaBeta(Described, BasicHook):
     R'_i = sum_j (alpha (w_ij x_i)+ / sum_k (w_kj x_k)+ + beta (w_ij x_i)- / sum_k (w_kj x_k)-) R_j. Relevance is
     conserved by units that have both positive and negative contributions.
 
-    Zennit's ``AlphaBeta(alpha, beta)`` is ``SignedAlphaBeta(alpha, -beta)``.
-
-    Parameters
-    ----------
-    alpha: float, optional
-        Multiplier of the positive part.
-    beta: float, optional
-        Multiplier of the negative part.
-    stabilizer: callable or float, optional
-        Stabilization parameter, as in Zennit's ``AlphaBeta``.
-    zero_params: list[str], optional
-        Names of parameters that shall be zero, as in Zennit's ``AlphaBeta``.
+    Zennit's ``AlphaBeta(alpha, beta)`` is ``SignedAlphaBeta(alpha, -beta)``, with the same ``stabilizer`` and
+    ``zero_params``.
 
     Raises
     ------
@@ -62,17 +53,8 @@ class SignedAlphaBeta(Described, BasicHook):
 class LinearSum(SinglePass):
     '''Apply a rule for linear layers to an addition, as a neuron of which the inputs are the addends (Definition 1).
 
-    For ``Epsilon``, this is Zennit's ``Norm``: addends h_i receive R h_i / sum_k h_k.
-
-    Parameters
-    ----------
-    rule: :py:obj:`zennit.core.Hook`
-        A rule for :py:obj:`torch.nn.Linear`.
-
-    Raises
-    ------
-    TypeError
-        If ``rule`` is not a hook.
+    For ``Epsilon``, this is Zennit's ``Norm``: addends h_i receive R h_i / sum_k h_k. A TypeError is raised if the rule
+    is not a hook.
     '''
     def __init__(self, rule):
         check_rule('rule', rule)
@@ -90,11 +72,8 @@ class LinearSum(SinglePass):
         addends, weight = stored
         layer = torch.nn.Linear(*weight.shape[::-1], bias=False)
         layer.weight = torch.nn.Parameter(weight, requires_grad=False)
-        rule, addends = self.rule.copy(), addends.requires_grad_()
-        handles = rule.register(layer)
-        with torch.enable_grad():
-            output = layer(addends)
-        lower, = torch.autograd.grad(output, addends, relevance[..., None])
+        handles = self.rule.copy().register(layer)
+        lower = with_adjoint(layer, addends)[1](relevance[..., None])
         handles.remove()
         return lower.unbind(-1)
 

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from zennit.core import Hook, RemovableHandle, RemovableHandleList
 
 from ..arguments import Described
+from ._linear_maps import with_adjoint
 from .base import SinglePass
 
 
@@ -76,10 +77,8 @@ class Refill(SinglePass):
     def propagate(self, module, stored, relevance):
         '''Take the gradient, and share what arrives at zeros.'''
         input, = stored
-        with torch.enable_grad():
-            leaf = input.detach().requires_grad_()
-            output = module.forward(leaf)
-        lower, = torch.autograd.grad(output, leaf, relevance, retain_graph=True)
+        output, transpose = with_adjoint(module.forward, input)
+        lower = transpose(relevance, retain_graph=True)
         with torch.no_grad():
             zeros = module.forward(torch.zeros_like(input))
             is_constant = module.forward(torch.ones_like(input)) == zeros
@@ -92,7 +91,7 @@ class Refill(SinglePass):
         lost = relevance.where(is_constant & (zeros == 0), 0.)
         if not bool(lost.any()):
             return (lower,)
-        kept = (torch.autograd.grad(output, leaf, torch.ones_like(output))[0] != 0).to(lower)
+        kept = (transpose(torch.ones_like(output)) != 0).to(lower)
         return (lower + share_evenly(lost, kept, module.examples),)
 
 

@@ -20,8 +20,6 @@ from . import _linear_maps as maps
 from ._linear_maps import by_example
 from .base import SinglePass
 
-CARDINALITY = ('constant', 'per_position')
-
 
 class Relative(SinglePass):
     '''Relative contributions of the inputs of linear layers, convolutions and average poolings, Eqs. (8) and (12).
@@ -45,7 +43,7 @@ class Relative(SinglePass):
     '''
     def __init__(self, cardinality='constant'):
         super().__init__()
-        check_choice('cardinality', cardinality, CARDINALITY)
+        check_choice('cardinality', cardinality, ('constant', 'per_position'))
         self.cardinality = cardinality
 
     def register(self, module):
@@ -85,11 +83,10 @@ class Relative(SinglePass):
         '''Number M of inputs of each output, and Card(J_i), as numbers or tensors that can be broadcast.'''
         if isinstance(module, LinearMap):
             # the same product of ones counts them
-            with torch.enable_grad():
-                ones = torch.ones_like(input).requires_grad_()
-                output = module.linear(ones, torch.ones_like)
-            counts, = torch.autograd.grad(output, ones, torch.ones_like(output))
-            fan_in = _largest(output.detach())
+            output, transpose = maps.with_adjoint(
+                lambda ones: module.linear(ones, torch.ones_like), torch.ones_like(input)
+            )
+            counts, fan_in = transpose(torch.ones_like(output)), _largest(output)
             return fan_in.masked_fill(fan_in == 0, 1.), (
                 counts if self.cardinality == 'per_position' else _largest(counts)
             )
@@ -121,20 +118,17 @@ class Relative(SinglePass):
         if isinstance(module, torch.nn.Linear) and not isinstance(module, LinearMap):
             return relevance @ module.weight.detach().to(relevance.dtype)
         if not isinstance(module, Convolution):
-            with torch.enable_grad():
-                input = input.detach().requires_grad_()
-                output = module.linear(input, torch.Tensor.clone) if isinstance(module, LinearMap) else (
-                    module.forward(input)
-                )
-            return torch.autograd.grad(output, input, relevance)[0]
+            linear = module.forward
+            if isinstance(module, LinearMap):
+                linear = functools.partial(module.linear, part=torch.Tensor.clone)
+            return maps.with_adjoint(linear, input)[1](relevance)
         return maps.convolve_transposed(module, input, module.weight.detach().to(relevance.dtype), relevance)
 
 
 class RelativeMaxPool(Relative):
-    '''Relative contributions of the inputs of a max pooling, Proposition 13.
+    '''Relative contributions of the inputs of a max pooling, Proposition 13, see :py:class:`Relative`.
 
-    It is a layer with weights that are one for every maximum of a window, including ties, and zero otherwise. See
-    :py:class:`Relative` for its equation and parameters.
+    It is a layer with weights that are one for every maximum of a window, including ties, and zero otherwise.
     '''
     @staticmethod
     def _transposed(module, input, relevance):

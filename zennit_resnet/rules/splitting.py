@@ -17,33 +17,13 @@ class Split(SinglePass):
     def shares(self, *addends):
         '''Compute the share of each addend but the last, which receives what the others leave.
 
-        Parameters
-        ----------
-        *addends: tuple of :py:obj:`torch.Tensor`
-            Addends as they enter the addition, which can be broadcast to a common shape.
-
-        Returns
-        -------
-        list of :py:obj:`torch.Tensor` or float
-            Shares between 0 and 1, which can be broadcast to the shape of the sum.
+        Shares are tensors or numbers between 0 and 1, which can be broadcast to the shape of the sum, as the addends
+        can.
         '''
         raise NotImplementedError()
 
     def split(self, relevance, *addends):
-        '''Split relevance.
-
-        Parameters
-        ----------
-        relevance: :py:obj:`torch.Tensor`
-            Relevance of the sum, of the addends' common shape.
-        *addends: tuple of :py:obj:`torch.Tensor`
-            The addends.
-
-        Returns
-        -------
-        tuple of :py:obj:`torch.Tensor`
-            Relevance of each addend, of the shape of ``relevance``.
-        '''
+        '''Split relevance of the sum, of the addends' common shape, into parts of this shape for each addend.'''
         return self._divide(relevance, self.shares(*addends))
 
     @staticmethod
@@ -110,12 +90,8 @@ class ResidualOnly(Split):
     Parameters
     ----------
     rule: :py:obj:`Split`, optional
-        The rule for additions without identity skip connection, and among several residual branches.
-
-    Raises
-    ------
-    TypeError
-        If ``rule`` is not an instance of a :py:obj:`Split`.
+        The rule for additions without identity skip connection, and among several residual branches. Default is
+        :py:class:`RatioSplit`. A TypeError is raised if it is something else.
     '''
     def __init__(self, rule=None):
         super().__init__()

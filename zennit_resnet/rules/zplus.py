@@ -15,12 +15,7 @@ from ._linear_maps import LARGE
 from .base import SinglePass
 from .passing import share_evenly
 
-FIRST_LAYER = ('zplus', 'literal', 'ones', 'zbox', 'wsquare', 'flat')
-PROJECTION = ('spread', 'literal')
-DEAD_UNITS = ('spread', 'drop')
-MAXPOOL = ('winner', 'average', 'avg2x2')
 RELU = ('relu', 'relu_', 'relu6')
-COVERAGE = ('literal', 'even')
 
 
 class ZPlus(SinglePass):
@@ -32,24 +27,20 @@ class ZPlus(SinglePass):
     Parameters
     ----------
     stabilizer: callable or float, optional
-        If it is a float, it will be added to the denominator with the same sign as each respective entry. If it is
-        callable, a function ``(input: torch.Tensor) -> torch.Tensor`` is expected, of which the output corresponds to
-        the stabilized denominator. Relevance is lost by it. The default 0 loses none, because units with a denominator
-        that is zero up to rounding (less than the machine precision times the mean of the layer and sample) are treated
-        by ``dead_units`` anyway.
+        What is added to each denominator with its sign, or a function ``(denominator) -> stabilized denominator``.
+        Relevance is lost by it. The default 0 loses none, because units with a denominator that is zero up to rounding
+        (less than the machine precision times the mean of the layer and sample) are treated by ``dead_units`` anyway.
     first_layer: str, optional
         Contributions to the first layer, i.e. to layers that no convolution or linear layer with a rule of this package
         precedes. With weights w, and w+ and w- their positive and negative parts: ``'zplus'`` (default) (w h)+;
         ``'literal'`` w+ h as printed, even where h < 0 (denominators may vanish); ``'ones'`` w+ (the published code:
         the input is replaced by ones); ``'zbox'`` w h - w+ low - w- high = w+ (h - low) + w- (h - high); ``'wsquare'``
         w^2; ``'flat'`` 1.
-    low: :py:obj:`torch.Tensor`, sequence of float or float, optional
-        Lowest possible input values for ``'zbox'``, and only for this: one for all, one for each channel (a sequence or
-        a tensor with one dimension; for linear layers the last dimension of the input has the channels), or a tensor
-        that can be broadcast to the input.
-    high: :py:obj:`torch.Tensor`, sequence of float or float, optional
-        Highest possible input values for ``'zbox'``, likewise. It is an error if an input of the first layer is outside
-        of ``low`` and ``high`` by more than rounding (a thousandth of the range between them).
+    low, high: :py:obj:`torch.Tensor`, sequence of float or float, optional
+        Lowest and highest possible input values for ``'zbox'``, and only for this: one for all, one for each channel (a
+        sequence or a tensor with one dimension; for linear layers the last dimension of the input has the channels), or
+        a tensor that can be broadcast to the input. It is an error if an input of the first layer is outside of them by
+        more than rounding (a thousandth of the range between them).
     projection: str, optional
         Convolutions whose stride exceeds their kernel, such as the 1 x 1 projections of stride 2 in skip connections,
         read only some of the positions. ``'literal'`` propagates to these only, which leaves a lattice of dots in the
@@ -78,22 +69,15 @@ class ZPlus(SinglePass):
     '''
     # pylint: disable=too-many-arguments
     def __init__(
-        self,
-        stabilizer=0.,
-        first_layer='zplus',
-        low=None,
-        high=None,
-        projection='spread',
-        dead_units='spread',
-        maxpool='winner',
-        coverage='literal',
+        self, stabilizer=0., first_layer='zplus', low=None, high=None, projection='spread', dead_units='spread',
+        maxpool='winner', coverage='literal',
     ):
         super().__init__()
-        check_choice('first_layer', first_layer, FIRST_LAYER)
-        check_choice('projection', projection, PROJECTION)
-        check_choice('dead_units', dead_units, DEAD_UNITS)
-        check_choice('maxpool', maxpool, MAXPOOL)
-        check_choice('coverage', coverage, COVERAGE)
+        check_choice('first_layer', first_layer, ('zplus', 'literal', 'ones', 'zbox', 'wsquare', 'flat'))
+        check_choice('projection', projection, ('spread', 'literal'))
+        check_choice('dead_units', dead_units, ('spread', 'drop'))
+        check_choice('maxpool', maxpool, ('winner', 'average', 'avg2x2'))
+        check_choice('coverage', coverage, ('literal', 'even'))
         if first_layer == 'zbox' and (low is None or high is None):
             raise ValueError(
                 'first_layer=\'zbox\' needs the lowest and highest possible input values, low and high: for an input '
@@ -111,10 +95,7 @@ class ZPlus(SinglePass):
         if first_layer == 'zbox':
             self._low, self._high = as_bound('low', low), as_bound('high', high)
             check_bounds(self._low, self._high)
-        self.projection = projection
-        self.dead_units = dead_units
-        self.maxpool = maxpool
-        self.coverage = coverage
+        self.projection, self.dead_units, self.maxpool, self.coverage = projection, dead_units, maxpool, coverage
 
     def register(self, module):
         '''Register this instance to the supplied module, unless its own gradient is the rule already.'''
@@ -261,12 +242,9 @@ class ZPlus(SinglePass):
             cells = maps.whole_cells(module, input)
             if cells is not None:
                 return maps.convolve_cells(module, input, weight, cells)
-        with torch.enable_grad():
-            leaf = input.detach().requires_grad_()
-            result = self._linear(module, leaf, weight, shape)
-        # the gradient may need the result, in place of which relevance is divided
-        output = result.detach().clone() if isinstance(module, (NonNegativeMap, Signed)) else result.detach()
-        return output, lambda output: torch.autograd.grad(result, leaf, output)[0]
+        output, transpose = maps.with_adjoint(lambda leaf: self._linear(module, leaf, weight, shape), input)
+        # the gradient may need the output, in place of which relevance is divided
+        return output.clone() if isinstance(module, (NonNegativeMap, Signed)) else output, transpose
 
     def _linear(self, module, input, weight, shape):
         '''A convolution or pooling as a linear map of an input to an output of a spatial shape, with another weight.'''
@@ -301,10 +279,8 @@ class ZPlus(SinglePass):
             relevance = relevance.unflatten(1, (module.groups, out_channels)).sum(2)
             ones = ones[:, :module.groups]
             weight = torch.ones(module.groups, 1, *kernel).to(relevance)
-        with torch.enable_grad():
-            ones.requires_grad_()
-            output = self._linear(module, ones, weight, shape)
-        lower, = torch.autograd.grad(output, ones, torch.nan_to_num(relevance / output.detach(), 0., 0., 0.))
+        output, transpose = maps.with_adjoint(lambda leaf: self._linear(module, leaf, weight, shape), ones)
+        lower = transpose(torch.nan_to_num(relevance / output, 0., 0., 0.))
         if isinstance(module, Convolution):
             in_channels = input.shape[1] // module.groups
             lower = (lower / in_channels).unsqueeze(2).expand(-1, -1, in_channels, *lower.shape[2:])
@@ -317,11 +293,9 @@ class ZPlus(SinglePass):
 
     def _winner(self, module, input, relevance):
         '''Eq. (2) with weights that are one for the first maximum of each window, and zero for all others.'''
-        with torch.enable_grad():
-            input = input.detach().requires_grad_()
-            output = module.forward(input)
-        share, _ = self._share(relevance, output.detach().clone(), True)
-        return self._smooth_lower(module, torch.autograd.grad(output, input, share)[0] * input.detach())
+        output, transpose = maps.with_adjoint(module.forward, input)
+        share, _ = self._share(relevance, output.clone(), True)
+        return self._smooth_lower(module, transpose(share) * input)
 
     def _smooth_lower(self, module, relevance):
         '''Smooth the relevance of the input of overlapping windows with a stride.'''
