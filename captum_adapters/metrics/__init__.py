@@ -19,11 +19,24 @@ from captum_adapters.metrics.localization import (
     mask_distance,
     mask_pointing,
 )
+from captum_adapters.metrics.mosaics import (
+    GridPointing,
+    Mosaics,
+    grid_pointing,
+    mosaics,
+)
 from captum_adapters.metrics.pixel_accuracy import (
     PixelAccuracy,
     cross_model_accuracy,
     keep_top,
     pixel_accuracy,
+)
+from captum_adapters.metrics.sensitivity import (
+    Randomization,
+    Similarity,
+    class_sensitivity,
+    contrastive_insertion_deletion,
+    randomization,
 )
 from captum_adapters.metrics.statistics import (
     Comparison,
@@ -36,25 +49,34 @@ from captum_adapters.metrics.statistics import (
 __all__ = [
     "Areas",
     "Comparison",
+    "GridPointing",
     "InsertionDeletion",
     "Interval",
     "MaskDistance",
     "MaskPointing",
+    "Mosaics",
     "NegativeMapWarning",
     "PERCENTS",
     "PixelAccuracy",
     "ProbabilityWarning",
+    "Randomization",
+    "Similarity",
     "bootstrap_interval",
     "boxes_to_masks",
+    "class_sensitivity",
     "compare",
     "conservation_gap",
+    "contrastive_insertion_deletion",
     "cross_model_accuracy",
+    "grid_pointing",
     "holm",
     "insertion_deletion",
     "keep_top",
     "keio_areas",
     "mask_distance",
     "mask_pointing",
+    "mosaics",
     "pixel_accuracy",
+    "randomization",
     "top_fraction",
 ]
