@@ -201,7 +201,7 @@ def mosaics(
                 Default: False
         count (int, optional): Number of mosaics. If images do not suffice, they are
                 used again, and mosaics are not independent of each other.
-                Default: None, for as many as use no image twice
+                Default: None, for as many as there are classes with unused images for
         scores (Tensor, optional): Scores of the classes of each image, of shape (batch,
                 classes).
                 Default: None, for all images in random order
