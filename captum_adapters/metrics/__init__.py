@@ -19,11 +19,24 @@ from captum_adapters.metrics.localization import (
     mask_distance,
     mask_pointing,
 )
+from captum_adapters.metrics.mosaics import (
+    GridPointing,
+    Mosaics,
+    grid_pointing,
+    mosaics,
+)
 from captum_adapters.metrics.pixel_accuracy import (
     PixelAccuracy,
     cross_model_accuracy,
     keep_top,
     pixel_accuracy,
+)
+from captum_adapters.metrics.sensitivity import (
+    Randomization,
+    Similarity,
+    class_sensitivity,
+    contrastive_insertion_deletion,
+    randomization,
 )
 from captum_adapters.metrics.statistics import (
     Comparison,
@@ -34,10 +47,12 @@ from captum_adapters.metrics.statistics import (
 )
 
 __all__ = [
-    "Areas", "Comparison", "InsertionDeletion", "Interval", "MaskDistance",
-    "MaskPointing", "NegativeMapWarning", "PERCENTS", "PixelAccuracy",
-    "ProbabilityWarning", "bootstrap_interval", "boxes_to_masks", "compare",
-    "conservation_gap", "cross_model_accuracy", "holm", "insertion_deletion",
-    "keep_top", "keio_areas", "mask_distance", "mask_pointing", "pixel_accuracy",
+    "Areas", "Comparison", "GridPointing", "InsertionDeletion", "Interval",
+    "MaskDistance", "MaskPointing", "Mosaics", "NegativeMapWarning", "PERCENTS",
+    "PixelAccuracy", "ProbabilityWarning", "Randomization", "Similarity",
+    "bootstrap_interval", "boxes_to_masks", "class_sensitivity", "compare",
+    "conservation_gap", "contrastive_insertion_deletion", "cross_model_accuracy",
+    "grid_pointing", "holm", "insertion_deletion", "keep_top", "keio_areas",
+    "mask_distance", "mask_pointing", "mosaics", "pixel_accuracy", "randomization",
     "top_fraction",
 ]

@@ -1,0 +1,450 @@
+"""Whether maps depend on the class that they explain, and on what a network learned."""
+
+from typing import Any, Callable, NamedTuple, Optional, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from captum_adapters._validation import (
+    BaselineType,
+    Inputs,
+    Maps,
+    ScoreFunction,
+    TargetType,
+    as_batch,
+    check_evaluation,
+    check_images,
+    check_output,
+    check_range,
+    check_score,
+    check_target,
+    chunk_size,
+    double_dtype,
+    pixel_maps,
+    select_target,
+    split_args,
+    suggest,
+    to_scores,
+    to_tensor,
+    warn_probabilities,
+)
+from captum_adapters.metrics._forward import forward_in_chunks
+from captum_adapters.metrics.insertion_deletion import (
+    InsertionDeletion,
+    insertion_deletion,
+)
+
+# Side of the window of SSIM, and its constants, for values from 0 to 1
+WINDOW, STABILIZERS = 7, (0.01**2, 0.03**2)
+
+
+class Similarity(NamedTuple):
+    """How similar maps are, each field of shape (batch,).
+
+    Each is 1 for equal maps. A constant map has a correlation of 0 with one that varies,
+    and of 1 with another constant one. The same holds for zero and the cosine.
+
+    Attributes:
+
+        pearson (Tensor): Correlation of values.
+        spearman (Tensor): Correlation of ranks, where equal values share their rank.
+        cosine (Tensor): Cosine of the angle between both maps.
+        ssim (Tensor): Structural similarity (Wang et al. 2004), in windows of 7 x 7
+                pixels with equal weights. Each map is cut off at its 1st and 99th
+                percentile and scaled to the range from 0 to 1 before, as Sixt et al.
+                2020 do. It does not depend on positive factors, nor on offsets.
+    """
+
+    pearson: Tensor
+    spearman: Tensor
+    cosine: Tensor
+    ssim: Tensor
+
+
+class Randomization(NamedTuple):
+    """Result of :func:`randomization`. Tensors are of shape (batch, depths).
+
+    Attributes:
+
+        layers (tuple[str, ...]): Names of modules, in the order in which they were
+                randomized. At each depth, they all are up to this one.
+        pearson, spearman, cosine, ssim (Tensor): Similarity of the map at each depth to
+                that of the original network, see :class:`Similarity`.
+    """
+
+    layers: tuple[str, ...]
+    pearson: Tensor
+    spearman: Tensor
+    cosine: Tensor
+    ssim: Tensor
+
+
+def summed_maps(attributions: Maps, name: str = "attributions") -> Tensor:
+    """Maps of shape (batch, height, width), of a size that no image prescribes."""
+    maps = as_batch(to_tensor(attributions, name), 1)
+    if maps.ndim not in (3, 4) or maps.numel() == 0:
+        raise ValueError(
+            f"{name} must be of shape (batch, channels, height, width) or (batch,"
+            " height, width), or (height, width) for a single map, and not empty, but"
+            f" are of shape {tuple(maps.shape)}."
+        )
+    return pixel_maps(maps, maps if maps.ndim == 4 else maps[:, None])
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Twice the ranks of values of shape (batch, N), the mean one for equal values."""
+    ordered = values.sort(1).values
+    below = torch.searchsorted(ordered, values)
+    return below + torch.searchsorted(ordered, values, right=True)
+
+
+def _cosine(first: Tensor, second: Tensor) -> Tensor:
+    """Cosine of the angle between vectors: of zero with zero 1, with others 0."""
+    zero = [(vector == 0).all(1) for vector in (first, second)]
+    # lengths could underflow otherwise
+    first, second = (
+        F.normalize(vector / vector.abs().amax(1, keepdim=True), dim=1).nan_to_num(0)
+        for vector in (first, second)
+    )
+    cosine = (first * second).sum(1).clamp(-1, 1)
+    return cosine.where(~(zero[0] & zero[1]), 1)
+
+
+def _centered(values: Tensor) -> Tensor:
+    """Deviations from the mean, exactly zero for constant values."""
+    values = values / values.abs().amax(1, keepdim=True)
+    # false for zeros as well, which are NaN now
+    varies = values.amax(1, keepdim=True) > values.amin(1, keepdim=True)
+    return (values - values.mean(1, keepdim=True)).where(varies, 0)
+
+
+def _to_unit(maps: Tensor) -> Tensor:
+    """Cut maps off at percentiles, and scale them to the range from 0 to 1."""
+    ordered = maps.flatten(1).sort(1).values
+    last = ordered.shape[1] - 1
+    low, high = ordered[:, round(0.01 * last)], ordered[:, round(0.99 * last)]
+    # of sparse maps, what is left
+    sparse = low == high
+    low, high = ordered[:, 0].where(sparse, low), ordered[:, -1].where(sparse, high)
+    span = (high - low).where(high > low, 1)
+    return ((maps - low[:, None, None]) / span[:, None, None]).clamp(0, 1)
+
+
+def _ssim(first: Tensor, second: Tensor) -> Tensor:
+    """Structural similarity of maps with values from 0 to 1, in windows inside."""
+    window = (min(WINDOW, first.shape[1]), min(WINDOW, first.shape[2]))
+    moments = torch.stack([first, second, first**2, second**2, first * second])
+    x, y, xx, yy, xy = F.avg_pool2d(moments, window, stride=1)
+    c1, c2 = STABILIZERS
+    similar = (2 * x * y + c1) * (2 * (xy - x * y) + c2)
+    most = (x**2 + y**2 + c1) * (xx - x**2 + yy - y**2 + c2)
+    return (similar / most).flatten(1).mean(1)
+
+
+def _similarity(first: Tensor, second: Tensor) -> Similarity:
+    """How similar maps of shape (batch, height, width) are."""
+    dtype = double_dtype(first.device)
+    first, second = first.to(dtype), second.to(dtype)
+    flat = first.flatten(1), second.flatten(1)
+    return Similarity(
+        pearson=_cosine(*map(_centered, flat)),
+        spearman=_cosine(*(_centered(_ranks(values).to(dtype)) for values in flat)),
+        cosine=_cosine(*flat),
+        ssim=_ssim(_to_unit(first), _to_unit(second)),
+    )
+
+
+def _fitting_maps(maps: Maps, expected: Tensor, name: str) -> Tensor:
+    """Maps on the device of others, whose shape they must have."""
+    result = summed_maps(maps, name)
+    if result.shape != expected.shape:
+        raise ValueError(
+            f"{name} are {len(result)} maps of {result.shape[1]} x {result.shape[2]}"
+            f" pixels, but those to compare with are {len(expected)} of"
+            f" {expected.shape[1]} x {expected.shape[2]}."
+        )
+    return result.to(expected.device)
+
+
+def class_sensitivity(attributions: Maps, other_attributions: Maps) -> Similarity:
+    """How similar maps are to those of another class of the same images.
+
+    A map that answers for what the network sees its class differs from that of another
+    class: 0 is the correlation of unrelated maps, and 1 (the ceiling) of maps that do
+    not depend on the class at all. Sixt et al. 2020 compare with a random class, and
+    the second highest is a harder case.
+
+    Args:
+
+        attributions, other_attributions (Tensor, numpy.ndarray or tuple[Tensor]):
+                Attributions of shape (batch, channels, height, width) or (batch,
+                height, width), or (height, width) for a single image, of the same
+                height and width. Channels are summed.
+
+    Returns:
+        Similarity: A named tuple of tensors of shape (batch,), on the device of the
+        attributions.
+
+    Raises:
+        ValueError: If a shape does not fit, or there is NaN or infinity in the maps.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_adapters.metrics import class_sensitivity
+        >>> maps = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
+        >>> result = class_sensitivity(maps, maps**2)
+        >>> [round(values.item(), 3) for values in (result.pearson, result.spearman)]
+        [0.984, 1.0]
+    """
+    maps = summed_maps(attributions)
+    return _similarity(
+        maps, _fitting_maps(other_attributions, maps, "other_attributions")
+    )
+
+
+def _to_randomize(
+    model: torch.nn.Module, layers: Optional[Sequence[str]]
+) -> dict[str, list[Tensor]]:
+    """Parameters of modules, in the order in which they are randomized."""
+    modules = dict(model.named_modules())
+    if layers is None:
+        found = {
+            name: list(module.parameters(recurse=False))
+            for name, module in reversed(modules.items())
+        }
+        found = {name: parameters for name, parameters in found.items() if parameters}
+    else:
+        layers = [layers] if isinstance(layers, str) else list(layers)
+        for name in layers:
+            if name not in modules:
+                raise ValueError(
+                    f"layers contain {name!r}, but the model has no such module"
+                    f"{suggest(name, filter(None, modules))}"
+                )
+        found = {name: list(modules[name].parameters()) for name in layers}
+    empty = [name for name, parameters in found.items() if not parameters]
+    if empty or not found:
+        raise ValueError(
+            f"There are no parameters to randomize in {empty[0]!r}."
+            if empty
+            else "There are no parameters to randomize in any of the layers."
+        )
+    return found
+
+
+def randomization(
+    model: torch.nn.Module,
+    explain: Callable[[torch.nn.Module], Maps],
+    layers: Optional[Sequence[str]] = None,
+    *,
+    seed: int = 0,
+    show_progress: bool = False,
+) -> Randomization:
+    """Cascading randomization: similarity of maps to those of a network unlearning.
+
+    From the output downward, the parameters of one module after the other become
+    random, and maps are compared with those of the original network (Adebayo et al.
+    2018). Maps that stay similar do not show what the network has learned. With rules
+    such as z+, similarity falls late or never (Sixt et al. 2020).
+
+    Each parameter is replaced by normal random numbers of its own mean and standard
+    deviation, so that signals keep their scale in deep networks as well. A parameter
+    that is constant stays as it is. Afterwards, also after an error, the model's
+    parameters and buffers are what they were, bit for bit.
+
+    Relevance that starts from a logit changes its sign if the logit does: start from the
+    probability, or from one. Choose the class beforehand, not by the prediction of the
+    randomized network.
+
+    Args:
+
+        model (torch.nn.Module): The network, in evaluation mode. Its parameters are
+                modified in place meanwhile.
+        explain (Callable): Function of the network which returns attributions of shape
+                (batch, channels, height, width) or (batch, height, width), for the same
+                images each time. It is called once for the original network, and once
+                for each depth.
+        layers (sequence of str, optional): Names of modules, those near to the output
+                first. Modules inside of them are randomized together with them.
+                Default: None, for each module that has parameters of its own, the last
+                one in `model.named_modules()` first
+        seed (int, optional): Seed of the random numbers.
+                Default: 0
+        show_progress (bool, optional): Whether to show a progress bar.
+                Default: False
+
+    Returns:
+        Randomization: Names of layers, and tensors of shape (batch, depths).
+
+    Raises:
+        ValueError: If there is no such layer, one has no parameters, or maps do not fit,
+                or have NaN or infinity.
+        TypeError: If the model is no module.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_adapters.metrics import randomization
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Linear(9, 2))
+        >>> images = torch.rand(3, 4, 6)
+        >>> result = randomization(model, lambda model: model[0](images))
+        >>> result.layers, result.pearson.shape
+        (('1', '0'), torch.Size([3, 2]))
+        >>> torch.allclose(result.pearson[:, 0], torch.ones(3).double())
+        True
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model={model!r} is not a torch.nn.Module.")
+    cascade = _to_randomize(model, layers)
+    generator = torch.Generator().manual_seed(seed)
+    state = [*model.parameters(), *model.buffers()]
+    saved = [tensor.detach().clone() for tensor in state]
+    found = []
+    try:
+        # a copy, as maps may be views of what is randomized
+        original = summed_maps(explain(model)).clone()
+        for parameters in tqdm(cascade.values(), disable=not show_progress):
+            for parameter in parameters:
+                _randomize(parameter, generator)
+            maps = _fitting_maps(explain(model), original, "maps of explain")
+            found.append(_similarity(original, maps))
+    finally:
+        with torch.no_grad():
+            for tensor, values in zip(state, saved):
+                tensor.copy_(values)
+    return Randomization(
+        tuple(cascade), *(torch.stack(column, 1) for column in zip(*found))
+    )
+
+
+def _randomize(parameter: Tensor, generator: torch.Generator) -> None:
+    """Replace a parameter by normal random numbers of its mean and deviation."""
+    if not parameter.is_floating_point():
+        return
+    values = parameter.detach().double().cpu()
+    deviation = values.std(correction=0)
+    # that of the generator, whatever the default device is
+    noise = torch.randn(
+        values.shape, generator=generator, dtype=values.dtype, device="cpu"
+    )
+    with torch.no_grad():
+        parameter.copy_(values.mean() + deviation * noise)
+
+
+def contrastive_insertion_deletion(
+    forward_func: Callable[..., Any],
+    inputs: Inputs,
+    attributions: Maps,
+    baselines: BaselineType = None,
+    target: TargetType = None,
+    additional_forward_args: object = None,
+    *,
+    rival: TargetType = None,
+    output: ScoreFunction = "softmax",
+    max_examples_per_batch: Optional[int] = None,
+    **options: Any,
+) -> InsertionDeletion:
+    """Insertion and deletion of the target's score minus that of its rival.
+
+    Pixels that count for both classes leave the difference as it is, so a map has to
+    show what is evidence for this class and not that one. Random and constant maps have
+    an expected ID score of 0. The score of another class is the negative one if both
+    classes are exchanged.
+
+    Args:
+
+        forward_func, inputs, attributions, baselines, additional_forward_args: See
+                :func:`insertion_deletion`. The output must be of shape (batch,
+                classes).
+        target (int, Tensor, or list): Index of the class that is explained.
+        rival (int, Tensor, or list, optional): Index of the class it is compared with.
+                Default: None, for the highest other class of the whole image
+        output, max_examples_per_batch: See :func:`insertion_deletion`.
+        **options: Further arguments of :func:`insertion_deletion`.
+
+    Returns:
+        InsertionDeletion: A named tuple of tensors with a row for each example. All
+        scores are differences, and predicted classes are 0 where the target's score is
+        at least that of its rival, and 1 elsewhere.
+
+    Raises:
+        ValueError: As :func:`insertion_deletion`, or if there is no target, or the rival
+                is the target.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_adapters.metrics import contrastive_insertion_deletion
+        >>> images = torch.tensor([4.0, 3.0, 2.0, 1.0]).view(1, 1, 2, 2)
+        >>> model = lambda x: torch.cat([x.amax((2, 3)), x.mean((2, 3))], 1)
+        >>> result = contrastive_insertion_deletion(
+        ...     model, images, images, target=0, output="identity")
+        >>> result.insertion_curve
+        tensor([[0.0000, 3.0000, 2.2500, 1.7500, 1.5000]])
+    """
+    check_score(output)
+    check_evaluation(forward_func)
+    images = check_images(inputs)
+    batch, device = len(images), images.device
+    index = check_target(target, batch, device)
+    if index is None or index.ndim != 1:
+        raise ValueError(
+            f"target={target!r}, but a contrast needs the class of each example."
+        )
+    chunk = chunk_size(max_examples_per_batch, batch)
+    judged: list[Tensor] = []
+
+    def scores_of(result: Tensor) -> Tensor:
+        scores = to_scores(result, output, judged)
+        if scores.ndim != 2 or scores.shape[1] < 2:
+            raise ValueError(
+                "A contrast needs scores of shape (batch, classes) of several classes,"
+                f" but they are of shape {tuple(scores.shape)}."
+            )
+        return scores
+
+    def runner_up(result: Tensor, part: slice) -> tuple[Tensor]:
+        scores = scores_of(result)
+        check_range(scores, index[part])
+        others = scores.scatter(1, index[part, None], float("-inf"))
+        return (others.argmax(1),)
+
+    other = check_target(rival, batch, device)
+    if other is None:
+        (other,) = forward_in_chunks(
+            forward_func,
+            images.__getitem__,
+            runner_up,
+            torch.arange(batch, device=device),
+            batch,
+            additional_forward_args,
+            chunk,
+            False,
+        )
+    same = (index == other).nonzero().flatten().tolist()
+    if same:
+        raise ValueError(
+            f"rival is the target {int(index[same[0]])} itself for the examples {same}."
+        )
+
+    def difference(images: Tensor, first: Tensor, second: Tensor, *args: Any) -> Tensor:
+        scores = scores_of(check_output(forward_func(images, *args), len(images)))
+        contrast = select_target(scores, first) - select_target(scores, second)
+        return torch.stack([contrast, -contrast], 1)
+
+    result = insertion_deletion(
+        difference,
+        images,
+        attributions,
+        baselines,
+        0,
+        (index, other, *split_args(additional_forward_args, batch)[0]),
+        output="identity",
+        max_examples_per_batch=max_examples_per_batch,
+        **options,
+    )
+    warn_probabilities(judged)
+    return result
