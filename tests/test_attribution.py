@@ -124,6 +124,47 @@ def test_what_a_contrast_starts_from(name):
     assert torch.equal(*maps) and maps[0].any()
 
 
+@pytest.mark.parametrize('name', STARTS)
+def test_functions(name):
+    '''A function of the output is explained by its gradient: linear ones like classes and contrasts.'''
+    create, value = STARTS[name]
+    torch.manual_seed(0)
+    model, images = resnet18(num_classes=4).double().eval(), torch.randn(2, 3, 32, 32).double()
+
+    def explain(*args, **kwargs):
+        return Gradient(model, create())(images.clone(), initial_relevance(*args, **kwargs))[1]
+
+    torch.testing.assert_close(explain(lambda y: y[:, 1] - y[:, 2]), explain(1, contrast=2), rtol=1e-9, atol=0)
+    torch.testing.assert_close(explain(lambda y: y[:, 1]), explain(1, value), rtol=1e-9, atol=0)
+    reference = torch.randn(4).double()
+    output = model(images).detach().requires_grad_()
+    weights, = torch.autograd.grad(torch.cosine_similarity(output, reference[None]).sum(), output)
+    weights = weights * output.detach() if value == 'logit' else weights
+    expected = Gradient(model, create())(images.clone(), lambda output: weights)[1]
+    actual = explain(lambda y: torch.cosine_similarity(y, reference[None]))
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=0)
+
+
+def test_functions_of_maps():
+    '''Relevance starts at a class in a region.'''
+    output = torch.randn(2, 5, 6, 7)
+    actual = initial_relevance(lambda y: y[:, 3, 1:4, 2:5].mean((1, 2)), 'logit')(output)
+    expected = torch.zeros_like(output)
+    expected[:, 3, 1:4, 2:5] = output[:, 3, 1:4, 2:5] / 9
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize('function', [
+    lambda y: y, lambda y: y.sum(), lambda y: y.detach().sum(1), lambda y: 3., lambda y: y.argmax(1)
+])
+def test_bad_functions(function):
+    '''It must give one number for each example, with a gradient.'''
+    with pytest.raises(ValueError, match='4 examples'):
+        initial_relevance(function)(OUTPUT)
+    with pytest.raises(ValueError, match='difference'):
+        initial_relevance(function, contrast='centred')
+
+
 def test_what_a_contrast_of_other_rules_starts_from():
     '''Rules of Zennit may divide by the output or not.'''
     model, images = resnet18(num_classes=4).eval(), torch.randn(1, 3, 32, 32)

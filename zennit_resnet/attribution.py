@@ -171,12 +171,14 @@ def initial_relevance(target, value=None, output=None, contrast=None):
 
     Parameters
     ----------
-    target: int, sequence of int, :py:obj:`torch.Tensor` or None
+    target: int, sequence of int, :py:obj:`torch.Tensor`, callable or None
         Index of the class to explain, one for all samples, or one for each sample of the batch. As in Captum, a single
-        one may be negative to count from the last class. None for networks with a single output.
+        one may be negative to count from the last class. None for networks with a single output. For outputs of any
+        shape (logits of a mask or box, an embedding), a function ``(output) -> (batch,)``: its gradient are the
+        weights.
     value: str, optional
         ``'logit'`` for the output y_k of a class, ``'softmax'`` for its probability, ``'one'`` for one. By default,
-        ``'logit'``, and with a contrast what the rule of the last layer needs, see there.
+        ``'logit'``, and for a contrast or function what the rule of the last layer needs, see ``contrast``.
     output: str, int or callable, optional
         For networks that return several outputs, in a dict, tuple, dataclass and the like: the key, index or name of
         the one to explain, or a function of what the network returns. The relevance is that of this tensor. Zennit's
@@ -197,21 +199,24 @@ def initial_relevance(target, value=None, output=None, contrast=None):
     Returns
     -------
     callable
-        A function ``(output: (batch, classes)) -> (batch, classes)``, or ``(batch,) -> (batch,)`` for a single output.
-        It raises a ValueError if the number of targets is not the batch size, an IndexError for a class outside the
-        classes, a ValueError for a contrast of a single class or if it is not known what to start it from, and a
-        TypeError if it is not given a tensor, which names the outputs that there are.
+        A function ``(output: (batch, classes)) -> (batch, classes)``, or ``(batch,) -> (batch,)`` for a single output,
+        or of any other shape if the target is a function. It raises a ValueError if the number of targets is not the
+        batch size, an IndexError for a class outside the classes, a ValueError for a contrast of a single class or if
+        it is not known what to start it from, and a TypeError if it is not given a tensor, which names the outputs
+        that there are.
 
     Raises
     ------
     ValueError
-        If ``value`` or ``contrast`` is unknown.
+        If ``value`` or ``contrast`` is unknown, or there is a contrast for a function, which has its own.
     TypeError
         If ``target`` or ``contrast`` is not made of integers, or ``output`` is none of the above.
     '''
     check_choice('value', value, (None, *VALUES))
     check_key(output)
     target, contrast = _as_target(target), as_contrast(contrast)
+    if callable(target) and contrast is not None:
+        raise ValueError(f'contrast={contrast!r} is for classes: have the function return a difference.')
 
     def attr_output(result):
         '''Compute the relevance at the output.'''
@@ -228,79 +233,105 @@ def initial_relevance(target, value=None, output=None, contrast=None):
                 'the attributor is called.'
             )
         result = select_output(result, output)
+        # relevance is kept in at least single precision
+        logits = result.detach()
+        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        if callable(target):
+            return weigh(gradient_weights(target, logits), logits, value or default_value(result))
         if result.ndim not in (1, 2):
             raise ValueError(
                 f'The output must be of shape (batch, classes) or (batch,), but is {tuple(result.shape)}. Of a map of '
-                'logits, explain for instance SelectOutput(model, lambda output: output.mean((2, 3))).'
+                'logits, explain for instance SelectOutput(model, lambda output: output.mean((2, 3))), or give a '
+                'function as a target.'
             )
-        logits = result.detach().reshape(len(result), -1)
-        index = _index(target, logits)
-        return start(logits, index, value or default_value(result, contrast), contrast).reshape(result.shape)
+        logits = logits.reshape(len(result), -1)
+        weights = class_weights(logits, _index(target, logits), contrast)
+        chosen = value or ('logit' if contrast is None else default_value(result))
+        return weigh(weights, logits, chosen).reshape(result.shape)
 
     return attr_output
 
 
-def start(logits, index, value='logit', contrast=None):
-    '''Relevance that the outputs of a network start from, see :py:func:`initial_relevance`.
+def class_weights(logits, index, contrast=None):
+    '''Weights of all classes, see :py:func:`initial_relevance`.
 
     Parameters
     ----------
     logits: :py:obj:`torch.Tensor`
-        Outputs of shape (batch, classes).
+        Outputs of shape (batch, classes), in at least single precision.
     index: :py:obj:`torch.Tensor`
         The target of each, of shape (batch, 1).
-    value: str, optional
-        What weights are multiplied with.
     contrast: str or :py:obj:`torch.Tensor`, optional
         What :py:func:`as_contrast` returned.
 
     Returns
     -------
     :py:obj:`torch.Tensor`
-        Relevance of this shape, in at least single precision.
+        Weights of this shape.
 
     Raises
     ------
     ValueError
-        If there is one class only, and the value or the contrast is for several, or if there are contrasts for another
-        number of examples.
+        If there is a contrast of one class, or there are contrasts of another number of examples.
     IndexError
         If a class of the contrast is not among the classes.
     '''
-    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     num, classes = logits.shape
-    for name, given in (('value', value), ('contrast', contrast)):
-        if classes == 1 and (given == 'softmax' if name == 'value' else given is not None):
-            raise ValueError(
-                f'{name}={given!r} is for several classes, but the output is of shape {tuple(logits.shape)}: leave it '
-                'out.'
-            )
+    if contrast is not None and classes == 1:
+        raise ValueError(
+            f'contrast={contrast!r} is for several classes, but the output is of shape {tuple(logits.shape)}: leave it '
+            'out.'
+        )
     weights = torch.zeros_like(logits).scatter_(1, index, 1.)
     rivals = logits.scatter(1, index, -torch.inf)
-    if isinstance(contrast, torch.Tensor):
-        others = contrast.to(logits.device)
-        if others.ndim == 2 and len(others) != num:
-            raise ValueError(f'There are contrasts of {len(others)} examples for a batch of {num}!')
-        if bool(((others < 0) | (others >= classes)).any()):
-            raise IndexError(f'Contrast {others.tolist()} is not among the {classes} classes!')
-        others = others.expand(num, others.shape[-1])
-        weights = weights.scatter_add(1, others, torch.full_like(others, -1 / others.shape[1], dtype=weights.dtype))
-    elif contrast == 'centred':
-        weights = weights - (1 - weights) / (classes - 1)
-    elif contrast == 'softmax':
-        weights = weights - rivals.softmax(1)
-    elif contrast == 'runner_up':
-        weights = weights.scatter(1, rivals.argmax(1, keepdim=True), -1.)
+    if contrast == 'centred':
+        return weights - (1 - weights) / (classes - 1)
+    if contrast == 'softmax':
+        return weights - rivals.softmax(1)
+    if contrast == 'runner_up':
+        return weights.scatter(1, rivals.argmax(1, keepdim=True), -1.)
+    if contrast is None:
+        return weights
+    others = contrast.to(logits.device)
+    if others.ndim == 2 and len(others) != num:
+        raise ValueError(f'There are contrasts of {len(others)} examples for a batch of {num}!')
+    if bool(((others < 0) | (others >= classes)).any()):
+        raise IndexError(f'Contrast {others.tolist()} is not among the {classes} classes!')
+    others = others.expand(num, others.shape[-1])
+    return weights.scatter_add(1, others, torch.full_like(others, -1 / others.shape[1], dtype=weights.dtype))
+
+
+def gradient_weights(function, outputs):
+    '''Weights of all outputs in a scalar for each example: the gradient of a function ``(outputs) -> (batch,)``.'''
+    with torch.enable_grad():
+        leaf = outputs.detach().requires_grad_()
+        scalars = function(leaf)
+    if not isinstance(scalars, torch.Tensor) or scalars.shape != outputs.shape[:1] or not scalars.requires_grad:
+        found = f'shape {tuple(scalars.shape)}' if isinstance(scalars, torch.Tensor) else type(scalars).__name__
+        raise ValueError(
+            f'A function as a target must return a number for each of {len(outputs)} examples that depends on the '
+            f'output of shape {tuple(outputs.shape)}, but returns {found}.'
+        )
+    return torch.autograd.grad(scalars.sum(), leaf)[0]
+
+
+def weigh(weights, outputs, value):
+    '''Weights times values of the outputs, see :py:func:`initial_relevance`.'''
     if value == 'one':
         return weights
-    # the output of a class without a part in it may be infinite
-    return (weights * (logits.softmax(1) if value == 'softmax' else logits)).masked_fill(weights == 0, 0.)
+    if value == 'softmax':
+        if outputs.ndim < 2 or outputs.shape[1] == 1:
+            raise ValueError(
+                f'value=\'softmax\' is for several classes, but the output is of shape {tuple(outputs.shape)}: use '
+                '\'logit\'.'
+            )
+        outputs = outputs.softmax(1)
+    # outputs without a part in it may be infinite
+    return (weights * outputs).masked_fill(weights == 0, 0.)
 
 
-def default_value(output, contrast):
-    '''What a contrast has to be multiplied with, given the output with its graph, see :py:func:`initial_relevance`.'''
-    if contrast is None:
-        return 'logit'
+def default_value(output):
+    '''What weights of both signs have to be multiplied with, given the output, see :py:func:`initial_relevance`.'''
     divides = divides_by_output(output)
     if divides is None:
         raise ValueError(
@@ -322,8 +353,9 @@ def as_contrast(contrast):
 
 
 def _as_target(target):
-    '''Targets as a tensor of integers, or None.'''
-    return None if target is None else _as_indices('target', target, 1)
+    '''Targets as a tensor of integers, a function, or None.'''
+    is_function = callable(target) and not isinstance(target, (type, torch.Tensor))
+    return target if target is None or is_function else _as_indices('target', target, 1)
 
 
 def _as_indices(name, value, dims):
