@@ -1,6 +1,7 @@
 '''What relevance starts from.'''
 import collections
 import dataclasses
+import math
 import types
 
 import numpy as np
@@ -49,6 +50,129 @@ def test_values(target, targets, value):
     assert relevance.dtype == OUTPUT.dtype
 
 
+NAIVE = {
+    'centred': lambda y, t: [1. if k == t else -1 / 2 for k in range(3)],
+    'softmax': lambda y, t: [
+        1. if k == t else -math.exp(y[k]) / sum(math.exp(y[j]) for j in range(3) if j != t) for k in range(3)
+    ],
+    'runner_up': lambda y, t: [
+        float(k == t) - (k == max((j for j in range(3) if j != t), key=lambda j: y[j])) for k in range(3)
+    ],
+    1: lambda y, t: [float(k == t) - float(k == 1) for k in range(3)],
+    (1, 2): lambda y, t: [float(k == t) - .5 * (k in (1, 2)) for k in range(3)],
+}
+
+
+@pytest.mark.parametrize('value', [None, 'logit', 'softmax', 'one'])
+@pytest.mark.parametrize('contrast', NAIVE)
+def test_contrasts(contrast, value):
+    '''Weights, of which the sum is zero, times a value of each class.'''
+    targets = [2, 1, 0, 2]
+    weights = torch.tensor([NAIVE[contrast](y.tolist(), t) for y, t in zip(OUTPUT, targets)], dtype=torch.float64)
+    assert weights.sum(1).abs().max() < 1e-12
+    values = {'logit': OUTPUT, 'softmax': OUTPUT.softmax(1)}.get(value, torch.ones_like(OUTPUT))
+    actual = initial_relevance(targets, value, contrast=contrast)(OUTPUT)
+    torch.testing.assert_close(actual, weights * values, rtol=1e-12, atol=1e-12)
+
+
+def test_contrasts_of_each_example():
+    '''Rivals may be others for each example. A contrast of a class with itself is zero.'''
+    targets = torch.tensor([0, 1, 2, 0])
+    actual = initial_relevance(targets, 'one', contrast=torch.tensor([[1], [1], [0], [2]]))(OUTPUT)
+    assert actual.tolist() == [[1, -1, 0], [0, 0, 0], [-1, 0, 1], [1, 0, -1]]
+    confident = torch.tensor([[900., 0., 0.]])
+    assert initial_relevance(0, contrast='softmax')(confident).tolist() == [[1., -.5, -.5]]
+    infinite = torch.tensor([[1., -torch.inf, 0.]])
+    assert initial_relevance(0, 'logit')(infinite).tolist() == [[1., 0., 0.]]
+
+
+@pytest.mark.parametrize('contrast, error, match', [
+    ('median', ValueError, 'median'), (1.5, TypeError, 'contrast'), ([], TypeError, 'contrast'),
+    (True, TypeError, 'contrast'), ([[[0]]], TypeError, 'contrast'), (3, IndexError, '3'), (-1, IndexError, '-1'),
+    ([[1], [2]], ValueError, '2 examples'), (torch.zeros(4, 0, dtype=torch.long), ValueError, 'no class'),
+])
+def test_bad_contrasts(contrast, error, match):
+    '''What is wrong is named.'''
+    with pytest.raises(error, match=match):
+        initial_relevance(0, contrast=contrast)(OUTPUT)
+
+
+@pytest.mark.parametrize('contrast', ['centred', 'softmax', 'runner_up', 0])
+def test_contrast_of_a_single_output(contrast):
+    '''There is nothing else.'''
+    with pytest.raises(ValueError, match='several classes'):
+        initial_relevance(None, contrast=contrast)(torch.rand(2, 1))
+
+
+STARTS = {
+    'ratio': (ResNetLRP, 'one'), 'relative': (RelativeLRP, 'one'), 'block': (BlockLRP, 'logit'),
+    'epsilon': (lambda: ResNetLRP(classifier='epsilon'), 'logit'),
+    'splitting': (lambda: with_splitting(ResNetLRP(classifier='epsilon')), 'logit'),
+}
+
+
+@pytest.mark.parametrize('name', STARTS)
+def test_what_a_contrast_starts_from(name):
+    '''By default, what the rule of the last layer needs.'''
+    create, value = STARTS[name]
+    torch.manual_seed(0)
+    model, images = resnet18(num_classes=4).double().eval(), torch.randn(2, 3, 32, 32).double()
+    maps = [
+        Gradient(model, create())(images.clone(), initial_relevance([1, 2], start, contrast='softmax'))[1]
+        for start in (None, value)
+    ]
+    assert torch.equal(*maps) and maps[0].any()
+
+
+@pytest.mark.parametrize('name', STARTS)
+def test_functions(name):
+    '''A function of the output is explained by its gradient: linear ones like classes and contrasts.'''
+    create, value = STARTS[name]
+    torch.manual_seed(0)
+    model, images = resnet18(num_classes=4).double().eval(), torch.randn(2, 3, 32, 32).double()
+
+    def explain(*args, **kwargs):
+        return Gradient(model, create())(images.clone(), initial_relevance(*args, **kwargs))[1]
+
+    torch.testing.assert_close(explain(lambda y: y[:, 1] - y[:, 2]), explain(1, contrast=2), rtol=1e-9, atol=0)
+    torch.testing.assert_close(explain(lambda y: y[:, 1]), explain(1, value), rtol=1e-9, atol=0)
+    reference = torch.randn(4).double()
+    output = model(images).detach().requires_grad_()
+    weights, = torch.autograd.grad(torch.cosine_similarity(output, reference[None]).sum(), output)
+    weights = weights * output.detach() if value == 'logit' else weights
+    expected = Gradient(model, create())(images.clone(), lambda output: weights)[1]
+    actual = explain(lambda y: torch.cosine_similarity(y, reference[None]))
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=0)
+
+
+def test_functions_of_maps():
+    '''Relevance starts at a class in a region.'''
+    output = torch.randn(2, 5, 6, 7)
+    actual = initial_relevance(lambda y: y[:, 3, 1:4, 2:5].mean((1, 2)), 'logit')(output)
+    expected = torch.zeros_like(output)
+    expected[:, 3, 1:4, 2:5] = output[:, 3, 1:4, 2:5] / 9
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize('function', [
+    lambda y: y, lambda y: y.sum(), lambda y: y.detach().sum(1), lambda y: 3., lambda y: y.argmax(1)
+])
+def test_bad_functions(function):
+    '''It must give one number for each example, with a gradient.'''
+    with pytest.raises(ValueError, match='4 examples'):
+        initial_relevance(function)(OUTPUT)
+    with pytest.raises(ValueError, match='difference'):
+        initial_relevance(function, contrast='centred')
+
+
+def test_what_a_contrast_of_other_rules_starts_from():
+    '''Rules of Zennit may divide by the output or not.'''
+    model, images = resnet18(num_classes=4).eval(), torch.randn(1, 3, 32, 32)
+    with pytest.raises(ValueError, match="value='logit'"):
+        Gradient(model, EpsilonPlus())(images.clone(), initial_relevance(1, contrast='centred'))
+    Gradient(model, EpsilonPlus())(images.clone(), initial_relevance(1, 'logit', contrast='centred'))
+
+
 def test_default_is_logit():
     '''The logit is what relevance starts from by default.'''
     assert torch.equal(initial_relevance(0)(OUTPUT), initial_relevance(0, 'logit')(OUTPUT))
@@ -73,7 +197,7 @@ def test_half_precision(dtype):
     assert torch.allclose(relevance, naive(OUTPUT, [0, 1, 2, 2], 'softmax').float(), rtol=1e-5)
 
 
-@pytest.mark.parametrize('value', ['logits', 'Softmax', None, 1])
+@pytest.mark.parametrize('value', ['logits', 'Softmax', 1])
 def test_unknown_value(value):
     '''The error names the value and the choices.'''
     with pytest.raises(ValueError, match='value=') as info:

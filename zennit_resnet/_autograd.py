@@ -4,7 +4,7 @@
 signals, or have operations attributed to other layers.
 '''
 import torch
-from zennit.types import Activation, AvgPool, Convolution, MaxPool
+from zennit.types import Activation, AvgPool, Convolution, Linear, MaxPool
 
 from ._compat import DisableTorchFunction
 from .layer import Gate, Operation
@@ -473,6 +473,49 @@ def origin_of(tensor, known=()):
         or _stem(node) == 'Select' and node._saved_self_sym_sizes[_dim(node, node._saved_self_sym_sizes)] == 1
     ))
     return node, tuple(reversed(moves))
+
+
+def last_layers(tensor):
+    '''Nodes of the last layers with weights before a tensor, and the output of each with the constants added to it.
+
+    The output is None unless nothing but moves and such additions come after a layer.
+    '''
+    node, moves = _back(tensor.grad_fn, lambda node: (
+        is_move(node) and 'Expand' not in _stem(node) or _stem(node) == 'Add'
+    ))
+    if _has_weights(node):
+        value = tensor.detach()
+        for move in moves:
+            value = pull_back(move, value)
+        return [(node, value)]
+    found, queue, seen = [], [node], set()
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if _has_weights(node):
+            found.append((node, None))
+        else:
+            queue.extend(_parents(node))
+    return found
+
+
+def divides_by_output(output):
+    '''Whether the rules of the last layers divide relevance by the output, None if they are of others.
+
+    That of a tensor without a graph, or of no layer with weights, does not.
+    '''
+    node = output.grad_fn
+    if node is not None and getattr(class_of(node), '__module__', '') == f'{__package__}.rules.block':
+        return True
+    kinds = {getattr(rule_of(node), 'classifier', None) == 'epsilon' if rule_of(node) is not None else None
+             for node, _ in last_layers(output)}
+    return None if None in kinds or len(kinds) > 1 else kinds == {True}
+
+
+def _has_weights(node):
+    return isinstance(module_of(node), Linear) or node is not None and _stem(node) in LAYERS
 
 
 def moved_before(tensor):

@@ -4,10 +4,12 @@ from collections.abc import Mapping
 
 import torch
 
+from ._autograd import divides_by_output
 from ._compat import caller
 from .arguments import check_choice, check_module, show
 
 VALUES = ('logit', 'softmax', 'one')
+CONTRASTS = ('centred', 'softmax', 'runner_up')
 # Names of the output to explain in libraries that return several, in the order in which to suggest one
 LIKELY = ('logits', 'out', 'output', 'prediction', 'pred')
 
@@ -161,41 +163,60 @@ class SelectOutput(torch.nn.Module):
         return f'output={show(self.output)}'
 
 
-def initial_relevance(target, value='logit', output=None):
+def initial_relevance(target, value=None, output=None, contrast=None):
     '''Create a function that gives the relevance at the output, to be used as ``attr_output`` of Zennit's attributors.
 
-    Relevance starts at the target only: it is a one-hot vector times a value.
+    Relevance starts at class k with c_k v_k: a weight times a value. Without a contrast, the weight is one for the
+    target and zero for all others. With one, it is negative for rivals, and all weights sum to zero.
 
     Parameters
     ----------
-    target: int, sequence of int, :py:obj:`torch.Tensor` or None
+    target: int, sequence of int, :py:obj:`torch.Tensor`, callable or None
         Index of the class to explain, one for all samples, or one for each sample of the batch. As in Captum, a single
-        one may be negative to count from the last class. None for networks with a single output.
+        one may be negative to count from the last class. None for networks with a single output. For outputs of any
+        shape (logits of a mask or box, an embedding), a function ``(output) -> (batch,)``: its gradient are the
+        weights.
     value: str, optional
-        ``'logit'`` (default) for the target's output, ``'softmax'`` for its probability, ``'one'`` for one.
+        ``'logit'`` for the output y_k of a class, ``'softmax'`` for its probability, ``'one'`` for one. By default,
+        ``'logit'``, and for a contrast or function what the rule of the last layer needs, see ``contrast``.
     output: str, int or callable, optional
         For networks that return several outputs, in a dict, tuple, dataclass and the like: the key, index or name of
         the one to explain, or a function of what the network returns. The relevance is that of this tensor. Zennit's
         attributors take gradients of all that the network returns, so give them
         :py:class:`SelectOutput` ``(model, output)`` as a network instead.
+    contrast: str, int, sequence of int or :py:obj:`torch.Tensor`, optional
+        Why the target and not something else: what the weight -1 is shared among. ``'centred'`` all other classes
+        evenly, -1 / (K - 1); ``'softmax'`` all others by their probabilities, -p_k / (1 - p_target), which is SGLRP
+        (Iwana et al. 2019) with its scale p_target (1 - p_target) left out; ``'runner_up'`` the most probable other
+        class; or classes: one, several for all examples, or a tensor of shape (batch, classes) of those of each.
+
+        A rule that divides by the output (``ResNetLRP(classifier='epsilon')``, ``BlockLRP``) has to start from
+        ``'logit'``, and relevance sums to the contrast of logits sum_k c_k y_k (less biases of the last layer). Other
+        rules (z+, R-LRP) have to start from ``'one'``: their shares do not depend on the size of a logit, whose sign
+        would turn them over. Relevance of z+ then sums to zero. With the epsilon rule and R-LRP, features receive
+        h_i sum_k c_k w_ki, so that maps are the same for weights W and W + 1 v^T.
 
     Returns
     -------
     callable
-        A function ``(output: (batch, classes)) -> (batch, classes)``, or ``(batch,) -> (batch,)`` for a single output.
-        It raises a ValueError if the number of targets is not the batch size, an IndexError for a target outside the
-        classes, and a TypeError if it is not given a tensor, which names the outputs that there are.
+        A function ``(output: (batch, classes)) -> (batch, classes)``, or ``(batch,) -> (batch,)`` for a single output,
+        or of any other shape if the target is a function. It raises a ValueError if the number of targets is not the
+        batch size, an IndexError for a class outside the classes, a ValueError for a contrast of a single class or if
+        it is not known what to start it from, and a TypeError if it is not given a tensor, which names the outputs
+        that there are.
 
     Raises
     ------
     ValueError
-        If ``value`` is unknown.
+        If ``value`` or ``contrast`` is unknown, or there is a contrast for a function, which has its own.
     TypeError
-        If ``target`` is not made of integers, or ``output`` is none of the above.
+        If ``target`` or ``contrast`` is not made of integers, or ``output`` is none of the above.
     '''
-    check_choice('value', value, VALUES)
+    check_choice('value', value, (None, *VALUES))
     check_key(output)
-    target = _as_target(target)
+    target, contrast = _as_target(target), as_contrast(contrast)
+    if callable(target) and contrast is not None:
+        raise ValueError(f'contrast={contrast!r} is for classes: have the function return a difference.')
 
     def attr_output(result):
         '''Compute the relevance at the output.'''
@@ -212,41 +233,143 @@ def initial_relevance(target, value='logit', output=None):
                 'the attributor is called.'
             )
         result = select_output(result, output)
+        # relevance is kept in at least single precision
+        logits = result.detach()
+        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        if callable(target):
+            return weigh(gradient_weights(target, logits), logits, value or default_value(result))
         if result.ndim not in (1, 2):
             raise ValueError(
                 f'The output must be of shape (batch, classes) or (batch,), but is {tuple(result.shape)}. Of a map of '
-                'logits, explain for instance SelectOutput(model, lambda output: output.mean((2, 3))).'
+                'logits, explain for instance SelectOutput(model, lambda output: output.mean((2, 3))), or give a '
+                'function as a target.'
             )
-        logits = result.detach().reshape(len(result), -1)
-        index = _index(target, logits)
-        # relevance is kept in at least single precision
-        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        if value == 'softmax' and logits.shape[1] == 1:
-            raise ValueError(
-                f'value=\'softmax\' is for several classes, but the output is of shape {tuple(result.shape)}: use '
-                '\'logit\'.'
-            )
-        values = {'logit': lambda: logits, 'softmax': lambda: logits.softmax(1), 'one': lambda: torch.ones_like(logits)}
-        relevance = torch.zeros_like(logits).scatter_(1, index, values[value]().gather(1, index))
-        return relevance.reshape(result.shape)
+        logits = logits.reshape(len(result), -1)
+        weights = class_weights(logits, _index(target, logits), contrast)
+        chosen = value or ('logit' if contrast is None else default_value(result))
+        return weigh(weights, logits, chosen).reshape(result.shape)
 
     return attr_output
 
 
+def class_weights(logits, index, contrast=None):
+    '''Weights of all classes, see :py:func:`initial_relevance`.
+
+    Parameters
+    ----------
+    logits: :py:obj:`torch.Tensor`
+        Outputs of shape (batch, classes), in at least single precision.
+    index: :py:obj:`torch.Tensor`
+        The target of each, of shape (batch, 1).
+    contrast: str or :py:obj:`torch.Tensor`, optional
+        What :py:func:`as_contrast` returned.
+
+    Returns
+    -------
+    :py:obj:`torch.Tensor`
+        Weights of this shape.
+
+    Raises
+    ------
+    ValueError
+        If there is a contrast of one class, or there are contrasts of another number of examples.
+    IndexError
+        If a class of the contrast is not among the classes.
+    '''
+    num, classes = logits.shape
+    if contrast is not None and classes == 1:
+        raise ValueError(
+            f'contrast={contrast!r} is for several classes, but the output is of shape {tuple(logits.shape)}: leave it '
+            'out.'
+        )
+    weights = torch.zeros_like(logits).scatter_(1, index, 1.)
+    rivals = logits.scatter(1, index, -torch.inf)
+    if contrast == 'centred':
+        return weights - (1 - weights) / (classes - 1)
+    if contrast == 'softmax':
+        return weights - rivals.softmax(1)
+    if contrast == 'runner_up':
+        return weights.scatter(1, rivals.argmax(1, keepdim=True), -1.)
+    if contrast is None:
+        return weights
+    others = contrast.to(logits.device)
+    if others.ndim == 2 and len(others) != num:
+        raise ValueError(f'There are contrasts of {len(others)} examples for a batch of {num}!')
+    if bool(((others < 0) | (others >= classes)).any()):
+        raise IndexError(f'Contrast {others.tolist()} is not among the {classes} classes!')
+    others = others.expand(num, others.shape[-1])
+    return weights.scatter_add(1, others, torch.full_like(others, -1 / others.shape[1], dtype=weights.dtype))
+
+
+def gradient_weights(function, outputs):
+    '''Weights of all outputs in a scalar for each example: the gradient of a function ``(outputs) -> (batch,)``.'''
+    with torch.enable_grad():
+        leaf = outputs.detach().requires_grad_()
+        scalars = function(leaf)
+    if not isinstance(scalars, torch.Tensor) or scalars.shape != outputs.shape[:1] or not scalars.requires_grad:
+        found = f'shape {tuple(scalars.shape)}' if isinstance(scalars, torch.Tensor) else type(scalars).__name__
+        raise ValueError(
+            f'A function as a target must return a number for each of {len(outputs)} examples that depends on the '
+            f'output of shape {tuple(outputs.shape)}, but returns {found}.'
+        )
+    return torch.autograd.grad(scalars.sum(), leaf)[0]
+
+
+def weigh(weights, outputs, value):
+    '''Weights times values of the outputs, see :py:func:`initial_relevance`.'''
+    if value == 'one':
+        return weights
+    if value == 'softmax':
+        if outputs.ndim < 2 or outputs.shape[1] == 1:
+            raise ValueError(
+                f'value=\'softmax\' is for several classes, but the output is of shape {tuple(outputs.shape)}: use '
+                '\'logit\'.'
+            )
+        outputs = outputs.softmax(1)
+    # outputs without a part in it may be infinite
+    return (weights * outputs).masked_fill(weights == 0, 0.)
+
+
+def default_value(output):
+    '''What weights of both signs have to be multiplied with, given the output, see :py:func:`initial_relevance`.'''
+    divides = divides_by_output(output)
+    if divides is None:
+        raise ValueError(
+            'What a contrast starts from depends on the rule of the last layer, which is none of this package: choose '
+            'value=\'logit\' for rules that divide by the output, such as LRP-epsilon, and \'one\' for gradients.'
+        )
+    return 'logit' if divides else 'one'
+
+
+def as_contrast(contrast):
+    '''Check a contrast, and get classes as a tensor of shape (rivals,) or (batch, rivals).'''
+    if contrast is None or isinstance(contrast, str):
+        check_choice('contrast', contrast, (None, *CONTRASTS))
+        return contrast
+    indices = _as_indices('contrast', contrast, 2)
+    if not indices.numel():
+        raise ValueError(f'contrast={contrast!r} names no class: leave it out, or name one.')
+    return indices.reshape(1) if not indices.ndim else indices
+
+
 def _as_target(target):
-    '''Targets as a tensor of integers, or None.'''
-    if target is None:
-        return None
+    '''Targets as a tensor of integers, a function, or None.'''
+    is_function = callable(target) and not isinstance(target, (type, torch.Tensor))
+    return target if target is None or is_function else _as_indices('target', target, 1)
+
+
+def _as_indices(name, value, dims):
+    '''Indices of classes as a tensor of no more than some dimensions.'''
     try:
-        indices = torch.as_tensor(target)
+        indices = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f'target={target!r} is not made of class indices!') from error
-    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool or indices.ndim > 1:
+        raise TypeError(f'{name}={value!r} is not made of class indices!') from error
+    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool or indices.ndim > dims:
         raise TypeError(
-            f'Targets are class indices, one for all samples or one for each, not {indices.dtype} of shape '
+            f'{name} is made of class indices, one for all samples or one for each, not {indices.dtype} of shape '
             f'{tuple(indices.shape)}!'
         )
-    return indices
+    return indices.long()
 
 
 def _index(target, logits):

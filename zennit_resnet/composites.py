@@ -173,6 +173,11 @@ class ResNetLRP(_LayerMap):
         Propagation through overlapping windows with a stride, ``'literal'`` or ``'even'``, which removes the fine
         lattice that they leave in the heatmap, see :py:class:`~zennit_resnet.rules.ZPlus`. By default, ``'even'`` if
         ``projection`` is ``'spread'``, and ``'literal'`` if it is ``'literal'``.
+    classifier: str, optional
+        Rule for the last linear layer or convolution, ``'zplus'`` (default) as in the paper, or ``'epsilon'``, with
+        which maps of different classes differ much more, see :py:class:`~zennit_resnet.rules.ZPlus`. Start it from
+        logits (``initial_relevance(target)``, with or without a ``contrast``). Relevance then sums to these without
+        the biases of the last layer.
     stabilizer: callable or float, optional
         Stabilization parameter of the z+ rule, see :py:class:`~zennit_resnet.rules.ZPlus`.
     layer_map: list[tuple[tuple[torch.nn.Module, ...], Hook]], optional
@@ -210,6 +215,7 @@ class ResNetLRP(_LayerMap):
         low=None,
         high=None,
         coverage=None,
+        classifier='zplus',
     ):
         check_choice('splitting', splitting, tuple(SPLITTING))
         check_flag('identity_skip', identity_skip)
@@ -218,11 +224,12 @@ class ResNetLRP(_LayerMap):
             stabilizer=stabilizer, first_layer=first_layer, low=low, high=high, projection=projection,
             dead_units=dead_units, maxpool=maxpool,
             coverage={'spread': 'even'}.get(projection, 'literal') if coverage is None else coverage,
+            classifier=classifier,
         )
         layer_map = self.keep(
             layer_map, canonizers, splitting=splitting, identity_skip=identity_skip, batch_norm=batch_norm,
             first_layer=first_layer, low=low, high=high, projection=projection, dead_units=dead_units, maxpool=maxpool,
-            coverage=zplus.coverage, stabilizer=stabilizer,
+            coverage=zplus.coverage, stabilizer=stabilizer, classifier=classifier,
         ) + [
             (Addition, rule if identity_skip else ResidualOnly(rule)),
             (Gate, SignalTakesAll()),

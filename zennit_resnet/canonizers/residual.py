@@ -9,7 +9,7 @@ import torch
 from zennit.canonizers import Canonizer
 from zennit.core import RemovableHandleList
 
-from .._autograd import class_of, function_of, is_arithmetic, name_of, nodes_of, walk
+from .._autograd import class_of, function_of, is_arithmetic, last_layers, name_of, nodes_of, rule_of, walk
 from .._compat import DisableTorchFunction, caller, in_backward, is_replacing, is_running, registering_composite
 from .._inplace import Watch, forget, note_copy, settle
 from .._nested import active_tensors, tensors_of
@@ -386,6 +386,11 @@ class ResidualCanonizer(Described, Canonizer):
             self.merge.resume(self.paused)
         elif all(REGISTERED.index(other) < REGISTERED.index(self) for other in self._overlapping()):
             self.weights.renew(self.merge.fold(active))
+        for tensor in active:
+            for node, value in last_layers(tensor):
+                if getattr(rule_of(node), 'classifier', None) == 'epsilon':
+                    # the node has a copy of the layer
+                    vars(node.module)['is_last'] = value
         self.paused = None
         for owner, name, surrogate in self.surrogates.values():
             owner._modules[name] = surrogate

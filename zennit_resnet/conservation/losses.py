@@ -164,7 +164,7 @@ class LossProbe:
         }
 
     def _zplus(self, hook):
-        '''Our own z+, which has no bias.'''
+        '''Our own z+, which has no bias but in the last layer.'''
         def share_out(relevance, denominator, is_signed):
             # computed in the place of the denominator
             before = denominator.clone()
@@ -178,7 +178,11 @@ class LossProbe:
                 self.notes[-1].lost['dead_units'] -= self._sum(precise(lower))
             return lower
 
-        return {'_share': share_out, '_spread': spread}
+        def keep(relevance):
+            if self.notes:
+                self.notes[-1].lost['bias'] = self._sum(precise(relevance))
+
+        return {'_share': share_out, '_spread': spread, '_keep': keep}
 
     def _block(self, hook, module):
         '''A block as one layer, which propagates either relevance or gradients.'''

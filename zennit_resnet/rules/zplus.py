@@ -58,6 +58,11 @@ class ZPlus(SinglePass):
         twice), which leaves a fine lattice in the heatmap. ``'literal'`` (default) keeps it. ``'even'`` scales the
         weights of each filter such that they sum to the same for all positions modulo the stride, and smoothes
         relevance below a max pooling and below the first convolution with a binomial filter. Both conserve relevance.
+    classifier: str, optional
+        Rule for the last linear layer or convolution before the network's output. ``'zplus'`` (default) as for the
+        others. ``'epsilon'`` LRP-epsilon with epsilon = ``stabilizer``: R'_i = h_i sum_j w_ji R_j / y_j, where y is the
+        output. Started from c_j y_j, features receive h_i sum_j w_ji c_j: evidence of both signs, the bias keeps its
+        part. It is for networks with a :py:class:`~zennit_resnet.canonizers.ResidualCanonizer`, which finds this layer.
 
     Raises
     ------
@@ -70,7 +75,7 @@ class ZPlus(SinglePass):
     # pylint: disable=too-many-arguments
     def __init__(
         self, stabilizer=0., first_layer='zplus', low=None, high=None, projection='spread', dead_units='spread',
-        maxpool='winner', coverage='literal',
+        maxpool='winner', coverage='literal', classifier='zplus',
     ):
         super().__init__()
         check_choice('first_layer', first_layer, ('zplus', 'literal', 'ones', 'zbox', 'wsquare', 'flat'))
@@ -78,6 +83,7 @@ class ZPlus(SinglePass):
         check_choice('dead_units', dead_units, ('spread', 'drop'))
         check_choice('maxpool', maxpool, ('winner', 'average', 'avg2x2'))
         check_choice('coverage', coverage, ('literal', 'even'))
+        check_choice('classifier', classifier, ('zplus', 'epsilon'))
         if first_layer == 'zbox' and (low is None or high is None):
             raise ValueError(
                 'first_layer=\'zbox\' needs the lowest and highest possible input values, low and high: for an input '
@@ -96,6 +102,7 @@ class ZPlus(SinglePass):
             self._low, self._high = as_bound('low', low), as_bound('high', high)
             check_bounds(self._low, self._high)
         self.projection, self.dead_units, self.maxpool, self.coverage = projection, dead_units, maxpool, coverage
+        self.classifier = classifier
 
     def register(self, module):
         '''Register this instance to the supplied module, unless its own gradient is the rule already.'''
@@ -139,6 +146,8 @@ class ZPlus(SinglePass):
         input, (first, is_relu) = stored[0], stored[1].tolist()
         if isinstance(module, MaxPool) and self.maxpool == 'winner':
             return (self._winner(module, input, relevance),)
+        if self.classifier == 'epsilon' and 'is_last' in vars(module):
+            return (self._epsilon(module, input, relevance),)
         variant = self.first_layer if first else 'zplus'
         # also if an example has NaN, which is none of the others' business
         is_negative = variant == 'zplus' and not is_relu and not bool(input.amin() >= 0)
@@ -164,6 +173,28 @@ class ZPlus(SinglePass):
             # filters of few taps may have no weight of a sign at some positions, which can not be levelled
             lower = self._smooth_lower(module, lower)
         return (lower,)
+
+    def _epsilon(self, module, input, relevance):
+        '''The epsilon rule of the last layer.'''
+        weight = module.weight.detach().to(input.dtype)
+        if isinstance(module, Signed):
+            weight = torch.Tensor.clone
+        elif isinstance(module, torch.nn.Linear):
+            weight = _Rows(weight, torch.Tensor.contiguous)
+        linear, transpose = self._map(module, input, weight, relevance.shape[2:])
+        constants = torch.zeros_like(linear)
+        if module.is_last is not None:
+            constants = module.is_last.to(linear) - linear
+        elif module.bias is not None:
+            dim = -1 if isinstance(module, torch.nn.Linear) else 1
+            constants += module.bias.detach().to(linear).view(-1, *(1,) * (linear.ndim - 1 - dim % linear.ndim))
+        share, dead = self._share(relevance, linear + constants, True)
+        self._keep(share * constants)
+        lower = input * transpose(share)
+        return lower if dead is None else lower + self._spread(module, input, relevance * dead)
+
+    def _keep(self, relevance):
+        '''Relevance that biases keep, which is lost.'''
 
     def _share(self, relevance, denominator, is_signed):
         '''Compute R / z in the place of z, and which units are dead, None if nothing is to be spread of them.'''
