@@ -168,7 +168,7 @@ def test_bad_functions(function):
 def test_what_a_contrast_of_other_rules_starts_from():
     '''Rules of Zennit may divide by the output or not.'''
     model, images = resnet18(num_classes=4).eval(), torch.randn(1, 3, 32, 32)
-    with pytest.raises(ValueError, match="value='logit'"):
+    with pytest.raises(ValueError, match="'logit' for rules"):
         Gradient(model, EpsilonPlus())(images.clone(), initial_relevance(1, contrast='centred'))
     Gradient(model, EpsilonPlus())(images.clone(), initial_relevance(1, 'logit', contrast='centred'))
 

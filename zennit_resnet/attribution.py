@@ -236,33 +236,32 @@ def initial_relevance(target, value=None, output=None, contrast=None):
         # relevance is kept in at least single precision
         logits = result.detach()
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        if callable(target):
-            return weigh(gradient_weights(target, logits), logits, value or default_value(result))
-        if result.ndim not in (1, 2):
+        if not callable(target) and result.ndim not in (1, 2):
             raise ValueError(
                 f'The output must be of shape (batch, classes) or (batch,), but is {tuple(result.shape)}. Of a map of '
                 'logits, explain for instance SelectOutput(model, lambda output: output.mean((2, 3))), or give a '
                 'function as a target.'
             )
-        logits = logits.reshape(len(result), -1)
-        weights = class_weights(logits, _index(target, logits), contrast)
-        chosen = value or ('logit' if contrast is None else default_value(result))
-        return weigh(weights, logits, chosen).reshape(result.shape)
+        outputs = logits if callable(target) else logits.reshape(len(result), -1)
+        index = target if callable(target) else _index(target, outputs)
+        chosen = value or default_value(result, is_signed=callable(target) or contrast is not None)
+        return weigh(output_weights(outputs, index, contrast), outputs, chosen).reshape(result.shape)
 
     return attr_output
 
 
-def class_weights(logits, index, contrast=None):
-    '''Weights of all classes, see :py:func:`initial_relevance`.
+def output_weights(outputs, target, contrast=None):
+    '''Weights of all outputs, see :py:func:`initial_relevance`.
 
     Parameters
     ----------
-    logits: :py:obj:`torch.Tensor`
-        Outputs of shape (batch, classes), in at least single precision.
-    index: :py:obj:`torch.Tensor`
-        The target of each, of shape (batch, 1).
+    outputs: :py:obj:`torch.Tensor`
+        Outputs of shape (batch, classes, ...), in at least single precision.
+    target: :py:obj:`torch.Tensor`, callable or None
+        Indices of one output for each example, of shape (batch, dimensions but the batch) or (batch,), a function
+        ``(outputs) -> (batch,)``, or None if there is a single output.
     contrast: str or :py:obj:`torch.Tensor`, optional
-        What :py:func:`as_contrast` returned.
+        What :py:func:`as_contrast` returned: rivals are the other classes at the same place.
 
     Returns
     -------
@@ -272,26 +271,43 @@ def class_weights(logits, index, contrast=None):
     Raises
     ------
     ValueError
-        If there is a contrast of one class, or there are contrasts of another number of examples.
+        If there is a contrast of one class or for a function, there are contrasts of another number of examples, or a
+        function returns no number for each example.
     IndexError
         If a class of the contrast is not among the classes.
     '''
-    num, classes = logits.shape
-    if contrast is not None and classes == 1:
+    if callable(target):
+        if contrast is not None:
+            raise ValueError(f'contrast={contrast!r} is for classes: have the function return a difference.')
+        return _gradient_weights(target, outputs)
+    if contrast is not None and (target is None or outputs.shape[1] == 1):
         raise ValueError(
-            f'contrast={contrast!r} is for several classes, but the output is of shape {tuple(logits.shape)}: leave it '
-            'out.'
+            f'contrast={contrast!r} is for several classes, but the output is of shape {tuple(outputs.shape)}: leave '
+            'it out.'
         )
+    if target is None:
+        return torch.ones_like(outputs)
+    sizes = torch.tensor(outputs.shape[1:], device=outputs.device)
+    index = target.to(outputs.device).reshape(len(outputs), -1) % sizes
+    weights = torch.zeros_like(outputs)
+    place = (torch.arange(len(outputs), device=outputs.device), slice(None), *index[:, 1:].unbind(1))
+    weights[place] = _class_weights(outputs[place], index[:, :1], contrast)
+    return weights
+
+
+def _class_weights(logits, index, contrast):
+    '''Weights of all classes, of shape (batch, classes), given the target of each example of shape (batch, 1).'''
+    num, classes = logits.shape
     weights = torch.zeros_like(logits).scatter_(1, index, 1.)
     rivals = logits.scatter(1, index, -torch.inf)
-    if contrast == 'centred':
-        return weights - (1 - weights) / (classes - 1)
-    if contrast == 'softmax':
-        return weights - rivals.softmax(1)
-    if contrast == 'runner_up':
-        return weights.scatter(1, rivals.argmax(1, keepdim=True), -1.)
     if contrast is None:
         return weights
+    if isinstance(contrast, str):
+        if contrast == 'centred':
+            return weights - (1 - weights) / (classes - 1)
+        if contrast == 'softmax':
+            return weights - rivals.softmax(1)
+        return weights.scatter(1, rivals.argmax(1, keepdim=True), -1.)
     others = contrast.to(logits.device)
     if others.ndim == 2 and len(others) != num:
         raise ValueError(f'There are contrasts of {len(others)} examples for a batch of {num}!')
@@ -301,7 +317,7 @@ def class_weights(logits, index, contrast=None):
     return weights.scatter_add(1, others, torch.full_like(others, -1 / others.shape[1], dtype=weights.dtype))
 
 
-def gradient_weights(function, outputs):
+def _gradient_weights(function, outputs):
     '''Weights of all outputs in a scalar for each example: the gradient of a function ``(outputs) -> (batch,)``.'''
     with torch.enable_grad():
         leaf = outputs.detach().requires_grad_()
@@ -330,13 +346,18 @@ def weigh(weights, outputs, value):
     return (weights * outputs).masked_fill(weights == 0, 0.)
 
 
-def default_value(output):
-    '''What weights of both signs have to be multiplied with, given the output, see :py:func:`initial_relevance`.'''
-    divides = divides_by_output(output)
+def default_value(output, is_signed):
+    '''What weights are multiplied with by default, see :py:func:`initial_relevance`.
+
+    Weights of one sign start from the logit. For those of both signs, it depends on the rule of the last layer, which
+    the graph of the output tells.
+    '''
+    divides = not is_signed or divides_by_output(output)
     if divides is None:
         raise ValueError(
-            'What a contrast starts from depends on the rule of the last layer, which is none of this package: choose '
-            'value=\'logit\' for rules that divide by the output, such as LRP-epsilon, and \'one\' for gradients.'
+            'What a contrast or function starts from depends on the rule of the last layer, which is none of this '
+            'package: choose \'logit\' for rules that divide by the output, such as LRP-epsilon, and \'one\' for '
+            'gradients.'
         )
     return 'logit' if divides else 'one'
 

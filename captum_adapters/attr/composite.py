@@ -1,6 +1,7 @@
 """Captum attributions by Zennit composites."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any, Callable, NamedTuple, Optional, Union
 
 import torch
@@ -15,6 +16,7 @@ import zennit_resnet.composites  # noqa: F401, registers composites by their nam
 from captum_adapters._validation import (
     Inputs,
     TargetType,
+    at_least_single,
     check_inputs,
     check_range,
     check_target,
@@ -30,11 +32,22 @@ from zennit_resnet.arguments import (
     check_precision,
     describe,
 )
-from zennit_resnet.attribution import check_key, select_output
+from zennit_resnet.attribution import (
+    as_contrast,
+    check_key,
+    default_value,
+    output_weights,
+    select_output,
+    weigh,
+)
 from zennit_resnet.postprocess import c1c, c3, heat_quantization, sum_channels
 from zennit_resnet.registration import registered, unwrap
 
-InitialRelevance = Union[str, Callable[[Tensor], Tensor]]
+InitialRelevance = Union[None, str, Callable[[Tensor], Tensor]]
+# What the target is compared with
+Contrast = Union[None, str, int, Sequence[int], Tensor]
+# A number for each example, of the output
+Function = Callable[[Tensor], Tensor]
 # What picks the tensor to explain from what a model returns
 Output = Union[None, str, int, Callable[[Any], Any]]
 Postprocess = Union[None, str, Callable[[Tensor], Tensor]]
@@ -69,6 +82,8 @@ class ReadOut(NamedTuple):
         return gradient if self.factor is None else gradient * self.factor
 
 
+# One output for each example by its indices, or a function of the output
+Target = Union[None, Tensor, Function]
 # The output of a model, and for each layer where to read off its relevance
 Run = tuple[Any, list[tuple[ReadOut, ...]]]
 
@@ -93,7 +108,9 @@ class CompositeAttribution(GradientAttribution):
                 `"logit"` for the output itself, `"softmax"` for its probability among
                 the classes (dimension 1), `"one"` for 1, or a function from the output
                 to a tensor of the same shape: the target's value is taken, or
-                everything if there is no target.
+                everything if there is no target. Default: None, for `"logit"`, and with
+                a contrast or a function as a target for what the last layer's rule
+                needs: `"logit"` if it divides by the output, `"one"` if not.
         postprocess (str or callable, optional): Post-processing of heatmaps: `"c3"`,
                 `"c1c"` or `"heat_quantization"` for those of
                 :mod:`zennit_resnet.postprocess`, or a function `(batch, height, width)
@@ -105,6 +122,12 @@ class CompositeAttribution(GradientAttribution):
                 tensor to explain, or a function of what the model returns. Rules apply
                 to what the function does, such as a mean over positions.
                 Default: None, for models that return a tensor
+        contrast (str, int, list or Tensor, optional): Why the target and not something
+                else: `"centred"` for all other classes evenly, `"softmax"` for all
+                others by their probabilities (SGLRP), `"runner_up"` for the most
+                probable other class, or classes: one, several for all examples, or a
+                tensor of shape (batch, classes). Rivals start with the opposite sign,
+                see :func:`zennit_resnet.attribution.initial_relevance`. Default: None
 
     Raises:
         TypeError: If an argument is none of the above.
@@ -128,14 +151,15 @@ class CompositeAttribution(GradientAttribution):
         self,
         model: Module,
         composite: Union[Composite, type, str] = "resnet_lrp_ratio",
-        initial_relevance: InitialRelevance = "logit",
+        initial_relevance: InitialRelevance = None,
         postprocess: Postprocess = None,
         output: Output = None,
+        contrast: Contrast = None,
     ) -> None:
         check_key(output)
         check_module(model)
         if not callable(initial_relevance):
-            choices = ("logit", "softmax", "one")
+            choices = (None, "logit", "softmax", "one")
             check_choice("initial_relevance", initial_relevance, choices)
         if not callable(postprocess):
             check_choice("postprocess", postprocess, (None, *POSTPROCESS))
@@ -145,11 +169,14 @@ class CompositeAttribution(GradientAttribution):
         self.initial_relevance = initial_relevance
         self.postprocess = postprocess
         self.output = output
+        self.contrast = as_contrast(contrast)
+
+    _shown = (
+        "model", "composite", "initial_relevance", "postprocess", "output", "contrast",
+    )
 
     def __repr__(self) -> str:
-        return describe(
-            self, ("model", "composite", "initial_relevance", "postprocess", "output")
-        )
+        return describe(self, self._shown)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
@@ -184,7 +211,7 @@ class CompositeAttribution(GradientAttribution):
 
     @log_usage()
     def attribute(
-        self, inputs: Any, target: TargetType = None,
+        self, inputs: Any, target: Union[TargetType, Function] = None,
         additional_forward_args: object = None, return_convergence_delta: bool = False,
         internal_batch_size: Optional[int] = None,
     ) -> Any:
@@ -192,11 +219,13 @@ class CompositeAttribution(GradientAttribution):
 
             inputs (Tensor or tuple[Tensor]): Inputs of shape (batch, ...), of floating
                     point numbers. They are not changed, and need not require gradients.
-            target (int, tuple, Tensor, or list, optional): Output to explain, as in
-                    Captum: an integer or a tensor with a single one for all examples, a
-                    list of integers or a 1D tensor with one for each, a tuple with the
-                    indices of all output dimensions but the batch, or a list of tuples.
-                    Not necessary for a single output.
+            target (int, tuple, Tensor, list or callable, optional): Output to explain,
+                    as in Captum: an integer or a tensor with a single one for all
+                    examples, a list of integers or a 1D tensor with one for each, a
+                    tuple with the indices of all output dimensions but the batch, or a
+                    list of tuples. Also a function from the output to a number for each
+                    example, such as a mean over a region: its gradient are the weights
+                    of the outputs. Not necessary for a single output.
             additional_forward_args (Any, optional): Further arguments of the model,
                     after the inputs. There are no attributions for them.
             return_convergence_delta (bool, optional): Whether to return the delta, too.
@@ -273,7 +302,8 @@ class CompositeAttribution(GradientAttribution):
         return delta.to(initial.dtype)
 
     def _explain(
-        self, inputs: Inputs, target: TargetType, additional_forward_args: object,
+        self, inputs: Inputs, target: Union[TargetType, Function],
+        additional_forward_args: object,
         internal_batch_size: Optional[int], run: Callable[..., Run],
     ) -> tuple[list[tuple[Tensor, ...]], Tensor]:
         """Relevance at one or several layers, and initial relevance (batch,).
@@ -285,7 +315,15 @@ class CompositeAttribution(GradientAttribution):
         if not self._takes_integers:
             self._check_floating(tensors)
         batch = len(tensors[0])
-        index = check_target(target, batch, allow_negative=True)
+        index: Target = target if callable(target) else check_target(
+            target, batch, allow_negative=True
+        )
+        contrast = self.contrast
+        per_example = isinstance(contrast, Tensor) and contrast.ndim == 2
+        if per_example and len(contrast) != batch:
+            raise ValueError(
+                f"There are contrasts of {len(contrast)} examples for a batch of {batch}."
+            )
         args, divided = split_args(additional_forward_args, batch)
         size = batch
         if internal_batch_size is not None:
@@ -296,7 +334,8 @@ class CompositeAttribution(GradientAttribution):
             chunks.append(
                 self._propagate(
                     run, tuple(tensor[part] for tensor in tensors),
-                    None if index is None else index[part],
+                    index[part] if isinstance(index, Tensor) else index,
+                    contrast[part] if per_example else contrast,
                     tuple(arg[part] if cut else arg for arg, cut in zip(args, divided)),
                 )
             )
@@ -323,7 +362,7 @@ class CompositeAttribution(GradientAttribution):
 
     def _propagate(
         self, run: Callable[..., Run], tensors: tuple[Tensor, ...],
-        index: Optional[Tensor], args: tuple[Any, ...],
+        index: Target, contrast: Any, args: tuple[Any, ...],
     ) -> tuple[list[tuple[Tensor, ...]], Tensor]:
         """Propagate relevance for a part of the batch."""
         module, forward = unwrap(self.model)
@@ -342,7 +381,7 @@ class CompositeAttribution(GradientAttribution):
             )
             with check_precision(module, *leaves):
                 output, layers = run(module, forward, leaves, args)
-            seed = self._seed(output, index, len(leaves[0]))
+            seed = self._seed(output, index, contrast, len(leaves[0]))
             reached = [
                 each for layer in layers for each in layer if each.edge is not None
             ]
@@ -357,7 +396,9 @@ class CompositeAttribution(GradientAttribution):
         ]
         return relevance, seed.reshape(len(seed), -1).sum(1)
 
-    def _seed(self, output: Any, index: Optional[Tensor], batch: int) -> Tensor:
+    def _seed(
+        self, output: Any, index: Target, contrast: Any, batch: int
+    ) -> Tensor:
         """Initial relevance of the shape of the output."""
         output = select_output(
             output, remedy=f"{type(self).__name__}(model, ..., output={{}})"
@@ -371,37 +412,23 @@ class CompositeAttribution(GradientAttribution):
                 f"The output of shape {tuple(output.shape)} has no row for each of"
                 f" {batch} examples."
             )
-        values = output.detach()
-        if values.dtype in (torch.float16, torch.bfloat16):
-            # relevance is kept in at least single precision
-            values = values.float()
-        if callable(self.initial_relevance):
-            values = self.initial_relevance(values)
+        outputs = values = at_least_single(output.detach())
+        value = self.initial_relevance
+        if callable(value):
+            values = value(outputs)
             if not isinstance(values, Tensor) or values.shape != output.shape:
                 raise ValueError(
                     "initial_relevance must return a tensor of the output's shape"
                     f" {tuple(output.shape)}, but returns {_shape_or_type(values)}."
                 )
-            values = values.detach()
-            if index is None:
+            values, value = values.detach(), "logit"
+            if index is None and contrast is None:
                 return values
-        elif self.initial_relevance == "one":
-            values = torch.ones_like(values)
-        elif self.initial_relevance == "softmax":
-            if values.ndim < 2 or values.shape[1] == 1:
-                raise ValueError(
-                    "initial_relevance='softmax' needs classes in dimension 1 of the"
-                    f" output, but its shape is {tuple(output.shape)}: use 'logit'."
-                )
-            values = values.softmax(1)
-        check_range(output, index)
-        if index is None:
-            return values
-        rows = torch.arange(batch, device=values.device)
-        where = (rows, *index.to(values.device).reshape(batch, -1).unbind(1))
-        seed = torch.zeros_like(values)
-        seed[where] = values[where]
-        return seed
+        if not callable(index):
+            check_range(output, index)
+        is_signed = callable(index) or contrast is not None
+        value = value or default_value(output, is_signed)
+        return weigh(output_weights(outputs, index, contrast), values, value)
 
     def _postprocess(self, relevance: Tensor) -> Tensor:
         """Post-process relevance of images."""

@@ -20,6 +20,8 @@ from zennit.core import Composite
 from captum_adapters._validation import Inputs, TargetType, suggest
 from captum_adapters.attr.composite import (
     CompositeAttribution,
+    Contrast,
+    Function,
     InitialRelevance,
     Output,
     ReadOut,
@@ -28,7 +30,7 @@ from captum_adapters.attr.composite import (
 from zennit_resnet._autograd import next_sequence, sequence_of, walk
 from zennit_resnet._compat import COMPILED_MODULE, DisableTorchFunction
 from zennit_resnet._nested import map_tensors, tensors_of
-from zennit_resnet.arguments import check_flag, describe
+from zennit_resnet.arguments import check_flag
 from zennit_resnet.canonizers import ResidualCanonizer
 from zennit_resnet.layer import Operation
 
@@ -57,8 +59,8 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
 
         layer (torch.nn.Module, str or list): One or several layers, as modules or by
                 their names (without the `module.` of wrapped models).
-        model, composite, initial_relevance, output: See :class:`CompositeAttribution`,
-                as for errors.
+        model, composite, initial_relevance, output, contrast: See
+                :class:`CompositeAttribution`, as for errors.
 
     Examples::
 
@@ -78,7 +80,8 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
     def __init__(
         self, model: Module, layer: Union[Layer, list[Layer]],
         composite: Union[Composite, type, str] = "resnet_lrp_ratio",
-        initial_relevance: InitialRelevance = "logit", output: Output = None,
+        initial_relevance: InitialRelevance = None, output: Output = None,
+        contrast: Contrast = None,
     ) -> None:
         for each in layer if isinstance(layer, list) else [layer]:
             if not isinstance(each, (Module, str)):
@@ -87,15 +90,13 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
                     " layers must be in a list."
                 )
         CompositeAttribution.__init__(
-            self, model, composite, initial_relevance, output=output
+            self, model, composite, initial_relevance, output=output, contrast=contrast
         )
         LayerAttribution.__init__(
             self, model, layer, getattr(model, "device_ids", None)
         )
 
-    def __repr__(self) -> str:
-        names = ("model", "layer", "composite", "initial_relevance", "output")
-        return describe(self, names)
+    _shown = ("model", "layer", "composite", "initial_relevance", "output", "contrast")
 
     _takes_integers = True
 
@@ -103,7 +104,7 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
     def attribute(
         self,
         inputs: Inputs,
-        target: TargetType = None,
+        target: Union[TargetType, Function] = None,
         additional_forward_args: object = None,
         return_convergence_delta: bool = False,
         attribute_to_layer_input: bool = False,

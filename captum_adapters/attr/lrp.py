@@ -9,6 +9,7 @@ from torch.nn import Module
 import zennit_resnet.composites as composites
 from captum_adapters.attr.composite import (
     CompositeAttribution,
+    Contrast,
     InitialRelevance,
     Output,
     Postprocess,
@@ -29,9 +30,9 @@ class ResNetLRP(CompositeAttribution):
 
     Args:
 
-        splitting, identity_skip, batch_norm, first_layer, ...: See
+        splitting, identity_skip, batch_norm, first_layer, classifier, ...: See
                 :class:`zennit_resnet.composites.ResNetLRP`.
-        model, initial_relevance, postprocess, output: See
+        model, initial_relevance, postprocess, output, contrast: See
                 :class:`CompositeAttribution`, as for errors. The paper's
                 post-processing is `"heat_quantization"`, which does not conserve
                 relevance.
@@ -66,16 +67,21 @@ class ResNetLRP(CompositeAttribution):
         low: Union[None, float, Sequence[float], Tensor] = None,
         high: Union[None, float, Sequence[float], Tensor] = None,
         coverage: Optional[str] = None,
+        classifier: str = "zplus",
         *,
-        initial_relevance: InitialRelevance = "logit",
+        initial_relevance: InitialRelevance = None,
         postprocess: Postprocess = None,
         output: Output = None,
+        contrast: Contrast = None,
     ) -> None:
         composite = composites.ResNetLRP(
             splitting, identity_skip, batch_norm, first_layer, projection, dead_units,
             maxpool, stabilizer, layer_map, canonizers, low, high, coverage,
+            classifier,
         )
-        super().__init__(model, composite, initial_relevance, postprocess, output)
+        super().__init__(
+            model, composite, initial_relevance, postprocess, output, contrast
+        )
 
 
 class RelativeLRP(CompositeAttribution):
@@ -92,7 +98,7 @@ class RelativeLRP(CompositeAttribution):
 
         cardinality, normalization, batch_norm, layer_map, canonizers: See
                 :class:`zennit_resnet.composites.RelativeLRP`.
-        model, initial_relevance, postprocess, output: See
+        model, initial_relevance, postprocess, output, contrast: See
                 :class:`CompositeAttribution`.
 
     Examples::
@@ -111,13 +117,15 @@ class RelativeLRP(CompositeAttribution):
         self, model: Module, cardinality: str = "constant",
         normalization: str = "signed", batch_norm: str = "merge",
         layer_map: Optional[LayerMap] = None, canonizers: Optional[list[Any]] = None, *,
-        initial_relevance: InitialRelevance = "logit", postprocess: Postprocess = None,
-        output: Output = None,
+        initial_relevance: InitialRelevance = None, postprocess: Postprocess = None,
+        output: Output = None, contrast: Contrast = None,
     ) -> None:
         composite = composites.RelativeLRP(
             cardinality, normalization, batch_norm, layer_map, canonizers
         )
-        super().__init__(model, composite, initial_relevance, postprocess, output)
+        super().__init__(
+            model, composite, initial_relevance, postprocess, output, contrast
+        )
 
 
 class C3LRP(CompositeAttribution):
@@ -133,7 +141,7 @@ class C3LRP(CompositeAttribution):
 
         epsilon, mode, blocks, layer_map, canonizers: See
                 :class:`zennit_resnet.composites.BlockLRP`.
-        model, postprocess, initial_relevance, output: See
+        model, postprocess, initial_relevance, output, contrast: See
                 :class:`CompositeAttribution`.
 
     Examples::
@@ -153,7 +161,10 @@ class C3LRP(CompositeAttribution):
         self, model: Module, epsilon: Stabilizer = 1e-6, mode: str = "sign",
         blocks: Any = None, layer_map: Optional[LayerMap] = None,
         canonizers: Optional[list[Any]] = None, *, postprocess: Postprocess = "c3",
-        initial_relevance: InitialRelevance = "logit", output: Output = None,
+        initial_relevance: InitialRelevance = None, output: Output = None,
+        contrast: Contrast = None,
     ) -> None:
         composite = composites.BlockLRP(epsilon, mode, blocks, layer_map, canonizers)
-        super().__init__(model, composite, initial_relevance, postprocess, output)
+        super().__init__(
+            model, composite, initial_relevance, postprocess, output, contrast
+        )
