@@ -21,7 +21,7 @@ from zennit.attribution import Gradient
 from zennit.composites import COMPOSITES
 from zennit.torchvision import ResNetCanonizer
 
-from .attribution import VALUES, initial_relevance
+from .attribution import VALUES, as_contrast, initial_relevance
 from .classic import SETTINGS, ClassicLRP
 from .composites import with_splitting
 from .conservation import conservation_ledger
@@ -122,11 +122,13 @@ class Method:
     Parameters
     ----------
     text: str
-        A name, options and suffixes. Options of composites are their arguments, and ``initial``: what relevance starts
-        from. To a composite that does not split relevance at skip connections by itself, ``'+ratio'``,
-        ``'+symmetric'`` or ``'+zennit'`` may be appended; to all, ``'+abs'`` for the magnitude of the sum over
-        channels, and one of ``'+quantize'`` (also with a number of levels, as in ``'+quantize8'``), ``'+c1c'``,
-        ``'+c3'`` and ``'+none'`` for the post-processing of their heatmaps.
+        A name, options and suffixes. Options of composites are their arguments, ``initial``, what relevance starts
+        from, and ``contrast``, what the target is compared with (``'centred'``, ``'softmax'``, ``'runner_up'`` or the
+        number of a class), see :py:func:`zennit_resnet.attribution.initial_relevance`. To a composite that does not
+        split relevance at skip connections by itself, ``'+ratio'``, ``'+symmetric'`` or ``'+zennit'`` may be appended;
+        to all, ``'+abs'`` for the magnitude of the sum over channels, and one of ``'+quantize'`` (also with a number
+        of levels, as in ``'+quantize8'``), ``'+c1c'``, ``'+c3'`` and ``'+none'`` for the post-processing of their
+        heatmaps.
     postprocess: str, optional
         Post-processing of a method to which none is appended. Default is ``'none'``.
     levels: int, optional
@@ -174,11 +176,15 @@ class Method:
             raise ValueError(f'{self.text}: classic rules find additions by themselves, choose +ratio or +symmetric')
         self.attribution = head if self.splitting == 'none' else f'{head}+{self.splitting}'
         self.options = parse_options(self.text, options)
-        self.initial = None
+        self.initial = self.contrast = None
         if self.entry.composite is not None:
             self.initial = self.options.pop('initial', None)
             if self.initial not in (None, *VALUES):
                 raise ValueError(f'{self.text}: initial={self.initial} is not one of {", ".join(VALUES)}')
+            try:
+                self.contrast = as_contrast(self.options.pop('contrast', None))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f'{self.text}: {" ".join(str(error).split())}') from error
         for key in self.options:
             if key not in self.entry.options:
                 known = ', '.join(self.entry.options) or 'none'
@@ -258,7 +264,7 @@ class Method:
             warnings.simplefilter('ignore', EmptyMaskWarning)
             return {'c1c': c1c, 'c3': c3}[self.postprocess](heatmap)
 
-    def attribute(self, classifier, input, target=None, value='logit'):
+    def attribute(self, classifier, input, target=None, value=None, contrast=None):
         '''Compute relevance.
 
         Parameters
@@ -272,6 +278,8 @@ class Method:
         value: str, optional
             What relevance starts from, see :py:func:`zennit_resnet.attribution.initial_relevance`, unless ``initial``
             is an option of the method. Input times gradient always explains the logit.
+        contrast: str, int, sequence of int or :py:obj:`torch.Tensor`, optional
+            What the target is compared with, see there, unless ``contrast`` is an option of the method.
 
         Returns
         -------
@@ -280,35 +288,35 @@ class Method:
         target, initial: list
             The explained class and the initial relevance of each sample.
         '''
-        value = self.initial or value
-        attr_output, targets = self._start(input, target, 'one' if self.entry.composite is None else value)
+        is_gradient = self.entry.composite is None
+        attr_output, found = self._start(target, 'one' if is_gradient else value, contrast)
         # Zennit 1.0.0 does not restore a model completely after merging batch normalization
         model = copy.deepcopy(classifier.model) if self.splitting == 'zennit' else classifier.model
         output, relevance = Gradient(model=model, composite=self.composite(classifier))(input, attr_output)
-        if self.entry.composite is None:
-            # an attribution of the logit, so this is what its sum has to be compared with
-            relevance, value = relevance * input, 'logit'
-        output = output.detach()
-        initial = initial_relevance(targets, value)(output).double().sum(1)
-        return output, relevance.detach(), targets.tolist(), initial.tolist()
+        output, start = output.detach(), found['start']
+        if is_gradient:
+            # an attribution of logits, so these are what its sum has to be compared with
+            relevance, start = relevance * input, start * output
+        return output, relevance.detach(), found['targets'], start.double().sum(1).tolist()
 
-    def ledger(self, classifier, input, target=None, value='logit'):
+    def ledger(self, classifier, input, target=None, value=None, contrast=None):
         '''Get a :py:class:`~zennit_resnet.conservation.Ledger` and the targets, see :py:meth:`attribute`.'''
-        value = 'logit' if self.entry.composite is None else self.initial or value
-        attr_output, targets = self._start(input, target, value)
+        attr_output, found = self._start(target, 'logit' if self.entry.composite is None else value, contrast)
         ledger = conservation_ledger(classifier.model, input, self.composite(classifier), attr_output)
-        return ledger, targets.tolist()
+        return ledger, found['targets']
 
-    @staticmethod
-    def _start(input, target, value):
-        '''The relevance at the output as a function of it, and a tensor for the targets, which may be predicted.'''
-        targets = torch.zeros(len(input), dtype=torch.long)
+    def _start(self, target, value, contrast):
+        '''The relevance at the output as a function of it, and a dict which that and the targets are put into.'''
+        value, found = self.initial or value, {}
+        contrast = contrast if self.contrast is None else self.contrast
 
         def attr_output(output):
-            targets.copy_(output.argmax(1) if target is None else torch.as_tensor(target).expand(len(output)))
-            return initial_relevance(targets, value)(output)
+            targets = output.argmax(1) if target is None else torch.as_tensor(target).expand(len(output))
+            found['targets'] = targets.tolist()
+            found['start'] = initial_relevance(targets, value, contrast=contrast)(output)
+            return found['start']
 
-        return attr_output, targets
+        return attr_output, found
 
     def heatmap(self, relevance):
         '''Get the heatmap to draw of relevance of shape (3, height, width), and notes of what is unusual about it.

@@ -263,6 +263,24 @@ class CompositeAttribution(GradientAttribution):
             return attributions, self.compute_convergence_delta(relevance, initial)
         return attributions
 
+    def propagate(
+        self, inputs: Tensor, target: Union[TargetType, Function] = None
+    ) -> tuple[Tensor, Tensor]:
+        """Relevance before any post-processing, and what it started from.
+
+        Args:
+
+            inputs (Tensor): Inputs of shape (batch, ...).
+            target (int, tuple, Tensor, list or callable, optional): See
+                    :meth:`attribute`, as for errors.
+
+        Returns:
+            *tuple[Tensor, Tensor]*: Relevance of the inputs' shape, and initial relevance
+            of the output's.
+        """
+        ((relevance,),), initial = self._explain(inputs, target, None, None, _run)
+        return relevance, initial
+
     # whether inputs may be integers, as for embeddings
     _takes_integers = False
 
@@ -281,15 +299,17 @@ class CompositeAttribution(GradientAttribution):
 
             attributions (Tensor or tuple[Tensor]): Attributions of shape (batch, ...).
             output (Tensor): Initial relevance, that is, the output to explain unless
-                    there is another `initial_relevance`, of shape (batch,).
+                    there is another `initial_relevance`, of shape (batch,), or (batch,
+                    ...) for several outputs.
 
         Returns:
             Tensor: The difference, of shape (batch,).
         """
-        initial = output.detach().flatten()
+        initial = output.detach()
+        initial = initial.reshape(len(initial) if initial.ndim else 1, -1)
         # sums of many terms would otherwise have a delta of their own
         dtype = double_dtype(output.device)
-        delta = initial.to(dtype)
+        delta = initial.to(dtype).sum(1)
         given = attributions if isinstance(attributions, tuple) else (attributions,)
         for tensor in given:
             if len(tensor) != len(initial):
@@ -306,7 +326,7 @@ class CompositeAttribution(GradientAttribution):
         additional_forward_args: object,
         internal_batch_size: Optional[int], run: Callable[..., Run],
     ) -> tuple[list[tuple[Tensor, ...]], Tensor]:
-        """Relevance at one or several layers, and initial relevance (batch,).
+        """Relevance at one or several layers, and at the output.
 
         What runs the model is given the module with rules, what to call, inputs and
         further arguments.
@@ -394,7 +414,7 @@ class CompositeAttribution(GradientAttribution):
             tuple(each.relevance(found.get(id(each))) for each in layer)
             for layer in layers
         ]
-        return relevance, seed.reshape(len(seed), -1).sum(1)
+        return relevance, seed
 
     def _seed(
         self, output: Any, index: Target, contrast: Any, batch: int

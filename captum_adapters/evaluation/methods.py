@@ -30,7 +30,8 @@ class Context(NamedTuple):
     """What methods are made for."""
 
     classifier: Classifier
-    initial: str = "softmax"  # what relevance starts from
+    # what relevance starts from, unless the method names this or a contrast
+    initial: str = "softmax"
     forward_batch: int = 32  # images in a forward pass
     device: torch.device = torch.device("cpu")
     # the network for passes without gradients, which may be faster, and their context
@@ -42,9 +43,10 @@ class Attributed(NamedTuple):
     """Maps of a batch before post-processing."""
 
     maps: Tensor  # of shape (batch, height, width)
-    # sums of relevance of shape (batch,), for methods that distribute it
+    # the sum of relevance of shape (batch,) and what it started from, of shape (batch,
+    # classes), for methods that distribute it
     total: Optional[Tensor] = None
-    initial: Optional[Tensor] = None  # what relevance starts from
+    initial: Optional[Tensor] = None
 
 
 # From a batch of inputs, targets and names of samples to attributions, of shape (batch,
@@ -256,9 +258,9 @@ class Explainer:
     def __init__(self, method: Method, context: Context) -> None:
         self.method = method
         self.network: Optional[Module] = None
-        # what relevance starts from, if the method distributes it
-        self._initial: Optional[str] = None
         self._function: Function
+        # for methods that distribute relevance
+        self._relevance: Optional[CompositeAttribution] = None
         classifier, name = context.classifier, method.name
         if name in CONTROLS:
             control = partial(CONTROLS[name], std=classifier.std, **method.options)
@@ -266,15 +268,17 @@ class Explainer:
         elif name in OTHERS:
             made = OTHERS[name].create(context, **method.options)
             self._function, self.network = made if type(made) is tuple else (made, None)
-            if name == grammar.INPUT_X_GRADIENT:
-                self._initial = "logit"
         else:
-            initial = method.initial or context.initial
+            initial, contrast = method.initial, method.contrast
+            if initial is None and contrast is None:
+                initial = context.initial
             composite = method.composite(classifier)
-            lrp = CompositeAttribution(classifier.model, composite, initial)
+            lrp = CompositeAttribution(
+                classifier.model, composite, initial, contrast=contrast
+            )
             # gradients are no relevance
             if lrp.multiplies_by_inputs:
-                self._initial = initial
+                self._relevance = lrp
             self._function = lambda images, targets, names: lrp.attribute(
                 images, targets
             )
@@ -303,11 +307,17 @@ class Explainer:
         with warnings.catch_warnings():
             # that hooks are set and removed again, which is what is wanted
             warnings.filterwarnings("ignore", category=UserWarning, module="captum")
-            attributions = self._function(images, targets, names).detach()
-        total = initial = None
-        if self._initial is not None:
+            if self._relevance is not None:
+                attributions, initial = self._relevance.propagate(images, targets)
+            else:
+                attributions = self._function(images, targets, names).detach()
+                initial = None
+        if self.method.name == grammar.INPUT_X_GRADIENT:
+            initial = initial_relevance(targets, "logit")(output)
+        total = None
+        if initial is not None:
             total = attributions.double().flatten(1).sum(1)
-            initial = initial_relevance(targets, self._initial)(output).double().sum(1)
+            initial = initial.double()
         maps = attributions.sum(1) if attributions.ndim == 4 else attributions
         if maps.shape[1:] != images.shape[2:]:
             maps = F.interpolate(

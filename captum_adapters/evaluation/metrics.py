@@ -359,14 +359,14 @@ def measure(
 ) -> tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.float32]]]:
     """Measure finite maps of shape (batch, height, width).
 
-    `relevance` and `initial`, of shape (batch,), are sums of relevance before any
-    post-processing and at the output, for methods that conserve it. Returned are arrays
-    of shape (batch,) by column, and of shape (batch, points) by the name of a curve.
+    `relevance` of shape (batch,) is the sum of relevance before any post-processing, and
+    `initial` of shape (batch, classes) what it started from, for methods that conserve
+    it. Returned are arrays of shape (batch,) by column, and of shape (batch, points) by the name of a curve.
     """
     values: dict[str, Tensor] = {}
     curves: dict[str, Tensor] = {}
     if "conservation" in names and relevance is not None and initial is not None:
-        values["relevance_sum"], values["initial"] = relevance, initial
+        values["relevance_sum"], values["initial"] = relevance, initial.sum(1)
         values["gap"] = conservation_gap(relevance[:, None], initial)
     flat = maps.flatten(1)
     # constant maps have no order that could be reversed

@@ -17,9 +17,9 @@ def conservation_gap(
     r"""How much relevance is gained or lost on the way, relative to what there was.
 
     .. math::
-        \frac{\sum_i R_i - R}{|R|}
+        \frac{\sum_i R_i - \sum_k R_k}{\sum_k |R_k|}
 
-    with the attributions :math:`R_i` and the initial relevance :math:`R` at the output.
+    with the attributions :math:`R_i` and the initial relevance :math:`R_k` of outputs.
     Zero is exact conservation (Otsuki et al., section 3.2), -1 a complete loss.
 
     Args:
@@ -28,7 +28,7 @@ def conservation_gap(
                 (batch, ...). For a tuple, the sum goes over all its tensors.
         initial (int, float, Tensor or numpy.ndarray): Relevance at the output, for
                 instance the target's logit: a tensor of shape (batch,), or (batch,
-                ...), which is summed for each example, or a number for all.
+                ...) for several outputs, or a number for all.
 
     Returns:
         Tensor: Relative gap of shape (batch,), in double precision. NaN if the initial
@@ -61,8 +61,9 @@ def conservation_gap(
         raise ValueError(
             f"Batch sizes of attributions and initial differ: the shapes are {shapes}."
         )
-    start = start.reshape(batch, -1).sum(1)
+    start = start.reshape(batch, -1)
+    scale, start = start.abs().sum(1), start.sum(1)
     total = sum(
         part.detach().to(device, dtype).reshape(batch, -1).sum(1) for part in parts
     )
-    return torch.where(start == 0, math.nan, (total - start) / start.abs())
+    return torch.where(scale == 0, math.nan, (total - start) / scale)

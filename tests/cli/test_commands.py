@@ -21,6 +21,7 @@ from zennit.composites import COMPOSITES, EpsilonGammaBox, EpsilonPlus
 from zennit.torchvision import ResNetCanonizer
 
 from zennit_resnet import models
+from zennit_resnet.attribution import initial_relevance
 from zennit_resnet.cli.commands import Method, main, save_picture, unique_stems
 from zennit_resnet.composites import ResNetLRP, with_splitting
 from zennit_resnet.image import draw_heatmap
@@ -72,7 +73,7 @@ def fixture_run(weights, tmp_path):
         out = tmp_path / ('out' if command == 'explain' else 'out.png')
         options = ['--model', 'resnet18', '--weights', weights, '--size', SIZE]
         # of an option given twice the last one counts
-        result = CliRunner().invoke(main, [command, *map(str, [*options, *args, '--out', out])])
+        result = CliRunner().invoke(main, [command, *map(str, [*options, '--out', out, *args])])
         # anything but a regular exit is a crash
         assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
         return result, out
@@ -143,6 +144,68 @@ def test_explain(run, tiny, photos, batch_size):
         assert report['target'] == f'{name} (class {probabilities.index(best)})'
         numbers = [float(word.strip(',')) for word in report['relevance'].split()[1::2]]
         np.testing.assert_allclose(numbers, [initial, initial, 1.], rtol=1e-3)
+
+
+@pytest.mark.parametrize('args, contrast, options', [
+    (['--contrast', 'centred'], 'centred', {}),
+    (['--contrast', 'golf ball'], 1, {}),
+    (['--contrast', '1'], 1, {}),
+    (['--contrast', 'runner_up', '--method', 'resnet_lrp_ratio:classifier=epsilon'], 'runner_up',
+     {'classifier': 'epsilon'}),
+    (['--method', 'resnet_lrp_ratio:contrast=softmax'], 'softmax', {}),
+    # what the method says counts
+    (['--method', 'resnet_lrp_ratio:contrast=1', '--contrast', 'softmax'], 1, {}),
+], ids=str)
+def test_contrast(run, tiny, photos, args, contrast, options):
+    '''Why the target, and not another class.'''
+    result, out = run('explain', photos[0], '--target', 'tabby cat', *args)
+    assert result.exit_code == 0, result.output
+    start = initial_relevance(0, contrast=contrast)
+    output, expected = Gradient(tiny, ResNetLRP(**options))(prepare(photos[0]), start)
+    relevance = np.load(out / 'first_relevance.npy')
+    assert_close(relevance, expected[0])
+    assert relevance.min() < 0 < relevance.max()
+    initial = initial_relevance(0, 'logit' if options else 'one', contrast=contrast)(output.detach()).sum()
+    line = read_report(result.stdout)[str(photos[0])]['relevance']
+    assert float(line.split()[3].strip(',')) == pytest.approx(float(initial), abs=1e-4)
+    assert line.endswith('ratio undefined')
+
+
+def test_contrast_of_input_x_gradient(run, tiny, photos):
+    '''The difference of two logits, multiplied by the input.'''
+    result, out = run('explain', photos[0], '--target', 0, '--contrast', 2, '--method', 'input_x_gradient')
+    assert result.exit_code == 0, result.output
+    input = prepare(photos[0]).requires_grad_()
+    difference = tiny(input)[0, 0] - tiny(input)[0, 2]
+    expected = torch.autograd.grad(difference, input)[0] * input
+    assert_close(np.load(out / 'first_relevance.npy'), expected[0].detach())
+    line = read_report(result.stdout)[str(photos[0])]['relevance']
+    assert float(line.split()[3].strip(',')) == pytest.approx(difference.item(), rel=1e-3)
+
+
+def test_contrasts_side_by_side_and_in_the_ledger(run, photos, tmp_path):
+    '''All commands know of them.'''
+    methods = 'resnet_lrp_ratio,resnet_lrp_ratio:contrast=centred,block_lrp:contrast=2'
+    result, out = run('compare', photos[0], '--methods', methods)
+    assert result.exit_code == 0 and out.exists(), result.output
+    result, _ = run('ledger', photos[0], '--contrast', 'centred', '--out', tmp_path / 'ledgers')
+    assert result.exit_code == 0, result.output
+    assert 'conserved: the largest deviation' in result.stdout and 'not conserved' not in result.stdout
+
+
+@pytest.mark.parametrize('args, value', [
+    (['--contrast', 'trout'], 'trout'),
+    (['--contrast', '3'], '3'),
+    (['--method', 'resnet_lrp_ratio:contrast=nearest'], 'nearest'),
+    (['--method', 'resnet_lrp_ratio:classifier=gamma'], 'gamma'),
+    (['--method', 'epsilon_plus', '--contrast', 'centred'], "'logit'"),
+    (['--method', 'resnet_lrp_ratio:contrast=3'], '3'),
+])
+def test_bad_contrast(run, photos, args, value):
+    '''One line that names what is wrong.'''
+    result, _ = run('explain', photos[0], *args)
+    assert result.exit_code == 1
+    assert value in result.stderr and result.stderr.count('\n') == 1
 
 
 @pytest.mark.parametrize('target', ['golf ball', 'GOLF BALL', '1'])

@@ -1,10 +1,14 @@
 '''Methods of the evaluator by name: all give maps, and leave the network as it was.'''
+import numpy as np
 import pytest
 import torch
 from helpers.evaluation import SIZE
+from zennit.attribution import Gradient
 
 from captum_adapters.evaluation import PRESETS, Method
 from captum_adapters.evaluation.methods import Context, find_entries, kind_of
+from captum_adapters.evaluation.metrics import Batch, MetricSettings, measure
+from zennit_resnet.attribution import initial_relevance
 from zennit_resnet.methods import Method as Grammar
 from zennit_resnet.methods import split_names
 from zennit_resnet.models import load_classifier
@@ -53,6 +57,35 @@ def test_method(name, context):
         assert torch.equal(model(images), output)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert not any(module._forward_hooks or module._backward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize('text, contrast, value', [
+    ('resnet_lrp_ratio:contrast=centred', 'centred', 'one'),
+    ('resnet_lrp_ratio:contrast=1,classifier=epsilon', 1, 'logit'),
+    ('resnet_lrp_symmetric:contrast=softmax,initial=one', 'softmax', 'one'),
+    ('block_lrp:contrast=runner_up+c3', 'runner_up', 'logit'),
+])
+def test_contrasts(text, contrast, value, context):
+    '''A contrast starts from what the rule needs, not from the probability as the others.'''
+    images = torch.randn(2, 3, SIZE, SIZE)
+    model = context.classifier.model
+    output = model(images).detach()
+    target = torch.tensor([0, 2])
+    explainer = Method(text).create(context)
+    attributed = explainer.attribute(images, target, output, ['a', 'b'])
+    start = initial_relevance(target, value, contrast=contrast)
+    _, relevance = Gradient(model, explainer.method.composite(context.classifier))(images, start)
+    torch.testing.assert_close(attributed.maps, relevance.sum(1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(attributed.initial.float(), start(output), rtol=1e-4, atol=1e-5)
+    masks = torch.ones(2, SIZE, SIZE, dtype=torch.bool)
+    batch = Batch(['a', 'b'], images, output, target, target, target, masks)
+    found, _ = measure(
+        ['conservation'], model, batch, attributed.maps, MetricSettings(), attributed.total, attributed.initial
+    )
+    # relative to what there is of both signs, not to their sum, which may be zero
+    scale = start(output).abs().sum(1).double()
+    expected = (relevance.double().sum((1, 2, 3)) - start(output).double().sum(1)) / scale
+    np.testing.assert_allclose(found['gap'], expected, atol=1e-5)
 
 
 def test_kinds():

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from .. import __version__
 from .._text import one_line
-from ..attribution import VALUES
+from ..attribution import CONTRASTS, VALUES
 from ..canonizers import UnsupportedOperation
 from ..image import draw_comparison, draw_heatmap, draw_overlay, read_image
 from ..methods import INPUT_X_GRADIENT, LEVELS, MAX_LEVELS, POSTPROCESSING, SPLITTING, Method, split_names
@@ -59,6 +59,9 @@ class Session:
             self.methods = [Method(text, postprocess, levels or LEVELS) for text in methods]
             self.classifier = load_classifier(options['model'], options['weights'], options['size'])
             self.target = None if options['target'] is None else self.classifier.find_class(options['target'])
+            self.contrast = options['contrast']
+            if self.contrast is not None and self.contrast not in CONTRASTS:
+                self.contrast = self.classifier.find_class(self.contrast)
         except ValueError as error:
             raise click.ClickException(one_line(error)) from error
         device = options['device'] or ('cuda' if torch.cuda.is_available() else 'cpu')
@@ -104,11 +107,15 @@ class Session:
     def run(self, method, input, target, what='attribute'):
         '''Compute relevance or the ``'ledger'``, and end the program with a message if a method can not be used.'''
         try:
-            return getattr(method, what)(self.classifier, input, target, self.value)
+            return getattr(method, what)(self.classifier, input, target, self.value, self.contrast)
         except UnsupportedOperation as error:
             raise click.ClickException(f'{method.text}: {one_line(error)}') from error
         except torch.cuda.OutOfMemoryError as error:
             raise click.ClickException(f'out of memory: use a --batch-size below {len(input)}') from error
+        except (ValueError, IndexError) as error:
+            if self.contrast is None and method.contrast is None:
+                raise
+            raise click.ClickException(f'{method.text}: {one_line(error)}') from error
         except RuntimeError as error:
             if method.name == INPUT_X_GRADIENT or method.entry.kind == 'ours':
                 raise
@@ -155,8 +162,14 @@ common_options = add_options([
     ),
     click.option('--target', metavar='NUMBER|NAME', help='The class to explain.  [default: the predicted class]'),
     click.option(
-        '--value', type=click.Choice(VALUES), default='logit', show_default=True,
-        help='What relevance starts from: the target\'s logit, its softmax probability, or one.'
+        '--value', type=click.Choice(VALUES),
+        help='What relevance starts from: the target\'s logit, its softmax probability, or one.  [default: logit; with '
+        'a contrast, what the rule of the last layer needs]'
+    ),
+    click.option(
+        '--contrast', metavar='centred|softmax|runner_up|NUMBER|NAME',
+        help='Why the target and not something else: all other classes evenly, all others by their probabilities, the '
+        'most probable other class, or a class.'
     ),
     click.option('--device', help='Device of PyTorch.  [default: cuda if available, else cpu]'),
     click.option('--batch-size', type=click.IntRange(min=1), default=8, show_default=True),
@@ -261,7 +274,9 @@ def explain(images, method, splitting, out, **options):
             values, indices = output.float().softmax(0).topk(min(3, len(classes)))
             top = ', '.join(f'{classes[index]} {100 * value:.1f} %' for value, index in zip(values.tolist(), indices))
             total = float(relevance.double().sum())
-            ratio = f'{total / initial:.6f}' if initial else 'undefined'
+            # that of rivals has the opposite sign, so that both may sum to zero
+            is_signed = session.contrast is not None or session.methods[0].contrast is not None
+            ratio = f'{total / initial:.6f}' if initial and not is_signed else 'undefined'
             tqdm.write('\n'.join([
                 one_line(path),
                 f'  predicted  {top}',
