@@ -13,6 +13,8 @@ from .arguments import check_number, map_shape
 HEATMAP_CMAP = 'coldnhot'
 # The same order of colors without black, as weak relevance is transparent instead
 OVERLAY_CMAP = '0cf,00f,7f:0000c0,80:c00000,f00,f80,fe0'
+# As this for curves on white, on which yellow and cyan would hardly be seen
+CURVE_CMAP = '00a,00f,7f:4080ff,80:ff8040,f00,a00'
 
 MARGIN = 8
 FONT_SIZE = 16
@@ -214,7 +216,7 @@ def _cover(gray, scaled, opacity, cmap):
     return _to_uint8((1 - alpha) * gray + alpha * _color(scaled, cmap))
 
 
-def draw_signal(signal, heatmap, size=(640, 160), percentile=99.5, opacity=1., cmap=OVERLAY_CMAP):
+def draw_signal(signal, heatmap, size=(640, 160), percentile=99.5, opacity=1., cmap=CURVE_CMAP):
     '''Draw a signal as a curve colored by its relevance, as an array of shape (height, width, 3) and type uint8.
 
     Each channel has a panel of its own, one above the other, on a scale from its lowest to its highest value. The curve
@@ -232,7 +234,8 @@ def draw_signal(signal, heatmap, size=(640, 160), percentile=99.5, opacity=1., c
     size: tuple[int, int], optional
         Width and height of a panel in pixels. Default is (640, 160).
     percentile, opacity, cmap:
-        See :py:func:`draw_overlay`, also for what else is raised.
+        See :py:func:`draw_overlay`, also for what else is raised. By default, positive relevance is orange to dark red,
+        and negative relevance is light to dark blue.
 
     Raises
     ------
