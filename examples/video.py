@@ -45,13 +45,13 @@ def main(steps=120, out='video.png'):
     photos = torch.stack([torch.from_numpy(np.array(read_image(path).resize((96, 96)))) for path in paths])
     photos = photos.permute(0, 3, 1, 2) / 255
     model = r3d_18(num_classes=2)
-    optimizer = torch.optim.Adam(model.parameters(), 3e-4)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     for _ in range(int(steps)):
         videos, _, labels = draw_videos(photos[::2], 8)
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(videos), labels).backward()
         optimizer.step()
-    videos, masks, labels = draw_videos(photos[1::2], 64)
+    videos, masks, labels = draw_videos(photos[1::2], 24)
     composite = ResNetLRP(first_layer='zbox', low=-1, high=1)
     with Gradient(model=model.eval(), composite=composite) as attributor:
         output, relevance = attributor(videos, initial_relevance(1, 'one'))
