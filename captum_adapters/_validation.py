@@ -2,7 +2,7 @@
 
 import operator
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any, Callable, Optional, TypeVar, Union
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from zennit_resnet.arguments import as_map, check_choice
+from zennit_resnet.arguments import as_map, check_choice, map_shape
 from zennit_resnet.attribution import select_output
 from zennit_resnet.canonizers.eager import varies
 
@@ -32,8 +32,14 @@ ScoreFunction = Union[str, Callable[[Tensor], Tensor]]
 DEFAULT_CHUNK = 32
 # Rounding to bfloat16 changes a sum of probabilities by less
 SUM_TOLERANCE = 5e-3
-# Modes of torch.nn.functional.interpolate for images
-INTERPOLATIONS = (None, "bilinear", "bicubic", "area", "nearest-exact", "nearest")
+# Modes of torch.nn.functional.interpolate, and those that depend on the dimensions
+INTERPOLATIONS = (
+    None, "bilinear", "bicubic", "area", "nearest-exact", "nearest", "linear",
+    "trilinear",
+)
+LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+# Numbers of spatial dimensions of signals, images, and volumes or videos
+DIMS = (1, 2, 3)
 # Logits of fewer classes may all be between 0 and 1 by chance
 MANY_CLASSES = 10
 
@@ -131,13 +137,16 @@ def check_inputs(inputs: Any) -> tuple[Tensor, ...]:
     return given
 
 
-def check_images(inputs: Any) -> Tensor:
-    """Images of shape (batch, channels, height, width), detached."""
+def check_images(inputs: Any, dims: Sequence[int] = (2,)) -> Tensor:
+    """Images of shape (batch, channels, height, width), detached.
+
+    Signals or volumes if `dims`, the numbers of spatial dimensions, contain 1 or 3.
+    """
     images = to_tensor(inputs, "inputs").detach()
-    if images.ndim != 4:
+    if images.ndim - 2 not in dims:
+        expected = " or ".join(map_shape(dim, "batch", "channels") for dim in dims)
         raise ValueError(
-            "inputs must be of shape (batch, channels, height, width), but are of"
-            f" shape {tuple(images.shape)}."
+            f"inputs must be of shape {expected}, but are of shape {tuple(images.shape)}."
         )
     if images.numel() == 0:
         raise ValueError(f"inputs of shape {tuple(images.shape)} are empty.")
@@ -150,9 +159,14 @@ def examples_where(mask: Tensor) -> list[int]:
     return examples
 
 
-def as_batch(maps: Tensor, batch: int) -> Tensor:
+def as_batch(maps: Tensor, batch: int, dims: int = 2) -> Tensor:
     """Give a single map of shape (height, width) its batch, if that has one image."""
-    return maps[None] if maps.ndim == 2 and batch == 1 else maps
+    return maps[None] if maps.ndim == dims and batch == 1 else maps
+
+
+def by_pixels(size: Sequence[int]) -> str:
+    """Text for the size of a map, such as `4 x 5`."""
+    return " x ".join(map(str, size))
 
 
 def pixel_maps(
@@ -162,21 +176,28 @@ def pixel_maps(
     """One value per pixel, by which pixels are ranked, of shape (batch, height, width).
 
     The sum over channels, or with `reduce="abs_sum"` its magnitude, on the device of
-    the images, in at least single precision.
+    the images, in at least single precision. Images may also be signals or volumes.
     """
     check_choice("reduce", reduce, ("sum", "abs_sum"))
     check_choice("interpolate", interpolate, INTERPOLATIONS)
-    maps = as_batch(to_tensor(attributions, "attributions"), len(images)).detach()
+    batch, channels, *size = images.shape
+    dims = len(size)
+    maps = as_batch(to_tensor(attributions, "attributions"), batch, dims).detach()
     shape = tuple(maps.shape)
-    if maps.ndim == 3:
+    if maps.ndim == dims + 1:
         maps = maps[:, None]
-    batch, channels, height, width = images.shape
-    if maps.ndim != 4 or len(maps) != batch or maps.shape[1] not in (1, channels):
-        raise ValueError(
+    if maps.ndim != dims + 2 or len(maps) != batch or maps.shape[1] not in (1, channels):
+        message = (
             f"attributions of shape {shape} do not fit inputs of shape"
-            f" {tuple(images.shape)}: they must be of shape (batch, channels or 1,"
-            " height, width) or (batch, height, width)."
+            f" {tuple(images.shape)}: they must be of shape"
+            f" {map_shape(dims, 'batch', 'channels or 1')} or {map_shape(dims, 'batch')}."
         )
+        if dims == 1:
+            message += (
+                " If these are images, inputs must be of shape (batch, channels, height,"
+                f" width), but are of shape {tuple(images.shape)}."
+            )
+        raise ValueError(message)
     if maps.is_complex() or maps.dtype == torch.bool:
         raise ValueError(f"attributions must be real numbers, but are {maps.dtype}.")
     # half precision would merge neighbouring ranks
@@ -184,14 +205,20 @@ def pixel_maps(
     maps = maps.to(images.device).sum(1)
     if reduce == "abs_sum":
         maps = maps.abs()
-    if maps.shape[1:] != (height, width):
+    if list(maps.shape[1:]) != size:
         if interpolate is None:
             raise ValueError(
-                f"attributions are of {maps.shape[1]} x {maps.shape[2]} pixels, but"
-                f" inputs of {height} x {width}: resize them, for instance with"
-                " interpolate='bilinear'."
+                f"attributions are of {by_pixels(maps.shape[1:])} pixels, but inputs of"
+                f" {by_pixels(size)}: resize them, for instance with"
+                f" interpolate={LINEAR[dims]!r}."
             )
-        maps = F.interpolate(maps[:, None], (height, width), mode=interpolate)[:, 0]
+        fits = {LINEAR[dims], "area", "nearest-exact", "nearest"}
+        if interpolate not in fits and (interpolate, dims) != ("bicubic", 2):
+            raise ValueError(
+                f"interpolate={interpolate!r} does not fit inputs of shape"
+                f" {tuple(images.shape)}: choose {LINEAR[dims]!r}."
+            )
+        maps = F.interpolate(maps[:, None], size, mode=interpolate)[:, 0]
     wrong = examples_where(~maps.isfinite())
     if wrong:
         raise ValueError(

@@ -5,7 +5,14 @@ import torch
 from PIL import Image
 from zennit.cmap import ColorMap
 
-from zennit_resnet.image import draw_comparison, draw_heatmap, draw_overlay, read_image
+from zennit_resnet.image import (
+    draw_comparison,
+    draw_heatmap,
+    draw_overlay,
+    draw_signal,
+    draw_strip,
+    read_image,
+)
 
 
 def quadrants():
@@ -281,3 +288,93 @@ def test_what_is_no_heatmap():
             draw_heatmap(value)
     with pytest.raises(ValueError, match=r'\(2, 3, 3\)'):
         draw_heatmap(torch.zeros(2, 3, 3))
+
+
+def test_signal():
+    '''The curve goes through the values, red and blue where relevance is positive and negative, and gray elsewhere.'''
+    signal, heatmap = np.zeros(101), np.zeros(101)
+    signal[50:] = 1.
+    heatmap[10:20], heatmap[70:80] = 1., -1.
+    picture = draw_signal(signal, heatmap, size=(208, 100))
+    assert picture.shape == (100, 208, 3) and picture.dtype == np.uint8
+    # the first value is at the lower left, the last at the upper right, both at a distance from the border
+    dark = picture.min(2) < 230
+    rows, columns = np.nonzero(dark)
+    assert (columns.min(), columns.max()) == (4, 203) and 3 <= rows.min() <= 4 and 95 <= rows.max() <= 97
+    assert rows[columns < 90].min() >= 94 and rows[columns > 110].max() <= 5
+    # sample n is at column 4 + 2 n
+    red = dark & (picture[..., 0] > picture[..., 2].astype(int) + 100)
+    blue = dark & (picture[..., 2] > picture[..., 0].astype(int) + 100)
+    for mask, first, last in ((red, 9, 20), (blue, 69, 80)):
+        columns = np.nonzero(mask.any(0))[0]
+        np.testing.assert_allclose((columns.min(), columns.max()), (4 + 2 * first, 4 + 2 * last), atol=1)
+        assert mask[:, columns].any(0).all()
+    gray = picture[dark & ~red & ~blue].astype(int)
+    assert (np.ptp(gray, 1) < 100).all() and np.median(np.ptp(gray, 1)) == 0
+
+
+def test_signal_channels():
+    '''Each channel has its own panel and relevance, on one color range; a single heatmap is for all of them.'''
+    signal = np.stack([np.linspace(-1, 1, 30), np.linspace(3, 2, 30)])
+    heatmap = np.stack([np.ones(30), np.full(30, .5)])
+    picture = draw_signal(signal, heatmap, (100, 40))
+    assert picture.shape == (80, 100, 3)
+    np.testing.assert_array_equal(picture[:40], draw_signal(signal[0], heatmap[0], (100, 40)))
+    assert np.abs(picture[40:].astype(int) - draw_signal(signal[1], heatmap[1], (100, 40))).max() > 50
+    shared = draw_signal(signal, heatmap[0], (100, 40))
+    np.testing.assert_array_equal(shared[40:], draw_signal(signal[1], heatmap[0], (100, 40)))
+    np.testing.assert_array_equal(draw_signal(torch.tensor(signal), torch.tensor(heatmap), (100, 40)), picture)
+
+
+def test_signal_degenerate():
+    '''A constant signal is a line in the middle, and a relevant sample of a long one is visible.'''
+    picture = draw_signal(np.full(5, 7.), np.zeros(5), (60, 41))
+    assert set(np.nonzero(picture.min(2) < 230)[0]) <= {19, 20, 21} and (picture[20, 5:55] == picture[20, 30]).all()
+    signal, heatmap = np.random.default_rng(0).normal(size=20000), np.zeros(20000)
+    heatmap[10000] = 1e-9
+    picture = draw_signal(signal, heatmap, (200, 50)).astype(int)
+    assert (picture[..., 0] - picture[..., 2])[:, 98:102].max() > 60
+    np.testing.assert_array_equal(picture[:, :90], draw_signal(signal, 0 * heatmap, (200, 50))[:, :90])
+
+
+def test_strip():
+    '''Slices are those of draw_heatmap and draw_overlay on one color range, chosen evenly with both ends.'''
+    heatmap = np.random.default_rng(0).normal(size=(9, 6, 5)) * np.arange(1, 10)[:, None, None]
+    frames = np.random.default_rng(1).integers(0, 256, (9, 6, 5, 3), dtype=np.uint8)
+    strip, covered, alone = draw_strip(heatmap, count=3), draw_strip(heatmap, frames, 3), draw_strip(None, frames, 3)
+    assert strip.shape == covered.shape == alone.shape == (6, 3 * 5 + 2 * 2, 3)
+    whole = draw_heatmap(heatmap.reshape(54, 5)).reshape(9, 6, 5, 3)
+    overlay = draw_overlay(frames.reshape(54, 5, 3), heatmap.reshape(54, 5)).reshape(9, 6, 5, 3)
+    for left, num in zip((0, 7, 14), (0, 4, 8)):
+        np.testing.assert_array_equal(strip[:, left:left + 5], whole[num])
+        np.testing.assert_array_equal(covered[:, left:left + 5], overlay[num])
+        np.testing.assert_array_equal(alone[:, left:left + 5], frames[num])
+    assert (strip[:, 5:7] == 255).all() and (strip[:, 12:14] == 255).all()
+    assert draw_strip(torch.tensor(heatmap)[None, None]).shape == (6, 8 * 5 + 7 * 2, 3)
+    assert draw_strip(heatmap[:2]).shape == (6, 2 * 5 + 2, 3)
+
+
+FRAMES = np.zeros((3, 4, 5, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize('function, message', [
+    (lambda: draw_signal(np.zeros((1, 2, 3)), np.zeros(3)), r'\(1, 2, 3\)'),
+    (lambda: draw_signal(np.zeros(1), np.zeros(1)), r'\(1,\)'),
+    (lambda: draw_signal(np.zeros((2, 9)), np.zeros(8)), r'\(2, 9\).*\(8,\)'),
+    (lambda: draw_signal(np.zeros(9), np.zeros((2, 9))), r'\(9,\).*\(2, 9\)'),
+    (lambda: draw_signal(np.full(9, np.nan), np.zeros(9)), 'NaN'),
+    (lambda: draw_signal(np.zeros(9), np.full(9, np.inf)), 'NaN or infinite'),
+    (lambda: draw_signal(np.zeros(9), np.zeros(9), size=(640, 3)), 'size=3'),
+    (lambda: draw_signal(np.zeros(9), np.zeros(9), opacity=-1), 'opacity=-1'),
+    (lambda: draw_strip(np.zeros((4, 5))), r'\(depth, height, width\).*\(4, 5\)'),
+    (lambda: draw_strip(np.zeros((2, 3, 4, 5))), r'\(2, 3, 4, 5\)'),
+    (lambda: draw_strip(np.zeros((3, 4, 6)), FRAMES), r'\(3, 4, 5, 3\).*\(3, 4, 6\)'),
+    (lambda: draw_strip(np.zeros((3, 4, 5)), FRAMES[..., 0]), r'\(3, 4, 5\)'),
+    (lambda: draw_strip(np.zeros((3, 4, 5)), FRAMES / 255), 'uint8.*float64'),
+    (lambda: draw_strip(np.zeros((3, 4, 5)), count=0), 'count=0'),
+    (lambda: draw_strip(None), 'heatmap=None'),
+])
+def test_signal_and_strip_errors(function, message):
+    '''Errors name the offending shape or value.'''
+    with pytest.raises(ValueError, match=message):
+        function()

@@ -1,4 +1,5 @@
 '''Tests for channel sums, heat quantization, and the choice of contour and component.'''
+import re
 import warnings
 from collections import deque
 
@@ -670,3 +671,48 @@ def test_shares(name, value, error):
     '''Shares are numbers from zero to one.'''
     with pytest.raises(error, match=f'{name}='):
         attention_errors(blobs(1, 30), blobs(1, 30), **{name: value})
+
+
+SHAPES = {1: (7,), 2: (4, 5), 3: (3, 4, 2)}
+
+
+@pytest.mark.parametrize('dims', [1, 2, 3])
+def test_dims(dims):
+    '''Signals and volumes get what images with the same values get.'''
+    relevance = torch.randn(2, 3, *SHAPES[dims])
+    heatmap = sum_channels(relevance, dims=dims)
+    torch.testing.assert_close(heatmap, relevance.sum(1))
+    as_image, mask = heatmap.reshape(2, 1, -1), heatmap > .5
+    assert torch.equal(heat_quantization(heatmap, 5, dims).view_as(as_image), heat_quantization(as_image, 5))
+    assert torch.equal(heat_quantization(heatmap[1], 5, dims), heat_quantization(heatmap, 5, dims)[1])
+    assert torch.equal(binarize(heatmap, .2, dims), heatmap > .2)
+    errors = attention_errors(heatmap, mask, .2, dims=dims)
+    assert [*map(torch.Tensor.tolist, errors)] == [
+        *map(torch.Tensor.tolist, attention_errors(as_image, mask.view_as(as_image), .2))
+    ]
+    array = heat_quantization(heatmap[0].numpy(), dims=dims)
+    np.testing.assert_array_equal(array, heat_quantization(heatmap, dims=dims)[0].numpy())
+
+
+@pytest.mark.parametrize('dims, shape, message', [
+    (1, (2, 3, 4, 5), r'\(batch, channels, length\).*\(2, 3, 4, 5\).*dims=2 for images'),
+    (1, (3, 4), r'\(3, 4\).*relevance\[None\]'),
+    (2, (2, 3, 4, 5, 6), r'\(2, 3, 4, 5, 6\).*dims=3 for volumes'),
+    (2, (2, 3, 4), r'\(2, 3, 4\).*relevance\[None\].*dims=1 for signals'),
+    (3, (2, 3, 4), r'\(batch, channels, depth, height, width\).*\(2, 3, 4\).*dims=1'),
+    (4, (2, 3, 4), 'dims=4'),
+])
+def test_wrong_dims(dims, shape, message):
+    '''The error names the shape and the number of dimensions.'''
+    with pytest.raises(ValueError, match=message):
+        sum_channels(torch.zeros(shape), dims=dims)
+
+
+def test_volumes_need_dims():
+    '''Nothing guesses whether an axis has channels, slices or pixels, and the choice of components is for images.'''
+    for function in (c1c, c3, heat_quantization, reduce_heatmap):
+        with pytest.raises(ValueError, match=r'\(2, 3, 4, 5\).*flatten\(0, 1\)'):
+            function(torch.zeros(2, 3, 4, 5))
+    for shape in ((2,), (2, 3, 4, 5, 6)):
+        with pytest.raises(ValueError, match=rf'\(batch, depth, height, width\).*{re.escape(str(shape))}'):
+            heat_quantization(torch.zeros(shape), dims=3)

@@ -205,7 +205,8 @@ def check_inside(input, low, high, dtypes=()):
 def takes_maps(*names, single=True):
     '''Have a function of batches of tensors also take NumPy arrays, and single maps of shape (height, width).
 
-    What it returns is of the same kind: arrays for arrays, and without the first axis for single maps.
+    What it returns is of the same kind: arrays for arrays, and without the first axis for single maps. An argument
+    ``dims`` of the function is the number of axes of a single map.
     '''
     def decorate(function):
         '''Decorate a function.'''
@@ -216,9 +217,10 @@ def takes_maps(*names, single=True):
             bound = signature.bind(*args, **kwargs)
             given = [bound.arguments[name] for name in names]
             maps = [as_map(*elem) for elem in zip(names, given)]
-            is_single = single and all(elem.ndim == 2 for elem in maps)
+            dims = bound.arguments.get('dims', 2)
+            is_single = single and all(elem.ndim == dims for elem in maps)
             bound.arguments.update(
-                (name, elem[None] if single and elem.ndim == 2 else elem) for name, elem in zip(names, maps)
+                (name, elem[None] if single and elem.ndim == dims else elem) for name, elem in zip(names, maps)
             )
             result = function(*bound.args, **bound.kwargs)
             return _restore(result, is_single, any(isinstance(elem, np.ndarray) for elem in given))
@@ -226,6 +228,13 @@ def takes_maps(*names, single=True):
         return wrapper
 
     return decorate
+
+
+def map_shape(dims, *before):
+    '''Text for the shape of maps with one to three dimensions, or raise a ValueError for another number of them.'''
+    check_choice('dims', dims, (1, 2, 3))
+    axes = (('length',), ('height', 'width'), ('depth', 'height', 'width'))[dims - 1]
+    return f'({", ".join((*before, *axes))})'
 
 
 def as_map(name, value):

@@ -1,4 +1,4 @@
-'''Pictures: reading photographs, and drawing heatmaps, overlays and comparisons.'''
+'''Pictures: reading photographs, and drawing heatmaps of images, signals and volumes, overlays and comparisons.'''
 import warnings
 
 import numpy as np
@@ -7,15 +7,22 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from zennit.cmap import ColorMap
 from zennit.image import CMAPS, get_cmap
 
-from .arguments import check_number
+from .arguments import check_number, map_shape
 
 # Zennit's map of black for zero, red to white for positive, and blue to cyan for negative values
 HEATMAP_CMAP = 'coldnhot'
 # The same order of colors without black, as weak relevance is transparent instead
 OVERLAY_CMAP = '0cf,00f,7f:0000c0,80:c00000,f00,f80,fe0'
+# As this for curves on white, on which yellow and cyan would hardly be seen
+CURVE_CMAP = '00a,00f,7f:4080ff,80:ff8040,f00,a00'
 
 MARGIN = 8
 FONT_SIZE = 16
+
+# Brightness of red, green and blue as in ITU-R BT.601
+BRIGHTNESS = np.array([0.299, 0.587, 0.114])
+# Gray level of a curve without relevance, its width in pixels, and how much larger it is drawn before it is reduced
+CURVE_GRAY, CURVE_WIDTH, OVERSAMPLING = 0.78, 2, 4
 
 
 def read_image(path):
@@ -74,22 +81,27 @@ def _to_rgb(image):
     return image.convert('RGB')
 
 
-def _check_heatmap(heatmap):
-    '''Get a heatmap as a float64 array, or raise a ValueError if it is not a finite array of shape (height, width).'''
-    if isinstance(heatmap, torch.Tensor):
+def _as_numbers(values, name):
+    '''Get an array or tensor as a float64 array, or raise a TypeError if it is not of real numbers.'''
+    if isinstance(values, torch.Tensor):
         # numpy has no bfloat16
-        heatmap = heatmap.detach().cpu()
-        heatmap = heatmap.float() if heatmap.dtype == torch.bfloat16 else heatmap
-    heatmap = np.asarray(heatmap)
-    if not np.isrealobj(heatmap) or heatmap.dtype.kind not in 'fiub':
-        raise TypeError(f'A heatmap must be of real numbers, but is of type {heatmap.dtype}!')
-    heatmap = heatmap.astype(np.float64)
+        values = values.detach().cpu()
+        values = values.float() if values.dtype == torch.bfloat16 else values
+    values = np.asarray(values)
+    if not np.isrealobj(values) or values.dtype.kind not in 'fiub':
+        raise TypeError(f'{name} must be of real numbers, but is of type {values.dtype}!')
+    return values.astype(np.float64)
+
+
+def _check_heatmap(heatmap, dims=2):
+    '''Get a heatmap as a float64 array, or raise a ValueError if it is not a finite array of shape (height, width).'''
+    heatmap = _as_numbers(heatmap, 'A heatmap')
     shape = heatmap.shape
-    while heatmap.ndim > 2 and len(heatmap) == 1:
+    while heatmap.ndim > dims and len(heatmap) == 1:
         heatmap = heatmap[0]
-    if heatmap.ndim != 2 or heatmap.size == 0:
-        advice = ': draw one after the other, of relevance with channels the sum of them' if len(shape) > 2 else ''
-        raise ValueError(f'A heatmap must be of shape (height, width), but is {shape}{advice}!')
+    if heatmap.ndim != dims or heatmap.size == 0:
+        advice = ': draw one after the other, of relevance with channels the sum of them' if len(shape) > dims else ''
+        raise ValueError(f'A heatmap must be of shape {map_shape(dims)}, but is {shape}{advice}!')
     if not np.isfinite(heatmap).all():
         raise ValueError('The heatmap contains NaN or infinite values!')
     return heatmap
@@ -194,11 +206,131 @@ def draw_overlay(photo, heatmap, percentile=99.5, opacity=0.9, cmap=OVERLAY_CMAP
             f'{heatmap.shape}!'
         )
     check_number('opacity', opacity, 0, 1)
-    scaled = _scale(heatmap, percentile)
+    gray = (photo @ BRIGHTNESS / 255)[..., None]
+    return _cover(gray, _scale(heatmap, percentile), opacity, cmap)
+
+
+def _cover(gray, scaled, opacity, cmap):
+    '''Cover gray levels from 0 to 1 with color in proportion to the magnitude of scaled relevance.'''
     alpha = opacity * np.abs(scaled)[..., None]
-    # brightness as in ITU-R BT.601
-    gray = (photo @ np.array([0.299, 0.587, 0.114]) / 255)[..., None]
     return _to_uint8((1 - alpha) * gray + alpha * _color(scaled, cmap))
+
+
+def draw_signal(signal, heatmap, size=(640, 160), percentile=99.5, opacity=1., cmap=CURVE_CMAP):
+    '''Draw a signal as a curve colored by its relevance, as an array of shape (height, width, 3) and type uint8.
+
+    Each channel has a panel of its own, one above the other, on a scale from its lowest to its highest value. The curve
+    is gray where there is no relevance, and color covers it in proportion to the magnitude of relevance, as in
+    :py:func:`draw_overlay`. A piece between two samples has the color of the one with the larger relevance. Of long
+    signals, several samples share a pixel, which shows the most relevant one.
+
+    Parameters
+    ----------
+    signal: :py:obj:`numpy.ndarray` or :py:obj:`torch.Tensor`
+        Signal of shape (length,) or (channels, length), with at least two samples.
+    heatmap: :py:obj:`numpy.ndarray` or :py:obj:`torch.Tensor`
+        Relevance of shape (length,), for all channels, or of the shape of the signal. Channels have the same color
+        range.
+    size: tuple[int, int], optional
+        Width and height of a panel in pixels. Default is (640, 160).
+    percentile, opacity, cmap:
+        See :py:func:`draw_overlay`, also for what else is raised. By default, positive relevance is orange to dark red,
+        and negative relevance is light to dark blue.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not match, or if an argument is out of range or not finite.
+    TypeError
+        If ``signal`` or ``heatmap`` is not of real numbers.
+    '''
+    values, heatmap = _as_numbers(signal, 'A signal'), _as_numbers(heatmap, 'A heatmap')
+    if values.ndim not in (1, 2) or values.size == 0 or values.shape[-1] < 2:
+        raise ValueError(f'A signal must be of shape (length,) or (channels, length), but is {values.shape}!')
+    if heatmap.shape not in (values.shape, values.shape[-1:]):
+        raise ValueError(
+            f'Signal and heatmap must be of the same length, but are of shape {values.shape} and {heatmap.shape}!'
+        )
+    if not np.isfinite(values).all() or not np.isfinite(heatmap).all():
+        raise ValueError('The signal or its heatmap contains NaN or infinite values!')
+    check_number('opacity', opacity, 0, 1)
+    width, height = size
+    for side in size:
+        check_number('size', side, 2 * MARGIN)
+    values = np.atleast_2d(values)
+    scaled = np.broadcast_to(np.atleast_2d(_scale(heatmap, percentile)), values.shape)
+    return np.concatenate([_draw_curve(*rows, int(width), int(height), opacity, cmap) for rows in zip(values, scaled)])
+
+
+def _draw_curve(values, scaled, width, height, opacity, cmap):
+    '''Draw a curve of at least two values in the colors of its scaled relevance.'''
+    factor, margin = OVERSAMPLING, MARGIN / 2
+    # from zero to one
+    span = np.ptp(values)
+    level = (values - values.min()) / span if span > 0 else np.full_like(values, 0.5)
+    horizontal = (margin + np.linspace(0, 1, len(values)) * (width - 2 * margin)) * factor
+    vertical = (margin + (1 - level) * (height - 2 * margin)) * factor
+    larger = np.where(np.abs(scaled[1:]) > np.abs(scaled[:-1]), scaled[1:], scaled[:-1])
+    colors = _cover(np.full((len(larger), 1), CURVE_GRAY), larger, opacity, cmap)
+    canvas = Image.new('RGB', (width * factor, height * factor), 'white')
+    draw = ImageDraw.Draw(canvas)
+    # the most relevant ones last, as they would vanish below others
+    for num in np.argsort(np.abs(larger), kind='stable'):
+        points = [(horizontal[end], vertical[end]) for end in (num, num + 1)]
+        draw.line(points, fill=tuple(map(int, colors[num])), width=CURVE_WIDTH * factor)
+    return np.asarray(canvas.reduce(factor))
+
+
+def draw_strip(heatmap, frames=None, count=8, percentile=99.5, opacity=0.9, cmap=None):
+    '''Draw slices of a volume or frames of a video side by side, as an array of shape (height, width, 3).
+
+    All of them, also those that are not drawn, have the same color range, so that it is seen in which there is most
+    relevance. The type is uint8.
+
+    Parameters
+    ----------
+    heatmap: :py:obj:`numpy.ndarray` or :py:obj:`torch.Tensor`
+        Heatmap of shape (depth, height, width), or with further axes of size one before. None for the frames alone.
+    frames: :py:obj:`numpy.ndarray`, optional
+        What the heatmap explains, of shape (depth, height, width, 3) and type uint8, to be covered as by
+        :py:func:`draw_overlay`. Without it, the heatmap is drawn as by :py:func:`draw_heatmap`.
+    count: int, optional
+        Number of slices, evenly chosen from the first to the last. Default is 8, or all if there are fewer.
+    percentile, opacity, cmap:
+        See :py:func:`draw_overlay` and :py:func:`draw_heatmap`, also for color maps by default and what else is raised.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not match, if there is neither a heatmap nor frames, or if an argument is out of range.
+    '''
+    check_number('count', count, 1)
+    check_number('opacity', opacity, 0, 1)
+    if heatmap is None and frames is None:
+        raise ValueError('There is nothing to draw: give heatmap=None only with frames!')
+    scaled = None if heatmap is None else _scale(_check_heatmap(heatmap, 3), percentile)
+    if frames is not None:
+        frames = np.asarray(frames.detach().cpu() if isinstance(frames, torch.Tensor) else frames)
+        if frames.ndim != 4:
+            raise ValueError(f'Frames must be of shape (depth, height, width, 3), but are {frames.shape}!')
+        if scaled is not None and frames.shape[:3] != scaled.shape:
+            raise ValueError(
+                f'Frames and heatmap must be of the same depth, height and width, but are of shape {frames.shape} and '
+                f'{scaled.shape}!'
+            )
+    depth = len(frames if scaled is None else scaled)
+    tiles = []
+    for num in np.unique(np.linspace(0, depth - 1, min(int(count), depth)).round().astype(int)):
+        tile = None if frames is None else _check_picture(frames[num], 'A frame')
+        if scaled is not None and tile is None:
+            tile = _to_uint8(_color(scaled[num], HEATMAP_CMAP if cmap is None else cmap))
+        elif scaled is not None:
+            gray = (tile @ BRIGHTNESS / 255)[..., None]
+            tile = _cover(gray, scaled[num], opacity, OVERLAY_CMAP if cmap is None else cmap)
+        if tiles:
+            tiles.append(np.full_like(tile[:, :MARGIN // 4], 255))
+        tiles.append(tile)
+    return np.concatenate(tiles, 1)
 
 
 def draw_comparison(rows, titles, captions=None, scale=1):

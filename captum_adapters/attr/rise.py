@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from captum_adapters._validation import (
     DEFAULT_CHUNK,
+    LINEAR,
     BaselineType,
     Inputs,
     ScoreFunction,
@@ -32,9 +33,6 @@ from captum_adapters._validation import (
     to_scores,
     warn_probabilities,
 )
-
-# Linear interpolation by the number of spatial dimensions
-_LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 class RISE(PerturbationAttribution):
@@ -218,7 +216,7 @@ def check_maskable(inputs: Inputs) -> tuple[Tensor, ...]:
                 f"inputs of {image.dtype} cannot be masked: convert them to floating"
                 " point numbers."
             )
-        if image.ndim - 2 not in _LINEAR or image.numel() == 0:
+        if image.ndim - 2 not in LINEAR or image.numel() == 0:
             raise ValueError(
                 "inputs must be of shape (batch, channels, height, width), or with one"
                 " or three spatial dimensions, and not empty, but are of shape"
@@ -272,7 +270,7 @@ def _make_masks(grids: Tensor, shifts: Tensor, image: Tensor) -> Tensor:
         masks = F.interpolate(
             grids[:, None].to(image.device, dtype),
             [(count + 1) * math.ceil(side / count) for side, count in zip(size, cells)],
-            mode=_LINEAR[len(size)], align_corners=False,
+            mode=LINEAR[len(size)], align_corners=False,
         )[:, 0]
     for dim, (side, shift) in enumerate(zip(size, shifts.unbind(1)), 1):
         index = shift[:, None] + torch.arange(side, device=shift.device)

@@ -95,6 +95,11 @@ def blur(images: Tensor) -> Tensor:
     The kernel is a unit impulse in the middle of 11 x 11 pixels after a Gaussian filter
     with a standard deviation of 5 and reflecting borders, which make it rather flat.
     """
+    if images.ndim != 4:
+        raise ValueError(
+            "protocol='rise' blurs images of shape (batch, channels, height, width), but"
+            f" inputs are of shape {tuple(images.shape)}: give insertion_baselines."
+        )
     offset = torch.arange(-20, 21)
     weight = torch.exp(-offset.double() ** 2 / (2 * 5**2))
     place = (5 + offset) % 22
@@ -161,7 +166,7 @@ class PerturbedImages:
         position, base = self.position[rows], _take(self.deleted, rows)
         if self.inserted is not None:
             position = position.where(deletion, self.insertion_position[rows])
-            choice = deletion[:, :, None, None]
+            choice = deletion.view(-1, *[1] * (self.images.ndim - 1))
             base = base.where(choice, _take(self.inserted, rows))
         number = torch.where(codes == 0, self.size, codes % self.size)
         keep = ((position < number) != deletion).view(-1, 1, *self.images.shape[2:])

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_adapters._validation import (
+    DIMS,
     BaselineType,
     Inputs,
     Maps,
@@ -150,7 +151,10 @@ def insertion_deletion(
         forward_func (Callable): The network, or any function of images. It is evaluated
                 as it is: put it into evaluation mode before.
         inputs (Tensor, numpy.ndarray or tuple[Tensor]): Images of shape (batch,
-                channels, height, width).
+                channels, height, width), signals of shape (batch, channels, length), or
+                volumes or videos of shape (batch, channels, depth, height, width). For
+                the latter, the shapes below change likewise, and a pixel is a sample of
+                the signal, or a voxel.
         attributions (Tensor, numpy.ndarray or tuple[Tensor]): Attributions of shape
                 (batch, channels, height, width), (batch, 1, height, width) or (batch,
                 height, width), or (height, width) for a single image.
@@ -229,7 +233,7 @@ def insertion_deletion(
     ties = preset.ties if ties is None else ties
     check_choice("ties", ties, ("nearest", "group", "stable", "random", "threshold"))
     check_score(output)
-    images = check_images(inputs)
+    images = check_images(inputs, DIMS)
     maps = pixel_maps(attributions, images, reduce, interpolate)
     warn_negative_maps(maps)
     batch, n_pixels = len(images), maps[0].numel()
@@ -253,9 +257,11 @@ def insertion_deletion(
             stacklevel=2,
         )
     deleted = check_baselines(baselines, images)
-    inserted = blur(images) if protocol == "rise" else None
+    inserted = None
     if insertion_baselines is not None:
         inserted = check_baselines(insertion_baselines, images, "insertion_baselines")
+    elif protocol == "rise":
+        inserted = blur(images)
 
     order, values = rank_pixels(maps.flatten(1), ties, images, seed, sample_ids)
     equal = values[:, 1:] == values[:, :-1]

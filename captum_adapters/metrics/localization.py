@@ -8,8 +8,10 @@ from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from captum_adapters._validation import (
+    LINEAR,
     Maps,
     as_batch,
+    by_pixels,
     check_choice,
     double_dtype,
     pixel_maps,
@@ -23,6 +25,7 @@ from captum_adapters.metrics._ranking import (
     means_of_top,
     percent_tensors,
 )
+from zennit_resnet.arguments import map_shape
 
 
 class MaskPointing(NamedTuple):
@@ -76,25 +79,29 @@ class MaskDistance(NamedTuple):
 
 def _rank(
     attributions: Maps, masks: Maps, percents: Percents, absolute: bool,
-    interpolate: Optional[str],
+    interpolate: Optional[str], dims: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Scores to rank pixels by, masks as bool, counts and percentages.
 
     Scores and masks are of shape (batch, height, width).
     """
+    single = map_shape(dims)
+    plain, channels = map_shape(dims, "batch"), map_shape(dims, "batch", "channels")
     maps = to_tensor(attributions, "attributions").detach()
     masks = to_tensor(masks, "masks").detach().to(maps.device)
     shape = tuple(masks.shape)
     # of single images, as an array or a picture is read
-    masks = as_batch(masks, 1 if maps.ndim == 2 else len(maps) if maps.ndim else 0)
-    maps = as_batch(maps, len(masks) if masks.ndim > 2 else 0)
-    if masks.ndim == 4 and masks.shape[1] == 1:
+    batch = 1 if maps.ndim == dims else len(maps) if maps.ndim else 0
+    masks = as_batch(masks, batch, dims)
+    maps = as_batch(maps, len(masks) if masks.ndim > dims else 0, dims)
+    if masks.ndim == dims + 2 and masks.shape[1] == 1:
         masks = masks[:, 0]
-    if masks.ndim != 3 or masks.numel() == 0:
+    if masks.ndim != dims + 1 or masks.numel() == 0:
         raise ValueError(
-            "masks must be of shape (batch, height, width) or (batch, 1, height,"
-            " width), or (height, width) for a single image, and not empty, but are of"
-            f" shape {shape}, and attributions of shape {tuple(maps.shape)}."
+            f"masks must be of shape {plain} or {map_shape(dims, 'batch', '1')}, or"
+            f" {single} for a single image, and not empty, but are of shape {shape}, and"
+            f" attributions of shape {tuple(maps.shape)}. For signals give dims=1, for"
+            " volumes or videos dims=3."
         )
     inside = masks.bool()
     if bool((masks != inside).any()):
@@ -103,21 +110,22 @@ def _rank(
             f" {float(masks.min()):g} to {float(masks.max()):g}: compare them with a"
             " threshold first."
         )
-    if maps.ndim not in (3, 4) or len(maps) != len(masks):
+    if maps.ndim not in (dims + 1, dims + 2) or len(maps) != len(masks):
         raise ValueError(
             f"attributions of shape {tuple(maps.shape)} do not fit masks of shape"
-            f" {shape}: they must be of shape (batch, channels, height, width) or"
-            f" (batch, height, width) with a batch of {len(masks)}."
+            f" {shape}: they must be of shape {channels} or {plain} with a batch of"
+            f" {len(masks)}."
         )
-    if interpolate is None and maps.shape[-2:] != masks.shape[-2:]:
+    if interpolate is None and maps.shape[-dims:] != masks.shape[-dims:]:
         raise ValueError(
-            f"attributions are of {maps.shape[-2]} x {maps.shape[-1]} pixels, but"
-            f" masks of {masks.shape[-2]} x {masks.shape[-1]}: resize and crop the"
-            " masks as the images were, or choose how to resize the attributions, for"
-            " instance with interpolate='bilinear'."
+            f"attributions are of {by_pixels(maps.shape[-dims:])} pixels, but masks of"
+            f" {by_pixels(masks.shape[-dims:])}: resize and crop the masks as the images"
+            " were, or choose how to resize the attributions, for instance with"
+            f" interpolate={LINEAR[dims]!r}."
         )
     counts, values = percent_tensors(percents, inside[0].numel(), maps.device)
-    frame = inside[:, None].expand(-1, maps.shape[1] if maps.ndim == 4 else 1, -1, -1)
+    size = inside.shape[1:]
+    frame = inside[:, None].expand(-1, maps.shape[1] if maps.ndim > dims + 1 else 1, *size)
     scores = pixel_maps(maps, frame, "abs_sum" if absolute else "sum", interpolate)
     if not absolute:
         # attributed to the caller of the public function
@@ -127,7 +135,7 @@ def _rank(
 
 def mask_pointing(
     attributions: Maps, masks: Maps, percents: Percents = PERCENTS, *,
-    absolute: bool = True, interpolate: Optional[str] = None,
+    absolute: bool = True, interpolate: Optional[str] = None, dims: int = 2,
 ) -> MaskPointing:
     r"""Share of the most relevant p % of pixels that is inside of the object's mask.
 
@@ -159,14 +167,18 @@ def mask_pointing(
         absolute (bool, optional): Whether to rank by the magnitude of the sum over
                 channels, as the paper does. Otherwise negative relevance comes last.
         interpolate (str, optional): See :func:`insertion_deletion`.
+        dims (int, optional): 1 for signals, with attributions of shape (batch,
+                channels, length) and masks of shape (batch, length), 3 for volumes or
+                videos. It has to be told, as three axes may also be those of images.
+                Default: 2
 
     Returns:
         MaskPointing: A named tuple of tensors on the device of the attributions.
 
     Raises:
         ValueError: If a shape does not fit, a mask has other values than 0 and 1, a
-                percentage is not from 0 to 100, or there is NaN or infinity in the
-                attributions.
+                percentage is not from 0 to 100, there is NaN or infinity in the
+                attributions, or `dims` is not 1, 2 or 3.
 
     Examples::
 
@@ -179,7 +191,7 @@ def mask_pointing(
         [[[1.0, 0.5]], [0.25]]
     """
     scores, inside, counts, values = _rank(
-        attributions, masks, percents, absolute, interpolate
+        attributions, masks, percents, absolute, interpolate, dims
     )
     area = inside.flatten(1).sum(1)
     pixels = area.to(double_dtype(area.device))
@@ -203,13 +215,14 @@ def distance_maps(masks: Tensor) -> Tensor:
         [torch.from_numpy(distance_transform_edt(image)) for image in outside]
     ).to(masks.device, double_dtype(masks.device))
     # without any pixel inside, the transform is not defined
-    return distances.masked_fill(~masks.flatten(1).any(1)[:, None, None], math.nan)
+    empty = ~masks.flatten(1).any(1)
+    return distances.masked_fill(empty.view(-1, *[1] * (masks.ndim - 1)), math.nan)
 
 
 def mask_distance(
     attributions: Maps, masks: Maps, percents: Percents = PERCENTS, *,
     normalization: Optional[str] = "diagonal", absolute: bool = True,
-    interpolate: Optional[str] = None,
+    interpolate: Optional[str] = None, dims: int = 2,
 ) -> MaskDistance:
     r"""Mean distance of the most relevant p % of pixels to the object's mask.
 
@@ -247,14 +260,14 @@ def mask_distance(
     """
     check_choice("normalization", normalization, ("diagonal", "max", "mean", None))
     scores, inside, counts, values = _rank(
-        attributions, masks, percents, absolute, interpolate
+        attributions, masks, percents, absolute, interpolate, dims
     )
     distances = distance_maps(inside)
     flat = distances.flatten(1)
     chance = flat.mean(1)
     if normalization == "diagonal":
-        height, width = inside.shape[1:]
-        scale = torch.full_like(chance, math.hypot(height - 1, width - 1))
+        sides = (length - 1 for length in inside.shape[1:])
+        scale = torch.full_like(chance, math.hypot(*sides))
     elif normalization == "max":
         scale = flat.amax(1)
     else:

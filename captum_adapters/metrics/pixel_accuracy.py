@@ -7,11 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_adapters._validation import (
+    DIMS,
     BaselineType,
     Inputs,
     Maps,
     TargetType,
     as_batch,
+    by_pixels,
     check_baselines,
     check_choice,
     check_images,
@@ -75,7 +77,7 @@ def _unit_scores(
         scores = pixel_maps(attributions, images, reduce, interpolate)[:, None]
     else:
         maps = to_tensor(attributions, "attributions")
-        if maps.ndim != 4 or maps.shape[:2] != images.shape[:2]:
+        if maps.ndim != images.ndim or maps.shape[:2] != images.shape[:2]:
             raise ValueError(
                 f"unit='input' ranks each channel on its own, but attributions of shape"
                 f" {tuple(maps.shape)} do not have the channels of inputs of shape"
@@ -116,9 +118,9 @@ def _accuracy(
     ranks, rows, divided, tied_share = rank_ties(
         scores, distinct, images, ties, n_orders, seed, sample_ids
     )
-    if ranks.shape[-2:] != images.shape[-2:]:
+    if ranks.shape[2:] != images.shape[2:]:
         ranks = F.interpolate(
-            ranks.to(double_dtype(ranks.device)), images.shape[-2:], mode="nearest-exact"
+            ranks.to(double_dtype(ranks.device)), images.shape[2:], mode="nearest-exact"
         )
     numbers = torch.tensor(distinct, device=images.device)
     examples = torch.arange(batch, device=images.device).repeat(len(distinct))
@@ -135,7 +137,7 @@ def _accuracy(
     def make_inputs(part: slice) -> Tensor:
         rows = examples[part]
         fill = baseline if len(baseline) == 1 else baseline[rows]
-        keep = ranks[order[part]] < kept[part].view(-1, 1, 1, 1)
+        keep = ranks[order[part]] < kept[part].view(-1, *[1] * (images.ndim - 1))
         masked = torch.where(keep, images[rows], fill)
         return masked if transform is None else transform(masked)
 
@@ -231,7 +233,7 @@ def keep_top(
         tensor([[[[0., 2.],
                   [3., 0.]]]])
     """
-    images = check_images(inputs)
+    images = check_images(inputs, DIMS)
     scores = _unit_scores(attributions, images, unit, absolute, interpolate)
     counts = top_counts([percent], scores[0].numel())
     ranks = rank_ties(scores, counts, images, ties, 1, seed, sample_ids).ranks
@@ -316,7 +318,7 @@ def pixel_accuracy(
         >>> result.predictions, result.counts
         (tensor([[0, 0, 1]]), tensor([1, 3, 4]))
     """
-    images = check_images(inputs)
+    images = check_images(inputs, DIMS)
     scores = _unit_scores(attributions, images, unit, absolute, interpolate)
     return _accuracy(
         forward_func, images, scores, None, percents, target,
@@ -386,17 +388,20 @@ def cross_model_accuracy(
         >>> result.predictions
         tensor([[3, 3]])
     """
-    images = check_images(inputs)
-    maps = as_batch(to_tensor(attributions, "attributions"), len(images))
-    frame = images
-    if resize_selection and maps.ndim in (3, 4):
+    images = check_images(inputs, DIMS)
+    maps = to_tensor(attributions, "attributions")
+    maps = as_batch(maps, len(images), images.ndim - 2)
+    dims = images.ndim - 2
+    frame, size = images, maps.shape[-dims:]
+    if resize_selection and maps.ndim in (dims + 1, dims + 2):
         # images of the attributions' size
-        frame = images[..., :1, :1].expand(-1, -1, *maps.shape[-2:])
-    elif maps.ndim in (3, 4) and maps.shape[-2:] != images.shape[-2:]:
+        frame = images.flatten(2)[..., 0].view(*images.shape[:2], *[1] * dims)
+        frame = frame.expand(-1, -1, *size)
+    elif maps.ndim in (dims + 1, dims + 2) and size != images.shape[2:]:
         raise ValueError(
-            f"attributions are of {maps.shape[-2]} x {maps.shape[-1]} pixels, but"
-            f" inputs of {images.shape[-2]} x {images.shape[-1]}: give A's inputs and a"
-            " transform to B's, or set resize_selection=True."
+            f"attributions are of {by_pixels(size)} pixels, but inputs of"
+            f" {by_pixels(images.shape[2:])}: give A's inputs and a transform to B's, or"
+            " set resize_selection=True."
         )
     scores = _unit_scores(maps, frame, unit, absolute)
     return _accuracy(

@@ -8,12 +8,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from captum_adapters._validation import (
+    DIMS,
     BaselineType,
     Inputs,
     Maps,
     ScoreFunction,
     TargetType,
     as_batch,
+    by_pixels,
     check_evaluation,
     check_images,
     check_output,
@@ -35,6 +37,7 @@ from captum_adapters.metrics.insertion_deletion import (
     InsertionDeletion,
     insertion_deletion,
 )
+from zennit_resnet.arguments import map_shape
 
 # Side of the window of SSIM, and its constants, for values from 0 to 1
 WINDOW, STABILIZERS = 7, (0.01**2, 0.03**2)
@@ -81,16 +84,19 @@ class Randomization(NamedTuple):
     ssim: Tensor
 
 
-def summed_maps(attributions: Maps, name: str = "attributions") -> Tensor:
+def summed_maps(
+    attributions: Maps, name: str = "attributions", dims: int = 2
+) -> Tensor:
     """Maps of shape (batch, height, width), of a size that no image prescribes."""
-    maps = as_batch(to_tensor(attributions, name), 1)
-    if maps.ndim not in (3, 4) or maps.numel() == 0:
+    channels = map_shape(dims, "batch", "channels")
+    maps = as_batch(to_tensor(attributions, name), 1, dims)
+    if maps.ndim not in (dims + 1, dims + 2) or maps.numel() == 0:
         raise ValueError(
-            f"{name} must be of shape (batch, channels, height, width) or (batch,"
-            " height, width), or (height, width) for a single map, and not empty, but"
-            f" are of shape {tuple(maps.shape)}."
+            f"{name} must be of shape {channels} or {map_shape(dims, 'batch')}, or"
+            f" {map_shape(dims)} for a single map, and not empty, but are of shape"
+            f" {tuple(maps.shape)}."
         )
-    return pixel_maps(maps, maps if maps.ndim == 4 else maps[:, None])
+    return pixel_maps(maps, maps if maps.ndim == dims + 2 else maps[:, None])
 
 
 def _ranks(values: Tensor) -> Tensor:
@@ -129,14 +135,16 @@ def _to_unit(maps: Tensor) -> Tensor:
     sparse = low == high
     low, high = ordered[:, 0].where(sparse, low), ordered[:, -1].where(sparse, high)
     span = (high - low).where(high > low, 1)
-    return ((maps - low[:, None, None]) / span[:, None, None]).clamp(0, 1)
+    low, span = (bound.view(-1, *[1] * (maps.ndim - 1)) for bound in (low, span))
+    return ((maps - low) / span).clamp(0, 1)
 
 
 def _ssim(first: Tensor, second: Tensor) -> Tensor:
     """Structural similarity of maps with values from 0 to 1, in windows inside."""
-    window = (min(WINDOW, first.shape[1]), min(WINDOW, first.shape[2]))
+    window = [min(WINDOW, length) for length in first.shape[1:]]
+    average = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[len(window) - 1]
     moments = torch.stack([first, second, first**2, second**2, first * second])
-    x, y, xx, yy, xy = F.avg_pool2d(moments, window, stride=1)
+    x, y, xx, yy, xy = average(moments, window, stride=1)
     c1, c2 = STABILIZERS
     similar = (2 * x * y + c1) * (2 * (xy - x * y) + c2)
     most = (x**2 + y**2 + c1) * (xx - x**2 + yy - y**2 + c2)
@@ -158,17 +166,19 @@ def _similarity(first: Tensor, second: Tensor) -> Similarity:
 
 def _fitting_maps(maps: Maps, expected: Tensor, name: str) -> Tensor:
     """Maps on the device of others, whose shape they must have."""
-    result = summed_maps(maps, name)
+    result = summed_maps(maps, name, expected.ndim - 1)
     if result.shape != expected.shape:
         raise ValueError(
-            f"{name} are {len(result)} maps of {result.shape[1]} x {result.shape[2]}"
-            f" pixels, but those to compare with are {len(expected)} of"
-            f" {expected.shape[1]} x {expected.shape[2]}."
+            f"{name} are {len(result)} maps of {by_pixels(result.shape[1:])} pixels, but"
+            f" those to compare with are {len(expected)} of"
+            f" {by_pixels(expected.shape[1:])}."
         )
     return result.to(expected.device)
 
 
-def class_sensitivity(attributions: Maps, other_attributions: Maps) -> Similarity:
+def class_sensitivity(
+    attributions: Maps, other_attributions: Maps, *, dims: int = 2
+) -> Similarity:
     """How similar maps are to those of another class of the same images.
 
     A map that answers for what the network sees its class differs from that of another
@@ -182,6 +192,10 @@ def class_sensitivity(attributions: Maps, other_attributions: Maps) -> Similarit
                 Attributions of shape (batch, channels, height, width) or (batch,
                 height, width), or (height, width) for a single image, of the same
                 height and width. Channels are summed.
+        dims (int, optional): 1 for signals, with attributions of shape (batch,
+                channels, length) or (batch, length), 3 for volumes or videos. Windows
+                of SSIM have as many dimensions.
+                Default: 2
 
     Returns:
         Similarity: A named tuple of tensors of shape (batch,), on the device of the
@@ -199,7 +213,7 @@ def class_sensitivity(attributions: Maps, other_attributions: Maps) -> Similarit
         >>> [round(values.item(), 3) for values in (result.pearson, result.spearman)]
         [0.984, 1.0]
     """
-    maps = summed_maps(attributions)
+    maps = summed_maps(attributions, dims=dims)
     return _similarity(
         maps, _fitting_maps(other_attributions, maps, "other_attributions")
     )
@@ -242,6 +256,7 @@ def randomization(
     *,
     seed: int = 0,
     show_progress: bool = False,
+    dims: int = 2,
 ) -> Randomization:
     """Cascading randomization: similarity of maps to those of a network unlearning.
 
@@ -275,6 +290,8 @@ def randomization(
                 Default: 0
         show_progress (bool, optional): Whether to show a progress bar.
                 Default: False
+        dims (int, optional): See :func:`class_sensitivity`.
+                Default: 2
 
     Returns:
         Randomization: Names of layers, and tensors of shape (batch, depths).
@@ -305,7 +322,7 @@ def randomization(
     found = []
     try:
         # a copy, as maps may be views of what is randomized
-        original = summed_maps(explain(model)).clone()
+        original = summed_maps(explain(model), dims=dims).clone()
         for parameters in tqdm(cascade.values(), disable=not show_progress):
             for parameter in parameters:
                 _randomize(parameter, generator)
@@ -387,7 +404,7 @@ def contrastive_insertion_deletion(
     """
     check_score(output)
     check_evaluation(forward_func)
-    images = check_images(inputs)
+    images = check_images(inputs, DIMS)
     batch, device = len(images), images.device
     index = check_target(target, batch, device)
     if index is None or index.ndim != 1:

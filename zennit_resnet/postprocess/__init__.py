@@ -5,6 +5,9 @@ Functions take batches of tensors of shape (batch, height, width), but also NumP
 same type (integers become the default floating point type), masks are boolean. All but zero of a given mask belongs to
 it. A ValueError is raised for heatmaps of another shape, or which are complex, not finite, or have no pixels.
 
+Functions with an argument ``dims`` are also for signals (``dims=1``, heatmaps of shape (batch, length)) and for volumes
+or videos (``dims=3``, of shape (batch, depth, height, width)). The choice of contour and component is for images.
+
 The choice of contour and component computes in double precision on the CPU, and does not propagate gradients.
 '''
 from .heatmaps import (

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..arguments import check_choice, check_flag, check_number, takes_maps
+from ..arguments import check_choice, check_flag, check_number, map_shape, takes_maps
 from .regions import (
     binarize,
     check_heatmap,
@@ -56,22 +56,40 @@ class AttentionErrors(NamedTuple):
 
 
 @takes_maps('relevance', single=False)
-def sum_channels(relevance):
+def sum_channels(relevance, dims=2):
     '''Sum relevance over channels to get heatmaps: (batch, channels, height, width) to (batch, height, width).
 
     The sum (not the mean or the largest channel) keeps the total, so that a heatmap of conserved relevance still sums
-    to the initial relevance. A ValueError is raised unless ``relevance`` has four axes.
+    to the initial relevance.
+
+    Parameters
+    ----------
+    relevance: :py:obj:`torch.Tensor`
+        Relevance of shape (batch, channels, height, width).
+    dims: int, optional
+        1 for signals, of shape (batch, channels, length), 3 for volumes or videos, of shape (batch, channels, depth,
+        height, width). It has to be told, as three axes may as well be those of an image without a batch. Default is 2.
+
+    Raises
+    ------
+    ValueError
+        If ``relevance`` does not have ``dims + 2`` axes, or ``dims`` is not 1, 2 or 3.
     '''
-    if relevance.ndim != 4:
+    expected = map_shape(dims, 'batch', 'channels')
+    if relevance.ndim != dims + 2:
+        others = {3: 'signals', 4: 'images', 5: 'volumes or videos'}
+        hints = ['relevance[None] for a single example'] if relevance.ndim == dims + 1 else []
+        if relevance.ndim in others:
+            hints.append(f'dims={relevance.ndim - 2} for {others[relevance.ndim]}')
         raise ValueError(
-            f'Relevance must be of shape (batch, channels, height, width), but is {tuple(relevance.shape)}!'
-            + (' Use relevance[None] for a single example.' if relevance.ndim == 3 else '')
+            f'Relevance must be of shape {expected}, but is {tuple(relevance.shape)}!'
+            + (f' Use {" or ".join(hints)}.' if hints else '')
         )
     return relevance.sum(1)
 
 
 @takes_maps('heatmap')
-def heat_quantization(heatmap, levels=8):
+def heat_quantization(heatmap, levels=8, dims=2):
     '''Lower each value of a heatmap to the nearest of a few evenly spaced levels (Otsuki et al. 2024, Section 3.4).
 
     With edges :math:`e_0 < ... < e_{n-1}` evenly spaced between the lowest and the highest value of the map, a value
@@ -86,18 +104,22 @@ def heat_quantization(heatmap, levels=8):
         Heatmaps of shape (batch, height, width). Each is quantized on its own. They are not modified.
     levels: int, optional
         Number of edges, of which the first is the lowest, and the last is the highest value. Default is 8.
+    dims: int, optional
+        1 for heatmaps of signals, of shape (batch, length), 3 for those of volumes or videos, of shape (batch, depth,
+        height, width). All slices of a volume have the same levels. Default is 2.
 
     Raises
     ------
     ValueError
-        If ``heatmap`` does not have three axes, is complex, or is not finite, or if ``levels`` is less than 2.
+        If ``heatmap`` does not have ``dims + 1`` axes, is complex, or is not finite, if ``levels`` is less than 2, or
+        if ``dims`` is not 1, 2 or 3.
     TypeError
         If ``levels`` is not an integer.
     '''
     levels = index(levels)
     if levels < 2:
         raise ValueError(f'Heat quantization needs at least 2 levels, but got levels={levels}!')
-    heatmap = check_heatmap(heatmap)
+    heatmap = check_heatmap(heatmap, dims)
     if heatmap.numel() == 0:
         return heatmap.clone()
 
@@ -294,7 +316,7 @@ def ablation(heatmap, **options):
 
 
 @takes_maps('heatmap', 'mask')
-def attention_errors(heatmap, mask, threshold='mean', coverage=0.5, precision=0.5):
+def attention_errors(heatmap, mask, threshold='mean', coverage=0.5, precision=0.5, dims=2):
     '''Tell the types of errors of explanations apart, given where the object is, as :py:class:`AttentionErrors`.
 
     The slides of Doublet et al. 2024 name three, which were counted by eye and without thresholds. Those here are ours:
@@ -312,6 +334,8 @@ def attention_errors(heatmap, mask, threshold='mean', coverage=0.5, precision=0.
         What is above it is attended, see :py:func:`~zennit_resnet.postprocess.binarize`.
     coverage, precision: float, optional
         Shares that are enough. Default is 0.5.
+    dims: int, optional
+        1 for maps of signals, 3 for those of volumes or videos. Default is 2.
 
     Raises
     ------
@@ -320,7 +344,7 @@ def attention_errors(heatmap, mask, threshold='mean', coverage=0.5, precision=0.
     '''
     for name, value in (('coverage', coverage), ('precision', precision)):
         check_number(name, value, 0, 1)
-    attended = binarize(heatmap, threshold).cpu().flatten(1)
+    attended = binarize(heatmap, threshold, dims).cpu().flatten(1)
     if mask.shape != heatmap.shape:
         raise ValueError(f'Heatmaps are of shape {tuple(heatmap.shape)}, but masks of shape {tuple(mask.shape)}!')
     target = (mask != 0).cpu().flatten(1)

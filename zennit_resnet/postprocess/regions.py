@@ -10,15 +10,17 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from ..arguments import check_choice, takes_maps
+from ..arguments import check_choice, map_shape, takes_maps
 
 
-def check_heatmap(heatmap):
+def check_heatmap(heatmap, dims=2):
     '''Get heatmaps of a floating point type, or raise a ValueError if they are not finite (batch, height, width).'''
-    if heatmap.ndim != 3:
+    expected = map_shape(dims, 'batch')
+    if heatmap.ndim != dims + 1:
         raise ValueError(
-            f'Heatmaps must be of shape (batch, height, width), but the shape is {tuple(heatmap.shape)}!'
-            + (' Use sum_channels first.' if heatmap.ndim == 4 else '')
+            f'Heatmaps must be of shape {expected}, but the shape is {tuple(heatmap.shape)}!'
+            + (' Use sum_channels first.' if heatmap.ndim == dims + 2 else '')
+            + (' Slices of volumes are images of their own in heatmap.flatten(0, 1).' if heatmap.ndim == 4 else '')
         )
     if heatmap.is_complex():
         raise ValueError(f'Heatmaps must be real, but their type is {heatmap.dtype}!')
@@ -30,9 +32,9 @@ def check_heatmap(heatmap):
     return heatmap
 
 
-def to_double(heatmap):
+def to_double(heatmap, dims=2):
     '''Check heatmaps, and convert them to double precision on the CPU.'''
-    heatmap = check_heatmap(heatmap)
+    heatmap = check_heatmap(heatmap, dims)
     if 0 in heatmap.shape[1:]:
         raise ValueError(f'Heatmaps of shape {tuple(heatmap.shape)} have no pixels!')
     # not every device has double precision
@@ -104,7 +106,7 @@ def expand_heatmap(heatmap, size, expand='bilinear'):
 
 
 @takes_maps('heatmap')
-def binarize(heatmap, threshold='mean'):
+def binarize(heatmap, threshold='mean', dims=2):
     '''Find the pixels of which the value is strictly above a threshold, as masks of the shape of the heatmaps.
 
     Parameters
@@ -115,13 +117,15 @@ def binarize(heatmap, threshold='mean'):
         Either ``'mean'`` (default, as code of the same group does it) for the mean of each map, a number, or a function
         from heatmaps of shape (batch, height, width) and type float64 to the threshold of each, of shape (batch,). A
         constant map has nothing above its mean.
+    dims: int, optional
+        1 for maps of signals, 3 for those of volumes or videos. Default is 2.
 
     Raises
     ------
     ValueError
         If ``threshold`` is unknown, not finite, or not of shape (batch,).
     '''
-    values = to_double(heatmap)
+    values = to_double(heatmap, dims)
     flat = values.flatten(1)
     if isinstance(threshold, str):
         check_choice('threshold', threshold, ('mean',))
