@@ -9,11 +9,12 @@ import torch
 from zennit.canonizers import Canonizer
 from zennit.core import RemovableHandleList
 
-from .._autograd import class_of, function_of, is_arithmetic, last_layers, name_of, nodes_of, rule_of, walk
+from .._autograd import calls_back, class_of, function_of, is_arithmetic, last_layers, name_of, nodes_of, rule_of, walk
 from .._compat import DisableTorchFunction, caller, in_backward, is_replacing, is_running, registering_composite
 from .._inplace import Watch, forget, note_copy, settle
 from .._nested import active_tensors, tensors_of
 from ..arguments import Described, check_choice, check_flag
+from . import derived
 from .batch_norm import BatchNormMerge
 from .batches import REGIONS, WATCHED, batch_size, changes_first, depends_on_batch, may_mix
 from .calls import Local, ModuleCall, is_opaque, keep_stored, single_pass
@@ -271,6 +272,8 @@ class ResidualCanonizer(Described, Canonizer):
     def _leave(self, module, args, output):
         self.local.leaf = None
         stack = self.local.__dict__.get('stack')
+        if stack and self.local.is_grad_enabled and not torch.is_grad_enabled():
+            derived.note(type(module).__name__, args, {}, output)
         # this is called for exceptions before the module was entered as well
         if not stack or stack[-1].module is not module:
             return
@@ -296,7 +299,7 @@ class ResidualCanonizer(Described, Canonizer):
         if self.local.is_active:
             if call.weights is not None and active:
                 self.weights.watch(call.weights, active, call.opaque, self.is_gradient)
-            if not call.opaque:
+            if self.is_gradient or not call.opaque:
                 self._guard(call, active)
             elif call.begin is not None:
                 self._note(active, call.begin)
@@ -444,6 +447,25 @@ class ResidualCanonizer(Described, Canonizer):
             note_examples(function, output, self.local.batch)
         return output
 
+    def follow(self, func, args, kwargs):
+        '''Run a function, and have relevance refused that arrives at constants which were computed from the input.'''
+        name, stack = name_of(func), self._stack()
+        if not stack or not self.local.is_active or self.local.leaf is not None:
+            return self.intercept(func, args, kwargs)
+        is_followed = torch.is_grad_enabled() and (self.is_gradient or not stack[-1].opaque)
+        found = derived.marks_of(func, name, args, kwargs) if name in derived.PLACING and is_followed else None
+        output = self.intercept(func, args, kwargs)
+        if not isinstance(output, torch.Tensor) or not output.requires_grad:
+            derived.note(name, args, kwargs, output)
+        target = args[0] if name == '__setitem__' else output
+        if found is not None and target.requires_grad:
+            select, source = found
+            check = refusal(
+                self._label(stack[-1].module), stack[-1].module, name, '', self.strict, derived.REMEDY.format(source)
+            )
+            target.register_hook(lambda relevance: check(select(relevance)))
+        return output
+
     def refuse(self, call, function, reason):
         '''Run a function which relevance must not reach, for a reason. What computes a gate may be anything.'''
         output, check = self.run_known(function, function.active), self._check(call.module, function.name, reason)
@@ -469,7 +491,10 @@ class ResidualCanonizer(Described, Canonizer):
         return refusal(self._label(module), module, name, reason, self.strict)
 
     def _guard(self, call, outputs):
-        '''Custom autograd functions, scripted and mapped ones are not intercepted. Relevance must not reach them.'''
+        '''Custom autograd functions, scripted and mapped ones are not intercepted. Relevance must not reach them.
+
+        If the gradient is the rule, only those that run modules in their backward pass, with rules and frozen weights.
+        '''
         for node in walk(nodes_of(outputs), self.local.seen):
             source = class_of(node)
             if node in self.local.known:
@@ -477,9 +502,11 @@ class ResidualCanonizer(Described, Canonizer):
             if source is not None and source.__name__ not in IDENTITIES and (
                 source.__module__.partition('.')[0] not in ('zennit', __package__.partition('.')[0])
             ):
+                if self.is_gradient and not calls_back(node):
+                    continue
                 reason = 'it has a backward function of its own'
                 node.register_prehook(self._check(call.module, source.__qualname__, reason))
-            elif is_arithmetic(node):
+            elif not self.is_gradient and is_arithmetic(node):
                 reason = 'it runs in a scripted or mapped function'
                 node.register_prehook(self._check(call.module, function_of(node), reason))
 
@@ -550,4 +577,4 @@ class _Interception(Watch):
 
     def run(self, func, args, kwargs):
         '''Run a function, through a module that stands for it if it is an operation on relevance.'''
-        return self.canonizer.intercept(func, args, kwargs)
+        return self.canonizer.follow(func, args, kwargs)
