@@ -241,15 +241,18 @@ def braindecode():
 
     shapes = {
         'AttnSleep': (1, 3000), 'EMG2QwertyNet': (32, 3000), 'SensingDynamics': (16, 1000), 'NeuroPose': (16, 1000),
-        'VEMG2Pose': (16, 2000), 'ZUNA': (8, 1024),
+        'VEMG2Pose': (16, 2000), 'ZUNA': (8, 1024), 'Labram': (128, 1000),
+        'MetaNeuromotorHand': (16, 8000),
     }
     places = ('DANCE', 'DGCNN', 'EEGSym', 'SignalJEPA', 'SignalJEPA_Contextual', 'ZUNA')
     for name in dir(package):
         kind = getattr(package, name)
-        if isinstance(kind, type) and issubclass(kind, nn.Module) and not name.startswith('Interpolated'):
+        # REVE downloads places of electrodes
+        is_network = isinstance(kind, type) and issubclass(kind, nn.Module)
+        if is_network and not name.startswith(('Interpolated', 'REVE')):
             # networks for sleep need half a minute
             shape = shapes.get(name, (2, 3000) if re.search('[sS]leep', name) else (8, 1000))
-            kwargs = {} if name == 'TCN' else dict(n_times=shape[1], sfreq=100)
+            kwargs = {} if name == 'TCN' else dict(n_times=shape[1], sfreq=2000 if name == 'MetaNeuromotorHand' else 100)
             if name in places:
                 kwargs['chs_info'] = electrodes(shape[0])
             yield name, lambda kind=kind, shape=shape, kwargs=kwargs: kind(n_chans=shape[0], n_outputs=4, **kwargs), [shape]

@@ -33,6 +33,9 @@ def source_of(tensor):
 
 def note(name, args, kwargs, output):
     '''Note that an output has no gradient, although it was computed from the input.'''
+    if name == '__get__' and not isinstance(output, torch.Tensor):
+        # shapes and types are asked for often
+        return
     with DisableTorchFunction():
         outputs = [args[0]] if name == '__setitem__' else tensors_of(output)
         outputs = [elem for elem in outputs if not elem.requires_grad]

@@ -449,22 +449,24 @@ class ResidualCanonizer(Described, Canonizer):
 
     def follow(self, func, args, kwargs):
         '''Run a function, and have relevance refused that arrives at constants which were computed from the input.'''
-        name, stack = name_of(func), self._stack()
-        if not stack or not self.local.is_active or self.local.leaf is not None:
-            return self.intercept(func, args, kwargs)
-        is_followed = torch.is_grad_enabled() and (self.is_gradient or not stack[-1].opaque)
-        found = derived.marks_of(func, name, args, kwargs) if name in derived.PLACING and is_followed else None
+        name, found = name_of(func), None
+        is_followed = self.local.is_active and self.local.leaf is None
+        if name in derived.PLACING and is_followed and torch.is_grad_enabled():
+            found = derived.marks_of(func, name, args, kwargs)
         output = self.intercept(func, args, kwargs)
-        if not isinstance(output, torch.Tensor) or not output.requires_grad:
+        if is_followed and not (isinstance(output, torch.Tensor) and output.requires_grad):
             derived.note(name, args, kwargs, output)
-        target = args[0] if name == '__setitem__' else output
-        if found is not None and target.requires_grad:
-            select, source = found
-            check = refusal(
-                self._label(stack[-1].module), stack[-1].module, name, '', self.strict, derived.REMEDY.format(source)
-            )
-            target.register_hook(lambda relevance: check(select(relevance)))
+        if found is not None:
+            self._refuse_marked(name, *found, args[0] if name == '__setitem__' else output)
         return output
+
+    def _refuse_marked(self, name, select, source, output):
+        '''Have relevance of some elements refused, which have no gradient, unless a rule covers the module.'''
+        stack = self._stack()
+        if stack and (self.is_gradient or not stack[-1].opaque) and output.requires_grad:
+            module, remedy = stack[-1].module, derived.REMEDY.format(source)
+            check = refusal(self._label(module), module, name, '', self.strict, remedy)
+            output.register_hook(lambda relevance: check(select(relevance)))
 
     def refuse(self, call, function, reason):
         '''Run a function which relevance must not reach, for a reason. What computes a gate may be anything.'''
