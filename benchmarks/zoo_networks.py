@@ -39,7 +39,7 @@ def timm():
         return package.models.get_pretrained_cfg(name).input_size[-1] if package.is_model_pretrained(name) else 224
 
     for name in smallest(package.list_models(), build, 8e6):
-        yield name, lambda name=name: build(name), [IMAGE, (3, 96, 96), (3, size(name), size(name))]
+        yield name, lambda name=name: build(name), [IMAGE, (3, 96, 96), (3, size(name), size(name)), (3, 256, 256)]
 
 
 def torchvision():
@@ -56,7 +56,7 @@ def torchvision():
         if 'resnet101' not in name:
             yield name, lambda name=name: models.get_model(name, weights=None, weights_backbone=None, num_classes=5), [IMAGE]
     for name in models.list_models(module=models.video):
-        shape = [(3, 16, 224, 224)] if 'mvit' in name or 'swin' in name or name == 's3d' else [VIDEO, (3, 16, 112, 112)]
+        shape = [(3, 16, 224, 224)] if 'mvit' in name or name == 's3d' else [VIDEO, (3, 16, 112, 112)]
         yield name, lambda name=name: models.get_model(name, weights=None), shape
 
     class Dense(nn.Module):
@@ -148,12 +148,12 @@ def monai():
         'VNet 3d': lambda: nets.VNet(3, 1, 3),
         'HighResNet 3d': lambda: nets.HighResNet(**three),
         'AttentionUnet 3d': lambda: nets.AttentionUnet(**three, **small),
-        'AHNet 3d': lambda: nets.AHNet(spatial_dims=3, in_channels=1, out_channels=3),
+        'AHNet 3d': lambda: nets.AHNet(spatial_dims=3, in_channels=1, out_channels=3, psp_block_num=0),
         'DiNTS': lambda: nets.DiNTS(nets.TopologyInstance(spatial_dims=3), 1, 3),
         'RegUNet 3d': lambda: nets.RegUNet(3, 1, 4, 3, out_channels=3),
-        'LocalNet 3d': lambda: nets.LocalNet(3, 1, 4, 3, out_channels=3),
+        'LocalNet 3d': lambda: nets.LocalNet(3, 1, 4, (0, 1, 2, 3), out_channels=3),
         'GlobalNet 3d': lambda: nets.GlobalNet((16, 16, 16), 3, 1, 4, 3),
-        'AutoEncoder 3d': lambda: nets.AutoEncoder(**three, **small),
+        'AutoEncoder 3d': lambda: nets.AutoEncoder(**three, channels=(4, 8), strides=(2, 2)),
         'Classifier 3d': lambda: nets.Classifier((1, 16, 16, 16), 3, **small),
         'Regressor 3d': lambda: nets.Regressor((1, 16, 16, 16), 3, **small),
         'Discriminator 3d': lambda: nets.Discriminator((1, 16, 16, 16), **small),
@@ -191,7 +191,7 @@ def monai():
     yield 'HoVerNet', lambda: nets.HoVerNet(mode='fast', in_channels=3, out_classes=3), [(3, 256, 256)]
     yield 'MILModel', lambda: nets.MILModel(3, mil_mode='att', pretrained=False, backbone='resnet18'), [(2, 3, 64, 64)]
     yield 'MILModel mean', lambda: nets.MILModel(3, mil_mode='mean', pretrained=False, backbone='resnet18'), [(2, 3, 64, 64)]
-    yield 'TorchVisionFCModel', lambda: nets.TorchVisionFCModel('resnet18', 3, pretrained=False), [IMAGE]
+    yield 'TorchVisionFCModel', lambda: nets.TorchVisionFCModel('resnet18', 3, pretrained=False), [(3, 224, 224)]
     yield 'FullyConnectedNet', lambda: nets.FullyConnectedNet(20, 3, [16, 8]), [(20,)]
 
 
@@ -199,8 +199,10 @@ def pytorchcv():
     '''The smallest networks of each family, and those for CIFAR-10.'''
     from pytorchcv.model_provider import _models as table
 
+    settings = {'fastscnn_cityscapes': {'in_size': (128, 128)}, 'bisenet_resnet18_celebamaskhq': {'in_size': (128, 128)}}
+
     def build(name):
-        return table[name](pretrained=False)
+        return table[name](pretrained=False, **settings.get(name, {}))
 
     skipped = ('56_cifar', '16x64d', '1001', '1202', '542', '272', '250', '190', '236', '200', '164', '110', 'wrn16_10', 'wrn28', 'wrn40', 'a270')
     names = [name for name in table if re.search(r'cifar10$', name) and not any(part in name for part in skipped)]
@@ -212,7 +214,9 @@ def pytorchcv():
             families.setdefault(re.match(r'[a-z]+', name)[0], []).append(name)
     first = [member for members in families.values() for member in members[:2]]
     for name in smallest(first, build, 30e6):
-        yield name, lambda name=name: build(name), [IMAGE, (3, 128, 128), (3, 224, 224), (3, 256, 256), (3, 480, 480)]
+        shape = {'pfpcnet': [(1, 320, 240)], **dict.fromkeys(settings, [(3, 128, 128)])}.get(
+            name, [IMAGE, *((3, size, size) for size in (128, 224, 256, 299, 480))])
+        yield name, lambda name=name: build(name), shape
 
 
 def torchreid():
@@ -228,14 +232,30 @@ def torchreid():
 
 def braindecode():
     '''Networks for signals.'''
+    import mne
     from braindecode import models as package
+
+    def electrodes(number):
+        info = mne.create_info(mne.channels.make_standard_montage('standard_1020').ch_names[:number], 100, 'eeg')
+        return info.set_montage('standard_1020')['chs']
+
+    shapes = {
+        'AttnSleep': (1, 3000), 'EMG2QwertyNet': (32, 3000), 'SensingDynamics': (16, 1000), 'NeuroPose': (16, 1000),
+        'VEMG2Pose': (16, 2000), 'ZUNA': (8, 1024), 'Labram': (128, 1000),
+        'MetaNeuromotorHand': (16, 8000),
+    }
+    places = ('DANCE', 'DGCNN', 'EEGSym', 'SignalJEPA', 'SignalJEPA_Contextual', 'ZUNA')
     for name in dir(package):
         kind = getattr(package, name)
-        if isinstance(kind, type) and issubclass(kind, nn.Module) and not name.startswith('Interpolated'):
+        # REVE downloads places of electrodes
+        is_network = isinstance(kind, type) and issubclass(kind, nn.Module)
+        if is_network and not name.startswith(('Interpolated', 'REVE')):
             # networks for sleep need half a minute
-            shape = (2, 3000) if re.search('[sS]leep', name) else (8, 1000)
-            yield name, lambda kind=kind, shape=shape: kind(
-                n_chans=shape[0], n_outputs=4, n_times=shape[1], sfreq=100), [shape]
+            shape = shapes.get(name, (2, 3000) if re.search('[sS]leep', name) else (8, 1000))
+            kwargs = {} if name == 'TCN' else dict(n_times=shape[1], sfreq=2000 if name == 'MetaNeuromotorHand' else 100)
+            if name in places:
+                kwargs['chs_info'] = electrodes(shape[0])
+            yield name, lambda kind=kind, shape=shape, kwargs=kwargs: kind(n_chans=shape[0], n_outputs=4, **kwargs), [shape]
 
 
 def transformers():
@@ -251,16 +271,16 @@ def transformers():
         'RegNet, x': dict(embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], groups_width=8, layer_type='x'),
         'MobileNetV1': dict(depth_multiplier=.25), 'MobileNetV2': dict(depth_multiplier=.35),
         'EfficientNet': dict(width_coefficient=.5, depth_coefficient=.5, hidden_dim=640),
-        'Bit': dict(embedding_size=32, hidden_sizes=[32, 32, 32, 32], depths=[1, 1, 1, 1]),
+        'Bit': dict(embedding_size=32, hidden_sizes=[128] * 4, depths=[1, 1, 1, 1]),
         'PoolFormer': dict(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1]),
         'FocalNet': dict(embed_dim=16, depths=[1, 1, 1, 1]), 'MobileViT': dict(hidden_sizes=[32, 48, 64]),
-        'MobileViTV2': {}, 'Cvt': dict(embed_dim=[16, 24, 32], num_heads=[1, 1, 2], depth=[1, 1, 1]),
+        'MobileViTV2': {}, 'Cvt': dict(embed_dim=[16, 24, 32], num_heads=[1, 1, 2], depth=[1, 2, 3]),
         'Levit': {}, 'SwiftFormer': {}, 'Swin': dict(embed_dim=12, depths=[1, 1]), 'ViT': dict(
             hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32),
         'Segformer': dict(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 2, 2]),
         'HGNetV2': {}, 'DINOv3ConvNext': dict(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1]), 'TextNet': {},
         'Data2VecVision': dict(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32),
-        'VAN': {}, 'EfficientFormer': {}, 'PvtV2': dict(depths=[1, 1, 1, 1]), 'Dinat': {}, 'TimmWrapper': {},
+        'VAN': {}, 'EfficientFormer': {}, 'PvtV2': dict(depths=[1, 1, 1, 1]), 'TimmWrapper': {},
     }
     for name, settings in table.items():
         stem = name.partition(',')[0]
@@ -381,7 +401,7 @@ def torchaudio():
         'DeepSpeech': (lambda: models.DeepSpeech(20, 16, 5), (1, 30, 20)),
         'wav2vec2': (lambda: models.wav2vec2_model(
             'group_norm', [(8, 10, 5), (8, 3, 2)], False, 12, 0., 3, 2, 1, 2, 0., 16, 0., 0., False, 0., 5), (2000,)),
-        'HDemucs': (lambda: models.HDemucs(['a', 'b'], 1, 4, depth=2), (1, 4096)),
+        'HDemucs': (lambda: models.HDemucs(['a', 'b'], 1, 4, depth=4, nfft=1024), (1, 8192)),
         'ConvEmformer-free SquimObjective': (lambda: models.squim_objective_base(), (16000,)),
     }
     for name, (build, shape) in table.items():

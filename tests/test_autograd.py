@@ -5,6 +5,7 @@ Checked with PyTorch 2.4 to 2.13. Another name would silently make a gate a sign
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from zennit_resnet import _autograd
 
@@ -138,6 +139,23 @@ def test_custom_functions():
     node = Custom.apply(leaf(2)).grad_fn
     assert _autograd.class_of(node) is Custom and _autograd.class_of((leaf() * 2).grad_fn) is None
     assert (_autograd.rule_of(node), _autograd.module_of(node)) == ('rule', 'module')
+
+
+def test_calls_back():
+    '''What the context of a custom function is given are attributes of its node.'''
+    class Custom(torch.autograd.Function):
+        '''Keeps something.'''
+        @staticmethod
+        def forward(ctx, x, kept):
+            '''Twice the input.'''
+            ctx.save_for_backward(x)
+            ctx.kept = kept
+            return 2 * x
+
+    for kept in (nn.ReLU(), [nn.ReLU()], {'a': (nn.ReLU(),)}, len.__class__, lambda x: x, nn.ReLU().forward):
+        assert _autograd.calls_back(Custom.apply(leaf(), kept).grad_fn) is (kept is not len.__class__)
+    for kept in (2, 'name', (1, 2), None, torch.float32):
+        assert not _autograd.calls_back(Custom.apply(leaf(), kept).grad_fn)
 
 
 def test_metadata():

@@ -21,7 +21,7 @@ from zennit_resnet import ResidualCanonizer, ResNetLRP, _compat
 PACKAGE = Path(zennit_resnet.__file__).parent
 # Names of autograd nodes, their numbers and what they save; modes, versions, hooks and frames.
 PRIVATE = re.compile(
-    r'torch\._|_saved_\w+|_sequence_nr|_forward_cls|_input_metadata|_forward(_pre)?_hooks|_getframe|_is_view|\._version'
+    r'torch\._|_saved_\w+|_sequence_nr|_forward_cls|_input_metadata|_forward(_pre)?_hooks|_getframe|_is_view|\._version|\._base\b'
     r'|_unsafe_preserve|_function_mode|_compiled_call_impl|_orig_mod|_conv_forward|_reversed_padding|_DropoutNd'
 )
 
@@ -68,6 +68,25 @@ def test_is_view():
     '''Views are views, copies and detached tensors of no other are none.'''
     tensor = torch.zeros(2, 2, requires_grad=True) * 1
     assert _compat.is_view(tensor[0]) and not _compat.is_view(tensor.clone())
+
+
+def test_base_of():
+    '''That of a view of a view is the tensor with the memory, and writing into either changes it.'''
+    tensor = torch.zeros(2, 2)
+    view = tensor[:, 1:][0]
+    assert _compat.base_of(view) is tensor and _compat.base_of(tensor) is None
+    view.fill_(3)
+    assert tensor.tolist() == [[0., 3.], [0., 0.]]
+
+
+def test_is_out_of_memory():
+    '''The message of the CPU is one of those that are known.'''
+    with pytest.raises(RuntimeError) as error:
+        # more than any machine has
+        torch.empty(2 ** 55)
+    assert _compat.is_out_of_memory(error.value) and _compat.is_out_of_memory(MemoryError())
+    assert _compat.is_out_of_memory(torch.cuda.OutOfMemoryError())
+    assert not _compat.is_out_of_memory(RuntimeError('shapes')) and not _compat.is_out_of_memory(ValueError())
 
 
 def test_in_backward():

@@ -3,6 +3,9 @@
 ``tests/test_autograd.py`` has a canary for each name that is read here: another name would silently make gates of
 signals, or have operations attributed to other layers.
 '''
+import functools
+import types
+
 import torch
 from zennit.types import Activation, AvgPool, Convolution, Linear, MaxPool
 
@@ -45,6 +48,8 @@ SCALED = frozenset('add sub mul div truediv clamp clamp_min clampmin clip neg'.s
 INVERSES = frozenset('reciprocal pow div truediv rtruediv rdiv'.split())
 # Functions that a softmax may be written with.
 SOFT = frozenset('exp exp2 expm1 logsumexp logaddexp softplus sigmoid tanh softmax logsoftmax logsigmoid'.split())
+# What a custom autograd function may keep to run it in the backward pass.
+CALLED = (torch.nn.Module, types.FunctionType, types.MethodType, functools.partial)
 # Functions of several tensors.
 PRODUCTS = frozenset('Bmm Mm Mv Dot Baddbmm Addmm Addbmm'.split())
 LAYERS = PRODUCTS | {'Convolution', 'Linear'}
@@ -88,6 +93,17 @@ def function_of(node):
 def class_of(node):
     '''Class of the custom autograd function that a node belongs to, None for others.'''
     return getattr(node, '_forward_cls', None)
+
+
+def calls_back(node):
+    '''Whether a custom autograd function keeps modules or functions, which its backward pass may run again.'''
+    return any(_is_called(elem) for elem in vars(node).values())
+
+
+def _is_called(value):
+    if isinstance(value, (list, tuple, dict)):
+        return any(map(_is_called, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, CALLED)
 
 
 def metadata_of(node):

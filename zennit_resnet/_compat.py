@@ -41,9 +41,21 @@ def is_view(tensor):
     return tensor._is_view()
 
 
+def base_of(tensor):
+    '''The tensor that a tensor is a view of, None if there is none.'''
+    return tensor._base
+
+
 def in_backward():
     '''Whether a backward pass is running in this thread, as it is where checkpointing runs modules again.'''
     return torch._C._current_graph_task_id() != -1
+
+
+def is_out_of_memory(error):
+    '''Whether an error is for lack of memory, which for that of the CPU only its message tells.'''
+    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and any(key in str(error) for key in ('allocate memory', 'not enough memory'))
+    )
 
 
 # -- modules -----------------------------------------------------------------------------------------------------------

@@ -155,3 +155,46 @@ def test_threads():
             thread.join()
         for num, x in enumerate(inputs):
             torch.testing.assert_close(results[num], relevance(x), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize('error', [
+    MemoryError('no more'), torch.cuda.OutOfMemoryError('CUDA out of memory'),
+    RuntimeError('[enforce fail] DefaultCPUAllocator: can\'t allocate memory: you tried to allocate 8 bytes.'),
+    RuntimeError('DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes.'),
+])
+def test_lack_of_memory(error):
+    '''If there is too little for the check, the error says so, and nothing of copies. Others leave it undecided.'''
+    class Limited(nn.Module):
+        '''Runs without gradients are too much.'''
+        def __init__(self, problem):
+            super().__init__()
+            self.net, self.problem = Net(lambda h: h), problem
+
+        def forward(self, x):
+            '''Logits of features that are moved first.'''
+            if not torch.is_grad_enabled():
+                raise self.problem
+            logits = self.net(x)
+            return logits + logits.transpose(0, 1).mean(1, keepdim=True).T * 0
+
+    with pytest.raises(type(error)) as caught:
+        explain(build(lambda: Limited(error)), images(), ResNetLRP())
+    assert caught.value is error
+    with pytest.raises(RuntimeError, match='cannot be run for copies'):
+        explain(build(lambda: Limited(RuntimeError('shapes'))), images(), ResNetLRP())
+
+
+def test_windows_of_attention():
+    '''Products of windows, of which several are of one image, do not mix images.'''
+    def attend(h):
+        windows = h.unflatten(2, (2, 4)).unflatten(4, (2, 4)).permute(0, 2, 4, 3, 5, 1).reshape(-1, 16, 8)
+        query, key, value = windows.repeat(1, 1, 3).reshape(len(windows), 16, 3, 2, 4).permute(2, 0, 3, 1, 4)[:]
+        weights = query.matmul(key.transpose(2, 3)).softmax(3).detach()
+        output = weights.matmul(value).transpose(1, 2).reshape(len(h), 2, 2, 4, 4, 8)
+        return output.permute(0, 5, 1, 3, 2, 4).reshape(h.shape)
+
+    model, x = build(lambda: Net(attend)), images()
+    for name in ('ratio', 'block'):
+        whole = explain(model, x, COMPOSITES[name]())
+        for num in range(4):
+            torch.testing.assert_close(whole[num], explain(model, x[num:num + 1], COMPOSITES[name]())[0])

@@ -279,6 +279,71 @@ def test_reentrant_checkpointing():
     torch.testing.assert_close(explain(Checkpointed(False), ResNetLRP()), explain(Net(), ResNetLRP()))
 
 
+class Reversible(torch.autograd.Function):
+    '''Runs a module again in the backward pass, and differentiates with respect to its parameters.'''
+    @staticmethod
+    def forward(ctx, x, run, *parameters):
+        '''Output of the module.'''
+        ctx.save_for_backward(x)
+        ctx.run, ctx.number = run, len(parameters)
+        with torch.no_grad():
+            return run[0](x) if isinstance(run, list) else run(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        '''Gradients of all.'''
+        x, run = ctx.saved_tensors[0].detach().requires_grad_(), ctx.run
+        run = run[0] if isinstance(run, list) else run
+        parameters = getattr(run, '__self__', run).parameters() if ctx.number else ()
+        with torch.enable_grad():
+            lower = torch.autograd.grad(run(x), (x, *parameters), gradient)
+        return lower[0], None, *lower[1:]
+
+
+class Doubled(torch.autograd.Function):
+    '''A function with a gradient of its own, as layers that save memory have.'''
+    @staticmethod
+    def forward(ctx, x):
+        '''Twice the input.'''
+        ctx.factor = 2
+        return ctx.factor * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        '''Gradient.'''
+        return ctx.factor * gradient
+
+
+@pytest.mark.parametrize('with_parameters', [True, False])
+@pytest.mark.parametrize('kept', [lambda m: m, lambda m: [m], lambda m: m.forward])
+@pytest.mark.parametrize('create', [ResNetLRP, RelativeLRP, BlockLRP])
+def test_functions_that_run_modules_again(create, kept, with_parameters):
+    '''Weights are frozen within the context, and rules are not those of a backward pass: all composites refuse.'''
+    class Outer(nn.Module):
+        '''A reversible block.'''
+        def __init__(self):
+            super().__init__()
+            self.net = Net()
+
+        def forward(self, x):
+            '''Logits.'''
+            return Reversible.apply(x, kept(self.net), *(self.net.parameters() if with_parameters else ()))
+
+    outer = Outer()
+    outer.double()(images().requires_grad_()).sum().backward()
+    with pytest.raises(UnsupportedOperation, match=r'The model \(Outer\) uses \'Reversible\''):
+        explain(outer, create())
+
+
+def test_functions_that_run_no_modules():
+    '''If the gradient is the rule, that of such a function is as good as any.'''
+    relevance = explain(Net(Doubled.apply), BlockLRP())
+    torch.testing.assert_close(relevance, explain(Net(lambda x: 2 * x), BlockLRP()))
+    for create in (ResNetLRP, RelativeLRP):
+        with pytest.raises(UnsupportedOperation, match='Doubled'):
+            explain(Net(Doubled.apply), create())
+
+
 @pytest.mark.filterwarnings('ignore')
 def test_quantized():
     '''Rules need floating point weights.'''

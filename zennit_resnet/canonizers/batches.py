@@ -2,7 +2,7 @@
 import torch
 
 from .._autograd import moved_before
-from .._compat import DisableTorchFunction, without_hooks
+from .._compat import DisableTorchFunction, is_out_of_memory, without_hooks
 from .._nested import active_tensors, map_tensors, tensors_of
 from .functions import ALIASES, dims_of
 from .operations import OPERATIONS
@@ -96,7 +96,7 @@ def depends_on_batch(module, given, output):
     '''Whether the output of a network for an image depends on others: whether it is another among copies of itself.
 
     Asked of the first and of the last image. None if the network cannot be run so. Hooks of modules only run if there
-    is any doubt.
+    is any doubt. Errors for lack of memory are raised.
     '''
     size, bare = batch_size(given), without_hooks(module)
     devices = {elem.device for elem in tensors_of(given) if elem.is_cuda}
@@ -110,7 +110,9 @@ def depends_on_batch(module, given, output):
                     actual = tensors_of(network(*args, **kwargs))
                 differs = any(_differ(elem, expected, index, size)
                               for elem, expected in zip(actual, tensors_of(output)))
-            except Exception:  # pylint: disable=broad-exception-caught
+            except Exception as error:  # pylint: disable=broad-exception-caught
+                if is_out_of_memory(error):
+                    raise
                 differs = None
             if differs is False:
                 break

@@ -25,10 +25,11 @@ class UnsupportedOperation(RuntimeError):
     '''A network uses an operation on relevance for which there is no rule.'''
 
 
-def refusal(label, module, name, reason, strict):
+# pylint: disable=too-many-arguments
+def refusal(label, module, name, reason, strict, remedy=None):
     '''Create a backward hook which raises an error, or warns, if there is any relevance.'''
     where = f'{label} uses \'{name}\' on tensors that carry relevance'
-    remedy = next((text for key, text in REMEDIES.items() if key in name), None)
+    remedy = next((text for key, text in REMEDIES.items() if key in name), remedy)
     if remedy is not None:
         message = f'{where}: {remedy}.'
     else:

@@ -9,11 +9,12 @@ import torch
 from zennit.canonizers import Canonizer
 from zennit.core import RemovableHandleList
 
-from .._autograd import class_of, function_of, is_arithmetic, last_layers, name_of, nodes_of, rule_of, walk
+from .._autograd import calls_back, class_of, function_of, is_arithmetic, last_layers, name_of, nodes_of, rule_of, walk
 from .._compat import DisableTorchFunction, caller, in_backward, is_replacing, is_running, registering_composite
 from .._inplace import Watch, forget, note_copy, settle
 from .._nested import active_tensors, tensors_of
 from ..arguments import Described, check_choice, check_flag
+from . import derived
 from .batch_norm import BatchNormMerge
 from .batches import REGIONS, WATCHED, batch_size, changes_first, depends_on_batch, may_mix
 from .calls import Local, ModuleCall, is_opaque, keep_stored, single_pass
@@ -271,6 +272,8 @@ class ResidualCanonizer(Described, Canonizer):
     def _leave(self, module, args, output):
         self.local.leaf = None
         stack = self.local.__dict__.get('stack')
+        if stack and self.local.is_grad_enabled and not torch.is_grad_enabled():
+            derived.note(type(module).__name__, args, {}, output)
         # this is called for exceptions before the module was entered as well
         if not stack or stack[-1].module is not module:
             return
@@ -296,7 +299,7 @@ class ResidualCanonizer(Described, Canonizer):
         if self.local.is_active:
             if call.weights is not None and active:
                 self.weights.watch(call.weights, active, call.opaque, self.is_gradient)
-            if not call.opaque:
+            if self.is_gradient or not call.opaque:
                 self._guard(call, active)
             elif call.begin is not None:
                 self._note(active, call.begin)
@@ -444,6 +447,27 @@ class ResidualCanonizer(Described, Canonizer):
             note_examples(function, output, self.local.batch)
         return output
 
+    def follow(self, func, args, kwargs):
+        '''Run a function, and have relevance refused that arrives at constants which were computed from the input.'''
+        name, found = name_of(func), None
+        is_followed = self.local.is_active and self.local.leaf is None
+        if name in derived.PLACING and is_followed and torch.is_grad_enabled():
+            found = derived.marks_of(func, name, args, kwargs)
+        output = self.intercept(func, args, kwargs)
+        if is_followed and not (isinstance(output, torch.Tensor) and output.requires_grad):
+            derived.note(name, args, kwargs, output)
+        if found is not None:
+            self._refuse_marked(name, *found, args[0] if name == '__setitem__' else output)
+        return output
+
+    def _refuse_marked(self, name, select, source, output):
+        '''Have relevance of some elements refused, which have no gradient, unless a rule covers the module.'''
+        stack = self._stack()
+        if stack and (self.is_gradient or not stack[-1].opaque) and output.requires_grad:
+            module, remedy = stack[-1].module, derived.REMEDY.format(source)
+            check = refusal(self._label(module), module, name, '', self.strict, remedy)
+            output.register_hook(lambda relevance: check(select(relevance)))
+
     def refuse(self, call, function, reason):
         '''Run a function which relevance must not reach, for a reason. What computes a gate may be anything.'''
         output, check = self.run_known(function, function.active), self._check(call.module, function.name, reason)
@@ -469,7 +493,10 @@ class ResidualCanonizer(Described, Canonizer):
         return refusal(self._label(module), module, name, reason, self.strict)
 
     def _guard(self, call, outputs):
-        '''Custom autograd functions, scripted and mapped ones are not intercepted. Relevance must not reach them.'''
+        '''Custom autograd functions, scripted and mapped ones are not intercepted. Relevance must not reach them.
+
+        If the gradient is the rule, only those that run modules in their backward pass, with rules and frozen weights.
+        '''
         for node in walk(nodes_of(outputs), self.local.seen):
             source = class_of(node)
             if node in self.local.known:
@@ -477,9 +504,11 @@ class ResidualCanonizer(Described, Canonizer):
             if source is not None and source.__name__ not in IDENTITIES and (
                 source.__module__.partition('.')[0] not in ('zennit', __package__.partition('.')[0])
             ):
+                if self.is_gradient and not calls_back(node):
+                    continue
                 reason = 'it has a backward function of its own'
                 node.register_prehook(self._check(call.module, source.__qualname__, reason))
-            elif is_arithmetic(node):
+            elif not self.is_gradient and is_arithmetic(node):
                 reason = 'it runs in a scripted or mapped function'
                 node.register_prehook(self._check(call.module, function_of(node), reason))
 
@@ -550,4 +579,4 @@ class _Interception(Watch):
 
     def run(self, func, args, kwargs):
         '''Run a function, through a module that stands for it if it is an operation on relevance.'''
-        return self.canonizer.intercept(func, args, kwargs)
+        return self.canonizer.follow(func, args, kwargs)

@@ -1,0 +1,85 @@
+'''Constants that a network computes from its input by functions without a gradient: indices, comparisons, coordinates.
+
+Relevance has no way on from there, so that it must not arrive.
+'''
+import torch
+
+from .._compat import DisableTorchFunction, base_of
+from .._nested import active_tensors, tensors_of
+from . import layers, moves
+from .functions import FunctionCall
+from .operations import OPERATIONS
+
+REMEDY = (
+    'it arrives at what \'{}\' computed from the input without a gradient (an index, a comparison, a detached tensor), '
+    'from where it has no way on. Explain outputs that have a gradient, such as scores in place of coordinates'
+)
+# Functions which read no more than shape and type of other arguments than the first, or return several of their own.
+READ_FIRST = frozenset('expand_as view_as reshape_as type_as to'.split())
+READ_NONE = frozenset('broadcast_tensors meshgrid'.split())
+# Functions that put elements among constants, and with concatenations.
+FILLINGS = frozenset(
+    name for name, entry in OPERATIONS.items() if entry.run in (moves.place, moves.copy, moves.assign)
+)
+PLACING = FILLINGS | {name for name, entry in OPERATIONS.items() if entry.run is layers.concatenate}
+# Fillings of which integers are places.
+INDEXED = ('scatter', 'index', '_index', 'put', 'max_unpool', 'select', 'slice', 'diagonal')
+
+
+def source_of(tensor):
+    '''Name of the function that computed a constant from the input, None for other tensors.'''
+    return None if tensor.requires_grad else getattr(tensor, '_derived', None)
+
+
+def note(name, args, kwargs, output):
+    '''Note that an output has no gradient, although it was computed from the input.'''
+    if name == '__get__' and not isinstance(output, torch.Tensor):
+        # shapes and types are asked for often
+        return
+    with DisableTorchFunction():
+        outputs = [args[0]] if name == '__setitem__' else tensors_of(output)
+        outputs = [elem for elem in outputs if not elem.requires_grad]
+        if not outputs or name in READ_NONE or name.endswith('_like') or name.startswith('new_'):
+            return
+        given = args[:1] if name in READ_FIRST else (args, kwargs)
+        source = next(filter(None, map(source_of, tensors_of(given))), None)
+        if source is None and active_tensors(given):
+            source = 'data' if name == '__get__' else name
+        for elem in outputs if source is not None else ():
+            elem._derived = source
+            if base_of(elem) is not None:
+                base_of(elem)._derived = source
+
+
+def marks_of(func, name, args, kwargs):
+    '''Which elements of an output will be such constants beside other elements, before a function runs.
+
+    Returns a function ``(relevance) -> relevance`` of these elements, and the name of what computed them, or None.
+    '''
+    with DisableTorchFunction():
+        is_filling = name in FILLINGS
+        values = tensors_of((args[0], args[2]) if name == '__setitem__' else (args, kwargs))
+        if is_filling:
+            values = [elem for elem in values if elem.is_floating_point() or not (
+                elem.dtype == torch.bool or name.startswith(INDEXED)
+            )]
+        values = list({id(elem): elem for elem in values}.values())
+        # relevance of zeros goes to other elements
+        sources = [source_of(elem) for elem in values]
+        sources = [source if source is not None and bool(elem.any()) else None for elem, source in zip(values, sources)]
+        if not any(sources):
+            return None
+        marks = [
+            (elem != 0 if is_filling else torch.ones_like(elem, dtype=torch.bool)) if source is not None
+            else torch.zeros((), dtype=torch.bool, device=elem.device).expand(elem.shape)
+            for elem, source in zip(values, sources)
+        ]
+        again = FunctionCall(func, name, args, kwargs, values).rebind(*values)
+
+    def select(relevance):
+        given = [mark.to(relevance.dtype, copy=True) for mark in marks]
+        with torch.no_grad():
+            output = again(*given)
+        return relevance.where((given[0] if name == '__setitem__' else output) != 0, 0.)
+
+    return select, next(filter(None, sources))
