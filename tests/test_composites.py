@@ -241,11 +241,13 @@ def test_conservation(splitting, identity_skip, first_layer, maxpool):
     # the average over 2 x 2 only knows even sizes
     input = make_input(2, 32 if maxpool == 'avg2x2' else 33)
     settings = {'splitting': splitting, 'identity_skip': identity_skip, 'first_layer': first_layer, 'maxpool': maxpool}
-    for block, batch_norm, projection, coverage in itertools.product(
-        (BasicBlock, Bottleneck), ('pass', 'merge'), ('spread', 'literal'), (None,) if first_layer != 'zplus' else (
-            'literal', 'even'
-        )
-    ):
+    # each pair of these meets
+    networks = (
+        (BasicBlock, 'pass', 'spread'), (Bottleneck, 'merge', 'spread'), (BasicBlock, 'merge', 'literal'),
+        (Bottleneck, 'pass', 'literal'),
+    )
+    coverages = ('literal', 'even') if first_layer == 'zplus' else (None,)
+    for (block, batch_norm, projection), coverage in itertools.product(networks, coverages):
         model = make_model(block)
         composite = ResNetLRP(
             batch_norm=batch_norm, projection=projection, coverage=coverage, **settings,

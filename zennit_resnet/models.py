@@ -181,7 +181,7 @@ def _load_named(name, weights, size):
 
 def _load_local(name, path, size):
     '''Load the weights of a model from a state dict.'''
-    state, classes = _read_state(path)
+    state, classes = read_state(path)
     kwargs = {}
     if name in AUXILIARY:
         kwargs = {'init_weights': False, 'aux_logits': any(key.startswith(AUXILIARY[name]) for key in state)}
@@ -243,8 +243,28 @@ def _preprocess(photo, size):
     return functional.normalize(functional.to_tensor(photo), IMAGENET_MEAN, IMAGENET_STD)
 
 
-def _read_state(path):
-    '''Read a state dict of any precision, and the names of classes or None.'''
+def read_state(path):
+    '''Read a state dict.
+
+    Parameters
+    ----------
+    path: str or :py:obj:`pathlib.Path`
+        A file of :py:obj:`torch.save` or, with the suffix ``.safetensors``, of safetensors. The state dict may also be
+        the entry ``'state_dict'``, ``'model_state_dict'`` or ``'model'`` of what is in the file.
+
+    Returns
+    -------
+    state: dict[str, :py:obj:`torch.Tensor`]
+        Parameters and buffers of any precision on the CPU. The prefix of :py:obj:`torch.nn.DataParallel` is removed.
+    classes: list[str] or None
+        Names of the classes, if the metadata of safetensors has them.
+
+    Raises
+    ------
+    ValueError
+        If there is no such file, or it is not a state dict of dense tensors that can be loaded safely.
+    '''
+    path = Path(path)
     if not os.path.isfile(path):
         raise ValueError(f'there is no file {path} with weights')
     classes = None

@@ -27,7 +27,7 @@ from captum_adapters._validation import (
     split_args,
     suggest,
 )
-from zennit_resnet.models import SUFFIXES, _read_state
+from zennit_resnet.models import SUFFIXES, read_state
 from zennit_resnet.registration import unwrap
 
 _TRUNK = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
@@ -347,7 +347,7 @@ def load_abn(
     if architecture not in names:
         hint = suggest(architecture, names)
         raise ValueError(f"{architecture!r} is no residual network of torchvision{hint}")
-    state, _ = _read_state(Path(path))
+    state, _ = read_state(path)
     if not any(key.startswith("attention_branch.") for key in state):
         raise ValueError(
             f"The weights {path} have no attention branch: train one with"

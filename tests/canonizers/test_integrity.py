@@ -108,11 +108,13 @@ class Interrupt(torch.nn.Module):
 
 # -- integrity ---------------------------------------------------------------------------------------------------------
 
-@every_composite
-@pytest.mark.parametrize('name', ['user', 'resnet18', 'mobilenet_v2'])
-def test_normal_exit(name, build):
+@pytest.mark.parametrize('name, label', [
+    *(('user', label) for label in COMPOSITES), ('resnet18', 'merge'), ('resnet18', 'EpsilonPlusFlat'),
+    ('mobilenet_v2', 'pass'), ('mobilenet_v2', 'canonizer'),
+])
+def test_normal_exit(name, label):
     '''The model is the same after the context is left, and after leaving it again.'''
-    model = build_model(name=name)
+    model, build = build_model(name=name), COMPOSITES[label]
     snapshot = Snapshot(model)
     results = [attribute(model, build(), images()) for _ in range(2)]
     snapshot.check()

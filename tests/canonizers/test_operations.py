@@ -22,8 +22,8 @@ NOT_BY_EXAMPLE = {
 @pytest.mark.parametrize('name', FUNCTIONS)
 def test_conserved(name, is_relu):
     '''Relevance is conserved, the output is the same to the last bit, and examples do not depend on each other.'''
-    for label in ('ratio', 'symmetric', 'merge'):
-        check(FUNCTIONS[name], RESNET[label], is_relu=is_relu)
+    for label, alone in (('ratio', (0, 1)), ('symmetric', (1,)), ('merge', (0,))):
+        check(FUNCTIONS[name], RESNET[label], is_relu=is_relu, alone=alone)
 
 
 @pytest.mark.parametrize('label', [*RELATIVE, *OTHERS])
@@ -38,7 +38,8 @@ def test_other_composites(name, label):
         with pytest.raises(ValueError, match='one at a time'):
             check(FUNCTIONS[name], {**RELATIVE, **OTHERS}[label], is_conserved=False)
     else:
-        check(FUNCTIONS[name], {**RELATIVE, **OTHERS}[label], is_conserved=False)
+        # the first examples of some composites, the second of others
+        check(FUNCTIONS[name], {**RELATIVE, **OTHERS}[label], is_conserved=False, alone=(int(label in OTHERS),))
 
 
 # -- single rules ------------------------------------------------------------------------------------------------------

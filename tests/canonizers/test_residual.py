@@ -38,11 +38,11 @@ from zennit_resnet.rules import SignalTakesAll, Split
 # -- whole networks ----------------------------------------------------------------------------------------------------
 
 TORCHVISION = {name: 64 for name in (
-    'resnet18', 'resnet34', 'resnet50', 'resnext50_32x4d', 'wide_resnet50_2', 'regnet_y_400mf', 'regnet_x_400mf',
-    'mobilenet_v2', 'mobilenet_v3_small', 'efficientnet_b0', 'convnext_tiny', 'densenet121', 'vgg16_bn',
-    'googlenet', 'inception_v3', 'fcn_resnet50', 'deeplabv3_resnet50', 'shufflenet_v2_x0_5', 'squeezenet1_0',
+    'resnet18', 'resnet50', 'resnext50_32x4d', 'regnet_y_400mf', 'mobilenet_v2', 'mobilenet_v3_small',
+    'efficientnet_b0', 'convnext_tiny', 'densenet121', 'vgg16_bn', 'googlenet', 'inception_v3', 'fcn_resnet50',
+    'deeplabv3_resnet50', 'shufflenet_v2_x0_5', 'squeezenet1_0',
 )}
-TORCHVISION['inception_v3'] = 75
+TORCHVISION.update(inception_v3=75, fcn_resnet50=33, deeplabv3_resnet50=33)
 TIMM = (
     'resnet26d', 'resnet50d', 'seresnet18', 'seresnet33ts', 'resnetv2_50', 'ecaresnet26t', 'nf_resnet26',
     'tf_efficientnet_lite0', 'convnext_atto', 'res2net50_26w_4s', 'skresnet18', 'dla34',
@@ -89,7 +89,7 @@ def test_timm(name):
     check_network(prepare(build_timm(name)), 64)
 
 
-@pytest.mark.parametrize('name', ['resnet18', 'densenet121', 'mobilenet_v2', 'googlenet', 'resnet26d', 'seresnet18'])
+@pytest.mark.parametrize('name', ['resnet18', 'densenet121', 'mobilenet_v2', 'seresnet18'])
 def test_merge(name):
     '''Merged batch normalization changes relevance, but neither the forward pass nor the sum.'''
     model = prepare((build_torchvision if name in TORCHVISION else build_timm)(name))
@@ -145,20 +145,17 @@ def test_merged_weights(function, is_merged):
         assert close(relevance[0], attributor(input, initial_relevance([1, 2], 'one'))[1])
 
 
-@pytest.mark.parametrize('name', [
-    'resnet18', 'resnet50', 'densenet121', 'mobilenet_v3_small', 'seresnet18', 'resnetv2_50',
-])
-@pytest.mark.parametrize('build', [
-    pytest.param(EpsilonPlusFlat, id='EpsilonPlusFlat'),
-    pytest.param(EpsilonPlus, id='EpsilonPlus'),
-    pytest.param(lambda: EpsilonGammaBox(low=-4., high=4.), id='EpsilonGammaBox'),
-    pytest.param(EpsilonAlpha2Beta1, id='EpsilonAlpha2Beta1'),
+@pytest.mark.parametrize('name, build', [
+    ('resnet18', EpsilonPlusFlat), ('resnet18', EpsilonPlus), ('resnet18', EpsilonAlpha2Beta1),
+    ('resnet18', lambda: EpsilonGammaBox(low=-4., high=4.)),
+    ('densenet121', EpsilonPlus), ('mobilenet_v3_small', EpsilonAlpha2Beta1), ('seresnet18', EpsilonPlusFlat),
+    ('resnetv2_50', lambda: EpsilonGammaBox(low=-4., high=4.)),
 ])
 def test_with_splitting(name, build):
     '''Composites of Zennit with splitting: nothing changes in the forward pass, and relevance is finite.'''
     model = prepare((build_torchvision if name in TORCHVISION else build_timm)(name))
     for rule in (RatioSplit(), SymmetricSplit()):
-        conservation_error(model, with_splitting(build(), rule), images(64).clamp(-4, 4))
+        conservation_error(model, with_splitting(build(), rule), images(32).clamp(-4, 4))
 
 
 @pytest.mark.parametrize('name, size', [('vit_b_16', 32), ('botnet26t_256', 64)])
@@ -206,12 +203,12 @@ def test_user_network():
 ])
 def test_cifar(num_blocks, name, accuracy):
     '''ResNet-20 and -56 for CIFAR-10, with option A shortcuts, functional activations and poolings.'''
-    model = cifar_network(num_blocks, name).double()
+    model = cifar_network(num_blocks, name)
     input, target = cifar_images()
     with torch.no_grad():
-        plain = model(input)
-    assert float((plain.argmax(1) == target).double().mean()) >= accuracy
-    input, target = input[:40], target[:40]
+        correct = model(input.float()).argmax(1) == target
+    assert float(correct.double().mean()) >= accuracy
+    model, input, target = model.double(), input[:10], target[:10]
     with torch.no_grad():
         plain = model(input)
     for splitting in ('ratio', 'symmetric'):

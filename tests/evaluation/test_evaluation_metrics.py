@@ -103,6 +103,26 @@ def test_ties(rank_by):
     assert values[f'tied_share{suffix}'].tolist() == [1, 1]
 
 
+def test_published_settings():
+    '''RISE deletes to its own baseline in its own steps, C3-LRP to that of the settings.'''
+    target, published = torch.tensor([0, 1]), torch.tensor([2, 0])
+    masks = torch.zeros(2, 20, 20, dtype=torch.bool)
+    images, maps, fill = torch.rand(2, 3, 20, 20), torch.rand(2, 20, 20), torch.full((1, 3, 1, 1), -2.)
+    batch = Batch(['a', 'b'], images, torch.zeros(2, 3), target, target, published, masks)
+    settings = MetricSettings(step=50, fill=fill)
+    for name, own in (('rise', {}), ('c3', {'step': 50, 'baselines': fill})):
+        values, _ = measure((name,), network, batch, maps, settings)
+        expected = metrics.insertion_deletion(network, images, maps, target=published, protocol=name, **own)
+        for field in ('insertion', 'deletion', 'id_score'):
+            actual = values[f'{field.removesuffix("_score")}_{name}']
+            np.testing.assert_allclose(actual, getattr(expected, field), rtol=1e-6)
+
+
+def network(images):
+    '''Logits of three classes.'''
+    return 9 * images.mean((2, 3))
+
+
 def test_other_networks(assets, tmp_path):
     '''Other networks of the same name, from files of the same name, are told apart.'''
     cross = []

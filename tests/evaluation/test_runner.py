@@ -50,9 +50,9 @@ def test_records(whole, assets):
         values, drawn = whole.records.loc[(sample, method)], whole.curves.loc[(sample, method)]
         black = classifier.bounds()[0]
         default = insertion_deletion(
-            classifier.model, input, maps, black, target, protocol='keio', ties='nearest', step=1024
+            classifier.model, input, maps, black, target, protocol='keio', ties='nearest', step=2048
         )
-        published = insertion_deletion(classifier.model, input, maps, black, target, protocol='keio', step=1024)
+        published = insertion_deletion(classifier.model, input, maps, black, target, protocol='keio', step=2048)
         for name, expected in {
             'insertion': default.insertion, 'deletion': default.deletion, 'id': default.id_score,
             'insertion_keio': published.insertion, 'deletion_keio': published.deletion,
@@ -138,13 +138,13 @@ def test_other_run(assets, whole, tmp_path, monkeypatch):
     # the same number of images of the same size
     (images / 'circle' / '0.png').rename(images / 'circle' / '00.png')
     for options, what in (
-        ({'step': 512}, r'step \(1024, now 512\)'),
+        ({'step': 512}, r'step \(2048, now 512\)'),
         ({'methods': METHODS[:2]}, r'methods \(input_x_gradient, now none\)'),
         ({'methods': (*METHODS, 'grad_cam')}, r'methods \(none, now grad_cam\)'),
         ({'metrics': ('insertion_deletion',)}, r'metrics \(conservation, now none\)'),
         ({'limit': 3}, r'samples \(12, now 3\)'),
         ({'amp': 'bfloat16'}, r'amp \(None, now bfloat16\)'),
-        ({'size': 32}, 'size'),
+        ({'size': 48}, 'size'),
         ({'weights': str(tmp_path / 'other.pt')}, 'weights'),
         ({'data': str(images)}, 'manifest'),
     ):
@@ -588,5 +588,5 @@ def test_settings_are_json(whole):
     assert settings == whole.settings
     assert settings['data'] == os.path.abspath(settings['evaluation']['data'])
     assert settings['classes'] == [f'class {number}' for number in range(3)]
-    assert settings['identity']['options']['step'] == 1024
+    assert settings['identity']['options']['step'] == 2048
     assert settings['installed']['torch'].startswith(settings['identity']['versions']['torch'])

@@ -30,7 +30,7 @@ def make_assets(folder):
 def setting(assets, out, **options):
     '''An evaluation of the small network on the small data set.'''
     options = {
-        'methods': METHODS, 'step': 1024, 'batch_size': 4, 'forward_batch': 16, 'device': 'cpu', 'model': 'resnet18',
+        'methods': METHODS, 'step': 2048, 'batch_size': 4, 'forward_batch': 16, 'device': 'cpu', 'model': 'resnet18',
         'weights': str(assets / 'net.pt'), 'size': SIZE, 'data': str(assets / 'images'), **options,
     }
     return Evaluation(out=str(out), **options)
