@@ -41,9 +41,14 @@ def is_view(tensor):
     return tensor._is_view()
 
 
+def backward_pass():
+    '''Number of the backward pass that is running in this thread, -1 if there is none.'''
+    return torch._C._current_graph_task_id()
+
+
 def in_backward():
     '''Whether a backward pass is running in this thread, as it is where checkpointing runs modules again.'''
-    return torch._C._current_graph_task_id() != -1
+    return backward_pass() != -1
 
 
 # -- modules -----------------------------------------------------------------------------------------------------------
