@@ -76,7 +76,9 @@ def _propagate(ctx, relevance):
         return (*(None,) * _NUM_SETTINGS, *(relevance.new_zeros(shape) for shape in ctx.shapes))
     device = relevance.device.type
     autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-    with autocast, ctx.context():
+    # weights were read then, and folding them once more takes as long as a convolution
+    reads_weights = prepared is None or type(ctx.rule).prepare is SinglePass.prepare
+    with autocast, ctx.context() if reads_weights else nullcontext():
         if prepared is None:
             prepared = ctx.rule.prepare(ctx.module, stored, relevance.shape)
         if ctx.prepared is not None:
@@ -174,7 +176,8 @@ class SinglePass(Described, Hook):
         Returns
         -------
         object
-            What :py:meth:`propagate` is given, which does not change it. By default, what was stored.
+            What :py:meth:`propagate` is given, which does not change it, and reads no weights of the layer any more. By
+            default, what was stored.
         '''
         return stored
 
