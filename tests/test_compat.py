@@ -99,6 +99,18 @@ def test_in_backward():
     assert seen == [True] and not _compat.in_backward()
 
 
+def test_backward_pass():
+    '''Each backward pass has a number of its own, also through the same graph.'''
+    tensor, seen = torch.ones(1, requires_grad=True), []
+    first = tensor * 2
+    for elem in (first, first * 3):
+        elem.register_hook(lambda _: seen.append(_compat.backward_pass()))
+    output = first * 4
+    for _ in range(2):
+        torch.autograd.grad(output.sum(), tensor, retain_graph=True)
+    assert len(set(seen)) == 2 and -1 not in seen and _compat.backward_pass() == -1
+
+
 def test_set_grad_enabled():
     '''It sets the mode at once, and not only within a context.'''
     _compat.set_grad_enabled(False)

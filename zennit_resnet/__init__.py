@@ -1,5 +1,6 @@
 '''Layer-wise Relevance Propagation for residual networks, for Zennit.'''
 from .attribution import SelectOutput, initial_relevance
+from .attributors import ManyTargets
 from .canonizers import ResidualCanonizer, UnsupportedOperation
 from .composites import BlockLRP, RelativeLRP, ResNetLRP, with_splitting
 from .rules import BlockEpsilon, RatioSplit, Relative, RelativeMaxPool, ResidualOnly, SymmetricSplit, ZPlus
@@ -9,6 +10,7 @@ __version__ = '0.1.0'
 __all__ = [
     'BlockEpsilon',
     'BlockLRP',
+    'ManyTargets',
     'RatioSplit',
     'Relative',
     'RelativeLRP',

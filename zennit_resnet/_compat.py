@@ -46,9 +46,14 @@ def base_of(tensor):
     return tensor._base
 
 
+def backward_pass():
+    '''Number of the backward pass that is running in this thread, -1 if there is none.'''
+    return torch._C._current_graph_task_id()
+
+
 def in_backward():
     '''Whether a backward pass is running in this thread, as it is where checkpointing runs modules again.'''
-    return torch._C._current_graph_task_id() != -1
+    return backward_pass() != -1
 
 
 def is_out_of_memory(error):

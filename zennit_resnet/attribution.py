@@ -227,11 +227,8 @@ def initial_relevance(target, value=None, output=None, contrast=None):
                 f'Zennit\'s attributors take the gradient of all that the network returns, which is '
                 f'{type(result).__name__}: give them SelectOutput(model, {show(output)}), and no output here.'
             )
-        if is_zennit and not torch.is_grad_enabled():
-            raise RuntimeError(
-                'Relevance is propagated by autograd: leave torch.no_grad() or torch.inference_mode(), within which '
-                'the attributor is called.'
-            )
+        if is_zennit:
+            check_gradients()
         result = select_output(result, output)
         # relevance is kept in at least single precision
         logits = result.detach()
@@ -248,6 +245,15 @@ def initial_relevance(target, value=None, output=None, contrast=None):
         return weigh(output_weights(outputs, index, contrast), outputs, chosen).reshape(result.shape)
 
     return attr_output
+
+
+def check_gradients():
+    '''Raise a RuntimeError where autograd propagates nothing.'''
+    if not torch.is_grad_enabled():
+        raise RuntimeError(
+            'Relevance is propagated by autograd: leave torch.no_grad() or torch.inference_mode(), within which the '
+            'attributor is called.'
+        )
 
 
 def output_weights(outputs, target, contrast=None):

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Callable, NamedTuple, Optional, Union
 
 import torch
@@ -42,6 +43,7 @@ from zennit_resnet.attribution import (
 )
 from zennit_resnet.postprocess import c1c, c3, heat_quantization, sum_channels
 from zennit_resnet.registration import registered, unwrap
+from zennit_resnet.rules.base import prepared_once
 
 InitialRelevance = Union[None, str, Callable[[Tensor], Tensor]]
 # What the target is compared with
@@ -84,6 +86,8 @@ class ReadOut(NamedTuple):
 
 # One output for each example by its indices, or a function of the output
 Target = Union[None, Tensor, Function]
+# Relevance of each layer, and at the output
+Explained = tuple[list[tuple[Tensor, ...]], Tensor]
 # The output of a model, and for each layer where to read off its relevance
 Run = tuple[Any, list[tuple[ReadOut, ...]]]
 
@@ -263,6 +267,34 @@ class CompositeAttribution(GradientAttribution):
             return attributions, self.compute_convergence_delta(relevance, initial)
         return attributions
 
+    def attribute_targets(
+        self, inputs: Any, targets: Sequence[Any], additional_forward_args: object = None,
+        internal_batch_size: Optional[int] = None,
+    ) -> Any:
+        r"""Attributions of several targets by one forward pass.
+
+        They are those of :meth:`attribute` for one target after the other.
+
+        Args:
+
+            inputs (Tensor or tuple[Tensor]): See :meth:`attribute`, as for errors.
+            targets (list or tuple): Targets, each as of :meth:`attribute`: `[3, 5]` are
+                    two targets for all examples, `[[3, 5]]` is one target of two.
+            additional_forward_args (Any, optional): See :meth:`attribute`.
+            internal_batch_size (int, optional): See :meth:`attribute`.
+
+        Returns:
+            *Tensor* or *tuple[Tensor]*: Attributions of shape (targets, batch, ...).
+        """
+        if not isinstance(targets, (list, tuple)) or not targets:
+            raise ValueError(f"targets={targets!r} is not a list with a target in it.")
+        found = self._explain_targets(
+            inputs, targets, additional_forward_args, internal_batch_size, _run
+        )
+        maps = [map(self._postprocess, relevance) for (relevance,), _ in found]
+        attributions = tuple(map(torch.stack, zip(*maps)))
+        return attributions if isinstance(inputs, tuple) else attributions[0]
+
     def propagate(
         self, inputs: Tensor, target: Union[TargetType, Function] = None
     ) -> tuple[Tensor, Tensor]:
@@ -325,8 +357,17 @@ class CompositeAttribution(GradientAttribution):
         self, inputs: Inputs, target: Union[TargetType, Function],
         additional_forward_args: object,
         internal_batch_size: Optional[int], run: Callable[..., Run],
-    ) -> tuple[list[tuple[Tensor, ...]], Tensor]:
-        """Relevance at one or several layers, and at the output.
+    ) -> Explained:
+        """Relevance at one or several layers, and at the output."""
+        return self._explain_targets(
+            inputs, (target,), additional_forward_args, internal_batch_size, run
+        )[0]
+
+    def _explain_targets(
+        self, inputs: Inputs, targets: Sequence[Any], additional_forward_args: object,
+        internal_batch_size: Optional[int], run: Callable[..., Run],
+    ) -> list[Explained]:
+        """Relevance at one or several layers, and at the output, for each target.
 
         What runs the model is given the module with rules, what to call, inputs and
         further arguments.
@@ -335,9 +376,11 @@ class CompositeAttribution(GradientAttribution):
         if not self._takes_integers:
             self._check_floating(tensors)
         batch = len(tensors[0])
-        index: Target = target if callable(target) else check_target(
-            target, batch, allow_negative=True
-        )
+        indices: list[Target] = [
+            target if callable(target) else check_target(
+                target, batch, allow_negative=True
+            ) for target in targets
+        ]
         contrast = self.contrast
         per_example = isinstance(contrast, Tensor) and contrast.ndim == 2
         if per_example and len(contrast) != batch:
@@ -354,18 +397,15 @@ class CompositeAttribution(GradientAttribution):
             chunks.append(
                 self._propagate(
                     run, tuple(tensor[part] for tensor in tensors),
-                    index[part] if isinstance(index, Tensor) else index,
+                    [
+                        index[part] if isinstance(index, Tensor) else index
+                        for index in indices
+                    ],
                     contrast[part] if per_example else contrast,
                     tuple(arg[part] if cut else arg for arg, cut in zip(args, divided)),
                 )
             )
-        if len(chunks) == 1:
-            return chunks[0]
-        layers = [
-            tuple(torch.cat(parts) for parts in zip(*layer))
-            for layer in zip(*(chunk[0] for chunk in chunks))
-        ]
-        return layers, torch.cat([chunk[1] for chunk in chunks])
+        return chunks[0] if len(chunks) == 1 else list(map(_join, zip(*chunks)))
 
     def _check_floating(self, tensors: tuple[Tensor, ...]) -> None:
         """Refuse integers, and name the layer which they enter."""
@@ -382,9 +422,9 @@ class CompositeAttribution(GradientAttribution):
 
     def _propagate(
         self, run: Callable[..., Run], tensors: tuple[Tensor, ...],
-        index: Target, contrast: Any, args: tuple[Any, ...],
-    ) -> tuple[list[tuple[Tensor, ...]], Tensor]:
-        """Propagate relevance for a part of the batch."""
+        indices: list[Target], contrast: Any, args: tuple[Any, ...],
+    ) -> list[Explained]:
+        """Propagate relevance of each target for a part of the batch."""
         module, forward = unwrap(self.model)
         with (
             torch.inference_mode(False),
@@ -401,20 +441,29 @@ class CompositeAttribution(GradientAttribution):
             )
             with check_precision(module, *leaves):
                 output, layers = run(module, forward, leaves, args)
-            seed = self._seed(output, index, contrast, len(leaves[0]))
+            seeds = [
+                self._seed(output, index, contrast, len(leaves[0])) for index in indices
+            ]
             reached = [
                 each for layer in layers for each in layer if each.edge is not None
             ]
             edges = [each.edge for each in reached]
-            gradients: Any = ()
-            if edges:
-                gradients = torch.autograd.grad(output, edges, seed, allow_unused=True)
-        found = dict(zip(map(id, reached), gradients))
-        relevance = [
-            tuple(each.relevance(found.get(id(each))) for each in layer)
-            for layer in layers
-        ]
-        return relevance, seed
+            explained: list[Explained] = []
+            with prepared_once(output) if len(seeds) > 1 else nullcontext():
+                for number, seed in enumerate(seeds, 1):
+                    gradients: Any = ()
+                    if edges:
+                        gradients = torch.autograd.grad(
+                            output, edges, seed, retain_graph=number < len(seeds),
+                            allow_unused=True,
+                        )
+                    found = dict(zip(map(id, reached), gradients))
+                    relevance = [
+                        tuple(each.relevance(found.get(id(each))) for each in layer)
+                        for layer in layers
+                    ]
+                    explained.append((relevance, seed))
+        return explained
 
     def _seed(
         self, output: Any, index: Target, contrast: Any, batch: int
@@ -481,6 +530,15 @@ def _run(
     # the model may change copies of its inputs in place
     output = forward(*(leaf.clone() for leaf in leaves), *args)
     return output, [tuple(ReadOut(leaf, leaf) for leaf in leaves)]
+
+
+def _join(chunks: Sequence[Explained]) -> Explained:
+    """Join what was found for parts of the batch."""
+    layers = [
+        tuple(torch.cat(parts) for parts in zip(*layer))
+        for layer in zip(*(chunk[0] for chunk in chunks))
+    ]
+    return layers, torch.cat([chunk[1] for chunk in chunks])
 
 
 def _shape_or_type(value: Any) -> Any:

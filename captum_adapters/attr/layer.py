@@ -158,6 +158,12 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
         deltas = [self.compute_convergence_delta(layer, initial) for layer in layers]
         return attributions, deltas if is_list else deltas[0]
 
+    def attribute_targets(self, *args: Any, **kwargs: Any) -> Any:
+        """Several targets are for the relevance of inputs, not of layers."""
+        raise NotImplementedError(
+            f"{type(self).__name__} explains one target at a time: use attribute."
+        )
+
     def _run_layers(
         self, of_input: bool, module: Module, forward: Callable[..., Any],
         leaves: tuple[Tensor, ...], args: tuple[Any, ...],

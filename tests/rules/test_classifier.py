@@ -135,9 +135,9 @@ def test_only_the_last_layer():
                 )).__self__ for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
             }
             for name, rule in rules.items():
-                propagate = rule._epsilon
-                vars(rule)['_epsilon'] = lambda *args, name=name, propagate=propagate: (
-                    marked.setdefault(name), propagate(*args)
+                find = rule._constants
+                vars(rule)['_constants'] = lambda *args, name=name, find=find: (
+                    marked.setdefault(name), find(*args)
                 )[1]
             attributor(torch.randn(2, 3, 9, 9).double(), initial_relevance([1, 2]))
         assert set(marked) == ({'fc', 'other'} if is_parallel else {'fc'})

@@ -165,11 +165,9 @@ class LossProbe:
 
     def _zplus(self, hook):
         '''Our own z+, which has no bias but in the last layer.'''
-        def share_out(relevance, denominator, is_signed):
-            # computed in the place of the denominator
-            before = denominator.clone()
-            share, dead = type(hook)._share(hook, relevance, denominator, is_signed)
-            self._note(hook, relevance, [(1., share, before)])
+        def share_out(relevance, divisor):
+            share, dead = type(hook)._share(hook, relevance, divisor)
+            self._note(hook, relevance, [(1., share, divisor.denominator)])
             return share, dead
 
         def spread(module, input, relevance):

@@ -30,7 +30,7 @@ def with_adjoint(function, input):
     with torch.enable_grad():
         leaf = input.detach().requires_grad_()
         output = function(leaf)
-    return output.detach(), lambda upper, **kwargs: torch.autograd.grad(output, leaf, upper, **kwargs)[0]
+    return output.detach(), lambda upper: torch.autograd.grad(output, leaf, upper, retain_graph=True)[0]
 
 
 def convolve(module, input, weight, shape, spread=False):
@@ -194,6 +194,9 @@ def convolve_transposed(module, input, weight, output):
         # an output padding beyond the stride, which a dilation allows, has further positions
         return lower[(..., *(slice(length) for length in input.shape[2:]))]
 
+    if _is_pointwise(module, weight, output):
+        # the product itself is faster
+        return (weight.flatten(1).T @ output.flatten(2)).view(input.shape)
     pads = _pads(module, weight)
     if module.padding_mode == 'zeros' and all(left == right for left, right in pads):
         return _gradient(output, input, weight, stride, [left for left, _ in pads], dilation, module.groups)
@@ -201,6 +204,14 @@ def convolve_transposed(module, input, weight, output):
     padding = [value for pair in reversed(pads) for value in pair]
     padded, crop = with_adjoint(lambda leaf: F.pad(leaf, padding, mode=mode), input)
     return crop(_gradient(output, padded, weight, stride, (0,) * num, dilation, module.groups))
+
+
+def _is_pointwise(module, weight, output):
+    '''Whether a convolution is a product of matrices for each example.'''
+    num = weight.ndim - 2
+    sizes = (*weight.shape[2:], *as_tuple(module.stride, num), module.groups)
+    has_padding = not isinstance(module.padding, str) and any(as_tuple(module.padding, num))
+    return set(sizes) == {1} and not has_padding and output.device.type == 'cpu' and output.is_contiguous()
 
 
 # pylint: disable=too-many-arguments

@@ -1,12 +1,13 @@
 '''Base class of rules that replace the gradient of a layer.'''
 import copy
 import threading
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch.utils.checkpoint import CheckpointError
 from zennit.core import Hook, RemovableHandle, RemovableHandleList
 
+from .._autograd import class_of, nodes_of, walk
 from .._compat import DisableTorchFunction, is_view, keep_version, rules_of, set_grad_enabled, version_of
 from .._weights import UsedModule
 from ..arguments import Described
@@ -29,6 +30,8 @@ class _Propagate(torch.autograd.Function):
         ctx.module = module
         ctx.weights = weights
         ctx.shapes = [elem.shape for elem in inputs]
+        # by type of the relevance, see prepared_once
+        ctx.prepared = None
         # in which the rule runs
         ctx.context = nullcontext
         ctx.set_materialize_grads(False)
@@ -66,6 +69,29 @@ def _propagate(ctx, relevance):
         relevance = relevance.float()
     if ctx.weights is not None:
         ctx.weights.check()
+    prepared = (ctx.prepared or {}).get(relevance.dtype)
+    stored = _load(ctx, relevance.dtype) if prepared is None else None
+    if not relevance.numel():
+        # an empty batch
+        return (*(None,) * _NUM_SETTINGS, *(relevance.new_zeros(shape) for shape in ctx.shapes))
+    device = relevance.device.type
+    autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    # weights were read then, and folding them once more takes as long as a convolution
+    reads_weights = prepared is None or type(ctx.rule).prepare is SinglePass.prepare
+    with autocast, ctx.context() if reads_weights else nullcontext():
+        if prepared is None:
+            prepared = ctx.rule.prepare(ctx.module, stored, relevance.shape)
+        if ctx.prepared is not None:
+            ctx.prepared[relevance.dtype] = prepared
+        lower = ctx.rule.propagate(ctx.module, prepared, relevance)
+    # inputs may have been broadcast to the shape of the output, and the last ones may receive nothing
+    lower = [elem if elem is None or elem.shape == shape else elem.sum_to_size(shape)
+             for elem, shape in zip(lower, ctx.shapes)]
+    return (*(None,) * _NUM_SETTINGS, *lower, *(None,) * (len(ctx.shapes) - len(lower)))
+
+
+def _load(ctx, dtype):
+    '''What the rule of a node has stored, in a precision.'''
     try:
         stored = ctx.saved_tensors[:-1]
     except CheckpointError as error:
@@ -73,21 +99,23 @@ def _propagate(ctx, relevance):
             'Checkpointing ran a part of the network again, of which not all operations can be followed: '
             'checkpoint modules instead of functions, or turn it off.'
         ) from error
-    stored = [elem.to(relevance.dtype) if elem.is_floating_point() else elem for elem in stored]
-    if not relevance.numel():
-        # an empty batch
-        return (*(None,) * _NUM_SETTINGS, *(relevance.new_zeros(shape) for shape in ctx.shapes))
-    device = relevance.device.type
-    autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-    with autocast, ctx.context():
-        lower = ctx.rule.propagate(ctx.module, stored, relevance)
-    # inputs may have been broadcast to the shape of the output, and the last ones may receive nothing
-    lower = [elem if elem is None or elem.shape == shape else elem.sum_to_size(shape)
-             for elem, shape in zip(lower, ctx.shapes)]
-    return (*(None,) * _NUM_SETTINGS, *lower, *(None,) * (len(ctx.shapes) - len(lower)))
+    return [elem.to(dtype) if elem.is_floating_point() else elem for elem in stored]
 
 
 _once = torch.autograd.function.once_differentiable(_propagate)
+
+
+@contextmanager
+def prepared_once(tensor):
+    '''Context of several backward passes from a tensor, for which rules prepare only once. It takes memory.'''
+    nodes = [node for node in walk(nodes_of([tensor])) if class_of(node) is _Propagate]
+    for node in nodes:
+        node.prepared = {}
+    try:
+        yield
+    finally:
+        for node in nodes:
+            node.prepared = None
 
 
 class _Pending:
@@ -133,6 +161,26 @@ class SinglePass(Described, Hook):
         '''
         return ()
 
+    def prepare(self, module, stored, shape):
+        '''Compute what propagating any relevance has in common, see :py:func:`prepared_once`.
+
+        Parameters
+        ----------
+        module: :py:obj:`torch.nn.Module`
+            A copy of the layer, with the weights it had when it was called.
+        stored: list of :py:obj:`torch.Tensor`
+            What :py:meth:`store` returned, in the precision of the relevance.
+        shape: :py:obj:`torch.Size`
+            Shape of the output.
+
+        Returns
+        -------
+        object
+            What :py:meth:`propagate` is given, which does not change it, and reads no weights of the layer any more. By
+            default, what was stored.
+        '''
+        return stored
+
     def propagate(self, module, stored, relevance):
         '''Distribute the relevance of the layer's output over its inputs.
 
@@ -141,7 +189,7 @@ class SinglePass(Described, Hook):
         module: :py:obj:`torch.nn.Module`
             A copy of the layer, with the weights it had when it was called.
         stored: list of :py:obj:`torch.Tensor`
-            What :py:meth:`store` returned, in the precision of ``relevance``.
+            What :py:meth:`store` returned, in the precision of ``relevance``, or what :py:meth:`prepare` made of it.
         relevance: :py:obj:`torch.Tensor`
             Upper relevance, of the shape of the output.
 

@@ -7,6 +7,7 @@ import math
 import torch
 
 from .._autograd import function_of, is_move, metadata_of, moves_first, rule_of, walk
+from .._compat import backward_pass
 from ..arguments import check_choice, check_number
 from ._linear_maps import by_example
 from .base import SinglePass
@@ -95,6 +96,8 @@ class Contributions:
         self.batch_size, self.final = 0, 0
         # name of a function that has moved the examples
         self.moved = None
+        # number of the last backward pass, and exponents before it
+        self.current, self.initial = None, self.exponents
 
     @property
     def log_scale(self):
@@ -144,6 +147,8 @@ class Contributions:
                 'Contributions are products of all activations along a path, for which float16 has not the range: '
                 'run the network in bfloat16 or float32.'
             )
+        for node in roots:
+            node.register_prehook(self._start)
         for node in parents:
             if self.batch_size > 1 and moves_first(node):
                 node.register_prehook(functools.partial(self._note_moved, function_of(node)))
@@ -214,9 +219,16 @@ class Contributions:
                 }))
         for node, actions in edges.items():
             node.register_hook(functools.partial(_act, actions))
+        self.initial = dict(self.exponents)
         return True
 
     # -- hooks ---------------------------------------------------------------------------------------------------------
+
+    def _start(self, grad_outputs):
+        '''Forget an earlier backward pass through the same graph.'''
+        if self.current != backward_pass():
+            self.current = backward_pass()
+            self.exponents, self.sums, self.replaced = dict(self.initial), {}, {}
 
     def _note_moved(self, name, grad_outputs):
         '''From here on, it is not known which element is of which example.'''

@@ -78,7 +78,7 @@ class Refill(SinglePass):
         '''Take the gradient, and share what arrives at zeros.'''
         input, = stored
         output, transpose = with_adjoint(module.forward, input)
-        lower = transpose(relevance, retain_graph=True)
+        lower = transpose(relevance)
         with torch.no_grad():
             zeros = module.forward(torch.zeros_like(input))
             is_constant = module.forward(torch.ones_like(input)) == zeros

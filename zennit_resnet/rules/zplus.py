@@ -1,5 +1,6 @@
 '''The z+ rule for linear layers, convolutions and poolings, Eq. (2) of Otsuki et al. 2024, in a single pass.'''
 import functools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,22 @@ from .base import SinglePass
 from .passing import share_evenly
 
 RELU = ('relu', 'relu_', 'relu6')
+
+
+class _Divisor(NamedTuple):
+    '''Sums of contributions, the same with a stabilizer, and which of them are zero (None if none is).'''
+    denominator: torch.Tensor
+    stabilized: torch.Tensor
+    dead: torch.Tensor
+
+
+class _Prepared(NamedTuple):
+    '''What is the same for any relevance: the terms are inputs, weights and transposed linear maps.'''
+    input: torch.Tensor
+    terms: list
+    constants: torch.Tensor
+    divisor: _Divisor
+    is_smooth: bool
 
 
 class ZPlus(SinglePass):
@@ -141,25 +158,39 @@ class ZPlus(SinglePass):
         is_relu = type(source) in (torch.nn.ReLU, torch.nn.ReLU6) or getattr(source, 'name', '') in RELU
         return input, torch.tensor([first, is_relu])
 
+    def prepare(self, module, stored, shape):
+        '''Compute the denominators of Eq. (2).'''
+        input, (first, is_relu) = stored[0], stored[1].tolist()
+        is_winner = isinstance(module, MaxPool) and self.maxpool == 'winner'
+        is_epsilon = self.classifier == 'epsilon' and 'is_last' in vars(module)
+        variant = self.first_layer if first else 'zplus'
+        if is_winner:
+            pairs = [(input, None)]
+        elif is_epsilon:
+            pairs = [(input, self._signed_weight(module, input))]
+        else:
+            # also if an example has NaN, which is none of the others' business
+            is_negative = variant == 'zplus' and not is_relu and not bool(input.amin() >= 0)
+            pairs = self._contributions(module, input, variant, is_negative)
+        outputs, transposes = zip(*(self._map(module, *pair, shape[2:]) for pair in pairs))
+        denominator, constants = sum(outputs[1:], outputs[0]), None
+        if is_epsilon:
+            constants = self._constants(module, denominator)
+            denominator = denominator + constants
+        return _Prepared(
+            input, [(*pair, transpose) for pair, transpose in zip(pairs, transposes)], constants,
+            self._divisor(denominator, is_winner or is_epsilon or variant == 'literal'),
+            # filters of few taps may have no weight of a sign at some positions, which can not be levelled
+            is_winner or not is_epsilon and first and _is_plain_convolution(module),
+        )
+
     def propagate(self, module, stored, relevance):
         '''Compute Eq. (2).'''
-        input, (first, is_relu) = stored[0], stored[1].tolist()
-        if isinstance(module, MaxPool) and self.maxpool == 'winner':
-            return (self._winner(module, input, relevance),)
-        if self.classifier == 'epsilon' and 'is_last' in vars(module):
-            return (self._epsilon(module, input, relevance),)
-        variant = self.first_layer if first else 'zplus'
-        # also if an example has NaN, which is none of the others' business
-        is_negative = variant == 'zplus' and not is_relu and not bool(input.amin() >= 0)
-
-        pairs = self._contributions(module, input, variant, is_negative)
-        outputs, transposes = zip(*(self._map(module, *pair, relevance.shape[2:]) for pair in pairs))
-        denominator = outputs[0]
-        for elem in outputs[1:]:
-            denominator = denominator + elem
-        share, dead = self._share(relevance, denominator, variant == 'literal')
-        lower = None
-        for (elem, weight), transpose in zip(pairs, transposes):
+        input, lower = stored.input, None
+        share, dead = self._share(relevance, stored.divisor)
+        if stored.constants is not None:
+            self._keep(share * stored.constants)
+        for elem, weight, transpose in stored.terms:
             grad = transpose(share)
             if lower is None:
                 lower = elem * grad if weight is None or callable(weight) else grad.mul_(elem)
@@ -169,35 +200,31 @@ class ZPlus(SinglePass):
             lower = lower.unflatten(1, (-1, input.shape[1])).sum(1)
         if dead is not None:
             lower += self._spread(module, input, relevance * dead)
-        if first and _is_plain_convolution(module):
-            # filters of few taps may have no weight of a sign at some positions, which can not be levelled
-            lower = self._smooth_lower(module, lower)
-        return (lower,)
+        return (self._smooth_lower(module, lower) if stored.is_smooth else lower,)
 
-    def _epsilon(self, module, input, relevance):
-        '''The epsilon rule of the last layer.'''
+    @staticmethod
+    def _signed_weight(module, input):
+        '''The weight of the last layer for the epsilon rule.'''
         weight = module.weight.detach().to(input.dtype)
         if isinstance(module, Signed):
-            weight = torch.Tensor.clone
-        elif isinstance(module, torch.nn.Linear):
-            weight = _Rows(weight, torch.Tensor.contiguous)
-        linear, transpose = self._map(module, input, weight, relevance.shape[2:])
-        constants = torch.zeros_like(linear)
+            return torch.Tensor.clone
+        return _Rows(weight, torch.Tensor.contiguous) if isinstance(module, torch.nn.Linear) else weight
+
+    @staticmethod
+    def _constants(module, linear):
+        '''What is added to the linear map in the last layer.'''
         if module.is_last is not None:
-            constants = module.is_last.to(linear) - linear
-        elif module.bias is not None:
-            dim = -1 if isinstance(module, torch.nn.Linear) else 1
-            constants += module.bias.detach().to(linear).view(-1, *(1,) * (linear.ndim - 1 - dim % linear.ndim))
-        share, dead = self._share(relevance, linear + constants, True)
-        self._keep(share * constants)
-        lower = input * transpose(share)
-        return lower if dead is None else lower + self._spread(module, input, relevance * dead)
+            return module.is_last.to(linear) - linear
+        if module.bias is None:
+            return torch.zeros_like(linear)
+        dims = 0 if isinstance(module, torch.nn.Linear) else linear.ndim - 2
+        return module.bias.detach().to(linear).view(-1, *(1,) * dims).expand_as(linear)
 
     def _keep(self, relevance):
         '''Relevance that biases keep, which is lost.'''
 
-    def _share(self, relevance, denominator, is_signed):
-        '''Compute R / z in the place of z, and which units are dead, None if nothing is to be spread of them.'''
+    def _divisor(self, denominator, is_signed):
+        '''Find dead units, and add the stabilizer.'''
         dims = tuple(range(1, denominator.ndim))
         magnitude = denominator.abs() if is_signed else denominator
         # without dimensions, these would be the mean and minimum of all examples
@@ -205,9 +232,12 @@ class ZPlus(SinglePass):
         dead = None
         if bool(((magnitude.amin(dims, keepdim=True) if dims else magnitude) <= resolution).any()):
             dead = magnitude <= resolution
-        if self.stabilizer is not None:
-            denominator = self.stabilizer(denominator)
-        share = torch.div(relevance, denominator, out=denominator)
+        stabilized = denominator if self.stabilizer is None else self.stabilizer(denominator)
+        return _Divisor(denominator, stabilized, dead)
+
+    def _share(self, relevance, divisor):
+        '''Compute R / z, and which units are dead, None if nothing is to be spread of them.'''
+        share, dead = relevance / divisor.stabilized, divisor.dead
         if dead is None:
             return share, None
         if self.dead_units == 'drop':
@@ -273,15 +303,13 @@ class ZPlus(SinglePass):
             cells = maps.whole_cells(module, input)
             if cells is not None:
                 return maps.convolve_cells(module, input, weight, cells)
-        output, transpose = maps.with_adjoint(lambda leaf: self._linear(module, leaf, weight, shape), input)
-        # the gradient may need the output, in place of which relevance is divided
-        return output.clone() if isinstance(module, (NonNegativeMap, Signed)) else output, transpose
+        return maps.with_adjoint(lambda leaf: self._linear(module, leaf, weight, shape), input)
 
     def _linear(self, module, input, weight, shape):
         '''A convolution or pooling as a linear map of an input to an output of a spatial shape, with another weight.'''
         if isinstance(module, Convolution):
             return maps.convolve(module, input, weight, shape, self.projection == 'spread')
-        if isinstance(module, MaxPool):
+        if isinstance(module, MaxPool) and self.maxpool != 'winner':
             if self.maxpool == 'average':
                 output = maps.average(module, input, self.coverage == 'even')
             else:
@@ -322,12 +350,6 @@ class ZPlus(SinglePass):
                 lower = lower + share_evenly(lost, torch.ones_like(input), getattr(module, 'examples', None))
         return lower.reshape(input.shape)
 
-    def _winner(self, module, input, relevance):
-        '''Eq. (2) with weights that are one for the first maximum of each window, and zero for all others.'''
-        output, transpose = maps.with_adjoint(module.forward, input)
-        share, _ = self._share(relevance, output.clone(), True)
-        return self._smooth_lower(module, transpose(share) * input)
-
     def _smooth_lower(self, module, relevance):
         '''Smooth the relevance of the input of overlapping windows with a stride.'''
         stride = maps.overlapping_stride(module, relevance.ndim - 2) if self.coverage == 'even' else None
@@ -339,6 +361,8 @@ class _Rows:
     def __init__(self, weight, part):
         self.weights = weight.split(max(LARGE // max(weight.shape[1], 1), 1))
         self.part = part
+        if len(self.weights) == 1:
+            self.weights, self.part = (part(weight),), torch.Tensor.contiguous
 
     def map(self, input):
         '''The linear map.'''
