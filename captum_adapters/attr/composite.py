@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Callable, NamedTuple, Optional, Union
 
 import torch
@@ -120,7 +121,8 @@ class CompositeAttribution(GradientAttribution):
                 :mod:`zennit_resnet.postprocess`, or a function `(batch, height, width)
                 -> (batch, height, width)`, for instance `functools.partial(c3,
                 size=14)`. It is given the sum over channels, and the channels of the
-                attributions receive equal parts of what it returns. For images only.
+                attributions receive equal parts of what it returns. For images, and
+                quantization and functions also for signals and volumes.
         output (str, int or callable, optional): For models that return several outputs,
                 in a dict, tuple, dataclass and the like: the key, index or name of the
                 tensor to explain, or a function of what the model returns. Rules apply
@@ -500,18 +502,21 @@ class CompositeAttribution(GradientAttribution):
         return weigh(output_weights(outputs, index, contrast), values, value)
 
     def _postprocess(self, relevance: Tensor) -> Tensor:
-        """Post-process relevance of images."""
+        """Post-process relevance of images, signals or volumes."""
         function = self.postprocess
         if function is None:
             return relevance
         if isinstance(function, str):
             function = POSTPROCESS[function]
-        if relevance.ndim != 4:
+        dims = relevance.ndim - 2
+        if dims not in (1, 2, 3) or (dims != 2 and function in (c1c, c3)):
             raise ValueError(
-                "Post-processing is for images, but the shape is"
+                f"postprocess={self.postprocess!r} is not for relevance of shape"
                 f" {tuple(relevance.shape)}: use postprocess=None."
             )
-        heatmap = function(sum_channels(relevance))
+        if function == heat_quantization:
+            function = partial(heat_quantization, dims=dims)
+        heatmap = function(sum_channels(relevance, dims))
         expected = (len(relevance), *relevance.shape[2:])
         if not isinstance(heatmap, Tensor) or heatmap.shape != expected:
             raise ValueError(

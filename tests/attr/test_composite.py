@@ -730,7 +730,7 @@ def test_bad_settings(create, error, message):
     (torch.nn.Linear(4, 1), {'initial_relevance': 'softmax'}, ValueError, r'softmax.*\(3, 1\)'),
     (torch.nn.Linear(4, 2), {'initial_relevance': lambda output: output[:, 0]}, ValueError, r'\(3, 2\).*\(3,\)'),
     (torch.nn.Linear(4, 2), {'initial_relevance': lambda output: 1.}, ValueError, 'returns float'),
-    (torch.nn.Linear(4, 2), {'postprocess': 'c3'}, ValueError, r'is for images.*\(3, 4\)'),
+    (torch.nn.Linear(4, 2), {'postprocess': 'c3'}, ValueError, r'is not for.*\(3, 4\)'),
 ])
 def test_bad_models(model, kwargs, error, message):
     '''Messages name what is wrong.'''

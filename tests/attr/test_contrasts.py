@@ -14,6 +14,7 @@ from captum_adapters.attr import (
     ResNetLRP,
 )
 from zennit_resnet import composites, initial_relevance
+from zennit_resnet.postprocess import heat_quantization
 
 CONTRASTS = ["centred", "softmax", "runner_up", 3, [0, 4], [[3, 0], [4, 1], [0, 2]]]
 METHODS = {
@@ -176,3 +177,16 @@ def test_rules_of_others_do_not_say_what_to_start_from(model, images):
         method.attribute(images, 1)
     method = CompositeAttribution(model, "epsilon_plus", "logit", contrast="centred")
     assert method.attribute(images, 1).any()
+
+
+def test_quantized_signals():
+    """Quantization is for any number of dimensions, contours are for images."""
+    net = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(120, 3))
+    signals = torch.randn(2, 2, 32)
+    found = ResNetLRP(net.eval(), postprocess="heat_quantization").attribute(signals, 1)
+    curves = ResNetLRP(net).attribute(signals, 1).sum(1)
+    expected = heat_quantization(curves, dims=1)
+    torch.testing.assert_close(found.sum(1), expected, rtol=1e-5, atol=1e-7)
+    assert len(expected[0].unique()) <= 8
+    with pytest.raises(ValueError, match=r"'c3'.*\(2, 2, 32\)"):
+        ResNetLRP(net, postprocess="c3").attribute(signals, 1)
