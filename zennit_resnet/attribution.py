@@ -6,7 +6,7 @@ import torch
 
 from ._autograd import divides_by_output
 from ._compat import caller
-from .arguments import check_choice, check_module, show
+from .arguments import check_choice, check_module, check_number, show
 
 VALUES = ('logit', 'softmax', 'one')
 CONTRASTS = ('centred', 'softmax', 'runner_up')
@@ -163,11 +163,12 @@ class SelectOutput(torch.nn.Module):
         return f'output={show(self.output)}'
 
 
-def initial_relevance(target, value=None, output=None, contrast=None):
+def initial_relevance(target, value=None, output=None, contrast=None, contrast_weight=1.):
     '''Create a function that gives the relevance at the output, to be used as ``attr_output`` of Zennit's attributors.
 
     Relevance starts at class k with c_k v_k: a weight times a value. Without a contrast, the weight is one for the
-    target and zero for all others. With one, it is negative for rivals, and all weights sum to zero.
+    target and zero for all others. With one, it is negative for rivals, and all weights sum to zero (unless
+    ``contrast_weight`` is another).
 
     Parameters
     ----------
@@ -195,6 +196,9 @@ def initial_relevance(target, value=None, output=None, contrast=None):
         rules (z+, R-LRP) have to start from ``'one'``: their shares do not depend on the size of a logit, whose sign
         would turn them over. Relevance of z+ then sums to zero. With the epsilon rule and R-LRP, features receive
         h_i sum_k c_k w_ki, so that maps are the same for weights W and W + 1 v^T.
+    contrast_weight: float, optional
+        How much rivals count: their weights sum to minus this. Below one, what the target has in common with them is
+        not taken away completely, as in FinerCAM (Zhang et al. 2025).
 
     Returns
     -------
@@ -208,13 +212,15 @@ def initial_relevance(target, value=None, output=None, contrast=None):
     Raises
     ------
     ValueError
-        If ``value`` or ``contrast`` is unknown, or there is a contrast for a function, which has its own.
+        If ``value`` or ``contrast`` is unknown, there is a contrast for a function, which has its own, or a weight
+        without a contrast or that is not positive.
     TypeError
         If ``target`` or ``contrast`` is not made of integers, or ``output`` is none of the above.
     '''
     check_choice('value', value, (None, *VALUES))
     check_key(output)
     target, contrast = _as_target(target), as_contrast(contrast)
+    check_contrast_weight(contrast, contrast_weight)
     if callable(target) and contrast is not None:
         raise ValueError(f'contrast={contrast!r} is for classes: have the function return a difference.')
 
@@ -242,7 +248,7 @@ def initial_relevance(target, value=None, output=None, contrast=None):
         outputs = logits if callable(target) else logits.reshape(len(result), -1)
         index = target if callable(target) else _index(target, outputs)
         chosen = value or default_value(result, is_signed=callable(target) or contrast is not None)
-        return weigh(output_weights(outputs, index, contrast), outputs, chosen).reshape(result.shape)
+        return weigh(output_weights(outputs, index, contrast, contrast_weight), outputs, chosen).reshape(result.shape)
 
     return attr_output
 
@@ -256,7 +262,7 @@ def check_gradients():
         )
 
 
-def output_weights(outputs, target, contrast=None):
+def output_weights(outputs, target, contrast=None, contrast_weight=1.):
     '''Weights of all outputs, see :py:func:`initial_relevance`.
 
     Parameters
@@ -268,6 +274,8 @@ def output_weights(outputs, target, contrast=None):
         ``(outputs) -> (batch,)``, or None if there is a single output.
     contrast: str or :py:obj:`torch.Tensor`, optional
         What :py:func:`as_contrast` returned: rivals are the other classes at the same place.
+    contrast_weight: float, optional
+        How much rivals count.
 
     Returns
     -------
@@ -297,30 +305,30 @@ def output_weights(outputs, target, contrast=None):
     index = target.to(outputs.device).reshape(len(outputs), -1) % sizes
     weights = torch.zeros_like(outputs)
     place = (torch.arange(len(outputs), device=outputs.device), slice(None), *index[:, 1:].unbind(1))
-    weights[place] = _class_weights(outputs[place], index[:, :1], contrast)
+    logits, index = outputs[place], index[:, :1]
+    one_hot = torch.zeros_like(logits).scatter_(1, index, 1.)
+    weights[place] = one_hot if contrast is None else one_hot - contrast_weight * _shares(logits, index, contrast)
     return weights
 
 
-def _class_weights(logits, index, contrast):
-    '''Weights of all classes, of shape (batch, classes), given the target of each example of shape (batch, 1).'''
+def _shares(logits, index, contrast):
+    '''Shares of rivals, of shape (batch, classes), given the target of each example of shape (batch, 1).'''
     num, classes = logits.shape
-    weights = torch.zeros_like(logits).scatter_(1, index, 1.)
+    shares = torch.zeros_like(logits)
     rivals = logits.scatter(1, index, -torch.inf)
-    if contrast is None:
-        return weights
     if isinstance(contrast, str):
         if contrast == 'centred':
-            return weights - (1 - weights) / (classes - 1)
+            return (shares + 1 / (classes - 1)).scatter(1, index, 0.)
         if contrast == 'softmax':
-            return weights - rivals.softmax(1)
-        return weights.scatter(1, rivals.argmax(1, keepdim=True), -1.)
+            return rivals.softmax(1)
+        return shares.scatter(1, rivals.argmax(1, keepdim=True), 1.)
     others = contrast.to(logits.device)
     if others.ndim == 2 and len(others) != num:
         raise ValueError(f'There are contrasts of {len(others)} examples for a batch of {num}!')
     if bool(((others < 0) | (others >= classes)).any()):
         raise IndexError(f'Contrast {others.tolist()} is not among the {classes} classes!')
     others = others.expand(num, others.shape[-1])
-    return weights.scatter_add(1, others, torch.full_like(others, -1 / others.shape[1], dtype=weights.dtype))
+    return shares.scatter_add(1, others, torch.full_like(others, 1 / others.shape[1], dtype=shares.dtype))
 
 
 def _gradient_weights(function, outputs):
@@ -377,6 +385,14 @@ def as_contrast(contrast):
     if not indices.numel():
         raise ValueError(f'contrast={contrast!r} names no class: leave it out, or name one.')
     return indices.reshape(1) if not indices.ndim else indices
+
+
+def check_contrast_weight(contrast, weight):
+    '''Raise a ValueError unless a number says how much rivals of a contrast count.'''
+    check_number('contrast_weight', weight)
+    if weight <= 0 or contrast is None and weight != 1:
+        reason = 'is for contrasts: name one' if contrast is None else 'is not positive: leave the contrast out'
+        raise ValueError(f'contrast_weight={weight!r} {reason}.')
 
 
 def _as_target(target):

@@ -21,7 +21,7 @@ from zennit.attribution import Gradient
 from zennit.composites import COMPOSITES
 from zennit.torchvision import ResNetCanonizer
 
-from .attribution import VALUES, as_contrast, initial_relevance
+from .attribution import VALUES, as_contrast, check_contrast_weight, initial_relevance
 from .classic import SETTINGS, ClassicLRP
 from .composites import with_splitting
 from .conservation import conservation_ledger
@@ -124,11 +124,11 @@ class Method:
     text: str
         A name, options and suffixes. Options of composites are their arguments, ``initial``, what relevance starts
         from, and ``contrast``, what the target is compared with (``'centred'``, ``'softmax'``, ``'runner_up'`` or the
-        number of a class), see :py:func:`zennit_resnet.attribution.initial_relevance`. To a composite that does not
-        split relevance at skip connections by itself, ``'+ratio'``, ``'+symmetric'`` or ``'+zennit'`` may be appended;
-        to all, ``'+abs'`` for the magnitude of the sum over channels, and one of ``'+quantize'`` (also with a number
-        of levels, as in ``'+quantize8'``), ``'+c1c'``, ``'+c3'`` and ``'+none'`` for the post-processing of their
-        heatmaps.
+        number of a class), and ``contrast_weight``, see :py:func:`zennit_resnet.attribution.initial_relevance`. To a
+        composite that does not split relevance at skip connections by itself, ``'+ratio'``, ``'+symmetric'`` or
+        ``'+zennit'`` may be appended; to all, ``'+abs'`` for the magnitude of the sum over channels, and one of
+        ``'+quantize'`` (also with a number of levels, as in ``'+quantize8'``), ``'+c1c'``, ``'+c3'`` and ``'+none'``
+        for the post-processing of their heatmaps.
     postprocess: str, optional
         Post-processing of a method to which none is appended. Default is ``'none'``.
     levels: int, optional
@@ -176,13 +176,15 @@ class Method:
             raise ValueError(f'{self.text}: classic rules find additions by themselves, choose +ratio or +symmetric')
         self.attribution = head if self.splitting == 'none' else f'{head}+{self.splitting}'
         self.options = parse_options(self.text, options)
-        self.initial = self.contrast = None
+        self.initial, self.contrast, self.contrast_weight = None, None, 1.
         if self.entry.composite is not None:
             self.initial = self.options.pop('initial', None)
             if self.initial not in (None, *VALUES):
                 raise ValueError(f'{self.text}: initial={self.initial} is not one of {", ".join(VALUES)}')
             try:
                 self.contrast = as_contrast(self.options.pop('contrast', None))
+                self.contrast_weight = self.options.pop('contrast_weight', 1.)
+                check_contrast_weight(self.contrast, self.contrast_weight)
             except (TypeError, ValueError) as error:
                 raise ValueError(f'{self.text}: {" ".join(str(error).split())}') from error
         for key in self.options:
@@ -313,7 +315,9 @@ class Method:
         def attr_output(output):
             targets = output.argmax(1) if target is None else torch.as_tensor(target).expand(len(output))
             found['targets'] = targets.tolist()
-            found['start'] = initial_relevance(targets, value, contrast=contrast)(output)
+            found['start'] = initial_relevance(
+                targets, value, contrast=contrast, contrast_weight=self.contrast_weight
+            )(output)
             return found['start']
 
         return attr_output, found

@@ -36,6 +36,7 @@ from zennit_resnet.arguments import (
 )
 from zennit_resnet.attribution import (
     as_contrast,
+    check_contrast_weight,
     check_key,
     default_value,
     output_weights,
@@ -134,6 +135,7 @@ class CompositeAttribution(GradientAttribution):
                 probable other class, or classes: one, several for all examples, or a
                 tensor of shape (batch, classes). Rivals start with the opposite sign,
                 see :func:`zennit_resnet.attribution.initial_relevance`. Default: None
+        contrast_weight (float, optional): How much rivals count. Default: 1
 
     Raises:
         TypeError: If an argument is none of the above.
@@ -161,6 +163,7 @@ class CompositeAttribution(GradientAttribution):
         postprocess: Postprocess = None,
         output: Output = None,
         contrast: Contrast = None,
+        contrast_weight: float = 1.0,
     ) -> None:
         check_key(output)
         check_module(model)
@@ -176,9 +179,12 @@ class CompositeAttribution(GradientAttribution):
         self.postprocess = postprocess
         self.output = output
         self.contrast = as_contrast(contrast)
+        check_contrast_weight(self.contrast, contrast_weight)
+        self.contrast_weight = contrast_weight
 
     _shown = (
         "model", "composite", "initial_relevance", "postprocess", "output", "contrast",
+        "contrast_weight",
     )
 
     def __repr__(self) -> str:
@@ -499,7 +505,8 @@ class CompositeAttribution(GradientAttribution):
             check_range(output, index)
         is_signed = callable(index) or contrast is not None
         value = value or default_value(output, is_signed)
-        return weigh(output_weights(outputs, index, contrast), values, value)
+        weights = output_weights(outputs, index, contrast, self.contrast_weight)
+        return weigh(weights, values, value)
 
     def _postprocess(self, relevance: Tensor) -> Tensor:
         """Post-process relevance of images, signals or volumes."""

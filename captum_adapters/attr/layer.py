@@ -59,7 +59,7 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
 
         layer (torch.nn.Module, str or list): One or several layers, as modules or by
                 their names (without the `module.` of wrapped models).
-        model, composite, initial_relevance, output, contrast: See
+        model, composite, initial_relevance, output, contrast, contrast_weight: See
                 :class:`CompositeAttribution`, as for errors.
 
     Examples::
@@ -81,7 +81,7 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
         self, model: Module, layer: Union[Layer, list[Layer]],
         composite: Union[Composite, type, str] = "resnet_lrp_ratio",
         initial_relevance: InitialRelevance = None, output: Output = None,
-        contrast: Contrast = None,
+        contrast: Contrast = None, contrast_weight: float = 1.0,
     ) -> None:
         for each in layer if isinstance(layer, list) else [layer]:
             if not isinstance(each, (Module, str)):
@@ -90,13 +90,17 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
                     " layers must be in a list."
                 )
         CompositeAttribution.__init__(
-            self, model, composite, initial_relevance, output=output, contrast=contrast
+            self, model, composite, initial_relevance, output=output, contrast=contrast,
+            contrast_weight=contrast_weight,
         )
         LayerAttribution.__init__(
             self, model, layer, getattr(model, "device_ids", None)
         )
 
-    _shown = ("model", "layer", "composite", "initial_relevance", "output", "contrast")
+    _shown = (
+        "model", "layer", "composite", "initial_relevance", "output", "contrast",
+        "contrast_weight",
+    )
 
     _takes_integers = True
 

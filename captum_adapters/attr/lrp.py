@@ -32,7 +32,7 @@ class ResNetLRP(CompositeAttribution):
 
         splitting, identity_skip, batch_norm, first_layer, classifier, ...: See
                 :class:`zennit_resnet.composites.ResNetLRP`.
-        model, initial_relevance, postprocess, output, contrast: See
+        model, initial_relevance, postprocess, output, contrast, ...: See
                 :class:`CompositeAttribution`, as for errors. The paper's
                 post-processing is `"heat_quantization"`, which does not conserve
                 relevance.
@@ -72,7 +72,7 @@ class ResNetLRP(CompositeAttribution):
         initial_relevance: InitialRelevance = None,
         postprocess: Postprocess = None,
         output: Output = None,
-        contrast: Contrast = None,
+        contrast: Contrast = None, contrast_weight: float = 1.0,
     ) -> None:
         composite = composites.ResNetLRP(
             splitting, identity_skip, batch_norm, first_layer, projection, dead_units,
@@ -80,7 +80,8 @@ class ResNetLRP(CompositeAttribution):
             classifier,
         )
         super().__init__(
-            model, composite, initial_relevance, postprocess, output, contrast
+            model, composite, initial_relevance, postprocess, output, contrast,
+            contrast_weight,
         )
 
 
@@ -98,7 +99,7 @@ class RelativeLRP(CompositeAttribution):
 
         cardinality, normalization, batch_norm, layer_map, canonizers: See
                 :class:`zennit_resnet.composites.RelativeLRP`.
-        model, initial_relevance, postprocess, output, contrast: See
+        model, initial_relevance, postprocess, output, contrast, ...: See
                 :class:`CompositeAttribution`.
 
     Examples::
@@ -118,13 +119,14 @@ class RelativeLRP(CompositeAttribution):
         normalization: str = "signed", batch_norm: str = "merge",
         layer_map: Optional[LayerMap] = None, canonizers: Optional[list[Any]] = None, *,
         initial_relevance: InitialRelevance = None, postprocess: Postprocess = None,
-        output: Output = None, contrast: Contrast = None,
+        output: Output = None, contrast: Contrast = None, contrast_weight: float = 1.0,
     ) -> None:
         composite = composites.RelativeLRP(
             cardinality, normalization, batch_norm, layer_map, canonizers
         )
         super().__init__(
-            model, composite, initial_relevance, postprocess, output, contrast
+            model, composite, initial_relevance, postprocess, output, contrast,
+            contrast_weight,
         )
 
 
@@ -141,7 +143,7 @@ class C3LRP(CompositeAttribution):
 
         epsilon, mode, blocks, layer_map, canonizers: See
                 :class:`zennit_resnet.composites.BlockLRP`.
-        model, postprocess, initial_relevance, output, contrast: See
+        model, postprocess, initial_relevance, output, contrast, ...: See
                 :class:`CompositeAttribution`.
 
     Examples::
@@ -162,9 +164,10 @@ class C3LRP(CompositeAttribution):
         blocks: Any = None, layer_map: Optional[LayerMap] = None,
         canonizers: Optional[list[Any]] = None, *, postprocess: Postprocess = "c3",
         initial_relevance: InitialRelevance = None, output: Output = None,
-        contrast: Contrast = None,
+        contrast: Contrast = None, contrast_weight: float = 1.0,
     ) -> None:
         composite = composites.BlockLRP(epsilon, mode, blocks, layer_map, canonizers)
         super().__init__(
-            model, composite, initial_relevance, postprocess, output, contrast
+            model, composite, initial_relevance, postprocess, output, contrast,
+            contrast_weight,
         )

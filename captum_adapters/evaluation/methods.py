@@ -274,7 +274,8 @@ class Explainer:
                 initial = context.initial
             composite = method.composite(classifier)
             lrp = CompositeAttribution(
-                classifier.model, composite, initial, contrast=contrast
+                classifier.model, composite, initial, contrast=contrast,
+                contrast_weight=method.contrast_weight,
             )
             # gradients are no relevance
             if lrp.multiplies_by_inputs:

@@ -1,5 +1,7 @@
 """Contrasts and functions as targets, against Zennit's attributors."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -62,6 +64,36 @@ def test_contrasts_of_each_example_are_divided_like_the_batch(model, images):
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-7)
     with pytest.raises(ValueError, match="contrasts of 3 examples for a batch of 2"):
         method.attribute(images[:2], [1, 2])
+
+
+def test_rivals_count_half(model, images):
+    """A target that keeps half of what it has in common with its rivals."""
+    options = {"classifier": "epsilon", "contrast": "softmax"}
+    whole = ResNetLRP(model, **options).attribute(images, 1)
+    alone = ResNetLRP(model, classifier="epsilon").attribute(images, 1)
+    method = ResNetLRP(model, **options, contrast_weight=0.25)
+    found = method.attribute(images, 1)
+    torch.testing.assert_close(found, 0.75 * alone + 0.25 * whole, rtol=1e-4, atol=1e-5)
+    start = initial_relevance(1, contrast="softmax", contrast_weight=0.25)
+    composite = composites.ResNetLRP(classifier="epsilon")
+    _, expected = Gradient(model, composite)(images, start)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    assert "contrast_weight=0.25" in repr(method)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"contrast_weight": 0.5}, ValueError),
+        ({"contrast": "centred", "contrast_weight": 0}, ValueError),
+        ({"contrast": "centred", "contrast_weight": float("nan")}, ValueError),
+        ({"contrast": "centred", "contrast_weight": "half"}, TypeError),
+    ],
+)
+def test_bad_weights(model, options, error):
+    for function in (partial(ResNetLRP, model), partial(initial_relevance, 1)):
+        with pytest.raises(error, match=f"contrast_weight={options['contrast_weight']!r}"):
+            function(**options)
 
 
 def test_a_class_against_itself_has_no_relevance(model, images):

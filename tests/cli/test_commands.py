@@ -200,6 +200,8 @@ def test_contrasts_side_by_side_and_in_the_ledger(run, photos, tmp_path):
     (['--method', 'resnet_lrp_ratio:classifier=gamma'], 'gamma'),
     (['--method', 'epsilon_plus', '--contrast', 'centred'], "'logit'"),
     (['--method', 'resnet_lrp_ratio:contrast=3'], '3'),
+    (['--method', 'resnet_lrp_ratio:contrast_weight=0.5'], '0.5'),
+    (['--method', 'resnet_lrp_ratio:contrast=1,contrast_weight=some'], 'some'),
 ])
 def test_bad_contrast(run, photos, args, value):
     '''One line that names what is wrong.'''

@@ -64,6 +64,7 @@ def test_method(name, context):
     ('resnet_lrp_ratio:contrast=1,classifier=epsilon', 1, 'logit'),
     ('resnet_lrp_symmetric:contrast=softmax,initial=one', 'softmax', 'one'),
     ('block_lrp:contrast=runner_up+c3', 'runner_up', 'logit'),
+    ('resnet_lrp_ratio:contrast=centred,contrast_weight=0.5', 'centred', 'one'),
 ])
 def test_contrasts(text, contrast, value, context):
     '''A contrast starts from what the rule needs, not from the probability as the others.'''
@@ -73,7 +74,8 @@ def test_contrasts(text, contrast, value, context):
     target = torch.tensor([0, 2])
     explainer = Method(text).create(context)
     attributed = explainer.attribute(images, target, output, ['a', 'b'])
-    start = initial_relevance(target, value, contrast=contrast)
+    weight = .5 if 'contrast_weight' in text else 1.
+    start = initial_relevance(target, value, contrast=contrast, contrast_weight=weight)
     _, relevance = Gradient(model, explainer.method.composite(context.classifier))(images, start)
     torch.testing.assert_close(attributed.maps, relevance.sum(1), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(attributed.initial.float(), start(output), rtol=1e-4, atol=1e-5)
