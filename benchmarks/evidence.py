@@ -55,11 +55,12 @@ LAYERS = ('fc', 'layer4')
 
 
 def default_methods():
-    '''All rules with all contrasts, baselines and controls.'''
+    '''All rules with all contrasts, and one of half the weight; baselines and controls.'''
     found = []
     for rule, initial in RULES.items():
         options = f'{rule}{"," if ":" in rule else ":"}'
         found += [f'{options}initial={initial}', *(f'{options}contrast={name}' for name in CONTRASTS)]
+        found.append(f'0.5*{options}initial={initial} | 0.5*{options}contrast=softmax')
     return [*found, *OTHERS]
 
 
