@@ -272,7 +272,8 @@ def summarize(rows, methods, min_count=2):
                     _mean([value for half, value in found.values() if half in halves])
                     for halves in ((0,), (1,), (0, 1))
                 ]
-                print(f'| `{name}` | {len(found)} | {" | ".join(cells)} | {_difference(found, values, name)} |')
+                label = name.replace('|', '\\|')
+                print(f'| `{label}` | {len(found)} | {" | ".join(cells)} | {_difference(found, values, name)} |')
 
 
 def _mean(values):
