@@ -171,21 +171,20 @@ class Results:
     '''Lines of a file, by measure, item and method.'''
     def __init__(self, path, settings):
         self.rows = {}
-        try:
-            with open(path, encoding='utf-8') as file:
-                # the last line may be incomplete, if the machine went off
-                lines = [line for line in file if line.endswith('\n')]
-        except FileNotFoundError:
-            lines = []
-        if lines and json.loads(lines[0]) != settings:
+        # pylint: disable-next=consider-using-with
+        self.file = open(path, 'a+', encoding='utf-8')
+        self.file.seek(0)
+        lines = self.file.readlines()
+        if lines and not lines[-1].endswith('\n'):
+            # incomplete, as the machine went off
+            lines.pop()
+            self.file.truncate(sum(len(line.encode()) for line in lines))
+        if not lines:
+            self.file.write(json.dumps(settings) + '\n')
+        elif json.loads(lines[0]) != settings:
             raise ValueError(f'{path} has other settings, {lines[0].strip()}, than {json.dumps(settings)}')
         for line in lines[1:]:
             self._keep(json.loads(line))
-        if path is not None:
-            # pylint: disable-next=consider-using-with
-            self.file = open(path, 'w', encoding='utf-8')
-            self.file.writelines(lines or [json.dumps(settings) + '\n'])
-            self.file.flush()
 
     def _keep(self, row):
         self.rows[row['measure'], row['item'], row['method']] = row
@@ -319,7 +318,7 @@ def main():
     if args.methods is not None and args.methods.startswith('@'):
         with open(args.methods[1:], encoding='utf-8') as file:
             names = [line.strip() for line in file if line.strip()]
-    settings = {key: getattr(args, key) for key in ('weights', 'steps', 'threshold', 'full_size', 'amp')}
+    settings = {key: getattr(args, key) for key in ('data', 'weights', 'steps', 'threshold', 'full_size', 'amp')}
     try:
         questions = [Question(name) for name in names]
         results = Results(args.out, settings)
