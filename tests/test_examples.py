@@ -106,24 +106,6 @@ def test_electrocardiogram(folder, capsys):
     check_picture(folder, 'electrocardiogram')
 
 
-def test_video(folder, capsys):
-    '''The example runs; its network needs more steps than a test has, and its masks are those of the pieces.'''
-    module = load('video')
-    torch.manual_seed(0)
-    module.main(steps=1)
-    output = capsys.readouterr().out
-    (moving, still, chance), = floats(r'piece ([-\d.]+), on the other ([-\d.]+), by chance ([\d.]+)', output)
-    assert 0 < moving < 1 and 0 < still < 1
-    assert chance == pytest.approx(module.PIECE ** 2 / module.SIZE ** 2, abs=1e-3)
-    check_picture(folder, 'video')
-    videos, masks, labels = module.draw_videos(torch.rand(2, 3, 96, 96), 8)
-    for video, mask, label in zip(videos, masks, labels):
-        changes = (video[:, 1:] != video[:, :-1]).any(0)
-        assert bool(changes.any()) == bool(label)
-        # what changes is where the moving piece is or was
-        assert not (changes & ~(mask[0, 1:].bool() | mask[0, :-1].bool())).any()
-
-
 def test_timm_model(folder, capsys):
     '''Relevance is conserved, and all additions are found.'''
     run('timm_model', name='seresnet18')

@@ -331,15 +331,15 @@ def test_shared_maps(assets, tmp_path, monkeypatch):
 
 def test_not_finite(assets, tmp_path, monkeypatch):
     '''Maps with NaN or infinity are recorded as a problem of the method, and others of the batch are measured.'''
-    original = CompositeAttribution.attribute
+    original = CompositeAttribution.propagate
 
-    def attribute(self, inputs, *args):
-        result = original(self, inputs, *args)
+    def propagate(self, inputs, *args):
+        result, initial = original(self, inputs, *args)
         result[1, 0, 5, 5] = math.nan
         result[2, 0, 5, 5] = math.inf
-        return result
+        return result, initial
 
-    monkeypatch.setattr(CompositeAttribution, 'attribute', attribute)
+    monkeypatch.setattr(CompositeAttribution, 'propagate', propagate)
     result = run(assets, tmp_path / 'run', methods=('resnet_lrp_ratio+c3',), controls=False, limit=4)
     assert result.records['problem'].notna().tolist() == [False, True, True, False]
     for scores in (result.records['id'], result.curves['insertion'], result.heatmaps):
@@ -348,15 +348,15 @@ def test_not_finite(assets, tmp_path, monkeypatch):
 
 def test_failure(assets, tmp_path, monkeypatch):
     '''A method that fails at once is an error. One that fails later does so for the images that are the reason.'''
-    original = CompositeAttribution.attribute
+    original = CompositeAttribution.propagate
 
-    def attribute(self, inputs, *args):
+    def propagate(self, inputs, *args):
         if bad is None or any(torch.equal(image, bad) for image in inputs):
             raise RuntimeError('a strange\nimage')
         return original(self, inputs, *args)
 
     bad = None
-    monkeypatch.setattr(CompositeAttribution, 'attribute', attribute)
+    monkeypatch.setattr(CompositeAttribution, 'propagate', propagate)
     options = {'methods': ('resnet_lrp_ratio',), 'controls': False}
     message = r'resnet_lrp_ratio .*circle/0.png .*RuntimeError: a strange image'
     with pytest.raises(RunError, match=message):
