@@ -165,6 +165,13 @@ def test_bad_functions(function):
         initial_relevance(function, contrast='centred')
 
 
+def test_probabilities_have_no_softmax():
+    '''Of probabilities, another softmax would be nearly the same for all rivals.'''
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4), torch.nn.Softmax(1)).eval()
+    with pytest.raises(ValueError, match='looks like probabilities'):
+        Gradient(model, ResNetLRP())(torch.rand(1, 3, 2, 2), initial_relevance(1, contrast='softmax'))
+
+
 def test_what_a_contrast_of_other_rules_starts_from():
     '''Rules of Zennit may divide by the output or not.'''
     model, images = resnet18(num_classes=4).eval(), torch.randn(1, 3, 32, 32)

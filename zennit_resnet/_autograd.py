@@ -517,6 +517,17 @@ def last_layers(tensor):
     return found
 
 
+def after_last_layers(tensor):
+    '''Nodes between the last layers with weights and a tensor that is computed from their outputs.'''
+    found, queue = [], [tensor.grad_fn]
+    while queue:
+        node = queue.pop()
+        if node is not None and node not in found and not _has_weights(node):
+            found.append(node)
+            queue.extend(_parents(node))
+    return found
+
+
 def divides_by_output(output):
     '''Whether the rules of the last layers divide relevance by the output, None if they are of others.
 

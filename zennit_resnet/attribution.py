@@ -320,6 +320,11 @@ def _shares(logits, index, contrast):
         if contrast == 'centred':
             return (shares + 1 / (classes - 1)).scatter(1, index, 0.)
         if contrast == 'softmax':
+            if bool(((logits >= 0).all() & ((logits.sum(1) - 1).abs() < 1e-4).all())):
+                raise ValueError(
+                    'contrast=\'softmax\' takes the softmax of logits, but the output looks like probabilities: have '
+                    'the network return what its softmax is computed from.'
+                )
             return rivals.softmax(1)
         return shares.scatter(1, rivals.argmax(1, keepdim=True), 1.)
     others = contrast.to(logits.device)

@@ -259,3 +259,27 @@ def test_warning():
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         explain(function, composite, [1, 2])
+
+
+def test_nothing_is_left_on_parameters():
+    '''A parameter of which a chosen row is used is a parameter for the next network.'''
+    tokens = torch.nn.Parameter(torch.rand(5, 4))
+
+    class Chosen(torch.nn.Module):
+        '''Adds the row of the largest element.'''
+        def __init__(self):
+            super().__init__()
+            self.tokens, self.fc = tokens, torch.nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.fc(x + self.tokens[x[0].argmax()])
+
+    class Joined(Chosen):
+        '''Puts a row beside the input.'''
+        def forward(self, x):
+            return self.fc(torch.cat([self.tokens[:1], x]))[1:]
+
+    for cls in (Joined, Chosen, Joined):
+        with Gradient(cls().eval(), ResNetLRP()) as attributor:
+            assert attributor(torch.rand(1, 4), initial_relevance(1, 'one'))[1].any()
+    assert not vars(tokens)

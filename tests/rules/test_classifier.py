@@ -9,7 +9,7 @@ from torch import nn
 from zennit.attribution import Gradient
 from zennit.rules import Epsilon
 
-from zennit_resnet import ResNetLRP, initial_relevance
+from zennit_resnet import RelativeLRP, ResNetLRP, UnsupportedOperation, initial_relevance
 from zennit_resnet.conservation import conservation_ledger
 from zennit_resnet.rules import ZPlus
 
@@ -31,7 +31,7 @@ class Net(nn.Module):
 
     def forward(self, x):
         '''Logits.'''
-        return HEADS[self.head](self.fc, self.features(x))
+        return (self.head if callable(self.head) else HEADS[self.head])(self.fc, self.features(x))
 
 
 HEADS = {
@@ -40,9 +40,6 @@ HEADS = {
     'left': lambda fc, h: (fc.weight @ h.T).T + fc.bias,
     'einsum': lambda fc, h: torch.einsum('bi,ki->bk', h, fc.weight) + fc.bias,
     'convolution': lambda fc, h: F.conv2d(h[:, :, None, None], fc.weight[:, :, None, None], fc.bias).flatten(1),
-    'before pooling': lambda fc, h: F.conv2d(
-        h[:, :, None, None].expand(-1, -1, 2, 3), fc.weight[:, :, None, None], fc.bias
-    ).mean((2, 3)),
 }
 
 
@@ -91,7 +88,7 @@ def test_equation(contrast):
 @pytest.mark.parametrize('batch_norm', ['pass', 'merge'])
 @pytest.mark.parametrize('head', HEADS)
 def test_spellings(head, batch_norm):
-    '''However the last layer is written, also as a convolution that pooling follows.'''
+    '''However the last layer is written.'''
     def create():
         return ResNetLRP(classifier='epsilon', batch_norm=batch_norm)
 
@@ -123,7 +120,7 @@ def test_only_the_last_layer():
         def forward(self, x):
             '''Logits.'''
             h = self.features(x)
-            return (self.fc(h) + self.other(h)) / 2 if self.is_parallel else self.fc(self.hidden(h).relu())
+            return torch.cat([self.fc(h), self.other(h)], 1) / 2 if self.is_parallel else self.fc(self.hidden(h).relu())
 
     for is_parallel in (False, True):
         model = randomize(Deep(is_parallel)).double().eval()
@@ -139,8 +136,79 @@ def test_only_the_last_layer():
                 vars(rule)['_constants'] = lambda *args, name=name, find=find: (
                     marked.setdefault(name), find(*args)
                 )[1]
-            attributor(torch.randn(2, 3, 9, 9).double(), initial_relevance([1, 2]))
+            attributor(torch.randn(2, 3, 9, 9).double(), initial_relevance([1, 6] if is_parallel else [1, 2]))
         assert set(marked) == ({'fc', 'other'} if is_parallel else {'fc'})
+
+
+# what may come after the last layer, by the name in the message
+TAILS = {
+    'sigmoid': lambda fc, h: fc(h).sigmoid(),
+    'tanh': lambda fc, h: fc(h).tanh(),
+    'Softmax': lambda fc, h: fc(h).softmax(1),
+    'LogSoftmax': lambda fc, h: fc(h).log_softmax(1),
+    'batch_norm': lambda fc, h: F.batch_norm(fc(h), torch.arange(4.).double(), torch.full((4,), 2.).double()),
+    'mean': lambda fc, h: F.conv2d(h[:, :, None, None], fc.weight[:, :, None, None], fc.bias).mean((2, 3)),
+    'interpolate': lambda fc, h: F.interpolate(fc(h)[:, :, None], scale_factor=2.).flatten(1),
+    'add': lambda fc, h: fc(h) + fc(h / 2),
+}
+
+
+@pytest.mark.parametrize('name', TAILS)
+def test_what_comes_after_the_last_layer(name):
+    '''It would change proportions, so that dividing by the output of the layer turns maps over: an error.'''
+    model, images = Net(TAILS[name]), torch.randn(2, 3, 9, 9).double()
+    model = randomize(model).double().eval()
+    for contrast in (None, 'runner_up'):
+        with Gradient(model, ResNetLRP(classifier='epsilon')) as attributor:
+            with pytest.raises(UnsupportedOperation, match=f'{name}.* classifier=.epsilon.'):
+                attributor(images, initial_relevance(1, contrast=contrast))
+    with Gradient(model, ResNetLRP()) as attributor:
+        attributor(images, initial_relevance(1, 'one'))
+
+
+def test_normalization_after_the_last_layer():
+    '''It is part of that layer if it is folded into it.'''
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(4)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), norm).double().eval()
+    norm.running_mean.normal_()
+    norm.running_var.fill_(.3)
+    twin = copy.deepcopy(model)[:3]
+    with torch.no_grad():
+        scale = (norm.running_var + norm.eps) ** -.5
+        twin[2].weight *= scale[:, None]
+        twin[2].bias.copy_((twin[2].bias - norm.running_mean) * scale)
+    images, start = torch.randn(3, 6).double(), initial_relevance(1, contrast='centred')
+    with Gradient(twin, ResNetLRP(classifier='epsilon')) as attributor:
+        _, expected = attributor(images.clone(), start)
+    with Gradient(model, ResNetLRP(classifier='epsilon', batch_norm='merge')) as attributor:
+        _, actual = attributor(images.clone(), start)
+    torch.testing.assert_close(actual, expected)
+    with Gradient(model, ResNetLRP(classifier='epsilon')) as attributor:
+        with pytest.raises(UnsupportedOperation, match='BatchNorm1d'):
+            attributor(images.clone(), start)
+
+
+@pytest.mark.parametrize('combine', [
+    lambda first, second: torch.cat([first, second], 1), lambda first, second: first + second,
+], ids=['joined', 'added'])
+def test_relative_contrast_of_two_heads(combine):
+    '''Relevance of both signs may sum to zero where branches begin, which is no reason to scale it to nothing.'''
+    class Heads(Net):
+        '''Two linear layers side by side.'''
+        def __init__(self):
+            super().__init__()
+            self.other = nn.Linear(6, 4)
+
+        def forward(self, x):
+            '''Logits.'''
+            h = self.features(x)
+            return combine(self.fc(h), self.other(h))
+
+    model = randomize(Heads()).double().eval()
+    with Gradient(model, RelativeLRP()) as attributor:
+        _, relevance = attributor(torch.randn(2, 3, 9, 9).double(), initial_relevance(0, contrast=1))
+    assert relevance.flatten(1).any(1).all()
 
 
 def test_composite_of_zennit_at_the_end():

@@ -2,7 +2,10 @@
 
 Relevance has no way on from there, so that it must not arrive.
 '''
+import threading
+
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._compat import DisableTorchFunction, base_of
 from .._nested import active_tensors, tensors_of
@@ -26,9 +29,23 @@ PLACING = FILLINGS | {name for name, entry in OPERATIONS.items() if entry.run is
 INDEXED = ('scatter', 'index', '_index', 'put', 'max_unpool', 'select', 'slice', 'diagonal')
 
 
+class _Sources(threading.local):
+    '''Names of the functions that computed constants, in the forward pass of a thread.'''
+    def __init__(self):
+        self.names = WeakTensorKeyDictionary()
+
+
+_sources = _Sources()
+
+
+def forget():
+    '''Forget all constants, at the end of a forward pass: parameters and buffers among them stay.'''
+    _sources.names.clear()
+
+
 def source_of(tensor):
     '''Name of the function that computed a constant from the input, None for other tensors.'''
-    return None if tensor.requires_grad else getattr(tensor, '_derived', None)
+    return None if tensor.requires_grad else _sources.names.get(tensor)
 
 
 def note(name, args, kwargs, output):
@@ -45,10 +62,14 @@ def note(name, args, kwargs, output):
         source = next(filter(None, map(source_of, tensors_of(given))), None)
         if source is None and active_tensors(given):
             source = 'data' if name == '__get__' else name
+        # views of parameters are no other constants than these, only what is changed in place is
+        in_place = name == '__setitem__' or name.endswith('_') and not name.endswith('__')
         for elem in outputs if source is not None else ():
-            elem._derived = source
-            if base_of(elem) is not None:
-                base_of(elem)._derived = source
+            found = {id(elem): elem}
+            if in_place and base_of(elem) is not None:
+                found[id(base_of(elem))] = base_of(elem)
+            for each in found.values():
+                _sources.names[each] = source
 
 
 def marks_of(func, name, args, kwargs):

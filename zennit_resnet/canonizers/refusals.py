@@ -5,11 +5,23 @@ import torch
 from zennit.rules import NoMod
 from zennit.types import Linear
 
-from .._autograd import SOFT, are_probabilities, end_of, metadata_of, nodes_of, softmaxes_before
+from .._autograd import (
+    SOFT,
+    are_probabilities,
+    end_of,
+    function_of,
+    metadata_of,
+    module_of,
+    nodes_of,
+    rule_of,
+    softmaxes_before,
+)
 from .._compat import DisableTorchFunction, pre_hooks_of, rules_of
 from .._nested import active_tensors, tensors_of
+from ..layer import Activation, Addition, AveragePool, Gate
 from ..rules.base import SinglePass
 from ..rules.block import BlockEpsilon
+from ..rules.passing import PassThrough
 
 # What to do about functions for which a layer map is the wrong remedy.
 REMEDIES = {
@@ -21,8 +33,33 @@ REMEDIES = {
 }
 
 
+# What to do about functions after the last layer, if that divides by its output.
+TAIL = (
+    'with classifier=\'epsilon\', relevance is divided by the outputs of the last layer with weights, which it is not '
+    'in proportion to after this. Explain the output of that layer, by a network that returns it, with the rest as a '
+    'function for a target, or choose classifier=\'zplus\' or BlockLRP'
+)
+
+
 class UnsupportedOperation(RuntimeError):
     '''A network uses an operation on relevance for which there is no rule.'''
+
+
+def changes_shares(node, is_folded):
+    '''Whether the relevance before a function is in another proportion to its inputs than after it to its outputs.
+
+    Normalization that is folded into the layer before it does nothing.
+    '''
+    rule, module = rule_of(node), module_of(node)
+    if rule is None:
+        return 'softmax' in function_of(node).lower()
+    if isinstance(module, Activation):
+        return getattr(module, 'name', '') not in ('neg', 'relu', 'relu_')
+    if isinstance(module, Gate):
+        return sum(parent is not None for parent, _ in node.next_functions) > 1
+    return isinstance(module, (Addition, AveragePool)) or isinstance(rule, PassThrough) and (
+        not is_folded
+    )
 
 
 # pylint: disable=too-many-arguments

@@ -3,13 +3,25 @@ import gc
 import threading
 import warnings
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from zennit.canonizers import Canonizer
 from zennit.core import RemovableHandleList
 
-from .._autograd import calls_back, class_of, function_of, is_arithmetic, last_layers, name_of, nodes_of, rule_of, walk
+from .._autograd import (
+    after_last_layers,
+    calls_back,
+    class_of,
+    function_of,
+    is_arithmetic,
+    last_layers,
+    module_of,
+    name_of,
+    nodes_of,
+    rule_of,
+    walk,
+)
 from .._compat import DisableTorchFunction, caller, in_backward, is_replacing, is_running, registering_composite
 from .._inplace import Watch, forget, note_copy, settle
 from .._nested import active_tensors, tensors_of
@@ -24,7 +36,9 @@ from .layers import LINEAR
 from .moves import EXAMPLES, note_examples
 from .operations import DEFAULT_RULES, TRAINING, TRANSPARENT, handle, is_training
 from .refusals import (
+    TAIL,
     Softmaxes,
+    changes_shares,
     check_output,
     check_parameters,
     check_rules,
@@ -390,10 +404,15 @@ class ResidualCanonizer(Described, Canonizer):
         elif all(REGISTERED.index(other) < REGISTERED.index(self) for other in self._overlapping()):
             self.weights.renew(self.merge.fold(active))
         for tensor in active:
-            for node, value in last_layers(tensor):
-                if getattr(rule_of(node), 'classifier', None) == 'epsilon':
-                    # the node has a copy of the layer
-                    vars(node.module)['is_last'] = value
+            last = last_layers(tensor)
+            divides = [each for each in last if getattr(rule_of(each[0]), 'classifier', None) == 'epsilon']
+            for node, value in divides:
+                # the node has a copy of the layer
+                vars(node.module)['is_last'] = value
+            for node in after_last_layers(tensor) if divides else ():
+                if changes_shares(node, all(node.context is not nullcontext for node, _ in divides)):
+                    node.register_prehook(self._refuse_tail(node))
+        derived.forget()
         self.paused = None
         for owner, name, surrogate in self.surrogates.values():
             owner._modules[name] = surrogate
@@ -487,6 +506,12 @@ class ResidualCanonizer(Described, Canonizer):
             if output.requires_grad:
                 check = self._check(call.module, name, 'it is not the output')
                 self.local.softmaxes.add(output.grad_fn, check, is_passed)
+
+    def _refuse_tail(self, node):
+        '''Relevance that was shared out after the last layer is not in proportion to its outputs any more.'''
+        module, name = module_of(node), function_of(node)
+        name = name if module is None else getattr(module, 'name', type(module).__name__)
+        return refusal(self._label(self.root), self.root, name, '', self.strict, TAIL)
 
     def _check(self, module, name, reason):
         '''A backward hook which raises or warns if there is any relevance.'''

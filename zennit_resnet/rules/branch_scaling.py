@@ -36,8 +36,8 @@ def branch_factor(begin, end, normalization='signed', tolerance=TOLERANCE):
         ``'signed'`` (default) for the ratio of the sums, which may be negative, ``'l1'`` for that of the sums of
         magnitudes.
     tolerance: float, optional
-        Sums smaller than this share of the sum of magnitudes count as zero, and the ratio of the sums of magnitudes is
-        used in their place. Default is 1e-6, the resolution of sums in single precision.
+        Sums of either end smaller than this share of their magnitudes count as zero, and the ratio of the sums of
+        magnitudes is used in their place. Default is 1e-6, the resolution of sums in single precision.
 
     Returns
     -------
@@ -57,6 +57,8 @@ def branch_factor(begin, end, normalization='signed', tolerance=TOLERANCE):
     is_empty = magnitude == 0
     factor = end_magnitude / torch.where(is_empty, 1., magnitude)
     replaced = (total.abs() < tolerance * magnitude) | (total == 0)
+    # a start with both signs, as of a contrast, may sum to zero
+    replaced = replaced | (end_total.abs() < tolerance * end_magnitude)
     if normalization == 'l1':
         replaced = torch.zeros_like(replaced)
     else:
