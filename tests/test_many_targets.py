@@ -1,10 +1,9 @@
 '''Several questions by one forward pass: the relevance is that of one question after the other.'''
 import pytest
 import torch
+from helpers.flops import Counter
 from helpers.networks import CifarResNet, UserNetwork, build_torchvision, randomize
 from helpers.state import Snapshot
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 from zennit.attribution import Gradient
 from zennit.composites import EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat
 
@@ -194,17 +193,6 @@ def test_prepared_once(monkeypatch):
 
 def test_cost():
     '''Ten questions need the multiplications of four attributions: forward pass and denominators are shared.'''
-    class Counter(TorchDispatchMode):
-        '''Counts multiplications of convolutions and matrix products.'''
-        flops = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            output = func(*args, **(kwargs or {}))
-            count = flop_registry.get(func._overloadpacket)
-            if count is not None:
-                self.flops += count(*args, **(kwargs or {}), out_val=output)
-            return output
-
     model, flops = build_torchvision('resnet50').eval(), []
     for count in (1, 10):
         with Counter() as counter, ManyTargets(model, ResNetLRP()) as attributor:

@@ -445,8 +445,8 @@ def _reorders(node):
     return _stem(node).startswith(REORDERS) or is_move(node)
 
 
-def walk(nodes, seen=None):
-    '''All nodes of the graph that some nodes are computed from, themselves included.'''
+def walk(nodes, seen=None, ends=lambda node: False):
+    '''All nodes of the graph that some nodes are computed from, themselves included, up to those that are ends.'''
     queue, seen = [node for node in nodes if node is not None], set() if seen is None else seen
     while queue:
         node = queue.pop()
@@ -454,7 +454,8 @@ def walk(nodes, seen=None):
             continue
         seen.add(node)
         yield node
-        queue.extend(_parents(node))
+        if not ends(node):
+            queue.extend(_parents(node))
 
 
 def moves_first(node):
@@ -504,28 +505,12 @@ def last_layers(tensor):
         for move in moves:
             value = pull_back(move, value)
         return [(node, value)]
-    found, queue, seen = [], [node], set()
-    while queue:
-        node = queue.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if _has_weights(node):
-            found.append((node, None))
-        else:
-            queue.extend(_parents(node))
-    return found
+    return [(elem, None) for elem in walk([node], ends=_has_weights) if _has_weights(elem)]
 
 
 def after_last_layers(tensor):
     '''Nodes between the last layers with weights and a tensor that is computed from their outputs.'''
-    found, queue = [], [tensor.grad_fn]
-    while queue:
-        node = queue.pop()
-        if node is not None and node not in found and not _has_weights(node):
-            found.append(node)
-            queue.extend(_parents(node))
-    return found
+    return [node for node in walk([tensor.grad_fn], ends=_has_weights) if not _has_weights(node)]
 
 
 def divides_by_output(output):

@@ -221,8 +221,7 @@ def initial_relevance(target, value=None, output=None, contrast=None, contrast_w
     check_key(output)
     target, contrast = _as_target(target), as_contrast(contrast)
     check_contrast_weight(contrast, contrast_weight)
-    if callable(target) and contrast is not None:
-        raise ValueError(f'contrast={contrast!r} is for classes: have the function return a difference.')
+    _check_function(target, contrast)
 
     def attr_output(result):
         '''Compute the relevance at the output.'''
@@ -290,9 +289,8 @@ def output_weights(outputs, target, contrast=None, contrast_weight=1.):
     IndexError
         If a class of the contrast is not among the classes.
     '''
+    _check_function(target, contrast)
     if callable(target):
-        if contrast is not None:
-            raise ValueError(f'contrast={contrast!r} is for classes: have the function return a difference.')
         return _gradient_weights(target, outputs)
     if contrast is not None and (target is None or outputs.shape[1] == 1):
         raise ValueError(
@@ -398,6 +396,12 @@ def check_contrast_weight(contrast, weight):
     if weight <= 0 or contrast is None and weight != 1:
         reason = 'is for contrasts: name one' if contrast is None else 'is not positive: leave the contrast out'
         raise ValueError(f'contrast_weight={weight!r} {reason}.')
+
+
+def _check_function(target, contrast):
+    '''Raise a ValueError if there is a contrast for a function, which has its own.'''
+    if callable(target) and contrast is not None:
+        raise ValueError(f'contrast={contrast!r} is for classes: have the function return a difference.')
 
 
 def _as_target(target):

@@ -39,7 +39,7 @@ _sources = _Sources()
 
 
 def forget():
-    '''Forget all constants, at the end of a forward pass: parameters and buffers among them stay.'''
+    '''Forget all constants at the end of a forward pass, as parameters and buffers among them are there in the next.'''
     _sources.names.clear()
 
 

@@ -57,9 +57,7 @@ def changes_shares(node, is_folded):
         return getattr(module, 'name', '') not in ('neg', 'relu', 'relu_')
     if isinstance(module, Gate):
         return sum(parent is not None for parent, _ in node.next_functions) > 1
-    return isinstance(module, (Addition, AveragePool)) or isinstance(rule, PassThrough) and (
-        not is_folded
-    )
+    return isinstance(module, (Addition, AveragePool)) or isinstance(rule, PassThrough) and not is_folded
 
 
 # pylint: disable=too-many-arguments

@@ -404,18 +404,25 @@ class ResidualCanonizer(Described, Canonizer):
         elif all(REGISTERED.index(other) < REGISTERED.index(self) for other in self._overlapping()):
             self.weights.renew(self.merge.fold(active))
         for tensor in active:
-            last = last_layers(tensor)
-            divides = [each for each in last if getattr(rule_of(each[0]), 'classifier', None) == 'epsilon']
-            for node, value in divides:
-                # the node has a copy of the layer
-                vars(node.module)['is_last'] = value
-            for node in after_last_layers(tensor) if divides else ():
-                if changes_shares(node, all(node.context is not nullcontext for node, _ in divides)):
-                    node.register_prehook(self._refuse_tail(node))
+            self._mark_last(tensor)
         derived.forget()
         self.paused = None
         for owner, name, surrogate in self.surrogates.values():
             owner._modules[name] = surrogate
+
+    def _mark_last(self, tensor):
+        '''Have the last layers know it if their rule divides by their output, and refuse what comes after them.'''
+        layers = [
+            (node, value) for node, value in last_layers(tensor)
+            if getattr(rule_of(node), 'classifier', None) == 'epsilon'
+        ]
+        for node, value in layers:
+            # the node has a copy of the layer
+            vars(node.module)['is_last'] = value
+        is_folded = all(node.context is not nullcontext for node, _ in layers)
+        for node in after_last_layers(tensor) if layers else ():
+            if changes_shares(node, is_folded):
+                node.register_prehook(self._refuse_tail(node))
 
     def _detach(self):
         # containers which call all of their children must not find surrogates among them
