@@ -10,8 +10,11 @@ import torch
 from zennit.types import Activation, AvgPool, Convolution, Linear, MaxPool
 
 from ._compat import DisableTorchFunction
-from .layer import Gate, Operation
+from .layer import Addition, Gate, Operation, Signed
 
+# Functions, and modules in place of them, of which the output has no negative values.
+RELUS = frozenset('relu relu_ relu6 Relu Sigmoid Softmax Softplus'.split())
+RELU_MODULES = (torch.nn.ReLU, torch.nn.ReLU6, torch.nn.Sigmoid, torch.nn.Hardsigmoid, torch.nn.Softmax, torch.nn.Softplus)
 SIGMOIDS = frozenset('sigmoid hardsigmoid softmax expit ndtr'.split())
 # Functions of which the output may be anything, whatever they are given.
 UNBOUNDED = frozenset('exp exp_ exp2 exp2_ special_exp2 __rpow__'.split())
@@ -167,6 +170,30 @@ def depends_on(tensor, source):
 def is_first(input):
     '''Whether no linear layer or convolution with a single-pass rule precedes, by the input's graph.'''
     return not any(map(_is_layer, walk([input.grad_fn])))
+
+
+def is_non_negative(tensor):
+    '''Whether a tensor has no negative values by its graph: what is averaged, moved or added up comes from ReLUs.'''
+    queue, seen = [tensor.grad_fn], set()
+    while queue:
+        node = queue.pop()
+        if node is None:
+            return False
+        if node in seen:
+            continue
+        seen.add(node)
+        module, stem = module_of(node), _stem(node)
+        if type(module) in RELU_MODULES or getattr(module, 'name', stem) in RELUS:
+            continue
+        lower = [parent for parent, _ in node.next_functions]
+        is_sum = isinstance(module, Addition) and min(module.factors or (1,)) >= 0
+        is_pooled = isinstance(module, (AvgPool, MaxPool)) and not isinstance(module, Signed)
+        if not lower or None in lower or not (is_sum or is_pooled or module is None and (
+            'Pool' in stem or 'Mean' in stem or is_move(node) or stem.startswith(REORDERS)
+        )):
+            return False
+        queue.extend(lower)
+    return True
 
 
 def is_gate(tensor, with_tanh=True):

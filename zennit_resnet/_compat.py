@@ -15,6 +15,7 @@ from torch._C import DisableTorchFunction  # noqa: F401
 from torch._C import _set_grad_enabled as set_grad_enabled  # noqa: F401
 from torch._ops import OpOverload  # noqa: F401
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter as keep_version  # noqa: F401
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.modules.dropout import _DropoutNd as Dropout  # noqa: F401
 from torch.overrides import _get_current_function_mode_stack as function_modes  # noqa: F401
 from torch.overrides import _pop_mode as pop_mode  # noqa: F401
@@ -54,6 +55,16 @@ def backward_pass():
 def in_backward():
     '''Whether a backward pass is running in this thread, as it is where checkpointing runs modules again.'''
     return backward_pass() != -1
+
+
+def is_traced():
+    '''Whether what runs now is recorded as a graph, where no branch may depend on a value.'''
+    return get_proxy_mode() is not None
+
+
+def has_values(tensor):
+    '''Whether reading a value of a tensor costs nothing: not while a graph is recorded, or on another device.'''
+    return tensor.device.type == 'cpu' and not is_traced()
 
 
 def is_out_of_memory(error):

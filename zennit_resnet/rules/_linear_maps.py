@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from zennit.types import Convolution, ConvolutionTranspose
 
-from .._compat import padding_of
+from .._compat import is_traced, padding_of
 from ..layer import Operation
 
 # From this number of elements on, memory is asked for anew each time, which takes longer than what is computed
@@ -149,7 +149,7 @@ def even_weight(module, weight):
     for step, size in zip(stride, weight.shape[2:]):
         phase = phase.unsqueeze(-1) * step + torch.arange(size, device=weight.device) % step
     phase = phase.flatten()
-    sums = weight.sum(1).flatten(1) @ F.one_hot(phase).to(weight)
+    sums = weight.sum(1).flatten(1) @ F.one_hot(phase, math.prod(stride)).to(weight)
     # filters may have no weight at some positions
     is_used = sums != 0
     mean = sums.sum(1, keepdim=True) / is_used.sum(1, keepdim=True).clamp(min=1)
@@ -312,7 +312,8 @@ def by_example(function, *tensors):
     '''
     # tensors of fewer dimensions are broadcast along that of the examples
     first, lengths = tensors[0], {(elem.ndim, *elem.shape[:1]) for elem in tensors}
-    if first.device.type != 'cpu' or first.numel() < LARGE or len(lengths) > 1 or first.shape[:1].numel() < 2:
+    if (first.device.type != 'cpu' or first.numel() < LARGE or len(lengths) > 1 or first.shape[:1].numel() < 2
+            or is_traced()):
         return function(*tensors)
     result = None
     for index, parts in enumerate(zip(*(elem.split(1) for elem in tensors))):

@@ -37,7 +37,9 @@ class _Propagate(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # the last one is only there to be counted: if checkpointing runs a function again outside of all modules, where
         # it is not intercepted, other tensors must not be taken for these
-        ctx.save_for_backward(*stored, torch.empty(0))
+        tensors = [elem for elem in stored if isinstance(elem, torch.Tensor)]
+        ctx.save_for_backward(*tensors, torch.empty(0))
+        ctx.settings = [None if isinstance(elem, torch.Tensor) else (elem,) for elem in stored]
         if inplace is not None:
             ctx.mark_dirty(inputs[inplace])
             return inputs[inplace]
@@ -93,13 +95,14 @@ def _propagate(ctx, relevance):
 def _load(ctx, dtype):
     '''What the rule of a node has stored, in a precision.'''
     try:
-        stored = ctx.saved_tensors[:-1]
+        tensors = iter(ctx.saved_tensors[:-1])
     except CheckpointError as error:
         raise RuntimeError(
             'Checkpointing ran a part of the network again, of which not all operations can be followed: '
             'checkpoint modules instead of functions, or turn it off.'
         ) from error
-    return [elem.to(dtype) if elem.is_floating_point() else elem for elem in stored]
+    stored = [next(tensors) if setting is None else setting[0] for setting in ctx.settings]
+    return [elem.to(dtype) if isinstance(elem, torch.Tensor) and elem.is_floating_point() else elem for elem in stored]
 
 
 _once = torch.autograd.function.once_differentiable(_propagate)
@@ -156,8 +159,8 @@ class SinglePass(Described, Hook):
 
         Returns
         -------
-        tuple of :py:obj:`torch.Tensor`
-            Tensors to keep.
+        tuple
+            Tensors to keep, and settings that are no tensors.
         '''
         return ()
 
@@ -168,8 +171,8 @@ class SinglePass(Described, Hook):
         ----------
         module: :py:obj:`torch.nn.Module`
             A copy of the layer, with the weights it had when it was called.
-        stored: list of :py:obj:`torch.Tensor`
-            What :py:meth:`store` returned, in the precision of the relevance.
+        stored: list
+            What :py:meth:`store` returned, tensors in the precision of the relevance.
         shape: :py:obj:`torch.Size`
             Shape of the output.
 

@@ -7,7 +7,7 @@ import math
 import torch
 
 from .._autograd import function_of, is_move, metadata_of, moves_first, rule_of, walk
-from .._compat import backward_pass
+from .._compat import backward_pass, has_values
 from ..arguments import check_choice, check_number
 from ._linear_maps import by_example
 from .base import SinglePass
@@ -353,7 +353,7 @@ def _excess(magnitude):
     exponent = torch.frexp(magnitude)[1].clamp(-126, 126).to(magnitude.dtype)
     exponent = torch.where((exponent.abs() > EXPONENT) & (magnitude > 0) & magnitude.isfinite(), exponent, 0.)
     # waiting for another device to know whether there is takes longer than doing nothing
-    return None if exponent.device.type == 'cpu' and not bool(exponent.any()) else exponent
+    return None if has_values(exponent) and not bool(exponent.any()) else exponent
 
 
 def _is_identity(node):

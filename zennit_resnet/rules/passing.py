@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from zennit.core import Hook, RemovableHandle, RemovableHandleList
 
+from .._compat import has_values
 from ..arguments import Described
 from ._linear_maps import with_adjoint
 from .base import SinglePass
@@ -41,11 +42,11 @@ class Uncrop(SinglePass):
     '''
     def store(self, module, *inputs):
         '''Keep the amounts, which may be others for another input.'''
-        return (torch.tensor([(dim, *amounts) for dim, amounts in module.amounts.items()]),)
+        return ([(dim, *amounts) for dim, amounts in module.amounts.items()],)
 
     def propagate(self, module, stored, relevance):
         '''Fold relevance back.'''
-        for dim, before, after in stored[0].tolist():
+        for dim, before, after in stored[0]:
             length = relevance.shape[dim] - max(before, 0) - max(after, 0)
             inner = relevance.narrow(dim, max(before, 0), length).clone()
             for start, amount, edge in ((0, before, 0), (relevance.shape[dim] - max(after, 0), after, length - 1)):
@@ -89,7 +90,7 @@ class Refill(SinglePass):
                 'have it put each in a place of its own.'
             )
         lost = relevance.where(is_constant & (zeros == 0), 0.)
-        if not bool(lost.any()):
+        if has_values(lost) and not bool(lost.any()):
             return (lower,)
         kept = (transpose(torch.ones_like(output)) != 0).to(lower)
         return (lower + share_evenly(lost, kept, module.examples),)

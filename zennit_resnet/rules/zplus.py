@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from zennit.core import RemovableHandle, RemovableHandleList, Stabilizer
 from zennit.types import Convolution, ConvolutionTranspose, MaxPool
 
-from .._autograd import is_first, module_of
+from .._autograd import is_first, is_non_negative
+from .._compat import has_values
 from .._weights import is_plain
 from ..arguments import as_bound, check_bounds, check_choice, check_inside, check_stabilizer, spread_bound
 from ..layer import NonNegativeMap, Signed, Subsampling
@@ -15,8 +16,6 @@ from . import _linear_maps as maps
 from ._linear_maps import LARGE
 from .base import SinglePass
 from .passing import share_evenly
-
-RELU = ('relu', 'relu_', 'relu6')
 
 
 class _Divisor(NamedTuple):
@@ -154,13 +153,11 @@ class ZPlus(SinglePass):
         if first and self.first_layer == 'zbox':
             bounds = [self._bound(name, module, input) for name in ('low', 'high')]
             check_inside(input, *bounds, (self._low.dtype, self._high.dtype))
-        source = module_of(input.grad_fn)
-        is_relu = type(source) in (torch.nn.ReLU, torch.nn.ReLU6) or getattr(source, 'name', '') in RELU
-        return input, torch.tensor([first, is_relu])
+        return input, first, is_non_negative(input)
 
     def prepare(self, module, stored, shape):
         '''Compute the denominators of Eq. (2).'''
-        input, (first, is_relu) = stored[0], stored[1].tolist()
+        input, first, is_positive = stored
         is_winner = isinstance(module, MaxPool) and self.maxpool == 'winner'
         is_epsilon = self.classifier == 'epsilon' and 'is_last' in vars(module)
         variant = self.first_layer if first else 'zplus'
@@ -170,7 +167,7 @@ class ZPlus(SinglePass):
             pairs = [(input, self._signed_weight(module, input))]
         else:
             # also if an example has NaN, which is none of the others' business
-            is_negative = variant == 'zplus' and not is_relu and not bool(input.amin() >= 0)
+            is_negative = variant == 'zplus' and not is_positive and not (has_values(input) and bool(input.amin() >= 0))
             pairs = self._contributions(module, input, variant, is_negative)
         outputs, transposes = zip(*(self._map(module, *pair, shape[2:]) for pair in pairs))
         denominator, constants = sum(outputs[1:], outputs[0]), None
@@ -230,7 +227,9 @@ class ZPlus(SinglePass):
         # without dimensions, these would be the mean and minimum of all examples
         resolution = (magnitude.mean(dims, keepdim=True) if dims else magnitude) * torch.finfo(denominator.dtype).eps
         dead = None
-        if bool(((magnitude.amin(dims, keepdim=True) if dims else magnitude) <= resolution).any()):
+        if not has_values(denominator) or bool((
+            (magnitude.amin(dims, keepdim=True) if dims else magnitude) <= resolution
+        ).any()):
             dead = magnitude <= resolution
         stabilized = denominator if self.stabilizer is None else self.stabilizer(denominator)
         return _Divisor(denominator, stabilized, dead)
@@ -243,7 +242,8 @@ class ZPlus(SinglePass):
         if self.dead_units == 'drop':
             # with a stabilizer, 0/0 does not occur, and dead units have no contributions that would receive relevance
             return share if self.stabilizer is not None else share.masked_fill_(dead, 0.), None
-        return share.masked_fill_(dead, 0.), dead if bool((relevance * dead).any()) else None
+        is_spread = not has_values(relevance) or bool((relevance * dead).any())
+        return share.masked_fill_(dead, 0.), dead if is_spread else None
 
     def _contributions(self, module, input, variant, is_negative):
         '''Pairs of inputs and weights (None for poolings) of which the products are the contributions.'''
@@ -329,26 +329,25 @@ class ZPlus(SinglePass):
     def _spread(self, module, input, relevance):
         '''Share the relevance of dead units evenly over their inputs.'''
         if isinstance(module, torch.nn.Linear) and not isinstance(module, Signed):
-            return (relevance.sum(-1, keepdim=True) / input.shape[-1]).expand_as(input)
-        ones, weight, shape = torch.ones_like(input), None, relevance.shape[2:]
+            return relevance.sum(-1, keepdim=True) / input.shape[-1]
+        ones, weight, shape, in_channels = torch.ones_like(input), None, relevance.shape[2:], 1
         if isinstance(module, Convolution):
             # all channels of a group are treated alike, so one of each is enough
-            kernel = module.weight.shape[2:]
-            out_channels = relevance.shape[1] // module.groups
-            relevance = relevance.unflatten(1, (module.groups, out_channels)).sum(2)
-            ones = ones[:, :module.groups]
-            weight = torch.ones(module.groups, 1, *kernel).to(relevance)
-        output, transpose = maps.with_adjoint(lambda leaf: self._linear(module, leaf, weight, shape), ones)
-        lower = transpose(torch.nan_to_num(relevance / output, 0., 0., 0.))
-        if isinstance(module, Convolution):
             in_channels = input.shape[1] // module.groups
-            lower = (lower / in_channels).unsqueeze(2).expand(-1, -1, in_channels, *lower.shape[2:])
-        elif isinstance(module, (NonNegativeMap, Signed)):
-            # places outside of the image read nothing
-            lost = relevance.where(output == 0, 0.)
-            if bool(lost.any()):
+            relevance = relevance.unflatten(1, (module.groups, -1)).sum(2)
+            ones = ones[:, :module.groups]
+            weight = torch.ones(module.groups, 1, *module.weight.shape[2:]).to(relevance)
+        output, transpose = maps.with_adjoint(lambda leaf: self._linear(module, leaf, weight, shape), ones)
+        # places outside of the image read nothing
+        is_empty = output == 0
+        lower = transpose(relevance * torch.where(is_empty, 0., 1 / (output * in_channels)))
+        if isinstance(module, Convolution):
+            return lower if module.groups == 1 else lower.repeat_interleave(in_channels, 1)
+        if isinstance(module, (NonNegativeMap, Signed)):
+            lost = relevance.where(is_empty, 0.)
+            if not has_values(lost) or bool(lost.any()):
                 lower = lower + share_evenly(lost, torch.ones_like(input), getattr(module, 'examples', None))
-        return lower.reshape(input.shape)
+        return lower
 
     def _smooth_lower(self, module, relevance):
         '''Smooth the relevance of the input of overlapping windows with a stride.'''
