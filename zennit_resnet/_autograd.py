@@ -545,6 +545,9 @@ def divides_by_output(output):
 
     That of a tensor without a graph, or of no layer with weights, does not.
     '''
+    if hasattr(output, 'divides_relevance'):
+        # of a traced network
+        return output.divides_relevance
     node = output.grad_fn
     if node is not None and getattr(class_of(node), '__module__', '') == f'{__package__}.rules.block':
         return True

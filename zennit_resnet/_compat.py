@@ -15,7 +15,7 @@ from torch._C import DisableTorchFunction  # noqa: F401
 from torch._C import _set_grad_enabled as set_grad_enabled  # noqa: F401
 from torch._ops import OpOverload  # noqa: F401
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter as keep_version  # noqa: F401
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.nn.modules.dropout import _DropoutNd as Dropout  # noqa: F401
 from torch.overrides import _get_current_function_mode_stack as function_modes  # noqa: F401
 from torch.overrides import _pop_mode as pop_mode  # noqa: F401
@@ -24,6 +24,8 @@ from zennit.core import Composite, Hook
 
 # Attributes of modules that compute what torch.nn.Module.__call__ runs, besides ``forward``.
 FORWARD_PARTS = ('_conv_forward', '_output_padding')
+# Weights are real tensors, and what is read from them is not recorded.
+RECORDING = {'_allow_non_fake_inputs': True, '_error_on_data_dependent_ops': False}
 COMPILED_CALL, COMPILED_MODULE = '_compiled_call_impl', '_orig_mod'
 
 
@@ -65,6 +67,21 @@ def is_traced():
 def has_values(tensor):
     '''Whether reading a value of a tensor costs nothing: not while a graph is recorded, or on another device.'''
     return tensor.device.type == 'cpu' and not is_traced()
+
+
+def is_recorded(tensor):
+    '''Whether a tensor is computed from inputs of the graph that is recorded.'''
+    mode = get_proxy_mode()
+    proxy = None if mode is None or not isinstance(tensor, torch.Tensor) else get_proxy_slot(tensor, mode.tracer, None)
+    queue, seen = [] if proxy is None else [proxy.proxy.node], set()
+    while queue:
+        node = queue.pop()
+        if node.op == 'placeholder':
+            return True
+        if node not in seen:
+            seen.add(node)
+            queue.extend(node.all_input_nodes)
+    return False
 
 
 def is_out_of_memory(error):
@@ -135,6 +152,25 @@ def can_be_compiled():
 def caller(depth=1):
     '''The frame of the function that calls the one which asks.'''
     return sys._getframe(depth + 1)
+
+
+def origin_of_call(function):
+    '''The frame whose code calls a function of PyTorch, which modes handle that hand it on to each other.'''
+    frame = origin = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == '__torch_function__' and frame.f_locals.get('func') is function:
+            origin = frame.f_back
+        frame = frame.f_back
+    while origin is not None and origin.f_globals.get('__name__', '').partition('.')[0] == 'torch':
+        origin = origin.f_back
+    return origin
+
+
+def module_around(frame):
+    '''The module whose method a frame runs, or is called by, None if there is none.'''
+    while frame is not None and not isinstance(frame.f_locals.get('self'), torch.nn.Module):
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals['self']
 
 
 def is_running(frame):

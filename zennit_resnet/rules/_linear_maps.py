@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from zennit.types import Convolution, ConvolutionTranspose
 
-from .._compat import is_traced, padding_of
+from .._compat import has_values, is_traced, padding_of
 from ..layer import Operation
 
 # From this number of elements on, memory is asked for anew each time, which takes longer than what is computed
@@ -211,7 +211,8 @@ def _is_pointwise(module, weight, output):
     num = weight.ndim - 2
     sizes = (*weight.shape[2:], *as_tuple(module.stride, num), module.groups)
     has_padding = not isinstance(module.padding, str) and any(as_tuple(module.padding, num))
-    return set(sizes) == {1} and not has_padding and output.device.type == 'cpu' and output.is_contiguous()
+    # a graph has a convolution with transposed weights, which are computed once
+    return set(sizes) == {1} and not has_padding and has_values(output) and output.is_contiguous()
 
 
 # pylint: disable=too-many-arguments

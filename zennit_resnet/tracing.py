@@ -1,0 +1,239 @@
+'''An attribution as one graph: forward and backward pass of all rules, recorded once.
+
+A rule is a closed form of tensor operations, so autograd, hooks and Python are only needed to find out which operations
+there are. What is recorded runs without them, and can be compiled and exported.
+'''
+import copy
+
+import torch
+from torch.overrides import TorchFunctionMode
+from zennit.core import Composite
+
+from ._compat import is_recorded, module_around, origin_of_call
+from ._graphs import fold, record, simplify, write_in_place
+from .arguments import check_module, check_rule, describe
+from .attribution import check_key, select_output
+from ._autograd import divides_by_output
+from .canonizers.eager import check_evaluation
+from .registration import registered, unwrap
+
+# Methods of tensors that read values, by which code may decide what to do.
+READS = frozenset(
+    'item tolist numpy equal allclose __bool__ __int__ __float__ __index__ __array__ __contains__'.split()
+)
+OWN = ('zennit', __package__)
+
+
+def trace(model, composite, input, output=None):
+    '''Record the attribution of a composite as a graph of aten operations.
+
+    Parameters
+    ----------
+    model: :py:obj:`torch.nn.Module`
+        The network, in evaluation mode. It is copied, and not changed.
+    composite: :py:obj:`zennit.core.Composite`
+        The composite.
+    input: :py:obj:`torch.Tensor`
+        An input of the network, of shape (batch, ...), for which the attribution runs once.
+    output: str, int or callable, optional
+        Which of several outputs of the network to explain, see
+        :py:func:`~zennit_resnet.attribution.select_output`.
+
+    Returns
+    -------
+    :py:obj:`TracedAttribution`
+        A module ``(input, initial_relevance) -> (output, relevance)``.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of another type, or the network reads values of what it computes from the input, by which it
+        may do something else for another input.
+    RuntimeError
+        If the network is in training mode.
+    UnsupportedOperation
+        If there is no rule for an operation of the network.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torchvision.models import resnet18
+    >>> from zennit_resnet import ResNetLRP, initial_relevance
+    >>> from zennit_resnet.tracing import trace
+    >>> image = torch.rand(1, 3, 64, 64)
+    >>> explain = trace(resnet18().eval(), ResNetLRP(), image)
+    >>> output, relevance = explain(image, initial_relevance(3))
+    >>> relevance.shape
+    torch.Size([1, 3, 64, 64])
+    '''
+    check_module(model)
+    check_rule('composite', composite, Composite)
+    check_key(output)
+    traced = TracedAttribution(copy.deepcopy(unwrap(model)[0]).requires_grad_(False), composite, output)
+    traced.graph_for(input)
+    return traced
+
+
+class TracedAttribution(torch.nn.Module):
+    '''What :py:func:`trace` has recorded: ``(input, initial_relevance) -> (output, relevance)``.
+
+    Weights are those of when it was traced. Another shape, type or device of the input is traced anew, once. Checks of
+    values, such as whether an input is within the bounds of ``first_layer='zbox'``, were made for the first input only.
+    '''
+    def __init__(self, network, composite, output=None):
+        super().__init__()
+        # not as submodules, as their weights are not used
+        self.source = (network, composite, output)
+        self.graphs = {}
+
+    def __repr__(self):
+        shapes = ', '.join(str(tuple(shape)) for shape, *_ in self.graphs)
+        return f'{type(self).__name__}({describe(self.source[1])}, shapes: {shapes})'
+
+    def _apply(self, function, recurse=True):
+        raise TypeError('A traced attribution cannot be moved or converted: move the network, and trace it again.')
+
+    def forward(self, input, initial_relevance):
+        '''Run the attribution.
+
+        Parameters
+        ----------
+        input: :py:obj:`torch.Tensor`
+            Input of shape (batch, ...).
+        initial_relevance: :py:obj:`torch.Tensor` or callable
+            What relevance starts from, of the output's shape, or a function of the output that returns it, such as
+            :py:func:`~zennit_resnet.attribution.initial_relevance`.
+
+        Returns
+        -------
+        output: :py:obj:`torch.Tensor`
+            Output of the network.
+        relevance: :py:obj:`torch.Tensor`
+            Relevance of the input's shape.
+
+        Raises
+        ------
+        ValueError
+            If the initial relevance is not of the output's shape.
+        TypeError
+            If it is neither a tensor nor a function.
+        '''
+        graph = self.graph_for(input)
+        with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
+            return graph(input, initial_relevance)
+
+    def graph_for(self, input):
+        '''The graph for an input's shape, type and device, a module that is called like this one.'''
+        if not isinstance(input, torch.Tensor) or not input.is_floating_point():
+            raise TypeError(f'The input must be a tensor of floating point numbers, but is {_describe(input)}.')
+        key = input.shape, input.dtype, input.device
+        if key not in self.graphs:
+            if torch.compiler.is_compiling():
+                raise RuntimeError(f'Nothing was traced for {_describe(input)}: call it once before it is compiled.')
+            module = self.record(input)
+            self.add_module(f'graph_{len(self.graphs)}', module)
+            self.graphs[key] = module
+        return self.graphs[key]
+
+    def record(self, input):
+        '''Record the graph for an input.'''
+        network, composite, key = self.source
+        check_evaluation(network)
+        is_signed = None
+
+        def attribute(image, start):
+            nonlocal is_signed
+            with torch.inference_mode(False), torch.enable_grad(), registered(composite, network, key):
+                leaf = image.detach().requires_grad_()
+                with _ValueGuard(network):
+                    output = select_output(network(leaf.clone()))
+                is_signed = divides_by_output(output)
+                relevance, = torch.autograd.grad(output, leaf, start)
+            return output.detach(), relevance
+
+        with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
+            result = network(input)
+            result = select_output(result if key is None else select_output(result, key))
+            dtype = torch.promote_types(result.dtype, torch.float32)
+            start = torch.rand(result.shape, dtype=dtype, device=result.device) + .5
+            graph, constants = record(attribute, input, start)
+            _check_shapes(graph, constants)
+            simplify(graph, constants)
+            module = fold(graph, constants)
+        _insert_start(module.graph, is_signed)
+        write_in_place(module)
+        return module
+
+
+def _describe(input):
+    if not isinstance(input, torch.Tensor):
+        return type(input).__name__
+    return f'{input.dtype} of shape {tuple(input.shape)} on {input.device}'
+
+
+def start_from(initial_relevance, output, divides):
+    '''What relevance starts from, given as a tensor or a function of the output.'''
+    if not isinstance(initial_relevance, torch.Tensor):
+        if not callable(initial_relevance):
+            raise TypeError(
+                f'initial_relevance must be a tensor or a function of the output, but is {type(initial_relevance)}.'
+            )
+        # the graph of the output would tell what rule the last layer has
+        output = output.detach()
+        output.divides_relevance = divides
+        initial_relevance = initial_relevance(output)
+    if initial_relevance.shape != output.shape:
+        raise ValueError(
+            f'The initial relevance is of shape {tuple(initial_relevance.shape)}, but the output of '
+            f'{tuple(output.shape)}.'
+        )
+    return initial_relevance.detach()
+
+
+def _insert_start(graph, divides):
+    '''Have the initial relevance checked, or computed from the output, as soon as that is known.'''
+    *_, start = graph.find_nodes(op='placeholder')
+    (output, _), = next(node for node in graph.nodes if node.op == 'output').args
+    with graph.inserting_after(output):
+        node = graph.call_function(start_from, (start, output, divides))
+    node.meta.update(start.meta)
+    start.replace_all_uses_with(node, lambda user: user is not node)
+
+
+def _check_shapes(graph, constants):
+    '''Refuse operations of which the output's shape depends on values of the input.'''
+    for node in graph.nodes:
+        tags = getattr(node.target, 'tags', ())
+        if torch.Tag.dynamic_output_shape not in tags:
+            continue
+        if node.target is torch.ops.aten.index.Tensor and not any(
+            elem is not None and elem.meta['val'].dtype in (torch.bool, torch.uint8) for elem in node.args[1]
+        ):
+            continue
+        raise TypeError(
+            f'The network cannot be traced: the shape of what \'{node.target}\' returns depends on values, so it would '
+            'be another for another input.'
+        )
+
+
+class _ValueGuard(TorchFunctionMode):
+    '''Raises an error if a network reads values of what it computes from its input.'''
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, '__name__', '')
+        if name in READS and any(map(is_recorded, args)):
+            frame = origin_of_call(func)
+            if frame.f_globals['__name__'].partition('.')[0] not in OWN:
+                self.refuse(name, module_around(frame))
+        return func(*args, **(kwargs or {}))
+
+    def refuse(self, name, module):
+        '''Raise an error that names the module which reads a value.'''
+        label = next((key for key, each in self.network.named_modules() if each is module), '') or 'The network'
+        raise TypeError(
+            f'{label} ({type(module).__name__}) cannot be traced: it reads a value of a tensor by \'{name}\', by which '
+            'it may do something else for another input. Have it use torch.where, or explain it without tracing.'
+        )
