@@ -6,7 +6,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ._compat import RECORDING
+from ._compat import RECORDING, OpOverload
 
 aten = torch.ops.aten
 
@@ -251,9 +251,10 @@ def write_in_place(module):
     nodes = list(graph.nodes)
     index, owner = {node: num for num, node in enumerate(nodes)}, {}
     for node in nodes:
-        is_view = node.target is operator.getitem or node.target is aten._unsafe_view.default or (
-            isinstance(node.target, torch._ops.OpOverload)
-            and any(elem.alias_info is not None for elem in node.target._schema.returns)
+        # the initial relevance is that of the caller
+        is_view = node.op == 'call_function' and (
+            not isinstance(node.target, OpOverload) or node.target is aten._unsafe_view.default
+            or any(elem.alias_info is not None for elem in node.target._schema.returns)
         )
         owner[node] = owner[node.args[0]] if is_view else node
     last = {}

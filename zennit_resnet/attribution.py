@@ -226,7 +226,7 @@ def initial_relevance(target, value=None, output=None, contrast=None, contrast_w
     def attr_output(result):
         '''Compute the relevance at the output.'''
         # the caller takes the gradient of all that the network has returned, after this
-        is_zennit = caller().f_globals.get('__name__') == 'zennit.attribution'
+        is_zennit = not torch.compiler.is_compiling() and caller().f_globals.get('__name__') == 'zennit.attribution'
         if output is not None and is_zennit and not isinstance(result, torch.Tensor):
             raise TypeError(
                 f'Zennit\'s attributors take the gradient of all that the network returns, which is '
