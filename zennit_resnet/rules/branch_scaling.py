@@ -350,7 +350,8 @@ def _act(actions, grad_inputs, grad_outputs):
 
 def _excess(magnitude):
     '''Exponents to remove from the contributions of each example, None if there is nothing to do.'''
-    exponent = torch.frexp(magnitude)[1].clamp(-126, 126).to(magnitude.dtype)
+    # a compiled frexp is none in double precision
+    exponent = magnitude.log2().floor().add(1).clamp(-126, 126)
     exponent = torch.where((exponent.abs() > EXPONENT) & (magnitude > 0) & magnitude.isfinite(), exponent, 0.)
     # waiting for another device to know whether there is takes longer than doing nothing
     return None if has_values(exponent) and not bool(exponent.any()) else exponent
