@@ -120,7 +120,7 @@ def _is_same(node):
     )
 
 
-def _is_constant(constants, node):
+def is_constant(constants, node):
     '''Whether a node is computed from constants alone.'''
     queue = [node] if isinstance(node, Node) else []
     while queue:
@@ -155,7 +155,7 @@ def _normalize(build, constants, input, weight, bias, mean, var, eps):
     scale, shift = _affine(build, input, weight, bias, mean, var, eps)
     ndim = _fake(input).ndim
     if input.target is aten.convolution.default and len(input.users) == 1 and not input.args[6] and (
-        _is_constant(constants, input.args[1]) and _is_constant(constants, input.args[2])
+        is_constant(constants, input.args[1]) and is_constant(constants, input.args[2])
     ):
         source, kernel, constant, *settings = input.args
         kernel = build(aten.mul.Tensor, kernel, _channels(build, scale, ndim, 0))
@@ -176,9 +176,9 @@ def _normalize_backward(build, args):
 def _convolve_backward(build, constants, args):
     '''The gradient of a convolution by its input: a convolution with transposed weights, of which the stride is one.'''
     upper, input, kernel, _, stride, padding, dilation, transposed, _, groups, _ = args
-    if transposed or not _is_constant(constants, kernel):
+    if transposed or not is_constant(constants, kernel):
         return None
-    if upper.target is aten.mul.Tensor and isinstance(upper.args[1], Node) and _is_constant(constants, upper.args[1]):
+    if upper.target is aten.mul.Tensor and isinstance(upper.args[1], Node) and is_constant(constants, upper.args[1]):
         source, factor = upper.args
         if _fake(factor).shape == (1, *_fake(upper).shape[1:2], *[1] * (_fake(upper).ndim - 2)):
             kernel = build(aten.mul.Tensor, kernel, build(aten.transpose.int, factor, 0, 1))

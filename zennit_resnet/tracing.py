@@ -9,8 +9,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from zennit.core import Composite
 
-from ._compat import is_recorded, module_around, origin_of_call
-from ._graphs import fold, record, simplify, write_in_place
+from ._compat import is_recorded, module_around, origin_of_call, version_of
+from ._graphs import fold, is_constant, record, simplify, write_in_place
 from .arguments import check_module, check_rule, describe
 from .attribution import check_key, select_output
 from ._autograd import divides_by_output
@@ -69,9 +69,19 @@ def trace(model, composite, input, output=None):
     check_module(model)
     check_rule('composite', composite, Composite)
     check_key(output)
-    traced = TracedAttribution(copy.deepcopy(unwrap(model)[0]).requires_grad_(False), composite, output)
+    # a composite keeps what belongs to its last call
+    network, composite = copy.deepcopy((unwrap(model)[0], composite))
+    traced = TracedAttribution(network.requires_grad_(False), composite, output)
     traced.graph_for(input)
     return traced
+
+
+def state_of(model):
+    '''What changes if the weights or the mode of a network change, so that it has to be traced again.'''
+    tensors = [*model.parameters(), *model.buffers()]
+    return [(id(elem), elem.data_ptr(), version_of(elem)) for elem in tensors], [
+        module.training for module in model.modules()
+    ]
 
 
 class TracedAttribution(torch.nn.Module):
@@ -204,7 +214,7 @@ def _check_shapes(graph, constants):
     '''Refuse operations of which the output's shape depends on values of the input.'''
     for node in graph.nodes:
         tags = getattr(node.target, 'tags', ())
-        if torch.Tag.dynamic_output_shape not in tags:
+        if torch.Tag.dynamic_output_shape not in tags or is_constant(constants, node):
             continue
         if node.target is torch.ops.aten.index.Tensor and not any(
             elem is not None and elem.meta['val'].dtype in (torch.bool, torch.uint8) for elem in node.args[1]

@@ -32,7 +32,7 @@ class ResNetLRP(CompositeAttribution):
 
         splitting, identity_skip, batch_norm, first_layer, classifier, ...: See
                 :class:`zennit_resnet.composites.ResNetLRP`.
-        model, initial_relevance, postprocess, output, contrast, ...: See
+        model, initial_relevance, postprocess, output, contrast, traced, ...: See
                 :class:`CompositeAttribution`, as for errors. The paper's
                 post-processing is `"heat_quantization"`, which does not conserve
                 relevance.
@@ -73,6 +73,7 @@ class ResNetLRP(CompositeAttribution):
         postprocess: Postprocess = None,
         output: Output = None,
         contrast: Contrast = None, contrast_weight: float = 1.0,
+        traced: bool = False,
     ) -> None:
         composite = composites.ResNetLRP(
             splitting, identity_skip, batch_norm, first_layer, projection, dead_units,
@@ -81,7 +82,7 @@ class ResNetLRP(CompositeAttribution):
         )
         super().__init__(
             model, composite, initial_relevance, postprocess, output, contrast,
-            contrast_weight,
+            contrast_weight, traced,
         )
 
 
@@ -99,7 +100,7 @@ class RelativeLRP(CompositeAttribution):
 
         cardinality, normalization, batch_norm, layer_map, canonizers: See
                 :class:`zennit_resnet.composites.RelativeLRP`.
-        model, initial_relevance, postprocess, output, contrast, ...: See
+        model, initial_relevance, postprocess, output, contrast, traced, ...: See
                 :class:`CompositeAttribution`.
 
     Examples::
@@ -120,13 +121,14 @@ class RelativeLRP(CompositeAttribution):
         layer_map: Optional[LayerMap] = None, canonizers: Optional[list[Any]] = None, *,
         initial_relevance: InitialRelevance = None, postprocess: Postprocess = None,
         output: Output = None, contrast: Contrast = None, contrast_weight: float = 1.0,
+        traced: bool = False,
     ) -> None:
         composite = composites.RelativeLRP(
             cardinality, normalization, batch_norm, layer_map, canonizers
         )
         super().__init__(
             model, composite, initial_relevance, postprocess, output, contrast,
-            contrast_weight,
+            contrast_weight, traced,
         )
 
 
@@ -143,7 +145,7 @@ class C3LRP(CompositeAttribution):
 
         epsilon, mode, blocks, layer_map, canonizers: See
                 :class:`zennit_resnet.composites.BlockLRP`.
-        model, postprocess, initial_relevance, output, contrast, ...: See
+        model, postprocess, initial_relevance, output, contrast, traced, ...: See
                 :class:`CompositeAttribution`.
 
     Examples::
@@ -165,9 +167,10 @@ class C3LRP(CompositeAttribution):
         canonizers: Optional[list[Any]] = None, *, postprocess: Postprocess = "c3",
         initial_relevance: InitialRelevance = None, output: Output = None,
         contrast: Contrast = None, contrast_weight: float = 1.0,
+        traced: bool = False,
     ) -> None:
         composite = composites.BlockLRP(epsilon, mode, blocks, layer_map, canonizers)
         super().__init__(
             model, composite, initial_relevance, postprocess, output, contrast,
-            contrast_weight,
+            contrast_weight, traced,
         )

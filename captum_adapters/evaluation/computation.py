@@ -48,7 +48,8 @@ class Computation:
         self.forward = self._forward(classifier.model.to(device))
         chunk = evaluation.forward_batch
         context = Context(
-            classifier, evaluation.initial, chunk, device, self.forward, self._autocast
+            classifier, evaluation.initial, chunk, device, self.forward, self._autocast,
+            evaluation.compile,
         )
         self.explainers = {method.text: method.create(context) for method in methods}
         # the last of the methods that have attributions in common

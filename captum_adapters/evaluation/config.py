@@ -132,7 +132,7 @@ class Evaluation:
         True, "Memory format of images.", flag="--channels-last/--channels-first"
     )
     compile: bool = _option(
-        False, "Compile the network for the passes of metrics.", flag="--compile"
+        False, "Compile the network for metrics, and trace attributions.", flag="--compile"
     )
     controls: bool = _option(
         True,

@@ -37,6 +37,8 @@ class Context(NamedTuple):
     # the network for passes without gradients, which may be faster, and their context
     forward: Optional[Callable[[Tensor], Tensor]] = None
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    # whether attributions by composites are recorded as a graph
+    traced: bool = False
 
 
 class Attributed(NamedTuple):
@@ -275,7 +277,7 @@ class Explainer:
             composite = method.composite(classifier)
             lrp = CompositeAttribution(
                 classifier.model, composite, initial, contrast=contrast,
-                contrast_weight=method.contrast_weight,
+                contrast_weight=method.contrast_weight, traced=context.traced,
             )
             # gradients are no relevance
             if lrp.multiplies_by_inputs:

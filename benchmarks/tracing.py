@@ -1,0 +1,111 @@
+'''Cost of eager, traced and compiled attributions as a ratio to one eager gradient of the same batch, in the same run.
+
+Each round times everything in turn, such that the machine's drift hits all alike, and the smallest ratio of the rounds
+to their smallest gradient is printed. Peak memory is that of a process which does nothing else.
+'''
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torchvision
+from zennit.attribution import Gradient
+
+from zennit_resnet import BlockLRP, RelativeLRP, ResNetLRP
+from zennit_resnet.tracing import trace
+
+COMPOSITES = {'ratio': ResNetLRP, 'symmetric': lambda: ResNetLRP('symmetric'), 'relative': RelativeLRP, 'block': BlockLRP}
+
+
+def variants(model, name, input, start, args):
+    '''Functions to time, by name.'''
+    composite = COMPOSITES[name]
+
+    def gradient(network=model):
+        leaf = input.detach().requires_grad_()
+        return torch.autograd.grad(network(leaf), leaf, start)
+
+    def eager():
+        with Gradient(model=model, composite=composite()) as attributor:
+            return attributor(input, start)
+
+    found = {'gradient': gradient, 'eager': eager}
+    traced = trace(model, composite(), input)
+    found['traced'] = lambda: traced(input, start)
+    if args.compile:
+        compiled = torch.compile(traced, fullgraph=True, options={'freezing': args.freezing})
+        found['compiled'] = lambda: compiled(input, start)
+        network = torch.compile(model)
+        found['compiled gradient'] = lambda: gradient(network)
+    return found
+
+
+def memory_status(key):
+    '''Memory of this process in KiB, as Linux counts it (``ru_maxrss`` would include the parent's).'''
+    return next(int(line.split()[1]) for line in Path('/proc/self/status').read_text().splitlines() if key in line)
+
+
+def peak_memory(size, batch, name, variant, args):
+    '''Peak memory of one call in a process of its own, beyond what there was before, in MiB.'''
+    command = [sys.executable, __file__, '--only', f'{name} {variant}', f'--sizes={size}', f'--batches={batch}']
+    command += [f'--model={args.model}', f'--threads={args.threads}', *['--compile'] * args.compile]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def main():
+    '''Print a table.'''
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--model', default='resnet50')
+    parser.add_argument('--sizes', type=int, nargs='+', default=[32, 64, 224])
+    parser.add_argument('--batches', type=int, nargs='+', default=[1])
+    parser.add_argument('--names', nargs='+', default=['ratio', 'relative', 'block'], choices=COMPOSITES)
+    parser.add_argument('--threads', type=int, default=2)
+    parser.add_argument('--rounds', type=int, default=15)
+    parser.add_argument('--compile', action='store_true', help='takes minutes')
+    parser.add_argument('--freezing', action='store_true', help='have the compiler repack weights')
+    parser.add_argument('--memory', action='store_true')
+    parser.add_argument('--only', help=argparse.SUPPRESS)
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(args.model, weights=None).eval().requires_grad_(False)
+    for size in args.sizes:
+        for batch in args.batches:
+            input = torch.randn(batch, 3, size, size)
+            with torch.no_grad():
+                start = torch.rand_like(model(input))
+            if args.only:
+                name, _, variant = args.only.partition(' ')
+                function = variants(model, name, input, start, args)[variant]
+                function()
+                # the peak so far was that of tracing
+                Path('/proc/self/clear_refs').write_text('5')
+                before = memory_status('VmRSS')
+                function()
+                print((memory_status('VmHWM') - before) / 1024)
+                return
+            for name in args.names:
+                functions = variants(model, name, input, start, args)
+                times = {key: [] for key in functions}
+                for function in functions.values():
+                    function()
+                for _ in range(args.rounds):
+                    for key, function in functions.items():
+                        begin = time.perf_counter()
+                        function()
+                        times[key].append(time.perf_counter() - begin)
+                best = {key: min(elem) for key, elem in times.items()}
+                cells = [f'{key} {value / best["gradient"]:.2f}' for key, value in best.items()]
+                if args.memory:
+                    cells += [
+                        f'memory {key} {peak_memory(size, batch, name, key, args):.0f} MiB' for key in functions
+                    ]
+                print(f'{args.model} {batch} x {size} {name}: {best["gradient"] * 1e3:.1f} ms;', ', '.join(cells),
+                      flush=True)
+
+
+if __name__ == '__main__':
+    main()

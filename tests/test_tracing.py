@@ -1,0 +1,252 @@
+'''Traced attributions are those that autograd and hooks compute, for any input, without either.'''
+import copy
+import gc
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.networks import CifarResNet, Function, UserNetwork, build_timm, build_torchvision, prepare, randomize
+from helpers.operations import FUNCTIONS, OTHERS, RELATIVE, RESNET, build, images
+from torch import nn
+from zennit.attribution import Gradient
+from zennit.composites import EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat
+
+from zennit_resnet import BlockLRP, RelativeLRP, ResNetLRP, UnsupportedOperation, initial_relevance, with_splitting
+from zennit_resnet.tracing import trace
+
+COMPOSITES = {
+    **RESNET, **RELATIVE, **OTHERS,
+    'epsilon': lambda: ResNetLRP(classifier='epsilon'),
+    'identity': lambda: ResNetLRP(identity_skip=False),
+    'avg2x2': lambda: ResNetLRP(maxpool='avg2x2'),
+    'zennit box': lambda: EpsilonGammaBox(low=-9., high=9.),
+}
+
+
+def eager(model, composite, input, start):
+    '''Output and relevance by autograd and hooks.'''
+    with Gradient(model=model, composite=composite) as attributor:
+        output, relevance = attributor(input, start)
+    return output.detach(), relevance
+
+
+def assert_same(traced, model, composite, input, start, tolerance=1e-9):
+    '''Compare output and relevance of both ways.'''
+    expected, result = eager(model, composite, input, start), traced(input, start)
+    for before, after in zip(expected, result):
+        assert not after.requires_grad
+        # rounding has another order where batch normalization is folded
+        torch.testing.assert_close(
+            after, before, rtol=0, atol=tolerance * before.nan_to_num().abs().max().item() + 1e-300, equal_nan=True
+        )
+
+
+def network():
+    '''A residual network for 32 x 32 pixels in double precision.'''
+    torch.manual_seed(0)
+    return randomize(CifarResNet(1)).double().eval()
+
+
+@pytest.mark.parametrize('label', COMPOSITES)
+def test_other_inputs(label):
+    '''What was traced with one input is right for others: with other signs, with dead units, and with zeros only.'''
+    torch.manual_seed(1)
+    model, composite = prepare(UserNetwork()), COMPOSITES[label]
+    with torch.no_grad():
+        # no input makes these units positive, so all of their contributions are negative
+        model.branches[0].weight[:3] = -model.branches[0].weight[:3].abs()
+    traced = trace(model, composite(), torch.rand(2, 3, 16, 16).double())
+    start = torch.rand(2, 5).double()
+    for input in (torch.randn(2, 3, 16, 16).double(), -torch.rand(2, 3, 16, 16).double()):
+        assert_same(traced, model, composite(), input, start)
+    output, relevance = traced(torch.zeros(2, 3, 16, 16).double(), start)
+    assert torch.allclose(output, model(torch.zeros(2, 3, 16, 16).double()))
+    assert relevance.shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize('name', sorted(FUNCTIONS)[::9])
+def test_operations(name):
+    '''Some functions of the table of operations.'''
+    model, x = build(FUNCTIONS[name], is_relu=False), images()
+    composite = RESNET['merge']
+    assert_same(trace(model, composite(), x[:1]), model, composite(), x[1:] * 1.3 - .1, torch.eye(3)[:1].double())
+
+
+@pytest.mark.parametrize('size', [1, 3, 8])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('label', ['ratio', 'symmetric', 'relative', 'block'])
+def test_batches(size, dtype, label):
+    '''Each shape and type is traced once.'''
+    model, composite = network().to(dtype), COMPOSITES[label]
+    traced = trace(model, composite(), torch.rand(1, 3, 32, 32, dtype=dtype))
+    input, start = torch.randn(size, 3, 32, 32, dtype=dtype), F.one_hot(torch.arange(size), 10).to(dtype)
+    before = traced.graphs.copy()
+    assert_same(traced, model, composite(), input, start, 1e-9 if dtype == torch.float64 else 2e-4)
+    assert len(traced.graphs) == (1 if size == 1 else 2) and before.items() <= traced.graphs.items()
+    if label in ('ratio', 'symmetric'):
+        _, relevance = traced(input, start)
+        gap = (relevance.double().sum((1, 2, 3)) - 1).abs().max()
+        assert gap < (1e-9 if dtype == torch.float64 else 2e-6)
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'densenet121', 'efficientnet_b0', 'googlenet', 'fcn_resnet50'])
+def test_torchvision(name):
+    '''Networks of torchvision, by ratio splitting.'''
+    torch.manual_seed(0)
+    model = prepare(build_torchvision(name))
+    input = torch.randn(1, 3, 64, 64).double()
+    assert_same(trace(model, ResNetLRP(), torch.rand_like(input)), model, ResNetLRP(), input, initial_relevance(3))
+
+
+@pytest.mark.parametrize('name', ['resnetv2_50', 'resnest14d', 'convnext_atto'])
+def test_timm(name):
+    '''Networks of timm, by ratio splitting.'''
+    torch.manual_seed(0)
+    model = prepare(build_timm(name))
+    input = torch.randn(1, 3, 64, 64).double()
+    assert_same(trace(model, ResNetLRP(), torch.rand_like(input)), model, ResNetLRP(), input, initial_relevance(3))
+
+
+def test_composites_of_zennit():
+    '''Composites of Zennit, also with splitting at additions.'''
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).double().eval()
+    for composite in (EpsilonPlus, EpsilonPlusFlat, lambda: with_splitting(EpsilonPlusFlat())):
+        assert_same(
+            trace(model, composite(), torch.rand(2, 3, 8, 8).double()), model, composite(),
+            torch.randn(2, 3, 8, 8).double(), torch.rand(2, 3).double(),
+        )
+
+
+def test_left_alone():
+    '''The network, the composite, the input and the initial relevance are as before, and nothing refers to them.'''
+    model, composite = network(), ResNetLRP()
+    before = copy.deepcopy(model.state_dict())
+    parameters = {key: (id(elem), elem.requires_grad) for key, elem in model.named_parameters()}
+    input, start = torch.rand(1, 3, 32, 32).double(), torch.rand(1, 10).double()
+    given = input.clone(), start.clone()
+    traced = trace(model, composite, input)
+    expected = traced(input, start)
+    assert torch.equal(input, given[0]) and torch.equal(start, given[1])
+    assert not input.requires_grad and not composite.handles
+    assert all(torch.equal(elem, before[key]) for key, elem in model.state_dict().items())
+    assert parameters == {key: (id(elem), elem.requires_grad) for key, elem in model.named_parameters()}
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    with torch.no_grad():
+        model.conv1.weight.mul_(2)
+    del model
+    gc.collect()
+    # weights are those of when it was traced, also for another shape
+    assert all(map(torch.equal, traced(input, start), expected))
+    output, _ = traced(input.expand(2, -1, -1, -1), start.expand(2, -1))
+    assert torch.allclose(output[1:], expected[0])
+
+
+def test_only_aten():
+    '''A graph has aten functions only, none of which keeps Python, and constants instead of what is done to weights.'''
+    traced = trace(network(), ResNetLRP(), torch.rand(1, 3, 32, 32).double())
+    module, = traced.graphs.values()
+    targets = [str(node.target) for node in module.graph.nodes if node.op == 'call_function']
+    others = [name for name in targets if not name.startswith('aten.') and 'getitem' not in name]
+    # the check of what the caller gives
+    assert len(others) == 1 and 'start_from' in others[0]
+    assert not any('batch_norm' in name or 'clamp' in name for name in targets)
+
+
+def test_initial_relevance():
+    '''What relevance starts from may be a function of the output, which knows what rule the last layer has.'''
+    model, input = network(), torch.rand(2, 3, 32, 32).double()
+    for composite in (ResNetLRP, lambda: ResNetLRP(classifier='epsilon'), BlockLRP):
+        traced = trace(model, composite(), input)
+        for start in (initial_relevance([1, 2]), initial_relevance(3, contrast='softmax')):
+            assert_same(traced, model, composite(), input, start)
+    traced = trace(model, EpsilonPlus(), input)
+    with pytest.raises(ValueError, match='none of this'):
+        traced(input, initial_relevance(3, contrast='softmax'))
+    with pytest.raises(ValueError, match=r'\(2, 9\)'):
+        traced(input, torch.rand(2, 9).double())
+    with pytest.raises(TypeError, match='int'):
+        traced(input, 3)
+
+
+class Reading(nn.Module):
+    '''A layer that a function is applied to.'''
+    def __init__(self, function):
+        super().__init__()
+        self.conv, self.function = nn.Conv2d(3, 4, 3), function
+
+    def forward(self, x):
+        '''Means of the channels.'''
+        return self.function(self.conv(x)).mean((2, 3))
+
+
+@pytest.mark.parametrize('name, function', {
+    '__float__': lambda h: h * float(h.max() > 0),
+    '__bool__': lambda h: h * 2 if h.mean() > 0 else h,
+    'item': lambda h: h * (h > 0).sum().item(),
+    'tolist': lambda h: h + torch.tensor(h.detach().tolist()).mean(),
+    'numpy': lambda h: h + torch.from_numpy(h.detach().numpy()).mean(),
+    'aten.index': lambda h: h + h[h > 0].mean(),
+}.items())
+def test_branches(name, function):
+    '''What depends on values of the input is an error that says where.'''
+    model = nn.Sequential(nn.Identity(), Reading(function)).eval()
+    with pytest.raises(TypeError, match=name) as info:
+        trace(model, ResNetLRP(), torch.rand(1, 3, 8, 8))
+    assert '1 (Reading)' in str(info.value) or name == 'aten.index'
+
+
+def test_constants_are_read():
+    '''Values that have nothing to do with the input may be read.'''
+    model = Reading(lambda h: h * float(torch.ones(3).sum()) if bool(torch.ones(1) > 0) else h).eval()
+    input = torch.rand(1, 3, 8, 8)
+    assert_same(trace(model, ResNetLRP(), input), model, ResNetLRP(), input, torch.rand(1, 4), 1e-6)
+
+
+def test_errors():
+    '''What is refused eagerly is refused when it is traced.'''
+    input = torch.rand(1, 3, 32, 32).double()
+    with pytest.raises(UnsupportedOperation, match='prod'):
+        trace(Function(lambda self, x: self.conv(x).flatten(2).prod(2), conv=nn.Conv2d(3, 4, 3).double()).eval(),
+              ResNetLRP(), input)
+    with pytest.raises(RuntimeError, match='eval'):
+        trace(network().train(), ResNetLRP(), input)
+    with pytest.raises(TypeError, match='float'):
+        trace(network(), ResNetLRP(), input.long())
+    with pytest.raises(TypeError, match='composite'):
+        trace(network(), 'resnet_lrp_ratio', input)
+    with pytest.raises(TypeError, match='trace it again'):
+        trace(network(), ResNetLRP(), input).float()
+
+
+def test_no_autograd():
+    '''Neither the mode of autograd nor that of autocast matters.'''
+    model, input, start = network().float(), torch.rand(1, 3, 32, 32), torch.rand(1, 10)
+    traced = trace(model, ResNetLRP(), input)
+    expected = traced(input, start)
+    with torch.inference_mode(), torch.autocast('cpu', torch.bfloat16):
+        assert all(map(torch.equal, traced(input, start), expected))
+    assert all(map(torch.equal, traced(input.requires_grad_(), start), expected))
+
+
+@pytest.mark.parametrize('label', ['ratio', 'relative', 'block'])
+def test_exported(label):
+    '''A traced attribution can be exported by PyTorch.'''
+    torch.manual_seed(0)
+    model, input, start = network(), torch.rand(1, 3, 32, 32).double(), torch.rand(1, 10).double()
+    traced = trace(model, COMPOSITES[label](), input)
+    exported = torch.export.export(traced, (input, start)).module()
+    other = torch.randn_like(input)
+    for before, after in zip(traced(other, start), exported(other, start)):
+        assert torch.allclose(before, after, rtol=1e-9, atol=1e-12)
+
+
+def test_compiled():
+    '''A traced attribution is compiled as a whole.'''
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3)).eval()
+    input, start = torch.rand(1, 3, 8, 8), torch.rand(1, 3)
+    traced = trace(model, ResNetLRP(), input)
+    compiled = torch.compile(traced, fullgraph=True, backend='aot_eager')
+    for before, after in zip(traced(input, start), compiled(input, start)):
+        assert torch.allclose(before, after, rtol=1e-5, atol=1e-7)
