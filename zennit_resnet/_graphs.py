@@ -97,6 +97,9 @@ def simplify(graph, constants):
                 _replace_outputs(node, _normalize_backward(build, node.args))
             elif node.target is aten.convolution_backward.default and _is_input_only(node):
                 _replace_outputs(node, _convolve_backward(build, constants, node.args))
+            elif node.target in (aten.view.default, aten._unsafe_view.default):
+                # strides may be others than those of fake tensors
+                node.target = aten.reshape.default
     graph.eliminate_dead_code()
 
 
@@ -207,8 +210,11 @@ def _convolve_backward(build, constants, args):
 
 # -- constants ---------------------------------------------------------------------------------------------------------
 
-def fold(graph, constants):
-    '''Compute what depends on no input, and get a module of the graph that has the results as buffers.'''
+def fold(graph, constants, layout=torch.contiguous_format):
+    '''Compute what depends on no input, and get a module of the graph that has the results as buffers.
+
+    Those with four dimensions have the given memory format.
+    '''
     values = dict(constants)
     module = GraphModule(torch.nn.Module(), graph)
     with torch.no_grad():
@@ -222,17 +228,15 @@ def fold(graph, constants):
             elif all(elem in values for elem in node.all_input_nodes):
                 args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
                 values[node] = node.target(*args, **kwargs)
-    buffers = {}
+    num = 0
     for node in list(graph.nodes):
         if node not in values or all(user in values for user in node.users):
             continue
-        key = node.target if node.op == 'get_attr' else None
         value = values[node]
         if value.ndim > 2 or value.numel() * value.element_size() < value.untyped_storage().nbytes():
             # convolutions would copy transposed weights in each call, and parts keep the whole alive
-            value = value.clone(memory_format=torch.contiguous_format)
-        name = f'constant_{len(buffers)}'
-        buffers[name] = key
+            value = value.clone(memory_format=layout if value.ndim == 4 else torch.contiguous_format)
+        name, num = f'constant_{num}', num + 1
         module.register_buffer(name, value)
         with graph.inserting_before(node):
             buffer = graph.get_attr(name)
@@ -253,7 +257,7 @@ def write_in_place(module):
     for node in nodes:
         # the initial relevance is that of the caller
         is_view = node.op == 'call_function' and (
-            not isinstance(node.target, OpOverload) or node.target is aten._unsafe_view.default
+            not isinstance(node.target, OpOverload)
             or any(elem.alias_info is not None for elem in node.target._schema.returns)
         )
         owner[node] = owner[node.args[0]] if is_view else node
