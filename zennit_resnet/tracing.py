@@ -194,10 +194,11 @@ def start_from(initial_relevance, output, divides):
             raise TypeError(
                 f'initial_relevance must be a tensor or a function of the output, but is {type(initial_relevance)}.'
             )
-        # the graph of the output would tell what rule the last layer has
-        output = output.detach()
-        output.divides_relevance = divides
-        initial_relevance = initial_relevance(output)
+        with torch.inference_mode(False), torch.enable_grad():
+            given = output.detach().clone()
+            # the graph of the output would tell what rule the last layer has
+            given.divides_relevance = divides
+            initial_relevance = initial_relevance(given)
     if initial_relevance.shape != output.shape:
         raise ValueError(
             f'The initial relevance is of shape {tuple(initial_relevance.shape)}, but the output of '

@@ -1,0 +1,105 @@
+"""Attributions that are recorded as a graph are those that are not."""
+
+import copy
+
+import pytest
+import torch
+from captum.attr import NoiseTunnel
+from helpers.networks import CifarResNet, randomize
+from torch import nn
+
+from captum_adapters.attr import C3LRP, CompositeAttribution, RelativeLRP, ResNetLRP
+
+
+@pytest.fixture(name="net", scope="module")
+def fixture_net():
+    """A residual network in double precision."""
+    torch.manual_seed(0)
+    return randomize(CifarResNet(1)).double().eval()
+
+
+@pytest.fixture(name="images", scope="module")
+def fixture_images():
+    """Three images."""
+    torch.manual_seed(1)
+    return torch.rand(3, 3, 32, 32).double()
+
+
+@pytest.mark.parametrize(
+    "create",
+    [
+        lambda net, **options: ResNetLRP(net, classifier="epsilon", **options),
+        lambda net, **options: ResNetLRP(net, initial_relevance="softmax", **options),
+        lambda net, **options: C3LRP(net, **options),
+        lambda net, **options: RelativeLRP(net, **options),
+        lambda net, **options: CompositeAttribution(net, "epsilon_plus", **options),
+    ],
+)
+def test_equal(net, images, create):
+    """With targets for each example, a delta, and parts of the batch."""
+    plain, traced = create(net), create(net, traced=True)
+    expected, delta = plain.attribute(images, [1, 2, 3], return_convergence_delta=True)
+    result, same = traced.attribute(
+        images, [1, 2, 3], return_convergence_delta=True, internal_batch_size=2
+    )
+    scale = expected.abs().flatten(1).amax(1)[:, None, None, None]
+    if isinstance(plain, RelativeLRP):
+        # each part of a batch has the same scale for each of its examples
+        result, expected = (
+            each / each.abs().amax((1, 2, 3), keepdim=True) for each in (result, expected)
+        )
+        scale = torch.ones_like(scale)
+    assert ((result - expected).abs() <= 1e-7 * scale).all()
+    if not isinstance(plain, RelativeLRP):
+        assert torch.allclose(delta, same, atol=1e-9)
+
+
+def test_contrasts(net, images):
+    """Contrasts and functions of the output start from the same."""
+    for options in ({"contrast": "softmax"}, {"contrast": [4, 5]}):
+        expected = ResNetLRP(net, **options).attribute(images, 3)
+        result = ResNetLRP(net, traced=True, **options).attribute(images, 3)
+        assert torch.allclose(result, expected, atol=1e-12)
+    lrp = ResNetLRP(net, traced=True)
+    result = lrp.attribute_targets(images, [3, lambda output: output[:, 3] * 2])
+    assert torch.allclose(2 * result[0], result[1] * net(images)[:, 3].view(-1, 1, 1, 1))
+
+
+def test_other_weights(net, images):
+    """A network whose weights have changed is traced again."""
+    net = copy.deepcopy(net)
+    lrp = ResNetLRP(net, traced=True)
+    before = lrp.attribute(images, 3)
+    assert torch.equal(lrp.attribute(images, 3), before)
+    with torch.no_grad():
+        net.linear.weight[3] = net.linear.weight[4]
+    expected = ResNetLRP(net).attribute(images, 3)
+    assert torch.allclose(lrp.attribute(images, 3), expected, atol=1e-12)
+    assert not torch.allclose(before, expected)
+    assert not torch.equal(copy.deepcopy(lrp).attribute(images, 3), before)
+    with pytest.raises(RuntimeError, match="eval"):
+        ResNetLRP(net.train(), traced=True).attribute(images, 3)
+
+
+def test_noise_tunnel(net, images):
+    """Methods of Captum on top of it."""
+    torch.manual_seed(2)
+    tunnel = NoiseTunnel(ResNetLRP(net, traced=True))
+    result = tunnel.attribute(images, nt_samples=2, target=3)
+    assert result.shape == images.shape and result.isfinite().all()
+
+
+def test_errors(net, images):
+    """What cannot be traced is an error."""
+    with pytest.raises(TypeError, match="traced"):
+        ResNetLRP(net, traced=1)
+
+    class Two(nn.Module):
+        """A network with two inputs."""
+
+        def forward(self, first, second):
+            """Logits."""
+            return net(first + second)
+
+    with pytest.raises(ValueError, match="single input"):
+        ResNetLRP(Two().eval(), traced=True).attribute((images, images), 3)
