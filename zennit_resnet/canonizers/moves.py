@@ -4,7 +4,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from .._compat import version_of
+from .._compat import has_values, version_of
 from ..layer import Addition, Filling, NonNegativeMap, Reduction
 from .functions import FunctionCall, dims_of, kept, out_of_place, with_values, write_out
 from .products import run_first
@@ -73,7 +73,9 @@ def add_up(canonizer, call, function):
     if kind not in ('sum', 'mean'):
         # of the largest elements, the gradient is the rule
         return canonizer.refuse(call, function, 'it is no sum') if kind == 'prod' else function()
-    if function.name.startswith('nan') and bool(function.active[0].isnan().any()):
+    if function.name.startswith('nan') and not (
+        has_values(function.active[0]) and not bool(function.active[0].isnan().any())
+    ):
         return _add_up_numbers(canonizer, function)
     steps = function.bind('input', 'x')
     steps = steps.get('x', steps.get('dx', 1)) if 'trap' in function.name else 1
@@ -123,7 +125,7 @@ def _add_to(canonizer, call, function, target, source, alpha):
         added = FunctionCall(added.func, function.name, added.args, kwargs, added.active)
         return write_out(canonizer, function, lambda: torch.add(target, added(), alpha=alpha))
     output = canonizer.run(call, NonNegativeMap, added, examples=None)
-    if not bool(target.any()):
+    if has_values(target) and not bool(target.any()):
         return output
     with torch.no_grad():
         exact = function()
