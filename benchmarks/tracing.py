@@ -16,7 +16,9 @@ from zennit.attribution import Gradient
 from zennit_resnet import BlockLRP, RelativeLRP, ResNetLRP
 from zennit_resnet.tracing import trace
 
-COMPOSITES = {'ratio': ResNetLRP, 'symmetric': lambda: ResNetLRP('symmetric'), 'relative': RelativeLRP, 'block': BlockLRP}
+COMPOSITES = {
+    'ratio': ResNetLRP, 'symmetric': lambda: ResNetLRP('symmetric'), 'relative': RelativeLRP, 'block': BlockLRP,
+}
 
 
 def variants(model, name, input, start, args):

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from zennit.composites import EpsilonPlus
 from zennit.core import BasicHook, Composite
@@ -303,3 +304,38 @@ def test_canonizer_without_composite():
     '''If no composite can be found, it is an error, and not the default rules.'''
     with pytest.raises(RuntimeError, match='ResidualCanonizer'):
         ResidualCanonizer().apply(nn.Linear(1, 1))
+
+
+# -- graphs ------------------------------------------------------------------------------------------------------------
+
+
+def test_recorded():
+    '''What is computed from the input of a graph that is recorded is told from constants, and numbers may be read.'''
+    weight, found = torch.ones(2), []
+
+    def function(input):
+        output = input * weight
+        found.append([_compat.is_recorded(elem) for elem in (input, output > 0, weight * 2, 3, torch.zeros(2))])
+        found.append((_compat.is_traced(), _compat.has_values(weight)))
+        assert float(output.sum()) == 3
+        return output + float(weight.sum())
+
+    graph = make_fx(function, tracing_mode='real', **_compat.RECORDING)(torch.tensor([1., 2.]))
+    assert found == [[True, True, False, False, False], (True, False)]
+    assert torch.equal(graph(torch.zeros(2)), torch.full((2,), 2.))
+    assert not _compat.is_traced() and _compat.has_values(weight) and not _compat.is_recorded(weight)
+
+
+def test_origin():
+    '''A call that a mode handles, and hands on to another, is that of the code around it.'''
+    frames = []
+
+    class Mode(TorchFunctionMode):
+        '''Notes whose call it is.'''
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            frames.append(_compat.origin_of_call(func))
+            return func(*args, **(kwargs or {}))
+
+    with Mode(), Mode():
+        torch.ones(2).sum().item()
+    assert [frame.f_code.co_name for frame in frames] == ['test_origin'] * len(frames) and len(frames) == 6

@@ -11,7 +11,7 @@ from torch import nn
 from zennit.attribution import Gradient
 from zennit.composites import EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat
 
-from zennit_resnet import BlockLRP, RelativeLRP, ResNetLRP, UnsupportedOperation, initial_relevance, with_splitting
+from zennit_resnet import BlockLRP, ResNetLRP, UnsupportedOperation, initial_relevance, with_splitting
 from zennit_resnet.tracing import trace
 
 COMPOSITES = {

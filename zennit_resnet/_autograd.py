@@ -14,7 +14,9 @@ from .layer import Addition, Gate, Operation, Signed
 
 # Functions, and modules in place of them, of which the output has no negative values.
 RELUS = frozenset('relu relu_ relu6 Relu Sigmoid Softmax Softplus'.split())
-RELU_MODULES = (torch.nn.ReLU, torch.nn.ReLU6, torch.nn.Sigmoid, torch.nn.Hardsigmoid, torch.nn.Softmax, torch.nn.Softplus)
+RELU_MODULES = tuple(
+    getattr(torch.nn, name) for name in 'ReLU ReLU6 Sigmoid Hardsigmoid Softmax Softplus'.split()
+)
 SIGMOIDS = frozenset('sigmoid hardsigmoid softmax expit ndtr'.split())
 # Functions of which the output may be anything, whatever they are given.
 UNBOUNDED = frozenset('exp exp_ exp2 exp2_ special_exp2 __rpow__'.split())

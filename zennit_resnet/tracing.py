@@ -9,11 +9,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 from zennit.core import Composite
 
+from ._autograd import divides_by_output
 from ._compat import is_recorded, module_around, origin_of_call, version_of
 from ._graphs import fold, is_constant, record, simplify, write_in_place
 from .arguments import check_module, check_rule, describe
 from .attribution import check_key, select_output
-from ._autograd import divides_by_output
 from .canonizers.eager import check_evaluation
 from .registration import registered, unwrap
 
@@ -23,7 +23,7 @@ READS = frozenset(
 )
 OWN = ('zennit', __package__)
 
-# Up to this number of positions, reading weights takes most time, and is faster with the channels as the last dimension.
+# Up to this number of positions, reading weights takes most time, which is faster with the channels last.
 FEW = 2 ** 13
 
 

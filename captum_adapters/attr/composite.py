@@ -192,7 +192,7 @@ class CompositeAttribution(GradientAttribution):
         # what was traced, and for which weights
         self._recorded: Optional[tuple[Any, TracedAttribution]] = None
 
-    _shown = (
+    _shown: tuple[str, ...] = (
         "model", "composite", "initial_relevance", "postprocess", "output", "contrast",
         "contrast_weight", "traced",
     )
@@ -500,17 +500,14 @@ class CompositeAttribution(GradientAttribution):
             traced = trace(module, self.composite, image, self.output)
             self._recorded = state, traced
         traced = self._recorded[1]
-        explained: list[Explained] = []
-        for index in indices:
-            seeds = []
+        seeds: list[Tensor] = []
 
-            def start(output: Tensor, index: Target = index) -> Tensor:
-                seeds.append(self._seed(output, index, contrast, len(image)))
-                return seeds[-1]
+        def start(index: Target, output: Tensor) -> Tensor:
+            seeds.append(self._seed(output, index, contrast, len(image)))
+            return seeds[-1]
 
-            _, relevance = traced(image, start)
-            explained.append(([(relevance,)], seeds[-1]))
-        return explained
+        maps = [traced(image, partial(start, index))[1] for index in indices]
+        return [([(relevance,)], seed) for relevance, seed in zip(maps, seeds)]
 
     def _seed(
         self, output: Any, index: Target, contrast: Any, batch: int
