@@ -1,4 +1,5 @@
 '''An explanation as one file, which runs without Python and this package: ONNX, or a program of torch.export.'''
+import copy
 import importlib
 import json
 import os
@@ -9,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from ._compat import caller, module_around
+from . import __version__
+from ._compat import TorchDispatchMode, caller, module_around
 from ._graphs import fold, record
 from ._pooling import DECOMPOSITIONS
 from .arguments import check_choice, check_flag, check_rule
@@ -103,6 +104,7 @@ def export(
     graph = traced.graph_for(input)
     with torch.no_grad():
         start, outputs, value = _record_start(graph, input, value, rivals, contrast_weight)
+        graph = _standalone(graph, DECOMPOSITIONS if path.suffix == '.onnx' else {})
         explanation = _Explanation(graph, start, relevance, normalization, input)
         target = torch.zeros(len(input), dtype=torch.long, device=input.device)
         image = input if normalization is None else input * explanation.std + explanation.mean
@@ -113,7 +115,7 @@ def export(
     names = ['logits', 'heatmap', *['relevance'] * relevance]
     shapes = outputs.shape, (*input.shape[:1], *input.shape[2:]) if input.ndim > 2 else input.shape, input.shape
     own = {
-        'package': f'zennit_resnet {importlib.import_module(__package__).__version__}', 'torch': torch.__version__,
+        'package': f'zennit_resnet {__version__}', 'torch': torch.__version__,
         'composite': repr(traced.source[1]), 'value': value,
         **({} if rivals is None else {
             'contrast': rivals if isinstance(rivals, str) else rivals.tolist(), 'contrast_weight': contrast_weight,
@@ -125,9 +127,8 @@ def export(
         'outputs': {name: _describe(shape, outputs.dtype if name == 'logits' else input.dtype)
                     for name, shape in zip(names, shapes)},
     }
-    texts = {
-        key: value if isinstance(value, str) else json.dumps(value) for key, value in {**own, **(metadata or {})}.items()
-    }
+    entries = {**own, **(metadata or {})}
+    texts = {key: entry if isinstance(entry, str) else json.dumps(entry) for key, entry in entries.items()}
     write = _write_onnx if path.suffix == '.onnx' else _write_program
     with _whole(path, overwrite) as file:
         write(program, file, names, texts, traced)
@@ -209,8 +210,8 @@ def _record_start(graph, input, value, contrast, contrast_weight):
     def record_start(output):
         if output.ndim not in (1, 2):
             raise ValueError(
-                f'The output must be of shape (batch, classes) or (batch,), but is {tuple(output.shape)}: choose one by '
-                'trace(..., output=lambda output: ...).'
+                f'The output must be of shape (batch, classes) or (batch,), but is {tuple(output.shape)}: choose a '
+                'part by trace(..., output=lambda output: ...).'
             )
         chosen = value or default_value(output, is_signed=contrast is not None)
 
@@ -232,6 +233,19 @@ def _record_start(graph, input, value, contrast, contrast_weight):
     return found
 
 
+def _standalone(module, decompositions):
+    '''A module of the same weights, with functions replaced, where no two weights are views of the same memory.'''
+    graph, seen = copy.deepcopy(module.graph), set()
+    for node in graph.nodes:
+        node.target = decompositions.get(node.target, node.target)
+    result = torch.fx.GraphModule(module, graph)
+    for name, value in list(result.named_buffers()):
+        if value.untyped_storage().data_ptr() in seen:
+            result.register_buffer(name, value.clone(memory_format=torch.contiguous_format))
+        seen.add(value.untyped_storage().data_ptr())
+    return result
+
+
 # -- files -------------------------------------------------------------------------------------------------------------
 
 def _write_program(program, path, names, metadata, traced):
@@ -247,7 +261,6 @@ def _write_onnx(program, path, names, metadata, traced):
         raise ValueError(
             f'The weights are of {size / 2 ** 30:.1f} GB, but a file of ONNX is of 2 GB at most: write .pt2.'
         )
-    program = program.run_decompositions(DECOMPOSITIONS)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
@@ -285,13 +298,13 @@ def _reason(error, traced):
 
 def _layers_with(traced, name):
     '''Modules that run an operation, or the one that it is the gradient of.'''
-    network, name = traced.source[0], name.removesuffix('_backward').strip('_')
+    network, name = traced.source[0], _stem(name)
     labels, found = {module: label for label, module in network.named_modules()}, {}
 
     class Search(TorchDispatchMode):
         '''Looks at each operation.'''
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.__name__.partition('.')[0].strip('_') == name:
+            if _stem(func.__name__.partition('.')[0]) == name:
                 module = module_around(caller())
                 found[f'{labels.get(module) or "the network"} ({type(module).__name__})'] = None
             return func(*args, **(kwargs or {}))
@@ -300,6 +313,10 @@ def _layers_with(traced, name):
     with torch.no_grad(), Search():
         network(torch.zeros(shape, dtype=dtype, device=device))
     return list(found)
+
+
+def _stem(name):
+    return name.removesuffix('_backward').strip('_').removeprefix('special_')
 
 
 def run_file(path, image, target):
