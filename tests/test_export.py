@@ -215,7 +215,7 @@ def test_overwrite(model, images, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path] and path.read_text() == 'something else'
     export(traced, images, path, overwrite=True)
     assert run_file(path, images, TARGET)['heatmap'].shape == (2, 24, 24)
-    with pytest.raises(OSError):
+    with pytest.raises(FileNotFoundError, match='missing'):
         export(traced, images, tmp_path / 'missing' / 'explain.pt2')
 
 

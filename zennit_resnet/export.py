@@ -75,8 +75,8 @@ def export(
     ValueError
         If an argument is not one of its choices, the network's output is not of shape (batch, classes) or (batch,), the
         file would be larger than ONNX can be, or an operation has no form in ONNX. The message names it.
-    FileExistsError
-        If there is such a file already.
+    OSError
+        If there is such a file already, or it cannot be written.
     ImportError
         If packages are missing that ONNX needs.
 
@@ -147,6 +147,8 @@ def check_path(path, overwrite=False):
         raise ValueError(f'path={str(path)!r} is of no format that there is: choose one of {", ".join(FORMATS)}.')
     if path.exists() and not (overwrite and path.is_file()):
         raise FileExistsError(f'{path} exists already: choose another name, or overwrite it.')
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f'There is no folder {path.parent}: make it first.')
     if path.suffix == '.onnx':
         try:
             for name in ('onnx', 'onnxscript'):
@@ -234,13 +236,13 @@ def _record_start(graph, input, value, contrast, contrast_weight):
 
 
 def _standalone(module, decompositions):
-    '''A module of the same weights, with functions replaced, where no two weights are views of the same memory.'''
+    '''A module of the same weights, with functions replaced, where weights are contiguous and share no memory.'''
     graph, seen = copy.deepcopy(module.graph), set()
     for node in graph.nodes:
         node.target = decompositions.get(node.target, node.target)
     result = torch.fx.GraphModule(module, graph)
     for name, value in list(result.named_buffers()):
-        if value.untyped_storage().data_ptr() in seen:
+        if value.untyped_storage().data_ptr() in seen or not value.is_contiguous():
             result.register_buffer(name, value.clone(memory_format=torch.contiguous_format))
         seen.add(value.untyped_storage().data_ptr())
     return result
