@@ -115,7 +115,7 @@ def export(
     names = ['logits', 'heatmap', *['relevance'] * relevance]
     shapes = outputs.shape, (*input.shape[:1], *input.shape[2:]) if input.ndim > 2 else input.shape, input.shape
     own = {
-        'package': f'zennit_resnet {__version__}', 'torch': torch.__version__,
+        'package': f'zennit_resnet {__version__}', 'torch': torch.version.__version__,
         'composite': repr(traced.source[1]), 'value': value,
         **({} if rivals is None else {
             'contrast': rivals if isinstance(rivals, str) else rivals.tolist(), 'contrast_weight': contrast_weight,
