@@ -148,6 +148,21 @@ def test_overloads():
     assert isinstance(torch.ops.aten.add.Tensor, _compat.OpOverload)
 
 
+def test_dispatch_mode():
+    '''It sees operations by name, and the module that runs them.'''
+    found = []
+
+    class Names(_compat.TorchDispatchMode):
+        '''Names of operations.'''
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found.append((func.__name__, type(_compat.module_around(_compat.caller()))))
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Names():
+        torch.nn.Sequential(torch.nn.ReLU())(torch.ones(1))
+    assert ('relu.default', torch.nn.ReLU) in found
+
+
 # -- modules -----------------------------------------------------------------------------------------------------------
 
 def test_rules_of():

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 from zennit.composites import COMPOSITES
+
+from zennit_resnet import ResNetLRP
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / 'docs'
@@ -50,15 +53,31 @@ def page_id(path):
     return path.relative_to(ROOT).as_posix()
 
 
+def write_explanation(path):
+    '''Write what the command at the beginning of the page does, of a small network.'''
+    pytest.importorskip('onnxscript')
+    from zennit_resnet.export import export
+    from zennit_resnet.tracing import trace
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 5, 4), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
+        torch.nn.Linear(4, 3),
+    ).eval()
+    image = torch.rand(1, 3, 60, 80)
+    metadata = {'classes': ['a', 'b', 'c'], 'preprocessing': {'size': [60, 80]}}
+    export(trace(model, ResNetLRP(), image), image, path, normalization=([.5], [.2]), metadata=metadata)
+
+
 @pytest.mark.parametrize('block', BLOCKS)
 def test_block(block, tmp_path, monkeypatch):
     '''Each block is complete, run from a clone. Those for optional packages are skipped without them.'''
-    optional = r'^ *(?:import|from) (quantus|torchmetrics|torchcam|timm|captum\.insights\.\w+)'
+    optional = r'^ *(?:import|from) (quantus|torchmetrics|torchcam|timm|onnxruntime|captum\.insights\.\w+)'
     for name in re.findall(optional, block, re.M):
         pytest.importorskip(name)
     # blocks may write files, and register composites
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'examples').symlink_to(ROOT / 'examples')
+    if 'InferenceSession(\'explain.onnx\'' in block:
+        write_explanation(tmp_path / 'explain.onnx')
     import zennit_resnet.composites  # noqa: F401 (which registers its own)
     registered = dict(COMPOSITES)
     try:

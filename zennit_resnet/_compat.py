@@ -20,6 +20,7 @@ from torch.nn.modules.dropout import _DropoutNd as Dropout  # noqa: F401
 from torch.overrides import _get_current_function_mode_stack as function_modes  # noqa: F401
 from torch.overrides import _pop_mode as pop_mode  # noqa: F401
 from torch.overrides import _push_mode as push_mode  # noqa: F401
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: F401
 from zennit.core import Composite, Hook
 
 # Attributes of modules that compute what torch.nn.Module.__call__ runs, besides ``forward``.

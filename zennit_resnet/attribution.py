@@ -305,11 +305,11 @@ def output_weights(outputs, target, contrast=None, contrast_weight=1.):
     place = (torch.arange(len(outputs), device=outputs.device), slice(None), *index[:, 1:].unbind(1))
     logits, index = outputs[place], index[:, :1]
     one_hot = torch.zeros_like(logits).scatter_(1, index, 1.)
-    weights[place] = one_hot if contrast is None else one_hot - contrast_weight * _shares(logits, index, contrast)
+    weights[place] = one_hot if contrast is None else one_hot - contrast_weight * rival_shares(logits, index, contrast)
     return weights
 
 
-def _shares(logits, index, contrast):
+def rival_shares(logits, index, contrast):
     '''Shares of rivals, of shape (batch, classes), given the target of each example of shape (batch, 1).'''
     num, classes = logits.shape
     shares = torch.zeros_like(logits)

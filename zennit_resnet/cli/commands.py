@@ -148,8 +148,7 @@ def add_options(options):
     return decorate
 
 
-common_options = add_options([
-    click.argument('images', metavar='IMAGE...', nargs=-1, required=True, type=click.Path(path_type=Path)),
+NETWORK_OPTIONS = [
     click.option('--model', help='Classification model of torchvision.  [default: resnet50]'),
     click.option(
         '--weights', metavar='NAME|PATH',
@@ -160,7 +159,8 @@ common_options = add_options([
         '--size', type=click.IntRange(min=1),
         help='For a local state dict, photographs are resized to a square of this side.  [default: 224]'
     ),
-    click.option('--target', metavar='NUMBER|NAME', help='The class to explain.  [default: the predicted class]'),
+]
+START_OPTIONS = [
     click.option(
         '--value', type=click.Choice(VALUES),
         help='What relevance starts from: the target\'s logit, its softmax probability, or one.  [default: logit; with '
@@ -171,6 +171,12 @@ common_options = add_options([
         help='Why the target and not something else: all other classes evenly, all others by their probabilities, the '
         'most probable other class, or a class.'
     ),
+]
+common_options = add_options([
+    click.argument('images', metavar='IMAGE...', nargs=-1, required=True, type=click.Path(path_type=Path)),
+    *NETWORK_OPTIONS,
+    click.option('--target', metavar='NUMBER|NAME', help='The class to explain.  [default: the predicted class]'),
+    *START_OPTIONS,
     click.option('--device', help='Device of PyTorch.  [default: cuda if available, else cpu]'),
     click.option('--batch-size', type=click.IntRange(min=1), default=8, show_default=True),
 ])
