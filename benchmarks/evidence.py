@@ -151,15 +151,14 @@ class Study:
         for text, (own, other) in self.maps(images, torch.stack([target, rival]), names, questions).items():
             outputs = []
 
-            def record(images, outputs=outputs):
+            def record(images, _, outputs=outputs):
                 outputs.append(self.scores(images))
                 return outputs[-1]
 
-            result = insertion_deletion(record, images, own, target=target, **settings)
-            # of the same images, in the same order
-            known = iter(outputs)
+            # with an argument for each image, so that both have the same images in the same order
+            result = insertion_deletion(record, images, own, None, target, rival, **settings)
             contrast = contrastive_insertion_deletion(
-                lambda _, known=known: next(known), images, own, target=target, rival=rival, **settings
+                lambda _, known=iter(outputs): next(known), images, own, target=target, rival=rival, **settings
             )
             similar = class_sensitivity(own, other)
             row = {
