@@ -157,8 +157,9 @@ class Study:
 
             # with an argument for each image, so that both have the same images in the same order
             result = insertion_deletion(record, images, own, None, target, rival, **settings)
+            known = iter(outputs)
             contrast = contrastive_insertion_deletion(
-                lambda _, known=iter(outputs): next(known), images, own, target=target, rival=rival, **settings
+                lambda _, known=known: next(known), images, own, target=target, rival=rival, **settings
             )
             similar = class_sensitivity(own, other)
             row = {
