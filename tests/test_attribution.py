@@ -174,7 +174,7 @@ def test_probabilities_have_no_softmax():
         Gradient(model, ResNetLRP())(torch.rand(1, 3, 2, 2), initial_relevance(1, 'softmax'))
     # logits of one image may look so, those of a batch do not
     assert initial_relevance(0, 'softmax')(torch.tensor([[.2, .8], [2., 1.]])).shape == (2, 2)
-    assert initial_relevance(1, 'softmax')(torch.empty(0, 3)).shape == (0, 3)
+    assert initial_relevance(lambda y: y[:, 1], 'softmax')(torch.empty(0, 3)).shape == (0, 3)
 
 
 def test_what_a_contrast_of_other_rules_starts_from():
