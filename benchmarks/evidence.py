@@ -38,7 +38,10 @@ from zennit_resnet.attribution import initial_relevance
 from zennit_resnet.attributors import ManyTargets
 from zennit_resnet.methods import find_entries, split_names
 
-BASELINE = 'grad_cam'
+# by what they are called in tables: the second is the map of z+ alone
+BASELINES = {'Grad-CAM': 'grad_cam', 'z+': 'resnet_lrp_ratio:first_layer=zbox,initial=one'}
+# first, second and both
+HALVES = ((0,), (1,), (0, 1))
 CONTRASTS = ('centred', 'softmax', 'runner_up')
 # rules that divide by the output start from the logit, others from one, whatever the sign of the logit
 RULES = {
@@ -50,7 +53,7 @@ RULES = {
     'block_lrp': 'logit',
 }
 OTHERS = (
-    BASELINE, 'score_cam', 'integrated_gradients:n_steps=20', 'input_x_gradient', 'constant', 'gaussian', 'sobel',
+    'grad_cam', 'score_cam', 'integrated_gradients:n_steps=20', 'input_x_gradient', 'constant', 'gaussian', 'sobel',
 )
 # what a measure gives, and how many digits of it are shown
 COLUMNS = {
@@ -294,7 +297,7 @@ def compute(study, results, questions, measure, tasks):
 
 
 def summarize(rows, methods, min_count=2):
-    '''Tables of means with 95 % intervals, of both halves, and differences to Grad-CAM, as Markdown.'''
+    '''Tables of means with 95 % intervals, and of paired differences to baselines, as Markdown.'''
     for measure, columns in COLUMNS.items():
         known = {'measure', 'item', 'half', 'method'}
         layers = {key: None for row in rows if row['measure'] == measure for key in row if key not in known}
@@ -306,15 +309,17 @@ def summarize(rows, methods, min_count=2):
             values = {name: values[name] for name in methods if len(values[name]) >= min_count}
             if not values:
                 continue
-            print(f'\n{measure}: {column}\n\n| method | n | first half | second half | all | minus `{BASELINE}` |')
-            print('|---|---|---|---|---|---|')
+            print(f'\n### {measure}: {column}\n\n| method | n | first half | second half | all '
+                  f'{"".join(f"| minus {title}, all | second half " for title in BASELINES)}|')
+            print(f'|---|{"---|" * (4 + 2 * len(BASELINES))}')
             for name, found in values.items():
-                cells = [
-                    _mean([value for half, value in found.values() if half in halves])
-                    for halves in ((0,), (1,), (0, 1))
+                cells = [_mean([value for half, value in found.values() if half in halves]) for halves in HALVES]
+                cells += [
+                    '' if name == base else _difference(found, values.get(base, {}), halves)
+                    for base in BASELINES.values() for halves in (HALVES[2], HALVES[1])
                 ]
                 label = name.replace('|', '\\|')
-                print(f'| `{label}` | {len(found)} | {" | ".join(cells)} | {_difference(found, values, name)} |')
+                print(f'| `{label}` | {len(found)} | {" | ".join(cells)} |')
 
 
 def _mean(values):
@@ -325,14 +330,13 @@ def _mean(values):
     return f'{float(mean):.3f} [{float(low):.3f}, {float(high):.3f}]'
 
 
-def _difference(found, values, name):
-    '''The paired difference to the baseline, on the items that both have.'''
-    base = values.get(BASELINE, {})
-    common = sorted(found.keys() & base.keys())
-    if name == BASELINE or len(common) < 2:
+def _difference(found, base, halves):
+    '''The paired difference to a baseline, on the items that both have.'''
+    common = sorted(key for key in found.keys() & base.keys() if found[key][0] in halves)
+    if len(common) < 2:
         return ''
     result, = compare(
-        {name: [found[key][1] for key in common], BASELINE: [base[key][1] for key in common]}, baseline=BASELINE
+        {'method': [found[key][1] for key in common], 'base': [base[key][1] for key in common]}, baseline='base'
     )
     return f'{result.difference:+.3f} [{result.low:+.3f}, {result.high:+.3f}]'
 
