@@ -385,9 +385,10 @@ def main():
             compute(study, results, questions, measure, waiting.pop(measure))
             print(f'{time.perf_counter() - begin:7.0f} s {measure}, {left[measure]} left', file=sys.stderr, flush=True)
     print(f'# Class evidence in maps of {options.model or "the embedded ResNet-50"}\n\n'
-          f'Curves of {options.steps} intervals{" in bfloat16" if options.amp else ""}; mosaics of images with a probability of at least '
-          f'{options.threshold}, {"of full size" if options.full_size else "shrunk to the size of an image"}. '
-          '95 % intervals of the bootstrap over images or mosaics, not corrected for the number of methods.')
+          f'Curves of {options.steps} intervals{" in bfloat16" if options.amp else ""}; '
+          f'mosaics {"of full size" if options.full_size else "shrunk to the size of an image"}, '
+          f'of images with a probability of at least {options.threshold}. '
+          'Intervals of 95 % by the bootstrap over images or mosaics, not corrected for the number of methods.')
     summarize([*results.rows.values()], [question.text for question in questions])
 
 
