@@ -21,8 +21,9 @@ from captum_adapters.metrics.mosaics import assemble
 CELLS = 2
 # lowest probability of an image's class
 CONFIDENCE = 0.9
-# number of images that others are drawn from
+# number of images that others are drawn from, and of those that are looked at for them
 LARGEST_POOL = 64
+LARGEST_SEARCH = 1024
 
 
 def confident(output: Tensor, labels: Tensor) -> Tensor:
@@ -32,7 +33,7 @@ def confident(output: Tensor, labels: Tensor) -> Tensor:
 
 
 class Grids:
-    """Makes a mosaic of each image. The network runs over images until they suffice.
+    """Makes a mosaic of each image. The network looks at images until they suffice.
 
     Args:
 
@@ -60,7 +61,7 @@ class Grids:
             label = samples[row].label
             ranks[row] = turns[label] = turns.get(label, -1) + 1
         # classes take turns
-        for row in sorted(order, key=ranks.__getitem__):
+        for row in sorted(order, key=ranks.__getitem__)[:LARGEST_SEARCH]:
             image = images[row].image
             if image is None:
                 continue
@@ -82,6 +83,7 @@ class Grids:
         return (
             f"grid_pointing needs correctly classified images of {needed} classes with"
             f" a probability of at least {CONFIDENCE}, but there are {count}"
+            f" (among up to {LARGEST_SEARCH} images)"
         )
 
     def make(
