@@ -99,10 +99,11 @@ COLUMNS: dict[str, Column] = {
          " correctly with a probability of at least 0.9."),
         ("grid_pointing_chance", "Cell share", None, "Share of the cell: grid pointing by"
          " chance."),
-        ("class_pearson", "Class correlation", "lower", "Correlation with the map of the"
-         " runner-up: 1 if the class does not matter, about 0 for unrelated maps."),
+        ("class_pearson", "Class correlation", None, "Correlation with the map of the"
+         " runner-up: 1 if the class does not matter, about 0 for unrelated maps, and -1"
+         " for a contrast that asks for one class and not the other."),
         ("class_ssim", "Class SSIM", "lower", "Structural similarity with the map of the"
-         " runner-up, 1 if the class does not matter."),
+         " runner-up: 1 if the class does not matter, low by construction for contrasts."),
         ("random_ssim", "Random SSIM", "lower", "Structural similarity with the map of the"
          " network with a random last layer, 1 if that does not matter."),
     ),
