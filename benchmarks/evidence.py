@@ -228,8 +228,9 @@ class Results:
 def in_halves(photos):
     '''Photos in an order in which both halves, and within them all classes, take turns.'''
     halves, seen = ([], []), defaultdict(int)
-    for photo in photos:
-        rank = seen[photo.label]
+    single = len({photo.label for photo in photos}) == len(photos)
+    for num, photo in enumerate(photos):
+        rank = num if single else seen[photo.label]
         seen[photo.label] += 1
         halves[rank % 2].append((rank // 2, photo.label, photo))
     return [[photo for *_, photo in sorted(half, key=lambda elem: elem[:2])] for half in halves]
