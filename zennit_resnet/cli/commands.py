@@ -113,7 +113,7 @@ class Session:
         except torch.cuda.OutOfMemoryError as error:
             raise click.ClickException(f'out of memory: use a --batch-size below {len(input)}') from error
         except (ValueError, IndexError) as error:
-            if self.contrast is None and method.contrast is None and 'softmax' not in (self.value, method.initial):
+            if self.contrast is None and method.contrast is None:
                 raise
             raise click.ClickException(f'{method.text}: {one_line(error)}') from error
         except RuntimeError as error:
