@@ -6,36 +6,42 @@ relevance in the asked class's own cell. For a few photographs: the similarity w
 last layers are random. Images are divided into two halves: choose a method on one, and report it on the other.
 
 Methods have the names of the evaluator. Three things are added: ``METHOD~15`` is smoothed by means of 15 x 15 pixels,
-and ``0.5*METHOD | 0.5*METHOD`` is a sum of maps. As relevance is linear in what it starts from, this is the map of the
-weighted contrast. Each result is a line of a file. What is there already is not computed again.
+and ``0.5*METHOD | 0.5*METHOD`` is a sum of maps. Each result is a line of a file. What is there already is not
+computed again.
 '''
 import argparse
+import copy
 import json
 import math
 import sys
 import time
 import warnings
-from collections import defaultdict
-from functools import partial
+from collections import Counter, defaultdict
+from itertools import zip_longest
 
 import torch
+from evidence_data import find_network, read_photos
 from torch.nn.functional import avg_pool2d
-from zennit.attribution import Gradient
 
-from captum_adapters.evaluation.data import Images, read_samples
 from captum_adapters.evaluation.methods import Context, Method
-from captum_adapters.metrics import class_sensitivity, grid_pointing, insertion_deletion, mosaics, randomization
+from captum_adapters.metrics import (
+    Mosaics,
+    class_sensitivity,
+    contrastive_insertion_deletion,
+    grid_pointing,
+    insertion_deletion,
+    mosaics,
+    randomization,
+)
 from captum_adapters.metrics.statistics import bootstrap_interval, compare
 from zennit_resnet.attribution import initial_relevance
+from zennit_resnet.attributors import ManyTargets
 from zennit_resnet.methods import find_entries, split_names
-from zennit_resnet.models import load_classifier
 
-try:
-    from zennit_resnet.attributors import ManyTargets
-except ImportError:
-    ManyTargets = None
-
-BASELINE = 'grad_cam'
+# by what they are called in tables: the second is the map of z+ alone
+BASELINES = {'Grad-CAM': 'grad_cam', 'z+': 'resnet_lrp_ratio:first_layer=zbox,initial=one'}
+# first, second and both
+HALVES = ((0,), (1,), (0, 1))
 CONTRASTS = ('centred', 'softmax', 'runner_up')
 # rules that divide by the output start from the logit, others from one, whatever the sign of the logit
 RULES = {
@@ -47,20 +53,22 @@ RULES = {
     'block_lrp': 'logit',
 }
 OTHERS = (
-    BASELINE, 'integrated_gradients:n_steps=20', 'input_x_gradient', 'constant', 'gaussian', 'sobel',
+    'grad_cam', 'score_cam', 'integrated_gradients:n_steps=20', 'input_x_gradient', 'constant', 'gaussian', 'sobel',
 )
 # what a measure gives, and how many digits of it are shown
-COLUMNS = {'photo': ('id', 'pearson', 'ssim'), 'grid2': ('share',), 'grid3': ('share',), 'random': ('fc', 'layer4')}
-LAYERS = ('fc', 'layer4')
+COLUMNS = {
+    'photo': ('id', 'contrastive', 'pearson', 'ssim'), 'grid2': ('share',), 'grid3': ('share',), 'random': None
+}
 
 
 def default_methods():
-    '''All rules with all contrasts, and one of half the weight; baselines and controls.'''
+    '''All rules with all contrasts, also of less weight where that is any good; baselines and controls.'''
     found = []
     for rule, initial in RULES.items():
         options = f'{rule}{"," if ":" in rule else ":"}'
         found += [f'{options}initial={initial}', *(f'{options}contrast={name}' for name in CONTRASTS)]
-        found.append(f'0.5*{options}initial={initial} | 0.5*{options}contrast=softmax')
+        if 'classifier=epsilon' in rule:
+            found += [f'{options}contrast=softmax,contrast_weight={weight}' for weight in (0.25, 0.5)]
     return [*found, *OTHERS]
 
 
@@ -87,9 +95,11 @@ class Question:
 
 class Study:
     '''A network, and methods whose maps are computed together where they have rules in common.'''
-    def __init__(self, classifier, questions, batch, amp):
-        self.classifier, self.batch, self.amp = classifier, batch, amp
-        context = Context(classifier, forward_batch=batch)
+    def __init__(self, classifier, questions, options):
+        self.classifier, self.options = classifier, options
+        # a copy, as the order of values in memory may change the last bits of maps
+        self.curves = copy.deepcopy(classifier.model).to(memory_format=torch.channels_last)
+        context = Context(classifier, forward_batch=options.batch)
         self.rules, self.explainers = {}, {}
         composites = find_entries()
         for method in {elem.text: elem for question in questions for _, elem in question.terms}.values():
@@ -100,71 +110,90 @@ class Study:
                 self.explainers[method.text] = method.create(context)
 
     def scores(self, images):
-        '''Outputs of the network, perhaps in lower precision.'''
-        with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=self.amp):
-            return self.classifier.model(images).float()
+        '''Outputs of the network for the curves, perhaps in lower precision.'''
+        images = images.contiguous(memory_format=torch.channels_last)
+        with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=self.options.amp):
+            return self.curves(images).float()
 
-    def maps(self, image, targets, name, questions):
-        '''Maps of shape (targets, height, width) by question, of an image of shape (1, 3, height, width).'''
+    def maps(self, images, targets, names, questions):
+        '''Maps of shape (targets, images, height, width) by question, of images of shape (images, 3, height, width).
+
+        Targets are of shape (targets, images).
+        '''
         found, wanted = {}, {method.text for question in questions for _, method in question.terms}
         for methods in self.rules.values():
             methods = [method for method in methods if method.text in wanted]
             if methods:
-                found.update(self._relevance(image, targets, methods))
-        images, index = image.expand(len(targets), -1, -1, -1), torch.tensor(targets)
-        for text in wanted & self.explainers.keys():
-            output = self.scores(image).expand(len(targets), -1)
-            found[text] = self.explainers[text](images, index, output, [name] * len(targets))
+                found.update(self._relevance(images, targets, methods))
+        explainers = wanted & self.explainers.keys()
+        if explainers:
+            with torch.no_grad():
+                output = self.classifier.model(images)
+            for text in explainers:
+                found[text] = torch.stack([self.explainers[text](images, row, output, names) for row in targets])
         return {question.text: question.combine(found) for question in questions}
 
-    def _relevance(self, image, targets, methods):
+    def _relevance(self, images, targets, methods):
         '''Maps of methods with the same composite.'''
         starts = [
-            initial_relevance(target, method.initial, contrast=method.contrast)
-            for method in methods for target in targets
+            initial_relevance(row, method.initial, contrast=method.contrast, contrast_weight=method.contrast_weight)
+            for method in methods for row in targets
         ]
-        composite = methods[0].composite(self.classifier)
-        if ManyTargets is None:
-            with Gradient(self.classifier.model, composite) as attributor:
-                relevance = torch.stack([attributor(image.clone(), start)[1] for start in starts])
-        else:
-            with ManyTargets(self.classifier.model, composite) as attributor:
-                relevance = attributor(image.clone(), starts)[1]
-        parts = relevance.detach().sum(2)[:, 0].split(len(targets))
-        return {method.text: method.process(part) for method, part in zip(methods, parts)}
+        with ManyTargets(self.classifier.model, methods[0].composite(self.classifier)) as attributor:
+            relevance = attributor(images.clone(), starts)[1]
+        parts = relevance.detach().sum(2).split(len(targets))
+        return {
+            method.text: method.process(part.flatten(0, 1)).view_as(part) for method, part in zip(methods, parts)
+        }
 
-    def photo(self, image, name, steps, questions):
-        '''ID score, and similarity of the map with that of the runner-up.'''
-        target, rival = self.classifier.model(image).topk(2).indices[0].tolist()
-        maps = self.maps(image, [target, rival], name, questions)
-        for text, (own, other) in maps.items():
-            row = {'target': target}
-            if steps:
-                result = insertion_deletion(
-                    self.scores, image, own[None], target=target, n_steps=steps, max_examples_per_batch=self.batch
-                )
-                row |= {'id': float(result.id_score), 'insertion': float(result.insertion)}
-            similar = class_sensitivity(own[None], other[None])
-            yield text, row | {'pearson': float(similar.pearson), 'ssim': float(similar.ssim)}
+    def photo(self, images, names, questions):
+        '''ID scores, and similarity of the map with that of the runner-up.'''
+        with torch.no_grad():
+            target, rival = self.classifier.model(images).topk(2).indices.T
+        settings = {'n_steps': self.options.steps, 'max_examples_per_batch': self.options.batch}
+        for text, (own, other) in self.maps(images, torch.stack([target, rival]), names, questions).items():
+            outputs = []
 
-    def grid(self, mosaic, name, questions):
-        '''Share of positive relevance in the own cell, for each cell.'''
-        targets = mosaic.cells.flatten().tolist()
-        for text, maps in self.maps(mosaic.images, targets, name, questions).items():
-            cells = mosaic.cells.expand(len(targets), -1, -1)
-            shares = grid_pointing(maps, cells, targets).share.tolist()
-            yield text, {'share': sum(shares) / len(shares), 'shares': [round(share, 5) for share in shares]}
+            def record(images, _, outputs=outputs):
+                outputs.append(self.scores(images))
+                return outputs[-1]
 
-    def random(self, image, name, questions):
-        '''SSIM with maps of networks whose last layers are random.'''
-        target = int(self.classifier.model(image).argmax())
+            # with an argument for each image, so that both have the same images in the same order
+            result = insertion_deletion(record, images, own, None, target, rival, **settings)
+            known = iter(outputs)
+            contrast = contrastive_insertion_deletion(
+                lambda _, known=known: next(known), images, own, target=target, rival=rival, **settings
+            )
+            similar = class_sensitivity(own, other)
+            row = {
+                'target': target, 'id': result.id_score, 'insertion': result.insertion,
+                'contrastive': contrast.id_score, 'pearson': similar.pearson, 'ssim': similar.ssim,
+            }
+            yield text, row
+
+    def grid(self, mosaics, questions):
+        '''Share of positive relevance in the own cell, mean of all cells.'''
+        targets = mosaics.cells.flatten(1).T
+        for text, maps in self.maps(mosaics.images, targets, names_of(mosaics), questions).items():
+            shares = [grid_pointing(*each).share for each in zip(maps, [mosaics.cells] * len(targets), targets)]
+            yield text, {'share': torch.stack(shares).mean(0)}
+
+    def random(self, images, names, questions):
+        '''SSIM with maps of networks of which the last layers are random.'''
+        with torch.no_grad():
+            target = self.classifier.model(images).argmax(1)[None]
 
         def explain(model):
-            return torch.cat([*self.maps(image, [target], name, questions).values()])
+            return torch.cat([maps[0] for maps in self.maps(images, target, names, questions).values()])
 
-        result = randomization(self.classifier.model, explain, LAYERS)
-        for question, values in zip(questions, result.ssim.tolist()):
-            yield question.text, dict(zip(LAYERS, values))
+        result = randomization(self.classifier.model, explain, self.options.layers.split(','))
+        for question, ssim in zip(questions, result.ssim.split(len(images))):
+            yield question.text, dict(zip(result.layers, ssim.T))
+
+
+def names_of(mosaics):
+    '''Names of mosaics by the numbers of their images.'''
+    return [','.join(map(str, row)) for row in mosaics.indices.flatten(1).tolist()]
 
 
 class Results:
@@ -196,67 +225,84 @@ class Results:
         self._keep(row)
 
 
-def in_halves(samples):
-    '''Samples in an order in which both halves, and within them all classes, take turns.'''
+def in_halves(photos):
+    '''Photos in an order in which both halves, and within them all classes, take turns.'''
     halves, seen = ([], []), defaultdict(int)
-    for sample in samples:
-        rank = seen[sample.label]
-        seen[sample.label] += 1
-        halves[rank % 2].append((rank // 2, sample.label, sample))
-    return [[sample for *_, sample in sorted(half, key=lambda elem: elem[:2])] for half in halves]
+    single = len({photo.label for photo in photos}) == len(photos)
+    for num, photo in enumerate(photos):
+        rank = num if single else seen[photo.label]
+        seen[photo.label] += 1
+        halves[rank % 2].append((rank // 2, photo.label, photo))
+    return [[photo for *_, photo in sorted(half, key=lambda elem: elem[:2])] for half in halves]
 
 
-def make_mosaics(halves, loaded, results, size, count, threshold, full_size):
+def make_mosaics(halves, results, size, count, options):
     '''Mosaics of each half in turn, with a name and the number of the half.'''
     made = []
     for half in halves:
-        images = torch.stack([loaded[sample.name] for sample in half])
-        scores = torch.tensor([results.rows['scores', sample.name, '']['scores'] for sample in half])
+        scores = torch.tensor([results.rows['scores', photo.name, '']['scores'] for photo in half])
         made.append(mosaics(
-            images, [sample.label for sample in half], size, count=math.ceil(count / 2), scores=scores.softmax(1),
-            threshold=threshold, rescale=not full_size,
+            torch.stack([photo.image for photo in half]), [photo.label for photo in half], size,
+            count=math.ceil(count / 2), scores=scores.softmax(1), threshold=options.threshold,
+            rescale=not options.full_size,
         ))
     for num in range(count):
         half, index = num % 2, num // 2
-        mosaic = type(made[half])(*(field[index:index + 1] for field in made[half]))
-        yield half, f'{half}:' + ','.join(map(str, mosaic.indices.flatten().tolist())), mosaic
+        mosaic = Mosaics(*(field[index:index + 1] for field in made[half]))
+        yield half, f'{half}:{names_of(mosaic)[0]}', mosaic
 
 
-def tasks_of(study, args, results):
-    '''All that is to be computed, such that all measures make progress: (measure, half, item, function).'''
-    listing = read_samples(args.data, study.classifier.classes)
-    usable = [sample for sample in listing.samples if sample.problem is None and sample.label is not None]
-    halves, images = in_halves(usable), Images(usable, study.classifier.transform)
-    loaded = {sample.name: images[index].image for index, sample in enumerate(usable)}
-    for begin in range(0, len(usable), args.batch):
-        part = [sample for sample in usable[begin:begin + args.batch]
-                if ('scores', sample.name, '') not in results.rows]
+def tasks_of(study, results):
+    '''All that is to be computed, such that all measures make progress: (measure, half, item, input).'''
+    options = study.options
+    photos = read_photos(options.data, study.classifier)
+    halves = in_halves(photos)
+    for begin in range(0, len(photos), options.batch):
+        part = [photo for photo in photos[begin:begin + options.batch]
+                if ('scores', photo.name, '') not in results.rows]
         if part:
             with torch.no_grad():
-                output = study.classifier.model(torch.stack([loaded[sample.name] for sample in part]))
-            for sample, row in zip(part, output.tolist()):
-                results.add(measure='scores', item=sample.name, method='', scores=row)
+                output = study.classifier.model(torch.stack([photo.image for photo in part]))
+            for photo, row in zip(part, output.tolist()):
+                results.add(measure='scores', item=photo.name, method='', scores=row, label=photo.label)
     tasks = []
 
-    def add(measure, number, count, half, item, function):
-        tasks.append((number / count, measure, half, item, function))
+    def add(measure, items, count):
+        tasks.extend((num / count, measure, *item) for num, item in enumerate(items))
 
-    photos = [sample.name for pair in zip(*halves) for sample in pair]
-    for num, name in enumerate(photos[:args.images]):
-        add('photo', num, args.images, num % 2, name, partial(study.photo, loaded[name][None], name, args.steps))
-    for num, name in enumerate(photos[:args.randomized]):
-        add('random', num, args.randomized, num % 2, name, partial(study.random, loaded[name][None], name))
-    for size, count in ((2, args.mosaics), (3, args.mosaics3)):
-        found = make_mosaics(halves, loaded, results, size, count, args.threshold, args.full_size) if count else ()
-        for num, (half, item, mosaic) in enumerate(found):
-            add(f'grid{size}', num, count, half, item, partial(study.grid, mosaic, item))
+    ordered = [(num % 2, photo.name, photo.image[None])
+               for num, photo in enumerate(photo for pair in zip_longest(*halves) for photo in pair if photo)]
+    add('photo', ordered[:options.images], options.images)
+    add('random', ordered[:options.randomized], options.randomized)
+    for size, count in ((2, options.mosaics), (3, options.mosaics3)):
+        add(f'grid{size}', make_mosaics(halves, results, size, count, options) if count else (), count)
     return [task[1:] for task in sorted(tasks, key=lambda task: task[0])]
 
 
+def compute(study, results, questions, measure, tasks):
+    '''Add what results do not have of items of the same measure, which are computed together.'''
+    halves, names, inputs = zip(*tasks)
+    todo = [question for question in questions
+            if any((measure, name, question.text) not in results.rows for name in names)]
+    if not todo:
+        return
+    if measure.startswith('grid'):
+        found = study.grid(Mosaics(*map(torch.cat, zip(*inputs))), todo)
+    else:
+        found = getattr(study, measure)(torch.cat(inputs), names, todo)
+    for text, columns in found:
+        values = zip(*(column.tolist() for column in columns.values()))
+        for half, name, row in zip(halves, names, values):
+            if (measure, name, text) not in results.rows:
+                results.add(measure=measure, item=name, half=half, method=text, **dict(zip(columns, row)))
+
+
 def summarize(rows, methods, min_count=2):
-    '''Tables of means with 95 % intervals, of both halves, and differences to Grad-CAM, as Markdown.'''
+    '''Tables of means with 95 % intervals, and of paired differences to baselines, as Markdown.'''
     for measure, columns in COLUMNS.items():
-        for column in columns:
+        known = {'measure', 'item', 'half', 'method'}
+        layers = {key: None for row in rows if row['measure'] == measure for key in row if key not in known}
+        for column in columns or layers:
             values = defaultdict(dict)
             for row in rows:
                 if row['measure'] == measure and column in row and row['method'] in methods:
@@ -264,15 +310,17 @@ def summarize(rows, methods, min_count=2):
             values = {name: values[name] for name in methods if len(values[name]) >= min_count}
             if not values:
                 continue
-            print(f'\n{measure}: {column}\n\n| method | n | first half | second half | all | minus `{BASELINE}` |')
-            print('|---|---|---|---|---|---|')
+            print(f'\n## {measure}: {column}\n\n| method | n | first half | second half | all '
+                  f'{"".join(f"| minus {title}, all | second half " for title in BASELINES)}|')
+            print(f'|---|{"---|" * (4 + 2 * len(BASELINES))}')
             for name, found in values.items():
-                cells = [
-                    _mean([value for half, value in found.values() if half in halves])
-                    for halves in ((0,), (1,), (0, 1))
+                cells = [_mean([value for half, value in found.values() if half in halves]) for halves in HALVES]
+                cells += [
+                    '' if name == base else _difference(found, values.get(base, {}), halves)
+                    for base in BASELINES.values() for halves in (HALVES[2], HALVES[1])
                 ]
                 label = name.replace('|', '\\|')
-                print(f'| `{label}` | {len(found)} | {" | ".join(cells)} | {_difference(found, values, name)} |')
+                print(f'| `{label}` | {len(found)} | {" | ".join(cells)} |')
 
 
 def _mean(values):
@@ -283,14 +331,13 @@ def _mean(values):
     return f'{float(mean):.3f} [{float(low):.3f}, {float(high):.3f}]'
 
 
-def _difference(found, values, name):
-    '''The paired difference to the baseline, on the items that both have.'''
-    base = values.get(BASELINE, {})
-    common = sorted(found.keys() & base.keys())
-    if name == BASELINE or len(common) < 2:
+def _difference(found, base, halves):
+    '''The paired difference to a baseline, on the items that both have.'''
+    common = sorted(key for key in found.keys() & base.keys() if found[key][0] in halves)
+    if len(common) < 2:
         return ''
     result, = compare(
-        {name: [found[key][1] for key in common], BASELINE: [base[key][1] for key in common]}, baseline=BASELINE
+        {'method': [found[key][1] for key in common], 'base': [base[key][1] for key in common]}, baseline='base'
     )
     return f'{result.difference:+.3f} [{result.low:+.3f}, {result.high:+.3f}]'
 
@@ -299,40 +346,50 @@ def main():
     '''Compute what is missing, and print tables.'''
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data', required=True, help='images in one of the layouts of the evaluator')
-    parser.add_argument('--model', help='network of torchvision, for --weights')
+    parser.add_argument('--model', help='efficientnet_lite0, cifar_resnet20 or 56, or a network of torchvision')
     parser.add_argument('--weights', help='default: the embedded ResNet-50')
     parser.add_argument('--images', type=int, default=32, help='photographs of the ID score (default: %(default)s)')
     parser.add_argument('--mosaics', type=int, default=24, help='mosaics of 2 x 2 (default: %(default)s)')
     parser.add_argument('--mosaics3', type=int, default=0, help='mosaics of 3 x 3 (default: %(default)s)')
     parser.add_argument('--randomized', type=int, default=0, help='photographs for random layers (default: 0)')
+    parser.add_argument('--layers', default='fc,layer4', help='layers to be random (default: %(default)s)')
     parser.add_argument('--methods', help='separated by commas, or @FILE with one a line (default: the whole table)')
     parser.add_argument('--steps', type=int, default=20, help='intervals of both curves (default: %(default)s)')
     parser.add_argument('--threshold', type=float, default=0.9, help='probability in mosaics (default: %(default)s)')
     parser.add_argument('--full-size', action='store_true', help='do not shrink mosaics to the size of an image')
     parser.add_argument('--amp', action='store_true', help='bfloat16 for the curves of the ID score')
     parser.add_argument('--batch', type=int, default=8, help='images of a forward pass (default: %(default)s)')
+    parser.add_argument('--group', type=int, default=1, help='images explained together (default: %(default)s)')
     parser.add_argument('--out', default='evidence.jsonl', help='file of the results (default: %(default)s)')
     parser.add_argument('--summary', action='store_true', help='print tables of what is there, and compute nothing')
-    args = parser.parse_args()
-    names = default_methods() if args.methods is None else split_names(args.methods)
-    if args.methods is not None and args.methods.startswith('@'):
-        with open(args.methods[1:], encoding='utf-8') as file:
+    options = parser.parse_args()
+    names = default_methods() if options.methods is None else split_names(options.methods)
+    if options.methods is not None and options.methods.startswith('@'):
+        with open(options.methods[1:], encoding='utf-8') as file:
             names = [line.strip() for line in file if line.strip()]
-    settings = {key: getattr(args, key) for key in ('data', 'weights', 'steps', 'threshold', 'full_size', 'amp')}
-    try:
-        questions = [Question(name) for name in names]
-        results = Results(args.out, settings)
-        study = Study(load_classifier(args.model, args.weights), questions, args.batch, args.amp)
-    except ValueError as error:
-        parser.error(str(error))
+    settings = {key: getattr(options, key) for key in ('data', 'weights', 'steps', 'threshold', 'full_size', 'amp')}
     # that hooks are set, that maps may be negative, and that Zennit merges batch normalization
     warnings.simplefilter('ignore')
-    begin = time.perf_counter()
-    for measure, half, item, function in () if args.summary else tasks_of(study, args, results):
-        todo = [question for question in questions if (measure, item, question.text) not in results.rows]
-        for text, row in function(todo) if todo else ():
-            results.add(measure=measure, item=item, half=half, method=text, **row)
-        print(f'{time.perf_counter() - begin:7.0f} s {measure} {item}', file=sys.stderr, flush=True)
+    try:
+        questions = [Question(name) for name in names]
+        results = Results(options.out, settings)
+        study = None if options.summary else Study(find_network(options.model, options.weights), questions, options)
+    except (ImportError, ValueError) as error:
+        parser.error(str(error))
+    begin, waiting = time.perf_counter(), defaultdict(list)
+    tasks = tasks_of(study, results) if study else []
+    left = Counter(measure for measure, *_ in tasks)
+    for measure, *task in tasks:
+        waiting[measure].append(task)
+        left[measure] -= 1
+        if len(waiting[measure]) == options.group or not left[measure]:
+            compute(study, results, questions, measure, waiting.pop(measure))
+            print(f'{time.perf_counter() - begin:7.0f} s {measure}, {left[measure]} left', file=sys.stderr, flush=True)
+    print(f'# Class evidence in maps of {options.model or "the embedded ResNet-50"}\n\n'
+          f'Curves of {options.steps} intervals{" in bfloat16" if options.amp else ""}; '
+          f'mosaics {"of full size" if options.full_size else "shrunk to the size of an image"}, '
+          f'of images with a probability of at least {options.threshold}. '
+          'Intervals of 95 % by the bootstrap over images or mosaics, not corrected for the number of methods.')
     summarize([*results.rows.values()], [question.text for question in questions])
 
 

@@ -170,6 +170,11 @@ def test_probabilities_have_no_softmax():
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4), torch.nn.Softmax(1)).eval()
     with pytest.raises(ValueError, match='looks like probabilities'):
         Gradient(model, ResNetLRP())(torch.rand(1, 3, 2, 2), initial_relevance(1, contrast='softmax'))
+    with pytest.raises(ValueError, match='value=.softmax.* choose .logit.'):
+        Gradient(model, ResNetLRP())(torch.rand(1, 3, 2, 2), initial_relevance(1, 'softmax'))
+    # logits of one image may look so, those of a batch do not
+    assert initial_relevance(0, 'softmax')(torch.tensor([[.2, .8], [2., 1.]])).shape == (2, 2)
+    assert initial_relevance(lambda y: y[:, 1], 'softmax')(torch.empty(0, 3)).shape == (0, 3)
 
 
 def test_what_a_contrast_of_other_rules_starts_from():

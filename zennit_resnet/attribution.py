@@ -205,9 +205,9 @@ def initial_relevance(target, value=None, output=None, contrast=None, contrast_w
     callable
         A function ``(output: (batch, classes)) -> (batch, classes)``, or ``(batch,) -> (batch,)`` for a single output,
         or of any other shape if the target is a function. It raises a ValueError if the number of targets is not the
-        batch size, an IndexError for a class outside the classes, a ValueError for a contrast of a single class or if
-        it is not known what to start it from, and a TypeError if it is not given a tensor, which names the outputs
-        that there are.
+        batch size, an IndexError for a class outside the classes, a ValueError for a contrast of a single class, for a
+        softmax of probabilities, or if it is not known what to start from, and a TypeError if it is not given a tensor,
+        which names the outputs that there are.
 
     Raises
     ------
@@ -318,11 +318,7 @@ def rival_shares(logits, index, contrast):
         if contrast == 'centred':
             return (shares + 1 / (classes - 1)).scatter(1, index, 0.)
         if contrast == 'softmax':
-            if bool(((logits >= 0).all() & ((logits.sum(1) - 1).abs() < 1e-4).all())):
-                raise ValueError(
-                    'contrast=\'softmax\' takes the softmax of logits, but the output looks like probabilities: have '
-                    'the network return what its softmax is computed from.'
-                )
+            _check_logits(logits, 'contrast')
             return rivals.softmax(1)
         return shares.scatter(1, rivals.argmax(1, keepdim=True), 1.)
     others = contrast.to(logits.device)
@@ -332,6 +328,16 @@ def rival_shares(logits, index, contrast):
         raise IndexError(f'Contrast {others.tolist()} is not among the {classes} classes!')
     others = others.expand(num, others.shape[-1])
     return shares.scatter_add(1, others, torch.full_like(others, 1 / others.shape[1], dtype=shares.dtype))
+
+
+def _check_logits(outputs, name):
+    '''Raise a ValueError if a softmax would be taken of outputs that are those of one.'''
+    if outputs.numel() and bool(((outputs >= 0).all() & ((outputs.sum(1) - 1).abs() < 1e-4).all())):
+        instead = ', or choose \'logit\', which is the probability then' if name == 'value' else ''
+        raise ValueError(
+            f'{name}=\'softmax\' takes the softmax of logits, but the output looks like probabilities: have the '
+            f'network return what its softmax is computed from{instead}.'
+        )
 
 
 def _gradient_weights(function, outputs):
@@ -358,6 +364,7 @@ def weigh(weights, outputs, value):
                 f'value=\'softmax\' is for several classes, but the output is of shape {tuple(outputs.shape)}: use '
                 '\'logit\'.'
             )
+        _check_logits(outputs, 'value')
         outputs = outputs.softmax(1)
     # outputs without a part in it may be infinite
     return (weights * outputs).masked_fill(weights == 0, 0.)

@@ -3,7 +3,7 @@
 import io
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from captum_adapters.evaluation.config import Evaluation
 from captum_adapters.evaluation.data import Loaded, Sample
+from captum_adapters.evaluation.grids import Grids
 from captum_adapters.evaluation.methods import Attributed, Context, Method
 from captum_adapters.evaluation.metrics import (
     Batch,
@@ -37,8 +38,10 @@ class Computation:
         classifier: Classifier,
         methods: Sequence[Method],
         device: torch.device,
+        grids: Optional[Grids] = None,
     ) -> None:
         self.evaluation = evaluation
+        self.grids = grids
         self.classifier = classifier
         self.device = device
         # names of methods that can be used with the network
@@ -71,7 +74,7 @@ class Computation:
             others[key] = (forward, adapt(classifier, other))
         step, percents = evaluation.step, evaluation.percents
         self.metric_settings = MetricSettings(
-            step, percents, evaluation.rank_by, fill, chunk, others
+            step, percents, evaluation.rank_by, fill, chunk, others=others
         )
 
     def _forward(self, model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
@@ -116,19 +119,28 @@ class Computation:
         prediction = output.argmax(1)
         labels = [-1 if sample.label is None else sample.label for sample in samples]
         given = torch.tensor(labels, device=self.device)
+        known = given
         given = given.where(given >= 0, prediction)
         options = self.evaluation
         targets = given if options.explain_class == "label" else prediction
         empty = torch.zeros(images.shape[2:], dtype=torch.bool)
         masks = [empty if item.mask is None else item.mask for item in items]
+        names = [sample.name for sample in samples]
+        mosaics = images.new_empty(len(images), 0)
+        cells = known.new_empty(len(images), 0)
+        if self.grids is not None:
+            mosaics, cells = self.grids.make(names, images, known, output)
         return Batch(
-            [sample.name for sample in samples],
+            names,
             images,
             output,
             targets,
             given if options.score == "label" else targets,
             given if options.published == "label" else targets,
             torch.stack(masks).to(self.device),
+            known,
+            mosaics,
+            cells,
         )
 
     def describe(self, batch: Batch, row: int, picture: bool) -> dict[str, Any]:
@@ -200,7 +212,7 @@ class Computation:
                     self.forwards.get(method.text, self.forward),
                     batch.take(kept),
                     maps[rows],
-                    self.metric_settings,
+                    self._settings(method),
                     total,
                     initial,
                 )
@@ -222,6 +234,18 @@ class Computation:
                 _thumbnail(maps[row]) if heatmaps else None,
             )
         return records
+
+    def _settings(self, method: Method) -> MetricSettings:
+        """Settings of metrics that need more maps of a method, or its network."""
+        explainer = self.explainers[method.text]
+
+        def explain(images: Tensor, classes: Tensor, names: Sequence[str]) -> Tensor:
+            # an output is for what relevance starts from, which is not kept here
+            output = images.new_zeros(len(images), len(self.classifier.classes))
+            return explainer(images, classes, output, names)
+
+        model = explainer.network or self.classifier.model
+        return self.metric_settings._replace(explain=explain, model=model)
 
     def _attribute(self, method: Method, batch: Batch) -> tuple[Attributed, float]:
         """Maps before post-processing, of this method or one before it, and their time."""

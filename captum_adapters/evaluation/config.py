@@ -189,6 +189,8 @@ def check(evaluation: Evaluation) -> None:
             "the metric 'cross' and other networks belong together: name them as"
             " --cross NAME=WEIGHTS"
         )
+    if evaluation.compile and "randomization" in evaluation.metrics:
+        raise ValueError("the metric 'randomization' changes weights: leave out --compile")
 
 
 def check_pixels(evaluation: Evaluation, size: Sequence[int]) -> None:
@@ -197,6 +199,7 @@ def check_pixels(evaluation: Evaluation, size: Sequence[int]) -> None:
     images = f"images of {size[0]} x {size[1]} = {pixels} pixels"
     step = evaluation.step
     steps = {"insertion_deletion": step, "c3": step, "rise": RISE_STEP}
+    steps["contrastive"] = step
     for name in evaluation.metrics:
         if steps.get(name, 0) > pixels:
             raise ValueError(f"step={steps[name]} of {name} is too large for {images}")

@@ -19,13 +19,17 @@ from torchvision.transforms import functional
 
 from captum_adapters.metrics import (
     NegativeMapWarning,
+    class_sensitivity,
     conservation_gap,
+    contrastive_insertion_deletion,
     cross_model_accuracy,
+    grid_pointing,
     insertion_deletion,
     keio_areas,
     mask_distance,
     mask_pointing,
     pixel_accuracy,
+    randomization,
 )
 from zennit_resnet.models import Classifier, load_classifier
 from zennit_resnet.postprocess import attention_errors
@@ -87,6 +91,23 @@ COLUMNS: dict[str, Column] = {
          " mask."),
     ),
     **_topic(
+        "Class evidence",
+        ("contrastive_id", "Contrastive ID", "higher", "Insertion minus deletion of the"
+         " probability of the class minus that of the runner-up. By chance it is 0."),
+        ("grid_pointing", "Grid pointing", "higher", "Share of positive relevance in the"
+         " own cell of a mosaic of four classes, at most 1, for images that are classified"
+         " correctly with a probability of at least 0.9."),
+        ("grid_pointing_chance", "Cell share", None, "Share of the cell: grid pointing by"
+         " chance."),
+        ("class_pearson", "Class correlation", None, "Correlation with the map of the"
+         " runner-up: 1 if the class does not matter, about 0 for unrelated maps, and -1"
+         " for a contrast that asks for one class and not the other."),
+        ("class_ssim", "Class SSIM", "lower", "Structural similarity with the map of the"
+         " runner-up: 1 if the class does not matter, low by construction for contrasts."),
+        ("random_ssim", "Random SSIM", "lower", "Structural similarity with the map of the"
+         " network with a random last layer, 1 if that does not matter."),
+    ),
+    **_topic(
         "Attention",
         ("attention_coverage", "Covered", None, "Share of the object that is attended:"
          " where the map is above its mean."),
@@ -138,6 +159,10 @@ class Batch(NamedTuple):
     scored: Tensor  # class whose score is measured
     published: Tensor  # the same for published protocols
     masks: Tensor  # bool of shape (batch, height, width), empty without an object
+    labels: Tensor  # class of the data set, -1 if unknown
+    # see `grids`, of no pixels and cells if they are not needed
+    mosaics: Tensor  # of shape (batch, channels, height, width)
+    cells: Tensor  # classes of shape (batch, rows, columns), -1 for unfit images
 
     def take(self, rows: list[int]) -> "Batch":
         """Some of the images. All of them are not copied."""
@@ -154,6 +179,9 @@ class MetricSettings(NamedTuple):
     rank_by: str = "magnitude"
     fill: Optional[Tensor] = None  # of shape (1, channels, 1, 1)
     forward_batch: int = 32
+    # the method: maps of shape (batch, height, width) of inputs, classes and names
+    explain: Optional[Callable[[Tensor, Tensor, Sequence[str]], Tensor]] = None
+    model: Optional[torch.nn.Module] = None  # that it explains
     # networks by name, with the function that makes their inputs
     others: Mapping[str, tuple[Forward, Callable[[Tensor], Tensor]]] = {}
 
@@ -329,6 +357,90 @@ def _attention(
     }, {}
 
 
+# -- evidence for a class --------------------------------------------------------------
+
+
+def _contrastive(
+    forward: Forward, batch: Batch, maps: Tensor, settings: MetricSettings
+) -> Scores:
+    """Insertion and deletion of a class minus the runner-up."""
+    result = contrastive_insertion_deletion(
+        forward,
+        batch.images,
+        maps,
+        settings.fill,
+        batch.scored,
+        protocol="keio",
+        step=settings.step,
+        ties="nearest",
+        max_examples_per_batch=settings.forward_batch,
+    )
+    return {"contrastive_id": result.id_score}, {}
+
+
+def _explain(
+    settings: MetricSettings, images: Tensor, classes: Tensor, batch: Batch
+) -> tuple[Tensor, Tensor]:
+    """Maps of other images or classes, zero where not finite, and where they are finite."""
+    assert settings.explain is not None
+    with torch.enable_grad():
+        maps = settings.explain(images, classes, batch.names).detach()
+    finite = maps.flatten(1).isfinite().all(1)
+    return maps.where(finite[:, None, None], 0), finite
+
+
+def _sensitivity(
+    forward: Forward, batch: Batch, maps: Tensor, settings: MetricSettings
+) -> Scores:
+    """Similarity with maps of the most probable other class."""
+    rivals = batch.output.scatter(1, batch.targets[:, None], -math.inf).argmax(1)
+    others, finite = _explain(settings, batch.images, rivals, batch)
+    result = class_sensitivity(maps, others)
+    return {
+        f"class_{name}": getattr(result, name).where(finite, math.nan)
+        for name in ("pearson", "ssim")
+    }, {}
+
+
+def _grid(forward: Forward, batch: Batch, maps: Tensor, settings: MetricSettings) -> Scores:
+    """Positive relevance in the own cell of a mosaic."""
+    names = ("grid_pointing", "grid_pointing_chance")
+    scores = {
+        name: batch.output.new_full((len(maps),), math.nan, dtype=torch.float64)
+        for name in names
+    }
+    fit = (batch.cells.flatten(1) >= 0).all(1).nonzero()[:, 0].tolist()
+    if fit:
+        part = batch.take(fit)
+        found, finite = _explain(settings, part.mosaics, part.labels, part)
+        result = grid_pointing(found, part.cells, part.labels)
+        for name, values in zip(names, (result.share, result.chance)):
+            scores[name][fit] = values.where(finite, math.nan)
+    return scores, {}
+
+
+def _randomized(
+    forward: Forward, batch: Batch, maps: Tensor, settings: MetricSettings
+) -> Scores:
+    """Similarity with maps of the network with a random last layer."""
+    assert settings.model is not None
+    names = [
+        name
+        for name, module in settings.model.named_modules()
+        if next(module.parameters(recurse=False), None) is not None
+    ]
+    failed = []
+
+    def explain(model: torch.nn.Module) -> Tensor:
+        found, finite = _explain(settings, batch.images, batch.targets, batch)
+        failed.append(~finite)
+        return found
+
+    result = randomization(settings.model, explain, names[-1:])
+    ssim = result.ssim[:, 0].masked_fill(torch.stack(failed).any(0), math.nan)
+    return {"random_ssim": ssim}, {}
+
+
 METRICS: dict[str, Callable[[Forward, Batch, Tensor, MetricSettings], Scores]] = {
     "insertion_deletion": _insertion_deletion,
     "rise": partial(_published, protocol="rise"),
@@ -338,6 +450,10 @@ METRICS: dict[str, Callable[[Forward, Batch, Tensor, MetricSettings], Scores]] =
     "pointing": _pointing,
     "distance": _distance,
     "attention": _attention,
+    "contrastive": _contrastive,
+    "grid_pointing": _grid,
+    "class_sensitivity": _sensitivity,
+    "randomization": _randomized,
 }
 # conservation needs relevance before any post-processing, which `measure` is given
 NAMES = (*METRICS, "conservation")

@@ -28,6 +28,7 @@ from captum_adapters.evaluation.config import (
     describe,
 )
 from captum_adapters.evaluation.data import Images, Loaded, read_samples
+from captum_adapters.evaluation.grids import Grids
 from captum_adapters.evaluation.methods import CONTROLS, Method
 from captum_adapters.evaluation.metrics import Batch, input_size
 from captum_adapters.evaluation.store import (
@@ -185,8 +186,16 @@ class Loop:
 
     def prepare(self) -> Computation:
         """Bring everything that costs time or memory to the device."""
+        grids = None
+        if "grid_pointing" in self.evaluation.metrics:
+            model = self.classifier.model.to(self.device)
+            grids = Grids(self.samples, self.images, model, self.device)
+            if grids.problem and self.evaluation.metrics == ("grid_pointing",):
+                raise ValueError(grids.problem)
+            if grids.problem:
+                self.say(f"{grids.problem}: it is left out")
         return Computation(
-            self.evaluation, self.classifier, self.methods, self.device
+            self.evaluation, self.classifier, self.methods, self.device, grids
         )
 
     def _open(self, write: bool) -> None:

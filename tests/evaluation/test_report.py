@@ -355,7 +355,7 @@ def test_terminal():
     assert [table.title for table in result.results()] == [
         'Insertion and deletion, our protocol', 'Insertion and deletion, published code of Otsuki et al. 2024',
         'Insertion and deletion, published code of RISE', 'Insertion and deletion, text of C³-LRP', 'Top pixels',
-        'Attention', 'Conservation', 'Ties', 'Examples and time',
+        'Class evidence', 'Attention', 'Conservation', 'Ties', 'Examples and time',
     ]
     squeezed = re.sub(r'[\s-]+', '', text)
     for table in result.results():

@@ -211,6 +211,36 @@ def test_relative_contrast_of_two_heads(combine):
     assert relevance.flatten(1).any(1).all()
 
 
+def test_relative_contrast_within_a_head():
+    '''A head beside it that has no part in the question leaves the map as it is, but for its scale.'''
+    class Heads(Net):
+        '''One linear layer, or two side by side.'''
+        is_joined = True
+
+        def __init__(self):
+            super().__init__()
+            self.other = nn.Linear(6, 4)
+
+        def forward(self, x):
+            '''Logits.'''
+            h = self.features(x)
+            return torch.cat([self.fc(h), self.other(h)], 1) if self.is_joined else self.fc(h)
+
+    model = randomize(Heads()).double().eval()
+    images, maps = torch.randn(4, 3, 9, 9).double(), []
+    for model.is_joined in (True, False):
+        for contrast in (1, [2, 3], 'runner_up'):
+            start = initial_relevance(0, contrast=contrast)
+            if contrast == 'runner_up':
+                # within the first head
+                start = initial_relevance(0, contrast=model(images)[:, :4].scatter(
+                    1, torch.zeros(4, 1, dtype=torch.long), -torch.inf
+                ).argmax(1, keepdim=True))
+            maps.append(Gradient(model, RelativeLRP())(images.clone(), start)[1].flatten(1))
+    for joined, single in zip(maps[:3], maps[3:]):
+        torch.testing.assert_close(F.normalize(joined), F.normalize(single), rtol=1e-9, atol=1e-12)
+
+
 def test_composite_of_zennit_at_the_end():
     '''A rule of the user for the last layer stays, and those before it have z+.'''
     expected = explain(build(), composite=ResNetLRP(layer_map=[(nn.Linear, Epsilon(epsilon=0.))]))
