@@ -6,6 +6,7 @@ here: it fails where an upgrade would otherwise silently make maps wrong.
 Checked with Python 3.10 to 3.13, PyTorch 2.4 to 2.13, Zennit 0.5.1 and 1.0.0.
 '''
 import sys
+import types
 from collections import OrderedDict
 
 import torch
@@ -15,6 +16,7 @@ from torch._C import DisableTorchFunction  # noqa: F401
 from torch._C import _set_grad_enabled as set_grad_enabled  # noqa: F401
 from torch._ops import OpOverload  # noqa: F401
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter as keep_version  # noqa: F401
+from torch.nn.functional import _get_softmax_dim as softmax_dim  # noqa: F401
 from torch.nn.modules.dropout import _DropoutNd as Dropout  # noqa: F401
 from torch.overrides import _get_current_function_mode_stack as function_modes  # noqa: F401
 from torch.overrides import _pop_mode as pop_mode  # noqa: F401
@@ -24,6 +26,14 @@ from zennit.core import Composite, Hook
 # Attributes of modules that compute what torch.nn.Module.__call__ runs, besides ``forward``.
 FORWARD_PARTS = ('_conv_forward', '_output_padding')
 COMPILED_CALL, COMPILED_MODULE = '_compiled_call_impl', '_orig_mod'
+
+
+def body_of(function):
+    '''A function of torch.nn.functional, which a mode only sees as a whole, as one that it sees what is inside of.'''
+    names = {**function.__globals__, 'has_torch_function': lambda args: False}
+    body = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    body.__kwdefaults__ = function.__kwdefaults__
+    return body
 
 
 # -- tensors -----------------------------------------------------------------------------------------------------------

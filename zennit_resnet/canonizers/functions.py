@@ -40,6 +40,19 @@ class FunctionCall:
         args, kwargs = _replace(self.args, constants), _replace(self.kwargs, constants)
         return FunctionCall(self.func, self.name, args, kwargs, [tensor])
 
+    def distinct(self):
+        '''The call with another tensor for each of the same that carry relevance.'''
+        seen = []
+
+        def alias(tensor):
+            if not any(tensor is elem for elem in self.active):
+                return tensor
+            seen.append(tensor if all(tensor is not elem for elem in seen) else tensor.view_as(tensor))
+            return seen[-1]
+
+        args, kwargs = map_tensors(alias, (self.args, self.kwargs))
+        return FunctionCall(self.func, self.name, args, kwargs, seen)
+
     def renamed(self, name):
         '''The call as one of another function, with the form in place if this one is.'''
         return FunctionCall(self.func, name + '_' * self.is_inplace, self.args, self.kwargs, self.active)

@@ -24,7 +24,7 @@ from ..layer import (
     Padding,
     Subsampling,
 )
-from . import moves, products
+from . import moves, products, sinks
 from .functions import FunctionCall
 
 CLIPPED = frozenset('relu6 hardtanh hardtanh_'.split())
@@ -61,6 +61,8 @@ def add(canonizer, call, function):
     signal, = function.active
     is_left, found = left is signal, canonizer.merge.find(signal)
     factor, shift = factors[0 if is_left else 1], (right if is_left else left, factors[1 if is_left else 0])
+    if canonizer.parameters == 'sink' and _is_sink(shift[0]):
+        return _add_sink(canonizer, call, function, signal, shift[0], factors)
     shift = None if found is None else shift[0] if shift[1] == 1 else shift[0] * shift[1]
     if factor == 1:
         # the gradient of adding a constant passes all relevance on
@@ -68,6 +70,23 @@ def add(canonizer, call, function):
     else:
         output = canonizer.run(call, Gate, function)
     canonizer.merge.note(found, signal, output, None if factor == 1 else factor, shift)
+    return output
+
+
+def _is_sink(constant):
+    '''Whether a constant differs over more than one dimension, as embeddings of positions do, and biases do not.'''
+    return isinstance(constant, torch.Tensor) and constant.is_floating_point() and sum(
+        length > 1 for length in constant.shape
+    ) > 1
+
+
+def _add_sink(canonizer, call, function, signal, constant, factors):
+    '''Add a constant that receives relevance, as if it depended on the input.'''
+    signal, sink = signal.view_as(signal), constant.detach().requires_grad_()
+    function = function.put(function.active[0], signal).put(constant, sink)
+    function = FunctionCall(function.func, function.name, function.args, function.kwargs, list(function.operands()))
+    output = canonizer.run(call, Addition, function, factors=None if factors == [1, 1] else tuple(factors))
+    sinks.watch_addition(canonizer, call, function, signal, constant, output)
     return output
 
 
@@ -196,6 +215,7 @@ def concatenate(canonizer, call, function):
     is_padded = function.name in ('cat', 'concat', 'concatenate') and len(function.active) == 1
     if not is_padded or len(tensors) < 2 or any(bool(elem.any()) for elem in tensors if not elem.requires_grad):
         output = canonizer.run(call, Concatenation, function)
+        sinks.watch_constants(canonizer, call, function, output, tensors)
         if function.name in ('stack', 'cat', 'concat', 'concatenate'):
             moves.note_stacked(output, tensors, dim, function.name == 'stack')
         return output

@@ -94,7 +94,7 @@ class Softmaxes:
         self.checks = {}
 
     def add(self, node, check, is_passed=False):
-        '''Note the node of a softmax, with a hook that refuses relevance, and whether it passes relevance anyway.'''
+        '''Note the node of a softmax, with a hook that refuses relevance, if any, and whether it passes it anyway.'''
         self.checks[node] = check, is_passed
 
     def follow(self, outputs, is_gradient, create_check):
@@ -102,7 +102,8 @@ class Softmaxes:
         at_end = {end_of(node) for node in nodes_of(outputs)} if self.checks else set()
         for node, (check, is_passed) in self.checks.items():
             if node not in at_end:
-                node.register_prehook(check)
+                if check is not None:
+                    node.register_prehook(check)
                 continue
             node.register_prehook(_explain_logits)
             if not is_passed:

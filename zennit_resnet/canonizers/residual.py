@@ -47,6 +47,7 @@ from .refusals import (
     refusal,
     undo,
 )
+from .sinks import Sinks
 from .weight_log import WeightLog
 
 # All canonizers in use, of nested contexts the innermost last.
@@ -94,20 +95,38 @@ class ResidualCanonizer(Described, Canonizer):
     strict: bool, optional
         If ``True`` (default), an operation without a rule raises :py:class:`UnsupportedOperation`. If ``False``, it
         warns, and the gradient takes the place of the rule.
+    attention: str, optional
+        Products over dimensions of values with weights that were computed by a softmax or sigmoid: ``'value'``
+        (default) counts the weights as constants, so that all relevance goes to the values. ``'half'`` gives each
+        factor a half, see :py:class:`~zennit_resnet.rules.HalfEach`, and relevance of the weights goes through the
+        softmax by :py:class:`~zennit_resnet.rules.SoftmaxTaylor`, which does not conserve it.
+    parameters: str, optional
+        Constants that are added to a signal and differ over more than one dimension, as embeddings of positions do:
+        with ``'pass'`` (default), all relevance passes to the signal. With ``'sink'``, they receive the share of an
+        addend.
+
+    Attributes
+    ----------
+    sinks: dict
+        Relevance that constants kept in the last backward pass, such as class tokens that are concatenated, and those
+        of ``parameters='sink'``, by name, of shape (batch,). A composite that is registered has it as well.
 
     Raises
     ------
     ValueError
-        If ``batch_norm`` is neither ``'pass'`` nor ``'merge'``.
+        If an argument is not one of its choices.
     '''
     # whether the gradient is the rule of all functions
     is_gradient = False
 
-    def __init__(self, batch_norm='pass', strict=True):
+    def __init__(self, batch_norm='pass', strict=True, attention='value', parameters='pass'):
         check_choice('batch_norm', batch_norm, ('pass', 'merge'))
+        check_choice('attention', attention, ('value', 'half'))
+        check_choice('parameters', parameters, ('pass', 'sink'))
         check_flag('strict', strict)
         self.batch_norm = batch_norm
         self.strict = strict
+        self.attention, self.parameters, self.sinks = attention, parameters, Sinks()
         self.handles = RemovableHandleList()
 
     def apply(self, root_module):
@@ -166,7 +185,7 @@ class ResidualCanonizer(Described, Canonizer):
         self.eager = Eager(root_module)
         self.composite, self.finalizer = None, None
         if composite is not None:
-            self.composite = weakref.ref(composite)
+            self.composite, composite.sinks = weakref.ref(composite), self.sinks
             self.finalizer = weakref.finalize(composite, undo, composite.handles, type(composite).__name__)
             self.finalizer.atexit = False
         self.root = root_module
@@ -185,7 +204,7 @@ class ResidualCanonizer(Described, Canonizer):
         self.local = Local()
         self.interception = _Interception(self, self.is_gradient)
         # zennit 1.0.0 replaces parameters of layers with new objects when its rules run
-        self.parameters = {module: dict(module._parameters) for module in self.names}
+        self.originals = {module: dict(module._parameters) for module in self.names}
         self.trainable = [param for param in root_module.parameters() if param.requires_grad]
         self.merge = BatchNormMerge()
         for param in self.trainable:
@@ -210,18 +229,18 @@ class ResidualCanonizer(Described, Canonizer):
         for hook in self.suspended:
             hook.active = True
         self._detach()
-        for module, parameters in self.parameters.items():
+        for module, parameters in self.originals.items():
             module._parameters.clear()
             module._parameters.update(parameters)
         for param in self.trainable:
             param.requires_grad_(True)
         self.eager.remove()
-        self.surrogates, self.trainable, self.suspended, self.parameters, self.names = {}, [], [], {}, {}
+        self.surrogates, self.trainable, self.suspended, self.originals, self.names = {}, [], [], {}, {}
         self.leaves, self.weights = {}, WeightLog()
 
     def copy(self):
         '''Return a copy of this canonizer.'''
-        return type(self)(batch_norm=self.batch_norm, strict=self.strict)
+        return type(self)(self.batch_norm, self.strict, self.attention, self.parameters)
 
     # -- which module runs ---------------------------------------------------------------------------------------------
 
@@ -507,11 +526,11 @@ class ResidualCanonizer(Described, Canonizer):
         self.note_softmax(call, function.name, output)
         return output
 
-    def note_softmax(self, call, name, output, is_passed=False):
-        '''Note what a softmax returned, and whether a rule passes its relevance.'''
+    def note_softmax(self, call, name, output, is_passed=False, has_rule=False):
+        '''Note what a softmax returned, whether a rule passes its relevance, or has one of its own for it.'''
         with DisableTorchFunction():
             if output.requires_grad:
-                check = self._check(call.module, name, 'it is not the output')
+                check = None if has_rule else self._check(call.module, name, 'it is not the output')
                 self.local.softmaxes.add(output.grad_fn, check, is_passed)
 
     def _refuse_tail(self, node):
