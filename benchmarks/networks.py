@@ -75,7 +75,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('--names', action='append', help='pattern of names, all small networks by default')
     parser.add_argument('--parameters', type=float, default=15e6, help='largest number of parameters without names')
-    parser.add_argument('--composites', nargs='+', default=list(COMPOSITES), choices=list(COMPOSITES), help='by default, all')
+    parser.add_argument('--composites', nargs='+', default=list(COMPOSITES), choices=list(COMPOSITES), help='all')
     args = parser.parse_args()
     warnings.simplefilter('ignore')
     results = collections.Counter()

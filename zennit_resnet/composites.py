@@ -46,7 +46,8 @@ SPLITTING = {'ratio': RatioSplit, 'symmetric': SymmetricSplit}
 # Normalizations which Zennit's type does not include.
 NORMALIZATION_LAYERS = (
     BatchNorm, torch.nn.SyncBatchNorm, torch.nn.LayerNorm, torch.nn.RMSNorm, torch.nn.GroupNorm,
-    torch.nn.InstanceNorm1d, torch.nn.InstanceNorm2d, torch.nn.InstanceNorm3d, torch.nn.LocalResponseNorm, torch.nn.CrossMapLRN2d,
+    torch.nn.InstanceNorm1d, torch.nn.InstanceNorm2d, torch.nn.InstanceNorm3d, torch.nn.LocalResponseNorm,
+    torch.nn.CrossMapLRN2d,
 )
 
 

@@ -70,7 +70,7 @@ class Product(Operation):
 
 class MatrixProduct(Operation):
     '''Product of two signals over dimensions, such as that of queries and keys. It is linear in each of them.'''
-    label = 'matrix_product'
+    label, in_gate = 'matrix_product', True
 
 
 class Softmax(Operation):

@@ -4,7 +4,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from helpers.networks import (
     CifarResNet,
     Function,

@@ -51,8 +51,8 @@ def _weights(given):
         return logits.softmax(-1)
     if mask.dtype != torch.bool:
         return (logits + mask).softmax(-1)
-    # rows without any key weight nothing
-    return logits.masked_fill(~mask, -math.inf).softmax(-1).masked_fill(~mask, 0.)
+    # queries without any key weight nothing
+    return logits.masked_fill(~mask, -math.inf).softmax(-1).masked_fill(~mask.any(-1, keepdim=True), 0.)
 
 
 def _repeat(given, name):

@@ -25,7 +25,7 @@ from ..layer import (
     Subsampling,
 )
 from . import moves, products, sinks
-from .functions import FunctionCall
+from .functions import FunctionCall, out_of_place
 
 CLIPPED = frozenset('relu6 hardtanh hardtanh_'.split())
 POWERS = frozenset('pow pow_ __pow__ __ipow__ float_power float_power_'.split())
@@ -62,7 +62,7 @@ def add(canonizer, call, function):
     is_left, found = left is signal, canonizer.merge.find(signal)
     factor, shift = factors[0 if is_left else 1], (right if is_left else left, factors[1 if is_left else 0])
     if canonizer.parameters == 'sink' and _is_sink(shift[0]):
-        return _add_sink(canonizer, call, function, signal, shift[0], factors)
+        return _add_sink(canonizer, call, function, factors=factors)
     shift = None if found is None else shift[0] if shift[1] == 1 else shift[0] * shift[1]
     if factor == 1:
         # the gradient of adding a constant passes all relevance on
@@ -80,10 +80,13 @@ def _is_sink(constant):
     ) > 1
 
 
-def _add_sink(canonizer, call, function, signal, constant, factors):
+@out_of_place
+def _add_sink(canonizer, call, function, factors):
     '''Add a constant that receives relevance, as if it depended on the input.'''
-    signal, sink = signal.view_as(signal), constant.detach().requires_grad_()
-    function = function.put(function.active[0], signal).put(constant, sink)
+    given, = function.active
+    constant = next(elem for elem in function.operands() if elem is not given)
+    signal, sink = given.view_as(given), constant.detach().requires_grad_()
+    function = function.put(given, signal).put(constant, sink)
     function = FunctionCall(function.func, function.name, function.args, function.kwargs, list(function.operands()))
     output = canonizer.run(call, Addition, function, factors=None if factors == [1, 1] else tuple(factors))
     sinks.watch_addition(canonizer, call, function, signal, constant, output)
@@ -213,7 +216,10 @@ def concatenate(canonizer, call, function):
         if whole is not None:
             return whole.clone()
     is_padded = function.name in ('cat', 'concat', 'concatenate') and len(function.active) == 1
-    if not is_padded or len(tensors) < 2 or any(bool(elem.any()) for elem in tensors if not elem.requires_grad):
+    # a token that is a parameter is no padding, whatever its values
+    if not is_padded or len(tensors) < 2 or any(
+        sinks.is_parameter(elem) or bool(elem.any()) for elem in tensors if not elem.requires_grad
+    ):
         output = canonizer.run(call, Concatenation, function)
         sinks.watch_constants(canonizer, call, function, output, tensors)
         if function.name in ('stack', 'cat', 'concat', 'concatenate'):

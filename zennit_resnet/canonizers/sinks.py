@@ -34,6 +34,11 @@ class Sinks(dict):
         return sum((elem.to(tensor) for elem in self.values()), tensor.new_zeros(len(tensor)))
 
 
+def is_parameter(tensor):
+    '''Whether a tensor is a parameter or a view of one.'''
+    return any(isinstance(elem, torch.nn.Parameter) for elem in (tensor, base_of(tensor)))
+
+
 def watch_constants(canonizer, call, function, output, tensors):
     '''Note what constants keep that were put beside tensors which carry relevance.'''
     constants = [elem for elem in tensors if not elem.requires_grad and elem.numel()]
@@ -60,10 +65,8 @@ def watch_addition(canonizer, call, function, signal, constant, output):
 
 def _name(canonizer, call, function, constant):
     '''Name of the parameter that a constant is, or of the function that has it.'''
-    base = base_of(constant)
-    known = (constant, constant if base is None else base)
     for name, param in canonizer.root.named_parameters():
-        if any(param is elem for elem in known):
+        if param is constant or param is base_of(constant):
             return name
     name = canonizer.names.get(call.module)
     return f'{function.name} in {name or "the network"}'

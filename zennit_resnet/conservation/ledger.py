@@ -76,7 +76,7 @@ class Ledger:
 
     @property
     def gap(self):
-        '''Conservation gap (final + sinks - initial) / scale, of shape (batch,), zero if there is no relevance at all.'''
+        '''Conservation gap (final + sinks - initial) / scale, of shape (batch,), zero if there is no relevance.'''
         gap = self.final + self.lost_by['sink'] - self.initial
         return torch.where(gap == 0, 0., gap / self.scale)
 
@@ -194,7 +194,8 @@ class Ledger:
         initial, final, gap = (float(elem[index]) for elem in (self.initial, self.final, self.gap))
         lines = [f'initial {initial:.6g}, at the input {final:.6g} (gap {gap:+.2e})']
         if self.sinks:
-            lines.append('kept by ' + ', '.join(f'{name} {float(elem[index]):.3g}' for name, elem in self.sinks.items()))
+            kept = (f'{name} {float(elem[index]):.3g}' for name, elem in self.sinks.items())
+            lines.append('kept by ' + ', '.join(kept))
         lost = {key: float(value[index]) for key, value in self.lost_by.items()}
         lines.append('lost by ' + ', '.join(f'{key.replace("_", " ")} {value:.3g}' for key, value in lost.items()))
         worst = [row for row in self.worst(3, index) if self._is_bad(row, index, threshold)]

@@ -44,8 +44,8 @@ class Row:
     arrives_magnitude, leaves_magnitude: :py:obj:`torch.Tensor`
         Sum of the magnitudes of what arrives from each consumer of the output, and of what leaves to each input.
     lost_by: dict[str, :py:obj:`torch.Tensor`]
-        What is lost by ``'sink'`` (constants that keep it), ``'bias'``, ``'stabilizer'``, ``'dead_units'``, ``'no_rule'`` and ``'unexplained'``. They sum to
-        ``lost``. Negative values are gains.
+        What is lost by ``'sink'`` (constants that keep it), ``'bias'``, ``'stabilizer'``, ``'dead_units'``,
+        ``'no_rule'`` and ``'unexplained'``. They sum to ``lost``. Negative values are gains.
     smallest: :py:obj:`torch.Tensor` or None
         The smallest magnitude of a denominator, before it is stabilized, among units to which relevance arrives. None
         if the rule has no denominator, or is unknown.

@@ -14,7 +14,8 @@ from .splitting import RatioSplit, ResidualOnly, Split, SymmetricSplit
 from .zplus import ZPlus
 
 __all__ = [
-    'BlockEpsilon', 'Contributions', 'Duplicate', 'GradientTimesInput', 'HalfEach', 'LinearSum', 'NoRule', 'PassThrough',
-    'Proportional', 'RatioSplit', 'Refill', 'Relative', 'RelativeMaxPool', 'ResidualOnly', 'SignalTakesAll',
-    'SignedAlphaBeta', 'SinglePass', 'SoftmaxTaylor', 'Split', 'SymmetricSplit', 'Uncrop', 'ZPlus', 'branch_factor',
+    'BlockEpsilon', 'Contributions', 'Duplicate', 'GradientTimesInput', 'HalfEach', 'LinearSum', 'NoRule',
+    'PassThrough', 'Proportional', 'RatioSplit', 'Refill', 'Relative', 'RelativeMaxPool', 'ResidualOnly',
+    'SignalTakesAll', 'SignedAlphaBeta', 'SinglePass', 'SoftmaxTaylor', 'Split', 'SymmetricSplit', 'Uncrop', 'ZPlus',
+    'branch_factor',
 ]

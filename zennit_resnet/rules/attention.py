@@ -40,9 +40,9 @@ class HalfEach(SinglePass):
 
 
 class SoftmaxTaylor(SinglePass):
-    '''Logits h of a softmax s receive R'_i = h_i (R_i - s_i sum_k R_k), Achtibat et al. 2024 (AttnLRP), Proposition 3.1.
+    '''Logits h of a softmax s receive R'_i = h_i (R_i - s_i sum_k R_k), the rule of Achtibat et al. 2024 (AttnLRP).
 
-    It is the gradient times input, of which the constant of the Taylor expansion keeps its part: not conserving.
+    It is a Taylor expansion, of which the constant keeps its part: relevance is not conserved.
     '''
     reads_layer = False
 
@@ -54,8 +54,8 @@ class SoftmaxTaylor(SinglePass):
         '''Compute the rule. Masked elements, with a logit of minus infinity, receive nothing.'''
         logits, = stored
         share = logits.softmax(module.dim)
-        lower = relevance - share * relevance.sum(module.dim, keepdim=True)
-        return ((logits.where(share > 0, 0.) * lower),)
+        lower = logits * (relevance - share * relevance.sum(module.dim, keepdim=True))
+        return (lower.where(share > 0, 0.),)
 
 
 def _positive(tensor):
