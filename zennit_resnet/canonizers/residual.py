@@ -28,7 +28,7 @@ from .._nested import active_tensors, tensors_of
 from ..arguments import Described, check_choice, check_flag
 from . import derived
 from .batch_norm import BatchNormMerge
-from .batches import REGIONS, WATCHED, batch_size, changes_first, depends_on_batch, may_mix
+from .batches import REGIONS, WATCHED, batch_size, changes_first, depends_on_batch, keeps_examples, may_mix
 from .calls import Local, ModuleCall, is_opaque, keep_stored, single_pass
 from .eager import Eager, check_evaluation, is_active
 from .functions import FunctionCall
@@ -453,7 +453,9 @@ class ResidualCanonizer(Described, Canonizer):
     def look(self, func, args, kwargs):
         '''Look at a function before :py:meth:`intercept` runs it. Raise a RuntimeError if it is called for training.'''
         name = name_of(func)
-        size = self.local.batch
+        stack, size = self.local.__dict__.get('stack'), self.local.batch
+        if stack and keeps_examples(stack[-1].module):
+            size = 0
         if size > 1 and self.local.mixing is None and name in WATCHED and may_mix(name, args, kwargs, size):
             stack = self._stack()
             self.local.mixing = self._label(stack[-1].module if stack else self.root), name
