@@ -15,7 +15,7 @@ NOT_BY_EXAMPLE = {
     (name, label)
     for name in (
         'msort', 'flip', 'index_put', 'tensordot left', 'masked_scatter', 'dist', 'fill_diagonal_', 'sparse',
-        'multi_head', 'multi_head kv',
+        'multi_head', 'multi_head kv', 'experts',
     )
     for label in RELATIVE
 }

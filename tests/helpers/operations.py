@@ -195,6 +195,9 @@ PRODUCTS = {
     'scaled_dot_product bias': lambda h, net: F.scaled_dot_product_attention(h, h, h, attn_mask=adjacency, scale=2.0),
     'scaled_dot_product causal': lambda h, net: F.scaled_dot_product_attention(h, h, value=h, is_causal=True),
     'scaled_dot_product groups': lambda h, net: F.scaled_dot_product_attention(h, h[:, :2], h[:, 2:], enable_gqa=True),
+    'experts': lambda h, net: torch.cat([
+        F.conv2d(elem[None], (elem.mean((1, 2))[None].sigmoid() @ net.weight[:4]).view(4, 1, 1, 1), groups=4) for elem in h
+    ]),
     'multi_head': lambda h, net: attention(*[h.flatten(2)] * 3)[0],
     'multi_head kv': lambda h, net: attention(
         *(elem.flatten(2) for elem in (h, h.flip(1), h.flip(2))), need_weights=False

@@ -5,7 +5,7 @@ Handlers run a function, given the canonizer, the call of the module, and the ca
 import torch
 import torch.nn.functional as F
 
-from .._autograd import are_probabilities, is_log_sum, is_shift
+from .._autograd import are_probabilities, is_log_sum, is_shift, is_weighting
 from .._compat import OpOverload
 from ..layer import (
     Activation,
@@ -262,6 +262,9 @@ def linear(canonizer, call, function):
     settings = SETTINGS[function.name.rstrip('123d')]
     given = function.bind('input', 'weight', 'bias', *settings)
     weights = [elem for elem in function.active if elem is not given['input']]
+    if weights and given['input'].requires_grad and all(is_weighting(elem, given['input']) for elem in weights):
+        # experts of which a softmax or sigmoid chooses are constants, as other weights are
+        given, weights = function.keep(given['input']).bind('input', 'weight', 'bias', *settings), []
     if weights:
         is_hidden = any(elem.is_leaf for elem in weights)
         return canonizer.refuse(call, function, (
