@@ -113,7 +113,7 @@ def without_hooks(root):
                 (key, hook) for key, hook in attributes[name].items()
                 if (getattr(hook, '__module__', None) or type(hook).__module__).startswith('torch.nn.utils')
             )
-        attributes['_modules'] = {name: duplicate(child) for name, child in module._modules.items()}
+        attributes['_modules'] = {name: duplicate(child) for name, child in list(module._modules.items())}
         return twin
 
     return duplicate(root)

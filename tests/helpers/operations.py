@@ -196,7 +196,8 @@ PRODUCTS = {
     'scaled_dot_product causal': lambda h, net: F.scaled_dot_product_attention(h, h, value=h, is_causal=True),
     'scaled_dot_product groups': lambda h, net: F.scaled_dot_product_attention(h, h[:, :2], h[:, 2:], enable_gqa=True),
     'experts': lambda h, net: torch.cat([
-        F.conv2d(elem[None], (elem.mean((1, 2))[None].sigmoid() @ net.weight[:4]).view(4, 1, 1, 1), groups=4) for elem in h
+        F.conv2d(elem, (elem.mean((2, 3)).sigmoid() @ net.weight[:4]).view(4, 1, 1, 1), groups=4)
+        for elem in h.split(1)
     ]),
     'multi_head': lambda h, net: attention(*[h.flatten(2)] * 3)[0],
     'multi_head kv': lambda h, net: attention(
