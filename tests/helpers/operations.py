@@ -194,7 +194,6 @@ PRODUCTS = {
     'scaled_dot_product mask': lambda h, net: F.scaled_dot_product_attention(h, h.flip(1), h.flip(2), adjacency > 0.1),
     'scaled_dot_product bias': lambda h, net: F.scaled_dot_product_attention(h, h, h, attn_mask=adjacency, scale=2.0),
     'scaled_dot_product causal': lambda h, net: F.scaled_dot_product_attention(h, h, value=h, is_causal=True),
-    'scaled_dot_product groups': lambda h, net: F.scaled_dot_product_attention(h, h[:, :2], h[:, 2:], enable_gqa=True),
     'experts': lambda h, net: torch.cat([
         F.conv2d(elem, (elem.mean((2, 3)).sigmoid() @ net.weight[:4]).view(4, 1, 1, 1), groups=4)
         for elem in h.split(1)
@@ -222,6 +221,11 @@ PRODUCTS = {
     'lp_pool2d': lambda h, net: F.lp_pool2d(h.abs(), 3.0, 2),
     'lp_pool1d': lambda h, net: F.lp_pool1d(h.abs().flatten(2), 2.0, 3, 2),
 }
+if 'enable_gqa' in F.scaled_dot_product_attention.__doc__:
+    # from PyTorch 2.5 on
+    PRODUCTS['scaled_dot_product groups'] = lambda h, net: F.scaled_dot_product_attention(
+        h, h[:, :2], h[:, 2:], enable_gqa=True
+    )
 MOVES = {
     'as_tensor': lambda h, net: torch.as_tensor(h),
     '+h': lambda h, net: +h,
