@@ -166,6 +166,11 @@ def test_body_of():
         outputs = _compat.body_of(nn.functional.multi_head_attention_forward)(*given, training=False)
     assert {'linear', 'softmax', 'bmm'} <= set(Names.seen) and 'multi_head_attention_forward' not in Names.seen
     assert torch.equal(outputs[0], layer.eval()(x, x, x)[0])
+    replaced = _compat.body_of(
+        nn.functional.multi_head_attention_forward, _in_projection_packed=lambda *args: 3 * (_compat.project(*args)[2],)
+    )
+    same = nn.functional.multi_head_attention_forward(x, x, x, *given[3:5], torch.cat(3 * [given[5][16:]]), *given[6:])
+    assert torch.allclose(replaced(*given)[0], same[0], atol=1e-6)
 
 
 def test_softmax_dim():

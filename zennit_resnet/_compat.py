@@ -17,6 +17,7 @@ from torch._C import _set_grad_enabled as set_grad_enabled  # noqa: F401
 from torch._ops import OpOverload  # noqa: F401
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter as keep_version  # noqa: F401
 from torch.nn.functional import _get_softmax_dim as softmax_dim  # noqa: F401
+from torch.nn.functional import _in_projection_packed as project  # noqa: F401
 from torch.nn.modules.dropout import _DropoutNd as Dropout  # noqa: F401
 from torch.overrides import _get_current_function_mode_stack as function_modes  # noqa: F401
 from torch.overrides import _pop_mode as pop_mode  # noqa: F401
@@ -28,9 +29,12 @@ FORWARD_PARTS = ('_conv_forward', '_output_padding')
 COMPILED_CALL, COMPILED_MODULE = '_compiled_call_impl', '_orig_mod'
 
 
-def body_of(function):
-    '''A function of torch.nn.functional, which a mode only sees as a whole, as one that it sees what is inside of.'''
-    names = {**function.__globals__, 'has_torch_function': lambda args: False}
+def body_of(function, **names):
+    '''A function of torch.nn.functional, which a mode only sees as a whole, as one that it sees what is inside of.
+
+    Other functions that it calls may be replaced by their names.
+    '''
+    names = {**function.__globals__, 'has_torch_function': lambda args: False, **names}
     body = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     body.__kwdefaults__ = function.__kwdefaults__
     return body
