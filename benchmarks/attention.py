@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.models import VisionTransformer
 from zennit.attribution import Gradient
+from zennit.rules import Epsilon, Gamma
 
 from captum_adapters.metrics import class_sensitivity, insertion_deletion
 from zennit_resnet import BlockLRP, ResNetLRP, initial_relevance
@@ -26,7 +27,10 @@ METHODS = {
 }
 METHODS['residual only, value'] = {'identity_skip': False}
 METHODS['ratio, value, sink'] = {'parameters': 'sink'}
-METHODS['ratio, value, epsilon'] = {'classifier': 'epsilon'}
+METHODS['ratio, value, classifier by epsilon'] = {'classifier': 'epsilon'}
+# other rules of linear layers
+for key, rule in (('gamma', Gamma(.25, zero_params='bias')), ('epsilon', Epsilon(.1, zero_params='bias'))):
+    METHODS[f'ratio, value, linear layers by {key}'] = {'layer_map': [(torch.nn.Linear, rule)]}
 
 
 def digits():
@@ -71,7 +75,7 @@ def explain(model, images, targets, name):
     composite = BlockLRP() if name == 'block' else ResNetLRP(**METHODS[name])
     with Gradient(model=model, composite=composite) as attributor:
         # z+ would rank by the sign of the logit, epsilon is in proportion to it
-        is_epsilon = getattr(composite, 'classifier', '') == 'epsilon' or name == 'block'
+        is_epsilon = name == 'block' or 'by' in name
         _, relevance = attributor(images, initial_relevance(targets, 'logit' if is_epsilon else 'one'))
     kept = {} if is_epsilon else {key: float(elem.mean()) for key, elem in composite.sinks.items()}
     return relevance[:, 0].detach(), kept

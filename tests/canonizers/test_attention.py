@@ -12,6 +12,7 @@ from captum_adapters.attr import LayerRelevance
 from captum_adapters.attr import ResNetLRP as CaptumResNetLRP
 from zennit_resnet import BlockLRP, RelativeLRP, ResNetLRP, UnsupportedOperation, initial_relevance
 from zennit_resnet.conservation import assert_conserved, conservation_ledger
+from zennit_resnet.methods import Method
 
 
 class Encoder(nn.Sequential):
@@ -251,3 +252,11 @@ def test_recurrence_of_torch():
     for kind, name in ((nn.LSTM, 'lstm'), (nn.GRU, 'gru'), (nn.RNN, 'rnn_tanh')):
         with pytest.raises(UnsupportedOperation, match=f"layer .{kind.__name__}. uses '{name}'.*Arras"):
             explain(Recurrent(kind), torch.randn(2, 5, 4).double(), ResNetLRP())
+
+
+def test_method():
+    '''Methods by name have the options.'''
+    composite = Method('resnet_lrp_symmetric:attention=half,parameters=sink').composite(None)
+    assert (composite.splitting, composite.attention, composite.parameters) == ('symmetric', 'half', 'sink')
+    with pytest.raises(ValueError, match='all'):
+        Method('resnet_lrp_ratio:attention=all')
