@@ -224,6 +224,26 @@ def test_examples_along_the_second_dimension():
     assert torch.allclose(relevance.sum((1, 2)) + composite.sinks['token'], torch.ones(2).double())
 
 
+def test_part_of_a_network():
+    '''Of a part that runs by itself, it is not known how many examples there are.'''
+    class Tokens(nn.Module):
+        '''A token before others.'''
+        def __init__(self):
+            super().__init__()
+            self.token = nn.Parameter(torch.ones(1, 1, 4).double())
+
+        def forward(self, x):
+            '''All tokens.'''
+            return torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+
+    model, x, composite = nn.Sequential(Tokens()), torch.rand(2, 3, 4).double().requires_grad_(), ResNetLRP()
+    with composite.context(model):
+        torch.autograd.grad(model[0](x).sum(), x)
+        assert composite.sinks['0.token'].tolist() == [8.]
+        torch.autograd.grad(model(x).sum(), x)
+    assert composite.sinks['0.token'].tolist() == [4., 4.]
+
+
 def test_layers():
     '''Relevance of tokens and heads.'''
     model, x = prepare('vit')

@@ -73,8 +73,13 @@ def _name(canonizer, call, function, constant):
 
 
 def _by_example(relevance, batch):
-    '''Sums over each example, which may be divided into windows, or be along the second dimension.'''
-    relevance = relevance.detach().double()
+    '''Sums over each example, which may be divided into windows, or be along the second dimension.
+
+    If it is not known how many there are, it is the sum of all.
+    '''
+    batch, relevance = batch or 1, relevance.detach()
+    # which has no double precision
+    relevance = (relevance.cpu() if relevance.device.type == 'mps' else relevance).double()
     if relevance.ndim > 1 and len(relevance) % batch and relevance.shape[1] == batch:
         relevance = relevance.transpose(0, 1)
     if len(relevance) % batch:
