@@ -165,6 +165,39 @@ def test_dispatch_mode():
 
 # -- modules -----------------------------------------------------------------------------------------------------------
 
+def test_body_of():
+    '''A mode sees what is inside of the function of attention, which computes the same bits.'''
+    class Names(torch.overrides.TorchFunctionMode):
+        '''Names of functions.'''
+        seen = []
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            self.seen.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    layer, x = nn.MultiheadAttention(8, 2), torch.rand(3, 2, 8, requires_grad=True)
+    given = (x, x, x, 8, 2, layer.in_proj_weight, layer.in_proj_bias, None, None, False, 0., layer.out_proj.weight,
+             layer.out_proj.bias)
+    with Names():
+        outputs = _compat.body_of(nn.functional.multi_head_attention_forward)(*given, training=False)
+    assert {'linear', 'softmax', 'bmm'} <= set(Names.seen) and 'multi_head_attention_forward' not in Names.seen
+    assert torch.equal(outputs[0], layer.eval()(x, x, x)[0])
+    replaced = _compat.body_of(
+        nn.functional.multi_head_attention_forward, _in_projection_packed=lambda *args: 3 * (_compat.project(*args)[2],)
+    )
+    same = nn.functional.multi_head_attention_forward(x, x, x, *given[3:5], torch.cat(3 * [given[5][16:]]), *given[6:])
+    assert torch.allclose(replaced(*given)[0], same[0], atol=1e-6)
+
+
+def test_softmax_dim():
+    '''The dimension of a softmax without one.'''
+    values = torch.rand(2, 3, 4)
+    for num in range(1, 4):
+        elem = values.reshape(-1)[:2 ** num].view((2,) * num)
+        dim = _compat.softmax_dim('softmax', num, 0)
+        assert torch.equal(elem.softmax(dim), nn.functional.softmax(elem, dim=None, _stacklevel=0))
+
+
 def test_rules_of():
     '''Hooks of Zennit and of this package are bound methods of their rules, before and after the module.'''
     module, rule = nn.Linear(2, 2), Epsilon()

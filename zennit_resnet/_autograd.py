@@ -10,7 +10,7 @@ import torch
 from zennit.types import Activation, AvgPool, Convolution, Linear, MaxPool
 
 from ._compat import DisableTorchFunction
-from .layer import Addition, Gate, Operation, Signed
+from .layer import Addition, Gate, MatrixProduct, NonNegativeMap, Operation, Signed
 
 # Functions, and modules in place of them, of which the output has no negative values.
 RELUS = frozenset('relu relu_ relu6 Relu Sigmoid Softmax Softplus'.split())
@@ -322,10 +322,17 @@ def _skip(node, names=()):
     return _back(node, lambda node: _function(node) in names or is_move(node))[0]
 
 
-def is_attention(tensor):
-    '''Whether a tensor was computed from a product of two tensors over dimensions, after the last layers before it.'''
-    layers = (node for node in walk([tensor.grad_fn]) if _is_layer(node))
-    return any(_stem(node) in PRODUCTS and len(_parents(node)) > 1 for node in walk([tensor.grad_fn], set(layers)))
+def is_weighting(tensor, other):
+    '''Whether a tensor comes from a sigmoid or softmax on a way of its own, on which there is no other such product.
+
+    Between the softmax and the product, some networks mix the heads.
+    '''
+    shared = set(walk([other.grad_fn]))
+    return any(_is_sigmoid(node, False) for node in walk([tensor.grad_fn], shared, _is_matrix_product))
+
+
+def _is_matrix_product(node):
+    return isinstance(module_of(node), (MatrixProduct, NonNegativeMap))
 
 
 def _is_layer(node):

@@ -6,6 +6,7 @@ here: it fails where an upgrade would otherwise silently make maps wrong.
 Checked with Python 3.10 to 3.13, PyTorch 2.4 to 2.13, Zennit 0.5.1 and 1.0.0.
 '''
 import sys
+import types
 from collections import OrderedDict
 
 import torch
@@ -16,6 +17,8 @@ from torch._C import _set_grad_enabled as set_grad_enabled  # noqa: F401
 from torch._ops import OpOverload  # noqa: F401
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter as keep_version  # noqa: F401
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+from torch.nn.functional import _get_softmax_dim as softmax_dim  # noqa: F401
+from torch.nn.functional import _in_projection_packed as project  # noqa: F401
 from torch.nn.modules.dropout import _DropoutNd as Dropout  # noqa: F401
 from torch.overrides import _get_current_function_mode_stack as function_modes  # noqa: F401
 from torch.overrides import _pop_mode as pop_mode  # noqa: F401
@@ -28,6 +31,17 @@ FORWARD_PARTS = ('_conv_forward', '_output_padding')
 # Weights are real tensors, and what is read from them is not recorded.
 RECORDING = {'_allow_non_fake_inputs': True, '_error_on_data_dependent_ops': False}
 COMPILED_CALL, COMPILED_MODULE = '_compiled_call_impl', '_orig_mod'
+
+
+def body_of(function, **names):
+    '''A function of torch.nn.functional, which a mode only sees as a whole, as one that it sees what is inside of.
+
+    Other functions that it calls may be replaced by their names.
+    '''
+    names = {**function.__globals__, 'has_torch_function': lambda args: False, **names}
+    body = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    body.__kwdefaults__ = function.__kwdefaults__
+    return body
 
 
 # -- tensors -----------------------------------------------------------------------------------------------------------
@@ -132,7 +146,7 @@ def without_hooks(root):
                 (key, hook) for key, hook in attributes[name].items()
                 if (getattr(hook, '__module__', None) or type(hook).__module__).startswith('torch.nn.utils')
             )
-        attributes['_modules'] = {name: duplicate(child) for name, child in module._modules.items()}
+        attributes['_modules'] = {name: duplicate(child) for name, child in list(module._modules.items())}
         return twin
 
     return duplicate(root)

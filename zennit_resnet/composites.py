@@ -45,12 +45,13 @@ SPLITTING = {'ratio': RatioSplit, 'symmetric': SymmetricSplit}
 
 # Normalizations which Zennit's type does not include.
 NORMALIZATION_LAYERS = (
-    BatchNorm, torch.nn.SyncBatchNorm, torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.InstanceNorm1d,
-    torch.nn.InstanceNorm2d, torch.nn.InstanceNorm3d, torch.nn.LocalResponseNorm, torch.nn.CrossMapLRN2d,
+    BatchNorm, torch.nn.SyncBatchNorm, torch.nn.LayerNorm, torch.nn.RMSNorm, torch.nn.GroupNorm,
+    torch.nn.InstanceNorm1d, torch.nn.InstanceNorm2d, torch.nn.InstanceNorm3d, torch.nn.LocalResponseNorm,
+    torch.nn.CrossMapLRN2d,
 )
 
 
-def _with_canonizer(canonizers, batch_norm='pass'):
+def _with_canonizer(canonizers, batch_norm='pass', **options):
     '''Add our own canonizer to a list of canonizers, unless it is there already.
 
     Zennit's ``ResNetCanonizer`` would take the additions of torchvision's blocks away from ours, so ours replaces it.
@@ -60,7 +61,7 @@ def _with_canonizer(canonizers, batch_norm='pass'):
         batch_norm = 'merge'
         canonizers = [elem for elem in canonizers if not isinstance(elem, ResNetCanonizer)]
     if not any(isinstance(elem, ResidualCanonizer) for elem in canonizers):
-        canonizers.append(ResidualCanonizer(batch_norm=batch_norm))
+        canonizers.append(ResidualCanonizer(batch_norm=batch_norm, **options))
     return canonizers
 
 
@@ -145,8 +146,14 @@ class _LayerMap(_Transaction, LayerMapComposite):
 class ResNetLRP(_LayerMap):
     '''LRP for ResNet (Otsuki et al. 2024): relevance splitting at skip connections, and the z+ rule everywhere else.
 
-    Relevance is conserved: but for concatenation with constants and the like, the input relevance sums to the initial
-    relevance, whatever the network.
+    Relevance is conserved: the input relevance sums to the initial relevance, whatever the network, together with what
+    constants keep that are concatenated (``sinks``).
+
+    Attributes
+    ----------
+    sinks: dict
+        Relevance that constants kept in the last backward pass, by name, each of shape (batch,), see
+        :py:class:`~zennit_resnet.canonizers.ResidualCanonizer`.
 
     Parameters
     ----------
@@ -178,6 +185,12 @@ class ResNetLRP(_LayerMap):
         which maps of different classes differ much more, see :py:class:`~zennit_resnet.rules.ZPlus`. Start it from
         logits (``initial_relevance(target)``, with or without a ``contrast``). Relevance then sums to these without
         the biases of the last layer.
+    attention: str, optional
+        Relevance of values that are weighted by attention, ``'value'`` (default) for all of it to the values, which
+        conserves it, or ``'half'``, see :py:class:`~zennit_resnet.canonizers.ResidualCanonizer`.
+    parameters: str, optional
+        Whether relevance passes embeddings of positions that are added, ``'pass'`` (default), or these receive the
+        share of an addend, ``'sink'``, see :py:class:`~zennit_resnet.canonizers.ResidualCanonizer`.
     stabilizer: callable or float, optional
         Stabilization parameter of the z+ rule, see :py:class:`~zennit_resnet.rules.ZPlus`.
     layer_map: list[tuple[tuple[torch.nn.Module, ...], Hook]], optional
@@ -216,6 +229,8 @@ class ResNetLRP(_LayerMap):
         high=None,
         coverage=None,
         classifier='zplus',
+        attention='value',
+        parameters='pass',
     ):
         check_choice('splitting', splitting, tuple(SPLITTING))
         check_flag('identity_skip', identity_skip)
@@ -229,7 +244,8 @@ class ResNetLRP(_LayerMap):
         layer_map = self.keep(
             layer_map, canonizers, splitting=splitting, identity_skip=identity_skip, batch_norm=batch_norm,
             first_layer=first_layer, low=low, high=high, projection=projection, dead_units=dead_units, maxpool=maxpool,
-            coverage=zplus.coverage, stabilizer=stabilizer, classifier=classifier,
+            coverage=zplus.coverage, stabilizer=stabilizer, classifier=classifier, attention=attention,
+            parameters=parameters,
         ) + [
             (Addition, rule if identity_skip else ResidualOnly(rule)),
             (Gate, SignalTakesAll()),
@@ -240,7 +256,9 @@ class ResNetLRP(_LayerMap):
         ]
         if projection == 'spread':
             layer_map.append((Subsampling, zplus))
-        super().__init__(layer_map=layer_map, canonizers=_with_canonizer(canonizers, batch_norm))
+        super().__init__(layer_map=layer_map, canonizers=_with_canonizer(
+            canonizers, batch_norm, attention=attention, parameters=parameters
+        ))
 
 
 @register_composite('resnet_lrp_ratio')

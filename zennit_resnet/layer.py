@@ -63,6 +63,21 @@ class Gate(Operation):
     label, in_gate = 'gate', True
 
 
+class Product(Operation):
+    '''Product of two signals, element by element, of which neither is a gate.'''
+    label, in_gate = 'product', True
+
+
+class MatrixProduct(Operation):
+    '''Product of two signals over dimensions, such as that of queries and keys. It is linear in each of them.'''
+    label, in_gate = 'matrix_product', True
+
+
+class Softmax(Operation):
+    '''Softmax along a dimension ``dim``, of which the output weights the values of attention.'''
+    label, in_gate, dim = 'softmax', True, -1
+
+
 class Concatenation(Operation):
     '''Concatenation of tensors. Its gradient takes the slices apart again, which is the exact rule.'''
     label, in_gate = 'concatenation', True

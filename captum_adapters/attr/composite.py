@@ -264,7 +264,8 @@ class CompositeAttribution(GradientAttribution):
                     Relevance in units of the initial relevance, of the inputs' shape. A
                     tuple is returned if inputs are a tuple.
             - **delta** (*Tensor*, returned if return_convergence_delta=True):
-                    Initial relevance minus the sum of attributions, of shape (batch,).
+                    Initial relevance minus the sum of attributions, and of what is
+                    kept by constants such as a class token, of shape (batch,).
 
         Raises:
             ValueError: If the target is missing or out of range, a shape does not fit,
@@ -276,13 +277,14 @@ class CompositeAttribution(GradientAttribution):
             UnsupportedOperation: If there is no rule for an operation of the model.
         """
         check_flag("return_convergence_delta", return_convergence_delta)
-        (relevance,), initial = self._explain(
+        (relevance, (kept,)), initial = self._explain(
             inputs, target, additional_forward_args, internal_batch_size, _run
         )
         relevance = tuple(map(self._postprocess, relevance))
         attributions = relevance if isinstance(inputs, tuple) else relevance[0]
         if return_convergence_delta:
-            return attributions, self.compute_convergence_delta(relevance, initial)
+            delta = self.compute_convergence_delta((*relevance, kept), initial)
+            return attributions, delta
         return attributions
 
     def attribute_targets(
@@ -309,7 +311,7 @@ class CompositeAttribution(GradientAttribution):
         found = self._explain_targets(
             inputs, targets, additional_forward_args, internal_batch_size, _run
         )
-        maps = [map(self._postprocess, relevance) for (relevance,), _ in found]
+        maps = [map(self._postprocess, relevance) for (relevance, _), _ in found]
         attributions = tuple(map(torch.stack, zip(*maps)))
         return attributions if isinstance(inputs, tuple) else attributions[0]
 
@@ -328,7 +330,7 @@ class CompositeAttribution(GradientAttribution):
             *tuple[Tensor, Tensor]*: Relevance of the inputs' shape, and initial relevance
             of the output's.
         """
-        ((relevance,),), initial = self._explain(inputs, target, None, None, _run)
+        ((relevance,), _), initial = self._explain(inputs, target, None, None, _run)
         return relevance, initial
 
     # whether inputs may be integers, as for embeddings
@@ -376,7 +378,7 @@ class CompositeAttribution(GradientAttribution):
         additional_forward_args: object,
         internal_batch_size: Optional[int], run: Callable[..., Run],
     ) -> Explained:
-        """Relevance at one or several layers, and at the output."""
+        """Relevance at one or several layers, of constants, and at the output."""
         return self._explain_targets(
             inputs, (target,), additional_forward_args, internal_batch_size, run
         )[0]
@@ -385,7 +387,7 @@ class CompositeAttribution(GradientAttribution):
         self, inputs: Inputs, targets: Sequence[Any], additional_forward_args: object,
         internal_batch_size: Optional[int], run: Callable[..., Run],
     ) -> list[Explained]:
-        """Relevance at one or several layers, and at the output, for each target.
+        """Relevance at layers, of constants that kept it, and at the output, by target.
 
         What runs the model is given the module with rules, what to call, inputs and
         further arguments.
@@ -482,6 +484,9 @@ class CompositeAttribution(GradientAttribution):
                         tuple(each.relevance(found.get(id(each))) for each in layer)
                         for layer in layers
                     ]
+                    sinks = getattr(self.composite, "sinks", None)
+                    kept = leaves[0].new_zeros(len(leaves[0]), dtype=seed.dtype)
+                    relevance.append((kept if sinks is None else sinks.total(kept),))
                     explained.append((relevance, seed))
         return explained
 

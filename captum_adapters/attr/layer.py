@@ -150,7 +150,7 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
         """
         check_flag("return_convergence_delta", return_convergence_delta)
         check_flag("attribute_to_layer_input", attribute_to_layer_input)
-        layers, initial = self._explain(
+        (*layers, _), initial = self._explain(
             inputs, target, additional_forward_args, internal_batch_size,
             partial(self._run_layers, attribute_to_layer_input),
         )

@@ -68,6 +68,8 @@ class ResNetLRP(CompositeAttribution):
         high: Union[None, float, Sequence[float], Tensor] = None,
         coverage: Optional[str] = None,
         classifier: str = "zplus",
+        attention: str = "value",
+        parameters: str = "pass",
         *,
         initial_relevance: InitialRelevance = None,
         postprocess: Postprocess = None,
@@ -78,7 +80,7 @@ class ResNetLRP(CompositeAttribution):
         composite = composites.ResNetLRP(
             splitting, identity_skip, batch_norm, first_layer, projection, dead_units,
             maxpool, stabilizer, layer_map, canonizers, low, high, coverage,
-            classifier,
+            classifier, attention, parameters,
         )
         super().__init__(
             model, composite, initial_relevance, postprocess, output, contrast,

@@ -13,7 +13,10 @@ from zennit_resnet.conservation import assert_conserved, conservation_ledger
 # functions along the first dimension
 NOT_BY_EXAMPLE = {
     (name, label)
-    for name in ('msort', 'flip', 'index_put', 'tensordot left', 'masked_scatter', 'dist', 'fill_diagonal_', 'sparse')
+    for name in (
+        'msort', 'flip', 'index_put', 'tensordot left', 'masked_scatter', 'dist', 'fill_diagonal_', 'sparse',
+        'multi_head', 'multi_head kv', 'experts',
+    )
     for label in RELATIVE
 }
 
@@ -295,12 +298,8 @@ def test_shares_of_reductions(function, amounts):
 
 
 REFUSED = {
+    'three factors': (lambda h, net: torch.einsum('bchw,bcwh,bcww->bh', h, h.flip(1), h.flip(2)), 'more than two'),
     'ps_roi_pool': (lambda h, net: torchvision.ops.ps_roi_pool(h, regions(h), 2).reshape(len(h), -1), 'ps_roi_align'),
-    'matmul': (lambda h, net: h @ h.mT.flip(1), 'matmul'),
-    'einsum': (lambda h, net: torch.einsum('bchw,bchw->bhw', h, h), 'einsum'),
-    'bmm of itself': (lambda h, net: torch.bmm(h.mean(1), h.mean(1)), 'bmm'),
-    'attention': (lambda h, net: (h @ h.mT).softmax(-1) @ h.flip(1), 'attention'),
-    'sigmoids': (lambda h, net: h.sigmoid() @ h.flip(1).sigmoid(), 'sigmoids'),
     'prod': (lambda h, net: h.prod(3), 'prod'),
     'complex': (lambda h, net: torch.fft.rfft2(h).abs(), 'complex'),
     'complex constant': (lambda h, net: (h * 1j).imag, 'complex'),

@@ -28,18 +28,21 @@ def outcomes(code, layer=None):
     ('h * s.mean((2, 3), keepdim=True)', None, 'conserves'),
     ('F.gelu(h)', None, 'passes'),
     ('torch.cat((h, C.expand(2, -1, -1, -1)), 1)', None, 'absorbs'),
-    ('h * g', None, 'refuses'),
+    ('h * g', None, 'conserves'),
+    ('h.prod(3)', None, 'refuses'),
     ('k = h.clone(); k += g; k', None, 'conserves'),
     ('layer(h)', 'nn.Conv2d(8, 4, 3, 2)', 'conserves'),
     ('layer(v)', 'nn.LazyConv1d(4, 3)', 'conserves'),
     ('layer(d)', 'nn.BatchNorm3d(2)', 'passes'),
-    ('layer(v, v, v)', 'nn.MultiheadAttention(12, 2, batch_first=True)', 'refuses'),
+    ('layer(v, v, v)', 'nn.MultiheadAttention(12, 2, batch_first=True)', 'conserves'),
 ])
 def test_outcomes(code, layer, ratio):
     '''Functions and layers are what the table says they are.'''
     found = outcomes(code, layer)
     assert found['ratio'] == ratio and found['block'] in ('exact', 'finite')
-    assert found['relative'] == ('refuses' if ratio == 'refuses' else 'finite')
+    # of several images, contributions of attention of torch.nn are not told apart
+    is_refused = ratio == 'refuses' or 'Attention' in str(layer)
+    assert found['relative'] == ('refuses' if is_refused else 'finite')
 
 
 class Wrong(torch.nn.Module):

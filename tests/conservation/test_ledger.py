@@ -1183,7 +1183,7 @@ def test_default_start():
 
 
 def test_input_without_influence():
-    '''If relevance does not reach the input, all of it is lost.'''
+    '''If relevance does not reach the input, constants keep all of it.'''
     class Constant(nn.Module):
         '''The output depends on the input only in its first half.'''
         def forward(self, x):
@@ -1193,7 +1193,8 @@ def test_input_without_influence():
     start = torch.tensor([[0., 0., 1., 2.]]).double()
     ledger = conservation_ledger(Constant(), torch.randn(1, 2).double(), ResNetLRP(), start)
     check_sums(ledger)
-    assert float(ledger.final) == 0 and close(ledger.lost_by['no_rule'], [3.])
+    assert float(ledger.final) == 0 and close(ledger.lost_by['sink'], [3.]) and close(ledger.gap, [0.])
+    assert list(ledger.sinks) == ['cat in the network'] and 'kept by cat in the network 3' in ledger.table()
 
 
 # -- command line ------------------------------------------------------------------------------------------------------

@@ -96,6 +96,7 @@ index = torch.arange(4) % 2
 spots = torch.tensor([0, 7, 3, 12, 30, 31])
 mask = torch.arange(36).view(6, 6) % 3 > 0
 adjacency = torch.linspace(-1, 1, 36).double().view(6, 6)
+attention = nn.MultiheadAttention(36, 3, batch_first=True, bias=False).double().eval().requires_grad_(False)
 
 
 def inplace(name, *args, **kwargs):
@@ -177,6 +178,30 @@ PRODUCTS = {
     'attention bmm': lambda h, net: torch.bmm(h.flatten(2), h.flatten(2).mean(1)[:, :, None].softmax(1)),
     'attention @': lambda h, net: h.flatten(2).mean(1, keepdim=True).softmax(2) @ h.flatten(2).mT,
     'attention einsum': lambda h, net: torch.einsum('bcp,bp->bc', h.flatten(2), h.flatten(2).mean(1).softmax(1)),
+    'product': lambda h, net: h * h.flip(1),
+    'product_': lambda h, net: h.clone().mul_(h.flip(1)),
+    'product of shapes': lambda h, net: h.mean(1, keepdim=True).unflatten(3, (6, 1)) * h.mean(1)[:, None, :, None],
+    'matmul of two': lambda h, net: h @ h.mT.flip(1),
+    'einsum of two': lambda h, net: torch.einsum('bchw,bchw->bhw', h, h),
+    'einsum product': lambda h, net: torch.einsum('bchw,bchv->bchwv', h, h.flip(1)),
+    'bmm of itself': lambda h, net: torch.bmm(h.mean(1), h.mean(1)),
+    'baddbmm of two': lambda h, net: torch.baddbmm(h[:, 0], h[:, 1], h[:, 2], alpha=0.5),
+    'sigmoids @': lambda h, net: h.sigmoid() @ h.flip(1).sigmoid(),
+    'attention': lambda h, net: (h @ h.mT).softmax(-1) @ h.flip(1),
+    'attention of heads': lambda h, net: torch.einsum('kc,bchw->bkhw', net.weight[:4], (h @ h.mT).softmax(-1)) @ h,
+    'linear attention': lambda h, net: h.relu() @ (h.mT.relu() @ h.flip(1)),
+    'scaled_dot_product': lambda h, net: F.scaled_dot_product_attention(h, h.flip(1), h.flip(2)),
+    'scaled_dot_product mask': lambda h, net: F.scaled_dot_product_attention(h, h.flip(1), h.flip(2), adjacency > 0.1),
+    'scaled_dot_product bias': lambda h, net: F.scaled_dot_product_attention(h, h, h, attn_mask=adjacency, scale=2.0),
+    'scaled_dot_product causal': lambda h, net: F.scaled_dot_product_attention(h, h, value=h, is_causal=True),
+    'experts': lambda h, net: torch.cat([
+        F.conv2d(elem, (elem.mean((2, 3)).sigmoid() @ net.weight[:4]).view(4, 1, 1, 1), groups=4)
+        for elem in h.split(1)
+    ]),
+    'multi_head': lambda h, net: attention(*[h.flatten(2)] * 3)[0],
+    'multi_head kv': lambda h, net: attention(
+        *(elem.flatten(2) for elem in (h, h.flip(1), h.flip(2))), need_weights=False
+    )[0],
     'tanh gate': lambda h, net: torch.einsum('bcp,bp->bc', h.flatten(2), h.flatten(2).mean(1).tanh()),
     'linear_cross': lambda h, net: F.linear(h, adjacency),
     'squared': lambda h, net: h * h,
@@ -196,6 +221,11 @@ PRODUCTS = {
     'lp_pool2d': lambda h, net: F.lp_pool2d(h.abs(), 3.0, 2),
     'lp_pool1d': lambda h, net: F.lp_pool1d(h.abs().flatten(2), 2.0, 3, 2),
 }
+if 'enable_gqa' in F.scaled_dot_product_attention.__doc__:
+    # from PyTorch 2.5 on
+    PRODUCTS['scaled_dot_product groups'] = lambda h, net: F.scaled_dot_product_attention(
+        h, h[:, :2], h[:, 2:], enable_gqa=True
+    )
 MOVES = {
     'as_tensor': lambda h, net: torch.as_tensor(h),
     '+h': lambda h, net: +h,

@@ -4,6 +4,7 @@ import torch
 from .._autograd import moved_before
 from .._compat import DisableTorchFunction, is_out_of_memory, without_hooks
 from .._nested import active_tensors, map_tensors, tensors_of
+from .._weights import is_plain
 from .functions import ALIASES, dims_of
 from .operations import OPERATIONS
 
@@ -20,6 +21,11 @@ MOVES = {name: entry.takes for name, entry in OPERATIONS.items() if entry.takes}
 # Softmaxes of attention are over the last dimension of what heads have moved.
 SOFTMAXES = frozenset('softmax log_softmax special_softmax special_log_softmax'.split())
 WATCHED = frozenset(REDUCTIONS) | frozenset(MOVES) | NORMALIZATIONS | PRODUCTS | PAIRS | {'__getitem__', 'pad'}
+
+
+def keeps_examples(module):
+    '''Whether a module is known not to mix examples, although its functions move their dimension.'''
+    return isinstance(module, torch.nn.MultiheadAttention) and module.batch_first and is_plain(module)
 
 
 def may_mix(name, args, kwargs, size):

@@ -40,6 +40,19 @@ class FunctionCall:
         args, kwargs = _replace(self.args, constants), _replace(self.kwargs, constants)
         return FunctionCall(self.func, self.name, args, kwargs, [tensor])
 
+    def distinct(self):
+        '''The call with another tensor for each of the same that carry relevance.'''
+        seen = []
+
+        def alias(tensor):
+            if not any(tensor is elem for elem in self.active):
+                return tensor
+            seen.append(tensor if all(tensor is not elem for elem in seen) else tensor.view_as(tensor))
+            return seen[-1]
+
+        args, kwargs = map_tensors(alias, (self.args, self.kwargs))
+        return FunctionCall(self.func, self.name, args, kwargs, seen)
+
     def renamed(self, name):
         '''The call as one of another function, with the form in place if this one is.'''
         return FunctionCall(self.func, name + '_' * self.is_inplace, self.args, self.kwargs, self.active)
@@ -140,6 +153,10 @@ def with_values(output, exact):
     '''Replace the values of a tensor, with its graph: of other ways to write a function, the last bits differ.'''
     if output.shape != exact.shape:
         output = output.reshape(exact.shape)
+    if output.stride() != exact.stride():
+        # other functions round differently in another layout of memory
+        order = sorted(range(exact.ndim), key=lambda dim: -exact.stride(dim))
+        output = output.permute(order).contiguous().permute([order.index(dim) for dim in range(exact.ndim)])
     # the graph of a view is made anew once its values change, of which not all functions are capable
     output = output.clone() if is_view(output) else output
     # the network has not changed it

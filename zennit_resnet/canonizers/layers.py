@@ -5,7 +5,7 @@ Handlers run a function, given the canonizer, the call of the module, and the ca
 import torch
 import torch.nn.functional as F
 
-from .._autograd import are_probabilities, is_log_sum, is_shift
+from .._autograd import are_probabilities, is_log_sum, is_shift, is_weighting
 from .._compat import OpOverload
 from ..layer import (
     Activation,
@@ -24,8 +24,8 @@ from ..layer import (
     Padding,
     Subsampling,
 )
-from . import moves, products
-from .functions import FunctionCall
+from . import moves, products, sinks
+from .functions import FunctionCall, out_of_place
 
 CLIPPED = frozenset('relu6 hardtanh hardtanh_'.split())
 POWERS = frozenset('pow pow_ __pow__ __ipow__ float_power float_power_'.split())
@@ -61,6 +61,8 @@ def add(canonizer, call, function):
     signal, = function.active
     is_left, found = left is signal, canonizer.merge.find(signal)
     factor, shift = factors[0 if is_left else 1], (right if is_left else left, factors[1 if is_left else 0])
+    if canonizer.parameters == 'sink' and _is_sink(shift[0]):
+        return _add_sink(canonizer, call, function, factors=factors)
     shift = None if found is None else shift[0] if shift[1] == 1 else shift[0] * shift[1]
     if factor == 1:
         # the gradient of adding a constant passes all relevance on
@@ -68,6 +70,26 @@ def add(canonizer, call, function):
     else:
         output = canonizer.run(call, Gate, function)
     canonizer.merge.note(found, signal, output, None if factor == 1 else factor, shift)
+    return output
+
+
+def _is_sink(constant):
+    '''Whether a constant differs over more than one dimension, as embeddings of positions do, and biases do not.'''
+    return isinstance(constant, torch.Tensor) and constant.is_floating_point() and sum(
+        length > 1 for length in constant.shape
+    ) > 1
+
+
+@out_of_place
+def _add_sink(canonizer, call, function, factors):
+    '''Add a constant that receives relevance, as if it depended on the input.'''
+    given, = function.active
+    constant = next(elem for elem in function.operands() if elem is not given)
+    signal, sink = given.view_as(given), constant.detach().requires_grad_()
+    function = function.put(given, signal).put(constant, sink)
+    function = FunctionCall(function.func, function.name, function.args, function.kwargs, list(function.operands()))
+    output = canonizer.run(call, Addition, function, factors=None if factors == [1, 1] else tuple(factors))
+    sinks.watch_addition(canonizer, call, function, signal, constant, output)
     return output
 
 
@@ -194,8 +216,12 @@ def concatenate(canonizer, call, function):
         if whole is not None:
             return whole.clone()
     is_padded = function.name in ('cat', 'concat', 'concatenate') and len(function.active) == 1
-    if not is_padded or len(tensors) < 2 or any(bool(elem.any()) for elem in tensors if not elem.requires_grad):
+    # a token that is a parameter is no padding, whatever its values
+    if not is_padded or len(tensors) < 2 or any(
+        sinks.is_parameter(elem) or bool(elem.any()) for elem in tensors if not elem.requires_grad
+    ):
         output = canonizer.run(call, Concatenation, function)
+        sinks.watch_constants(canonizer, call, function, output, tensors)
         if function.name in ('stack', 'cat', 'concat', 'concatenate'):
             moves.note_stacked(output, tensors, dim, function.name == 'stack')
         return output
@@ -236,6 +262,9 @@ def linear(canonizer, call, function):
     settings = SETTINGS[function.name.rstrip('123d')]
     given = function.bind('input', 'weight', 'bias', *settings)
     weights = [elem for elem in function.active if elem is not given['input']]
+    if weights and given['input'].requires_grad and all(is_weighting(elem, given['input']) for elem in weights):
+        # experts of which a softmax or sigmoid chooses are constants, as other weights are
+        given, weights = function.keep(given['input']).bind('input', 'weight', 'bias', *settings), []
     if weights:
         is_hidden = any(elem.is_leaf for elem in weights)
         return canonizer.refuse(call, function, (

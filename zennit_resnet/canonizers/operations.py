@@ -5,10 +5,24 @@ from typing import NamedTuple
 import torch
 
 from .._autograd import name_of
-from ..layer import Activation, Addition, AveragePool, Filling, Gate, MaxPool, Normalization, Padding, Reduction
+from ..layer import (
+    Activation,
+    Addition,
+    AveragePool,
+    Filling,
+    Gate,
+    MatrixProduct,
+    MaxPool,
+    Normalization,
+    Padding,
+    Product,
+    Reduction,
+    Softmax,
+)
+from ..rules.attention import HalfEach, SoftmaxTaylor
 from ..rules.passing import Proportional, Refill, SignalTakesAll, Uncrop
-from ..rules.splitting import RatioSplit
-from . import layers, moves, products
+from ..rules.splitting import RatioSplit, SymmetricSplit
+from . import attention, layers, moves, products
 from .functions import FunctionCall
 
 # Rules of surrogate modules, unless the composite in use has another for them. Other surrogates are of a type that
@@ -16,6 +30,9 @@ from .functions import FunctionCall
 DEFAULT_RULES = (
     (Addition, RatioSplit()),
     (Gate, SignalTakesAll()),
+    (Product, SymmetricSplit()),
+    (MatrixProduct, HalfEach()),
+    (Softmax, SoftmaxTaylor()),
     (Padding, Uncrop()),
     (Filling, Refill()),
     (Reduction, Proportional()),
@@ -50,11 +67,6 @@ class Entry(NamedTuple):
 def gradient(canonizer, call, function):
     '''Run a function of which the gradient is the rule.'''
     return function()
-
-
-def pass_at_end(canonizer, call, function):
-    '''Run a softmax, which relevance passes if it is the output of the network.'''
-    return canonizer.pass_at_end(call, function)
 
 
 def _entry(names, run=None, kind=None, **properties):
@@ -150,8 +162,11 @@ TABLE = (
     _entry('_native_batch_norm_legit_no_training', layers.native_batch_norm),
     _entry('glu', layers.gated_unit),
     # these pass relevance at the end of a network only
-    _entry('softmax log_softmax special_softmax special_log_softmax', pass_at_end, reduces=(1, None)),
-    _entry('_softmax _log_softmax', pass_at_end),
+    _entry('softmax log_softmax special_softmax special_log_softmax', attention.softmax, reduces=(1, None)),
+    _entry('_softmax _log_softmax', attention.softmax),
+    # attention
+    _entry('scaled_dot_product_attention', attention.scaled_dot_product),
+    _entry('multi_head_attention_forward', attention.multi_head),
     # averages, maxima and other functions over positions or dimensions
     _entry('''
         avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d

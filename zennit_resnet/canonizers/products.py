@@ -5,8 +5,18 @@ import string
 import torch
 import torch.nn.functional as F
 
-from .._autograd import are_probabilities, is_attention, is_exponential, is_gate, is_one_more, is_sum
-from ..layer import Activation, AveragePool, FullyConnected, Gate, LinearMap, NonNegativeMap, Resampling
+from .._autograd import are_probabilities, is_exponential, is_gate, is_one_more, is_sum, is_weighting
+from ..layer import (
+    Activation,
+    AveragePool,
+    FullyConnected,
+    Gate,
+    LinearMap,
+    MatrixProduct,
+    NonNegativeMap,
+    Product,
+    Resampling,
+)
 from .functions import FunctionCall, become, out_of_place, with_values, write_out
 
 # Products to which a tensor is added, with the arguments they have and the products they add.
@@ -96,10 +106,8 @@ def multiply(canonizer, call, function):
         # e^h / (e^h + 1)
         function = function.renamed('sigmoid')
     if signal is None:
-        return canonizer.refuse(call, function, (
-            f'which factor is the signal and which the gate is ambiguous: shapes {tuple(left.shape)} and '
-            f'{tuple(right.shape)}, and none or both were computed from sigmoids alone'
-        ))
+        # none or both were computed from sigmoids alone
+        return canonizer.run(call, Product, function)
     # the gate counts as a constant, what computes it is not visited in the backward pass
     return run_on(canonizer, call, Gate, function, (left, right)[signal])
 
@@ -131,16 +139,24 @@ def _pick(canonizer, call, function):
         return None, canonizer.refuse(call, function, COMPLEX)
     if len(function.active) == 1:
         return function, False
-    signal = None if len({id(elem) for elem in function.active}) == 1 else find_signal(function.active, False)
-    if signal is None:
-        shapes = ', '.join(str(tuple(elem.shape)) for elem in function.active)
-        return None, canonizer.refuse(call, function, (
-            f'several of its factors do (shapes {shapes}), none or all of which were computed from sigmoids or a '
-            'softmax alone'
-        ))
-    if any(is_attention(elem) for num, elem in enumerate(function.active) if num != signal):
-        return None, canonizer.refuse(call, function, 'its weights come from a product of two that do, as in attention')
-    return function.keep(function.active[signal]), True
+    signal = _find_value(canonizer, function.active)
+    if signal is not None:
+        return function.keep(function.active[signal]), True
+    if len(function.active) == 2:
+        return None, canonizer.run(call, MatrixProduct, function.distinct())
+    shapes = ', '.join(str(tuple(elem.shape)) for elem in function.active)
+    return None, canonizer.refuse(call, function, f'it is a product of more than two that do (shapes {shapes})')
+
+
+def _find_value(canonizer, factors):
+    '''Index of the factor of a product over dimensions which the others weight, None if both count as signals.'''
+    if canonizer.attention == 'half' or len({id(elem) for elem in factors}) == 1:
+        return None
+    signal = find_signal(factors, False)
+    if signal is None and len(factors) == 2:
+        weights = [is_weighting(*factors), is_weighting(*factors[::-1])]
+        signal = weights.index(False) if weights.count(False) == 1 else None
+    return signal
 
 
 def contract(canonizer, call, function):

@@ -29,6 +29,10 @@ REMEDIES = {
         'explain the logits, with a network that returns what its softmax is computed from. Relevance only passes a '
         'softmax that is the output of the network'
     ),
+    **dict.fromkeys(('lstm', 'gru', 'rnn'), (
+        'it runs all steps of a recurrence at once. Use a module that computes these from linear layers, sigmoid, '
+        'tanh, * and +: there, relevance of a product goes to what the gate multiplies (Arras et al. 2017)'
+    )),
     'CheckpointFunction': 'checkpoint with use_reentrant=False, or turn checkpointing off',
 }
 
@@ -94,7 +98,7 @@ class Softmaxes:
         self.checks = {}
 
     def add(self, node, check, is_passed=False):
-        '''Note the node of a softmax, with a hook that refuses relevance, and whether it passes relevance anyway.'''
+        '''Note the node of a softmax, with a hook that refuses relevance, if any, and whether it passes it anyway.'''
         self.checks[node] = check, is_passed
 
     def follow(self, outputs, is_gradient, create_check):
@@ -102,7 +106,8 @@ class Softmaxes:
         at_end = {end_of(node) for node in nodes_of(outputs)} if self.checks else set()
         for node, (check, is_passed) in self.checks.items():
             if node not in at_end:
-                node.register_prehook(check)
+                if check is not None:
+                    node.register_prehook(check)
                 continue
             node.register_prehook(_explain_logits)
             if not is_passed:

@@ -28,7 +28,7 @@ from .._nested import active_tensors, tensors_of
 from ..arguments import Described, check_choice, check_flag
 from . import derived
 from .batch_norm import BatchNormMerge
-from .batches import REGIONS, WATCHED, batch_size, changes_first, depends_on_batch, may_mix
+from .batches import REGIONS, WATCHED, batch_size, changes_first, depends_on_batch, keeps_examples, may_mix
 from .calls import Local, ModuleCall, is_opaque, keep_stored, single_pass
 from .eager import Eager, check_evaluation, is_active
 from .functions import FunctionCall
@@ -47,6 +47,7 @@ from .refusals import (
     refusal,
     undo,
 )
+from .sinks import Sinks
 from .weight_log import WeightLog
 
 # All canonizers in use, of nested contexts the innermost last.
@@ -94,20 +95,38 @@ class ResidualCanonizer(Described, Canonizer):
     strict: bool, optional
         If ``True`` (default), an operation without a rule raises :py:class:`UnsupportedOperation`. If ``False``, it
         warns, and the gradient takes the place of the rule.
+    attention: str, optional
+        Products over dimensions of values with weights that were computed by a softmax or sigmoid: ``'value'``
+        (default) counts the weights as constants, so that all relevance goes to the values. ``'half'`` gives each
+        factor a half, see :py:class:`~zennit_resnet.rules.HalfEach`, and relevance of the weights goes through the
+        softmax by :py:class:`~zennit_resnet.rules.SoftmaxTaylor`, which does not conserve it.
+    parameters: str, optional
+        Constants that are added to a signal and differ over more than one dimension, as embeddings of positions do:
+        with ``'pass'`` (default), all relevance passes to the signal. With ``'sink'``, they receive the share of an
+        addend.
+
+    Attributes
+    ----------
+    sinks: dict
+        Relevance that constants kept in the last backward pass, such as class tokens that are concatenated, and those
+        of ``parameters='sink'``, by name, of shape (batch,). A composite that is registered has it as well.
 
     Raises
     ------
     ValueError
-        If ``batch_norm`` is neither ``'pass'`` nor ``'merge'``.
+        If an argument is not one of its choices.
     '''
     # whether the gradient is the rule of all functions
     is_gradient = False
 
-    def __init__(self, batch_norm='pass', strict=True):
+    def __init__(self, batch_norm='pass', strict=True, attention='value', parameters='pass'):
         check_choice('batch_norm', batch_norm, ('pass', 'merge'))
+        check_choice('attention', attention, ('value', 'half'))
+        check_choice('parameters', parameters, ('pass', 'sink'))
         check_flag('strict', strict)
         self.batch_norm = batch_norm
         self.strict = strict
+        self.attention, self.parameters, self.sinks = attention, parameters, Sinks()
         self.handles = RemovableHandleList()
 
     def apply(self, root_module):
@@ -166,7 +185,7 @@ class ResidualCanonizer(Described, Canonizer):
         self.eager = Eager(root_module)
         self.composite, self.finalizer = None, None
         if composite is not None:
-            self.composite = weakref.ref(composite)
+            self.composite, composite.sinks = weakref.ref(composite), self.sinks
             self.finalizer = weakref.finalize(composite, undo, composite.handles, type(composite).__name__)
             self.finalizer.atexit = False
         self.root = root_module
@@ -185,7 +204,7 @@ class ResidualCanonizer(Described, Canonizer):
         self.local = Local()
         self.interception = _Interception(self, self.is_gradient)
         # zennit 1.0.0 replaces parameters of layers with new objects when its rules run
-        self.parameters = {module: dict(module._parameters) for module in self.names}
+        self.originals = {module: dict(module._parameters) for module in self.names}
         self.trainable = [param for param in root_module.parameters() if param.requires_grad]
         self.merge = BatchNormMerge()
         for param in self.trainable:
@@ -210,18 +229,18 @@ class ResidualCanonizer(Described, Canonizer):
         for hook in self.suspended:
             hook.active = True
         self._detach()
-        for module, parameters in self.parameters.items():
+        for module, parameters in self.originals.items():
             module._parameters.clear()
             module._parameters.update(parameters)
         for param in self.trainable:
             param.requires_grad_(True)
         self.eager.remove()
-        self.surrogates, self.trainable, self.suspended, self.parameters, self.names = {}, [], [], {}, {}
+        self.surrogates, self.trainable, self.suspended, self.originals, self.names = {}, [], [], {}, {}
         self.leaves, self.weights = {}, WeightLog()
 
     def copy(self):
         '''Return a copy of this canonizer.'''
-        return type(self)(batch_norm=self.batch_norm, strict=self.strict)
+        return type(self)(self.batch_norm, self.strict, self.attention, self.parameters)
 
     # -- which module runs ---------------------------------------------------------------------------------------------
 
@@ -434,7 +453,9 @@ class ResidualCanonizer(Described, Canonizer):
     def look(self, func, args, kwargs):
         '''Look at a function before :py:meth:`intercept` runs it. Raise a RuntimeError if it is called for training.'''
         name = name_of(func)
-        size = self.local.batch
+        stack, size = self.local.__dict__.get('stack'), self.local.batch
+        if stack and keeps_examples(stack[-1].module):
+            size = 0
         if size > 1 and self.local.mixing is None and name in WATCHED and may_mix(name, args, kwargs, size):
             stack = self._stack()
             self.local.mixing = self._label(stack[-1].module if stack else self.root), name
@@ -507,11 +528,11 @@ class ResidualCanonizer(Described, Canonizer):
         self.note_softmax(call, function.name, output)
         return output
 
-    def note_softmax(self, call, name, output, is_passed=False):
-        '''Note what a softmax returned, and whether a rule passes its relevance.'''
+    def note_softmax(self, call, name, output, is_passed=False, has_rule=False):
+        '''Note what a softmax returned, whether a rule passes its relevance, or has one of its own for it.'''
         with DisableTorchFunction():
             if output.requires_grad:
-                check = self._check(call.module, name, 'it is not the output')
+                check = None if has_rule else self._check(call.module, name, 'it is not the output')
                 self.local.softmaxes.add(output.grad_fn, check, is_passed)
 
     def _refuse_tail(self, node):

@@ -8,7 +8,7 @@ import csv
 import json
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from zennit.core import Composite
@@ -48,6 +48,8 @@ class Ledger:
         Relevance of the input, of its shape.
     composite: str or None
         The composite and its options, as text.
+    sinks: dict[str, :py:obj:`torch.Tensor`]
+        What parameters and other constants keep, such as a class token that is concatenated, by name. It is no loss.
     '''
     rows: list
     blocks: list
@@ -57,6 +59,7 @@ class Ledger:
     output: torch.Tensor
     relevance: torch.Tensor
     composite: str | None = None
+    sinks: dict = field(default_factory=dict)
 
     def __iter__(self):
         return iter(self.rows)
@@ -73,8 +76,9 @@ class Ledger:
 
     @property
     def gap(self):
-        '''Conservation gap (final - initial) / scale, of shape (batch,). It is zero if there is no relevance at all.'''
-        return torch.where((self.final == self.initial), 0., (self.final - self.initial) / self.scale)
+        '''Conservation gap (final + sinks - initial) / scale, of shape (batch,), zero if there is no relevance.'''
+        gap = self.final + self.lost_by['sink'] - self.initial
+        return torch.where(gap == 0, 0., gap / self.scale)
 
     @property
     def lost_by(self):
@@ -97,7 +101,7 @@ class Ledger:
         rows, blocks = ([row.example(index) for row in rows] for rows in (self.rows, self.blocks))
         return Ledger(rows, blocks, *(
             elem[index:][:1] for elem in (self.initial, self.scale, self.final, self.output, self.relevance)
-        ), self.composite)
+        ), self.composite, {name: elem[index:][:1] for name, elem in self.sinks.items()})
 
     def deviation(self, layers=True):
         '''Largest deviation from conservation, relative to the initial relevance, of shape (batch,).
@@ -105,7 +109,7 @@ class Ledger:
         It is infinite where anything is NaN or infinite. With ``layers`` (default), each layer counts, otherwise only
         the input as compared with the output, for which losses and gains of layers may cancel.
         '''
-        lost = torch.stack([self.initial - self.final, *(row.lost for row in self.rows if layers)]).abs().amax(0)
+        lost = torch.stack([self.gap * self.scale, *(row.missing for row in self.rows if layers)]).abs().amax(0)
         deviation = torch.where(lost == 0, 0., lost / self.scale)
         return torch.where(deviation.isfinite() & (self._not_finite() == 0), deviation, math.inf)
 
@@ -119,7 +123,7 @@ class Ledger:
         example = self._index(example)
 
         def amount(row):
-            lost = abs(float(row.lost[example]))
+            lost = abs(float(row.missing[example]))
             return lost if math.isfinite(lost) else math.inf
 
         return [row for row in sorted(self.rows, key=amount, reverse=True) if amount(row)][:number]
@@ -189,6 +193,9 @@ class Ledger:
         threshold = tolerance * float(self.scale[index])
         initial, final, gap = (float(elem[index]) for elem in (self.initial, self.final, self.gap))
         lines = [f'initial {initial:.6g}, at the input {final:.6g} (gap {gap:+.2e})']
+        if self.sinks:
+            kept = (f'{name} {float(elem[index]):.3g}' for name, elem in self.sinks.items())
+            lines.append('kept by ' + ', '.join(kept))
         lost = {key: float(value[index]) for key, value in self.lost_by.items()}
         lines.append('lost by ' + ', '.join(f'{key.replace("_", " ")} {value:.3g}' for key, value in lost.items()))
         worst = [row for row in self.worst(3, index) if self._is_bad(row, index, threshold)]
@@ -220,7 +227,7 @@ class Ledger:
 
     @staticmethod
     def _is_bad(row, index, threshold):
-        return bool(row.nan[index] + row.inf[index]) or not abs(float(row.lost[index])) <= threshold
+        return bool(row.nan[index] + row.inf[index]) or not abs(float(row.missing[index])) <= threshold
 
     def visible(self, index, threshold):
         '''Rows without the functions which pass on all relevance of an example, but for a threshold.'''
@@ -371,7 +378,8 @@ def conservation_ledger(model, input, composite=None, attr_output=None, target=N
             recorder.probe.leave()
     initial, final = (precise(elem.detach()).cpu().reshape(len(input), -1) for elem in (seed, relevance))
     return Ledger(
-        rows, blocks, initial.sum(1), initial.abs().sum(1), final.sum(1), output.detach(), relevance.detach(), name
+        rows, blocks, initial.sum(1), initial.abs().sum(1), final.sum(1), output.detach(), relevance.detach(), name,
+        {name: elem.cpu() for name, elem in getattr(composite, 'sinks', {}).items()},
     )
 
 

@@ -18,6 +18,7 @@ from ..rules.zplus import ZPlus
 
 # What to do about each cause by which relevance is lost, and its color in plots.
 CAUSES = {
+    'sink': ('parameters or other constants keep it, such as a class token, which is no loss', '#56b4e9'),
     'bias': ('biases have a share of the output. With zero_params=\'bias\', rules of Zennit leave them out', '#0072b2'),
     'stabilizer': ('it is not small compared with what it is added to. Choose a smaller one', '#e69f00'),
     'dead_units': (

@@ -44,8 +44,8 @@ class Row:
     arrives_magnitude, leaves_magnitude: :py:obj:`torch.Tensor`
         Sum of the magnitudes of what arrives from each consumer of the output, and of what leaves to each input.
     lost_by: dict[str, :py:obj:`torch.Tensor`]
-        What is lost by ``'bias'``, ``'stabilizer'``, ``'dead_units'``, ``'no_rule'`` and ``'unexplained'``. They sum to
-        ``lost``. Negative values are gains.
+        What is lost by ``'sink'`` (constants that keep it), ``'bias'``, ``'stabilizer'``, ``'dead_units'``,
+        ``'no_rule'`` and ``'unexplained'``. They sum to ``lost``. Negative values are gains.
     smallest: :py:obj:`torch.Tensor` or None
         The smallest magnitude of a denominator, before it is stabilized, among units to which relevance arrives. None
         if the rule has no denominator, or is unknown.
@@ -77,6 +77,11 @@ class Row:
         '''Name with the number of the call, or with the function.'''
         name = self.name or 'the network'
         return f'{self.type} in {name}' if self.kind == 'function' else f'{name} #{self.call}' if self.call else name
+
+    @property
+    def missing(self):
+        '''What is lost but for what sinks keep, of shape (batch,).'''
+        return self.lost - self.lost_by['sink']
 
     def causes(self, index, threshold):
         '''Describe what causes more than a threshold to be lost or gained in an example, and what is not finite.'''
@@ -244,7 +249,16 @@ class Recorder:
         finally:
             for handle in handles:
                 handle.remove()
+        self._note_sinks()
         return torch.zeros_like(input) if relevance is None else relevance
+
+    def _note_sinks(self):
+        '''Note what constants have kept.'''
+        kept = getattr(getattr(self.composite, 'sinks', None), 'nodes', {})
+        for index, node in enumerate(self.nodes):
+            if sequence_of(node) in kept:
+                note = Note(None, {'sink': kept[sequence_of(node)]}, None)
+                self.notes.setdefault(index, []).append(note)
 
     def _record(self, index, grad_inputs, grad_outputs):
         '''Measure what an operation passes on.'''

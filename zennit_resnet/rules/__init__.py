@@ -3,6 +3,7 @@
 All rules but :py:class:`BlockEpsilon` run in a single pass: the layer's own graph is replaced with a function whose
 backward *is* the rule, so nothing is computed that the rule does not need.
 '''
+from .attention import HalfEach, SoftmaxTaylor
 from .base import SinglePass
 from .block import BlockEpsilon, GradientTimesInput
 from .branch_scaling import Contributions, branch_factor
@@ -13,7 +14,8 @@ from .splitting import RatioSplit, ResidualOnly, Split, SymmetricSplit
 from .zplus import ZPlus
 
 __all__ = [
-    'BlockEpsilon', 'Contributions', 'Duplicate', 'GradientTimesInput', 'LinearSum', 'NoRule', 'PassThrough',
-    'Proportional', 'RatioSplit', 'Refill', 'Relative', 'RelativeMaxPool', 'ResidualOnly', 'SignalTakesAll',
-    'SignedAlphaBeta', 'SinglePass', 'Split', 'SymmetricSplit', 'Uncrop', 'ZPlus', 'branch_factor',
+    'BlockEpsilon', 'Contributions', 'Duplicate', 'GradientTimesInput', 'HalfEach', 'LinearSum', 'NoRule',
+    'PassThrough', 'Proportional', 'RatioSplit', 'Refill', 'Relative', 'RelativeMaxPool', 'ResidualOnly',
+    'SignalTakesAll', 'SignedAlphaBeta', 'SinglePass', 'SoftmaxTaylor', 'Split', 'SymmetricSplit', 'Uncrop', 'ZPlus',
+    'branch_factor',
 ]
