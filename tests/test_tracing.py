@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from helpers.networks import CifarResNet, Function, UserNetwork, build_timm, build_torchvision, prepare, randomize
 from helpers.operations import FUNCTIONS, OTHERS, RELATIVE, RESNET, build, images
 from torch import nn
+from torchvision.models import SwinTransformer, VisionTransformer
 from zennit.attribution import Gradient
 from zennit.composites import EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat
 
@@ -104,6 +105,27 @@ def test_timm(name):
     model = prepare(build_timm(name))
     input = torch.randn(1, 3, 64, 64).double()
     assert_same(trace(model, ResNetLRP(), torch.rand_like(input)), model, ResNetLRP(), input, initial_relevance(3))
+
+
+@pytest.mark.parametrize('build', [
+    lambda: VisionTransformer(32, 8, 1, 2, 32, 64, num_classes=5),
+    lambda: SwinTransformer([4, 4], 16, [1], [2], [4, 4], num_classes=5),
+])
+def test_transformers(build):
+    '''Attention weights are known not to be negative, and what class tokens keep is part of the graph.'''
+    torch.manual_seed(0)
+    model = build().double().eval()
+    for param in model.parameters():
+        nn.init.normal_(param, std=.1)
+    input, start = torch.randn(2, 3, 32, 32).double(), torch.eye(5)[:2].double()
+    for composite in (ResNetLRP(), ResNetLRP(attention='half', parameters='sink')):
+        traced = trace(model, composite, torch.rand_like(input))
+        assert_same(traced, model, composite, input, start)
+        expected = composite.sinks.total(start)
+        _, relevance, *kept = traced.explain(input, start)
+        assert torch.allclose(sum(kept, torch.zeros(2).double()), expected)
+        if composite.attention == 'value':
+            assert torch.allclose(relevance.sum((1, 2, 3)) + expected, torch.ones(2).double())
 
 
 def test_composites_of_zennit():

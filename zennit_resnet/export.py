@@ -200,7 +200,7 @@ class _Explanation(torch.nn.Module):
         '''Logits, heatmap, and relevance.'''
         if self.mean is not None:
             image = (image - self.mean) / self.std
-        output, relevance = self.attribution(image, lambda output: self.start(output, target))
+        output, relevance, *_ = self.attribution(image, lambda output: self.start(output, target))
         heatmap = relevance.sum(1) if relevance.ndim > 2 else relevance.clone()
         return (output, heatmap, relevance) if self.with_relevance else (output, heatmap)
 

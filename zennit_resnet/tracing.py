@@ -131,6 +131,10 @@ class TracedAttribution(torch.nn.Module):
         TypeError
             If it is neither a tensor nor a function.
         '''
+        return self.explain(input, initial_relevance)[:2]
+
+    def explain(self, input, initial_relevance):
+        '''Output and relevance, and what sinks keep of it, of shape (batch,), if there are any.'''
         graph = self.graph_for(input)
         with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
             return graph(input.contiguous(), initial_relevance)
@@ -165,7 +169,12 @@ class TracedAttribution(torch.nn.Module):
                     output = select_output(network(leaf.clone()))
                 divides = divides_by_output(output)
                 relevance, = torch.autograd.grad(output, leaf, start)
-            return output.detach(), relevance.contiguous()
+                sinks = getattr(composite, 'sinks', None)
+                kept = [sinks.total(start.detach())] if sinks else []
+                if sinks:
+                    # they are part of the graph
+                    sinks.clear()
+            return output.detach(), relevance.contiguous(), *kept
 
         with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
             result = network(input)
@@ -210,7 +219,7 @@ def start_from(initial_relevance, output, divides):
 def _insert_start(graph, divides):
     '''Have the initial relevance checked, or computed from the output, as soon as that is known.'''
     *_, start = graph.find_nodes(op='placeholder')
-    (output, _), = next(node for node in graph.nodes if node.op == 'output').args
+    (output, *_), = next(node for node in graph.nodes if node.op == 'output').args
     with graph.inserting_after(output):
         node = graph.call_function(start_from, (start, output, divides))
     node.meta.update(start.meta)

@@ -511,8 +511,11 @@ class CompositeAttribution(GradientAttribution):
             seeds.append(self._seed(output, index, contrast, len(image)))
             return seeds[-1]
 
-        maps = [traced(image, partial(start, index))[1] for index in indices]
-        return [([(relevance,)], seed) for relevance, seed in zip(maps, seeds)]
+        found = [traced.explain(image, partial(start, index))[1:] for index in indices]
+        return [
+            ([(relevance,), tuple(kept) or (seed.new_zeros(len(seed)),)], seed)
+            for (relevance, *kept), seed in zip(found, seeds)
+        ]
 
     def _seed(
         self, output: Any, index: Target, contrast: Any, batch: int

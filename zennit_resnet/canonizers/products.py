@@ -5,7 +5,8 @@ import string
 import torch
 import torch.nn.functional as F
 
-from .._autograd import are_probabilities, is_exponential, is_gate, is_one_more, is_sum, is_weighting
+from .._autograd import are_probabilities, is_exponential, is_gate, is_non_negative, is_one_more, is_sum, is_weighting
+from .._compat import is_recorded
 from ..layer import (
     Activation,
     AveragePool,
@@ -133,15 +134,15 @@ COMPLEX = 'it computes with complex numbers, which have no positive or negative 
 def _pick(canonizer, call, function):
     '''The call with one factor that carries relevance and the others as constants, or what it returns as it is refused.
 
-    Also whether the constants are computed from the input, as are weights of a pooling.
+    Also the factors that are constants although they are computed from the input, as are weights of a pooling.
     '''
     if is_complex(*function.tensors()):
         return None, canonizer.refuse(call, function, COMPLEX)
     if len(function.active) == 1:
-        return function, False
+        return function, []
     signal = _find_value(canonizer, function.active)
     if signal is not None:
-        return function.keep(function.active[signal]), True
+        return function.keep(function.active[signal]), function.active[:signal] + function.active[signal + 1:]
     if len(function.active) == 2:
         return None, canonizer.run(call, MatrixProduct, function.distinct())
     shapes = ', '.join(str(tuple(elem.shape)) for elem in function.active)
@@ -159,14 +160,21 @@ def _find_value(canonizer, factors):
     return signal
 
 
+def _are_non_negative(constants, gates):
+    '''Whether constants have no negative values, some of which are gates. For a graph, only data flow tells.'''
+    recorded = sum(map(is_recorded, constants))
+    is_known = recorded == len(gates) and all(map(is_non_negative, gates))
+    return all(is_known if is_recorded(elem) else bool((elem >= 0).all()) for elem in constants)
+
+
 def contract(canonizer, call, function):
     '''A product of two tensors over dimensions, which is linear in the one that is no constant.'''
-    function, is_pooling = _pick(canonizer, call, function)
+    function, gates = _pick(canonizer, call, function)
     if function is None:
-        return is_pooling
+        return gates
     signal, = function.active
     constant, = (elem for elem in function.tensors() if elem is not signal)
-    if is_pooling and bool((constant >= 0).all()):
+    if gates and _are_non_negative([constant], gates):
         return canonizer.run(call, NonNegativeMap, function, examples=None)
     is_left = next(elem for elem in function.tensors()) is signal
     if constant.ndim == 2 and is_left and function.name in ('matmul', '__matmul__', 'mm', 'linalg_matmul') and (
@@ -320,13 +328,13 @@ def multi_dot(canonizer, call, function):
 
 def _contract_many(canonizer, call, function, inputs, output, operands):
     '''A sum of products of two or more tensors, given the letters of the dimensions of each and of the output.'''
-    pooled, is_pooling = _pick(canonizer, call, function)
+    pooled, gates = _pick(canonizer, call, function)
     if pooled is None:
-        return is_pooling
+        return gates
     signal, = pooled.active
     index = next(num for num, elem in enumerate(operands) if elem is signal)
     constants = [elem.detach() for num, elem in enumerate(operands) if num != index]
-    if is_pooling and all(bool((elem >= 0).all()) for elem in constants):
+    if gates and _are_non_negative(constants, gates):
         return canonizer.run(call, NonNegativeMap, pooled, examples=None)
     others = [key for num, key in enumerate(inputs) if num != index]
     kept, = others if len(others) == 1 else (''.join(
@@ -359,7 +367,8 @@ def deformable(canonizer, call, function):
     if not input.requires_grad or weight.requires_grad:
         return canonizer.refuse(call, function, 'its weights or places do')
     function = function.keep(input)
-    if bool((function.bind(*names)['mask'] < 0).any()):
+    mask = function.bind(*names)['mask']
+    if not _are_non_negative([mask], [given['mask']] * given['mask'].requires_grad):
         return canonizer.refuse(call, function, 'its mask has negative values')
     bias = function.bind(*names)['bias']
     product = function.put(bias, torch.zeros_like(bias)).rebind(input, weight)
