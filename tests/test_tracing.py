@@ -109,7 +109,7 @@ def test_timm(name):
 
 @pytest.mark.parametrize('build', [
     lambda: VisionTransformer(32, 8, 1, 2, 32, 64, num_classes=5),
-    lambda: SwinTransformer([4, 4], 16, [1], [2], [4, 4], num_classes=5),
+    lambda: SwinTransformer([4, 4], 16, [2], [2], [4, 4], num_classes=5),
 ])
 def test_transformers(build):
     '''Attention weights are known not to be negative, and what class tokens keep is part of the graph.'''
