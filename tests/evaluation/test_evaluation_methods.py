@@ -2,12 +2,12 @@
 import numpy as np
 import pytest
 import torch
-from helpers.evaluation import SIZE
+from helpers.evaluation import SIZE, make_batch
 from zennit.attribution import Gradient
 
 from captum_adapters.evaluation import PRESETS, Method
 from captum_adapters.evaluation.methods import Context, find_entries, kind_of
-from captum_adapters.evaluation.metrics import Batch, MetricSettings, measure
+from captum_adapters.evaluation.metrics import MetricSettings, measure
 from zennit_resnet.attribution import initial_relevance
 from zennit_resnet.methods import Method as Grammar
 from zennit_resnet.methods import split_names
@@ -79,8 +79,7 @@ def test_contrasts(text, contrast, value, context):
     _, relevance = Gradient(model, explainer.method.composite(context.classifier))(images, start)
     torch.testing.assert_close(attributed.maps, relevance.sum(1), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(attributed.initial.float(), start(output), rtol=1e-4, atol=1e-5)
-    masks = torch.ones(2, SIZE, SIZE, dtype=torch.bool)
-    batch = Batch(['a', 'b'], images, output, target, target, target, masks)
+    batch = make_batch(images, target, output=output)
     found, _ = measure(
         ['conservation'], model, batch, attributed.maps, MetricSettings(), attributed.total, attributed.initial
     )

@@ -6,24 +6,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers.evaluation import SIZE, run
+from helpers.evaluation import SIZE, make_batch, run
 from PIL import Image
 from torchvision.models import resnet18
 
 from captum_adapters import metrics
 from captum_adapters.evaluation import COLUMNS, Evaluation, RunError, summarize
 from captum_adapters.evaluation.config import PERCENTS
-from captum_adapters.evaluation.metrics import NAMES, Batch, MetricSettings, measure
-
-
-def make_batch(images, target, **fields):
-    '''Images without names that tell anything, without mosaics.'''
-    none = torch.zeros(len(images), 0)
-    defaults = {
-        'output': torch.zeros(len(images), 3), 'scored': target, 'published': target, 'labels': target, 'masks': none,
-        'mosaics': none, 'cells': none,
-    }
-    return Batch(names=[*map(str, range(len(images)))], images=images, targets=target, **{**defaults, **fields})
+from captum_adapters.evaluation.metrics import NAMES, MetricSettings, measure
 
 
 def test_all_metrics(assets, tmp_path):

@@ -8,6 +8,7 @@ from PIL import Image
 from torchvision.models import resnet18
 
 from captum_adapters.evaluation import Evaluation, Process, Run, SampleRecord, evaluate, read_run
+from captum_adapters.evaluation.metrics import Batch
 
 CLASSES = ('circle', 'square', 'stripes')
 SIZE = 64
@@ -40,6 +41,16 @@ def run(assets, out, process=None, **options):
     '''Evaluate quietly, and read the records.'''
     evaluate(setting(assets, out, **options), process=process or Process(), quiet=True)
     return read_run(out)
+
+
+def make_batch(images, target, **fields):
+    '''Images without names that tell anything, without masks and mosaics.'''
+    none = torch.zeros(len(images), 0)
+    defaults = {
+        'output': torch.zeros(len(images), 3), 'scored': target, 'published': target, 'labels': target, 'masks': none,
+        'mosaics': none, 'cells': none,
+    }
+    return Batch(names=[*map(str, range(len(images)))], images=images, targets=target, **{**defaults, **fields})
 
 
 def assert_same(first, other):
