@@ -65,7 +65,7 @@ def test_other_inputs(label):
     assert relevance.shape == (2, 3, 16, 16)
 
 
-@pytest.mark.parametrize('name', sorted(FUNCTIONS)[::15])
+@pytest.mark.parametrize('name', sorted(set(FUNCTIONS) - {'getitem mask'})[::15])
 def test_operations(name):
     '''Some functions of the table of operations.'''
     model, x = build(FUNCTIONS[name], is_relu=False), images()

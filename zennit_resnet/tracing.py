@@ -4,6 +4,7 @@ A rule is a closed form of tensor operations, so autograd, hooks and Python are 
 there are. What is recorded runs without them, and can be compiled and exported.
 '''
 import copy
+from contextlib import ExitStack
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -203,7 +204,11 @@ def start_from(initial_relevance, output, divides):
             raise TypeError(
                 f'initial_relevance must be a tensor or a function of the output, but is {type(initial_relevance)}.'
             )
-        with torch.inference_mode(False), torch.enable_grad():
+        with ExitStack() as modes:
+            if not torch.compiler.is_compiling():
+                # functions as targets take gradients
+                modes.enter_context(torch.inference_mode(False))
+                modes.enter_context(torch.enable_grad())
             given = output.detach().clone()
             # the graph of the output would tell what rule the last layer has
             given.divides_relevance = divides

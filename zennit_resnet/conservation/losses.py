@@ -172,7 +172,7 @@ class LossProbe:
             return share, dead
 
         def spread(module, input, relevance):
-            lower = type(hook)._spread(hook, module, input, relevance)
+            lower = type(hook)._spread(hook, module, input, relevance).expand_as(input)
             if len(lower) == self.batch_size and self.notes:
                 self.notes[-1].lost['dead_units'] -= self._sum(precise(lower))
             return lower
