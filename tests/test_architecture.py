@@ -17,6 +17,7 @@ FLOORS = [
     ('zennit_resnet.canonizers',),
     ('zennit_resnet.composites', 'zennit_resnet.classic', 'zennit_resnet.attribution', 'zennit_resnet.registration',
      'zennit_resnet.attributors'),
+    ('zennit_resnet._graphs', 'zennit_resnet._pooling', 'zennit_resnet.tracing', 'zennit_resnet.export'),
     ('zennit_resnet.conservation', 'zennit_resnet.postprocess', 'zennit_resnet.image', 'zennit_resnet.models'),
     ('zennit_resnet.methods',),
     ('zennit_resnet.cli', 'zennit_resnet'),
