@@ -231,11 +231,13 @@ class Network(nn.Module):
         '''Logits.'''
         found = self.active(x)
         before = dict(found)
-        if self.tapped is not None:
+        # copies of single examples run without gradients
+        is_tapped = self.tapped is not None and all(tensor.requires_grad for tensor in found.values())
+        if is_tapped:
             for name, tensor in found.items():
                 tensor.register_hook(lambda grad, name=name: self.tapped.__setitem__(name, grad))
         output = self.evaluate(**found)
-        if self.tapped is not None and output.requires_grad:
+        if is_tapped and output.requires_grad:
             self.tapped['values'] = {key: value.detach() for key, value in before.items()}
             output.register_hook(lambda grad: self.tapped.__setitem__('output', grad))
         output = output.flatten(1) if output.ndim > 1 else output.reshape(len(x), -1)
