@@ -17,7 +17,7 @@ from ._graphs import fold, record
 from ._pooling import DECOMPOSITIONS
 from .arguments import check_choice, check_flag, check_rule
 from .attribution import VALUES, as_contrast, check_contrast_weight, default_value, rival_shares, weigh
-from .tracing import TracedAttribution
+from .tracing import TracedAttribution, layout_for
 
 FORMATS = ('.onnx', '.pt2')
 METADATA = 'metadata.json'
@@ -102,6 +102,9 @@ def export(
     rivals = as_contrast(contrast)
     check_contrast_weight(rivals, contrast_weight)
     graph = traced.graph_for(input)
+    if layout_for(input) != torch.contiguous_format:
+        # another layout needs views which other formats have not
+        graph = traced.record(input, torch.contiguous_format)
     with torch.no_grad():
         start, outputs, value = _record_start(graph, input, value, rivals, contrast_weight)
         graph = _standalone(graph, DECOMPOSITIONS if path.suffix == '.onnx' else {})
