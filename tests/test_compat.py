@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from zennit.composites import EpsilonPlus
@@ -372,6 +373,13 @@ def test_recorded():
     assert found == [[True, True, False, False, False], (True, False)]
     assert torch.equal(graph(torch.zeros(2)), torch.full((2,), 2.))
     assert not _compat.is_traced() and _compat.has_values(weight) and not _compat.is_recorded(weight)
+
+
+def test_fake():
+    '''Tensors without values are told from others.'''
+    with FakeTensorMode():
+        assert _compat.is_fake(torch.ones(2))
+    assert not _compat.is_fake(torch.ones(2))
 
 
 def test_origin():

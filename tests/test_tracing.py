@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from helpers.networks import CifarResNet, Function, UserNetwork, build_timm, build_torchvision, prepare, randomize
 from helpers.operations import FUNCTIONS, OTHERS, RELATIVE, RESNET, build, images
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torchvision.models import SwinTransformer, VisionTransformer
 from zennit.attribution import Gradient
 from zennit.composites import EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat
@@ -173,6 +174,27 @@ def test_only_aten():
     assert len(others) == 1 and 'start_from' in others[0]
     # the input alone has both signs
     assert not any('batch_norm' in name for name in targets) and sum('clamp' in name for name in targets) == 2
+
+
+@pytest.mark.parametrize('label', ['ratio', 'symmetric', 'merge', 'epsilon', 'relative', 'block'])
+def test_no_values(label):
+    '''Neither rules nor the canonizer need any value: tensors without values are enough.'''
+    model, composite = network(), COMPOSITES[label]()
+
+    def attribute(input, start):
+        with composite.context(model), torch.enable_grad():
+            leaf = input.detach().requires_grad_()
+            output = model(leaf)
+            relevance, = torch.autograd.grad(output, leaf, start)
+        return output.detach(), relevance
+
+    # reading a value raises an error here
+    input, start = torch.rand(2, 3, 32, 32).double(), torch.rand(2, 10).double()
+    graph = make_fx(attribute, tracing_mode='fake', _allow_non_fake_inputs=True)(torch.ones_like(input), start)
+    with torch.no_grad():
+        _, relevance = graph(input, start)
+    _, expected = eager(model, COMPOSITES[label](), input, start)
+    assert torch.allclose(relevance, expected, rtol=1e-7, atol=1e-12)
 
 
 def test_initial_relevance():

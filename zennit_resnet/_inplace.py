@@ -8,7 +8,16 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ._autograd import name_of
-from ._compat import DisableTorchFunction, function_modes, is_view, keep_version, pop_mode, push_mode, version_of
+from ._compat import (
+    DisableTorchFunction,
+    function_modes,
+    is_fake,
+    is_view,
+    keep_version,
+    pop_mode,
+    push_mode,
+    version_of,
+)
 from ._nested import tensors_of
 
 # Functions after which each entry is the same as before, or has a gradient of zero (but may have relevance).
@@ -270,7 +279,9 @@ def _changed(name, args, kwargs):
 def address_of(tensor):
     '''Address of the memory of a tensor, which all of its views have in common.'''
     try:
-        return tensor.untyped_storage().data_ptr()
+        storage = tensor.untyped_storage()
+        # tensors without values have no address
+        return storage._cdata if is_fake(tensor) else storage.data_ptr()
     except NotImplementedError:
         # within torch.vmap, tensors have no storage of their own
         return id(tensor)
