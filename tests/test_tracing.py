@@ -129,6 +129,19 @@ def test_transformers(build):
             assert torch.allclose(relevance.sum((1, 2, 3)) + expected, torch.ones(2).double())
 
 
+def test_weights_of_five_dimensions():
+    '''Weights that have no layout with the channels last.'''
+    torch.manual_seed(0)
+    model = Function(
+        lambda self, x: F.conv2d(x, self.weights[0]).mean((2, 3)), weights=nn.Parameter(torch.randn(2, 4, 3, 3, 3))
+    ).double().eval()
+    input = torch.randn(1, 3, 8, 8).double()
+    state = torch.get_rng_state()
+    traced = trace(model, ResNetLRP(), torch.ones_like(input))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert_same(traced, model, ResNetLRP(), input, torch.eye(4)[:1].double())
+
+
 def test_composites_of_zennit():
     '''Composites of Zennit, also with splitting at additions.'''
     torch.manual_seed(0)

@@ -158,6 +158,9 @@ class TracedAttribution(torch.nn.Module):
         network, composite, key = self.source
         check_evaluation(network)
         divides, layout = None, layout or layout_for(input)
+        if any(elem.ndim == 5 for elem in (*network.parameters(), *network.buffers())):
+            # which have no such format
+            layout = torch.contiguous_format
         network.to(memory_format=layout)
 
         def attribute(image, start):
@@ -179,7 +182,7 @@ class TracedAttribution(torch.nn.Module):
             result = network(input)
             result = select_output(result if key is None else select_output(result, key))
             dtype = torch.promote_types(result.dtype, torch.float32)
-            start = torch.rand(result.shape, dtype=dtype, device=result.device) + .5
+            start = torch.linspace(.5, 1.5, result.numel(), dtype=dtype, device=result.device).view(result.shape)
             graph, constants = record(attribute, input.contiguous(), start)
             _check_shapes(graph, constants)
             simplify(graph, constants)
