@@ -1,13 +1,10 @@
 '''Cost of eager, traced and compiled attributions as a ratio to one eager gradient of the same batch, in the same run.
 
 Each round times everything in turn, such that the machine's drift hits all alike, and the smallest ratio of the rounds
-to their smallest gradient is printed. Peak memory is that of a process which does nothing else.
+to their smallest gradient is printed.
 '''
 import argparse
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import torch
 import torchvision
@@ -44,18 +41,6 @@ def variants(model, name, input, start, args):
     return found
 
 
-def memory_status(key):
-    '''Memory of this process in KiB, as Linux counts it (``ru_maxrss`` would include the parent's).'''
-    return next(int(line.split()[1]) for line in Path('/proc/self/status').read_text().splitlines() if key in line)
-
-
-def peak_memory(size, batch, name, variant, args):
-    '''Peak memory of one call in a process of its own, beyond what there was before, in MiB.'''
-    command = [sys.executable, __file__, '--only', f'{name} {variant}', f'--sizes={size}', f'--batches={batch}']
-    command += [f'--model={args.model}', f'--threads={args.threads}', *['--compile'] * args.compile]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-
-
 def main():
     '''Print a table.'''
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -67,8 +52,6 @@ def main():
     parser.add_argument('--rounds', type=int, default=15)
     parser.add_argument('--compile', action='store_true', help='takes minutes')
     parser.add_argument('--freezing', action='store_true', help='have the compiler repack weights')
-    parser.add_argument('--memory', action='store_true')
-    parser.add_argument('--only', help=argparse.SUPPRESS)
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
@@ -79,16 +62,6 @@ def main():
             input = torch.randn(batch, 3, size, size)
             with torch.no_grad():
                 start = torch.rand_like(model(input))
-            if args.only:
-                name, _, variant = args.only.partition(' ')
-                function = variants(model, name, input, start, args)[variant]
-                function()
-                # the peak so far was that of tracing
-                Path('/proc/self/clear_refs').write_text('5')
-                before = memory_status('VmRSS')
-                function()
-                print((memory_status('VmHWM') - before) / 1024)
-                return
             for name in args.names:
                 functions = variants(model, name, input, start, args)
                 times = {key: [] for key in functions}
@@ -101,10 +74,6 @@ def main():
                         times[key].append(time.perf_counter() - begin)
                 best = {key: min(elem) for key, elem in times.items()}
                 cells = [f'{key} {value / best["gradient"]:.2f}' for key, value in best.items()]
-                if args.memory:
-                    cells += [
-                        f'memory {key} {peak_memory(size, batch, name, key, args):.0f} MiB' for key in functions
-                    ]
                 print(f'{args.model} {batch} x {size} {name}: {best["gradient"] * 1e3:.1f} ms;', ', '.join(cells),
                       flush=True)
 

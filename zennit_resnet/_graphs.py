@@ -135,7 +135,7 @@ def is_constant(constants, node):
     return True
 
 
-def _affine(build, input, weight, bias, mean, var, eps):
+def _affine(build, weight, bias, mean, var, eps):
     '''Scale and shift of a batch normalization.'''
     scale = build(aten.rsqrt.default, build(aten.add.Tensor, var, eps))
     if weight is not None:
@@ -155,7 +155,7 @@ def _channels(build, vector, ndim, dim=1):
 
 def _normalize(build, constants, input, weight, bias, mean, var, eps):
     '''A batch normalization, folded into the convolution before it if nothing else uses that.'''
-    scale, shift = _affine(build, input, weight, bias, mean, var, eps)
+    scale, shift = _affine(build, weight, bias, mean, var, eps)
     ndim = _fake(input).ndim
     if input.target is aten.convolution.default and len(input.users) == 1 and not input.args[6] and (
         is_constant(constants, input.args[1]) and is_constant(constants, input.args[2])
@@ -172,7 +172,7 @@ def _normalize(build, constants, input, weight, bias, mean, var, eps):
 def _normalize_backward(build, args):
     '''The gradient of a batch normalization by its input.'''
     upper, input, weight, mean, var, _, _, _, eps, *_ = args
-    scale, _ = _affine(build, input, weight, None, mean, var, eps)
+    scale, _ = _affine(build, weight, None, mean, var, eps)
     return build(aten.mul.Tensor, upper, _channels(build, scale, _fake(input).ndim))
 
 
@@ -191,13 +191,9 @@ def _convolve_backward(build, constants, args):
     if set(stride) == {1}:
         inverse = [step * (size - 1) - pad for step, size, pad in zip(dilation, shape[2:], padding)]
         if min(inverse) >= 0:
-            if groups > 1:
-                kernel = build(aten.view.default, kernel, [groups, shape[0] // groups, *shape[1:]])
-            first = 1 if groups > 1 else 0
-            kernel = build(aten.transpose.int, kernel, first, first + 1)
-            if groups > 1:
-                kernel = build(aten.clone.default, kernel, memory_format=torch.contiguous_format)
-                kernel = build(aten.view.default, kernel, [groups * shape[1], shape[0] // groups, *shape[2:]])
+            kernel = build(aten.reshape.default, kernel, [groups, shape[0] // groups, *shape[1:]])
+            kernel = build(aten.transpose.int, kernel, 1, 2)
+            kernel = build(aten.reshape.default, kernel, [groups * shape[1], shape[0] // groups, *shape[2:]])
             if math.prod(shape[2:]) > 1:
                 kernel = build(aten.flip.default, kernel, list(range(2, num + 2)))
             return build(aten.convolution.default, upper, kernel, None, stride, inverse, dilation, False, zeros, groups)

@@ -4,6 +4,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .rules._linear_maps import CONV_TRANSPOSE, as_tuple
+
 aten = torch.ops.aten
 
 
@@ -12,7 +14,7 @@ def average_backward(upper, input, kernel, stride, padding, ceil_mode, count_inc
     # pylint: disable=too-many-arguments,unused-argument
     lengths, outs = input.shape[2:], upper.shape[2:]
     num = len(lengths)
-    kernel, stride, padding = (_spread(value, num) for value in (kernel, stride or kernel, padding))
+    kernel, stride, padding = (as_tuple(value, num) for value in (kernel, stride or kernel, padding))
     planes = math.prod(upper.shape[:2])
     if divisor_override:
         upper = upper / divisor_override
@@ -24,8 +26,7 @@ def average_backward(upper, input, kernel, stride, padding, ceil_mode, count_inc
             is_even = len(set(counts)) == 1
             upper = upper / (counts[0] if is_even else upper.new_tensor(counts).view(shape))
     upper = upper.reshape(planes, 1, *outs)
-    convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[num - 1]
-    lower = convolve(upper, upper.new_ones(1, 1, *kernel), stride=stride)
+    lower = CONV_TRANSPOSE[num](upper, upper.new_ones(1, 1, *kernel), stride=stride)
     # windows end before the input does, or after it
     margins = [(-pad, pad + length - total) for length, total, pad in zip(lengths, lower.shape[2:], padding)]
     lower = F.pad(lower, [value for pair in reversed(margins) for value in pair])
@@ -39,10 +40,6 @@ def _counts(length, out, size, step, pad, count_include_pad):
     if not count_include_pad:
         starts, ends = [max(start, 0) for start in starts], [min(end, length) for end in ends]
     return [end - start for start, end in zip(starts, ends)]
-
-
-def _spread(value, num):
-    return list(value) * num if len(value) == 1 else list(value)
 
 
 def maximum_backward(upper, input, kernel, stride, padding, dilation, ceil_mode, indices):

@@ -179,8 +179,7 @@ class TracedAttribution(torch.nn.Module):
             return output.detach(), relevance.contiguous(), *kept
 
         with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
-            result = network(input)
-            result = select_output(result if key is None else select_output(result, key))
+            result = select_output(network(input), key)
             dtype = torch.promote_types(result.dtype, torch.float32)
             start = torch.linspace(.5, 1.5, result.numel(), dtype=dtype, device=result.device).view(result.shape)
             graph, constants = record(attribute, input.contiguous(), start)

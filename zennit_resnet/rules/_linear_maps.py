@@ -15,7 +15,7 @@ from ..layer import Operation
 LARGE = 2 ** 21
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
@@ -43,7 +43,7 @@ def convolve(module, input, weight, shape, spread=False):
             out - (length - 1) * step + 2 * pad - (size - 1) * dil - 1 for out, length, step, pad, size, dil
             in zip(shape, input.shape[2:], stride, pads, weight.shape[2:], dilation)
         ]
-        return _CONV_TRANSPOSE[num](input, weight, None, stride, pads, output_padding, module.groups, dilation)
+        return CONV_TRANSPOSE[num](input, weight, None, stride, pads, output_padding, module.groups, dilation)
     padding = module.padding if isinstance(module.padding, str) else as_tuple(module.padding, num)
     if module.padding_mode != 'zeros':
         # pylint: disable=protected-access
