@@ -21,9 +21,9 @@ from captum_adapters.evaluation import (
 )
 from captum_adapters.evaluation.methods import CONTROLS, find_entries, stands_for
 from zennit_resnet import __version__
+from zennit_resnet._choices import split_names
 from zennit_resnet._text import one_line, printable
 from zennit_resnet.cli.group import Commands
-from zennit_resnet.methods import split_names
 
 
 class _List(click.ParamType):
