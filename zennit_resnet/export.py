@@ -2,17 +2,15 @@
 import copy
 import importlib
 import json
-import os
 import re
-import tempfile
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from . import __version__
 from ._compat import TorchDispatchMode, caller, module_around
+from ._files import check_free, whole
 from ._graphs import fold, record
 from ._pooling import DECOMPOSITIONS
 from .arguments import check_choice, check_flag, check_rule
@@ -133,7 +131,7 @@ def export(
     entries = {**own, **(metadata or {})}
     texts = {key: entry if isinstance(entry, str) else json.dumps(entry) for key, entry in entries.items()}
     write = _write_onnx if path.suffix == '.onnx' else _write_program
-    with _whole(path, overwrite) as file:
+    with whole(path, overwrite) as file:
         write(program, file, names, texts, traced)
     return texts
 
@@ -148,8 +146,7 @@ def check_path(path, overwrite=False):
     path = Path(path)
     if path.suffix not in FORMATS:
         raise ValueError(f'path={str(path)!r} is of no format that there is: choose one of {", ".join(FORMATS)}.')
-    if path.exists() and not (overwrite and path.is_file()):
-        raise FileExistsError(f'{path} exists already: choose another name, or overwrite it.')
+    check_free(path, overwrite)
     if not path.parent.is_dir():
         raise FileNotFoundError(f'There is no folder {path.parent}: make it first.')
     if path.suffix == '.onnx':
@@ -158,24 +155,6 @@ def check_path(path, overwrite=False):
                 importlib.import_module(name)
         except ImportError as error:
             raise ImportError(f'{error}. Writing ONNX needs more packages: pip install onnx onnxscript') from error
-
-
-@contextmanager
-def _whole(path, overwrite):
-    '''A file to write that gets its name when it is complete.'''
-    handle, name = tempfile.mkstemp(suffix=path.suffix, prefix=f'.{path.stem}-', dir=path.parent)
-    os.close(handle)
-    try:
-        yield name
-        # files of this kind are for their owner only
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
-        # another one may have been written in the meantime
-        check_path(path, overwrite)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 # -- the program -------------------------------------------------------------------------------------------------------

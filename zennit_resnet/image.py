@@ -1,5 +1,6 @@
 '''Pictures: reading photographs, and drawing heatmaps of images, signals and volumes, overlays and comparisons.'''
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ FONT_SIZE = 16
 
 # Brightness of red, green and blue as in ITU-R BT.601
 BRIGHTNESS = np.array([0.299, 0.587, 0.114])
+# Colors that are told apart with any kind of color vision, by the name 'safe': blue, black and orange on black, and
+# blue to orange without black
+SAFE = {'heatmap': '8ecdff,0072b2,000,d55e00,ffc48a', 'overlay': '8ecdff,0072b2,7f:00507d,80:a04600,d55e00,ffc48a'}
 # Gray level of a curve without relevance, its width in pixels, and how much larger it is drawn before it is reduced
 CURVE_GRAY, CURVE_WIDTH, OVERSAMPLING = 0.78, 2, 4
 
@@ -39,6 +43,9 @@ def read_image(path):
         If the file is not an image that can be decoded, or if it has so many pixels that decoding it might exhaust the
         memory (``PIL.Image.MAX_IMAGE_PIXELS``).
     '''
+    if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
+        # reading one may wait forever
+        raise ValueError('it is a pipe or device: save the photograph to a file first')
     try:
         with warnings.catch_warnings():
             # what is wrong with a file is raised, and names the file, which warnings of decoders do not
@@ -49,7 +56,7 @@ def read_image(path):
                 if image.format == 'EPS':
                     raise ValueError('EPS is a program for another program, save it as PNG first')
                 image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
+                return to_rgb(image)
     except FileNotFoundError:
         raise
     except IsADirectoryError as error:
@@ -64,10 +71,16 @@ def read_image(path):
         raise ValueError(f'it cannot be decoded ({" ".join(str(error).split()) or type(error).__name__})') from error
 
 
-def _to_rgb(image):
-    '''Convert an image of any mode to 8-bit RGB.'''
+def to_rgb(image):
+    '''Convert an image of Pillow's of any mode to 8-bit RGB, upright as its EXIF orientation says.
+
+    A ValueError is raised if it holds values that are not finite.
+    '''
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith(('I', 'F')):
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        values = np.asarray(image, dtype=np.float64)
+        if not np.isfinite(values).all():
+            raise ValueError('it holds NaN or infinite values')
         # these modes do not say how bright white is, so choose the smallest common maximum that fits
         largest = values.max(initial=0.)
         if image.mode.startswith('I;16') or largest > 255:
@@ -117,16 +130,35 @@ def _check_picture(picture, name='A picture'):
     return picture
 
 
-def _scale(heatmap, percentile):
-    '''Divide by a percentile of the magnitudes, and clip to [-1, 1].'''
+def color_range(heatmap, percentile=99.5):
+    '''End of the color range of a heatmap: a percentile of the magnitudes.
+
+    Parameters
+    ----------
+    heatmap: :py:obj:`numpy.ndarray`
+        Heatmap of any shape, or several in one array, which are to share a range.
+    percentile: float, optional
+        See :py:func:`draw_heatmap`.
+
+    Returns
+    -------
+    float
+        The largest magnitude if the percentile is zero, since less is relevant than it leaves out.
+    '''
     check_number('percentile', percentile, 0, 100)
     if not percentile:
         raise ValueError(f'percentile={percentile} leaves no range of colors: it must be above 0!')
-    bound = np.percentile(np.abs(heatmap), percentile)
-    if bound == 0:
-        # fewer pixels are relevant than the percentile leaves out
-        bound = np.abs(heatmap).max()
-    return np.zeros_like(heatmap) if bound == 0 else (heatmap / bound).clip(-1, 1)
+    magnitudes = np.abs(heatmap)
+    return float(np.percentile(magnitudes, percentile)) or float(magnitudes.max())
+
+
+def _scale(heatmap, percentile, bound=None):
+    '''Divide by the end of the color range, and clip to [-1, 1].'''
+    found = color_range(heatmap, percentile)
+    if bound is not None:
+        check_number('bound', bound, 0)
+        found = bound
+    return np.zeros_like(heatmap) if found == 0 else (heatmap / found).clip(-1, 1)
 
 
 def _to_uint8(picture):
@@ -147,7 +179,7 @@ def _color(scaled, cmap):
         ) from error
 
 
-def draw_heatmap(heatmap, percentile=99.5, cmap=HEATMAP_CMAP):
+def draw_heatmap(heatmap, percentile=99.5, cmap=HEATMAP_CMAP, bound=None):
     '''Draw a heatmap in color, as an array of shape (height, width, 3) and type uint8.
 
     The color range is symmetric around zero, so that zero has the same color in each heatmap, also in one without
@@ -162,7 +194,11 @@ def draw_heatmap(heatmap, percentile=99.5, cmap=HEATMAP_CMAP):
         pixel may make all others vanish. Default is 99.5.
     cmap: str or :py:obj:`zennit.cmap.ColorMap`, optional
         A color map of Zennit for values from minus to plus the end of the color range. Default is ``'coldnhot'``, with
-        black for zero, red to white for positive, and blue to cyan for negative values.
+        black for zero, red to white for positive, and blue to cyan for negative values. ``'safe'`` has orange instead
+        of red, for any kind of color vision.
+    bound: float, optional
+        End of the color range instead of the percentile, for several heatmaps on one scale, see
+        :py:func:`color_range`.
 
     Raises
     ------
@@ -172,12 +208,13 @@ def draw_heatmap(heatmap, percentile=99.5, cmap=HEATMAP_CMAP):
     TypeError
         If ``heatmap`` is not of real numbers, or another argument of a wrong type.
     '''
-    scaled = _scale(_check_heatmap(heatmap), percentile)
+    scaled = _scale(_check_heatmap(heatmap), percentile, bound)
+    cmap = SAFE['heatmap'] if cmap == 'safe' else cmap
     # the color map is called instead of using zennit.image.imgify, whose palettes recent versions of Pillow reject
     return _to_uint8(_color(scaled, cmap))
 
 
-def draw_overlay(photo, heatmap, percentile=99.5, opacity=0.9, cmap=OVERLAY_CMAP):
+def draw_overlay(photo, heatmap, percentile=99.5, opacity=0.9, cmap=OVERLAY_CMAP, bound=None):
     '''Draw a heatmap on the photograph it explains, as an array of shape (height, width, 3) and type uint8.
 
     The photograph turns gray, and color covers it in proportion to the magnitude of relevance: from red to yellow for
@@ -188,7 +225,7 @@ def draw_overlay(photo, heatmap, percentile=99.5, opacity=0.9, cmap=OVERLAY_CMAP
     ----------
     photo: :py:obj:`numpy.ndarray`
         Photograph of shape (height, width, 3) and type uint8.
-    heatmap, percentile, cmap:
+    heatmap, percentile, cmap, bound:
         See :py:func:`draw_heatmap`, also for what else is raised.
     opacity: float, optional
         Opacity at the end of the color range, from 0 to 1. Default is 0.9.
@@ -206,8 +243,9 @@ def draw_overlay(photo, heatmap, percentile=99.5, opacity=0.9, cmap=OVERLAY_CMAP
             f'{heatmap.shape}!'
         )
     check_number('opacity', opacity, 0, 1)
+    cmap = SAFE['overlay'] if cmap == 'safe' else cmap
     gray = (photo @ BRIGHTNESS / 255)[..., None]
-    return _cover(gray, _scale(heatmap, percentile), opacity, cmap)
+    return _cover(gray, _scale(heatmap, percentile, bound), opacity, cmap)
 
 
 def _cover(gray, scaled, opacity, cmap):
@@ -394,6 +432,68 @@ def draw_comparison(rows, titles, captions=None, scale=1):
             offset = (width - tile.shape[1]) // 2, (heights[num] - tile.shape[0]) // 2
             canvas.paste(Image.fromarray(tile), (int(left) + offset[0], top + offset[1]))
         top += heights[num] + MARGIN
+    return np.asarray(canvas)
+
+
+def draw_contours(picture, heatmap, percent=10.):
+    '''Outline the most relevant pixels in white on black, as an array like the picture.
+
+    Parameters
+    ----------
+    picture: :py:obj:`numpy.ndarray`
+        Picture of shape (height, width, 3) and type uint8.
+    heatmap: :py:obj:`numpy.ndarray`
+        Heatmap of shape (height, width). Smooth ones have simple outlines.
+    percent: float, optional
+        How many pixels, of the highest positive values, are inside. Default is 10.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not match, or ``percent`` is not between 0 and 100.
+    '''
+    import cv2
+    picture, heatmap = _check_picture(picture), _check_heatmap(heatmap)
+    check_number('percent', percent, 0, 100)
+    if picture.shape[:2] != heatmap.shape:
+        raise ValueError(f'Picture and heatmap are of shape {picture.shape} and {heatmap.shape}!')
+    mask = (heatmap >= np.percentile(heatmap, 100 - percent)) & (heatmap > 0)
+    outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    width = max(1, round(max(picture.shape) / 400))
+    canvas = np.ascontiguousarray(picture).copy()
+    for color, thickness in (((0, 0, 0), 3 * width), ((255, 255, 255), width)):
+        cv2.drawContours(canvas, outlines, -1, color, thickness)
+    return canvas
+
+
+def draw_legend(width, cmap=HEATMAP_CMAP, bound=None, transparent=False, labels=('against', 'for')):
+    '''Draw a color bar from minus to plus the end of the color range, as an array of shape (height, width, 3).
+
+    Parameters
+    ----------
+    width: int
+        Width in pixels.
+    cmap: str or :py:obj:`zennit.cmap.ColorMap`, optional
+        See :py:func:`draw_heatmap`.
+    bound: float, optional
+        End of the color range, to be written at the ends.
+    transparent: bool, optional
+        Weak relevance is transparent, as in :py:func:`draw_overlay`.
+    labels: tuple[str, str], optional
+        What negative and positive relevance mean.
+    '''
+    cmap = SAFE['overlay' if transparent else 'heatmap'] if cmap == 'safe' else cmap
+    ramp = np.linspace(-1, 1, width - 2)[None].repeat(FONT_SIZE - 4, 0)
+    bar = _cover(np.full((*ramp.shape, 1), 0.5), ramp, 0.9, cmap) if transparent else _to_uint8(_color(ramp, cmap))
+    line = FONT_SIZE
+    canvas = Image.new('RGB', (width, len(bar) + 4 + line), 'white')
+    draw = ImageDraw.Draw(canvas)
+    draw.rectangle((0, 1, width - 1, len(bar) + 2), outline='#808080')
+    canvas.paste(Image.fromarray(bar), (1, 2))
+    texts = labels if bound is None else (f'-{bound:.2g} {labels[0]}', f'{labels[1]} {bound:.2g}')
+    for text, left, anchor in ((texts[0], 0, 'lm'), (texts[1], width - 1, 'rm')):
+        text, font = _fit(text, width // 2 - MARGIN, FONT_SIZE - 4)
+        draw.text((left, canvas.height - line / 2), text, fill='black', font=font, anchor=anchor)
     return np.asarray(canvas)
 
 

@@ -19,8 +19,11 @@ from typing import NamedTuple
 import torch
 from zennit.attribution import Gradient
 from zennit.composites import COMPOSITES
+from zennit.core import Composite
 from zennit.torchvision import ResNetCanonizer
+from zennit.types import Convolution
 
+from ._autograd import divides_by_output
 from ._choices import INPUT_X_GRADIENT, LEVELS, MAX_LEVELS, POSTPROCESSING, SPLITTING, VALUES
 from .attribution import as_contrast, check_contrast_weight, initial_relevance
 from .classic import SETTINGS, ClassicLRP
@@ -65,8 +68,8 @@ def find_entries():
 
 
 def is_own(name):
-    '''Find out whether a registered composite, or a class that it is derived from, is one of this package.'''
-    composite = COMPOSITES[name]
+    '''Find out whether a composite, by class or registered name, or a base class of it, is one of this package.'''
+    composite = COMPOSITES.get(name, name)
     classes = composite.__mro__ if inspect.isclass(composite) else (composite,)
     return any(cls.__module__.partition('.')[0] == __name__.partition('.')[0] for cls in classes)
 
@@ -176,6 +179,18 @@ class Method:
         if self.entry.composite is not None:
             self._check_composite()
 
+    @classmethod
+    def of(cls, method):
+        '''Get a method of a name, a method, or a composite of Zennit's or this package.'''
+        if isinstance(method, Method):
+            return method
+        if not isinstance(method, Composite):
+            return cls(method)
+        made = cls('resnet_lrp_ratio')
+        made.text = made.name = made.attribution = type(method).__name__
+        made.entry = Entry('ours' if is_own(type(method)) else 'baseline', (), lambda: method)
+        return made
+
     @staticmethod
     def entries():
         '''Methods that there are, see :py:func:`find_entries`.'''
@@ -256,73 +271,152 @@ class Method:
         classifier: :py:obj:`zennit_resnet.models.Classifier`
             The classifier to explain.
         input: :py:obj:`torch.Tensor`
-            Normalized input of shape (batch, 3, height, width).
+            Normalized input of shape (batch, channels, height, width).
         target: int or :py:obj:`torch.Tensor`, optional
             Index of the class to explain, or one for each sample. Default is None, the predicted class of each sample.
         value: str, optional
             What relevance starts from, see :py:func:`zennit_resnet.attribution.initial_relevance`, unless ``initial``
-            is an option of the method. Input times gradient always explains the logit.
+            is an option of the method. By default, it is what makes relevance that supports the target positive: the
+            logit where the rule of the last layer divides by it, and one elsewhere. Input times gradient always
+            explains the logit.
         contrast: str, int, sequence of int or :py:obj:`torch.Tensor`, optional
             What the target is compared with, see there, unless ``contrast`` is an option of the method.
 
         Returns
         -------
-        output, relevance: :py:obj:`torch.Tensor`
-            Output of the model of shape (batch, classes), and relevance of the shape of ``input``.
-        target, initial: list
-            The explained class and the initial relevance of each sample.
+        :py:class:`Attributed`
+            Output, relevance, and what it started from.
         '''
         is_gradient = self.entry.composite is None
-        attr_output, found = self._start(target, 'one' if is_gradient else value, contrast)
+        attr_output, found = self._start(classifier, target, 'one' if is_gradient else value, contrast)
         # Zennit 1.0.0 does not restore a model completely after merging batch normalization
         model = copy.deepcopy(classifier.model) if self.splitting == 'zennit' else classifier.model
-        output, relevance = Gradient(model=model, composite=self.composite(classifier))(input, attr_output)
+        composite = self.composite(classifier)
+        output, relevance = Gradient(model=model, composite=composite)(input, attr_output)
         output, start = output.detach(), found['start']
         if is_gradient:
             # an attribution of logits, so these are what its sum has to be compared with
-            relevance, start = relevance * input, start * output
-        return output, relevance.detach(), found['targets'], start.double().sum(1).tolist()
+            relevance, start, found['value'] = relevance * input, start * output, 'logit'
+            found['signs'] = [1] * len(output)
+        sinks = getattr(composite, 'sinks', None)
+        kept = start.new_zeros(len(start)) if sinks is None else sinks.total(start)
+        return Attributed(
+            output, relevance.detach(), found['targets'], start.double().sum(1).tolist(), kept.tolist(),
+            found['value'], found['signs'],
+        )
 
     def ledger(self, classifier, input, target=None, value=None, contrast=None):
         '''Get a :py:class:`~zennit_resnet.conservation.Ledger` and the targets, see :py:meth:`attribute`.'''
-        attr_output, found = self._start(target, 'logit' if self.entry.composite is None else value, contrast)
+        attr_output, found = self._start(
+            classifier, target, 'logit' if value is None and self.contrast is contrast is None else value, contrast
+        )
         ledger = conservation_ledger(classifier.model, input, self.composite(classifier), attr_output)
         return ledger, found['targets']
 
-    def _start(self, target, value, contrast):
-        '''The relevance at the output as a function of it, and a dict which that and the targets are put into.'''
-        value, found = self.initial or value, {}
+    def _start(self, classifier, target, value, contrast):
+        '''The relevance at the output as a function of it, and a dict which all that it decides is put into.'''
         contrast = contrast if self.contrast is None else self.contrast
+        found = {}
 
         def attr_output(output):
             targets = output.argmax(1) if target is None else torch.as_tensor(target).expand(len(output))
-            found['targets'] = targets.tolist()
+            divides = self._divides(classifier, output) if self.entry.composite is not None else False
+            chosen = self.initial or value or ('logit' if divides else 'one')
+            found['targets'], found['value'] = targets.tolist(), chosen
             found['start'] = initial_relevance(
-                targets, value, contrast=contrast, contrast_weight=self.contrast_weight
+                targets, chosen, contrast=contrast, contrast_weight=self.contrast_weight
             )(output)
+            # started from one where the rule divides by the logit, or the other way round, maps have its sign
+            is_turned = contrast is None and (chosen == 'logit') != divides
+            signs = output.detach().gather(1, targets.to(output.device)[:, None])[:, 0].sign() if is_turned else None
+            found['signs'] = [1] * len(output) if signs is None else [int(sign) or 1 for sign in signs.tolist()]
             return found['start']
 
         return attr_output, found
 
-    def heatmap(self, relevance):
-        '''Get the heatmap to draw of relevance of shape (3, height, width), and notes of what is unusual about it.
+    def _divides(self, classifier, output):
+        '''Whether the rule of the last layer divides relevance by the logit, so that relevance has the sign of it.'''
+        known = divides_by_output(output)
+        return turns_sign(self.composite(classifier), classifier.model) if known is None else known
 
-        Where there is negative relevance only, it is the magnitude that is post-processed and drawn.
+    def heatmap(self, relevance, sign=1, smooth=0.):
+        '''Get the heatmap to draw, and notes of what is unusual about it.
+
+        Parameters
+        ----------
+        relevance: :py:obj:`torch.Tensor` or :py:obj:`numpy.ndarray`
+            Relevance of one image, of shape (channels, height, width).
+        sign: int, optional
+            What it is multiplied with, see :py:class:`Attributed`.
+        smooth: float, optional
+            Standard deviation, in pixels of the network's input, of a Gaussian that the sum over channels is smoothed
+            with before it is post-processed. Its sum does not change.
+
+        Returns
+        -------
+        heatmap: :py:obj:`numpy.ndarray`
+            Of shape (height, width).
+        notes: list[str]
+            What a reader should know.
         '''
-        heatmap, notes = sum_channels(relevance[None]), []
-        if is_negative(relevance):
-            heatmap = -heatmap
-            notes.append('of the magnitude, as all relevance is negative')
+        heatmap, notes = sign * sum_channels(torch.as_tensor(relevance)[None]).cpu(), []
+        if smooth:
+            from scipy.ndimage import gaussian_filter
+            heatmap = torch.from_numpy(gaussian_filter(heatmap.numpy(), (0, smooth, smooth), mode='reflect'))
+        if sign < 0:
+            notes.append('drawn with the opposite sign, as the logit is negative: positive is for the class')
         processed = self.process(heatmap)
         if self.postprocess in ('c1c', 'c3') and not processed.any():
             notes.append(f'empty, as {self.postprocess} leaves nothing')
-        return processed[0].cpu().numpy(), notes
+        return processed[0].numpy(), notes
 
 
-def is_negative(relevance):
-    '''Find out whether there is negative relevance only.
+class Attributed(NamedTuple):
+    '''What a method has computed for a batch.
 
-    Rules of positive contributions give relevance the sign of the target's logit everywhere. Logits have no natural
-    zero, and the most probable class may well have a negative one, so that the magnitude is what is to be seen.
+    Attributes
+    ----------
+    output, relevance: :py:obj:`torch.Tensor`
+        Output of the model of shape (batch, classes), and relevance of the shape of the input.
+    targets: list[int]
+        The class explained of each example.
+    initial, sinks: list[float]
+        The sum of what relevance starts from, and how much of it sinks keep (:py:attr:`ResNetLRP.sinks`).
+    value: str
+        What it starts from, ``'logit'``, ``'softmax'`` or ``'one'``.
+    signs: list[int]
+        1, or -1 where positive relevance is against the target, as its logit is negative and relevance has its sign.
     '''
-    return bool(relevance.max() <= 0) and bool(relevance.min() < 0)
+    output: torch.Tensor
+    relevance: torch.Tensor
+    targets: list
+    initial: list
+    sinks: list
+    value: str
+    signs: list
+
+
+def turns_sign(composite, model):
+    '''Whether the rule of a network's last layer gives the opposite sign to contributions to a negative output.
+
+    So do rules that divide by the output, such as LRP-epsilon, if relevance starts from one. It is tried on a layer of
+    two weights.
+    '''
+    context, rule = {}, None
+    for name, module in model.named_modules():
+        found = composite.module_map(context, name, module)
+        if isinstance(module, (torch.nn.Linear, Convolution)):
+            rule = found
+    if rule is None:
+        return False
+    layer = torch.nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1., -3.]]))
+    handles = rule.register(layer)
+    try:
+        with torch.enable_grad():
+            input = torch.ones(1, 2, requires_grad=True)
+            relevance, = torch.autograd.grad(layer(input).sum(), input)
+    finally:
+        handles.remove()
+    return bool((relevance * layer.weight < 0).all())

@@ -12,6 +12,7 @@ from urllib.parse import urlparse
 import numpy as np
 import torch
 import torchvision
+from PIL import Image
 from torchvision.models import get_model, get_model_weights, list_models
 from torchvision.transforms import functional
 
@@ -20,12 +21,12 @@ from ._text import one_line
 EMBEDDED = Path('examples', 'assets', 'resnet50_imagenette.safetensors')
 DEFAULT_MODEL = 'resnet50'
 DEFAULT_SIZE = 224
-SUFFIXES = ('.pt', '.pth', '.safetensors')
+SUFFIXES = ('.pt', '.pth', '.ckpt', '.safetensors')
 LARGEST_VIEW = 2 ** 30
 SAVE = 'save them with torch.save(model.state_dict(), path)'
 AGAIN = 'delete this file, and it is downloaded again'
-# Keys under which training scripts commonly store the state dict beside other things
-WRAPPERS = ('state_dict', 'model_state_dict', 'model')
+# Keys under which training scripts commonly store the state dict beside other things, also one within another
+WRAPPERS = ('state_dict', 'model_state_dict', 'model', 'module', 'net', 'network')
 # These have auxiliary classifiers, which only the state dict knows, and warn unless told about their initialization
 AUXILIARY = {'googlenet': 'aux1.', 'inception_v3': 'AuxLogits.'}
 
@@ -43,7 +44,8 @@ class Classifier(NamedTuple):
     classes: list[str]
         Names of the classes.
     transform: callable
-        Preprocessing, from a PIL image to the normalized input of shape (3, height, width).
+        Preprocessing, from a PIL image to the normalized input of shape (3, height, width): resizing, cropping and
+        padding in any order, but nothing random.
     mean, std: :py:obj:`torch.Tensor`
         Mean and standard deviation used in normalization, of shape (3, 1, 1).
     '''
@@ -61,32 +63,167 @@ class Classifier(NamedTuple):
         picture = (input.cpu() * self.std + self.mean).clamp(0, 1).movedim(0, -1)
         return (picture.numpy() * 255).round().astype(np.uint8)
 
+    def place(self, size):
+        '''Find the part of a photograph that the network sees.
+
+        Parameters
+        ----------
+        size: tuple[int, int]
+            Width and height of the photograph.
+
+        Returns
+        -------
+        tuple[float, float, float, float]
+            Left, top, right and bottom in pixels of the photograph, outside of it where the input is padded.
+
+        Raises
+        ------
+        ValueError
+            If the preprocessing does more than to resize, crop and pad, such as to mirror or rotate images.
+        '''
+        width, height = size
+        # brightness tells the position, so that any preprocessing can be followed
+        across, down = ((np.arange(side) + 0.5) / side * 255 for side in size)
+        ramps = np.stack([*np.meshgrid(across, down), np.zeros((height, width))], -1).round().astype(np.uint8)
+        seen = (self.transform(Image.fromarray(ramps)) * self.std + self.mean)[:2].double().numpy()
+        ends = []
+        for values, axis, side in zip(seen, (0, 1), size):
+            # what is padded is not in the middle
+            middle = np.take(values, range(3 * values.shape[axis] // 8, 5 * values.shape[axis] // 8 + 1), axis)
+            line = np.median(middle, axis)
+            positions = np.arange(len(line)) + 0.5
+            # the two ends are mixed with what is padded
+            steps = np.diff(line, prepend=line[0], append=line[-1])
+            inside = (line > 0.02) & (line < 0.98) & (np.minimum(steps[:-1], steps[1:]) >= 0)
+            if inside.sum() < 2 or np.abs(middle - np.expand_dims(line, axis)).mean() > 0.02:
+                raise ValueError('the preprocessing does more than to resize, crop and pad')
+            slope, start = np.polyfit(positions[inside], line[inside], 1)
+            pair = np.array([start, start + slope * len(line)]) * side
+            # brightness is rounded
+            near = np.abs(pair - (0, side)) < 0.004 * side + 0.5
+            ends.append(np.where(near, (0, side), pair).tolist())
+        return ends[0][0], ends[1][0], ends[0][1], ends[1][1]
+
     def bounds(self):
         '''Normalized values of black and white, the lowest and highest input, of shape (1, 3, 1, 1) each.'''
         return (-self.mean / self.std)[None], ((1 - self.mean) / self.std)[None]
 
     def find_class(self, text):
-        '''Find the index of a class by its name in upper or lower case, or by its index as text.
+        '''Find the index of a class by its name in upper or lower case, or by its index.
 
-        A ValueError is raised if there is no such class, or if several have this name.
+        ``'name:5'`` and ``'index:5'`` say which one is meant where ``'5'`` may be both. A ValueError is raised if there
+        is no such class, if several have this name, or if it may be a name and an index.
         '''
-        found = [num for num, name in enumerate(self.classes) if name.lower() == text.strip().lower()]
-        if len(found) > 1:
-            raise ValueError(f'class {text!r} is ambiguous: choose its index, one of {", ".join(map(str, found))}')
-        if found:
-            return found[0]
+        kind, _, rest = str(text).partition(':')
+        kind, name = (kind, rest) if kind in ('name', 'index') else (None, str(text))
+        named = [] if kind == 'index' else [
+            num for num, each in enumerate(self.classes) if each.lower() == name.strip().lower()
+        ]
+        if len(named) > 1:
+            raise ValueError(f'class {text!r} is ambiguous: choose its index, one of {", ".join(map(str, named))}')
         try:
-            number = int(text)
+            number = None if kind == 'name' else int(name)
         except ValueError:
+            number = None
+        if named and number not in (None, named[0]) and 0 <= number < len(self.classes):
             raise ValueError(
-                f'unknown class {text!r}: {_suggest(text, self.classes)}or an index from 0 to {len(self.classes) - 1}'
-            ) from None
+                f'class {text!r} is ambiguous, the name of class {named[0]} and the index of {self.classes[number]!r}: '
+                f'choose name:{name} or index:{number}'
+            )
+        if named:
+            return named[0]
+        if number is None:
+            raise ValueError(
+                f'unknown class {text!r}: {_suggest(name, self.classes)}or an index from 0 to {len(self.classes) - 1}'
+            )
         if not 0 <= number < len(self.classes):
             raise ValueError(f'class {number} does not exist: choose an index from 0 to {len(self.classes) - 1}')
         return number
 
 
-def load_classifier(model=None, weights=None, size=None):
+def as_classifier(
+    model, classes=None, mean=None, std=None, size=None, keep_aspect=False, transform=None
+):
+    '''Make a classifier of a network.
+
+    Parameters
+    ----------
+    model: :py:obj:`torch.nn.Module`
+        A network of images of shape (batch, 3, height, width). Its weights are not copied.
+    classes: list[str] or path, optional
+        Names of the classes, see :py:func:`read_classes`. Default are ImageNet's names for 1000, and else numbers,
+        once the output is known.
+    mean, std: sequence of float, optional
+        Mean and standard deviation of normalization, for RGB values from 0 to 1. Default are those of a network of
+        timm's, and ImageNet's.
+    size: int, optional
+        Side of the square that photographs are resized to. Default is that of a network of timm's, and 224.
+    keep_aspect: bool, optional
+        Resize the shorter side instead, for networks that take images of any shape.
+    transform: callable, optional
+        Preprocessing in the place of the last two, see :py:class:`Classifier`.
+
+    Returns
+    -------
+    :py:class:`Classifier`
+        In the mode of training or evaluation that the network is in.
+
+    Raises
+    ------
+    ValueError
+        If names of classes cannot be read, or mean and std are not made of three numbers, positive ones for std.
+    '''
+    known = getattr(model, 'pretrained_cfg', None) or {}
+    mean = known.get('mean', IMAGENET_MEAN) if mean is None else mean
+    std = known.get('std', IMAGENET_STD) if std is None else std
+    size = known.get('input_size', (3, DEFAULT_SIZE))[-1] if size is None else size
+    mean, std = (_as_channels(name, value) for name, value in (('mean', mean), ('std', std)))
+    if transform is None:
+        transform = partial(_preprocess, size=size, keep_aspect=keep_aspect, mean=mean, std=std)
+    return Classifier(model, None if classes is None else read_classes(classes), transform, mean, std)
+
+
+def _as_channels(name, value):
+    '''Mean or standard deviation as a tensor of shape (3, 1, 1).'''
+    value = torch.as_tensor(value, dtype=torch.float32).flatten()
+    if len(value) != 3 or not value.isfinite().all() or name == 'std' and (value <= 0).any():
+        raise ValueError(
+            f'{name} {value.tolist()} is not made of three{" positive" * (name == "std")} numbers, for red, green, blue'
+        )
+    return value.view(3, 1, 1)
+
+
+def read_classes(source):
+    '''Names of classes: a list, or the path of a file with one in each line or a list in JSON.
+
+    A ValueError is raised if the file cannot be read or names no class.
+    '''
+    if not isinstance(source, (str, os.PathLike)):
+        return [' '.join(str(name).split()) for name in source]
+    try:
+        text = Path(source).read_text(encoding='utf-8-sig')
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f'names of classes cannot be read from {source} ({one_line(error)})') from error
+    try:
+        classes = json.loads(text)
+    except ValueError:
+        classes = text.splitlines()
+    if isinstance(classes, dict):
+        # as of ImageNet, index to name
+        classes = [classes[key] for key in sorted(classes, key=int)] if all(map(str.isdecimal, classes)) else []
+    if not isinstance(classes, list):
+        classes = []
+    classes = [' '.join(str(name[-1] if isinstance(name, list) and name else name).split()) for name in classes]
+    while classes and not classes[-1]:
+        classes.pop()
+    if not classes:
+        raise ValueError(f'{source} holds no names of classes: write one in each line, in the order of the outputs')
+    return classes
+
+
+def load_classifier(
+    model=None, weights=None, size=None, classes=None, mean=None, std=None, keep_aspect=False
+):
     '''Load a classifier.
 
     Without arguments, this is the ResNet-50 that comes with the project's examples.
@@ -101,8 +238,10 @@ def load_classifier(model=None, weights=None, size=None):
         the size of the last layer's weight. Names of classes are taken from ``classes`` in the metadata of safetensors
         (separated by commas, or a list in JSON); without it, 1000 classes are assumed to be ImageNet's.
     size: int, optional
-        For state dicts, photographs are resized to a square of this side, 224 by default, and normalized with the mean
-        and standard deviation of ImageNet.
+        For state dicts, photographs are resized to a square of this side, 224 by default.
+    classes, mean, std, keep_aspect:
+        See :py:func:`as_classifier`. With ``keep_aspect``, weights of torchvision get the whole photograph, resized to
+        the usual height or width, instead of a square cut out of it.
 
     Returns
     -------
@@ -124,9 +263,11 @@ def load_classifier(model=None, weights=None, size=None):
     model = DEFAULT_MODEL if model is None else model
     weights = str(find_embedded()) if weights is None else weights
     path = Path(weights)
+    classes = None if classes is None else read_classes(classes)
+    settings = {'mean': mean, 'std': std, 'keep_aspect': keep_aspect}
     if path.suffix.lower() in SUFFIXES or os.path.isfile(path):
-        return _load_local(model, path, DEFAULT_SIZE if size is None else size)
-    return _load_named(model, weights, size)
+        return _load_local(model, path, DEFAULT_SIZE if size is None else size, classes, settings)
+    return _load_named(model, weights, size, classes, settings)
 
 
 def find_embedded():
@@ -143,7 +284,7 @@ def find_embedded():
     )
 
 
-def _load_named(name, weights, size):
+def _load_named(name, weights, size, classes, settings):
     '''Load weights which torchvision knows by name.'''
     members = get_model_weights(name).__members__
     # torchvision also writes them as ResNet50_Weights.DEFAULT
@@ -176,16 +317,29 @@ def _load_named(name, weights, size):
     except Exception as error:
         raise ValueError(f'the weights {path} do not fit the model {name}: {AGAIN}') from error
     transform = entry.transforms()
-    return _classifier(model, entry.meta['categories'], transform, transform.mean, transform.std)
+    settings = {key: getattr(transform, key, None) if value is None else value for key, value in settings.items()}
+    for key in ('mean', 'std'):
+        setattr(transform, key, settings[key])
+    kept = {} if settings['keep_aspect'] else {'transform': transform}
+    classes = _check_classes(classes or entry.meta['categories'], len(entry.meta['categories']), path)
+    return as_classifier(model.eval(), classes, size=transform.crop_size[0], **settings, **kept)
 
 
-def _load_local(name, path, size):
+def _check_classes(classes, number, path):
+    '''Raise a ValueError unless there is a name for each class.'''
+    if len(classes) != number:
+        raise ValueError(f'there are {len(classes)} names of classes, but the weights {path} have {number}')
+    return classes
+
+
+def _load_local(name, path, size, names, settings):
     '''Load the weights of a model from a state dict.'''
     state, classes = read_state(path)
     kwargs = {}
     if name in AUXILIARY:
-        kwargs = {'init_weights': False, 'aux_logits': any(key.startswith(AUXILIARY[name]) for key in state)}
+        kwargs = {'init_weights': False, 'aux_logits': any(AUXILIARY[name] in key for key in state)}
     model = get_model(name, weights=None, **kwargs)
+    state = _strip(state, list(model.state_dict()), path)
     last = [key for key, module in model.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))][-1]
     misfit = f'the weights {path} do not fit the model {name}: '
     if state.get(f'{last}.weight', torch.empty(0)).ndim < 2:
@@ -221,26 +375,33 @@ def _load_local(name, path, size):
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ValueError(f'{name} cannot process photographs of {size} x {size}: choose another --size') from error
 
-    if classes is not None and len(classes) != n_classes:
-        raise ValueError(f'the weights {path} name {len(classes)} classes in their metadata, but have {n_classes}')
+    classes = classes if names is None else names
     if classes is None and n_classes == 1000:
         classes = get_model_weights(DEFAULT_MODEL).DEFAULT.meta['categories']
     if classes is None:
         classes = [f'class {num}' for num in range(n_classes)]
-    transform = partial(_preprocess, size=size)
-    return _classifier(model, classes, transform, IMAGENET_MEAN, IMAGENET_STD)
+    return as_classifier(model, _check_classes(classes, n_classes, path), size=size, **settings)
 
 
-def _classifier(model, classes, transform, mean, std):
-    '''Create a classifier of which the model is in evaluation mode.'''
-    mean, std = (torch.as_tensor(value, dtype=torch.float32).view(3, 1, 1) for value in (mean, std))
-    return Classifier(model.eval(), list(classes), transform, mean, std)
+def _strip(state, expected, path):
+    '''Remove what wrappers of a network put before each key, such as Lightning's ``model.``.'''
+    prefixes = sorted({key.removesuffix(expected[0]) for key in state if f'.{key}'.endswith(f'.{expected[0]}')})
+    if '' in prefixes or not prefixes:
+        return state
+    if len(prefixes) > 1:
+        raise ValueError(
+            f'the weights {path} hold {len(prefixes)} networks, {", ".join(prefixes)}: save the state dict of one'
+        )
+    # what else is in the file are weights of a loss or the like
+    return {
+        key.removeprefix(prefixes[0]): value for key, value in state.items() if key.startswith(prefixes[0])
+    }
 
 
-def _preprocess(photo, size):
-    '''Resize to a square, and normalize as ImageNet.'''
-    photo = functional.resize(photo, [size, size], functional.InterpolationMode.BILINEAR)
-    return functional.normalize(functional.to_tensor(photo), IMAGENET_MEAN, IMAGENET_STD)
+def _preprocess(photo, size, keep_aspect, mean, std):
+    '''Resize to a square, or the shorter side, and normalize.'''
+    photo = functional.resize(photo, size if keep_aspect else [size, size], functional.InterpolationMode.BILINEAR)
+    return (functional.to_tensor(photo) - mean) / std
 
 
 def read_state(path):
@@ -287,9 +448,11 @@ def read_state(path):
             raise ValueError(
                 f'the weights {path} are not a state dict that can be loaded safely: {SAVE}'
             ) from error
-    for key in WRAPPERS:
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
+    while isinstance(state, dict):
+        inner = [state[key] for key in WRAPPERS if isinstance(state.get(key), dict)]
+        if not inner:
+            break
+        state = inner[0]
     _check_state(path, state, SAVE)
     # torch.nn.DataParallel puts a prefix before each key
     return {key.removeprefix('module.'): value for key, value in state.items()}, classes

@@ -2,16 +2,11 @@
 from pathlib import Path
 
 import click
-import numpy as np
-import torch
-from PIL import Image
 
+from .._choices import CONTRASTS
 from .._text import one_line
-from ..attribution import CONTRASTS
-from ..canonizers import UnsupportedOperation
-from ..methods import Method
-from ..models import load_classifier
-from .commands import NETWORK_OPTIONS, START_OPTIONS, add_options, main, method_options, writing
+from .commands import main
+from .options import NETWORK_OPTIONS, OVERWRITE, START_OPTIONS, add_options, method_options
 
 # Largest part of the largest value by which a map of another runtime may differ.
 TOLERANCE = 1e-4
@@ -29,22 +24,30 @@ TOLERANCE = 1e-4
     help='Let the file normalize images, so that it takes RGB values from 0 to 1.  [default: it takes normalized ones]'
 )
 @click.option('--relevance', is_flag=True, help='Let the file also return the relevance of each color channel.')
-@click.option('--overwrite', is_flag=True, help='Replace the file if there is one.')
+@OVERWRITE
 @click.option(
     '--out', type=click.Path(path_type=Path), default='explain.onnx', show_default=True,
     help='File to write: .onnx, or .pt2 for torch.export.load.'
 )
-def export(model, weights, size, value, contrast, method, splitting, batch_size, normalize, relevance, overwrite, out):
+def export(
+    model, weights, size, classes, mean, std, value, contrast, method, splitting, batch_size, normalize, relevance,
+    overwrite, out
+):
     '''Write one file that maps an image and a target class to logits and a heatmap, without this package.
 
     Inputs are image and target, the index of a class for each image, or -1 for the predicted one. ONNX needs the
     packages onnx and onnxscript, and the comparison that is printed onnxruntime.
     '''
     # pylint: disable=too-many-arguments
-    # what this needs takes a second to load
+    import torch
+
+    from ..canonizers import UnsupportedOperation
     from ..export import check_path
     from ..export import export as write
+    from ..methods import Method
+    from ..models import load_classifier
     from ..tracing import trace
+    from .session import writing
     if out.exists() and not overwrite:
         raise click.ClickException(f'{out} exists already: choose another --out, or --overwrite it')
     try:
@@ -57,7 +60,7 @@ def export(model, weights, size, value, contrast, method, splitting, batch_size,
             raise ValueError(f'{chosen.text}: a file returns the heatmap as it is, leave what is done to it out')
         if chosen.splitting == 'zennit':
             raise ValueError(f'{chosen.text} cannot be exported: choose +ratio or +symmetric')
-        classifier = load_classifier(model, weights, size)
+        classifier = load_classifier(model, weights, size, classes, mean, std)
         if contrast is not None and contrast not in CONTRASTS:
             contrast = classifier.find_class(contrast)
         if chosen.contrast is not None:
@@ -79,7 +82,7 @@ def export(model, weights, size, value, contrast, method, splitting, batch_size,
         raise click.ClickException(
             f'{chosen.text} can not be used with this network ({one_line(error)}): choose another method'
         ) from error
-    output, expected, *_ = chosen.attribute(classifier, input, None, value, contrast)
+    output, expected, *_ = chosen.attribute(classifier, input, None, metadata['value'], contrast)
     image = input * classifier.std + classifier.mean if normalize else input
     click.echo('\n'.join([
         f'written {one_line(out)}, {out.stat().st_size / 1e6:.1f} MB',
@@ -92,6 +95,9 @@ def export(model, weights, size, value, contrast, method, splitting, batch_size,
 
 def draw_input(classifier, batch_size):
     '''A batch of inputs like those of photographs: spots and noise, with no even areas, where maxima would be tied.'''
+    import numpy as np
+    import torch
+    from PIL import Image
     rng = np.random.default_rng(0)
     photos = []
     for _ in range(batch_size):
@@ -122,6 +128,8 @@ def describe_preprocessing(classifier, input, normalize):
 
 def compare_file(path, image, target, output, heatmap):
     '''How much what a file returns differs from what was computed.'''
+    import numpy as np
+
     from ..export import run_file
     try:
         found = run_file(path, image, target)

@@ -24,8 +24,10 @@ def _printable_errors():
     try:
         yield
     except click.FileError as error:
-        error.ui_filename, error.message = one_line(error.ui_filename), printable(error.message)
+        error.ui_filename, error.message, error.exit_code = one_line(error.ui_filename), printable(error.message), 2
         raise
     except click.ClickException as error:
+        # 1 says that relevance is not conserved
+        error.exit_code = 2
         error.message = printable(error.message) if isinstance(error.message, str) else error.message
         raise

@@ -145,7 +145,7 @@ class Ledger:
 
     # -- what is shown -------------------------------------------------------------------------------------------------
 
-    def table(self, example=None, tolerance=1e-4, blocks=False):
+    def table(self, example=None, tolerance=1e-4, blocks=False, only_losses=False):
         '''Format as a table, from the output to the input, with a summary below.
 
         Functions which pass on all relevance are left out. A mark ``!`` is before rows that lose or gain more than the
@@ -159,9 +159,12 @@ class Ledger:
             Relative to the initial relevance. Default is 1e-4.
         blocks: bool, optional
             Whether blocks are shown in the place of layers and functions. Default is ``False``.
+        only_losses: bool, optional
+            Whether only rows with a mark are shown. Default is ``False``.
         '''
         check_number('tolerance', tolerance, 0, finite=False)
         check_flag('blocks', blocks)
+        check_flag('only_losses', only_losses)
         index = self._index(example)
         scale = float(self.scale[index])
         threshold = tolerance * scale
@@ -169,6 +172,8 @@ class Ledger:
             '', 'layer', 'type', 'rule', 'arrives', 'leaves', 'factor', 'lost/initial', 'sum |R|', 'min |z|', 'cause'
         )]
         for row in self.blocks if blocks else self.visible(index, threshold):
+            if only_losses and not self._is_bad(row, index, threshold):
+                continue
             arrives, leaves = float(row.arrives[index]), float(row.leaves[index])
             smallest = math.inf if row.smallest is None else float(row.smallest[index])
             lines.append((

@@ -1,0 +1,223 @@
+'''One call from a network and photographs to heatmaps, pictures and files.'''
+import hashlib
+import os
+from contextlib import contextmanager
+from importlib.metadata import version
+
+import numpy as np
+import torch
+import torchvision
+
+from .. import __version__
+from ..arguments import check_number
+from ..methods import Method
+from ..models import Classifier, as_classifier
+from .photos import list_images, prepare, unique_names
+from .result import Explanation, Explanations
+
+
+def explain(
+    model, images, target=None, method='resnet_lrp_ratio', *, classes=None, mean=None, std=None, size=None,
+    keep_aspect=False, transform=None, value=None, contrast=None, batch_size=8
+):
+    '''Explain what a classifier sees in photographs.
+
+    The network is explained in evaluation mode, on its device, and left as it was.
+
+    Parameters
+    ----------
+    model: :py:obj:`torch.nn.Module` or :py:class:`~zennit_resnet.models.Classifier`
+        A network from images of shape (batch, 3, height, width) to logits of shape (batch, classes).
+    images: path, :py:obj:`PIL.Image.Image`, :py:obj:`numpy.ndarray`, :py:obj:`torch.Tensor`, or a list of these
+        A photograph, as the path of a file, image of Pillow, or array of shape (height, width[, channels]), of uint8 or
+        with values from 0 to 1; a folder of them; arrays of shape (batch, height, width, 3); or normalized inputs of
+        the network, tensors of a floating point type and shape (3, height, width) or (batch, 3, height, width).
+    target: int, str or list of these, optional
+        Index or name of the class to explain, one for all or one for each. Default is the predicted class.
+    method: str, :py:obj:`zennit.core.Composite`, optional
+        See :py:class:`zennit_resnet.methods.Method`, or a composite.
+    classes, mean, std, size, keep_aspect, transform:
+        See :py:func:`zennit_resnet.models.as_classifier`.
+    value, contrast:
+        What relevance starts from, see :py:meth:`zennit_resnet.methods.Method.attribute`.
+    batch_size: int, optional
+        How many images are explained at once.
+
+    Returns
+    -------
+    :py:class:`Explanation` or :py:class:`Explanations`
+        One of a single image, and a tuple of them for a list, folder or batch.
+
+    Raises
+    ------
+    ValueError
+        If an image cannot be read, its output or relevance is not finite, or an argument does not fit.
+    TypeError
+        If an argument is of another type.
+    FileNotFoundError
+        If there is no such file.
+    UnsupportedOperation
+        If the network does something that cannot be followed.
+
+    Examples
+    --------
+    >>> from torchvision.models import resnet18
+    >>> import numpy as np
+    >>> photo = np.zeros((48, 64, 3), dtype=np.uint8)
+    >>> explanation = explain(resnet18(num_classes=2).eval(), photo, classes=['cat', 'dog'], target='dog', size=32)
+    >>> explanation.heatmap.shape, explanation.relevance.shape
+    ((48, 64), (3, 32, 32))
+    '''
+    classifier = model if isinstance(model, Classifier) else as_classifier(
+        model, classes, mean, std, size, keep_aspect, transform
+    )
+    items, is_single = list_images(images)
+    found = []
+    for item, result in explain_each(classifier, items, [Method.of(method)], target, value, contrast, batch_size):
+        if isinstance(result, Exception):
+            if isinstance(result, ValueError) and isinstance(item, (str, os.PathLike)):
+                raise ValueError(f'{item}: {result}') from result
+            raise result
+        found.extend(result)
+    return found[0] if is_single else Explanations(found)
+
+
+def explain_each(
+    classifier, items, methods, target=None, value=None, contrast=None, batch_size=8, attribute=Method.attribute
+):
+    '''Generate each image with a list of its explanations by each method, or the error why there are none.
+
+    Parameters
+    ----------
+    classifier: :py:class:`~zennit_resnet.models.Classifier`
+        The network, in any mode.
+    items: list
+        Images, see :py:func:`explain`.
+    methods: list[:py:class:`~zennit_resnet.methods.Method`]
+        Methods. Those that differ in their post-processing only are computed once.
+    target, value, contrast, batch_size:
+        See :py:func:`explain`.
+    attribute: callable, optional
+        What computes relevance, with the arguments of :py:meth:`Method.attribute` after the method.
+    '''
+    check_number('batch_size', batch_size, 1)
+    targets = list(target) if isinstance(target, (list, tuple, np.ndarray, torch.Tensor)) else [target] * len(items)
+    if len(targets) != len(items):
+        raise ValueError(f'there are {len(targets)} targets for {len(items)} images')
+    names = unique_names([item if isinstance(item, (str, os.PathLike)) else 'image' for item in items])
+    settings = describe_settings(classifier)
+    for start in range(0, len(items), batch_size):
+        chunk = range(start, min(start + batch_size, len(items)))
+        results, groups = {}, {}
+        for num in chunk:
+            try:
+                photo, input, box = prepare(classifier, items[num])
+                groups.setdefault(tuple(input.shape), []).append((num, photo, input, box))
+            except (FileNotFoundError, ValueError) as error:
+                results[num] = error
+        for group in groups.values():
+            results.update(_explain_batch(
+                classifier, group, methods, [targets[num] for num, *_ in group], value, contrast, attribute,
+                [(names[num], items[num], settings) for num, *_ in group],
+            ))
+        for num in chunk:
+            yield items[num], results[num]
+
+
+def _explain_batch(classifier, group, methods, targets, value, contrast, attribute, origins):
+    '''Explanations, or an error, of images of the same shape by their numbers.'''
+    # pylint: disable=too-many-arguments
+    device = next((tensor.device for tensor in classifier.model.parameters()), None)
+    input = torch.stack([each[2] for each in group]).to(device)
+    with _evaluating(classifier.model), torch.inference_mode(False), torch.enable_grad():
+        # tensors of inference mode have no gradients
+        input = input.clone()
+        with torch.no_grad():
+            output = classifier.model(input)
+        if not isinstance(output, torch.Tensor) or output.ndim != 2:
+            found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+            raise ValueError(
+                f'the network returns {found}, not logits of shape (batch, classes): have SelectOutput pick them'
+            )
+        classifier = with_names(classifier, output.shape[1])
+        index = [best if target is None else _find(classifier, target)
+                 for best, target in zip(output.argmax(1).tolist(), targets)]
+        computed = {}
+        for method in methods:
+            # methods that differ in their post-processing only have the same relevance
+            if method.attribution not in computed:
+                computed[method.attribution] = attribute(
+                    method, classifier, input, torch.tensor(index), value, contrast
+                )
+    results = {}
+    for place, (num, photo, _, box) in enumerate(group):
+        if not output[place].isfinite().all():
+            results[num] = ValueError('the output of the network is not finite, check image and weights')
+            continue
+        name, item, settings = origins[place]
+        source = str(item) if isinstance(item, (str, os.PathLike)) else ''
+        found = []
+        for method in methods:
+            result = computed[method.attribution]
+            relevance = result.relevance[place].float().cpu()
+            found.append(Explanation(
+                relevance.numpy(), result.output[place].float().cpu().numpy(), index[place], classifier.classes, photo,
+                box, method, result.initial[place], result.sinks[place], result.value, contrast, result.signs[place],
+                name, source, settings,
+            ) if relevance.isfinite().all() else None)
+        is_lost = not any(found)
+        results[num] = ValueError(f'the relevance by {methods[0].text} is not finite') if is_lost else found
+    return results
+
+
+def _find(classifier, target):
+    '''Index of a class.'''
+    if isinstance(target, str):
+        return classifier.find_class(target)
+    if isinstance(target, bool) or int(target) != target or not 0 <= int(target) < len(classifier.classes):
+        raise ValueError(f'target={target!r} is not an index from 0 to {len(classifier.classes) - 1}')
+    return int(target)
+
+
+def with_names(classifier, number):
+    '''A classifier with a name for each of a number of classes.'''
+    classes = classifier.classes
+    if classes is None and number == 1000:
+        classes = torchvision.models.ResNet50_Weights.DEFAULT.meta['categories']
+    if classes is None:
+        classes = [f'class {num}' for num in range(number)]
+    if len(classes) != number:
+        raise ValueError(f'there are {len(classes)} names of classes, but {number} outputs')
+    return classifier._replace(classes=list(classes))
+
+
+def describe_settings(classifier):
+    '''Network, preprocessing, hash of the weights and versions, as a dict for JSON.'''
+    digest = hashlib.sha256()
+    for name, tensor in sorted(classifier.model.state_dict().items()):
+        digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)};'.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return {
+        'network': type(classifier.model).__name__,
+        'weights sha256': digest.hexdigest(),
+        'preprocessing': {
+            'mean': [round(number, 6) for number in classifier.mean.flatten().tolist()],
+            'std': [round(number, 6) for number in classifier.std.flatten().tolist()],
+        },
+        'versions': {
+            'zennit-resnet': __version__, **{name: version(name) for name in ('torch', 'torchvision', 'zennit')}
+        },
+    }
+
+
+@contextmanager
+def _evaluating(model):
+    '''Put a network into evaluation mode, and back.'''
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,401 @@
+'''What an explanation is, how it is drawn and written.'''
+import io
+import json
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, PngImagePlugin
+
+from .._files import check_free, whole
+from ..arguments import check_number
+from ..image import (
+    HEATMAP_CMAP,
+    OVERLAY_CMAP,
+    color_range,
+    draw_comparison,
+    draw_contours,
+    draw_heatmap,
+    draw_legend,
+    draw_overlay,
+)
+from ..methods import Method
+
+# Bounds of the longer side of a picture in a table, in pixels
+SMALLEST_TILE, LARGEST_TILE = 224, 448
+# Outlines of noise would cover everything, so that they are of a heatmap smoothed by at least this
+CONTOUR_SMOOTH = 4.
+KINDS = ('heatmap', 'overlay')
+# What is written for an explanation. The manifest comes last: where it is, all is.
+ENDINGS = ('heatmap.png', 'overlay.png', 'figure.png', 'relevance.npy', 'heatmap.npy', 'manifest.json')
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Explanation:
+    '''Why a network sees a class in a photograph.
+
+    Pictures and the heatmap are in the geometry of the photograph, and positive values are for the class. Options of
+    pictures are ``percentile``, ``cmap`` (also ``'safe'``, for any kind of color vision) and ``bound``, see
+    :py:func:`zennit_resnet.image.draw_heatmap`; ``smooth``, the standard deviation of a Gaussian in pixels of the
+    network's input; and ``contours``, the percentage of most relevant pixels to outline in overlays.
+
+    Attributes
+    ----------
+    relevance: :py:obj:`numpy.ndarray`
+        Relevance of the network's input, of shape (channels, height, width).
+    output: :py:obj:`numpy.ndarray`
+        Logits of shape (classes,).
+    target: int
+        Index of the class explained.
+    classes: list[str]
+        Names of the classes.
+    photo: :py:obj:`numpy.ndarray`
+        The photograph, of shape (height, width, 3) and type uint8.
+    box: tuple[float, float, float, float]
+        Left, top, right and bottom of what the network sees of it, in its pixels.
+    method: :py:class:`~zennit_resnet.methods.Method`
+        How relevance was computed.
+    initial, sinks: float
+        The sum of what relevance starts from, and what parameters such as a class token keep of it.
+    value, contrast: str or None
+        What relevance starts from, and what the target is compared with.
+    sign: int
+        1, or -1 where positive relevance is against the class, see :py:class:`~zennit_resnet.methods.Attributed`.
+        Pictures and :py:attr:`heatmap` are turned.
+    name, source: str
+        What files are named, and where the image is from.
+    settings: dict
+        Network, preprocessing, hash of the weights, versions.
+    '''
+    relevance: np.ndarray
+    output: np.ndarray
+    target: int
+    classes: list
+    photo: np.ndarray
+    box: tuple
+    method: Method
+    initial: float
+    sinks: float = 0.
+    value: str = 'one'
+    contrast: object = None
+    sign: int = 1
+    name: str = 'image'
+    source: str = ''
+    settings: dict = field(default_factory=dict)
+
+    def __repr__(self):
+        return (
+            f'<Explanation of {self.name!r}: {self.label} {self.probability:.1%} by {self.method.text}, '
+            f'delta {self.delta:.2g}>'
+        )
+
+    @property
+    def prediction(self):
+        '''Index of the class with the highest logit.'''
+        return int(self.output.argmax())
+
+    @property
+    def label(self):
+        '''Name of the class explained.'''
+        return self.classes[self.target]
+
+    @cached_property
+    def probabilities(self):
+        '''Softmax of the logits, of shape (classes,).'''
+        return torch.from_numpy(self.output).double().softmax(0).numpy()
+
+    @property
+    def probability(self):
+        '''Softmax probability of the class explained.'''
+        return float(self.probabilities[self.target])
+
+    @property
+    def delta(self):
+        '''What relevance, and what sinks keep, sums to more than it started from: 0 if it is conserved.'''
+        return float(self.relevance.sum(dtype=np.float64)) + self.sinks - self.initial
+
+    @cached_property
+    def heatmap(self):
+        '''Relevance of each pixel of the photograph, of shape (height, width), 0 outside of what the network sees.
+
+        It is interpolated, and scaled so that it has about the sum of :py:attr:`relevance`.
+        '''
+        return self._place(self._map(0.)[0], self.photo.shape[1::-1])
+
+    @property
+    def notes(self):
+        '''What is unusual about the heatmap.'''
+        return self._map(0.)[1]
+
+    def _map(self, smooth):
+        '''The heatmap in the geometry of the network, and notes.'''
+        return self.method.heatmap(self.relevance, self.sign, smooth)
+
+    def _place(self, heatmap, size):
+        '''Put a heatmap in the geometry of the network into a photograph of a size.'''
+        left, top, right, bottom = (
+            round(edge * size[num % 2] / self.photo.shape[1 - num % 2]) for num, edge in enumerate(self.box)
+        )
+        width, height = max(right - left, 1), max(bottom - top, 1)
+        # levels and masks have no values in between
+        method = Image.Resampling.BILINEAR if self.method.postprocess == 'none' else Image.Resampling.NEAREST
+        canvas = Image.new('F', size)
+        canvas.paste(Image.fromarray(heatmap.astype(np.float32)).resize((width, height), method), (left, top))
+        return np.asarray(canvas) * (heatmap.size / (width * height))
+
+    def draw(self, kind='overlay', size=None, **style):
+        '''Draw the ``'heatmap'`` or ``'overlay'`` in the size of the photograph, as an array (height, width, 3), uint8.
+
+        Parameters
+        ----------
+        kind: str, optional
+            What to draw.
+        size: tuple[int, int], optional
+            Another width and height.
+        style:
+            See :py:class:`Explanation`.
+        '''
+        style = _Style(**style)
+        photo = self.photo if size is None else np.asarray(
+            Image.fromarray(self.photo).resize(size, Image.Resampling.LANCZOS)
+        )
+        heatmap = self._place(self._map(style.smooth)[0], photo.shape[1::-1])
+        # ends of the color range do not depend on the size
+        bound = self.color_range(style) * self._map(0.)[0].size / self._area(photo.shape[1::-1])
+        if kind == 'heatmap':
+            return draw_heatmap(heatmap, style.percentile, style.cmap or HEATMAP_CMAP, bound)
+        if kind != 'overlay':
+            raise ValueError(f'kind={kind!r} is not one of {", ".join(map(repr, KINDS))}!')
+        picture = draw_overlay(photo, heatmap, style.percentile, cmap=style.cmap or OVERLAY_CMAP, bound=bound)
+        if style.contours is None:
+            return picture
+        outlined = self._place(self._map(max(style.smooth, CONTOUR_SMOOTH))[0], photo.shape[1::-1])
+        return draw_contours(picture, outlined, style.contours)
+
+    def _area(self, size):
+        '''Pixels that the network sees of a photograph of a size.'''
+        width, height = ((self.box[num + 2] - self.box[num]) * size[num] / self.photo.shape[1 - num] for num in (0, 1))
+        return max(width * height, 1)
+
+    def color_range(self, style=None):
+        '''End of the color range, in relevance of a pixel of the network's input.'''
+        style = style or _Style()
+        if style.bound is not None:
+            return style.bound
+        # all levels of a quantized heatmap get their own color
+        percentile = 100 if self.method.postprocess == 'quantize' else style.percentile
+        return color_range(self._map(style.smooth)[0], percentile)
+
+    def figure(self, **style):
+        '''Draw photograph, heatmap and overlay side by side with a legend, as an image of Pillow.'''
+        return draw_table([[self]], KINDS, **style)
+
+    def show(self, **style):
+        '''Show the figure, in a notebook or the program for pictures.'''
+        _show(self.figure(**style))
+
+    def _repr_png_(self):
+        return _as_png(self.figure())
+
+    @property
+    def stem(self):
+        '''What names of files begin with: that of the image and the method.'''
+        return file_stem(self.name, self.method)
+
+    def save(self, folder, overwrite=False, **style):
+        '''Write the heatmap, overlay and figure as PNG, relevance and heatmap as arrays, and a manifest.
+
+        Each file is written as a whole or not at all, the manifest last.
+
+        Parameters
+        ----------
+        folder: path
+            Where to write, made if it is not there.
+        overwrite: bool, optional
+            Replace files that are there.
+        style:
+            See :py:class:`Explanation`.
+
+        Returns
+        -------
+        list[:py:obj:`pathlib.Path`]
+            Files that were written.
+
+        Raises
+        ------
+        FileExistsError
+            If a file is there and is not to be overwritten.
+        OSError
+            If a file cannot be written.
+        '''
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / f'{self.stem}_{ending}' for ending in ENDINGS]
+        for path in paths:
+            check_free(path, overwrite)
+        # of an earlier explanation
+        paths[-1].unlink(missing_ok=True)
+        info = PngImagePlugin.PngInfo()
+        for key, entry in self.describe().items():
+            info.add_itxt(key, entry if isinstance(entry, str) else json.dumps(entry, ensure_ascii=False))
+        contents = [Image.fromarray(self.draw(kind, **style)) for kind in KINDS] + [self.figure(**style)]
+        contents += [self.relevance, self.heatmap, {**self.describe(), 'style': style, 'files': [
+            path.name for path in paths[:-1]
+        ]}]
+        for path, content in zip(paths, contents):
+            with whole(path, overwrite) as name:
+                if isinstance(content, Image.Image):
+                    content.save(name, pnginfo=info)
+                elif isinstance(content, dict):
+                    Path(name).write_text(json.dumps(content, ensure_ascii=False, indent=2) + '\n', encoding='utf-8')
+                else:
+                    np.save(name, content.astype(np.float32))
+        return paths
+
+    def describe(self):
+        '''All that is not an array, as a dict for JSON.'''
+        best = np.argsort(-self.output, kind='stable')[:3].tolist()
+        contrast = self.contrast if self.method.contrast is None else self.method.contrast
+        return {
+            'source': self.source,
+            'method': self.method.text,
+            'target': {'index': self.target, 'name': self.label, 'probability': self.probability,
+                       'logit': float(self.output[self.target])},
+            'prediction': [{'index': num, 'name': self.classes[num], 'probability': float(self.probabilities[num])}
+                           for num in best],
+            'relevance': {
+                'starts from': self.value, 'initial': self.initial,
+                'contrast': contrast.tolist() if isinstance(contrast, torch.Tensor) else contrast,
+                'sum': float(self.relevance.sum(dtype=np.float64)), 'sinks': self.sinks, 'delta': self.delta,
+                'positive is': 'for the class' if self.sign > 0 else 'against the class, and turned in pictures',
+            },
+            'geometry': {
+                'photograph': list(self.photo.shape[1::-1]), 'seen': [round(edge, 2) for edge in self.box],
+                'input': list(self.relevance.shape[:0:-1]),
+            },
+            'notes': self.notes,
+            **self.settings,
+        }
+
+
+def file_stem(name, method):
+    '''What names of files of an image and a method begin with.'''
+    return f'{name}_{re.sub("[^0-9A-Za-z_.=+-]+", "-", method.text)}'
+
+
+class Explanations(tuple):
+    '''Several explanations, see :py:class:`Explanation`.'''
+    def figure(self, **style):
+        '''Draw a row for each image.'''
+        return draw_table([[each] for each in self], KINDS, **style)
+
+    def show(self, **style):
+        '''Show the figure, in a notebook or the program for pictures.'''
+        _show(self.figure(**style))
+
+    def _repr_png_(self):
+        return _as_png(self.figure())
+
+    def save(self, folder, overwrite=False, **style):
+        '''Write the files of each, and return their paths.'''
+        for each in self:
+            for ending in ENDINGS:
+                check_free(Path(folder, f'{each.stem}_{ending}'), overwrite)
+        return [path for each in self for path in each.save(folder, overwrite, **style)]
+
+
+@dataclass(frozen=True)
+class _Style:
+    '''Options of pictures.'''
+    percentile: float = 99.5
+    smooth: float = 0.
+    contours: float | None = None
+    cmap: object = None
+    bound: float | None = None
+
+    def __post_init__(self):
+        check_number('smooth', self.smooth, 0)
+
+
+def draw_table(rows, kinds=('heatmap',), shared=False, titles=None, **style):
+    '''Draw photographs with explanations side by side, a row for each, with a legend, as an image of Pillow.
+
+    Parameters
+    ----------
+    rows: list[list[:py:class:`Explanation`]]
+        Explanations of a photograph in each row, by the same methods. None leaves a place empty.
+    kinds: sequence of str, optional
+        What to draw of each: ``'heatmap'``, ``'overlay'`` or both.
+    shared: bool, optional
+        One color range for all of them, which tells where there is more relevance.
+    titles: list[str], optional
+        Titles of the columns of each method. Default are the names of methods, which of a single one is in captions.
+    style:
+        See :py:class:`Explanation`.
+
+    Raises
+    ------
+    ValueError
+        If there is nothing to draw, or an argument is out of range.
+    '''
+    found = _Style(**style)
+    known = [[each for each in row if each is not None] for row in rows]
+    if not any(known):
+        raise ValueError('There is nothing to draw: each row needs an explanation.')
+    if shared and found.bound is None:
+        values = np.concatenate([each._map(found.smooth)[0].ravel() for row in known for each in row])
+        style['bound'] = color_range(values, found.percentile)
+    tiles, captions = [], []
+    for row, present in zip(rows, known):
+        if not present:
+            continue
+        first, width = present[0], present[0].photo.shape[1]
+        scale = np.clip(max(first.photo.shape[:2]), SMALLEST_TILE, LARGEST_TILE) / max(first.photo.shape[:2])
+        size = max(round(width * scale), 1), max(round(len(first.photo) * scale), 1)
+        photo = np.asarray(Image.fromarray(first.photo).resize(size, Image.Resampling.LANCZOS))
+        tiles.append([photo] + [
+            photo * 0 if each is None else each.draw(kind, size, **style) for each in row for kind in kinds
+        ])
+        best = first.prediction
+        other = '' if best == first.target else f' (predicted {first.classes[best]} {first.probabilities[best]:.1%})'
+        method = f', {first.method.text}' if titles is None and len(row) == 1 else ''
+        captions.append(f'{first.name}: {first.label} {first.probability:.1%}{other}{method}')
+    columns = len(rows[0])
+    if titles is None:
+        titles = [present[0].method.text for present in zip(*rows)] if columns > 1 else ['']
+    titles = ['photograph'] + [
+        ', '.join(filter(None, (title, kind if len(kinds) > 1 else ''))) for title in titles for kind in kinds
+    ]
+    widths = [max(row[num].shape[1] for row in tiles) for num in range(len(titles))]
+    bound = style.get('bound')
+    if bound is None and len(rows) == 1 and len(known[0]) == 1:
+        bound = known[0][0].color_range(found)
+    legend = [np.full((1, widths[0], 3), 255, dtype=np.uint8)]
+    for width, kind in zip(widths[1:], list(kinds) * columns):
+        default = HEATMAP_CMAP if kind == 'heatmap' else OVERLAY_CMAP
+        legend.append(draw_legend(width, found.cmap or default, bound, kind == 'overlay'))
+    return Image.fromarray(draw_comparison([*tiles, legend], titles, [*captions, '']))
+
+
+def _as_png(picture):
+    '''A picture as bytes of PNG.'''
+    file = io.BytesIO()
+    picture.save(file, 'PNG')
+    return file.getvalue()
+
+
+def _show(picture):
+    '''Show a picture in a notebook if this is one, and else in the program for pictures.'''
+    try:
+        from IPython import get_ipython
+        from IPython.display import display
+        is_notebook = get_ipython() is not None
+    except ImportError:
+        is_notebook = False
+    if is_notebook:
+        display(picture)
+    else:
+        picture.show()
