@@ -7,6 +7,8 @@ INPUT_X_GRADIENT = 'input_x_gradient'
 # Zennit's canonizer merges batch normalization, and splits relevance in proportion to the signed addends
 SPLITTING = ('ratio', 'symmetric', 'zennit')
 POSTPROCESSING = ('quantize', 'c1c', 'c3')
+# What has a color range of its own in a figure
+SCALES = ('own', 'method', 'all')
 LEVELS = 8
 # more than the colors of a picture can show
 MAX_LEVELS = 65536

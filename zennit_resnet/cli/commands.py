@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from .. import __version__
-from .._choices import INPUT_X_GRADIENT
+from .._choices import INPUT_X_GRADIENT, SCALES
 from .._text import one_line
 from .group import Commands
 from .options import SPLITTING_OPTION, Tolerance, common_options, heatmap_options, method_options, methods_option
@@ -103,12 +103,13 @@ def describe(explanation, session, written):
     help='What to draw beside the photograph.'
 )
 @click.option(
-    '--shared-scale', is_flag=True, help='One color range for all pictures, which tells where there is more relevance.'
+    '--scale', type=click.Choice(SCALES), default='own', show_default=True,
+    help='What has a color range of its own: each picture, each method, or the figure.'
 )
 @click.option(
     '--out', type=click.Path(path_type=Path), default='compare.png', show_default=True, help='Picture to write.'
 )
-def compare(images, methods, show, shared_scale, out, **options):
+def compare(images, methods, show, scale, out, **options):
     '''Draw several methods side by side in one figure, one row for each photograph.'''
     if out.suffix.lower() not in PICTURES:
         raise click.ClickException(f'--out {out} is not a picture: choose a name that ends with {", ".join(PICTURES)}')
@@ -130,7 +131,7 @@ def compare(images, methods, show, shared_scale, out, **options):
         kinds = ('heatmap', 'overlay') if show == 'both' else (show,)
         titles = [method.text for method in session.methods]
         try:
-            picture = draw_table(rows, kinds, shared_scale, titles, **session.style)
+            picture = draw_table(rows, kinds, scale, titles, **session.style)
         except ValueError as error:
             raise click.ClickException(one_line(error)) from error
         with writing(out):

@@ -77,8 +77,8 @@ class Session:
             except FileExistsError:
                 taken.append(path)
         if taken:
-            more = f' and {len(taken) - 1} other files' if len(taken) > 1 else ''
-            raise click.ClickException(f'{taken[0]}{more} exist already: choose another --out, or --overwrite')
+            more = f' and {len(taken) - 1} other files exist' if len(taken) > 1 else ' exists'
+            raise click.ClickException(f'{taken[0]}{more} already: choose another --out, or --overwrite')
 
     def fail(self, path, reason):
         '''Print what is wrong with a photograph, to go on with the others.'''

@@ -4,14 +4,16 @@ import json
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 
+from .._choices import SCALES
 from .._files import check_free, whole
-from ..arguments import check_number
+from ..arguments import check_choice, check_number
 from ..image import (
     HEATMAP_CMAP,
     OVERLAY_CMAP,
@@ -281,6 +283,12 @@ class Explanation:
         }
 
 
+def _shared_range(explanations, style):
+    '''End of the color range of several explanations.'''
+    values = [each._map(style.smooth)[0].ravel() for each in explanations if each is not None]
+    return color_range(np.concatenate(values), style.percentile) if values else None
+
+
 def file_stem(name, method):
     '''What names of files of an image and a method begin with.'''
     return f'{name}_{re.sub("[^0-9A-Za-z_.=+-]+", "-", method.text)}'
@@ -320,7 +328,7 @@ class _Style:
         check_number('smooth', self.smooth, 0)
 
 
-def draw_table(rows, kinds=('heatmap',), shared=False, titles=None, **style):
+def draw_table(rows, kinds=('heatmap',), scale='own', titles=None, **style):
     '''Draw photographs with explanations side by side, a row for each, with a legend, as an image of Pillow.
 
     Parameters
@@ -329,8 +337,9 @@ def draw_table(rows, kinds=('heatmap',), shared=False, titles=None, **style):
         Explanations of a photograph in each row, by the same methods. None leaves a place empty.
     kinds: sequence of str, optional
         What to draw of each: ``'heatmap'``, ``'overlay'`` or both.
-    shared: bool, optional
-        One color range for all of them, which tells where there is more relevance.
+    scale: str, optional
+        What has a color range of its own: each picture (``'own'``, default), each ``'method'``, or the figure
+        (``'all'``). One that is shared tells where there is more relevance.
     titles: list[str], optional
         Titles of the columns of each method. Default are the names of methods, which of a single one is in captions.
     style:
@@ -345,9 +354,14 @@ def draw_table(rows, kinds=('heatmap',), shared=False, titles=None, **style):
     known = [[each for each in row if each is not None] for row in rows]
     if not any(known):
         raise ValueError('There is nothing to draw: each row needs an explanation.')
-    if shared and found.bound is None:
-        values = np.concatenate([each._map(found.smooth)[0].ravel() for row in known for each in row])
-        style['bound'] = color_range(values, found.percentile)
+    check_choice('scale', scale, SCALES)
+    columns = len(rows[0])
+    bounds = [found.bound] * columns
+    if scale != 'own' and found.bound is None:
+        groups = [[row[num] for row in rows] for num in range(columns)] if scale == 'method' else [sum(known, [])]
+        bounds = [_shared_range(group, found) for group in groups] * (columns // len(groups))
+    elif found.bound is None and len(rows) == 1:
+        bounds = [None if each is None else each.color_range(found) for each in rows[0]]
     tiles, captions = [], []
     for row, present in zip(rows, known):
         if not present:
@@ -357,24 +371,21 @@ def draw_table(rows, kinds=('heatmap',), shared=False, titles=None, **style):
         size = max(round(width * scale), 1), max(round(len(first.photo) * scale), 1)
         photo = np.asarray(Image.fromarray(first.photo).resize(size, Image.Resampling.LANCZOS))
         tiles.append([photo] + [
-            photo * 0 if each is None else each.draw(kind, size, **style) for each in row for kind in kinds
+            photo * 0 if each is None else each.draw(kind, size, **{**style, 'bound': bound})
+            for each, bound in zip(row, bounds) for kind in kinds
         ])
         best = first.prediction
         other = '' if best == first.target else f' (predicted {first.classes[best]} {first.probabilities[best]:.1%})'
         method = f', {first.method.text}' if titles is None and len(row) == 1 else ''
         captions.append(f'{first.name}: {first.label} {first.probability:.1%}{other}{method}')
-    columns = len(rows[0])
     if titles is None:
         titles = [present[0].method.text for present in zip(*rows)] if columns > 1 else ['']
     titles = ['photograph'] + [
         ', '.join(filter(None, (title, kind if len(kinds) > 1 else ''))) for title in titles for kind in kinds
     ]
     widths = [max(row[num].shape[1] for row in tiles) for num in range(len(titles))]
-    bound = style.get('bound')
-    if bound is None and len(rows) == 1 and len(known[0]) == 1:
-        bound = known[0][0].color_range(found)
     legend = [np.full((1, widths[0], 3), 255, dtype=np.uint8)]
-    for width, kind in zip(widths[1:], list(kinds) * columns):
+    for width, (bound, kind) in zip(widths[1:], product(bounds, kinds)):
         default = HEATMAP_CMAP if kind == 'heatmap' else OVERLAY_CMAP
         legend.append(draw_legend(width, found.cmap or default, bound, kind == 'overlay'))
     return Image.fromarray(draw_comparison([*tiles, legend], titles, [*captions, '']))
