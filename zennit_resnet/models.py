@@ -385,7 +385,10 @@ def _load_local(name, path, size, names, settings):
 
 def _strip(state, expected, path):
     '''Remove what wrappers of a network put before each key, such as Lightning's ``model.``.'''
-    prefixes = sorted({key.removesuffix(expected[0]) for key in state if f'.{key}'.endswith(f'.{expected[0]}')})
+    # counters are not in every file
+    needed = [key for key in expected if not key.endswith('.num_batches_tracked')]
+    ends = {key.removesuffix(needed[0]) for key in state if key.endswith(needed[0])}
+    prefixes = sorted(prefix for prefix in ends if all(f'{prefix}{key}' in state for key in needed))
     if '' in prefixes or not prefixes:
         return state
     if len(prefixes) > 1:

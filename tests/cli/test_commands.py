@@ -161,7 +161,8 @@ def test_explain(run, tiny, photos, batch_size):
         assert report['target'] == f'{name} (class {probabilities.index(best)}) {100 * best:.1f} %'
         words = report['relevance'].split()
         assert words[4] == '(one),'
-        np.testing.assert_allclose([float(words[num].strip(',')) for num in (1, 3, 6)], [initial, initial, 1.], rtol=1e-3)
+        numbers = [float(words[num].strip(',')) for num in (1, 3, 6)]
+        np.testing.assert_allclose(numbers, [initial, initial, 1.], rtol=1e-3)
 
 
 @pytest.mark.parametrize('args, contrast, options', [
@@ -350,7 +351,9 @@ def test_empty_postprocess(run, photos, tiny, tmp_path):
     assert result.stdout.splitlines()[1:] == ['  input_x_gradient+c1c: empty, as c1c leaves nothing (all)']
 
 
-@pytest.mark.parametrize('method', ['resnet_lrp_ratio', 'resnet_lrp_ratio+c3', 'block_lrp', 'epsilon_plus', 'lrp_zplus'])
+@pytest.mark.parametrize('method', [
+    'resnet_lrp_ratio', 'resnet_lrp_ratio+c3', 'block_lrp', 'epsilon_plus', 'lrp_zplus'
+])
 def test_negative_logit(tiny, photos, tmp_path, method):
     '''Positive relevance is for the class, in pictures, whatever the sign of its logit.'''
     model = resnet18(num_classes=len(CLASSES))
@@ -387,7 +390,8 @@ def test_same_stems(run, photos, tmp_path):
     paths = [photos[0], tmp_path / 'other' / 'first.png', tmp_path / 'FIRST.bmp', photos[0]]
     result, out = run('explain', *paths)
     assert result.exit_code == 0
-    assert len({path.read_bytes() for path in out.glob('*_relevance.npy')}) == len(list(out.glob('*_relevance.npy'))) == 3
+    contents = [path.read_bytes() for path in out.glob('*_relevance.npy')]
+    assert len(set(contents)) == len(contents) == 3
     assert 'first_2_resnet_lrp_ratio_heatmap.png' in read_report(result.stdout)[str(paths[1])]['written']
 
 

@@ -205,7 +205,8 @@ def describe_settings(classifier):
             'std': [round(number, 6) for number in classifier.std.flatten().tolist()],
         },
         'versions': {
-            'zennit-resnet': __version__, **{name: version(name) for name in ('torch', 'torchvision', 'zennit')}
+            'zennit-resnet': __version__, 'torch': torch.version.__version__,
+            **{name: version(name) for name in ('torchvision', 'zennit')},
         },
     }
 

@@ -1,5 +1,6 @@
 '''Photographs in all forms, and what a network sees of them.'''
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ def list_images(images):
         return (list(images) if is_batch else [images]), not is_batch
     if not isinstance(images, (list, tuple)):
         raise TypeError(f'images of type {type(images).__name__}: give paths, images of Pillow, arrays or tensors.')
+    if not len(images):
+        raise ValueError('there is no image to explain')
     return [item for each in images for item in list_images(each)[0]], False
 
 
@@ -37,6 +40,8 @@ def prepare(classifier, item):
         if not item.isfinite().all():
             raise ValueError('the input is not finite')
         input = item.detach().float()
+        if input.amin() >= 0 and input.amax() <= 1 and classifier.mean.any():
+            warnings.warn('values from 0 to 1 look as if they were not normalized, as inputs given as tensors should be')
         photo = classifier.photo(input)
         return photo, input, (0, 0, photo.shape[1], photo.shape[0])
     photo = as_photo(item)

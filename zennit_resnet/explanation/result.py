@@ -326,6 +326,8 @@ class _Style:
 
     def __post_init__(self):
         check_number('smooth', self.smooth, 0)
+        if self.contours is not None:
+            check_number('contours', self.contours, 0, 100)
 
 
 def draw_table(rows, kinds=('heatmap',), scale='own', titles=None, **style):

@@ -1,0 +1,429 @@
+'''Tests of one call from photographs to pictures and files.'''
+import errno
+import io
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+from torchvision.models import resnet18
+from torchvision.models.vision_transformer import VisionTransformer
+from zennit.attribution import Gradient
+from zennit.composites import EpsilonPlus
+
+import zennit_resnet
+from zennit_resnet import ResNetLRP, explain, initial_relevance
+from zennit_resnet.explanation import Explanations, draw_table
+from zennit_resnet.explanation.result import ENDINGS
+from zennit_resnet.image import draw_heatmap, draw_legend
+from zennit_resnet.models import IMAGENET_MEAN, IMAGENET_STD, as_classifier, load_classifier, read_classes
+
+SIZE = 32
+CLASSES = ['tabby cat', 'golf ball', 'church']
+
+
+@pytest.fixture(name='model', scope='module')
+def fixture_model():
+    '''A ResNet-18 of three classes.'''
+    torch.manual_seed(3)
+    model = resnet18(num_classes=3)
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(8, 3, SIZE, SIZE))
+    return model.eval()
+
+
+@pytest.fixture(name='photo')
+def fixture_photo():
+    '''A photograph of 40 x 60 pixels.'''
+    rng = np.random.default_rng(1)
+    return Image.fromarray(rng.integers(0, 256, (60, 40, 3), dtype=np.uint8))
+
+
+def normalized(photo, size=(SIZE, SIZE)):
+    '''The network's input, independent of the package.'''
+    values = torch.from_numpy(np.array(photo.resize(size, Image.Resampling.BILINEAR))).movedim(-1, 0) / 255
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (IMAGENET_MEAN, IMAGENET_STD))
+    return (values - mean) / std
+
+
+def test_is_attribution(model, photo):
+    '''What it holds is what Zennit's attributor computes.'''
+    found = explain(model, photo, target=1, size=SIZE, classes=CLASSES)
+    output, relevance = Gradient(model, ResNetLRP())(normalized(photo)[None], initial_relevance(1, 'one'))
+    torch.testing.assert_close(torch.from_numpy(found.relevance), relevance[0], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(torch.from_numpy(found.output), output[0].detach(), rtol=1e-4, atol=1e-5)
+    assert (found.target, found.label, found.prediction) == (1, 'golf ball', int(output.argmax()))
+    assert found.initial == 1. and abs(found.delta) < 1e-5 and found.sinks == 0
+    assert found.probability == pytest.approx(float(output.detach().softmax(1)[0, 1]), rel=1e-4)
+    assert found.heatmap.shape == (60, 40)
+    assert found.heatmap.sum() == pytest.approx(found.relevance.sum(), rel=0.01)
+    assert 'golf ball' in repr(found)
+
+
+def test_kinds_of_images(model, photo, tmp_path):
+    '''A path, image, array, tensor and batch of the same photograph have the same relevance.'''
+    path = tmp_path / 'folder' / 'photo.png'
+    path.parent.mkdir()
+    photo.save(path)
+    (path.parent / 'notes.txt').write_text('not a photograph')
+    values = np.array(photo)
+    expected = explain(model, photo, size=SIZE)
+    for image in (
+        path, str(path), values, values.astype(np.float32) / 255, torch.from_numpy(values).movedim(-1, 0),
+        normalized(photo),
+    ):
+        found = explain(model, image, size=SIZE)
+        np.testing.assert_allclose(found.relevance, expected.relevance, atol=1e-3 * np.abs(expected.relevance).max())
+    batches = [path.parent, [path], values[None], normalized(photo)[None], [photo]]
+    for images in batches:
+        found = explain(model, images, size=SIZE)
+        assert isinstance(found, Explanations) and len(found) == 1
+        np.testing.assert_allclose(
+            found[0].relevance, expected.relevance, atol=1e-3 * np.abs(expected.relevance).max()
+        )
+    gray = explain(model, values[..., 0], size=SIZE)
+    assert (gray.photo == values[..., :1]).all()
+
+
+def test_batches_and_shapes(model, photo):
+    '''Images of several shapes, with a target each, in their order.'''
+    inputs = [normalized(photo, size) for size in ((32, 32), (48, 32), (32, 32), (32, 48), (48, 32))]
+    together = explain(model, inputs, target=[0, 1, 2, 0, 'church'], classes=CLASSES, batch_size=4)
+    assert [each.target for each in together] == [0, 1, 2, 0, 2]
+    for each, input, target in zip(together, inputs, [0, 1, 2, 0, 2]):
+        alone = explain(model, input, target=target)
+        assert each.relevance.shape == input.shape
+        np.testing.assert_allclose(each.relevance, alone.relevance, atol=1e-4 * np.abs(alone.relevance).max())
+
+
+@pytest.mark.parametrize('transform, box', [
+    (None, (0, 0, 40, 60)),
+    ([transforms.Resize(32), transforms.CenterCrop(32)], (0, 10, 40, 50)),
+    ([transforms.Resize(40), transforms.CenterCrop(32)], (4, 14, 36, 46)),
+    ([transforms.Pad((10, 0)), transforms.Resize((32, 32))], (-10, 0, 50, 60)),
+])
+def test_geometry(model, photo, transform, box):
+    '''The heatmap is where the network saw the photograph, whatever was done to it, and zero elsewhere.'''
+    if transform is not None:
+        transform = transforms.Compose([
+            *transform, transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)
+        ])
+    found = explain(model, photo, size=SIZE, transform=transform)
+    np.testing.assert_allclose(found.box, box, atol=0.7)
+    assert found.heatmap.shape == found.photo.shape[:2] == (60, 40)
+    left, top, right, bottom = (round(edge) for edge in found.box)
+    outside = np.ones((60, 40), dtype=bool)
+    outside[max(top, 0):bottom, max(left, 0):right] = False
+    assert (found.heatmap[outside] == 0).all()
+    assert (found.heatmap[~outside] != 0).mean() > 0.9
+    # an isolated pixel of relevance is drawn at its place
+    relevance = np.zeros((3, SIZE, SIZE), dtype=np.float32)
+    relevance[:, 8, 20] = 1
+    moved = type(found)(**{**vars_of(found), 'relevance': relevance})
+    y, x = np.unravel_index(moved.heatmap.argmax(), moved.heatmap.shape)
+    assert abs(x + 0.5 - (left + 20.5 / SIZE * (right - left))) <= 1.1
+    assert abs(y + 0.5 - (top + 8.5 / SIZE * (bottom - top))) <= 1.1
+
+
+def vars_of(explanation):
+    '''Fields of an explanation.'''
+    return {name: getattr(explanation, name) for name in explanation.__dataclass_fields__}
+
+
+def test_other_preprocessing(model, photo):
+    '''What rotates the photograph is drawn on what the network sees.'''
+    transform = transforms.Compose([
+        transforms.RandomRotation((90, 90), expand=True), transforms.Resize((SIZE, SIZE)), transforms.ToTensor(),
+        transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+    ])
+    found = explain(model, photo, transform=transform)
+    assert found.photo.shape == (SIZE, SIZE, 3) and found.box == (0, 0, SIZE, SIZE)
+
+
+def test_keep_aspect(model, photo):
+    '''The whole photograph in its own shape.'''
+    found = explain(model, photo, size=SIZE, keep_aspect=True)
+    assert found.relevance.shape == (3, 48, 32) and found.box == (0, 0, 40, 60)
+
+
+@pytest.mark.parametrize('context', [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_model_is_left(model, photo, context):
+    '''Mode, gradients and weights are as before, also in training mode and without gradients.'''
+    expected = explain(model, photo, size=SIZE).relevance
+    model.train()
+    model.layer1.eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    try:
+        with context():
+            found = explain(model, photo, size=SIZE)
+        assert [module.training for module in model.modules()] == modes
+    finally:
+        model.eval()
+    np.testing.assert_array_equal(found.relevance, expected)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(param.grad is None and param.requires_grad for param in model.parameters())
+
+
+def test_composite_as_method(model, photo):
+    '''Composites of Zennit and of this package, with options of all kinds.'''
+    ours = explain(model, photo, method=ResNetLRP('symmetric'), size=SIZE)
+    by_name = explain(model, photo, method='resnet_lrp_symmetric', size=SIZE)
+    np.testing.assert_array_equal(ours.relevance, by_name.relevance)
+    stock = explain(model, photo, method=EpsilonPlus(), size=SIZE)
+    assert stock.value == 'logit' and stock.stem == 'image_EpsilonPlus'
+
+
+def test_sinks_count(photo):
+    '''What a class token keeps is no loss.'''
+    torch.manual_seed(0)
+    model = VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=3)
+    torch.nn.init.normal_(model.heads.head.weight)
+    found = explain(model.eval(), photo, size=SIZE)
+    assert abs(found.sinks) > 1e-3 and abs(found.delta) < 1e-4
+
+
+def test_save(model, photo, tmp_path):
+    '''Pictures in the size of the photograph, arrays, and a manifest that says how they were made.'''
+    found = explain(model, photo, method='resnet_lrp_ratio:first_layer=ones', size=SIZE, classes=CLASSES)
+    paths = found.save(tmp_path / 'new' / 'folder', smooth=1., cmap='safe')
+    stem = 'image_resnet_lrp_ratio-first_layer=ones'
+    assert [path.name for path in paths] == [f'{stem}_{ending}' for ending in ENDINGS]
+    assert sorted(path.parent for path in paths) == [tmp_path / 'new' / 'folder'] * 6
+    assert all(Image.open(path).size == photo.size for path in paths[:2])
+    np.testing.assert_array_equal(np.load(paths[3]), found.relevance)
+    np.testing.assert_allclose(np.load(paths[4]), found.heatmap, rtol=1e-6)
+    manifest = json.loads(paths[5].read_text())
+    assert manifest['method'] == 'resnet_lrp_ratio:first_layer=ones'
+    assert manifest['prediction'][0]['name'] == CLASSES[found.prediction]
+    assert manifest['relevance']['initial'] == 1 and manifest['style'] == {'smooth': 1., 'cmap': 'safe'}
+    assert manifest['versions']['torch'] == torch.__version__ and len(manifest['weights sha256']) == 64
+    assert all((paths[0].parent / name).exists() for name in manifest['files'])
+    text = Image.open(paths[0]).text
+    assert text['method'] == manifest['method'] and json.loads(text['target']) == manifest['target']
+    assert text['weights sha256'] == manifest['weights sha256']
+
+
+def test_weights_have_a_hash(model, photo):
+    '''It changes with a single weight.'''
+    before = explain(model, photo, size=SIZE).settings['weights sha256']
+    assert before == explain(model, photo, size=SIZE).settings['weights sha256']
+    with torch.no_grad():
+        model.fc.bias[0] += 1e-3
+    after = explain(model, photo, size=SIZE).settings['weights sha256']
+    with torch.no_grad():
+        model.fc.bias[0] -= 1e-3
+    assert after != before
+
+
+def test_nothing_is_overwritten(model, photo, tmp_path):
+    '''Without a word, nothing is replaced, and other methods have other names.'''
+    pair = explain(model, [photo, photo], size=SIZE)
+    written = pair.save(tmp_path)
+    assert len({path.name for path in written}) == 12
+    content = {path: path.read_bytes() for path in written}
+    with pytest.raises(FileExistsError, match='image_'):
+        pair[1].save(tmp_path)
+    explain(model, photo, method='block_lrp', size=SIZE).save(tmp_path)
+    assert all(path.read_bytes() == content[path] for path in written)
+    pair.save(tmp_path, overwrite=True, smooth=3.)
+    assert any(path.read_bytes() != content[path] for path in written)
+
+
+@pytest.mark.parametrize('number', range(6))
+def test_full_disk(model, photo, tmp_path, monkeypatch, number):
+    '''Files are whole or not there, and without all there is no manifest.'''
+    found = explain(model, photo, size=SIZE)
+    calls, save, array, text = [], Image.Image.save, np.save, Path.write_text
+
+    def full(function):
+        '''Write a part, and fail.'''
+        def write(*args, **kwargs):
+            calls.append(function)
+            if len(calls) > number:
+                name = args[1] if function is save else args[0]
+                Path(name).write_bytes(b'part')
+                raise OSError(errno.ENOSPC, 'No space left on device')
+            return function(*args, **kwargs)
+        return write
+
+    monkeypatch.setattr(Image.Image, 'save', full(save))
+    monkeypatch.setattr(np, 'save', full(array))
+    monkeypatch.setattr(Path, 'write_text', full(text))
+    with pytest.raises(OSError, match='No space'):
+        found.save(tmp_path)
+    names = [path.name for path in tmp_path.iterdir()]
+    assert len(names) == number
+    assert not any(name.endswith('manifest.json') or name.startswith('.') for name in names)
+
+
+def test_colors_have_one_meaning():
+    '''Red is for the class and blue against it, in heatmaps, overlays and legends.'''
+    heatmap = np.array([[1., 0.], [-1., 0.]])
+    for cmap in ('coldnhot', 'safe'):
+        drawn = draw_heatmap(np.array([[.5, 0.], [-.5, 1.]]), 100, cmap).astype(int)
+        assert drawn[0, 0, 0] > drawn[0, 0, 2] + 100 and drawn[1, 0, 2] > drawn[1, 0, 0] + 100
+        legend = draw_legend(200, cmap).astype(int)
+        assert legend[6, 50, 2] > legend[6, 50, 0] + 50 and legend[6, 150, 0] > legend[6, 150, 2] + 50
+    assert heatmap.shape == (2, 2)
+
+
+def test_figures(model, photo):
+    '''Figures with legends, for notebooks, and of several explanations.'''
+    found = explain(model, [photo, photo], size=SIZE, classes=CLASSES)
+    image = Image.open(io.BytesIO(found[0]._repr_png_()))
+    assert image.format == 'PNG' and image.size == found[0].figure().size
+    assert Image.open(io.BytesIO(found._repr_png_())).height > 1.5 * image.height
+    other = explain(model, photo, method='input_x_gradient', size=SIZE)
+    table = draw_table([[found[0], other], [found[1], None]], ('heatmap', 'overlay'), 'all')
+    assert table.width > 4 * 140
+    plain, outlined = (found[0].draw('overlay', contours=percent).astype(int) for percent in (None, 10))
+    changed = (plain != outlined).any(-1)
+    assert 0.01 < changed.mean() < 0.9
+    assert not np.array_equal(found[0].draw('heatmap'), found[0].draw('heatmap', smooth=2))
+    bright, dark = (found[0].draw('heatmap', bound=bound).mean() for bound in (1e-4, 1e-2))
+    assert bright > 2 * dark
+
+
+@pytest.mark.parametrize('arguments, error, value', [
+    ({'images': 'missing.png'}, FileNotFoundError, 'missing.png'),
+    ({'images': np.zeros((4, 4, 5), dtype=np.uint8)}, ValueError, r'\(4, 4, 5\)'),
+    ({'images': np.full((4, 4, 3), 7.)}, ValueError, '7'),
+    ({'images': np.full((4, 4, 3), np.nan)}, ValueError, 'nan'),
+    ({'images': np.zeros((4, 4, 3), dtype=int)}, ValueError, 'int64'),
+    ({'images': torch.zeros(1, 4, 4)}, ValueError, r'\(1, 4, 4\)'),
+    ({'images': torch.full((3, 32, 32), torch.nan)}, ValueError, 'finite'),
+    ({'images': 3}, TypeError, 'int'),
+    ({'images': []}, ValueError, 'no image'),
+    ({'target': 3}, ValueError, '3'),
+    ({'target': -1}, ValueError, '-1'),
+    ({'target': [0, 1]}, ValueError, '2 targets'),
+    ({'target': 'curch', 'classes': CLASSES}, ValueError, 'curch.*church'),
+    ({'classes': ['one']}, ValueError, '1 names of classes, but 3'),
+    ({'method': 'resnet'}, ValueError, 'resnet'),
+    ({'mean': (0.5, 0.5)}, ValueError, 'mean'),
+    ({'std': (0.5, 0., 0.5)}, ValueError, 'std'),
+    ({'batch_size': 0}, ValueError, 'batch_size'),
+])
+def test_errors(model, photo, arguments, error, value):
+    '''What is wrong is named.'''
+    with pytest.raises(error, match=value):
+        explain(**{'model': model, 'images': photo, 'size': SIZE, **arguments})
+
+
+def test_style_errors(model, photo, tmp_path):
+    '''Options of pictures are checked before anything is written.'''
+    found = explain(model, photo, size=SIZE)
+    for style, error in (
+        ({'smooth': -1}, ValueError), ({'percentile': 0}, ValueError), ({'contours': 101}, ValueError),
+        ({'cmap': 'rainbow'}, ValueError), ({'colour': 1}, TypeError),
+    ):
+        with pytest.raises(error, match=next(iter(style))):
+            found.save(tmp_path, **style)
+        assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match='picture'):
+        found.draw('picture')
+
+
+def test_other_outputs(photo):
+    '''A network that returns no logits is refused, one of 1000 classes has ImageNet's names.'''
+    class Pair(torch.nn.Module):
+        '''Two outputs.'''
+        def forward(self, input):
+            return input.mean((2, 3)), input
+
+    with pytest.raises(ValueError, match='tuple'):
+        explain(Pair(), photo)
+    torch.manual_seed(0)
+    assert explain(resnet18().eval(), photo, target='golf ball', size=SIZE).target == 574
+
+
+def test_forgotten_normalization(model):
+    '''Inputs that look like RGB from 0 to 1 are explained with a warning.'''
+    with pytest.warns(UserWarning, match='normalized'):
+        explain(model, torch.rand(3, SIZE, SIZE))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        explain(model, torch.rand(3, SIZE, SIZE), mean=(0, 0, 0), std=(1, 1, 1))
+        explain(model, torch.randn(3, SIZE, SIZE))
+
+
+def test_public_names():
+    '''It is found at the top of the package, which does not load it by itself.'''
+    assert zennit_resnet.explain is explain
+    with pytest.raises(AttributeError, match='nothing'):
+        _ = zennit_resnet.nothing
+
+
+# -- classifiers -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('wrap', [
+    lambda state: {'epoch': 1, 'state_dict': {f'model.{key}': value for key, value in state.items()}
+                   | {'loss.weight': torch.ones(3)}},
+    lambda state: {f'_orig_mod.{key}': value for key, value in state.items()},
+    lambda state: {'state_dict': {f'model._orig_mod.module.{key}': value for key, value in state.items()}},
+    lambda state: {'model': {'state_dict': state}},
+    lambda state: {'net': {f'backbone.{key}': value for key, value in state.items()}},
+], ids=['Lightning', 'compiled', 'Lightning, compiled, parallel', 'nested', 'own'])
+def test_checkpoints(model, tmp_path, wrap):
+    '''State dicts are found within what training scripts write.'''
+    torch.save(wrap(dict(model.state_dict())), tmp_path / 'last.ckpt')
+    classifier = load_classifier('resnet18', tmp_path / 'last.ckpt', SIZE)
+    input = torch.randn(1, 3, SIZE, SIZE)
+    torch.testing.assert_close(classifier.model(input), model(input))
+
+
+def test_two_networks_in_a_checkpoint(model, tmp_path):
+    '''Which one is meant is not guessed.'''
+    state = {f'{name}.{key}': value for name in ('student', 'teacher') for key, value in model.state_dict().items()}
+    torch.save(state, tmp_path / 'both.pt')
+    with pytest.raises(ValueError, match='student., teacher.'):
+        load_classifier('resnet18', tmp_path / 'both.pt')
+
+
+def test_names_and_normalization(model, tmp_path):
+    '''Names of classes from files, and other means.'''
+    torch.save(model.state_dict(), tmp_path / 'net.pt')
+    for text in ('cat\ndog\nbird\n', '["cat", "dog", "bird"]', '{"0": ["n01", "cat"], "2": "bird", "1": "dog"}'):
+        (tmp_path / 'names').write_text(text)
+        found = load_classifier('resnet18', tmp_path / 'net.pt', SIZE, tmp_path / 'names', (0, 0, 0), (1, 1, 1))
+        assert found.classes == ['cat', 'dog', 'bird']
+    assert float(found.transform(Image.new('RGB', (5, 5), 'white')).min()) == 1.
+    (tmp_path / 'names').write_text('cat\ndog')
+    with pytest.raises(ValueError, match='2 names of classes.*have 3'):
+        load_classifier('resnet18', tmp_path / 'net.pt', SIZE, tmp_path / 'names')
+    for text in ('', '{"a": 1}', '3'):
+        (tmp_path / 'names').write_text(text)
+        with pytest.raises(ValueError, match='no names of classes') if text != '3' else pytest.raises(ValueError):
+            read_classes(tmp_path / 'names')
+            load_classifier('resnet18', tmp_path / 'net.pt', SIZE, tmp_path / 'names')
+    with pytest.raises(ValueError, match='missing'):
+        read_classes(tmp_path / 'missing')
+
+
+def test_ambiguous_number(model):
+    '''A number that is also a name of another class is not guessed.'''
+    classifier = as_classifier(model, ['1', '0', 'x'])
+    with pytest.raises(ValueError, match='name:1 or index:1'):
+        classifier.find_class('1')
+    assert classifier.find_class('name:1') == 0 and classifier.find_class('index:1') == 1
+    assert classifier.find_class('2') == 2 and classifier.find_class('X') == 2
+    # where both agree, and where it is no index, nothing is ambiguous
+    assert as_classifier(model, ['0', '1', '7']).find_class('1') == 1
+    assert as_classifier(model, ['0', '1', '7']).find_class('7') == 2
+
+
+def test_settings_of_timm(model):
+    '''A network that knows its preprocessing is asked.'''
+    model.pretrained_cfg = {'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5, 0.5), 'input_size': (3, 48, 48)}
+    try:
+        classifier = as_classifier(model)
+    finally:
+        del model.pretrained_cfg
+    assert classifier.transform(Image.new('RGB', (9, 9), 'white')).shape == (3, 48, 48)
+    assert classifier.mean.flatten().tolist() == [0.5] * 3
