@@ -41,7 +41,7 @@ def prepare(classifier, item):
             raise ValueError('the input is not finite')
         input = item.detach().float()
         if input.amin() >= 0 and input.amax() <= 1 and classifier.mean.any():
-            warnings.warn('values from 0 to 1 look as if they were not normalized, as inputs given as tensors should be')
+            warnings.warn('values from 0 to 1 look as if they were not normalized, as inputs of the network are')
         photo = classifier.photo(input)
         return photo, input, (0, 0, photo.shape[1], photo.shape[0])
     photo = as_photo(item)
