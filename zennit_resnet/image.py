@@ -1,6 +1,6 @@
 '''Pictures: reading photographs, and drawing heatmaps of images, signals and volumes, overlays and comparisons.'''
+import os
 import warnings
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ OVERLAY_CMAP = '0cf,00f,7f:0000c0,80:c00000,f00,f80,fe0'
 CURVE_CMAP = '00a,00f,7f:4080ff,80:ff8040,f00,a00'
 
 MARGIN = 8
+SMALLEST_LEGEND = 80
 FONT_SIZE = 16
 
 # Brightness of red, green and blue as in ITU-R BT.601
@@ -43,7 +44,8 @@ def read_image(path):
         If the file is not an image that can be decoded, or if it has so many pixels that decoding it might exhaust the
         memory (``PIL.Image.MAX_IMAGE_PIXELS``).
     '''
-    if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
+    is_path = isinstance(path, (str, os.PathLike))
+    if is_path and os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         # reading one may wait forever
         raise ValueError('it is a pipe or device: save the photograph to a file first')
     try:
@@ -472,7 +474,7 @@ def draw_legend(width, cmap=HEATMAP_CMAP, bound=None, transparent=False, labels=
     Parameters
     ----------
     width: int
-        Width in pixels.
+        Width in pixels, of at least 80.
     cmap: str or :py:obj:`zennit.cmap.ColorMap`, optional
         See :py:func:`draw_heatmap`.
     bound: float, optional
@@ -482,6 +484,7 @@ def draw_legend(width, cmap=HEATMAP_CMAP, bound=None, transparent=False, labels=
     labels: tuple[str, str], optional
         What negative and positive relevance mean.
     '''
+    width = max(width, SMALLEST_LEGEND)
     cmap = SAFE['overlay' if transparent else 'heatmap'] if cmap == 'safe' else cmap
     ramp = np.linspace(-1, 1, width - 2)[None].repeat(FONT_SIZE - 4, 0)
     bar = _cover(np.full((*ramp.shape, 1), 0.5), ramp, 0.9, cmap) if transparent else _to_uint8(_color(ramp, cmap))

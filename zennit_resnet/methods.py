@@ -307,9 +307,9 @@ class Method:
 
     def ledger(self, classifier, input, target=None, value=None, contrast=None):
         '''Get a :py:class:`~zennit_resnet.conservation.Ledger` and the targets, see :py:meth:`attribute`.'''
-        attr_output, found = self._start(
-            classifier, target, 'logit' if value is None and self.contrast is contrast is None else value, contrast
-        )
+        is_plain = value is None and self.contrast is contrast is None
+        value = 'logit' if is_plain or self.entry.composite is None else value
+        attr_output, found = self._start(classifier, target, value, contrast)
         ledger = conservation_ledger(classifier.model, input, self.composite(classifier), attr_output)
         return ledger, found['targets']
 

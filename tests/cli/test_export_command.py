@@ -85,7 +85,7 @@ def test_export(suffix, name, composite, run, weights, tmp_path):
         # nothing is replaced unless that is asked for
         before = out.read_bytes()
         result = run('--out', out)
-        assert result.exit_code == 1 and '--overwrite' in result.stderr and out.read_bytes() == before
+        assert result.exit_code == 2 and '--overwrite' in result.stderr and out.read_bytes() == before
         start = '--value', 'softmax', '--contrast', 'golf ball'
         result = run('--out', out, '--overwrite', '--method', 'block_lrp', *start)
         assert result.exit_code == 0, result.output
@@ -111,7 +111,7 @@ def test_export(suffix, name, composite, run, weights, tmp_path):
 def test_errors(args, part, run, tmp_path):
     '''An error is one line that names what is wrong, and no file is left.'''
     result = run('--out', 'explain.pt2', *args)
-    assert result.exit_code == 1 and result.stdout == ''
+    assert result.exit_code == 2 and result.stdout == ''
     assert result.stderr.startswith('Error: ') and result.stderr.count('\n') == 1 and part in result.stderr
     assert not list(tmp_path.iterdir())
 

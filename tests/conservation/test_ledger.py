@@ -1242,14 +1242,14 @@ def test_cli(run, photos):
     result, out = run(*photos)
     assert result.exit_code == 0, result.output
     assert {path.name for path in out.iterdir()} == {
-        f'{name}_ledger.{suffix}' for name in ('first', 'second') for suffix in ('png', 'csv', 'json')
+        f'{name}_resnet_lrp_ratio_ledger.{suffix}' for name in ('first', 'second') for suffix in ('png', 'csv', 'json')
     }
     assert result.stdout.count('\nconserved: ') == 2 and 'not conserved' not in result.stdout
     assert str(photos[0]) in result.stdout and '(class 2)' in result.stdout
     assert result.stdout.count('layer1.0.addition') == 2
-    content = json.loads((out / 'second_ledger.json').read_text())
+    content = json.loads((out / 'second_resnet_lrp_ratio_ledger.json').read_text())
     assert len(content['initial']) == 1 and abs(content['gap'][0]) < 1e-5
-    assert Image.open(out / 'first_ledger.png').size[0] > 500
+    assert Image.open(out / 'first_resnet_lrp_ratio_ledger.png').size[0] > 500
 
 
 @pytest.mark.parametrize('args, causes', [
@@ -1263,7 +1263,7 @@ def test_cli_not_conserved(run, photos, args, causes):
     assert result.exit_code == 1
     summary = result.stdout.partition('\ninitial ')[2]
     assert 'not conserved: ' in summary and all(f'! {cause}' in summary or cause in summary for cause in causes)
-    initial = json.loads((out / 'first_ledger.json').read_text())['initial'][0]
+    initial = json.loads(next(out.glob('first_*.json')).read_text())['initial'][0]
     assert 3 < initial < 6
 
 
@@ -1273,7 +1273,7 @@ def test_cli_target(run, photos):
     result, out = run(photos[0], '--target', 'golf ball', '--value', 'one', '--blocks', *options)
     assert result.exit_code == 0, result.output
     assert 'golf ball (class 1)' in result.stdout
-    assert json.loads((out / 'first_ledger.json').read_text())['initial'] == [1.]
+    assert json.loads(next(out.glob('first_*.json')).read_text())['initial'] == [1.]
     assert 'the tolerance is 1.5' in result.stdout and '\nconserved: ' in result.stdout
     assert 'BasicBlock' in result.stdout and 'Conv2d' not in result.stdout
     result, _ = run(photos[0], '--method', 'epsilon_plus', '--tolerance', 'inf')
@@ -1292,18 +1292,32 @@ def test_all_composites(weights, method):
 def test_cli_errors(run, photos, tmp_path):
     '''Errors are one line, and do not keep others from being examined.'''
     result, out = run(tmp_path / 'missing.png', photos[0])
-    assert result.exit_code == 1 and 'there is no such file' in result.stderr
-    assert (out / 'first_ledger.csv').exists() and '\nconserved: ' in result.stdout
+    assert result.exit_code == 2 and 'there is no such file' in result.stderr
+    assert (out / 'first_resnet_lrp_ratio_ledger.csv').exists() and '\nconserved: ' in result.stdout
     result, _ = run(photos[0], '--method', 'unknown')
-    assert result.exit_code == 1 and "unknown method 'unknown'" in result.stderr
+    assert result.exit_code == 2 and "unknown method 'unknown'" in result.stderr
     result, _ = run(photos[0], '--tolerance', -1)
     assert result.exit_code == 2
     (tmp_path / 'file').write_text('')
     result, _ = run(photos[0], '--out', tmp_path / 'file')
-    assert result.exit_code == 1 and 'cannot make the folder' in result.stderr
-    (tmp_path / 'taken' / 'first_ledger.csv').mkdir(parents=True)
-    result, _ = run(photos[0], '--out', tmp_path / 'taken')
-    assert result.exit_code == 1 and 'cannot write' in result.stderr
+    assert result.exit_code == 2 and 'cannot make the folder' in result.stderr
+    (tmp_path / 'taken' / 'first_resnet_lrp_ratio_ledger.csv').mkdir(parents=True)
+    result, _ = run(photos[0], '--out', tmp_path / 'taken', '--overwrite')
+    assert result.exit_code == 2 and 'first_resnet_lrp_ratio_ledger.csv exists' in result.stderr
+    # nothing is replaced without a word
+    result, _ = run(photos[0])
+    assert result.exit_code == 2 and '--overwrite' in result.stderr and result.stdout == ''
+
+
+def test_cli_only_losses(run, photos):
+    '''Only what loses relevance is listed.'''
+    everything, _ = run(photos[0], '--method', 'epsilon_plus_flat')
+    losses, _ = run(photos[0], '--method', 'epsilon_plus_flat', '--only-losses', '--overwrite')
+    rows = [result.stdout.split('\n---')[1].splitlines()[1:] for result in (everything, losses)]
+    assert 0 < len(rows[1]) < len(rows[0])
+    assert all(line.startswith('!') for line in rows[1])
+    fine, _ = run(photos[1], '--only-losses')
+    assert 'Conv2d' not in fine.stdout and '\nconserved: ' in fine.stdout
 
 
 def test_docstrings():

@@ -207,7 +207,8 @@ def test_same_names(assets, photos, tmp_path):
         args = ['explain', photos / '0.png', *options, '--method', name, '--value', 'softmax', '--out', tmp_path]
         result = CliRunner().invoke(zennit_main, [str(arg) for arg in args])
         assert result.exit_code == 0, result.output
-        relevance = torch.from_numpy(np.load(tmp_path / '0_relevance.npy'))
+        path, = tmp_path.glob(f'0_{name.partition(":")[0].partition("+")[0]}*_relevance.npy')
+        relevance = torch.from_numpy(np.load(path))
         attributed = Method(name).create(Context(classifier)).attribute(images, output.argmax(1), output, ['0'])
         torch.testing.assert_close(relevance.sum(0), attributed.maps[0])
     args = ['explain', photos / '0.png', *options, '--method', 'resnet_lrp_ratio:first_layer=best']

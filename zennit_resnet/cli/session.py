@@ -37,7 +37,7 @@ class Session:
             postprocess = 'quantize'
         try:
             # a photograph that is named twice is explained once
-            self.images = list(dict.fromkeys(path for each in images for path in list_images(each)[0]))
+            self.images = list(dict.fromkeys(path for each in images for path in photographs(each)))
             self.methods = [Method(text, postprocess, levels or LEVELS) for text in methods]
             self.classifier = load_classifier(*(
                 options[key] for key in ('model', 'weights', 'size', 'classes', 'mean', 'std', 'keep_aspect')
@@ -122,6 +122,15 @@ class Session:
         self.bar.close()
         if self.failed or not self.conserved:
             sys.exit(2 if self.failed else 1)
+
+
+def photographs(path):
+    '''Paths of the photographs in a folder, or the path itself.'''
+    try:
+        return list_images(path)[0]
+    except ValueError:
+        # it fails in its turn, so that others are explained
+        return [path]
 
 
 def reason_of(error):

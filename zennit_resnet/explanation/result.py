@@ -242,7 +242,7 @@ class Explanation:
         paths[-1].unlink(missing_ok=True)
         info = PngImagePlugin.PngInfo()
         for key, entry in self.describe().items():
-            info.add_itxt(key, entry if isinstance(entry, str) else json.dumps(entry, ensure_ascii=False))
+            info.add_itxt(key, _encodable(entry if isinstance(entry, str) else json.dumps(entry, ensure_ascii=False)))
         contents = [Image.fromarray(self.draw(kind, **style)) for kind in KINDS] + [self.figure(**style)]
         contents += [self.relevance, self.heatmap, {**self.describe(), 'style': style, 'files': [
             path.name for path in paths[:-1]
@@ -252,7 +252,8 @@ class Explanation:
                 if isinstance(content, Image.Image):
                     content.save(name, pnginfo=info)
                 elif isinstance(content, dict):
-                    Path(name).write_text(json.dumps(content, ensure_ascii=False, indent=2) + '\n', encoding='utf-8')
+                    text = _encodable(json.dumps(content, ensure_ascii=False, indent=2))
+                    Path(name).write_text(f'{text}\n', encoding='utf-8')
                 else:
                     np.save(name, content.astype(np.float32))
         return paths
@@ -391,6 +392,11 @@ def draw_table(rows, kinds=('heatmap',), scale='own', titles=None, **style):
         default = HEATMAP_CMAP if kind == 'heatmap' else OVERLAY_CMAP
         legend.append(draw_legend(width, found.cmap or default, bound, kind == 'overlay'))
     return Image.fromarray(draw_comparison([*tiles, legend], titles, [*captions, '']))
+
+
+def _encodable(text):
+    '''Text in which bytes of file names that are no characters are escaped, also as JSON.'''
+    return text.encode('utf-8', 'backslashreplace').decode()
 
 
 def _as_png(picture):
