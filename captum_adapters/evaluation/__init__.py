@@ -17,7 +17,7 @@ from captum_adapters.evaluation.metrics import COLUMNS
 from captum_adapters.evaluation.presets import PRESETS
 from captum_adapters.evaluation.report import Report, summarize
 from captum_adapters.evaluation.runner import Process, evaluate
-from captum_adapters.evaluation.store import Run, RunError, SampleRecord, read_run
+from captum_adapters.evaluation.store import Run, RunError, SampleRecord, accuracy, read_run
 
 __all__ = [
     "COLUMNS",
@@ -31,6 +31,7 @@ __all__ = [
     "Sample",
     "SampleRecord",
     "Samples",
+    "accuracy",
     "evaluate",
     "make_evaluation",
     "read_run",

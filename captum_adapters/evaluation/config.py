@@ -16,7 +16,7 @@ from typing import Any, Optional
 
 import torch
 
-from captum_adapters.evaluation.data import Samples
+from captum_adapters.evaluation.data import LABELS, Samples
 from captum_adapters.evaluation.layouts import LAYOUTS
 from captum_adapters.evaluation.methods import CONTROLS, Method
 from captum_adapters.evaluation.metrics import (
@@ -77,7 +77,10 @@ class Evaluation:
     )
     split: Optional[str] = _option(None, "Split of the data.")
     labels: str = _option(
-        "given", "Use labels of the data, or none.", choices=("given", "ignore")
+        "given",
+        "Labels of the data: match them by name; take them in sorted order as the"
+        " network's classes; or use none.",
+        choices=LABELS,
     )
     limit: Optional[int] = _option(
         None, "Largest number of images, chosen at random.", least=1
@@ -221,6 +224,22 @@ def check_masks(evaluation: Evaluation, data: Samples) -> Optional[str]:
     return f"{reason}, so there are no scores {', '.join(needed)}"
 
 
+def check_labels(evaluation: Evaluation, data: Samples) -> None:
+    """Refuse numbers on labels of which the classes are a guess."""
+    asked = [
+        name
+        for name in ("explain_class", "score", "published")
+        if getattr(evaluation, name) == "label"
+    ]
+    if asked and data.matched_by == "order":
+        label, name = min(data.classes.items())
+        raise ValueError(
+            f"{asked[0]}='label' needs labels of known classes, but that {label!r} is"
+            f" {name!r}, and so on, is guessed from the order: name them as the network's"
+            " classes, or say --labels order if they are its classes in sorted order"
+        )
+
+
 def make_evaluation(given: dict[str, Any]) -> Evaluation:
     """Combine fields of :class:`Evaluation`, `None` if not given, with presets.
 
@@ -301,6 +320,7 @@ def describe(
         "data": os.path.abspath(evaluation.data),
         "layout": data.layout,
         "weights_name": str(evaluation.weights or find_embedded().name),
+        "labels": {"matched_by": data.matched_by, "classes": dict(data.classes)},
         "classes": list(classifier.classes),
         "preset": list(evaluation.preset),
         "batch_size": evaluation.batch_size,

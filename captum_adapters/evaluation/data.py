@@ -27,10 +27,13 @@ from captum_adapters.evaluation.layouts import (
     find_annotations,
     read_annotation,
     recognize,
+    to_number,
 )
 from captum_adapters.metrics import boxes_to_masks
 from zennit_resnet._text import one_line
 from zennit_resnet.image import read_image
+
+LABELS = ("given", "order", "ignore")
 
 
 class Samples(NamedTuple):
@@ -42,12 +45,18 @@ class Samples(NamedTuple):
         root (Path): Folder that names are relative to.
         samples (tuple[Sample]): Samples in the order of their names.
         messages (tuple[str]): How labels were understood, and what was left out.
+        matched_by (str): How labels became classes of the network: `"name"`, `"index"`,
+                `"wnid"`, several of these, `"order"` if that is only a guess, `"order,
+                as asked for"`, or `"none"` without labels.
+        classes (dict): Name of the network's class by label of the data.
     """
 
     layout: str
     root: Path
     samples: tuple[Sample, ...]
     messages: tuple[str, ...] = ()
+    matched_by: str = "none"
+    classes: Mapping[str, str] = {}
 
 
 def read_samples(
@@ -95,7 +104,8 @@ def read_samples(
                 which is `"test"` by default; the name of a folder in `path`, or a value
                 in the column `split` of a CSV file.
                 Default: `None`
-        labels (str, optional): `"given"`, or `"ignore"` to have none at all.
+        labels (str, optional): `"given"`, `"order"` if the labels in sorted order are
+                the network's classes whatever their names, or `"ignore"` to have none.
                 Default: `"given"`
         limit (int, optional): Draw this many images, if there are more, from those
                 without a problem, unless all have one, and with as many of each label
@@ -130,9 +140,9 @@ def read_samples(
     """
     if layout is not None and layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
-    if labels not in ("given", "ignore"):
-        raise ValueError(f"labels={labels!r} is neither 'given' nor 'ignore'")
-    if labels == "given" and not classes:
+    if labels not in LABELS:
+        raise ValueError(f"labels={labels!r} is not one of {', '.join(LABELS)}")
+    if labels != "ignore" and not classes:
         raise ValueError("there are no names of classes, which labels need")
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} is not at least 1")
@@ -154,8 +164,10 @@ def read_samples(
     messages = [] if labels == "ignore" else [*listing.messages]
     if labels == "ignore":
         samples = [item._replace(label=None, problem=None) for item in listing.samples]
+        found: dict[Any, tuple[list[int], str]] = {}
     else:
-        samples = _assign(listing, classes, messages)
+        found = _match(listing, classes, messages, labels == "order")
+        samples = [_find_class(sample, found) for sample in listing.samples]
     samples.sort(key=lambda sample: sample.name)
     if limit is not None and limit < len(samples):
         samples = _choose(samples, limit, seed, messages)
@@ -165,23 +177,44 @@ def read_samples(
             sample._replace(boxes=read_annotation(sample.path, annotations)[1])
             for sample in samples
         ]
-    return Samples(layout, listing.root, tuple(samples), tuple(messages))
+    known = {label: pair for label, pair in found.items() if len(pair[0]) == 1}
+    return Samples(
+        layout,
+        listing.root,
+        tuple(samples),
+        tuple(messages),
+        ", ".join(sorted({how for _, how in known.values()})) or "none",
+        {str(label): classes[hits[0]] for label, (hits, _) in known.items()},
+    )
 
 
-def _assign(
-    listing: Listing, classes: Sequence[str], messages: list[str]
-) -> list[Sample]:
-    """Find the classes of all labels."""
+def _match(
+    listing: Listing, classes: Sequence[str], messages: list[str], ordered: bool
+) -> dict[Any, tuple[list[int], str]]:
+    """The indices of classes that each label may mean, and how they were found."""
     names = ClassMatcher(classes)
-    texts = {sample.label for sample in listing.samples}
-    found = {text: names.find(text) for text in texts if isinstance(text, str)}
-    for text, hits in found.items():
-        if not hits and text in listing.numbers:
-            found[text] = [listing.numbers[text]]
+    labels = {sample.label for sample in listing.samples} - {None}
+    numbers = {label: ([label], "index") for label in labels if isinstance(label, int)}
+    texts = sorted(labels - {*numbers})
     order = listing.order
-    if found and not any(found.values()):
+    if ordered:
+        order = order or texts
+        if len(order) != len(classes):
+            raise ValueError(
+                f"labels='order' needs a label for each of the network's {len(classes)}"
+                f" classes, but there are {len(order)} ({', '.join(order[:5])})"
+            )
+        asked = "order, as asked for"
+        return {**numbers, **{text: ([order.index(text)], asked) for text in texts}}
+    found = {text: (names.find(text), "name") for text in texts}
+    for text, (hits, _) in found.items():
+        if hits == [to_number(text)]:
+            found[text] = (hits, "index")
+        elif not hits and text in listing.numbers:
+            found[text] = ([listing.numbers[text]], "wnid")
+    if found and not any(hits for hits, _ in found.values()):
         if not any(map(names.find, order)) and len(order) == len(classes):
-            found = {text: [order.index(text)] for text in found}
+            found = {text: ([order.index(text)], "order") for text in found}
             messages.append(
                 "no label is the name of a class of the network: its"
                 f" {len(classes)} classes are taken to be the labels in order, from"
@@ -192,14 +225,16 @@ def _assign(
                 f"no label is a class of the network, for instance {min(found)!r},"
                 f" where the first class is {classes[0]!r}"
             )
-    return [_find_class(sample, found) for sample in listing.samples]
+    return {**numbers, **found}
 
 
-def _find_class(sample: Sample, found: Mapping[str, list[int]]) -> Sample:
+def _find_class(
+    sample: Sample, found: Mapping[Any, tuple[list[int], str]]
+) -> Sample:
     """A sample with the index of its class, or the problem that there is none."""
     label, problem = sample.label, sample.problem
     if problem is None and isinstance(label, str):
-        hits = found[label]
+        hits = found[label][0]
         if not hits:
             problem = f"label {label!r} is not a class of the network"
         elif len(hits) > 1:

@@ -184,7 +184,7 @@ def _row_labels(
     if "imagenet_index" in columns and len(classes) == 1000:
         index = "imagenet_index"
     elif "class_index" in columns:
-        numbers = [_to_number(row["class_index"]) for row in rows]
+        numbers = [to_number(row["class_index"]) for row in rows]
         count = 1 + max((num for num in numbers if num is not None), default=-1)
         names = ClassMatcher(classes)
         found = [names.find(row.get("label", "")) for row in rows]
@@ -203,7 +203,7 @@ def _row_labels(
             )
 
     def label_of(row: Mapping[str, str]) -> Union[int, str, None]:
-        number = _to_number(row[index]) if index else None
+        number = to_number(row[index]) if index else None
         if index and number is not None:
             return number if 0 <= number < len(classes) else f"{index} {number}"
         text = row.get("label") or row.get("wnid")
@@ -214,7 +214,7 @@ def _row_labels(
     return label_of, messages
 
 
-def _to_number(text: str) -> Optional[int]:
+def to_number(text: str) -> Optional[int]:
     """An integer, or None if the text is none."""
     return int(text) if re.fullmatch(r"-?[0-9]{1,9}", text) else None
 
@@ -265,7 +265,7 @@ def _read_imagenet(root: Path, split: Optional[str], classes: Sequence[str]) -> 
                 " labels are unknown"
             )
     samples = [Sample(_name(path, root), path, found.get(path.stem)) for path in paths]
-    numbers = _numbers(root, classes, found.values())
+    numbers = _numbers(root, classes, (*order, *found.values()))
     return Listing(root, samples, order, numbers, messages)
 
 
@@ -322,8 +322,11 @@ def _numbers(
     root: Path, classes: Sequence[str], labels: Iterable[str]
 ) -> dict[str, int]:
     """Indices of ImageNet's 1000 classes by wnid, empty if they are not known."""
-    if len(classes) != 1000 or not any(map(WNID.fullmatch, labels)):
+    labels = [*filter(WNID.fullmatch, {*labels})]
+    if len(classes) != 1000 or not labels:
         return {}
+    if len(labels) == 1000:
+        return dict(zip(sorted(labels), range(1000)))
     meta = _meta(root)
     wnids = set() if meta is None else set(meta.values())
     file = _near(root, "LOC_synset_mapping.txt", "synset_words.txt")
@@ -481,5 +484,5 @@ class ClassMatcher:
             hits = sorted({index for key in keys for index in level.get(key, ())})
             if hits:
                 return hits
-        number = _to_number(label)
+        number = to_number(label)
         return [number] if number is not None and 0 <= number < self.count else []

@@ -23,6 +23,7 @@ from captum_adapters.evaluation.computation import Computation
 from captum_adapters.evaluation.config import (
     Evaluation,
     check,
+    check_labels,
     check_masks,
     check_pixels,
     describe,
@@ -171,6 +172,7 @@ class Loop:
             seed=evaluation.seed,
         )
         self.samples = data.samples
+        check_labels(evaluation, data)
         for message in (*data.messages, check_masks(evaluation, data)):
             if message is not None:
                 self.say(message)

@@ -76,7 +76,11 @@ class Run(NamedTuple):
     Attributes:
 
         folder (Path): The folder.
-        settings (dict): What was evaluated.
+        settings (dict): What was evaluated. `settings["labels"]` says how labels became
+                classes of the network: `matched_by` is `"name"`, `"index"`, `"wnid"`,
+                several of these, `"order"` if that is only a guess, `"order, as asked
+                for"`, or `"none"` without labels; `classes` is the name of the class by
+                label.
         samples (dict): :class:`SampleRecord` by name, in order.
         records (DataFrame): `problem` (why nothing was measured), `seconds`,
                 `metric_seconds` and scores, indexed by `sample` and `method`, in
@@ -324,6 +328,19 @@ def _read_records(path: Path) -> list[Record]:
         return found
     except (zipfile.BadZipFile, EOFError, KeyError, OSError, ValueError) as error:
         raise ValueError(_reason(error)) from error
+
+
+def accuracy(run: Run) -> tuple[int, int]:
+    """Number of samples that the network classifies correctly, and of those with a label.
+
+    Samples that are left out do not count.
+    """
+    known = [
+        sample
+        for sample in run.samples.values()
+        if sample.problem is None and sample.label is not None
+    ]
+    return sum(sample.prediction == sample.label for sample in known), len(known)
 
 
 def read_run(folder: Path) -> Run:

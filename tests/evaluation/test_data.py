@@ -117,6 +117,28 @@ def test_sorted_order(tmp_path):
     assert set(labels(read_samples(tmp_path, CLASSES)).values()) == {None}
 
 
+def test_how_labels_are_matched(tmp_path):
+    '''It is known whether labels were matched by name, by number, or only by order, and to which classes.'''
+    touch(tmp_path, 'a/1.png', 'b/1.png', 'c/1.png')
+    for names, found in (
+        (['B', 'c', 'a'], ('name', {'a': 'a', 'b': 'B', 'c': 'c'})),
+        (CLASSES, ('order', dict(zip('abc', CLASSES)))),
+        (['a', 'x', 'y'], ('name', {'a': 'a'})),
+        (['x', 'y'], ('none', {})),
+    ):
+        samples = read_samples(tmp_path, names)
+        assert (samples.matched_by, samples.classes) == found
+    asked = read_samples(tmp_path, ['b', 'a', 'x'], labels='order')
+    assert asked.matched_by == 'order, as asked for' and labels(asked) == {'a/1.png': 0, 'b/1.png': 1, 'c/1.png': 2}
+    assert read_samples(tmp_path, CLASSES, labels='ignore').matched_by == 'none'
+    with pytest.raises(ValueError, match='2 classes, but there are 3 .a, b, c'):
+        read_samples(tmp_path, CLASSES[:2], labels='order')
+    for text, found in (('1\n2', 'index'), ('tench\n2', 'index, name'), ('church\nx', 'name')):
+        rows = [f'{number}.png,{label}' for number, label in enumerate(text.split())]
+        file = write(tmp_path, 'labels.csv', '\n'.join(['file,label', *rows]))
+        assert read_samples(file, CLASSES).matched_by == found
+
+
 def test_folder_split(tmp_path):
     '''Folders of splits are not taken for classes.'''
     touch(tmp_path, 'train/church/a.png', 'val/tench/b.png')
@@ -226,11 +248,13 @@ def test_imagenet_folders(tmp_path):
     assert labels(read_samples(tmp_path / 'val', ['x', 'y'])) == {names[1][4:]: 0, names[0][4:]: 1}
     mapping = write(tmp_path, 'LOC_synset_mapping.txt', ''.join(f'{wnid(num)} name, x\n' for num in range(1000)))
     assert labels(read_samples(tmp_path, classes)) == {names[1]: 5, names[0]: 999}
+    assert read_samples(tmp_path, classes).matched_by == 'wnid'
     assert labels(read_samples(tmp_path, classes, layout='folder', split='val')) == {names[1]: 5, names[0]: 999}
     mapping.unlink()
     for index in range(1000):
         (tmp_path / 'val' / wnid(index)).mkdir(exist_ok=True)
     assert labels(read_samples(tmp_path, classes, split='val')) == {names[1]: 5, names[0]: 999}
+    assert read_samples(tmp_path, classes, split='val').matched_by == 'wnid'
     with pytest.raises(ValueError, match="split 'train'"):
         read_samples(tmp_path, classes, 'imagenet', 'train')
 
@@ -300,7 +324,7 @@ def test_cub(tmp_path):
     ({'path': 'missing'}, 'there is no file or folder'),
     ({'path': 'empty'}, 'there are no images in'),
     ({'layout': 'coco'}, "layout 'coco' is not one of folder, csv, imagenet, cub"),
-    ({'labels': 'guess'}, "neither 'given' nor 'ignore'"),
+    ({'labels': 'guess'}, "labels='guess'"),
     ({'limit': 0}, 'limit=0'),
     ({'classes': []}, 'no names of classes'),
     ({'layout': 'csv'}, 'no manifest.csv or labels.csv'),

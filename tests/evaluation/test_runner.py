@@ -17,7 +17,17 @@ from PIL import Image
 from torchvision.models import resnet18
 
 from captum_adapters.attr import CompositeAttribution
-from captum_adapters.evaluation import COLUMNS, Process, RunError, computation, evaluate, read_run, runner, summarize
+from captum_adapters.evaluation import (
+    COLUMNS,
+    Process,
+    RunError,
+    accuracy,
+    computation,
+    evaluate,
+    read_run,
+    runner,
+    summarize,
+)
 from captum_adapters.evaluation.methods import Explainer
 from captum_adapters.metrics import insertion_deletion
 from zennit_resnet.models import load_classifier
@@ -374,7 +384,7 @@ def test_failure(assets, tmp_path, monkeypatch):
 
 def test_published_class(assets, tmp_path):
     '''Published protocols may measure the label, where ours measures the explained class.'''
-    options = {'methods': ('resnet_lrp_ratio',), 'controls': False}
+    options = {'methods': ('resnet_lrp_ratio',), 'controls': False, 'labels': 'order'}
     explained = run(assets, tmp_path / 'explained', **options)
     label = run(assets, tmp_path / 'label', **options, score='label', published='label')
     both = run(assets, tmp_path / 'both', **options, published='label')
@@ -383,6 +393,18 @@ def test_published_class(assets, tmp_path):
         np.testing.assert_allclose(both.records[name], expected.records[name], atol=1e-6)
     wrong = sum(sample.label != sample.prediction for sample in both.samples.values())
     assert 0 < wrong < len(both.samples)
+
+
+def test_accuracy(assets, whole, tmp_path):
+    '''Accuracy on labels, and how these were matched, are kept with the run.'''
+    correct = sum(sample.prediction == sample.label for sample in whole.samples.values())
+    assert accuracy(whole) == (correct, 12) and 0 < correct < 12
+    classes = {name: f'class {number}' for number, name in enumerate(CLASSES)}
+    assert whole.settings['labels'] == {'matched_by': 'order', 'classes': classes}
+    left_out = whole.samples['circle/0.png']._replace(problem='it is broken', prediction=None)
+    assert accuracy(whole._replace(samples={**whole.samples, 'circle/0.png': left_out}))[1] == 11
+    without = run(assets, tmp_path / 'run', labels='ignore', methods=('random',), controls=False, limit=1)
+    assert accuracy(without) == (0, 0) and without.settings['labels']['matched_by'] == 'none'
 
 
 def test_same_data(assets, tmp_path, monkeypatch):
@@ -547,6 +569,8 @@ def test_launcher_is_gone(assets, tmp_path, monkeypatch):
     ({'metrics': ()}, 'metrics'),
     ({'metrics': ('accuracy', 'accuracy')}, 'twice'),
     ({'metrics': ('cross',)}, 'cross'),
+    ({'explain_class': 'label'}, "explain_class='label' .*'circle' is 'class 0'.* --labels order"),
+    ({'published': 'label'}, "published='label'"),
     ({'explain_class': 'truth'}, "explain_class='truth'"),
     ({'step': 0}, 'step=0'),
     ({'step': True}, 'step=True'),
