@@ -30,6 +30,10 @@ from captum_adapters.evaluation.presets import find_preset
 from captum_adapters.metrics import PERCENTS
 from zennit_resnet.models import Classifier, find_embedded
 
+# Options that the last digits of records depend on
+COMPUTATION = "batch_size forward_batch channels_last compile".split()
+# What a run grows by
+GROWING = ("manifest", "samples", "methods", "files")
 PACKAGES = ("zennit-resnet", "torch", "torchvision", "zennit", "captum", "numpy")
 # Options that records depend on, besides methods and metrics
 IDENTICAL = "explain_class score published initial step rank_by fill amp".split()
@@ -306,6 +310,8 @@ def describe(
             name: _hash(Path(name).read_bytes()) for name in files if Path(name).is_file()
         },
         "options": options,
+        "labels": evaluation.labels,
+        "computation": {name: given[name] for name in COMPUTATION},
         "device": device,
         # a patch release computes the same
         "versions": {
@@ -313,7 +319,8 @@ def describe(
             for name, version in versions.items()
         },
     }
-    text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+    fixed = {key: value for key, value in identity.items() if key not in GROWING}
+    text = json.dumps(fixed, sort_keys=True, separators=(",", ":"))
     return {
         "fingerprint": _hash(text.encode()),
         "identity": identity,
@@ -363,20 +370,12 @@ def _hash(*parts: Any) -> str:
 
 
 def _hash_manifest(data: Samples) -> str:
-    """Hash of names, file sizes, labels, masks and boxes, wherever the data is."""
+    """Hash of names, labels and boxes, wherever the data is."""
     rows = []
-    for name, path, label, mask, boxes, problem in data.samples:
-        row = (name, label, [_file_size(path), _file_size(mask)], boxes, problem)
+    for name, _, label, mask, boxes, problem in data.samples:
+        row = (name, label, mask is None, boxes, problem)
         rows.append(f"{row}\n".encode())
     return _hash(*rows)
-
-
-def _file_size(path: Optional[Path]) -> int:
-    """Size of a file, -1 if there is no path, and -2 if it is not there."""
-    try:
-        return -1 if path is None else path.stat().st_size
-    except OSError:
-        return -2
 
 
 def _hash_state(model: torch.nn.Module) -> str:

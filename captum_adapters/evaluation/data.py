@@ -292,6 +292,33 @@ class Loaded(NamedTuple):
     note: Optional[str] = None
 
 
+def stamp_of(sample: Sample) -> str:
+    """What changes when the files of a sample may have changed, without reading them."""
+    marks: list[Any] = [sample.boxes]
+    for path in (sample.path, sample.mask):
+        try:
+            stat = None if path is None else path.stat()
+        except OSError:
+            stat = None
+        marks.append(stat and (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+    return hashlib.sha256(repr(marks).encode()).hexdigest()[:16]
+
+
+def content_of(sample: Sample) -> Optional[str]:
+    """Hash of a sample's image, mask and boxes, `None` if there is no image to read."""
+    digest = hashlib.sha256(repr(sample.boxes).encode())
+    try:
+        digest.update(sample.path.read_bytes())
+    except OSError:
+        return None
+    if sample.mask is not None:
+        try:
+            digest.update(b"mask" + sample.mask.read_bytes())
+        except OSError:
+            digest.update(b"no mask")
+    return digest.hexdigest()[:16]
+
+
 class Images(torch.utils.data.Dataset[Loaded]):
     """Reads samples, for :class:`torch.utils.data.DataLoader` with `collate_fn=list`.
 
