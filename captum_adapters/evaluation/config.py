@@ -153,6 +153,7 @@ class Evaluation:
 
 
 FIELDS = dataclasses.fields(Evaluation)
+HELP = {item.name: item.metadata["help"] for item in FIELDS}
 Evaluation.__doc__ = f"{Evaluation.__doc__}\n" + "".join(
     f"        {item.name}: {item.metadata['help']}\n" for item in FIELDS
 )
@@ -248,7 +249,8 @@ def make_evaluation(given: dict[str, Any]) -> Evaluation:
     """Combine fields of :class:`Evaluation`, `None` if not given, with presets.
 
     Raises:
-        ValueError: If a preset is unknown, or two can not be run together.
+        ValueError: If a preset is unknown, or two can not be run together, or `data` or
+                `out` is missing.
     """
     given = {name: value for name, value in given.items() if value not in (None, ())}
     fields: dict[str, Any] = {}
@@ -272,6 +274,10 @@ def make_evaluation(given: dict[str, Any]) -> Evaluation:
                 f"{given['methods'][0]} is for what a preset has besides: name a --preset"
             )
         fields["methods"] += tuple(name.lstrip("+") for name in given.pop("methods"))
+    for name in ("data", "out"):
+        if name not in given:
+            # versions of click differ in whether they notice this
+            raise ValueError(f"--{name} is missing: {HELP[name]}")
     return Evaluation(**{**fields, **given})
 
 

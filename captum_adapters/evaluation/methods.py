@@ -5,6 +5,7 @@ of Captum, perturbation methods, attention branch networks and controls are adde
 """
 
 import inspect
+import re
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
@@ -230,11 +231,24 @@ def find_entries() -> dict[str, grammar.Entry]:
     return found
 
 
+# values of options that are meant as True and False
+SWITCH = re.compile(r"(?<==)(true|false)(?=[,+]|$)", re.IGNORECASE)
+SWITCHES = {"abs", "relu"}
+
+
 class Method(grammar.Method):
     """An attribution method, by a name such as `resnet_lrp_ratio+quantize8`.
 
     See :class:`zennit_resnet.methods.Method` for the grammar and for what is raised.
+    The words `true` and `false` mean `True` and `False`.
     """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(SWITCH.sub(lambda found: found[0].capitalize(), text))
+        for key in SWITCHES & {*self.options} if self.name in OTHERS else ():
+            if not isinstance(self.options[key], bool):
+                value = self.options[key]
+                raise ValueError(f"{self.text}: {key}={value!r} is neither True nor False")
 
     @staticmethod
     def entries() -> dict[str, grammar.Entry]:

@@ -130,6 +130,19 @@ def test_errors(assets, photos, tmp_path, args, message):
     assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.parametrize('missing', ['--data', '--out'])
+def test_missing(tmp_path, missing):
+    '''What is necessary is asked for in one line, whether or not click notices that it is missing.'''
+    given = {'--data': tmp_path, '--out': tmp_path / 'run'}
+    del given[missing]
+    result = call('evaluate', *(text for pair in given.items() for text in pair))
+    assert result.exit_code != 0 and isinstance(result.exception, SystemExit)
+    last = result.output.strip().splitlines()[-1]
+    assert last.startswith('Error: ') and missing in last
+    with pytest.raises(ValueError, match=missing):
+        make_evaluation({key.lstrip('-'): str(value) for key, value in given.items()})
+
+
 def test_report_errors(tmp_path):
     '''A folder without a run is an error.'''
     result = call('report', tmp_path)
