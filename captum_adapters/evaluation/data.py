@@ -21,10 +21,12 @@ from torch import Tensor
 from captum_adapters.evaluation.layouts import (
     LAYOUTS,
     READERS,
+    Box,
     ClassMatcher,
     Listing,
     Sample,
     find_annotations,
+    is_relative,
     read_annotation,
     recognize,
     to_number,
@@ -401,6 +403,7 @@ class Images(torch.utils.data.Dataset[Loaded]):
         if orientation in (5, 6, 7, 8):
             width, height = height, width
         if sample.mask is None:
+            _check_boxes(sample.boxes, (width, height))
             inside = boxes_to_masks([sample.boxes], (height, width))[0].numpy()
         else:
             inside = _read_mask(sample.mask)
@@ -422,6 +425,19 @@ class Images(torch.utils.data.Dataset[Loaded]):
             self._levels = (black + white) / 2, white - black
         middle, contrast = self._levels
         return ((self.transform(mask) - middle) * contrast).sum(0) > 0
+
+
+def _check_boxes(boxes: Sequence[Box], size: tuple[int, int]) -> None:
+    """Refuse boxes that are not of this image, but for a pixel by another counting."""
+    for box in boxes:
+        what = f"the box {box} is"
+        if is_relative(box) and max(size) > 1:
+            raise ValueError(f"{what} relative, or of one pixel: give pixels from 0 on")
+        low, high = min(box[:2]), (box[2] - size[0], box[3] - size[1])
+        if low < -1 or max(high) > 1:
+            raise ValueError(
+                f"{what} outside of the image as stored, {size[0]} x {size[1]} pixels"
+            )
 
 
 def _read_mask(path: Path) -> NDArray[np.bool_]:

@@ -122,6 +122,12 @@ def _read_csv(root: Path, split: Optional[str], classes: Sequence[str]) -> Listi
             if name in samples:
                 boxes = (*samples[name].boxes, *_row_boxes(row))
                 samples[name] = samples[name]._replace(boxes=boxes)
+    boxed = [sample for sample in samples.values() if sample.boxes]
+    if boxed and all(is_relative(box) for sample in boxed for box in sample.boxes):
+        raise ValueError(
+            f"{file}: the box {boxed[0].boxes[0]} of {boxed[0].name} and all others are"
+            " relative, where pixels of the image as stored are expected"
+        )
     labels = sorted({item.label for item in samples.values() if type(item.label) is str})
     order = labels if all(map(WNID.fullmatch, labels)) else ()
     return Listing(root, list(samples.values()), order, messages=messages)
@@ -170,6 +176,11 @@ def _row_boxes(row: Mapping[str, str]) -> tuple[Box, ...]:
             f"{row['where']}: the box ({', '.join(texts)}) is not four numbers"
         ) from None
     return ((x0, y0, x1, y1),)
+
+
+def is_relative(box: Box) -> bool:
+    """Whether a box seems to be given in sides of the image, from 0 to 1."""
+    return min(box) >= 0 and max(box) <= 1
 
 
 def _row_labels(

@@ -336,6 +336,7 @@ def test_cub(tmp_path):
     ({'path': 'parts.csv', 'split': 'val'}, "with split 'val'"),
     ({'path': 'box.csv'}, "no column 'y1' for boxes"),
     ({'path': 'text.csv'}, r'text.csv, .* 2: .*\(1, 2, 3, four\)'),
+    ({'path': 'relative.csv'}, r'relative.csv: .*\(0.1, 0.2, 0.5, 1.0\) of a.png'),
     ({'path': 'long.csv'}, 'long.csv'),
     ({'path': 'longer.csv'}, 'longer.csv'),
     ({'path': 'blank.csv'}, 'blank.csv, .* 1: '),
@@ -355,6 +356,7 @@ def test_errors(tmp_path, options, message):
     write(tmp_path, 'parts.csv', 'file,split\na.png,train\n')
     write(tmp_path, 'box.csv', 'file,x0,y0,x1\na.png,1,2,3\n')
     write(tmp_path, 'text.csv', 'file,x0,y0,x1,y1\na.png,1,2,3,4\na.png,1,2,3,four\n')
+    write(tmp_path, 'relative.csv', 'file,x0,y0,x1,y1\na.png,0.1,0.2,0.5,1\nb.png,0,0,1,1\n')
     write(tmp_path, 'long.csv', 'file,label\na.png,projectile, missile\n')
     write(tmp_path, 'longer.csv', 'file,label\na.png,tench\nb.png,projectile, missile\n')
     write(tmp_path, 'blank.csv', 'file,label\n,tench\n')
@@ -536,6 +538,22 @@ def test_bad_files(tmp_path, monkeypatch):
 
     loaded = Images([Sample('a', good, 0)], fail)[0]
     assert loaded.problem.endswith(': not enough memory')
+
+
+@pytest.mark.parametrize('box', [
+    (0.1, 0.2, 0.5, 0.9), (0, 0, 1, 1), (-9, 1, 3, 4), (1, -2, 3, 4), (1, 1, 42, 4), (1, 1, 4, 39.5), (50, 50, 60, 60),
+])
+def test_boxes_outside(tmp_path, box):
+    '''Boxes that are relative or outside of the image are no masks, and the note has their values.'''
+    touch(tmp_path, 'a.png')
+    Image.new('RGB', (40, 38)).save(tmp_path / 'a.png')
+    for boxes in ((box,), ((1, 1, 5, 5), box)):
+        loaded = Images([Sample('a', tmp_path / 'a.png', 0, None, boxes)], SQUARE)[0]
+        assert loaded.mask is None and str(box) in loaded.note and loaded.image is not None
+    # by another counting of pixels
+    for box in ((-1, 0, 41, 39), (0, 0, 40, 38), (0.5, 0.5, 2, 2)):
+        loaded = Images([Sample('a', tmp_path / 'a.png', 0, None, (box,))], SQUARE)[0]
+        assert loaded.note is None and loaded.mask.any()
 
 
 def test_loader(tmp_path):
