@@ -165,20 +165,38 @@ def test_not_comparable():
     result = report(first, second, third)
     assert [group.name for group in result.groups] == ['one', 'two', 'three']
     assert [found.name for found in result.rows] == [
-        'grad_cam (one)', 'random (one)', 'grad_cam (two)', 'random (two)', 'grad_cam (three)'
+        'grad_cam (data=data, step=500)', 'random (data=data, step=500)', 'grad_cam (data=data, step=100)',
+        'random (data=data, step=100)', 'grad_cam (data=other, step=500)',
     ]
     assert has(result.warnings[:1], 'Rows of two', 'one', 'step (500; 100)')
     assert has(result.warnings[1:2], 'Rows of three', 'one', 'data (data; other)')
     assert [(item.group, item.baseline) for item in result.significance] == [
-        (0, 'grad_cam (one)'), (1, 'grad_cam (two)')
+        (0, 'grad_cam (data=data, step=500)'), (1, 'grad_cam (data=data, step=100)')
     ]
     # each has its own best method, and its own controls
     table = result.results()[0]
     assert table.frame['Run'].tolist() == ['one', 'one', 'two', 'two', 'three']
     assert table.marks['ID ↑'].tolist() == ['best', '', 'best', 'above', 'best']
-    assert not has(result.warnings, 'one', 'random')
-    assert has(result.warnings, 'random (two) (2.000) is better than 1 of 1 methods')
-    assert 'ID compared with grad_cam (two) (two)' in result.text()
+    assert not has(result.warnings, 'step=500', 'random')
+    assert has(result.warnings, 'random (data=data, step=100) (2.000) is better than 1 of 1 methods')
+    assert 'ID compared with grad_cam (data=data, step=100) (two)' in result.text()
+
+
+@pytest.mark.parametrize('settings, names', [
+    ({'options': {'step': 100, 'initial': 'softmax', 'amp': None}}, ['step=500', 'step=100']),
+    ({'model': 'vgg16', 'data': '/moved/data'}, ['model=resnet50', 'model=vgg16']),
+    ({'weights': 'w2', 'weights_name': '/x/other.pt'}, ['weights=w1', 'weights=other.pt']),
+    ({'data': '/x/other', 'manifest': 'm3'}, ['data=data', 'data=other']),
+    # nothing that can be read
+    ({'classes': ['x', 'y']}, ['a/run', 'b/run']),
+])
+def test_same_method_in_other_settings(settings, names):
+    '''Methods of the same name are told apart by the setting that differs, others keep their name.'''
+    first = make_run({'grad_cam': [0.1, 0.2], 'rise': [0, 0]}, 'a/run')
+    result = report(first, make_run({'grad_cam': [0.8, 0.9], 'gradient': [2, 2]}, 'b/run', **settings))
+    assert [row.name for row in result.rows] == [
+        f'grad_cam ({names[0]})', 'rise', f'grad_cam ({names[1]})', 'gradient'
+    ]
 
 
 # -- comparisons -------------------------------------------------------------------------------------------------------

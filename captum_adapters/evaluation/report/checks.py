@@ -26,6 +26,7 @@ SAMPLE_FIELDS = {
     "target": "explained class",
     "label": "label",
     "prediction": "predicted class",
+    "content": "image or mask",
 }
 
 
