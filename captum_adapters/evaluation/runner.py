@@ -35,6 +35,7 @@ from captum_adapters.evaluation.data import (
     read_samples,
     stamp_of,
 )
+from captum_adapters.evaluation.estimate import Estimate
 from captum_adapters.evaluation.grids import Grids
 from captum_adapters.evaluation.methods import CONTROLS, Method
 from captum_adapters.evaluation.metrics import Batch, input_size
@@ -327,18 +328,16 @@ class Loop:
         return self._count(states, seconds)
 
     def _time(self, methods: Sequence[Method]) -> dict[Method, tuple[float, float]]:
-        """Seconds of methods and metrics on the first image that can be read."""
-        computation = self.prepare()
+        """Seconds of methods and metrics for the first image that can be read."""
+        simple = replace(self.evaluation, compile=False)
+        computation = Computation(simple, self.classifier, methods, self.device)
         items = ((sample, self.images[row]) for row, sample in enumerate(self.samples))
         found = next((pair for pair in items if pair[1].image is not None), None)
         if found is None:
             return {}
         batch = computation.prepare([found[0]], [found[1]])
-        times = {}
-        for method in methods:
-            scores = computation.run_method(method, batch, False)[0].scores
-            times[method] = (scores["seconds"], scores["metric_seconds"])
-        return times
+        estimate = Estimate(computation, batch)
+        return {method: estimate.method(method) for method in methods}
 
     def run(self) -> Progress:
         """Compute all records of this process that are not there yet."""

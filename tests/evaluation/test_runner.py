@@ -23,6 +23,7 @@ from captum_adapters.evaluation import (
     RunError,
     accuracy,
     computation,
+    estimate,
     evaluate,
     read_run,
     runner,
@@ -560,6 +561,57 @@ def test_dry_run(assets, whole, tmp_path):
     assert before.seconds > 0
     after = evaluate(setting(assets, whole.folder), process=Process(), quiet=True, dry_run=True)
     assert (after.total, after.done, after.seconds) == (84, 84, 0)
+
+
+COUNTED = 'insertion_deletion', 'rise', 'c3', 'contrastive', 'accuracy', 'conservation'
+
+
+@pytest.mark.parametrize('method, own, tolerance', [
+    ('random', 0, 0), ('constant', 0, 0), ('resnet_lrp_ratio+quantize8', 1, 0),
+    # of a map that is not computed
+    ('rise:n_masks=16+c3', 0, 0.25),
+])
+def test_counted_passes(assets, tmp_path, monkeypatch, method, own, tolerance):
+    '''Forward passes that an estimate counts are those of the evaluation, and are not done.'''
+    images, original = [], torch.nn.Conv2d._conv_forward
+
+    def convolve(self, input, *args):
+        if self.in_channels == 3 and not torch.is_grad_enabled():
+            images.append(len(input))
+        return original(self, input, *args)
+
+    options = {'methods': (method,), 'metrics': COUNTED, 'controls': False, 'limit': 1, 'step': 200}
+    monkeypatch.setattr(torch.nn.Conv2d, '_conv_forward', convolve)
+    run(assets, tmp_path / 'run', **options)
+    # two for loading and prediction
+    done = sum(images) - 2
+    images.clear()
+    monkeypatch.setattr(estimate.Estimate, '_seconds', lambda self, function: function() is None)
+    monkeypatch.setattr(estimate.Estimate, '_time_pass', lambda self, *args: 1.)
+    monkeypatch.setattr(computation.Computation, 'attribute', lambda self, method, batch: (
+        self.explainers[method.text].attribute(batch.images, batch.targets, batch.output, batch.names), 0.))
+    left = evaluate(setting(assets, tmp_path / 'dry', **options), process=Process(), quiet=True, dry_run=True)
+    assert left.seconds == pytest.approx(done - own, rel=tolerance) and done > 60
+    assert sum(images) == 2 + own
+
+
+def test_estimate_of_much(assets, tmp_path):
+    '''Methods and metrics of many passes, and further maps, are estimated without these, and fail as in a run.'''
+    times = []
+    for metrics in (('conservation',), ('conservation', 'class_sensitivity', 'randomization')):
+        options = {'methods': ('rise', 'integrated_gradients:n_steps=1000'), 'metrics': metrics, 'compile': True}
+        if len(metrics) > 1:
+            options.update(compile=False)
+        begin = time.perf_counter()
+        left = evaluate(setting(assets, tmp_path / 'run', **options), process=Process(), quiet=True, dry_run=True)
+        times.append(left.seconds)
+        # it would take minutes for each image
+        assert time.perf_counter() - begin < 60 < left.seconds
+    assert times[1] > 2 * times[0]
+    with pytest.raises(RunError, match='gaussian:sigma=0 fails on circle/0.png'):
+        options = {'methods': ('gaussian:sigma=0',), 'controls': False}
+        evaluate(setting(assets, tmp_path / 'run', **options), process=Process(), dry_run=True)
+    assert not (tmp_path / 'run').exists()
 
 
 @pytest.mark.parametrize('amp, channels_last', [(None, True), ('bfloat16', False), ('bfloat16', True)])
