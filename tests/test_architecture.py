@@ -21,7 +21,9 @@ FLOORS = [
     ('zennit_resnet.conservation', 'zennit_resnet.postprocess', 'zennit_resnet.image', 'zennit_resnet.models'),
     ('zennit_resnet.methods',),
     ('zennit_resnet.cli', 'zennit_resnet.export', 'zennit_resnet'),
-    ('captum_adapters._compat', 'captum_adapters._validation'),
+    ('captum_adapters._compat', 'captum_adapters._light'),
+    ('captum_adapters._validation', 'captum_adapters.statistics'),
+    ('captum_adapters.curves',),
     ('captum_adapters.metrics', 'captum_adapters.attr'),
     ('captum_adapters.quantus', 'captum_adapters.evaluation'),
     ('captum_adapters.cli', 'captum_adapters'),
@@ -78,7 +80,7 @@ def test_floors():
 
 OPTIONAL = (
     'pandas', 'jinja2', 'tabulate', 'torchmetrics', 'quantus', 'torchcam', 'click',
-    'captum_adapters.metrics.plots', 'captum_adapters.evaluation',
+    'captum_adapters.metrics.plots', 'captum_adapters.curves', 'captum_adapters.evaluation',
 )
 
 

@@ -19,7 +19,6 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from captum_adapters.evaluation.layouts import (
-    LAYOUTS,
     READERS,
     ClassMatcher,
     Listing,
@@ -28,6 +27,7 @@ from captum_adapters.evaluation.layouts import (
     read_annotation,
     recognize,
 )
+from captum_adapters.evaluation.names import LAYOUTS
 from captum_adapters.metrics import boxes_to_masks
 from zennit_resnet._text import one_line
 from zennit_resnet.image import read_image

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 import pandas as pd
 
-from captum_adapters.evaluation.methods import kind_of
-from captum_adapters.evaluation.metrics import COLUMNS, Column
+from captum_adapters.evaluation.columns import COLUMNS, Column
+from captum_adapters.evaluation.names import kind_of
 from captum_adapters.evaluation.store import Run, SampleRecord, differences
-from captum_adapters.metrics import bootstrap_interval
+from captum_adapters.statistics import bootstrap_interval
 
 PROTOCOLS = {
     "default": "our protocol",

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Iterator, Sequence
 
-from captum_adapters.evaluation.methods import base_of
-from captum_adapters.evaluation.metrics import COLUMNS
+from captum_adapters.evaluation.columns import COLUMNS
+from captum_adapters.evaluation.names import base_of
 from captum_adapters.evaluation.report.aggregate import (
     Group,
     Row,

@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
-from captum_adapters.evaluation.methods import base_of
+from captum_adapters.curves import LINE_STYLES, plot_curves
+from captum_adapters.evaluation.names import base_of
 from captum_adapters.evaluation.report.aggregate import (
     Row,
     column_of,
@@ -23,7 +24,6 @@ from captum_adapters.evaluation.report.aggregate import (
     sign_of,
 )
 from captum_adapters.evaluation.report.tables import format_number, wrap
-from captum_adapters.metrics.plots import LINE_STYLES, plot_curves
 from zennit_resnet.image import draw_comparison, draw_overlay
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import NamedTuple, Optional
 
 import pandas as pd
 
-from captum_adapters.evaluation.methods import stands_for
-from captum_adapters.evaluation.metrics import COLUMNS
+from captum_adapters.evaluation.columns import COLUMNS
+from captum_adapters.evaluation.names import stands_for
 from captum_adapters.evaluation.presets import PRESETS, Preset
 from captum_adapters.evaluation.report.aggregate import (
     STATISTICS,
@@ -37,7 +37,7 @@ from captum_adapters.evaluation.report.tables import (
     render_list,
 )
 from captum_adapters.evaluation.store import Run, brief
-from captum_adapters.metrics import Comparison
+from captum_adapters.statistics import Comparison
 from zennit_resnet._text import one_line
 
 # Number of clusters below which intervals of the bootstrap are clearly too narrow
