@@ -12,9 +12,9 @@ from captum_adapters.evaluation.config import Evaluation, make_evaluation
 from captum_adapters.evaluation.names import CONTROLS, stands_for
 from captum_adapters.evaluation.presets import PRESETS
 from zennit_resnet import __version__
+from zennit_resnet._choices import split_names
 from zennit_resnet._text import one_line, printable
 from zennit_resnet.cli.group import Commands
-from zennit_resnet.methods import split_names
 
 # Commands import what they need, so that help is there at once, and reports need no PyTorch
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the ground up. A name stands for the module or the package.
 FLOORS = [
-    ('zennit_resnet._compat', 'zennit_resnet.arguments', 'zennit_resnet.layer', 'zennit_resnet._text'),
+    ('zennit_resnet._compat', 'zennit_resnet.arguments', 'zennit_resnet.layer', 'zennit_resnet._text',
+     'zennit_resnet._choices'),
     ('zennit_resnet._nested',),
     ('zennit_resnet._autograd', 'zennit_resnet._inplace', 'zennit_resnet._weights'),
     ('zennit_resnet.rules',),
@@ -20,7 +21,8 @@ FLOORS = [
     ('zennit_resnet._graphs', 'zennit_resnet._pooling', 'zennit_resnet.tracing'),
     ('zennit_resnet.conservation', 'zennit_resnet.postprocess', 'zennit_resnet.image', 'zennit_resnet.models'),
     ('zennit_resnet.methods',),
-    ('zennit_resnet.cli', 'zennit_resnet.export', 'zennit_resnet'),
+    ('zennit_resnet.export', 'zennit_resnet.explanation', 'zennit_resnet._public', 'zennit_resnet'),
+    ('zennit_resnet.cli',),
     ('captum_adapters._compat', 'captum_adapters._light'),
     ('captum_adapters._validation', 'captum_adapters.statistics'),
     ('captum_adapters.curves',),

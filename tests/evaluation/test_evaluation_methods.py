@@ -8,9 +8,9 @@ from zennit.attribution import Gradient
 from captum_adapters.evaluation import PRESETS, Method, layouts, methods, metrics, names
 from captum_adapters.evaluation.methods import Context, find_entries
 from captum_adapters.evaluation.metrics import MetricSettings, measure
+from zennit_resnet._choices import split_names
 from zennit_resnet.attribution import initial_relevance
 from zennit_resnet.methods import Method as Grammar
-from zennit_resnet.methods import split_names
 from zennit_resnet.models import load_classifier
 
 
