@@ -326,6 +326,19 @@ def _read_records(path: Path) -> list[Record]:
         raise ValueError(_reason(error)) from error
 
 
+def accuracy(run: Run) -> tuple[int, int]:
+    """Number of samples that the network classifies correctly, and of those with a label.
+
+    Samples that are left out do not count.
+    """
+    known = [
+        sample
+        for sample in run.samples.values()
+        if sample.problem is None and sample.label is not None
+    ]
+    return sum(sample.prediction == sample.label for sample in known), len(known)
+
+
 def read_run(folder: Path) -> Run:
     """Read the records of a run, whichever processes wrote them.
 

@@ -124,6 +124,13 @@ def protocol_of(name: str) -> str:
     return PROTOCOLS[column_of(name).protocol]
 
 
+def table_of(name: str) -> str:
+    """Title of the table that a score is in."""
+    topic = column_of(name).topic
+    # that of insertion and deletion is divided
+    return f"{topic}, {protocol_of(name)}" if topic == column_of("id").topic else topic
+
+
 def title_of(name: str) -> str:
     """Title of a score, with an arrow to where it is better."""
     column = column_of(name)
