@@ -1,6 +1,32 @@
-"""Scores by the names that they have in records, and what tables say about them."""
+"""Names of metrics, and their scores in tables: all that the command line and reports need
+of them, so that they start without PyTorch."""
 
 from typing import NamedTuple, Optional
+
+# Those of `captum_adapters.evaluation.metrics`. Conservation needs relevance before any
+# post-processing, which is measured apart
+METRICS = (
+    "insertion_deletion",
+    "rise",
+    "c3",
+    "accuracy",
+    "cross",
+    "pointing",
+    "distance",
+    "attention",
+    "contrastive",
+    "grid_pointing",
+    "class_sensitivity",
+    "randomization",
+    "conservation",
+)
+DEFAULT = ("insertion_deletion", "conservation")
+# those that rank pixels, of which tied ones are divided
+TOP = ("accuracy", "cross", "pointing", "distance")
+# not defined without a mask
+MASKED = ("pointing", "distance", "attention")
+# Pixels between two points of RISE's published code
+RISE_STEP = 224
 
 
 class Column(NamedTuple):

@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from captum_adapters._light import PERCENTS
-from captum_adapters.evaluation.names import (
-    CONTROLS,
+from captum_adapters.evaluation.columns import (
     DEFAULT,
-    LAYOUTS,
     MASKED,
     METRICS,
     RISE_STEP,
     TOP,
 )
+from captum_adapters.evaluation.names import CONTROLS, LAYOUTS
 from captum_adapters.evaluation.presets import find_preset
 
 if TYPE_CHECKING:

@@ -1,8 +1,7 @@
 """Metrics of an evaluation by name, as scores and curves of each example.
 
-A new metric is a function in :data:`METRICS`, its name in
-:data:`captum_adapters.evaluation.names.METRICS`, and its columns in
-:data:`captum_adapters.evaluation.columns.COLUMNS`.
+A new metric is a function in :data:`METRICS`, and its name and columns in
+:mod:`captum_adapters.evaluation.columns`.
 """
 
 import math
@@ -19,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional
 
-from captum_adapters.evaluation.names import TOP
+from captum_adapters.evaluation.columns import TOP
 from captum_adapters.metrics import (
     NegativeMapWarning,
     class_sensitivity,

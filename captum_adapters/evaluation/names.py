@@ -1,5 +1,5 @@
-"""Names of methods, metrics and layouts: all that the command line and reports need of
-them, so that they start without PyTorch."""
+"""Names of methods and layouts: all that the command line and reports need of them, so
+that they start without PyTorch."""
 
 OWN = ("resnet_lrp_ratio", "resnet_lrp_symmetric", "relative_lrp", "block_lrp")
 # methods of others that only the evaluator has
@@ -16,29 +16,6 @@ OTHERS = (
 )
 # maps that explain nothing
 CONTROLS = ("random", "constant", "gaussian", "sobel")
-
-METRICS = (
-    "insertion_deletion",
-    "rise",
-    "c3",
-    "accuracy",
-    "cross",
-    "pointing",
-    "distance",
-    "attention",
-    "contrastive",
-    "grid_pointing",
-    "class_sensitivity",
-    "randomization",
-    "conservation",
-)
-DEFAULT = ("insertion_deletion", "conservation")
-# those that rank pixels, of which tied ones are divided
-TOP = ("accuracy", "cross", "pointing", "distance")
-# not defined without a mask
-MASKED = ("pointing", "distance", "attention")
-# Pixels between two points of RISE's published code
-RISE_STEP = 224
 
 LAYOUTS = ("folder", "csv", "imagenet", "cub")
 

@@ -103,6 +103,15 @@ def test_report_of_chosen_methods(assets, photos, tmp_path):
     assert 'gradient' in report and 'grad_cam' not in report and 'records' not in report
 
 
+def test_exit_codes(assets, photos, tmp_path):
+    '''Those of docs/evaluation.md.'''
+    assert evaluate(assets, photos, tmp_path / 'run', '--no-controls', '--dry-run').exit_code == 0
+    assert evaluate(assets, photos, tmp_path / 'run', '--methods', 'lime').exit_code == 1
+    assert call('report', tmp_path).exit_code == 1
+    assert call('report', tmp_path, '--page').exit_code == 2 and call('report').exit_code == 2
+    assert call('evaluate', '--data', photos).exit_code == 2
+
+
 def test_quiet(assets, photos, tmp_path):
     '''Nothing is printed.'''
     result = evaluate(assets, photos, tmp_path / 'run', '--methods', 'grad_cam', '--no-controls', '--quiet')

@@ -5,7 +5,7 @@ import torch
 from helpers.evaluation import SIZE, make_batch
 from zennit.attribution import Gradient
 
-from captum_adapters.evaluation import PRESETS, Method, layouts, methods, metrics, names
+from captum_adapters.evaluation import PRESETS, Method, columns, layouts, methods, metrics, names
 from captum_adapters.evaluation.methods import Context, find_entries
 from captum_adapters.evaluation.metrics import MetricSettings, measure
 from zennit_resnet._choices import split_names
@@ -112,7 +112,7 @@ def test_names():
     '''What the command line knows without PyTorch is what there is.'''
     assert names.OTHERS == tuple(methods.OTHERS) and names.CONTROLS == tuple(methods.CONTROLS)
     assert set(names.OWN) == {name for name, entry in find_entries().items() if entry.kind == 'ours'}
-    assert names.METRICS == (*metrics.METRICS, 'conservation')
+    assert columns.METRICS == (*metrics.METRICS, 'conservation')
     assert names.LAYOUTS == tuple(layouts.READERS)
 
 

@@ -65,7 +65,7 @@ def test_means():
     assert len(found.scores) == 4 and found.problems == {'zzz.jpg': 'the map has NaN or infinity'}
     assert found.seconds == 0.5
     assert result.columns == ('id', 'pointing', 'gap')
-    assert 'Pointing is defined for 2 of 4 examples.' in result.table()
+    assert 'Pointing is defined for 2 of 4 images.' in ' '.join(result.table().split())
     line = read_csv(result.table('csv'))['grad_cam']
     assert float(line['id mean']) == found.mean('id') and line['id examples'] == '4'
     assert float(line['id high']) == interval.high

@@ -183,7 +183,7 @@ class Report(NamedTuple):
             if counts != sizes:
                 span = " to ".join(map(str, sorted({min(counts), max(counts)})))
                 title = column_of(name).title
-                sentences.append(f"{title} is defined for {span} of {max(sizes)} examples.")
+                sentences.append(f"{title} is defined for {span} of {max(sizes)} images.")
         return sentences
 
     def comparisons(self) -> list[Table]:
