@@ -109,7 +109,7 @@ def test_exit_codes(assets, photos, tmp_path):
     assert evaluate(assets, photos, tmp_path / 'run', '--methods', 'lime').exit_code == 1
     assert call('report', tmp_path).exit_code == 1
     assert call('report', tmp_path, '--page').exit_code == 2 and call('report').exit_code == 2
-    assert call('evaluate', '--data', photos).exit_code == 2
+    assert evaluate(assets, photos, tmp_path / 'run', '--seed', 'x').exit_code == 2
 
 
 def test_quiet(assets, photos, tmp_path):
