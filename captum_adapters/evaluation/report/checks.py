@@ -16,7 +16,7 @@ from captum_adapters.evaluation.report.aggregate import (
     sign_of,
     table_of,
 )
-from captum_adapters.evaluation.report.tables import format_number
+from captum_adapters.evaluation.report.tables import format_number, scale_of
 
 # Scores of the top p % of pixels
 TOP = ("accuracy", "cross_accuracy", "pointing", "distance")
@@ -151,12 +151,13 @@ def _warn_controls(rows: Sequence[Row], name: str) -> Iterator[str]:
 def _warn_ties(rows: Sequence[Row], published: str, ours: str) -> Iterator[str]:
     """What pixels of the same value gain by entering at once."""
     for row in rows:
-        share, gap = row.mean("tied_share"), row.mean(published) - row.mean(ours)
+        share, own = row.mean("tied_share"), row.mean(ours)
+        gap = row.mean(published) - own
         if share > TIED_SHARE and not math.isnan(gap):
             yield (
                 f"{row.name}: {100 * share:.1f} % of pixels are tied with others, and"
                 f" {column_of(published).title} is {format_number(row.mean(published))} by"
-                f" the {protocol_of(published)}, {format_number(row.mean(ours))} by our"
+                f" the {protocol_of(published)}, {format_number(own, scale_of(own, gap))} by our"
                 f" protocol, a difference of {format_number(gap)}."
             )
 
