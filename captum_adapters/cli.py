@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from captum_adapters.evaluation import Run
 
 
+class _Error(click.ClickException):
+    """What a command cannot go on with. As everywhere, 1 is for relevance that is lost."""
+
+    exit_code = 2
+
+
 class _List(click.ParamType):
     """Names or numbers separated by commas."""
 
@@ -110,9 +116,9 @@ def evaluate_command(dry_run: bool, quiet: bool, **given: Any) -> None:
         evaluation, process = make_evaluation(given), Process.current()
         progress = evaluate(evaluation, process=process, quiet=quiet, dry_run=dry_run)
     except (ValueError, RunError) as error:
-        raise click.ClickException(one_line(error)) from error
+        raise _Error(one_line(error)) from error
     except KeyboardInterrupt:
-        raise click.ClickException(
+        raise _Error(
             "interrupted: records are kept, and the same command goes on"
         ) from None
     left = progress.total - progress.done
@@ -202,13 +208,13 @@ def report_command(
         readable = style in ("terminal", "markdown")
         text = report.text(style) if readable else report.table(style)
     except (ValueError, RunError) as error:
-        raise click.ClickException(one_line(error)) from error
+        raise _Error(one_line(error)) from error
     if out is not None:
         try:
             paths = report.write(out)
         except OSError as error:
             reason = error.strerror or error
-            raise click.ClickException(f"cannot write to {out}: {reason}") from error
+            raise _Error(f"cannot write to {out}: {reason}") from error
         for path in paths:
             click.echo(f"written {one_line(path)}", err=True)
     click.echo(printable(text))

@@ -17,6 +17,7 @@ BROWSER = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', '
 FRAME = '''<!DOCTYPE html><iframe width="390" height="844" srcdoc="{page}"></iframe><pre></pre><script>
 onload = () => {{
   const page = document.querySelector("iframe"), root = page.contentDocument.documentElement;
+  for (const each of page.contentDocument.querySelectorAll("details")) each.open = true;
   const button = page.contentDocument.querySelector(".copy button");
   if (button) button.click();
   document.querySelector("pre").textContent = JSON.stringify({{
