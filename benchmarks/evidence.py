@@ -34,9 +34,10 @@ from captum_adapters.metrics import (
     randomization,
 )
 from captum_adapters.metrics.statistics import bootstrap_interval, compare
+from zennit_resnet._choices import split_names
 from zennit_resnet.attribution import initial_relevance
 from zennit_resnet.attributors import ManyTargets
-from zennit_resnet.methods import find_entries, split_names
+from zennit_resnet.methods import find_entries
 
 # by what they are called in tables: the second is the map of z+ alone
 BASELINES = {'Grad-CAM': 'grad_cam', 'z+': 'resnet_lrp_ratio:first_layer=zbox,initial=one'}

@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the ground up. A name stands for the module or the package.
 FLOORS = [
-    ('zennit_resnet._compat', 'zennit_resnet.arguments', 'zennit_resnet.layer', 'zennit_resnet._text'),
+    ('zennit_resnet._compat', 'zennit_resnet.arguments', 'zennit_resnet.layer', 'zennit_resnet._text',
+     'zennit_resnet._choices'),
     ('zennit_resnet._nested',),
     ('zennit_resnet._autograd', 'zennit_resnet._inplace', 'zennit_resnet._weights'),
     ('zennit_resnet.rules',),
@@ -20,8 +21,11 @@ FLOORS = [
     ('zennit_resnet._graphs', 'zennit_resnet._pooling', 'zennit_resnet.tracing'),
     ('zennit_resnet.conservation', 'zennit_resnet.postprocess', 'zennit_resnet.image', 'zennit_resnet.models'),
     ('zennit_resnet.methods',),
-    ('zennit_resnet.cli', 'zennit_resnet.export', 'zennit_resnet'),
-    ('captum_adapters._compat', 'captum_adapters._validation'),
+    ('zennit_resnet.export', 'zennit_resnet.explanation', 'zennit_resnet._public', 'zennit_resnet'),
+    ('zennit_resnet.cli',),
+    ('captum_adapters._compat', 'captum_adapters._light'),
+    ('captum_adapters._validation', 'captum_adapters.statistics'),
+    ('captum_adapters.curves',),
     ('captum_adapters.metrics', 'captum_adapters.attr'),
     ('captum_adapters.quantus', 'captum_adapters.evaluation'),
     ('captum_adapters.cli', 'captum_adapters'),
@@ -78,7 +82,7 @@ def test_floors():
 
 OPTIONAL = (
     'pandas', 'jinja2', 'tabulate', 'torchmetrics', 'quantus', 'torchcam', 'click',
-    'captum_adapters.metrics.plots', 'captum_adapters.evaluation',
+    'captum_adapters.metrics.plots', 'captum_adapters.curves', 'captum_adapters.evaluation',
 )
 
 

@@ -5,11 +5,10 @@ from collections.abc import Mapping
 import torch
 
 from ._autograd import divides_by_output
+from ._choices import CONTRASTS, VALUES
 from ._compat import caller
 from .arguments import check_choice, check_module, check_number, show
 
-VALUES = ('logit', 'softmax', 'one')
-CONTRASTS = ('centred', 'softmax', 'runner_up')
 # Names of the output to explain in libraries that return several, in the order in which to suggest one
 LIKELY = ('logits', 'out', 'output', 'prediction', 'pred')
 

@@ -21,20 +21,14 @@ from zennit.attribution import Gradient
 from zennit.composites import COMPOSITES
 from zennit.torchvision import ResNetCanonizer
 
-from .attribution import VALUES, as_contrast, check_contrast_weight, initial_relevance
+from ._choices import INPUT_X_GRADIENT, LEVELS, MAX_LEVELS, POSTPROCESSING, SPLITTING, VALUES
+from .attribution import as_contrast, check_contrast_weight, initial_relevance
 from .classic import SETTINGS, ClassicLRP
 from .composites import with_splitting
 from .conservation import conservation_ledger
 from .postprocess import EmptyMaskWarning, c1c, c3, heat_quantization, sum_channels
 from .rules import RatioSplit, SymmetricSplit
 
-INPUT_X_GRADIENT = 'input_x_gradient'
-# Zennit's canonizer merges batch normalization, and splits relevance in proportion to the signed addends
-SPLITTING = ('ratio', 'symmetric', 'zennit')
-POSTPROCESSING = ('quantize', 'c1c', 'c3')
-LEVELS = 8
-# more than the colors of a picture can show
-MAX_LEVELS = 65536
 CLASSIC_OPTIONS = ('addition', 'batch_norm', 'stabilizer', 'with_bias')
 # what composites are given by the network, or by the grammar
 NO_OPTIONS = {'canonizers', 'layer_map', 'first_map', 'low', 'high'}
@@ -88,18 +82,6 @@ def _parameters(name):
     return {
         key: param for key, param in found.items() if param.kind not in (param.VAR_KEYWORD, param.VAR_POSITIONAL)
     }
-
-
-def split_names(text):
-    '''Split names of methods at commas, except within the options of a method, and leave out empty ones.'''
-    parts = []
-    for part in text.split(','):
-        is_option = '=' in part and ':' not in part.partition('=')[0]
-        if parts and is_option and ':' in parts[-1] and '+' not in parts[-1]:
-            parts[-1] += f',{part}'
-        else:
-            parts.append(part)
-    return [part.strip() for part in parts if part.strip()]
 
 
 def parse_options(text, options):

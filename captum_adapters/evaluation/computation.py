@@ -275,7 +275,7 @@ def failure(method: Method, batch: Batch, error: Exception) -> RunError:
     """A method that can not be used."""
     return RunError(
         f"{method.text} fails on {batch.names[0]} ({describe_error(error)}): leave it out"
-        " of --methods or change its options, and choose another --out"
+        " of --methods, or change its options"
     )
 
 

@@ -12,23 +12,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
-import torch
-
-from captum_adapters.evaluation.data import LABELS, Samples
-from captum_adapters.evaluation.layouts import LAYOUTS
-from captum_adapters.evaluation.methods import CONTROLS, Method
-from captum_adapters.evaluation.metrics import (
+from captum_adapters._light import PERCENTS
+from captum_adapters.evaluation.columns import (
     DEFAULT,
     MASKED,
-    NAMES,
+    METRICS,
     RISE_STEP,
     TOP,
 )
+from captum_adapters.evaluation.names import CONTROLS, LABELS, LAYOUTS
 from captum_adapters.evaluation.presets import find_preset
-from captum_adapters.metrics import PERCENTS
-from zennit_resnet.models import Classifier, find_embedded
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+    from captum_adapters.evaluation.data import Samples
+    from zennit_resnet.models import Classifier
 
 # Options that the last digits of records depend on
 COMPUTATION = "batch_size forward_batch channels_last compile".split()
@@ -63,7 +64,7 @@ class Evaluation:
         "Names separated by commas, such as resnet_lrp_ratio+quantize8,grad_cam. See"
         " --list for all of them.",
     )
-    metrics: tuple[str, ...] = _option(DEFAULT, f"Among {', '.join(NAMES)}.")
+    metrics: tuple[str, ...] = _option(DEFAULT, f"Among {', '.join(METRICS)}.")
     preset: tuple[str, ...] = _option(
         (),
         "Methods and protocol of a paper's table or figure; may be repeated. What is"
@@ -183,8 +184,8 @@ def check(evaluation: Evaluation) -> None:
         if twice is not None:
             raise ValueError(f"{name}={values} has {twice!r} twice")
     for name in evaluation.metrics:
-        if name not in NAMES:
-            known = ", ".join(NAMES)
+        if name not in METRICS:
+            known = ", ".join(METRICS)
             raise ValueError(f"unknown metric {name!r}: choose one of {known}")
     percents = evaluation.percents
     if not isinstance(percents, (tuple, list)) or not percents:
@@ -218,7 +219,7 @@ def check_pixels(evaluation: Evaluation, size: Sequence[int]) -> None:
             )
 
 
-def check_masks(evaluation: Evaluation, data: Samples) -> Optional[str]:
+def check_masks(evaluation: Evaluation, data: "Samples") -> Optional[str]:
     """Check that there are masks for metrics that need them, and say what is missing."""
     needed = [name for name in MASKED if name in evaluation.metrics]
     if not needed or any(sample.mask or sample.boxes for sample in data.samples):
@@ -229,7 +230,7 @@ def check_masks(evaluation: Evaluation, data: Samples) -> Optional[str]:
     return f"{reason}, so there are no scores {', '.join(needed)}"
 
 
-def check_labels(evaluation: Evaluation, data: Samples) -> None:
+def check_labels(evaluation: Evaluation, data: "Samples") -> None:
     """Refuse numbers on labels of which the classes are a guess."""
     asked = [
         name
@@ -286,12 +287,16 @@ def make_evaluation(given: dict[str, Any]) -> Evaluation:
 
 def describe(
     evaluation: Evaluation,
-    classifier: Classifier,
-    data: Samples,
+    classifier: "Classifier",
+    data: "Samples",
     size: Sequence[int],
     device: str,
 ) -> dict[str, Any]:
     """What is written to `settings.json`, with a fingerprint of what determines records."""
+    # these load PyTorch, which the options do not need
+    from captum_adapters.evaluation.methods import Method
+    from zennit_resnet.models import find_embedded
+
     given = dataclasses.asdict(evaluation)
     options = {
         **{name: given[name] for name in IDENTICAL},
@@ -354,12 +359,16 @@ def _version(name: str) -> str:
 def _command() -> Optional[str]:
     """The command that was given, `None` if it is another program that evaluates."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if spec is None or spec.name != "captum_adapters.__main__":
+    if Path(sys.argv[0]).stem == "captum-adapters":
+        program = ["captum-adapters"]
+    elif spec is not None and spec.name == "captum_adapters.__main__":
+        program = ["python", "-m", "captum_adapters"]
+    else:
         return None
-    return shlex.join(["python", "-m", "captum_adapters", *sys.argv[1:]])
+    return shlex.join([*program, *sys.argv[1:]])
 
 
-def _describe_transform(classifier: Classifier) -> str:
+def _describe_transform(classifier: "Classifier") -> str:
     """Preprocessing as a text, which differs for another one."""
     transform: Any = classifier.transform
     if hasattr(transform, "keywords"):
@@ -375,7 +384,7 @@ def _hash(*parts: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def _hash_manifest(data: Samples) -> str:
+def _hash_manifest(data: "Samples") -> str:
     """Hash of names, labels and boxes, wherever the data is."""
     rows = []
     for name, _, label, mask, boxes, problem in data.samples:
@@ -384,8 +393,10 @@ def _hash_manifest(data: Samples) -> str:
     return _hash(*rows)
 
 
-def _hash_state(model: torch.nn.Module) -> str:
+def _hash_state(model: "Module") -> str:
     """Hash of all weights and buffers of a network."""
+    import torch
+
     parts: list[Any] = []
     for name, value in sorted(model.state_dict().items()):
         content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

@@ -19,7 +19,6 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from captum_adapters.evaluation.layouts import (
-    LAYOUTS,
     READERS,
     Box,
     ClassMatcher,
@@ -31,11 +30,10 @@ from captum_adapters.evaluation.layouts import (
     recognize,
     to_number,
 )
+from captum_adapters.evaluation.names import LABELS, LAYOUTS
 from captum_adapters.metrics import boxes_to_masks
 from zennit_resnet._text import one_line
 from zennit_resnet.image import read_image
-
-LABELS = ("given", "order", "ignore")
 
 
 class Samples(NamedTuple):
@@ -309,6 +307,9 @@ def stamp_of(sample: Sample) -> str:
 def content_of(sample: Sample) -> Optional[str]:
     """Hash of a sample's image, mask and boxes, `None` if there is no image to read."""
     digest = hashlib.sha256(repr(sample.boxes).encode())
+    # a pipe would be waited for
+    if not sample.path.is_file():
+        return None
     try:
         digest.update(sample.path.read_bytes())
     except OSError:

@@ -89,6 +89,11 @@ class Estimate:
         further = sum(FURTHER.get(name, 0) for name in names) * seconds
         names = [name for name in names if name not in FURTHER]
         network, settings = _Counter(batch.output), computation.metric_settings
+        if not self.others:
+            # a channel is enough to count, and to make images of it is faster
+            batch = batch._replace(images=batch.images[:, :1])
+            fill = None if settings.fill is None else settings.fill[:, :1]
+            settings = settings._replace(fill=fill)
         counters = {name: _Counter(batch.output) for name in self.others}
         settings = settings._replace(
             others={name: (counters[name], self.others[name][0]) for name in counters}

@@ -436,7 +436,6 @@ READERS = {
     "imagenet": _read_imagenet,
     "cub": _read_cub,
 }
-LAYOUTS = (*READERS,)
 
 
 def _visible(folder: Path) -> list["os.DirEntry[str]"]:

@@ -360,26 +360,3 @@ class Explainer:
         """Post-process maps, of which those that are not finite stay as they are."""
         finite = maps.flatten(1).isfinite().all(1)[:, None, None]
         return self.method.process(maps.where(finite, 0)).where(finite, maps)
-
-
-def base_of(text: str) -> str:
-    """Name of a method without options and suffixes."""
-    return text.partition("+")[0].partition(":")[0]
-
-
-def kind_of(text: str) -> str:
-    """`"ours"`, `"baseline"` or `"control"`, also of a method that is not there now."""
-    try:
-        return str(Method(text).kind)
-    except ValueError:
-        return "baseline"
-
-
-def stands_for(text: str, name: str) -> bool:
-    """Whether a method is meant by a name, such as `rise:n_masks=1000` by `rise`.
-
-    They are equal, or the method is one of others with any options but no suffix.
-    """
-    return text == name or (
-        name in OTHERS and "+" not in text and base_of(text) == name
-    )

@@ -232,13 +232,25 @@ class Store:
         path, old = self.folder / SETTINGS, None
         if path.exists():
             old = read_settings(self.folder)
+            # one that has failed from the start may be left out
+            had = self.folder / old["fingerprint"]
+            methods, new = (each["identity"]["methods"] for each in (old, settings))
+            kept = [
+                text
+                for text in methods
+                if text in new or any(had.glob(f"*-{_key(text)}.npz"))
+            ]
+            if kept != methods:
+                left = ", ".join(text for text in methods if text not in kept)
+                self.messages.append(f"the run has nothing of {left}, which is left out")
+            old["identity"]["methods"] = kept
             _refuse_other(self.folder, old, settings, names)
             self.batches = _read_batches(self.records)
             self._grow(old["identity"], len(names))
         known = {name for batch in self.batches for name in batch}
-        new = [name for name in names if name not in known]
+        more = [name for name in names if name not in known]
         size = settings["batch_size"]
-        self.batches += [new[row : row + size] for row in range(0, len(new), size)]
+        self.batches += [more[row : row + size] for row in range(0, len(more), size)]
         if not write:
             return
         if old is None or self.messages:
@@ -518,6 +530,9 @@ def read_run(folder: Path) -> Run:
                 f"{path.name} is damaged ({error}): the command of the run computes it"
                 " again"
             )
+    # of files that were replaced by what can not be read
+    stale = {name for name, sample in samples.items() if sample.problem is not None}
+    found = {key: row for key, row in found.items() if key[0] not in stale}
     index = pd.MultiIndex.from_tuples(sorted(found), names=["sample", "method"])
     rows = [found[key] for key in index]
     columns = None if rows else ["problem", "seconds", "metric_seconds"]

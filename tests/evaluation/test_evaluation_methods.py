@@ -5,12 +5,12 @@ import torch
 from helpers.evaluation import SIZE, make_batch
 from zennit.attribution import Gradient
 
-from captum_adapters.evaluation import PRESETS, Method
-from captum_adapters.evaluation.methods import Context, find_entries, kind_of
+from captum_adapters.evaluation import PRESETS, Method, columns, layouts, methods, metrics, names
+from captum_adapters.evaluation.methods import Context, find_entries
 from captum_adapters.evaluation.metrics import MetricSettings, measure
+from zennit_resnet._choices import split_names
 from zennit_resnet.attribution import initial_relevance
 from zennit_resnet.methods import Method as Grammar
-from zennit_resnet.methods import split_names
 from zennit_resnet.models import load_classifier
 
 
@@ -90,8 +90,15 @@ def test_contrasts(text, contrast, value, context):
 
 
 def test_kinds():
-    '''Methods are ours, baselines or controls.'''
-    assert {name: kind_of(name) for name in (
+    '''Methods are ours, baselines or controls, by the names that reports know as well.'''
+    for name in [*find_entries(), 'epsilon_plus+ratio', 'lrp_0:stabilizer=0.1+symmetric', 'sobel+c3']:
+        try:
+            kind = Method(name).kind
+        except ValueError:
+            # bounds of images are options that are given by a network
+            continue
+        assert names.kind_of(name) == kind, name
+    assert {name: names.kind_of(name) for name in (
         'resnet_lrp_ratio:maxpool=average+c3', 'relative_lrp', 'block_lrp', 'epsilon_plus+ratio', 'epsilon_plus+zennit',
         'grad_cam', 'lrp_0', 'random', 'sobel+c3', 'guided_backprop+ratio',
     )} == {
@@ -99,6 +106,14 @@ def test_kinds():
         'epsilon_plus+ratio': 'ours', 'epsilon_plus+zennit': 'baseline', 'grad_cam': 'baseline', 'lrp_0': 'baseline',
         'random': 'control', 'sobel+c3': 'control', 'guided_backprop+ratio': 'baseline',
     }
+
+
+def test_names():
+    '''What the command line knows without PyTorch is what there is.'''
+    assert names.OTHERS == tuple(methods.OTHERS) and names.CONTROLS == tuple(methods.CONTROLS)
+    assert set(names.OWN) == {name for name, entry in find_entries().items() if entry.kind == 'ours'}
+    assert columns.METRICS == (*metrics.METRICS, 'conservation')
+    assert names.LAYOUTS == tuple(layouts.READERS)
 
 
 def test_controls(context):

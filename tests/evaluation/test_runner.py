@@ -264,6 +264,21 @@ def test_changed_file(assets, tmp_path, capsys, change, batches):
     assert_same(result, run(assets, tmp_path / 'fresh', **options))
 
 
+def test_replaced_by_damaged_file(assets, tmp_path):
+    '''There are no records of an image that is none now, until it is there again.'''
+    folder = tmp_path / 'images'
+    shutil.copytree(assets / 'images' / 'circle', folder)
+    options = {'data': str(folder), 'methods': ('random',), 'controls': False, 'batch_size': 1}
+    expected = run(assets, tmp_path / 'run', **options)
+    content = (folder / '1.png').read_bytes()
+    (folder / '1.png').write_bytes(b'no image')
+    result = run(assets, tmp_path / 'run', **options)
+    assert result.samples['1.png'].problem and '1.png' not in result.records.index.get_level_values('sample')
+    assert len(result.records) == 3
+    (folder / '1.png').write_bytes(content)
+    assert_same(run(assets, tmp_path / 'run', **options), expected)
+
+
 def test_moved_folder(assets, whole, tmp_path, monkeypatch):
     '''A folder that was copied or moved, with other times of files, goes on without computing anything.'''
     folder, data = tmp_path / 'run', tmp_path / 'images'

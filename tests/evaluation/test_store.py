@@ -165,6 +165,7 @@ def test_no_run(tmp_path, text):
 def test_other_run(store):
     '''Another run is refused with what differs, and leaves no trace.'''
     other = {'fingerprint': 'g', 'identity': {**IDENTITY, 'methods': ['a'], 'options': {'step': 100}}}
+    store.write_records(0, 'b', records('x.png'))
     before = sorted(store.folder.rglob('*'))
     for write in (True, False):
         with pytest.raises(RunError, match=r'methods \(b, now none\).*500, now 100'):
@@ -186,6 +187,15 @@ def test_growth(store):
     assert again.batches == grown.batches and again.messages == []
     with pytest.raises(RunError, match=r'samples \(9, now 7\).*2 samples .*such as 0'):
         Store(store.folder, {**SETTINGS, 'identity': identity}, NAMES)
+
+
+def test_method_without_records(store):
+    '''A method that was never computed, as it has failed, can be left out or replaced.'''
+    store.write_records(0, 'a', records('x.png', id=[0.5]))
+    settings = {**SETTINGS, 'identity': {**IDENTITY, 'methods': ['a', 'c']}}
+    changed = Store(store.folder, settings, NAMES)
+    assert changed.settings['identity']['methods'] == ['a', 'c'] and changed.has(0, 'a')
+    assert read_run(store.folder).settings == changed.settings
 
 
 @pytest.mark.parametrize('change', [

@@ -12,11 +12,20 @@ from PIL import Image
 from tqdm import tqdm
 
 from .. import __version__
+from .._choices import (
+    CONTRASTS,
+    INPUT_X_GRADIENT,
+    LEVELS,
+    MAX_LEVELS,
+    POSTPROCESSING,
+    SPLITTING,
+    VALUES,
+    split_names,
+)
 from .._text import one_line
-from ..attribution import CONTRASTS, VALUES
 from ..canonizers import UnsupportedOperation
 from ..image import draw_comparison, draw_heatmap, draw_overlay, read_image
-from ..methods import INPUT_X_GRADIENT, LEVELS, MAX_LEVELS, POSTPROCESSING, SPLITTING, Method, split_names
+from ..methods import Method
 from ..models import load_classifier
 from .group import Commands
 

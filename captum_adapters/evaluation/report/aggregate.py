@@ -10,10 +10,10 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 import pandas as pd
 
-from captum_adapters.evaluation.methods import kind_of
-from captum_adapters.evaluation.metrics import COLUMNS, Column
+from captum_adapters.evaluation.columns import COLUMNS, Column
+from captum_adapters.evaluation.names import kind_of
 from captum_adapters.evaluation.store import Run, SampleRecord, brief, differences
-from captum_adapters.metrics import bootstrap_interval
+from captum_adapters.statistics import bootstrap_interval
 
 PROTOCOLS = {
     "default": "our protocol",
@@ -123,6 +123,13 @@ def column_of(name: str) -> Column:
 def protocol_of(name: str) -> str:
     """What the protocol of a score is called."""
     return PROTOCOLS[column_of(name).protocol]
+
+
+def table_of(name: str) -> str:
+    """Title of the table that a score is in."""
+    topic = column_of(name).topic
+    # that of insertion and deletion is divided
+    return f"{topic}, {protocol_of(name)}" if topic == column_of("id").topic else topic
 
 
 def title_of(name: str) -> str:
