@@ -5,7 +5,8 @@ import sys
 try:
     from captum_adapters.cli import main
 except ImportError as error:
-    sys.exit(f"Error: {error}")
+    print(f"Error: {error}", file=sys.stderr)
+    sys.exit(2)
 
 if __name__ == "__main__":
     main(prog_name="python -m captum_adapters")

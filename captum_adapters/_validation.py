@@ -1,6 +1,5 @@
 """Arguments that attribution classes and metrics have in common, and their checks."""
 
-import operator
 import warnings
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from captum_adapters._light import positive_integer
 from zennit_resnet.arguments import as_map, check_choice, map_shape
 from zennit_resnet.attribution import select_output
 from zennit_resnet.canonizers.eager import varies
@@ -63,17 +63,6 @@ def double_dtype(device: torch.device) -> torch.dtype:
 def at_least_single(values: Tensor) -> Tensor:
     """Numbers in double precision if they are, and else in single precision."""
     return values if values.dtype in (torch.float32, torch.float64) else values.float()
-
-
-def positive_integer(name: str, value: Any, more: str = "") -> int:
-    """Check a number of something, `more` being added to the message."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = 0
-    if isinstance(value, (bool, np.bool_)) or number < 1:
-        raise ValueError(f"{name}={value!r} is not a positive integer{more}.")
-    return number
 
 
 def chunk_size(value: Any, batch: int) -> int:

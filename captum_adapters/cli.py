@@ -4,26 +4,27 @@ import dataclasses
 import shlex
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, Optional, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Optional, get_args, get_type_hints
 
 import click
 
-from captum_adapters.evaluation import (
-    PRESETS,
-    Evaluation,
-    Process,
-    Run,
-    RunError,
-    evaluate,
-    make_evaluation,
-    read_run,
-    summarize,
-)
-from captum_adapters.evaluation.methods import CONTROLS, find_entries, stands_for
+from captum_adapters.evaluation.config import Evaluation, make_evaluation
+from captum_adapters.evaluation.names import CONTROLS, stands_for
+from captum_adapters.evaluation.presets import PRESETS
 from zennit_resnet import __version__
 from zennit_resnet._choices import split_names
 from zennit_resnet._text import one_line, printable
 from zennit_resnet.cli.group import Commands
+
+# Commands import what they need, so that help is there at once, and reports need no PyTorch
+if TYPE_CHECKING:
+    from captum_adapters.evaluation import Run
+
+
+class _Error(click.ClickException):
+    """What a command cannot go on with. As everywhere, 1 is for relevance that is lost."""
+
+    exit_code = 2
 
 
 class _List(click.ParamType):
@@ -82,6 +83,8 @@ def _evaluation_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def _list_methods(context: click.Context, _: Any, value: bool) -> None:
     """Print names of methods."""
     if value and not context.resilient_parsing:
+        from captum_adapters.evaluation.methods import find_entries
+
         click.echo("\n".join(find_entries()))
         context.exit()
 
@@ -107,13 +110,15 @@ def evaluate_command(dry_run: bool, quiet: bool, **given: Any) -> None:
     devices, start it by torchrun: torchrun --nproc-per-node N -m captum_adapters
     evaluate ...
     """
+    from captum_adapters.evaluation import Process, RunError, evaluate
+
     try:
         evaluation, process = make_evaluation(given), Process.current()
         progress = evaluate(evaluation, process=process, quiet=quiet, dry_run=dry_run)
     except (ValueError, RunError) as error:
-        raise click.ClickException(one_line(error)) from error
+        raise _Error(one_line(error)) from error
     except KeyboardInterrupt:
-        raise click.ClickException(
+        raise _Error(
             "interrupted: records are kept, and the same command goes on"
         ) from None
     left = progress.total - progress.done
@@ -183,6 +188,8 @@ def report_command(
     With --out, also writes a page that opens without a network, tables as CSV, Markdown
     and LaTeX, and figures.
     """
+    from captum_adapters.evaluation import RunError, read_run, summarize
+
     try:
         presets = [PRESETS[name] for name in names] or None
         results = [read_run(run) for run in runs]
@@ -201,19 +208,19 @@ def report_command(
         readable = style in ("terminal", "markdown")
         text = report.text(style) if readable else report.table(style)
     except (ValueError, RunError) as error:
-        raise click.ClickException(one_line(error)) from error
+        raise _Error(one_line(error)) from error
     if out is not None:
         try:
             paths = report.write(out)
         except OSError as error:
             reason = error.strerror or error
-            raise click.ClickException(f"cannot write to {out}: {reason}") from error
+            raise _Error(f"cannot write to {out}: {reason}") from error
         for path in paths:
             click.echo(f"written {one_line(path)}", err=True)
     click.echo(printable(text))
 
 
-def select_methods(run: Run, chosen: Collection[str]) -> Run:
+def select_methods(run: "Run", chosen: Collection[str]) -> "Run":
     """A run with the records of these methods, baselines with any options, and controls."""
     identity = run.settings["identity"]
     methods = [

@@ -23,7 +23,9 @@ FLOORS = [
     ('zennit_resnet.methods',),
     ('zennit_resnet.export', 'zennit_resnet.explanation', 'zennit_resnet._public', 'zennit_resnet'),
     ('zennit_resnet.cli',),
-    ('captum_adapters._compat', 'captum_adapters._validation'),
+    ('captum_adapters._compat', 'captum_adapters._light'),
+    ('captum_adapters._validation', 'captum_adapters.statistics'),
+    ('captum_adapters.curves',),
     ('captum_adapters.metrics', 'captum_adapters.attr'),
     ('captum_adapters.quantus', 'captum_adapters.evaluation'),
     ('captum_adapters.cli', 'captum_adapters'),
@@ -80,7 +82,7 @@ def test_floors():
 
 OPTIONAL = (
     'pandas', 'jinja2', 'tabulate', 'torchmetrics', 'quantus', 'torchcam', 'click',
-    'captum_adapters.metrics.plots', 'captum_adapters.evaluation',
+    'captum_adapters.metrics.plots', 'captum_adapters.curves', 'captum_adapters.evaluation',
 )
 
 

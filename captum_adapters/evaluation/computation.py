@@ -50,7 +50,7 @@ class Computation:
         self.shared: dict[str, tuple[list[str], Attributed, float]] = {}
         self.forward = self._forward(classifier.model.to(device))
         chunk = evaluation.forward_batch
-        context = Context(
+        self.context = context = Context(
             classifier, evaluation.initial, chunk, device, self.forward, self._autocast,
             evaluation.compile,
         )
@@ -170,31 +170,27 @@ class Computation:
         """
         names = batch.names
         try:
-            attributed, seconds = self._attribute(method, batch)
+            attributed, seconds = self.attribute(method, batch)
             begin = time.perf_counter()
             maps = self.explainers[method.text].process(attributed.maps)
         except torch.cuda.OutOfMemoryError as error:
             raise RunError(
                 f"{method.text} is out of memory: use a --batch-size below {len(names)},"
-                " or a smaller --forward-batch"
+                " or a smaller --forward-batch, and another --out"
             ) from error
         except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
             if method.text not in self.worked:
-                raise RunError(
-                    f"{method.text} fails on {names[0]} ({reason}): leave it out of"
-                    " --methods or change its options, and choose another --out"
-                ) from error
+                raise failure(method, batch, error) from error
             if len(names) == 1:
                 times = {"seconds": 0.0, "metric_seconds": 0.0}
-                return [Record(names[0], {"problem": reason, **times})]
+                return [Record(names[0], {"problem": describe_error(error), **times})]
             # one image may be the reason
             return [
                 self.run_method(method, batch.take([row]), heatmaps)[0]
                 for row in range(len(names))
             ]
         self.worked.add(method.text)
-        self._synchronize()
+        self.synchronize()
         middle = time.perf_counter()
         finite = maps.flatten(1).isfinite().all(1)
         kept = finite.nonzero()[:, 0].tolist()
@@ -216,7 +212,7 @@ class Computation:
                     total,
                     initial,
                 )
-        self._synchronize()
+        self.synchronize()
         times = {
             "seconds": (seconds + middle - begin) / len(names),
             "metric_seconds": (time.perf_counter() - middle) / len(names),
@@ -247,27 +243,40 @@ class Computation:
         model = explainer.network or self.classifier.model
         return self.metric_settings._replace(explain=explain, model=model)
 
-    def _attribute(self, method: Method, batch: Batch) -> tuple[Attributed, float]:
+    def attribute(self, method: Method, batch: Batch) -> tuple[Attributed, float]:
         """Maps before post-processing, of this method or one before it, and their time."""
         key = f"{method.attribution} {batch.names[0]}"
         names, attributed, seconds = self.shared.pop(key, ([], None, 0.0))
         # the last digits may depend on which images are computed together
         if attributed is None or names != batch.names:
-            self._synchronize()
+            self.synchronize()
             begin = time.perf_counter()
             attributed = self.explainers[method.text].attribute(
                 batch.images, batch.targets, batch.output, batch.names
             )
-            self._synchronize()
+            self.synchronize()
             seconds = time.perf_counter() - begin
         if self.last[method.attribution] != method.text:
             self.shared[key] = (batch.names, attributed, seconds)
         return attributed, seconds
 
-    def _synchronize(self) -> None:
+    def synchronize(self) -> None:
         """Wait for the device, which times need."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def describe_error(error: Exception) -> str:
+    """What went wrong, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def failure(method: Method, batch: Batch, error: Exception) -> RunError:
+    """A method that can not be used."""
+    return RunError(
+        f"{method.text} fails on {batch.names[0]} ({describe_error(error)}): leave it out"
+        " of --methods, or change its options"
+    )
 
 
 def _thumbnail(heatmap: Tensor) -> np.ndarray:

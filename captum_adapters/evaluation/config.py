@@ -12,24 +12,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
-import torch
-
-from captum_adapters.evaluation.data import Samples
-from captum_adapters.evaluation.layouts import LAYOUTS
-from captum_adapters.evaluation.methods import CONTROLS, Method
-from captum_adapters.evaluation.metrics import (
+from captum_adapters._light import PERCENTS
+from captum_adapters.evaluation.columns import (
     DEFAULT,
     MASKED,
-    NAMES,
+    METRICS,
     RISE_STEP,
     TOP,
 )
+from captum_adapters.evaluation.names import CONTROLS, LABELS, LAYOUTS
 from captum_adapters.evaluation.presets import find_preset
-from captum_adapters.metrics import PERCENTS
-from zennit_resnet.models import Classifier, find_embedded
 
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+    from captum_adapters.evaluation.data import Samples
+    from zennit_resnet.models import Classifier
+
+# Options that the last digits of records depend on
+COMPUTATION = "batch_size forward_batch channels_last compile".split()
+# What a run grows by
+GROWING = ("manifest", "samples", "methods", "files")
 PACKAGES = ("zennit-resnet", "torch", "torchvision", "zennit", "captum", "numpy")
 # Options that records depend on, besides methods and metrics
 IDENTICAL = "explain_class score published initial step rank_by fill amp".split()
@@ -59,7 +64,7 @@ class Evaluation:
         "Names separated by commas, such as resnet_lrp_ratio+quantize8,grad_cam. See"
         " --list for all of them.",
     )
-    metrics: tuple[str, ...] = _option(DEFAULT, f"Among {', '.join(NAMES)}.")
+    metrics: tuple[str, ...] = _option(DEFAULT, f"Among {', '.join(METRICS)}.")
     preset: tuple[str, ...] = _option(
         (),
         "Methods and protocol of a paper's table or figure; may be repeated. What is"
@@ -77,7 +82,10 @@ class Evaluation:
     )
     split: Optional[str] = _option(None, "Split of the data.")
     labels: str = _option(
-        "given", "Use labels of the data, or none.", choices=("given", "ignore")
+        "given",
+        "Labels of the data: match them by name; take them in sorted order as the"
+        " network's classes; or use none.",
+        choices=LABELS,
     )
     limit: Optional[int] = _option(
         None, "Largest number of images, chosen at random.", least=1
@@ -146,6 +154,7 @@ class Evaluation:
 
 
 FIELDS = dataclasses.fields(Evaluation)
+HELP = {item.name: item.metadata["help"] for item in FIELDS}
 Evaluation.__doc__ = f"{Evaluation.__doc__}\n" + "".join(
     f"        {item.name}: {item.metadata['help']}\n" for item in FIELDS
 )
@@ -175,8 +184,8 @@ def check(evaluation: Evaluation) -> None:
         if twice is not None:
             raise ValueError(f"{name}={values} has {twice!r} twice")
     for name in evaluation.metrics:
-        if name not in NAMES:
-            known = ", ".join(NAMES)
+        if name not in METRICS:
+            known = ", ".join(METRICS)
             raise ValueError(f"unknown metric {name!r}: choose one of {known}")
     percents = evaluation.percents
     if not isinstance(percents, (tuple, list)) or not percents:
@@ -210,7 +219,7 @@ def check_pixels(evaluation: Evaluation, size: Sequence[int]) -> None:
             )
 
 
-def check_masks(evaluation: Evaluation, data: Samples) -> Optional[str]:
+def check_masks(evaluation: Evaluation, data: "Samples") -> Optional[str]:
     """Check that there are masks for metrics that need them, and say what is missing."""
     needed = [name for name in MASKED if name in evaluation.metrics]
     if not needed or any(sample.mask or sample.boxes for sample in data.samples):
@@ -221,11 +230,28 @@ def check_masks(evaluation: Evaluation, data: Samples) -> Optional[str]:
     return f"{reason}, so there are no scores {', '.join(needed)}"
 
 
+def check_labels(evaluation: Evaluation, data: "Samples") -> None:
+    """Refuse numbers on labels of which the classes are a guess."""
+    asked = [
+        name
+        for name in ("explain_class", "score", "published")
+        if getattr(evaluation, name) == "label"
+    ]
+    if asked and data.matched_by == "order":
+        label, name = min(data.classes.items())
+        raise ValueError(
+            f"{asked[0]}='label' needs labels of known classes, but that {label!r} is"
+            f" {name!r}, and so on, is guessed from the order: name them as the network's"
+            " classes, or say --labels order if they are its classes in sorted order"
+        )
+
+
 def make_evaluation(given: dict[str, Any]) -> Evaluation:
     """Combine fields of :class:`Evaluation`, `None` if not given, with presets.
 
     Raises:
-        ValueError: If a preset is unknown, or two can not be run together.
+        ValueError: If a preset is unknown, or two can not be run together, or `data` or
+                `out` is missing.
     """
     given = {name: value for name, value in given.items() if value not in (None, ())}
     fields: dict[str, Any] = {}
@@ -249,6 +275,10 @@ def make_evaluation(given: dict[str, Any]) -> Evaluation:
                 f"{given['methods'][0]} is for what a preset has besides: name a --preset"
             )
         fields["methods"] += tuple(name.lstrip("+") for name in given.pop("methods"))
+    for name in ("data", "out"):
+        if name not in given:
+            # versions of click differ in whether they notice this
+            raise ValueError(f"--{name} is missing: {HELP[name]}")
     return Evaluation(**{**fields, **given})
 
 
@@ -257,12 +287,16 @@ def make_evaluation(given: dict[str, Any]) -> Evaluation:
 
 def describe(
     evaluation: Evaluation,
-    classifier: Classifier,
-    data: Samples,
+    classifier: "Classifier",
+    data: "Samples",
     size: Sequence[int],
     device: str,
 ) -> dict[str, Any]:
     """What is written to `settings.json`, with a fingerprint of what determines records."""
+    # these load PyTorch, which the options do not need
+    from captum_adapters.evaluation.methods import Method
+    from zennit_resnet.models import find_embedded
+
     given = dataclasses.asdict(evaluation)
     options = {
         **{name: given[name] for name in IDENTICAL},
@@ -287,6 +321,8 @@ def describe(
             name: _hash(Path(name).read_bytes()) for name in files if Path(name).is_file()
         },
         "options": options,
+        "labels": evaluation.labels,
+        "computation": {name: given[name] for name in COMPUTATION},
         "device": device,
         # a patch release computes the same
         "versions": {
@@ -294,13 +330,15 @@ def describe(
             for name, version in versions.items()
         },
     }
-    text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+    fixed = {key: value for key, value in identity.items() if key not in GROWING}
+    text = json.dumps(fixed, sort_keys=True, separators=(",", ":"))
     return {
         "fingerprint": _hash(text.encode()),
         "identity": identity,
         "data": os.path.abspath(evaluation.data),
         "layout": data.layout,
         "weights_name": str(evaluation.weights or find_embedded().name),
+        "labels": {"matched_by": data.matched_by, "classes": dict(data.classes)},
         "classes": list(classifier.classes),
         "preset": list(evaluation.preset),
         "batch_size": evaluation.batch_size,
@@ -321,12 +359,16 @@ def _version(name: str) -> str:
 def _command() -> Optional[str]:
     """The command that was given, `None` if it is another program that evaluates."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if spec is None or spec.name != "captum_adapters.__main__":
+    if Path(sys.argv[0]).stem == "captum-adapters":
+        program = ["captum-adapters"]
+    elif spec is not None and spec.name == "captum_adapters.__main__":
+        program = ["python", "-m", "captum_adapters"]
+    else:
         return None
-    return shlex.join(["python", "-m", "captum_adapters", *sys.argv[1:]])
+    return shlex.join([*program, *sys.argv[1:]])
 
 
-def _describe_transform(classifier: Classifier) -> str:
+def _describe_transform(classifier: "Classifier") -> str:
     """Preprocessing as a text, which differs for another one."""
     transform: Any = classifier.transform
     if hasattr(transform, "keywords"):
@@ -342,25 +384,19 @@ def _hash(*parts: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def _hash_manifest(data: Samples) -> str:
-    """Hash of names, file sizes, labels, masks and boxes, wherever the data is."""
+def _hash_manifest(data: "Samples") -> str:
+    """Hash of names, labels and boxes, wherever the data is."""
     rows = []
-    for name, path, label, mask, boxes, problem in data.samples:
-        row = (name, label, [_file_size(path), _file_size(mask)], boxes, problem)
+    for name, _, label, mask, boxes, problem in data.samples:
+        row = (name, label, mask is None, boxes, problem)
         rows.append(f"{row}\n".encode())
     return _hash(*rows)
 
 
-def _file_size(path: Optional[Path]) -> int:
-    """Size of a file, -1 if there is no path, and -2 if it is not there."""
-    try:
-        return -1 if path is None else path.stat().st_size
-    except OSError:
-        return -2
-
-
-def _hash_state(model: torch.nn.Module) -> str:
+def _hash_state(model: "Module") -> str:
     """Hash of all weights and buffers of a network."""
+    import torch
+
     parts: list[Any] = []
     for name, value in sorted(model.state_dict().items()):
         content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

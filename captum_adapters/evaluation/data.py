@@ -19,15 +19,18 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from captum_adapters.evaluation.layouts import (
-    LAYOUTS,
     READERS,
+    Box,
     ClassMatcher,
     Listing,
     Sample,
     find_annotations,
+    is_relative,
     read_annotation,
     recognize,
+    to_number,
 )
+from captum_adapters.evaluation.names import LABELS, LAYOUTS
 from captum_adapters.metrics import boxes_to_masks
 from zennit_resnet._text import one_line
 from zennit_resnet.image import read_image
@@ -42,12 +45,18 @@ class Samples(NamedTuple):
         root (Path): Folder that names are relative to.
         samples (tuple[Sample]): Samples in the order of their names.
         messages (tuple[str]): How labels were understood, and what was left out.
+        matched_by (str): How labels became classes of the network: `"name"`, `"index"`,
+                `"wnid"`, several of these, `"order"` if that is only a guess, `"order,
+                as asked for"`, or `"none"` without labels.
+        classes (dict): Name of the network's class by label of the data.
     """
 
     layout: str
     root: Path
     samples: tuple[Sample, ...]
     messages: tuple[str, ...] = ()
+    matched_by: str = "none"
+    classes: Mapping[str, str] = {}
 
 
 def read_samples(
@@ -95,7 +104,8 @@ def read_samples(
                 which is `"test"` by default; the name of a folder in `path`, or a value
                 in the column `split` of a CSV file.
                 Default: `None`
-        labels (str, optional): `"given"`, or `"ignore"` to have none at all.
+        labels (str, optional): `"given"`, `"order"` if the labels in sorted order are
+                the network's classes whatever their names, or `"ignore"` to have none.
                 Default: `"given"`
         limit (int, optional): Draw this many images, if there are more, from those
                 without a problem, unless all have one, and with as many of each label
@@ -130,9 +140,9 @@ def read_samples(
     """
     if layout is not None and layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
-    if labels not in ("given", "ignore"):
-        raise ValueError(f"labels={labels!r} is neither 'given' nor 'ignore'")
-    if labels == "given" and not classes:
+    if labels not in LABELS:
+        raise ValueError(f"labels={labels!r} is not one of {', '.join(LABELS)}")
+    if labels != "ignore" and not classes:
         raise ValueError("there are no names of classes, which labels need")
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} is not at least 1")
@@ -154,8 +164,10 @@ def read_samples(
     messages = [] if labels == "ignore" else [*listing.messages]
     if labels == "ignore":
         samples = [item._replace(label=None, problem=None) for item in listing.samples]
+        found: dict[Any, tuple[list[int], str]] = {}
     else:
-        samples = _assign(listing, classes, messages)
+        found = _match(listing, classes, messages, labels == "order")
+        samples = [_find_class(sample, found) for sample in listing.samples]
     samples.sort(key=lambda sample: sample.name)
     if limit is not None and limit < len(samples):
         samples = _choose(samples, limit, seed, messages)
@@ -165,23 +177,44 @@ def read_samples(
             sample._replace(boxes=read_annotation(sample.path, annotations)[1])
             for sample in samples
         ]
-    return Samples(layout, listing.root, tuple(samples), tuple(messages))
+    known = {label: pair for label, pair in found.items() if len(pair[0]) == 1}
+    return Samples(
+        layout,
+        listing.root,
+        tuple(samples),
+        tuple(messages),
+        ", ".join(sorted({how for _, how in known.values()})) or "none",
+        {str(label): classes[hits[0]] for label, (hits, _) in known.items()},
+    )
 
 
-def _assign(
-    listing: Listing, classes: Sequence[str], messages: list[str]
-) -> list[Sample]:
-    """Find the classes of all labels."""
+def _match(
+    listing: Listing, classes: Sequence[str], messages: list[str], ordered: bool
+) -> dict[Any, tuple[list[int], str]]:
+    """The indices of classes that each label may mean, and how they were found."""
     names = ClassMatcher(classes)
-    texts = {sample.label for sample in listing.samples}
-    found = {text: names.find(text) for text in texts if isinstance(text, str)}
-    for text, hits in found.items():
-        if not hits and text in listing.numbers:
-            found[text] = [listing.numbers[text]]
+    labels = {sample.label for sample in listing.samples} - {None}
+    numbers = {label: ([label], "index") for label in labels if isinstance(label, int)}
+    texts = sorted(labels - {*numbers})
     order = listing.order
-    if found and not any(found.values()):
+    if ordered:
+        order = order or texts
+        if len(order) != len(classes):
+            raise ValueError(
+                f"labels='order' needs a label for each of the network's {len(classes)}"
+                f" classes, but there are {len(order)} ({', '.join(order[:5])})"
+            )
+        asked = "order, as asked for"
+        return {**numbers, **{text: ([order.index(text)], asked) for text in texts}}
+    found = {text: (names.find(text), "name") for text in texts}
+    for text, (hits, _) in found.items():
+        if hits == [to_number(text)]:
+            found[text] = (hits, "index")
+        elif not hits and text in listing.numbers:
+            found[text] = ([listing.numbers[text]], "wnid")
+    if found and not any(hits for hits, _ in found.values()):
         if not any(map(names.find, order)) and len(order) == len(classes):
-            found = {text: [order.index(text)] for text in found}
+            found = {text: ([order.index(text)], "order") for text in found}
             messages.append(
                 "no label is the name of a class of the network: its"
                 f" {len(classes)} classes are taken to be the labels in order, from"
@@ -192,14 +225,16 @@ def _assign(
                 f"no label is a class of the network, for instance {min(found)!r},"
                 f" where the first class is {classes[0]!r}"
             )
-    return [_find_class(sample, found) for sample in listing.samples]
+    return {**numbers, **found}
 
 
-def _find_class(sample: Sample, found: Mapping[str, list[int]]) -> Sample:
+def _find_class(
+    sample: Sample, found: Mapping[Any, tuple[list[int], str]]
+) -> Sample:
     """A sample with the index of its class, or the problem that there is none."""
     label, problem = sample.label, sample.problem
     if problem is None and isinstance(label, str):
-        hits = found[label]
+        hits = found[label][0]
         if not hits:
             problem = f"label {label!r} is not a class of the network"
         elif len(hits) > 1:
@@ -255,6 +290,36 @@ class Loaded(NamedTuple):
     mask: Optional[Tensor] = None
     problem: Optional[str] = None
     note: Optional[str] = None
+
+
+def stamp_of(sample: Sample) -> str:
+    """What changes when the files of a sample may have changed, without reading them."""
+    marks: list[Any] = [sample.boxes]
+    for path in (sample.path, sample.mask):
+        try:
+            stat = None if path is None else path.stat()
+        except OSError:
+            stat = None
+        marks.append(stat and (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+    return hashlib.sha256(repr(marks).encode()).hexdigest()[:16]
+
+
+def content_of(sample: Sample) -> Optional[str]:
+    """Hash of a sample's image, mask and boxes, `None` if there is no image to read."""
+    digest = hashlib.sha256(repr(sample.boxes).encode())
+    # a pipe would be waited for
+    if not sample.path.is_file():
+        return None
+    try:
+        digest.update(sample.path.read_bytes())
+    except OSError:
+        return None
+    if sample.mask is not None:
+        try:
+            digest.update(b"mask" + sample.mask.read_bytes())
+        except OSError:
+            digest.update(b"no mask")
+    return digest.hexdigest()[:16]
 
 
 class Images(torch.utils.data.Dataset[Loaded]):
@@ -339,6 +404,7 @@ class Images(torch.utils.data.Dataset[Loaded]):
         if orientation in (5, 6, 7, 8):
             width, height = height, width
         if sample.mask is None:
+            _check_boxes(sample.boxes, (width, height))
             inside = boxes_to_masks([sample.boxes], (height, width))[0].numpy()
         else:
             inside = _read_mask(sample.mask)
@@ -360,6 +426,19 @@ class Images(torch.utils.data.Dataset[Loaded]):
             self._levels = (black + white) / 2, white - black
         middle, contrast = self._levels
         return ((self.transform(mask) - middle) * contrast).sum(0) > 0
+
+
+def _check_boxes(boxes: Sequence[Box], size: tuple[int, int]) -> None:
+    """Refuse boxes that are not of this image, but for a pixel by another counting."""
+    for box in boxes:
+        what = f"the box {box} is"
+        if is_relative(box) and max(size) > 1:
+            raise ValueError(f"{what} relative, or of one pixel: give pixels from 0 on")
+        low, high = min(box[:2]), (box[2] - size[0], box[3] - size[1])
+        if low < -1 or max(high) > 1:
+            raise ValueError(
+                f"{what} outside of the image as stored, {size[0]} x {size[1]} pixels"
+            )
 
 
 def _read_mask(path: Path) -> NDArray[np.bool_]:

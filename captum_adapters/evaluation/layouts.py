@@ -122,6 +122,12 @@ def _read_csv(root: Path, split: Optional[str], classes: Sequence[str]) -> Listi
             if name in samples:
                 boxes = (*samples[name].boxes, *_row_boxes(row))
                 samples[name] = samples[name]._replace(boxes=boxes)
+    boxed = [sample for sample in samples.values() if sample.boxes]
+    if boxed and all(is_relative(box) for sample in boxed for box in sample.boxes):
+        raise ValueError(
+            f"{file}: the box {boxed[0].boxes[0]} of {boxed[0].name} and all others are"
+            " relative, where pixels of the image as stored are expected"
+        )
     labels = sorted({item.label for item in samples.values() if type(item.label) is str})
     order = labels if all(map(WNID.fullmatch, labels)) else ()
     return Listing(root, list(samples.values()), order, messages=messages)
@@ -172,6 +178,11 @@ def _row_boxes(row: Mapping[str, str]) -> tuple[Box, ...]:
     return ((x0, y0, x1, y1),)
 
 
+def is_relative(box: Box) -> bool:
+    """Whether a box seems to be given in sides of the image, from 0 to 1."""
+    return min(box) >= 0 and max(box) <= 1
+
+
 def _row_labels(
     columns: set[str], rows: Sequence[Mapping[str, str]], classes: Sequence[str]
 ) -> tuple[Callable[[Mapping[str, str]], Union[int, str, None]], list[str]]:
@@ -184,7 +195,7 @@ def _row_labels(
     if "imagenet_index" in columns and len(classes) == 1000:
         index = "imagenet_index"
     elif "class_index" in columns:
-        numbers = [_to_number(row["class_index"]) for row in rows]
+        numbers = [to_number(row["class_index"]) for row in rows]
         count = 1 + max((num for num in numbers if num is not None), default=-1)
         names = ClassMatcher(classes)
         found = [names.find(row.get("label", "")) for row in rows]
@@ -203,7 +214,7 @@ def _row_labels(
             )
 
     def label_of(row: Mapping[str, str]) -> Union[int, str, None]:
-        number = _to_number(row[index]) if index else None
+        number = to_number(row[index]) if index else None
         if index and number is not None:
             return number if 0 <= number < len(classes) else f"{index} {number}"
         text = row.get("label") or row.get("wnid")
@@ -214,7 +225,7 @@ def _row_labels(
     return label_of, messages
 
 
-def _to_number(text: str) -> Optional[int]:
+def to_number(text: str) -> Optional[int]:
     """An integer, or None if the text is none."""
     return int(text) if re.fullmatch(r"-?[0-9]{1,9}", text) else None
 
@@ -265,7 +276,7 @@ def _read_imagenet(root: Path, split: Optional[str], classes: Sequence[str]) -> 
                 " labels are unknown"
             )
     samples = [Sample(_name(path, root), path, found.get(path.stem)) for path in paths]
-    numbers = _numbers(root, classes, found.values())
+    numbers = _numbers(root, classes, (*order, *found.values()))
     return Listing(root, samples, order, numbers, messages)
 
 
@@ -322,8 +333,11 @@ def _numbers(
     root: Path, classes: Sequence[str], labels: Iterable[str]
 ) -> dict[str, int]:
     """Indices of ImageNet's 1000 classes by wnid, empty if they are not known."""
-    if len(classes) != 1000 or not any(map(WNID.fullmatch, labels)):
+    labels = [*filter(WNID.fullmatch, {*labels})]
+    if len(classes) != 1000 or not labels:
         return {}
+    if len(labels) == 1000:
+        return dict(zip(sorted(labels), range(1000)))
     meta = _meta(root)
     wnids = set() if meta is None else set(meta.values())
     file = _near(root, "LOC_synset_mapping.txt", "synset_words.txt")
@@ -422,7 +436,6 @@ READERS = {
     "imagenet": _read_imagenet,
     "cub": _read_cub,
 }
-LAYOUTS = (*READERS,)
 
 
 def _visible(folder: Path) -> list["os.DirEntry[str]"]:
@@ -481,5 +494,5 @@ class ClassMatcher:
             hits = sorted({index for key in keys for index in level.get(key, ())})
             if hits:
                 return hits
-        number = _to_number(label)
+        number = to_number(label)
         return [number] if number is not None and 0 <= number < self.count else []

@@ -5,6 +5,7 @@ of Captum, perturbation methods, attention branch networks and controls are adde
 """
 
 import inspect
+import re
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
@@ -80,14 +81,14 @@ def _integrated_gradients(context: Context, **options: Any) -> Function:
     return attribute
 
 
-def _last_layer(context: Context) -> Module:
-    """The last module that gives a map of features, such as a ResNet's `layer4`."""
+def _last_layer(context: Context) -> tuple[Module, int]:
+    """The last module with a map of features, as a ResNet's `layer4`, and its channels."""
     model = context.classifier.model
-    found: list[Module] = []
+    found: list[tuple[Module, int]] = []
 
     def watch(module: Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.ndim == 4 and output.shape[-1] > 1:
-            found.append(module)
+            found.append((module, output.shape[1]))
 
     handles = [module.register_forward_hook(watch) for module in model.children()]
     photo = context.classifier.transform(Image.new("RGB", (256, 256)))[None]
@@ -104,7 +105,7 @@ def _last_layer(context: Context) -> Module:
 
 def _grad_cam(context: Context, relu: bool = True) -> Function:
     """Grad-CAM at the last map of features."""
-    method = captum.attr.LayerGradCam(context.classifier.model, _last_layer(context))
+    method = captum.attr.LayerGradCam(context.classifier.model, _last_layer(context)[0])
     return lambda images, targets, names: method.attribute(
         images.clone().requires_grad_(), targets, relu_attributions=relu
     )
@@ -112,7 +113,7 @@ def _grad_cam(context: Context, relu: bool = True) -> Function:
 
 def _score_cam(context: Context) -> Function:
     """Score-CAM at the last map of features."""
-    method = ScoreCAM(context.classifier.model, _last_layer(context))
+    method = ScoreCAM(context.classifier.model, _last_layer(context)[0])
     size = context.forward_batch
 
     def attribute(images: Tensor, targets: Tensor, names: Sequence[str]) -> Tensor:
@@ -146,22 +147,33 @@ def _abn(
 
 
 class _Other(NamedTuple):
-    """How to make a method for a network, and the names of its options."""
+    """How to make a method for a network, and the names of its options.
+
+    `passes` is about the number of forward passes for an image, if these are many.
+    """
 
     create: Callable[..., Any]
     options: tuple[str, ...] = ()
+    passes: Optional[Callable[..., int]] = None
 
 
 OTHERS = {
     "input_x_gradient": _Other(partial(_captum, name="InputXGradient")),
     "gradient": _Other(partial(_captum, name="Saliency"), ("abs",)),
-    "integrated_gradients": _Other(_integrated_gradients, ("method", "n_steps")),
+    "integrated_gradients": _Other(
+        _integrated_gradients,
+        ("method", "n_steps"),
+        # a pass back takes as long as two
+        lambda context, n_steps=50, **options: 3 * n_steps,
+    ),
     "guided_backprop": _Other(partial(_captum, name="GuidedBackprop")),
     "captum_lrp": _Other(partial(_captum, name="LRP")),
     "grad_cam": _Other(_grad_cam, ("relu",)),
-    "score_cam": _Other(_score_cam),
+    "score_cam": _Other(_score_cam, (), lambda context: _last_layer(context)[1]),
     "rise": _Other(
-        _rise, ("grid_size", "n_masks", "normalization", "probability", "seed")
+        _rise,
+        ("grid_size", "n_masks", "normalization", "probability", "seed"),
+        lambda context, n_masks=8000, **options: n_masks,
     ),
     "abn": _Other(_abn, ("model", "weights")),
 }
@@ -230,11 +242,24 @@ def find_entries() -> dict[str, grammar.Entry]:
     return found
 
 
+# values of options that are meant as True and False
+SWITCH = re.compile(r"(?<==)(true|false)(?=[,+]|$)", re.IGNORECASE)
+SWITCHES = {"abs", "relu"}
+
+
 class Method(grammar.Method):
     """An attribution method, by a name such as `resnet_lrp_ratio+quantize8`.
 
     See :class:`zennit_resnet.methods.Method` for the grammar and for what is raised.
+    The words `true` and `false` mean `True` and `False`.
     """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(SWITCH.sub(lambda found: found[0].capitalize(), text))
+        for key in SWITCHES & {*self.options} if self.name in OTHERS else ():
+            if not isinstance(self.options[key], bool):
+                value = self.options[key]
+                raise ValueError(f"{self.text}: {key}={value!r} is neither True nor False")
 
     @staticmethod
     def entries() -> dict[str, grammar.Entry]:
@@ -245,9 +270,12 @@ class Method(grammar.Method):
         """Make the method ready for a network.
 
         Raises:
-            ValueError: If the method can not be used with the network.
+            ValueError: If the method can not be used with the network, or needs a package.
         """
-        return Explainer(self, context)
+        try:
+            return Explainer(self, context)
+        except ImportError as error:
+            raise ValueError(f"{self.text}: {error}") from error
 
 
 class Explainer:
@@ -332,26 +360,3 @@ class Explainer:
         """Post-process maps, of which those that are not finite stay as they are."""
         finite = maps.flatten(1).isfinite().all(1)[:, None, None]
         return self.method.process(maps.where(finite, 0)).where(finite, maps)
-
-
-def base_of(text: str) -> str:
-    """Name of a method without options and suffixes."""
-    return text.partition("+")[0].partition(":")[0]
-
-
-def kind_of(text: str) -> str:
-    """`"ours"`, `"baseline"` or `"control"`, also of a method that is not there now."""
-    try:
-        return str(Method(text).kind)
-    except ValueError:
-        return "baseline"
-
-
-def stands_for(text: str, name: str) -> bool:
-    """Whether a method is meant by a name, such as `rise:n_masks=1000` by `rise`.
-
-    They are equal, or the method is one of others with any options but no suffix.
-    """
-    return text == name or (
-        name in OTHERS and "+" not in text and base_of(text) == name
-    )

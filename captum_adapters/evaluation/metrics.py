@@ -1,6 +1,7 @@
 """Metrics of an evaluation by name, as scores and curves of each example.
 
-A new metric is a function in :data:`METRICS`, and its columns in :data:`COLUMNS`.
+A new metric is a function in :data:`METRICS`, and its name and columns in
+:mod:`captum_adapters.evaluation.columns`.
 """
 
 import math
@@ -17,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional
 
+from captum_adapters.evaluation.columns import TOP
 from captum_adapters.metrics import (
     NegativeMapWarning,
     class_sensitivity,
@@ -33,116 +35,6 @@ from captum_adapters.metrics import (
 )
 from zennit_resnet.models import Classifier, load_classifier
 from zennit_resnet.postprocess import attention_errors
-
-# Pixels between two points of RISE's published code
-RISE_STEP = 224
-
-
-class Column(NamedTuple):
-    """A score in a table."""
-
-    title: str
-    better: Optional[str]  # "higher", "lower", or None if neither is better
-    about: str  # one sentence
-    topic: str = "Insertion and deletion"  # title of its table
-    protocol: str = "default"  # ours, or the published one
-
-
-def _areas(protocol: str, about: str) -> dict[str, Column]:
-    """The three columns of insertion and deletion."""
-    suffix = "" if protocol == "default" else f"_{protocol}"
-    texts = {
-        "insertion": ("Insertion", "higher", "Area under the insertion curve"),
-        "deletion": ("Deletion", "lower", "Area under the deletion curve"),
-        "id": ("ID", "higher", "Insertion minus deletion"),
-    }
-    return {
-        f"{name}{suffix}": Column(title, better, f"{text}, {about}.", protocol=protocol)
-        for name, (title, better, text) in texts.items()
-    }
-
-
-def _topic(topic: str, *columns: tuple[str, str, Optional[str], str]) -> dict[str, Column]:
-    """Columns of a table: names, titles, what is better, and what they are."""
-    return {
-        name: Column(title, better, about, topic) for name, title, better, about in columns
-    }
-
-
-MEAN = "mean over p, and over orders of equal pixels."
-#: All scores by the names that they have in records.
-COLUMNS: dict[str, Column] = {
-    **_areas("default", "each pixel counted, with both ends, equal pixels together"),
-    **_areas("keio", "by the published code of Otsuki et al. 2024"),
-    **_areas("rise", "by the published code of RISE"),
-    **_areas("c3", "by the text of C³-LRP"),
-    **_topic(
-        "Top pixels",
-        ("accuracy", "Accuracy", "higher", "Share of images whose class is found with"
-         f" only the top p % of pixels, {MEAN}"),
-        ("cross_accuracy", "Cross accuracy", "higher", "The same for another network that"
-         " is given the pixels, mean over p."),
-        ("pointing", "Pointing", "higher", "Share of the top p % of pixels that is inside"
-         f" of the mask, {MEAN}"),
-        ("pointing_chance", "Mask share", None, "Share of the mask: pointing by chance."),
-        ("distance", "Distance", "lower", "Mean distance of the top p % of pixels to the"
-         f" mask, in image diagonals, {MEAN}"),
-        ("distance_chance", "Mean distance", None, "Mean distance of all pixels to the"
-         " mask."),
-    ),
-    **_topic(
-        "Class evidence",
-        ("contrastive_id", "Contrastive ID", "higher", "Insertion minus deletion of the"
-         " probability of the class minus that of the runner-up. By chance it is 0."),
-        ("grid_pointing", "Grid pointing", "higher", "Share of positive relevance in the"
-         " own cell of a mosaic of four classes, at most 1, for images that are classified"
-         " correctly with a probability of at least 0.9."),
-        ("grid_pointing_chance", "Cell share", None, "Share of the cell: grid pointing by"
-         " chance."),
-        ("class_pearson", "Class correlation", None, "Correlation with the map of the"
-         " runner-up: 1 if the class does not matter, about 0 for unrelated maps, and -1"
-         " for a contrast that asks for one class and not the other."),
-        ("class_ssim", "Class SSIM", "lower", "Structural similarity with the map of the"
-         " runner-up: 1 if the class does not matter, low by construction for contrasts."),
-        ("random_ssim", "Random SSIM", "lower", "Structural similarity with the map of the"
-         " network with a random last layer, 1 if that does not matter."),
-    ),
-    **_topic(
-        "Attention",
-        ("attention_coverage", "Covered", None, "Share of the object that is attended:"
-         " where the map is above its mean."),
-        ("attention_precision", "Focused", None, "Share of what is attended that is on"
-         " the object."),
-        ("attention_correct", "Correct", "higher", "Share of images where half of the"
-         " object is attended, and half of what is attended is on the object."),
-        ("attention_insufficient", "Insufficient", None, "Share of images where only the"
-         " first is not so: too little is attended."),
-        ("attention_over", "Over", None, "Share of images where only the second is not"
-         " so: too much is attended."),
-        ("attention_wrong", "Wrong", None, "Share of images where neither is so."),
-    ),
-    **_topic(
-        "Conservation",
-        ("gap", "Gap", None, "Relevance gained (or lost, if negative) on the way,"
-         " relative to the initial."),
-        ("relevance_sum", "Sum", None, "Sum of relevance."),
-        ("initial", "Initial", None, "Relevance at the output."),
-    ),
-    **_topic(
-        "Ties",
-        ("tied_share", "Ties", None, "Share of pixels with the same value as another."),
-        ("tied_share_magnitude", "Ties in magnitude", None, "The same for magnitudes, if"
-         " accuracy, pointing and distance rank by these."),
-        ("distinct_levels", "Levels", None, "Number of distinct values of a map."),
-        ("negative", "Negative maps", None, "Share of maps without any positive value."),
-    ),
-    **_topic(
-        "Insertion and deletion",
-        ("score_full", "Whole", None, "Probability for the whole image."),
-        ("score_blank", "Blank", None, "Probability for a blank image."),
-    ),
-}
-
 
 # Tensors of shape (batch,) by column, and of shape (batch, points) by name of a curve
 Scores = tuple[dict[str, Tensor], dict[str, Tensor]]
@@ -455,13 +347,6 @@ METRICS: dict[str, Callable[[Forward, Batch, Tensor, MetricSettings], Scores]] =
     "class_sensitivity": _sensitivity,
     "randomization": _randomized,
 }
-# conservation needs relevance before any post-processing, which `measure` is given
-NAMES = (*METRICS, "conservation")
-DEFAULT = ("insertion_deletion", "conservation")
-# those that rank pixels, of which tied ones are divided
-TOP = ("accuracy", "cross", "pointing", "distance")
-# not defined without a mask
-MASKED = ("pointing", "distance", "attention")
 
 
 def measure(

@@ -11,23 +11,31 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from captum_adapters.evaluation.computation import Computation
 from captum_adapters.evaluation.config import (
     Evaluation,
     check,
+    check_labels,
     check_masks,
     check_pixels,
     describe,
 )
-from captum_adapters.evaluation.data import Images, Loaded, read_samples
+from captum_adapters.evaluation.data import (
+    Images,
+    Loaded,
+    content_of,
+    read_samples,
+    stamp_of,
+)
+from captum_adapters.evaluation.estimate import Estimate
 from captum_adapters.evaluation.grids import Grids
 from captum_adapters.evaluation.methods import CONTROLS, Method
 from captum_adapters.evaluation.metrics import Batch, input_size
@@ -126,18 +134,43 @@ def evaluate(
     return loop.estimate() if dry_run else loop.run()
 
 
+class _Item(NamedTuple):
+    """What was read of a sample, with the stamp and content of its files."""
+
+    loaded: Loaded
+    stamp: str
+    content: Optional[str]
+
+
+class _Items(Dataset[_Item]):
+    """Reads samples and what identifies their files."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+
+    def __getitem__(self, index: int) -> _Item:
+        """Read a sample. The stamp is taken before, so that a later change is found."""
+        sample = self.images.samples[index]
+        stamp, loaded = stamp_of(sample), self.images[index]
+        content = None if loaded.image is None else content_of(sample)
+        if content is None and loaded.image is not None:
+            loaded = Loaded(problem="the image is missing")
+        return _Item(loaded, stamp, content)
+
+
 class _State(NamedTuple):
     """What there is of a batch."""
 
     known: bool  # whether its samples were written
     left_out: int  # samples that could not be used
     unread: list[int]  # numbers of those that may be readable now
-    missing: list[int]  # numbers of the methods that are not evaluated on it
+    changed: list[int]  # numbers of samples with other files or labels now
+    missing: list[Method]  # those that are not evaluated on it
 
     @property
     def todo(self) -> bool:
         """Whether there is anything to compute."""
-        return not self.known or bool(self.missing or self.unread)
+        return not self.known or bool(self.missing or self.unread or self.changed)
 
 
 class Loop:
@@ -171,6 +204,7 @@ class Loop:
             seed=evaluation.seed,
         )
         self.samples = data.samples
+        check_labels(evaluation, data)
         for message in (*data.messages, check_masks(evaluation, data)):
             if message is not None:
                 self.say(message)
@@ -199,23 +233,55 @@ class Loop:
         )
 
     def _open(self, write: bool) -> None:
-        """Open the folder, and cut samples into batches of their numbers."""
-        self.store = Store(Path(self.evaluation.out), self.settings, write)
-        every, size = [*range(len(self.samples))], self.store.batch_size
-        self.batches = [every[start : start + size] for start in every[::size]]
+        """Open the folder, and put samples in the order of its batches."""
+        out, names = Path(self.evaluation.out), [sample.name for sample in self.samples]
+        self.store = Store(out, self.settings, names, write)
+        by_name = dict(zip(names, self.samples))
+        self.samples = tuple(by_name[name] for name in chain(*self.store.batches))
+        self.images = Images(self.samples, self.classifier.transform)
+        numbers = iter(range(len(names)))
+        self.batches = [[*islice(numbers, len(batch))] for batch in self.store.batches]
 
-    def _look(self, batch: int) -> _State:
-        """Find out what there is of a batch."""
-        known = self.store.read_samples(batch)
-        pairs = zip(self.batches[batch], known or ())
-        left_out = [number for number, sample in pairs if sample.problem is not None]
-        unread = [number for number in left_out if self.samples[number].problem is None]
-        missing = [
-            number
-            for number in range(len(self.methods))
-            if not self.store.has(batch, number)
-        ]
-        return _State(known is not None, len(left_out), unread, missing)
+    def _look(self, batch: int, files: bool = False) -> _State:
+        """Find out what there is of a batch, and whether files have changed."""
+        known, stamps = self.store.read_samples(batch) or ([], [])
+        left_out, unread, changed = [], [], []
+        for number, record, stamp in zip(self.batches[batch], known, stamps):
+            sample = self.samples[number]
+            if record.problem is not None:
+                left_out.append(number)
+                if sample.problem is None:
+                    unread.append(number)
+            elif files and sample.label != record.label:
+                changed.append(number)
+            elif files and stamp != stamp_of(sample):
+                # what is not there now can not be compared
+                there = sample.mask is None or sample.mask.exists()
+                if there and content_of(sample) not in (None, record.content):
+                    changed.append(number)
+        missing = [each for each in self.methods if not self.store.has(batch, each.text)]
+        return _State(bool(known), len(left_out), unread, changed, missing)
+
+    def _look_at_all(self, batches: Iterable[int]) -> dict[int, _State]:
+        """Find out what there is of batches, and say what is new or wrong.
+
+        Raises:
+            RunError: If images have changed that mosaics of others contain.
+        """
+        states = {batch: self._look(batch, files=True) for batch in batches}
+        changed = [number for state in states.values() for number in state.changed]
+        for message in self.store.messages:
+            self.say(message)
+        if changed:
+            first = self.samples[changed[0]].name
+            text = f"{len(changed)} images, masks or labels have changed, such as {first}"
+            if "grid_pointing" in self.evaluation.metrics:
+                raise RunError(
+                    f"{text}, and mosaics of grid_pointing were made of them: choose"
+                    " another folder with --out"
+                )
+            self.say(f"{text}: their batches are computed again")
+        return states
 
     def _count(
         self, states: Iterable[Optional[_State]], seconds: float = 0.0
@@ -234,45 +300,44 @@ class Loop:
         """What remains, and how long it takes, without writing anything."""
         self._open(write=False)
         states: list[Optional[_State]] = []
-        rest = dict.fromkeys(range(len(self.methods)), 0)
-        for batch, numbers in enumerate(self.batches):
-            state = self._look(batch)
-            again = any(self.images[number].problem is None for number in state.unread)
+        rest = dict.fromkeys(self.methods, 0)
+        for batch, state in self._look_at_all(range(len(self.batches))).items():
+            again = bool(state.changed) or any(
+                self.images[number].problem is None for number in state.unread
+            )
             states.append(None if again else state)
-            count = len(numbers) - (0 if again else state.left_out)
-            for number in rest if again else state.missing:
-                rest[number] += count
-        left = [number for number in rest if rest[number]]
-        known = {number: self.store.read_times(number) for number in left}
-        untimed = [number for number in left if known[number] is None]
+            count = len(self.batches[batch]) - (0 if again else state.left_out)
+            for method in rest if again else state.missing:
+                rest[method] += count
+        left = [method for method in rest if rest[method]]
+        known = {method: self.store.read_times(method.text) for method in left}
+        untimed = [method for method in left if known[method] is None]
         if untimed:
             self.say(f"timing {len(untimed)} methods on one image")
             known.update(self._time(untimed))
         # attributions that are computed once for several methods count once
         groups: dict[str, list[tuple[int, float]]] = defaultdict(list)
         seconds = 0.0
-        for number in left:
-            first, second = known[number] or (0.0, 0.0)
-            seconds += rest[number] * (first + second)
-            groups[self.methods[number].attribution].append((rest[number], first))
+        for method in left:
+            first, second = known[method] or (0.0, 0.0)
+            seconds += rest[method] * (first + second)
+            groups[method.attribution].append((rest[method], first))
         for members in groups.values():
             counts, times = zip(*members)
             seconds -= (sum(counts) - max(counts)) * min(times)
         return self._count(states, seconds)
 
-    def _time(self, numbers: Sequence[int]) -> dict[int, tuple[float, float]]:
-        """Seconds of methods and metrics on the first image that can be read."""
-        computation = self.prepare()
+    def _time(self, methods: Sequence[Method]) -> dict[Method, tuple[float, float]]:
+        """Seconds of methods and metrics for the first image that can be read."""
+        simple = replace(self.evaluation, compile=False)
+        computation = Computation(simple, self.classifier, methods, self.device)
         items = ((sample, self.images[row]) for row, sample in enumerate(self.samples))
         found = next((pair for pair in items if pair[1].image is not None), None)
         if found is None:
             return {}
         batch = computation.prepare([found[0]], [found[1]])
-        times = {}
-        for number in numbers:
-            scores = computation.run_method(self.methods[number], batch, False)[0].scores
-            times[number] = (scores["seconds"], scores["metric_seconds"])
-        return times
+        estimate = Estimate(computation, batch)
+        return {method: estimate.method(method) for method in methods}
 
     def run(self) -> Progress:
         """Compute all records of this process that are not there yet."""
@@ -283,15 +348,15 @@ class Loop:
         self._open(write=True)
         batches = range(len(self.batches))
         mine = batches[self.process.rank :: self.process.world]
-        todo = [batch for batch in mine if self._look(batch).todo]
+        todo = [batch for batch, state in self._look_at_all(mine).items() if state.todo]
         if not todo:
             return self._count(map(self._look, batches))
         computation = computation or self.prepare()
-        for number, method in enumerate(self.methods):
-            if any(self.store.has(batch, number) for batch in batches):
+        for method in self.methods:
+            if any(self.store.has(batch, method.text) for batch in batches):
                 computation.worked.add(method.text)
         loader: Any = DataLoader(
-            self.images,  # type: ignore[arg-type]
+            _Items(self.images),
             batch_sampler=[self.batches[batch] for batch in todo],
             num_workers=self.evaluation.workers,
             collate_fn=list,
@@ -321,61 +386,64 @@ class Loop:
         self,
         computation: Computation,
         batch: int,
-        items: Sequence[Loaded],
+        items: Sequence[_Item],
         bar: "tqdm[Any]",
     ) -> None:
         """Compute what is missing of a batch, and all of it if other images are read."""
         store, numbers = self.store, self.batches[batch]
-        read = [row for row, item in enumerate(items) if item.image is not None]
-        # in parts, if the run began with a larger size
-        size = self.evaluation.batch_size
-        parts = [
-            computation.prepare(
-                [self.samples[numbers[row]] for row in rows], [items[row] for row in rows]
+        read = [row for row, item in enumerate(items) if item.content is not None]
+        images = None
+        if read:
+            images = computation.prepare(
+                [self.samples[numbers[row]] for row in read],
+                [items[row].loaded for row in read],
             )
-            for rows in (read[start : start + size] for start in range(0, len(read), size))
-        ]
-        samples = self._describe(computation, numbers, items, parts)
+        stamps = [item.stamp for item in items]
+        samples = self._describe(computation, numbers, items, images)
         known = store.read_samples(batch)
-        again = any(
-            (old.problem is None) != (new.problem is None)
-            for old, new in zip(known or (), samples)
-        )
         if known is None:
-            store.write_samples(batch, samples)
+            # damaged, if there are records: these may be of other files
+            again = any(store.has(batch, method.text) for method in self.methods)
+        else:
+            again = any(
+                (old.content, old.label) != (new.content, new.label)
+                for old, new in zip(known[0], samples)
+            )
+        if known is None and not again:
+            store.write_samples(batch, samples, stamps)
         heatmaps = numbers[0] < self.evaluation.pictures
-        for number, method in enumerate(self.methods):
-            if parts and (again or not store.has(batch, number)):
+        for method in self.methods:
+            if images is not None and (again or not store.has(batch, method.text)):
                 self.process.check()
-                found = [computation.run_method(method, part, heatmaps) for part in parts]
-                store.write_records(batch, number, [*chain.from_iterable(found)])
+                records = computation.run_method(method, images, heatmaps)
+                store.write_records(batch, method.text, records)
             bar.update(len(numbers))
         if again:
             # at the end, so that an interruption makes it be computed again
-            store.write_samples(batch, samples)
+            store.write_samples(batch, samples, stamps)
         computation.shared.clear()
 
     def _describe(
         self,
         computation: Computation,
         numbers: Sequence[int],
-        items: Sequence[Loaded],
-        parts: Sequence[Batch],
+        items: Sequence[_Item],
+        images: Optional[Batch],
     ) -> list[SampleRecord]:
         """What is known about the samples of a batch."""
         options = self.evaluation
         labelled = "label" in (options.explain_class, options.score, options.published)
-        found = ((part, row) for part in parts for row in range(len(part.names)))
+        rows = iter(range(len(items)))
         samples = []
         for number, item in zip(numbers, items):
-            sample = self.samples[number]
-            record = SampleRecord(sample.name, sample.label, problem=item.problem)
-            if item.image is not None:
-                notes = [] if item.note is None else [item.note]
+            sample, loaded = self.samples[number], item.loaded
+            record = SampleRecord(sample.name, sample.label, problem=loaded.problem)
+            if images is not None and item.content is not None:
+                notes = [] if loaded.note is None else [loaded.note]
                 if sample.label is None and labelled:
                     notes.append("no label, so the prediction was used")
-                kept = computation.describe(*next(found), number < options.pictures)
-                record = record._replace(notes=tuple(notes), **kept)
+                kept = computation.describe(images, next(rows), number < options.pictures)
+                record = record._replace(notes=tuple(notes), content=item.content, **kept)
             samples.append(record)
         return samples
 

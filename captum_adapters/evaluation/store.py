@@ -6,18 +6,20 @@ be computed again. Nothing is locked, and no file is changed by two processes: i
 earlier process still runs, it writes the same file once more.
 
     run/settings.json
-    run/<fingerprint>/00012.json       the samples of batch 12: classes, problems, pictures
-    run/<fingerprint>/00012-003.npz    scores, curves and heatmaps of batch 12 by method 3
+    run/<fingerprint>/batches.json          names of the samples in each batch
+    run/<fingerprint>/00012.json            batch 12: classes, problems, pictures
+    run/<fingerprint>/00012-5d41402a.npz    scores, curves and heatmaps of batch 12 by a
+                                            method, named by the hash of its name
 """
 
 import base64
+import hashlib
 import io
 import json
 import os
 import platform
-import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -27,6 +29,9 @@ import pandas as pd
 from zennit_resnet._text import one_line
 
 SETTINGS = "settings.json"
+BATCHES = "batches.json"
+# files that the mean time of a method is taken from
+TIMED = 50
 
 
 class RunError(Exception):
@@ -47,6 +52,7 @@ class SampleRecord(NamedTuple):
         notes (tuple[str]): What could not be used of it, such as its mask.
         picture (bytes or None): What the network sees, as a JPEG of 112 x 112 pixels or
                 less.
+        content (str or None): Hash of the bytes of its image and mask, and of its boxes.
     """
 
     sample: str
@@ -57,6 +63,7 @@ class SampleRecord(NamedTuple):
     problem: Optional[str] = None
     notes: tuple[str, ...] = ()
     picture: Optional[bytes] = None
+    content: Optional[str] = None
 
 
 class Record(NamedTuple):
@@ -76,7 +83,11 @@ class Run(NamedTuple):
     Attributes:
 
         folder (Path): The folder.
-        settings (dict): What was evaluated.
+        settings (dict): What was evaluated. `settings["labels"]` says how labels became
+                classes of the network: `matched_by` is `"name"`, `"index"`, `"wnid"`,
+                several of these, `"order"` if that is only a guess, `"order, as asked
+                for"`, or `"none"` without labels; `classes` is the name of the class by
+                label.
         samples (dict): :class:`SampleRecord` by name, in order.
         records (DataFrame): `problem` (why nothing was measured), `seconds`,
                 `metric_seconds` and scores, indexed by `sample` and `method`, in
@@ -143,10 +154,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise RunError(f"cannot read {path}: {_reason(error)}") from error
     if not isinstance(settings, dict):
         raise RunError(f"cannot read {path}: it is not written by evaluate")
-    if "installed" not in settings:
+    records = path.parent / str(settings.get("fingerprint"))
+    if not (records / BATCHES).exists():
         raise RunError(
-            f"{folder} holds a run of an earlier version, with records in SQLite: make"
-            " its report by that version, or evaluate again with another --out"
+            f"{folder} holds a run of an earlier version: make its report by that version,"
+            " or evaluate again with another --out"
         )
     return settings
 
@@ -182,12 +194,23 @@ def brief(value: Any, limit: int = 60) -> str:
 class Store:
     """The files of a run.
 
+    A run grows by methods and samples: what it has stays as it is, and further samples
+    are cut into batches of their own.
+
     Args:
 
         folder (Path): The folder, which is created if there is none.
-        settings (dict): Settings with the key `fingerprint`, the hash of `identity`.
-        write (bool, optional): Whether to create the folder.
+        settings (dict): Settings, whose `fingerprint` is the hash of that part of
+                `identity` which can not grow.
+        names (sequence of str): Names of all samples, in order.
+        write (bool, optional): Whether to write anything.
                 Default: True
+
+    Attributes:
+
+        settings (dict): Settings of the run, with all its methods.
+        batches (list[list[str]]): Names of the samples in each batch.
+        messages (list[str]): What the run grows by, and which files are damaged.
 
     Raises:
         RunError: If the folder holds another run, which the message says what differs
@@ -195,73 +218,129 @@ class Store:
     """
 
     def __init__(
-        self, folder: Path, settings: dict[str, Any], write: bool = True
+        self,
+        folder: Path,
+        settings: dict[str, Any],
+        names: Sequence[str],
+        write: bool = True,
     ) -> None:
         self.folder = Path(folder)
-        self.settings = settings
         self.records = self.folder / settings["fingerprint"]
-        path = self.folder / SETTINGS
-        if write and not path.exists():
-            with _writing(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
-            _write(path, (json.dumps(settings, indent=1) + "\n").encode())
+        self.settings, self.batches = settings, []
+        self.messages: list[str] = []
+        self._sound: set[Path] = set()
+        path, old = self.folder / SETTINGS, None
         if path.exists():
-            self.settings = read_settings(self.folder)
-            if self.settings["fingerprint"] != settings["fingerprint"]:
-                old, new = self.settings["identity"], settings["identity"]
-                what = differences(old, new, ", now ")
-                raise RunError(
-                    f"{folder} holds another run, which differs in {what}: choose another"
-                    " folder with --out, or repeat the command of that run to go on"
-                )
-        if write:
+            old = read_settings(self.folder)
+            # one that has failed from the start may be left out
+            had = self.folder / old["fingerprint"]
+            methods, new = (each["identity"]["methods"] for each in (old, settings))
+            kept = [
+                text
+                for text in methods
+                if text in new or any(had.glob(f"*-{_key(text)}.npz"))
+            ]
+            if kept != methods:
+                left = ", ".join(text for text in methods if text not in kept)
+                self.messages.append(f"the run has nothing of {left}, which is left out")
+            old["identity"]["methods"] = kept
+            _refuse_other(self.folder, old, settings, names)
+            self.batches = _read_batches(self.records)
+            self._grow(old["identity"], len(names))
+        known = {name for batch in self.batches for name in batch}
+        more = [name for name in names if name not in known]
+        size = settings["batch_size"]
+        self.batches += [more[row : row + size] for row in range(0, len(more), size)]
+        if not write:
+            return
+        if old is None or self.messages:
             with _writing(self.folder):
-                self.records.mkdir(exist_ok=True)
+                self.records.mkdir(parents=True, exist_ok=True)
+            # first, as there is a run when there are settings
+            _write(self.records / BATCHES, json.dumps(self.batches).encode())
+            _write(path, (json.dumps(self.settings, indent=1) + "\n").encode())
 
-    @property
-    def batch_size(self) -> int:
-        """Number of samples in a file, which stays as it was when the run began."""
-        return int(self.settings["batch_size"])
+    def _grow(self, old: dict[str, Any], count: int) -> None:
+        """Add what the run has to the settings, and say what is new."""
+        new = self.settings["identity"]
+        more = [text for text in new["methods"] if text not in old["methods"]]
+        if more:
+            self.messages.append(f"the run grows by {', '.join(more)}")
+        if count > old["samples"]:
+            self.messages.append(
+                f"the run grows from {old['samples']} to {count} images"
+            )
+        identity = {**new, "methods": [*old["methods"], *more]}
+        identity["files"] = {**old["files"], **new["files"]}
+        self.settings = {**self.settings, "identity": identity}
 
     def _samples(self, batch: int) -> Path:
         return self.records / f"{batch:05d}.json"
 
-    def _records(self, batch: int, method: int) -> Path:
-        return self.records / f"{batch:05d}-{method:03d}.npz"
+    def _records(self, batch: int, method: str) -> Path:
+        return self.records / f"{batch:05d}-{_key(method)}.npz"
 
-    def has(self, batch: int, method: int) -> bool:
-        """Whether a method was evaluated on a batch."""
-        return self._records(batch, method).exists()
+    def has(self, batch: int, method: str) -> bool:
+        """Whether there are sound records of a method on a batch."""
+        path = self._records(batch, method)
+        if path not in self._sound and path.exists():
+            try:
+                found = {record.sample for record in _read_records(path)}
+                if not found <= {*self.batches[batch]}:
+                    raise ValueError("it is of other samples")
+                self._sound.add(path)
+            except ValueError as error:
+                self._report(path, error)
+        return path in self._sound
 
-    def read_samples(self, batch: int) -> Optional[list[SampleRecord]]:
-        """Samples of a batch, `None` if they were not written yet, or are damaged."""
+    def _report(self, path: Path, error: Exception) -> None:
+        """Remember a damaged file."""
+        text = f"{path.name} is damaged ({_reason(error)}), and computed again"
+        if text not in self.messages:
+            self.messages.append(text)
+
+    def read_samples(self, batch: int) -> Optional[tuple[list[SampleRecord], list[str]]]:
+        """Samples of a batch and their stamps, `None` if there are no sound ones."""
+        path = self._samples(batch)
         try:
-            return _read_samples(self._samples(batch))
-        except (FileNotFoundError, ValueError):
+            samples, stamps = _read_samples(path)
+            if [sample.sample for sample in samples] != self.batches[batch]:
+                raise ValueError("it is of other samples")
+            return samples, stamps
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            self._report(path, error)
             return None
 
-    def read_times(self, method: int) -> Optional[tuple[float, float]]:
+    def read_times(self, method: str) -> Optional[tuple[float, float]]:
         """Mean seconds of a method's attributions and of their metrics, if known."""
-        paths = self.records.glob(f"*-{method:03d}.npz")
-        scores = [each.scores for path in paths for each in _read_records(path)]
+        paths = sorted(self.records.glob(f"*-{_key(method)}.npz"))[:TIMED]
+        scores = []
+        for path in paths:
+            with suppress(ValueError):
+                scores += [each.scores for each in _read_records(path)]
         if not scores:
             return None
         means = pd.DataFrame(scores).mean(numeric_only=True)
         return float(means["seconds"]), float(means["metric_seconds"])
 
-    def write_samples(self, batch: int, samples: Sequence[SampleRecord]) -> None:
-        """Write the samples of a batch.
+    def write_samples(
+        self, batch: int, samples: Sequence[SampleRecord], stamps: Sequence[str]
+    ) -> None:
+        """Write the samples of a batch, with stamps of their files.
 
         Raises:
             RunError: If that is not possible, as the disk is full.
         """
         rows = [sample._asdict() for sample in samples]
-        for row in rows:
+        for row, stamp in zip(rows, stamps):
+            row["stamp"] = stamp
             if row["picture"] is not None:
                 row["picture"] = base64.b64encode(row["picture"]).decode()
         _write(self._samples(batch), json.dumps(rows).encode())
 
-    def write_records(self, batch: int, method: int, records: Sequence[Record]) -> None:
+    def write_records(self, batch: int, method: str, records: Sequence[Record]) -> None:
         """Write the records of a batch by a method. It raises as :meth:`write_samples`."""
         values = pd.DataFrame([each.scores for each in records]).drop(columns="problem")
         arrays: dict[str, Any] = {
@@ -277,8 +356,66 @@ class Store:
         if any(heatmap is not None for heatmap in heatmaps):
             arrays["heatmaps"] = _stack(heatmaps, 0)
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, **arrays)
+        np.savez_compressed(buffer, **arrays, checksum=_checksum(arrays))
         _write(self._records(batch, method), buffer.getvalue())
+        self._sound.add(self._records(batch, method))
+
+
+def _refuse_other(
+    folder: Path, old: dict[str, Any], new: dict[str, Any], names: Sequence[str]
+) -> None:
+    """Refuse settings that are not those of a run, or with more methods and samples."""
+    first, second = old["identity"], new["identity"]
+    what = {key for key in {**first, **second} if first.get(key) != second.get(key)}
+    what -= {"manifest", "samples"}
+    if {*first["methods"]} <= {*second["methods"]}:
+        what -= {"methods"}
+    files = second.get("files", {})
+    if all(files.get(name) == value for name, value in first.get("files", {}).items()):
+        what -= {"files"}
+    text = _differing(first, second, sorted(what))
+    batches = [] if what else _read_batches(folder / new["fingerprint"])
+    known = {name for batch in batches for name in batch}
+    gone = sorted(known - {*names})
+    if gone:
+        what |= {"samples"}
+        chosen = [
+            {"samples": count, **each.get("evaluation", {})}
+            for each, count in ((old, len(known)), (new, len(names)))
+        ]
+        text = _differing(chosen[0], chosen[1], ["limit", "seed", "split", "layout", "samples"])
+        text = f"{text and text + ', '}{len(gone)} samples (now none), such as {gone[0]}"
+    elif len(names) > len(known) and "grid_pointing" in first.get("metrics", ()):
+        what |= {"samples"}
+        text = (
+            f"samples ({len(known)}, now {len(names)}), which mosaics of grid_pointing"
+            " are made of"
+        )
+    if what:
+        raise RunError(
+            f"{folder} holds another run, which differs in {text}: choose another"
+            " folder with --out, or repeat the command of that run to go on"
+        )
+
+
+def _differing(first: dict[str, Any], second: dict[str, Any], keys: Sequence[str]) -> str:
+    """What differs in some settings."""
+    pair = [{key: each.get(key) for key in keys} for each in (first, second)]
+    return differences(pair[0], pair[1], ", now ")
+
+
+def _key(method: str) -> str:
+    """What files of a method are named by, whatever other methods there are."""
+    return hashlib.sha256(method.encode()).hexdigest()[:8]
+
+
+def _checksum(arrays: dict[str, Any]) -> str:
+    """Hash of arrays and their names."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def _stack(arrays: Sequence[Optional[np.ndarray]], blank: float) -> np.ndarray:
@@ -289,14 +426,34 @@ def _stack(arrays: Sequence[Optional[np.ndarray]], blank: float) -> np.ndarray:
     )
 
 
-def _read_samples(path: Path) -> list[SampleRecord]:
-    """Samples of a file."""
-    samples = []
-    for row in json.loads(path.read_text(encoding="utf-8")):
-        if row["picture"] is not None:
-            row["picture"] = base64.b64decode(row["picture"])
-        samples.append(SampleRecord(**{**row, "notes": tuple(row["notes"])}))
-    return samples
+def _read_batches(folder: Path) -> list[list[str]]:
+    """Names of the samples in each batch."""
+    path = folder / BATCHES
+    try:
+        batches = json.loads(path.read_text(encoding="utf-8"))
+        if not all(isinstance(name, str) for batch in batches for name in batch):
+            raise ValueError("it is not written by evaluate")
+        return [list(batch) for batch in batches]
+    except (OSError, TypeError, ValueError) as error:
+        raise RunError(
+            f"cannot read {path} ({_reason(error)}): evaluate again with another --out"
+        ) from error
+
+
+def _read_samples(path: Path) -> tuple[list[SampleRecord], list[str]]:
+    """Samples of a file, and their stamps. It is a `ValueError` if it is damaged."""
+    try:
+        samples, stamps = [], []
+        for row in json.loads(path.read_text(encoding="utf-8")):
+            if row["picture"] is not None:
+                row["picture"] = base64.b64decode(row["picture"])
+            stamps.append(row.pop("stamp"))
+            samples.append(SampleRecord(**{**row, "notes": tuple(row["notes"])}))
+        return samples, stamps
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # damaged files raise anything
+        raise ValueError(_reason(error)) from error
 
 
 def _read_records(path: Path) -> list[Record]:
@@ -304,6 +461,8 @@ def _read_records(path: Path) -> list[Record]:
     try:
         with np.load(io.BytesIO(path.read_bytes())) as file:
             arrays = {name: file[name] for name in file.files}
+        if str(arrays.pop("checksum")) != _checksum(arrays):
+            raise ValueError("it is not as it was written")
         names, heatmaps = arrays["columns"].tolist(), arrays.get("heatmaps")
         curves = {
             name.removeprefix("curve/"): array
@@ -322,8 +481,21 @@ def _read_records(path: Path) -> list[Record]:
                 )
             found.append(record)
         return found
-    except (zipfile.BadZipFile, EOFError, KeyError, OSError, ValueError) as error:
+    except Exception as error:  # as above
         raise ValueError(_reason(error)) from error
+
+
+def accuracy(run: Run) -> tuple[int, int]:
+    """Number of samples that the network classifies correctly, and of those with a label.
+
+    Samples that are left out do not count.
+    """
+    known = [
+        sample
+        for sample in run.samples.values()
+        if sample.problem is None and sample.label is not None
+    ]
+    return sum(sample.prediction == sample.label for sample in known), len(known)
 
 
 def read_run(folder: Path) -> Run:
@@ -342,21 +514,25 @@ def read_run(folder: Path) -> Run:
     folder = Path(folder)
     settings = read_settings(folder)
     methods = settings["identity"]["methods"]
+    keys = {_key(method): method for method in methods}
     samples: dict[str, SampleRecord] = {}
     found: dict[tuple[str, str], Record] = {}
     messages = []
     for path in sorted((folder / settings["fingerprint"]).glob("[0-9]*")):
+        method = keys.get(path.stem.partition("-")[2], "")
         try:
             if path.suffix == ".json":
-                samples.update((row.sample, row) for row in _read_samples(path))
-            else:
-                method = methods[int(path.stem.partition("-")[2])]
+                samples.update((row.sample, row) for row in _read_samples(path)[0])
+            elif method:
                 found.update(((row.sample, method), row) for row in _read_records(path))
         except ValueError as error:
             messages.append(
-                f"{path.name} is damaged ({error}): delete it, and the command of the run"
-                " computes it again"
+                f"{path.name} is damaged ({error}): the command of the run computes it"
+                " again"
             )
+    # of files that were replaced by what can not be read
+    stale = {name for name, sample in samples.items() if sample.problem is not None}
+    found = {key: row for key, row in found.items() if key[0] not in stale}
     index = pd.MultiIndex.from_tuples(sorted(found), names=["sample", "method"])
     rows = [found[key] for key in index]
     columns = None if rows else ["problem", "seconds", "metric_seconds"]

@@ -3,8 +3,9 @@
 Functions on tensors, with one value for each example.
 """
 
+from captum_adapters._light import PERCENTS
 from captum_adapters._validation import NegativeMapWarning, ProbabilityWarning
-from captum_adapters.metrics._ranking import PERCENTS, top_fraction
+from captum_adapters.metrics._ranking import top_fraction
 from captum_adapters.metrics.conservation import conservation_gap
 from captum_adapters.metrics.insertion_deletion import (
     Areas,
@@ -38,7 +39,7 @@ from captum_adapters.metrics.sensitivity import (
     contrastive_insertion_deletion,
     randomization,
 )
-from captum_adapters.metrics.statistics import (
+from captum_adapters.statistics import (
     Comparison,
     Interval,
     bootstrap_interval,

@@ -22,9 +22,6 @@ Percent = Union[int, float, Fraction]
 Percents = Union[Percent, Sequence[Percent]]
 SampleIds = Union[None, Tensor, Sequence[object]]
 
-# Percentages at which the curves of the R-LRP paper are drawn
-PERCENTS = (1, 5, 10, 15, 20, 25, 40, 50, 60, 75, 80, 85, 90, 95, 99)
-
 
 def sort_scores(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Scores in descending order and where they are, (batch, N), equal ones as found."""

@@ -7,6 +7,7 @@ import torch
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
+from captum_adapters._light import PERCENTS
 from captum_adapters._validation import (
     LINEAR,
     Maps,
@@ -20,7 +21,6 @@ from captum_adapters._validation import (
     warn_negative_maps,
 )
 from captum_adapters.metrics._ranking import (
-    PERCENTS,
     Percents,
     means_of_top,
     percent_tensors,

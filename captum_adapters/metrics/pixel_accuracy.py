@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from captum_adapters._light import PERCENTS
 from captum_adapters._validation import (
     DIMS,
     BaselineType,
@@ -27,7 +28,6 @@ from captum_adapters._validation import (
 )
 from captum_adapters.metrics._forward import forward_in_chunks
 from captum_adapters.metrics._ranking import (
-    PERCENTS,
     Percent,
     Percents,
     SampleIds,

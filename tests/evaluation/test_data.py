@@ -117,6 +117,28 @@ def test_sorted_order(tmp_path):
     assert set(labels(read_samples(tmp_path, CLASSES)).values()) == {None}
 
 
+def test_how_labels_are_matched(tmp_path):
+    '''It is known whether labels were matched by name, by number, or only by order, and to which classes.'''
+    touch(tmp_path, 'a/1.png', 'b/1.png', 'c/1.png')
+    for names, found in (
+        (['B', 'c', 'a'], ('name', {'a': 'a', 'b': 'B', 'c': 'c'})),
+        (CLASSES, ('order', dict(zip('abc', CLASSES)))),
+        (['a', 'x', 'y'], ('name', {'a': 'a'})),
+        (['x', 'y'], ('none', {})),
+    ):
+        samples = read_samples(tmp_path, names)
+        assert (samples.matched_by, samples.classes) == found
+    asked = read_samples(tmp_path, ['b', 'a', 'x'], labels='order')
+    assert asked.matched_by == 'order, as asked for' and labels(asked) == {'a/1.png': 0, 'b/1.png': 1, 'c/1.png': 2}
+    assert read_samples(tmp_path, CLASSES, labels='ignore').matched_by == 'none'
+    with pytest.raises(ValueError, match='2 classes, but there are 3 .a, b, c'):
+        read_samples(tmp_path, CLASSES[:2], labels='order')
+    for text, found in (('1\n2', 'index'), ('tench\n2', 'index, name'), ('church\nx', 'name')):
+        rows = [f'{number}.png,{label}' for number, label in enumerate(text.split())]
+        file = write(tmp_path, 'labels.csv', '\n'.join(['file,label', *rows]))
+        assert read_samples(file, CLASSES).matched_by == found
+
+
 def test_folder_split(tmp_path):
     '''Folders of splits are not taken for classes.'''
     touch(tmp_path, 'train/church/a.png', 'val/tench/b.png')
@@ -226,11 +248,13 @@ def test_imagenet_folders(tmp_path):
     assert labels(read_samples(tmp_path / 'val', ['x', 'y'])) == {names[1][4:]: 0, names[0][4:]: 1}
     mapping = write(tmp_path, 'LOC_synset_mapping.txt', ''.join(f'{wnid(num)} name, x\n' for num in range(1000)))
     assert labels(read_samples(tmp_path, classes)) == {names[1]: 5, names[0]: 999}
+    assert read_samples(tmp_path, classes).matched_by == 'wnid'
     assert labels(read_samples(tmp_path, classes, layout='folder', split='val')) == {names[1]: 5, names[0]: 999}
     mapping.unlink()
     for index in range(1000):
         (tmp_path / 'val' / wnid(index)).mkdir(exist_ok=True)
     assert labels(read_samples(tmp_path, classes, split='val')) == {names[1]: 5, names[0]: 999}
+    assert read_samples(tmp_path, classes, split='val').matched_by == 'wnid'
     with pytest.raises(ValueError, match="split 'train'"):
         read_samples(tmp_path, classes, 'imagenet', 'train')
 
@@ -300,7 +324,7 @@ def test_cub(tmp_path):
     ({'path': 'missing'}, 'there is no file or folder'),
     ({'path': 'empty'}, 'there are no images in'),
     ({'layout': 'coco'}, "layout 'coco' is not one of folder, csv, imagenet, cub"),
-    ({'labels': 'guess'}, "neither 'given' nor 'ignore'"),
+    ({'labels': 'guess'}, "labels='guess'"),
     ({'limit': 0}, 'limit=0'),
     ({'classes': []}, 'no names of classes'),
     ({'layout': 'csv'}, 'no manifest.csv or labels.csv'),
@@ -312,6 +336,7 @@ def test_cub(tmp_path):
     ({'path': 'parts.csv', 'split': 'val'}, "with split 'val'"),
     ({'path': 'box.csv'}, "no column 'y1' for boxes"),
     ({'path': 'text.csv'}, r'text.csv, .* 2: .*\(1, 2, 3, four\)'),
+    ({'path': 'relative.csv'}, r'relative.csv: .*\(0.1, 0.2, 0.5, 1.0\) of a.png'),
     ({'path': 'long.csv'}, 'long.csv'),
     ({'path': 'longer.csv'}, 'longer.csv'),
     ({'path': 'blank.csv'}, 'blank.csv, .* 1: '),
@@ -331,6 +356,7 @@ def test_errors(tmp_path, options, message):
     write(tmp_path, 'parts.csv', 'file,split\na.png,train\n')
     write(tmp_path, 'box.csv', 'file,x0,y0,x1\na.png,1,2,3\n')
     write(tmp_path, 'text.csv', 'file,x0,y0,x1,y1\na.png,1,2,3,4\na.png,1,2,3,four\n')
+    write(tmp_path, 'relative.csv', 'file,x0,y0,x1,y1\na.png,0.1,0.2,0.5,1\nb.png,0,0,1,1\n')
     write(tmp_path, 'long.csv', 'file,label\na.png,projectile, missile\n')
     write(tmp_path, 'longer.csv', 'file,label\na.png,tench\nb.png,projectile, missile\n')
     write(tmp_path, 'blank.csv', 'file,label\n,tench\n')
@@ -512,6 +538,22 @@ def test_bad_files(tmp_path, monkeypatch):
 
     loaded = Images([Sample('a', good, 0)], fail)[0]
     assert loaded.problem.endswith(': not enough memory')
+
+
+@pytest.mark.parametrize('box', [
+    (0.1, 0.2, 0.5, 0.9), (0, 0, 1, 1), (-9, 1, 3, 4), (1, -2, 3, 4), (1, 1, 42, 4), (1, 1, 4, 39.5), (50, 50, 60, 60),
+])
+def test_boxes_outside(tmp_path, box):
+    '''Boxes that are relative or outside of the image are no masks, and the note has their values.'''
+    touch(tmp_path, 'a.png')
+    Image.new('RGB', (40, 38)).save(tmp_path / 'a.png')
+    for boxes in ((box,), ((1, 1, 5, 5), box)):
+        loaded = Images([Sample('a', tmp_path / 'a.png', 0, None, boxes)], SQUARE)[0]
+        assert loaded.mask is None and str(box) in loaded.note and loaded.image is not None
+    # by another counting of pixels
+    for box in ((-1, 0, 41, 39), (0, 0, 40, 38), (0.5, 0.5, 2, 2)):
+        loaded = Images([Sample('a', tmp_path / 'a.png', 0, None, (box,))], SQUARE)[0]
+        assert loaded.note is None and loaded.mask.any()
 
 
 def test_loader(tmp_path):

@@ -71,7 +71,7 @@ def test_evaluate_and_report(assets, photos, tmp_path):
     part = call('report', tmp_path / 'run', '--methods', 'grad_cam', '--format', 'csv').output
     assert 'grad_cam' in part and 'sobel' in part and 'resnet_lrp_ratio' not in part
     typo = call('report', tmp_path / 'run', '--methods', 'grad_cam,grad_camera')
-    assert typo.exit_code == 1
+    assert typo.exit_code == 2
     assert typo.output.startswith("Error: there are no records of 'grad_camera', but of constant, gaussian, grad_cam, ")
     assert 'has no records of' not in call('report', tmp_path / 'run', '--methods', 'grad_cam').output
     preset = call('report', tmp_path / 'run', '--preset', 'lrp-for-resnet-table1').output
@@ -103,6 +103,15 @@ def test_report_of_chosen_methods(assets, photos, tmp_path):
     assert 'gradient' in report and 'grad_cam' not in report and 'records' not in report
 
 
+def test_exit_codes(assets, photos, tmp_path):
+    '''Those of docs/evaluation.md.'''
+    assert evaluate(assets, photos, tmp_path / 'run', '--no-controls', '--dry-run').exit_code == 0
+    assert evaluate(assets, photos, tmp_path / 'run', '--methods', 'lime').exit_code == 2
+    assert call('report', tmp_path).exit_code == 2
+    assert call('report', tmp_path, '--page').exit_code == 2 and call('report').exit_code == 2
+    assert evaluate(assets, photos, tmp_path / 'run', '--seed', 'x').exit_code == 2
+
+
 def test_quiet(assets, photos, tmp_path):
     '''Nothing is printed.'''
     result = evaluate(assets, photos, tmp_path / 'run', '--methods', 'grad_cam', '--no-controls', '--quiet')
@@ -130,10 +139,23 @@ def test_errors(assets, photos, tmp_path, args, message):
     assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.parametrize('missing', ['--data', '--out'])
+def test_missing(tmp_path, missing):
+    '''What is necessary is asked for in one line, whether or not click notices that it is missing.'''
+    given = {'--data': tmp_path, '--out': tmp_path / 'run'}
+    del given[missing]
+    result = call('evaluate', *(text for pair in given.items() for text in pair))
+    assert result.exit_code != 0 and isinstance(result.exception, SystemExit)
+    last = result.output.strip().splitlines()[-1]
+    assert last.startswith('Error: ') and missing in last
+    with pytest.raises(ValueError, match=missing):
+        make_evaluation({key.lstrip('-'): str(value) for key, value in given.items()})
+
+
 def test_report_errors(tmp_path):
     '''A folder without a run is an error.'''
     result = call('report', tmp_path)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.output.startswith('Error: ') and 'holds no run' in result.output
     assert call('report').exit_code == 2
 
@@ -241,9 +263,9 @@ def test_odd_names(assets, photos, tmp_path):
         if style == 'terminal':
             assert 'broken red?[31m?line?' in ' '.join(result.output.split()), result.output
             assert re.search(r'^written .*/report red\?\[31m\?line\?/', result.output, re.M)
-    assert_printable(evaluate(assets, photos, out, *options, '--model', ODD), 1)
-    assert_printable(evaluate(assets, photos, out, '--data', tmp_path / f'missing {ODD}'), 1)
-    assert_printable(call('report', tmp_path / f'missing {ODD}'), 1)
+    assert_printable(evaluate(assets, photos, out, *options, '--model', ODD), 2)
+    assert_printable(evaluate(assets, photos, out, '--data', tmp_path / f'missing {ODD}'), 2)
+    assert_printable(call('report', tmp_path / f'missing {ODD}'), 2)
     assert_printable(call('evaluate', '--explain-class', ODD), 2)
     assert_printable(call(ODD), 2)
 
@@ -259,7 +281,7 @@ for package in packages:
     try:
         runpy.run_module('captum_adapters', run_name='__main__')
     except SystemExit as error:
-        print(error)
+        assert error.code == 2
     for name in set(sys.modules) - before | {package}:
         if name.split('.')[0] in ('captum_adapters', package):
             del sys.modules[name]
@@ -270,7 +292,7 @@ def test_without_packages():
     '''Without its packages, the evaluator says in one line what to install, and all else can be imported.'''
     packages = 'pandas', 'jinja2', 'tabulate'
     result = subprocess.run([sys.executable, '-c', HIDDEN, *packages], capture_output=True, text=True, check=True)
-    lines = result.stdout.splitlines()
-    assert len(lines) == len(packages) and not result.stderr
+    lines = result.stderr.splitlines()
+    assert len(lines) == len(packages) and not result.stdout
     for package, line in zip(packages, lines):
         assert package in line and 'zennit-resnet[evaluation]' in line

@@ -5,8 +5,8 @@ import torch
 from helpers.evaluation import SIZE, make_batch
 from zennit.attribution import Gradient
 
-from captum_adapters.evaluation import PRESETS, Method
-from captum_adapters.evaluation.methods import Context, find_entries, kind_of
+from captum_adapters.evaluation import PRESETS, Method, columns, layouts, methods, metrics, names
+from captum_adapters.evaluation.methods import Context, find_entries
 from captum_adapters.evaluation.metrics import MetricSettings, measure
 from zennit_resnet._choices import split_names
 from zennit_resnet.attribution import initial_relevance
@@ -90,8 +90,15 @@ def test_contrasts(text, contrast, value, context):
 
 
 def test_kinds():
-    '''Methods are ours, baselines or controls.'''
-    assert {name: kind_of(name) for name in (
+    '''Methods are ours, baselines or controls, by the names that reports know as well.'''
+    for name in [*find_entries(), 'epsilon_plus+ratio', 'lrp_0:stabilizer=0.1+symmetric', 'sobel+c3']:
+        try:
+            kind = Method(name).kind
+        except ValueError:
+            # bounds of images are options that are given by a network
+            continue
+        assert names.kind_of(name) == kind, name
+    assert {name: names.kind_of(name) for name in (
         'resnet_lrp_ratio:maxpool=average+c3', 'relative_lrp', 'block_lrp', 'epsilon_plus+ratio', 'epsilon_plus+zennit',
         'grad_cam', 'lrp_0', 'random', 'sobel+c3', 'guided_backprop+ratio',
     )} == {
@@ -99,6 +106,14 @@ def test_kinds():
         'epsilon_plus+ratio': 'ours', 'epsilon_plus+zennit': 'baseline', 'grad_cam': 'baseline', 'lrp_0': 'baseline',
         'random': 'control', 'sobel+c3': 'control', 'guided_backprop+ratio': 'baseline',
     }
+
+
+def test_names():
+    '''What the command line knows without PyTorch is what there is.'''
+    assert names.OTHERS == tuple(methods.OTHERS) and names.CONTROLS == tuple(methods.CONTROLS)
+    assert set(names.OWN) == {name for name, entry in find_entries().items() if entry.kind == 'ours'}
+    assert columns.METRICS == (*metrics.METRICS, 'conservation')
+    assert names.LAYOUTS == tuple(layouts.READERS)
 
 
 def test_controls(context):
@@ -139,3 +154,50 @@ def test_one_grammar():
     assert ratio.options == {'first_layer': 'ones', 'maxpool': 'avg2x2'} and ratio.levels == 8 and ratio.magnitude
     assert ratio.attribution == 'resnet_lrp_ratio:first_layer=ones,maxpool=avg2x2'
     assert set(Grammar.entries()) - {'input_x_gradient'} <= set(Method.entries())
+
+
+@pytest.mark.parametrize('text, key, value', [
+    ('resnet_lrp_ratio:identity_skip=false', 'identity_skip', False),
+    ('resnet_lrp_ratio:identity_skip=TRUE,coverage=even+quantize8', 'identity_skip', True),
+    ('lrp_0:with_bias=False', 'with_bias', False),
+    ('grad_cam:relu=false+abs', 'relu', False),
+])
+def test_switches(text, key, value):
+    '''Words for True and False are these in any case, and make one method.'''
+    method = Method(text)
+    assert method.options[key] is value and f'{key}={value}' in method.text
+    assert Method(method.text).text == method.text
+
+
+@pytest.mark.parametrize('text', ['grad_cam:relu=no', 'grad_cam:relu=0', 'resnet_lrp_ratio:identity_skip=off'])
+def test_no_switch(text):
+    '''Other values are refused, rather than taken for True.'''
+    with pytest.raises(ValueError, match=text.partition('=')[2]):
+        Method(text)
+
+
+OPTIONS = {
+    'relative_lrp': {'normalization': 'l1', 'cardinality': 'per_position'},
+    'resnet_lrp_ratio': {'attention': 'half', 'parameters': 'sink', 'first_layer': 'ones', 'splitting': 'symmetric'},
+    'block_lrp': {'blocks': "['layer1.0']", 'mode': 'plus', 'epsilon': '0.1'},
+    'rise': {'grid_size': '4', 'n_masks': '8', 'normalization': 'coverage', 'probability': '0.3', 'seed': '3'},
+    'integrated_gradients': {'method': 'riemann_trapezoid', 'n_steps': '4'},
+    '': {
+        'stabilizer': '0.1', 'with_bias': 'false', 'addition': 'ratio', 'batch_norm': 'merge', 'epsilon': '0.1',
+        'gamma': '0.5', 'zero_params': 'bias', 'beta_smooth': '5', 'classifier': 'epsilon', 'coverage': 'even',
+        'dead_units': 'drop', 'identity_skip': 'false', 'maxpool': 'average', 'projection': 'literal', 'abs': 'false',
+        'relu': 'false', 'seed': '3', 'sigma': '0.1',
+    },
+}
+
+
+@pytest.mark.parametrize('name', sorted(set(find_entries()) - {'abn'}))
+def test_listed_options(context, name):
+    '''Each option that a method lists can be given, and its map is finite.'''
+    image = torch.rand(1, 3, SIZE, SIZE) - 0.5
+    output, target = context.classifier.model(image).detach(), torch.tensor([0])
+    symmetric = name.replace('symmetric', 'ratio')
+    for option in find_entries()[name].options:
+        value = OPTIONS.get(symmetric, {}).get(option) or OPTIONS[''][option]
+        text = f'{name}:{option}={value}' + ',n_masks=8' * (name == 'rise' and option != 'n_masks')
+        assert Method(text).create(context)(image, target, output, ['x']).isfinite().all(), text

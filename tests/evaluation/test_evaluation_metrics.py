@@ -12,8 +12,9 @@ from torchvision.models import resnet18
 
 from captum_adapters import metrics
 from captum_adapters.evaluation import COLUMNS, Evaluation, RunError, summarize
+from captum_adapters.evaluation.columns import METRICS as NAMES
 from captum_adapters.evaluation.config import PERCENTS
-from captum_adapters.evaluation.metrics import NAMES, MetricSettings, measure
+from captum_adapters.evaluation.metrics import MetricSettings, measure
 
 
 def test_all_metrics(assets, tmp_path):

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pandas as pd
 import pytest
-from helpers.evaluation import make_run
+from helpers.evaluation import jpeg, make_run
 from PIL import Image
 
 from captum_adapters.cli import select_methods
@@ -17,13 +17,6 @@ from captum_adapters.evaluation import COLUMNS, PRESETS, SampleRecord, summarize
 from captum_adapters.evaluation.presets import Preset
 from captum_adapters.evaluation.report import figures, tables
 from captum_adapters.metrics import bootstrap_interval
-
-
-def jpeg(number):
-    '''A grey picture.'''
-    buffer = io.BytesIO()
-    Image.new('RGB', (16, 12), (10 * number,) * 3).save(buffer, 'JPEG', quality=95)
-    return buffer.getvalue()
 
 
 def report(*runs, **kwargs):
@@ -72,7 +65,7 @@ def test_means():
     assert len(found.scores) == 4 and found.problems == {'zzz.jpg': 'the map has NaN or infinity'}
     assert found.seconds == 0.5
     assert result.columns == ('id', 'pointing', 'gap')
-    assert 'Pointing is defined for 2 of 4 examples.' in result.table()
+    assert 'Pointing is defined for 2 of 4 images.' in ' '.join(result.table().split())
     line = read_csv(result.table('csv'))['grad_cam']
     assert float(line['id mean']) == found.mean('id') and line['id examples'] == '4'
     assert float(line['id high']) == interval.high
@@ -165,20 +158,38 @@ def test_not_comparable():
     result = report(first, second, third)
     assert [group.name for group in result.groups] == ['one', 'two', 'three']
     assert [found.name for found in result.rows] == [
-        'grad_cam (one)', 'random (one)', 'grad_cam (two)', 'random (two)', 'grad_cam (three)'
+        'grad_cam (data=data, step=500)', 'random (data=data, step=500)', 'grad_cam (data=data, step=100)',
+        'random (data=data, step=100)', 'grad_cam (data=other, step=500)',
     ]
     assert has(result.warnings[:1], 'Rows of two', 'one', 'step (500; 100)')
     assert has(result.warnings[1:2], 'Rows of three', 'one', 'data (data; other)')
     assert [(item.group, item.baseline) for item in result.significance] == [
-        (0, 'grad_cam (one)'), (1, 'grad_cam (two)')
+        (0, 'grad_cam (data=data, step=500)'), (1, 'grad_cam (data=data, step=100)')
     ]
     # each has its own best method, and its own controls
     table = result.results()[0]
     assert table.frame['Run'].tolist() == ['one', 'one', 'two', 'two', 'three']
     assert table.marks['ID ↑'].tolist() == ['best', '', 'best', 'above', 'best']
-    assert not has(result.warnings, 'one', 'random')
-    assert has(result.warnings, 'random (two) (2.000) is better than 1 of 1 methods')
-    assert 'ID compared with grad_cam (two) (two)' in result.text()
+    assert not has(result.warnings, 'step=500', 'random')
+    assert has(result.warnings, 'random (data=data, step=100) (2.000) is better than 1 of 1 methods')
+    assert 'ID compared with grad_cam (data=data, step=100) (two)' in result.text()
+
+
+@pytest.mark.parametrize('settings, names', [
+    ({'options': {'step': 100, 'initial': 'softmax', 'amp': None}}, ['step=500', 'step=100']),
+    ({'model': 'vgg16', 'data': '/moved/data'}, ['model=resnet50', 'model=vgg16']),
+    ({'weights': 'w2', 'weights_name': '/x/other.pt'}, ['weights=w1', 'weights=other.pt']),
+    ({'data': '/x/other', 'manifest': 'm3'}, ['data=data', 'data=other']),
+    # nothing that can be read
+    ({'classes': ['x', 'y']}, ['a/run', 'b/run']),
+])
+def test_same_method_in_other_settings(settings, names):
+    '''Methods of the same name are told apart by the setting that differs, others keep their name.'''
+    first = make_run({'grad_cam': [0.1, 0.2], 'rise': [0, 0]}, 'a/run')
+    result = report(first, make_run({'grad_cam': [0.8, 0.9], 'gradient': [2, 2]}, 'b/run', **settings))
+    assert [row.name for row in result.rows] == [
+        f'grad_cam ({names[0]})', 'rise', f'grad_cam ({names[1]})', 'gradient'
+    ]
 
 
 # -- comparisons -------------------------------------------------------------------------------------------------------
@@ -355,7 +366,7 @@ def test_terminal():
     assert [table.title for table in result.results()] == [
         'Insertion and deletion, our protocol', 'Insertion and deletion, published code of Otsuki et al. 2024',
         'Insertion and deletion, published code of RISE', 'Insertion and deletion, text of C³-LRP', 'Top pixels',
-        'Class evidence', 'Attention', 'Conservation', 'Ties', 'Examples and time',
+        'Class evidence', 'Attention', 'Conservation', 'Ties', 'Images and time',
     ]
     squeezed = re.sub(r'[\s-]+', '', text)
     for table in result.results():
@@ -426,19 +437,20 @@ def test_preset():
     table, = report(run, presets=[preset]).printed()
     assert table.title == 'Table 1' and table.note == 'On other data.'
     assert [*table.frame] == [
-        'Method', 'ID ↑ printed', 'ID ↑ here, as published', 'ID ↑ here, our protocol', 'Accuracy ↑ here, our protocol'
+        'Method', 'ID ↑ printed', 'ID ↑ here, as published', 'ID ↑ here, our protocol', 'Accuracy ↑ here, our protocol',
+        'Images',
     ]
     assert cells(table) == [
-        ['Grad-CAM: grad_cam', '0.371', '0.400', '0.250', '0.500'],
-        ['RISE: rise', '–', '–', '0.100', '–'],
-        ['LRP: lrp_0', '0.011', '–', '–', '–'],
+        ['Grad-CAM: grad_cam', '0.371', '0.400', '0.250', '0.500', '2'],
+        ['RISE: rise', '–', '–', '0.100', '–', '2'],
+        ['LRP: lrp_0', '0.011', '–', '–', '–', '–'],
     ]
     assert report(run).printed() == []
     # by the names in the settings
     named = report(run._replace(settings={**run.settings, 'preset': ['lrp-for-resnet-table1', 'x']}))
     assert named.presets == (PRESETS['lrp-for-resnet-table1'],) and has(named.messages, 'preset x')
     line, = [line for line in cells(named.printed()[0]) if line[0] == 'Grad-CAM: grad_cam']
-    assert line[-3:] == [f"{named.presets[0].printed['grad_cam']['id_keio']:.3f}", '0.400', '0.250']
+    assert line[-4:-1] == [f"{named.presets[0].printed['grad_cam']['id_keio']:.3f}", '0.400', '0.250']
     assert 'Grad-CAM: grad_cam' in named.table()
 
 
@@ -522,37 +534,67 @@ def test_many_curves(monkeypatch):
     assert drawn == 2 * names[2:]
 
 
-def test_examples():
-    '''The best, median and worst example by the primary score, with heatmaps of the size of the picture.'''
-    scores = {'grad_cam': {'deletion': [0.3, 0.1, 0.5, 0.2, 0.4]}, 'random': {'deletion': [0] * 5}}
-    run = make_run(scores, pictures=jpeg)
-    found, notes = figures.find_examples(report(run, primary='deletion'))
-    (method, examples), = found
-    assert method.name == 'grad_cam' and not notes
-    assert [(item.rank, item.sample, item.score) for item in examples] == [
-        ('best', '001.jpg', 0.1), ('median', '000.jpg', 0.3), ('worst', '002.jpg', 0.5)
+def montages(result):
+    '''Images and scores of the montages of a report.'''
+    return [
+        [(item.sample, item.place, [tile and tile.score for tile in item.tiles]) for item in found.examples]
+        for found in figures.make_montages(result)
     ]
-    assert [item.explained for item in examples] == ['church', 'tench', 'tench']
-    for item in examples:
+
+
+def test_montage():
+    '''The same images for all methods, evenly from best to worst, with maps of the size of the picture.'''
+    first, second = [0.3, 0.1, 0.5, 0.2, 0.4], [0.3, 0.2, 0.6, 0.1, 0.5]
+    run = make_run({
+        'grad_cam': {'deletion': first}, 'rise': {'deletion': second}, 'random': {'deletion': [0] * 5}
+    }, pictures=jpeg)
+    found, = figures.make_montages(report(run, primary='deletion'))
+    assert [row.name for row in found.rows] == ['grad_cam', 'rise'] and found.title == ''
+    # the lower, the better
+    assert [item.sample for item in found.examples] == ['001.jpg', '003.jpg', '000.jpg', '004.jpg', '002.jpg']
+    assert [item.about for item in found.examples][:3] == [
+        'church (50\u00a0%)', 'church (50\u00a0%)', 'tench (50\u00a0%)'
+    ]
+    for place, item in enumerate(found.examples, 1):
         number = int(item.sample[:3])
-        assert item.picture.shape == item.overlay.shape == (12, 16, 3)
+        assert item.place == f'{place} of 5'
+        assert [tile.score for tile in item.tiles] == [first[number], second[number]]
         assert abs(int(item.picture[0, 0, 0]) - 10 * number) <= 2
-        # the row of the map that is not zero
-        red = item.overlay[..., 0].astype(int) - item.overlay[..., 2]
-        assert abs(red.mean(1).argmax() - (number + 0.5) * 12 / 8) <= 1.5
-    # of two there is no median, and without pictures there is nothing
-    two = make_run({'grad_cam': [0.1, 0.2]}, pictures=jpeg)
-    assert [item.rank for item in figures.find_examples(report(two))[0][0][1]] == ['best', 'worst']
-    part = two._replace(samples={**two.samples, '001.jpg': two.samples['001.jpg']._replace(picture=None)})
-    found, notes = figures.find_examples(report(part))
-    assert [item.sample for item in found[0][1]] == ['000.jpg'] and '1 of 2 examples' in notes[0]
-    found, notes = figures.find_examples(report(make_run({'grad_cam': [0.1, 0.2]})))
-    assert not found and has(notes, 'grad_cam')
-    assert figures.draw_montage(report(make_run({'grad_cam': [0.1, 0.2]}))) is None
-    many = {f'rise:seed={number}': [number / 10, 0] for number in range(10)}
-    found, notes = figures.find_examples(report(make_run(many, pictures=jpeg)))
-    assert [method.name for method, _ in found] == [f'rise:seed={number}' for number in range(2, 10)]
-    assert has(notes, '8 best of 10')
+        for tile in item.tiles:
+            assert item.picture.shape == tile.overlay.shape == (12, 16, 3)
+            # the row of the map that is not zero
+            red = tile.overlay[..., 0].astype(int) - tile.overlay[..., 2]
+            assert abs(red.mean(1).argmax() - (number + 0.5) * 12 / 8) <= 1.5
+    # an image that is explained for another class than its label
+    sample = run.samples['001.jpg']._replace(label=0)
+    wrong = run._replace(samples={**run.samples, '001.jpg': sample})
+    example = figures.make_montages(report(wrong, primary='deletion'))[0].examples[0]
+    assert example.about == 'church (50\u00a0%), label: tench'
+
+
+def test_montage_choice():
+    '''Of many images and methods some are shown, which is said, and those that most methods have.'''
+    many = {f'rise:seed={number}': [number / 10 + image / 1000 for image in range(11)] for number in range(10)}
+    found, = figures.make_montages(report(make_run(many, pictures=jpeg)))
+    assert [row.name for row in found.rows] == [f'rise:seed={number}' for number in range(2, 10)]
+    assert [item.place for item in found.examples] == [f'{place} of 11' for place in (1, 3, 5, 7, 9, 11)]
+    assert [item.sample for item in found.examples][::5] == ['010.jpg', '000.jpg']
+    assert '8 best of 10' in found.note and '6 of 11' in found.note
+    # a method of a further run has maps of some images only
+    first = make_run({'grad_cam': [0.1, 0.2, 0.3]}, pictures=jpeg)
+    second = make_run({'rise': [0.5, 0.1]}, 'two', pictures=jpeg)
+    assert montages(report(first, second)) == [[('000.jpg', '1 of 2', [0.1, 0.5]), ('001.jpg', '2 of 2', [0.2, 0.1])]]
+    third = make_run({'rise': [math.nan, math.nan, 0.2]}, 'two', pictures=jpeg)
+    assert montages(report(first, third)) == [[('002.jpg', '1 of 1', [0.3, 0.2])]]
+    part = first._replace(samples={**first.samples, '001.jpg': first.samples['001.jpg']._replace(picture=None)})
+    assert [item[0] for item in montages(report(part))[0]] == ['002.jpg', '000.jpg']
+    assert 'Of 1 others' in figures.make_montages(report(part))[0].note
+    found, = figures.make_montages(report(make_run({'grad_cam': [0.1, 0.2]})))
+    assert not found.examples and 'were kept' in found.note and figures.draw_montages([found]) == []
+    # controls are shown if there is nothing else, and groups have their own
+    other = make_run({'random': [0.5, 0.1]}, 'two', pictures=jpeg, model='resnet18')
+    titles = [(found.title, [row.name for row in found.rows]) for found in figures.make_montages(report(first, other))]
+    assert titles == [('Examples of run', ['grad_cam']), ('Examples of two', ['random'])]
 
 
 class Checker(HTMLParser):
@@ -581,24 +623,74 @@ def test_page():
         samples={evil: SampleRecord(evil, problem=evil)}, classes=[evil, 'church'],
     )
     result = report(run)
-    page = figures.make_page(result, figures.draw_curves(result))
+    page = figures.make_page(result, figures.draw_curves(result), figures.make_montages(result))
     checker = Checker()
     checker.feed(page)
     checker.close()
     assert not checker.open
     tags = [tag for tag, _ in checker.tags]
-    assert 'script' not in tags and 'link' not in tags and checker.text.count(evil) >= 10
+    assert tags.count('script') == 1 and ('script', {}) in checker.tags and 'link' not in tags
+    assert checker.text.count(evil) >= 9
     images = [attrs for tag, attrs in checker.tags if tag == 'img']
-    assert len(images) == 5 + 2 * 6
+    assert len(images) == 5 + 3 * 3
     assert all(attrs['src'].startswith(('data:image/png;base64,', 'data:image/jpeg;base64,')) for attrs in images)
     assert all(attrs['alt'] for attrs in images)
     targets = {attrs['id'] for _, attrs in checker.tags if 'id' in attrs}
     links = [attrs['href'] for tag, attrs in checker.tags if tag == 'a']
     assert links and all(link[0] == '#' and link[1:] in targets for link in links)
-    assert targets >= {'settings', 'results', 'messages', 'significance', 'curves', 'examples', 'problems'}
+    assert targets >= {'settings', 'results', 'messages', 'significance', 'curves', 'examples', 'problems', 'repeat'}
+    assert links[0] == '#results' and links[-1] == '#settings'
     assert not re.search(r'(?:src|href)=.?https?:|url\(|@import', page)
     assert all(attrs.get('scope') for tag, attrs in checker.tags if tag == 'th')
-    assert 'best: 0.300' in checker.text and '<strong>0.200 [' in page
+    assert 'ID 0.300' in checker.text and '<strong>0.200 [' in page
+
+
+def test_introduction():
+    '''The network's accuracy and how its labels were matched are the first to be said, in the page and in the text.'''
+    samples = {
+        '000.jpg': SampleRecord('000.jpg', label=1, target=0, prediction=1),
+        '001.jpg': SampleRecord('001.jpg', label=1, target=0, prediction=0),
+        '002.jpg': SampleRecord('002.jpg', label=1, prediction=1, problem='?'),
+        '003.jpg': SampleRecord('003.jpg', target=0, prediction=0),
+    }
+    for labels, text in (
+        ({'labels': {'matched_by': 'name', 'classes': {}}}, 'by name'),
+        ({'labels': {'matched_by': 'order', 'classes': {}}}, 'guess'), ({}, 'not kept'),
+    ):
+        result = report(make_run({'grad_cam': [0.1, 0.2]}, samples=samples, weights_name='net.pt', **labels))
+        line, = result.introduction()
+        assert line.startswith('resnet50 with net.pt classifies 1 of 2 images (50.0 %)') and text in line
+        assert line in result.text().splitlines()[1]
+        page = figures.make_page(result, {}, [])
+        assert page.index(line) < page.index('<nav>') < page.index('id="results"')
+    unknown = {name: sample._replace(label=None) for name, sample in samples.items()}
+    line, = report(make_run({'grad_cam': [0.1, 0.2]}, samples=unknown)).introduction()
+    assert 'not known' in line
+    first, second = report(
+        make_run({'grad_cam': [0.1]}, 'one'), make_run({'grad_cam': [0.1]}, 'two', model='vgg16')
+    ).introduction()
+    assert first.startswith('one: resnet50') and second.startswith('two: vgg16')
+
+
+def test_beside():
+    '''Controls that are better and ties are beside the table that they are about, and numbers of images are in it.'''
+    scores = {**FLATTERED, 'rise': {'id': [0.1], 'pointing': [0.5], 'tied_share': [0.3], 'tied_share_magnitude': [0.6]}}
+    run = make_run(scores, samples={'x.jpg': SampleRecord('x.jpg', problem='?')})
+    result = report(run)
+    ours, published, top = result.results()[:3]
+    assert ours.frame['Images'].tolist() == ['1'] * 6 and 'Ties' not in ours.frame
+    assert published.frame['Ties'].tolist() == ['0 %', '97 %', '0 %', '100 %', '0 %']
+    assert top.frame[['Method', 'Ties']].values.tolist() == [['rise', '60 %']]
+    assert '1 of 2 are left out' in ours.note
+    assert {title for title, _ in result.beside} == {published.title, top.title}
+    assert [text for _, text in result.beside] == [*result.warnings]
+    page = figures.make_page(result, {}, [])
+    places = [page.index(f'<h3>{table.title}') for table in (ours, published, top)]
+    first, second, third = (page[start:end] for start, end in zip(places, [*places[1:], None]))
+    assert 'constant (0.810) is better' in second and 'constant (0.810) is better' not in first + third
+    assert '97.0 % of pixels are tied' in second and '60.0 % of pixels are tied' in third
+    # once
+    assert page.count('constant (0.810) is better') == 1 and 'id="warnings"' not in page
 
 
 def test_write(tmp_path):

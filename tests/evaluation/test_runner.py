@@ -17,8 +17,20 @@ from PIL import Image
 from torchvision.models import resnet18
 
 from captum_adapters.attr import CompositeAttribution
-from captum_adapters.evaluation import COLUMNS, Process, RunError, computation, evaluate, read_run, runner, summarize
+from captum_adapters.evaluation import (
+    COLUMNS,
+    Process,
+    RunError,
+    accuracy,
+    computation,
+    estimate,
+    evaluate,
+    read_run,
+    runner,
+    summarize,
+)
 from captum_adapters.evaluation.methods import Explainer
+from captum_adapters.evaluation.store import _key
 from captum_adapters.metrics import insertion_deletion
 from zennit_resnet.models import load_classifier
 from zennit_resnet.postprocess import heat_quantization
@@ -113,19 +125,6 @@ def test_resume(assets, whole, tmp_path, monkeypatch):
     assert len(calls) == 12 + 3 * 7 - 11
 
 
-def test_smaller_batches(assets, whole, tmp_path, monkeypatch):
-    '''A run that began with too large batches goes on with smaller ones.'''
-    monkeypatch.setattr(computation, 'measure', lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        run(assets, tmp_path / 'run')
-    monkeypatch.undo()
-    result = run(assets, tmp_path / 'run', batch_size=3)
-    assert list(result.records.index) == list(whole.records.index)
-    np.testing.assert_allclose(result.records['id'], whole.records['id'], atol=1e-5)
-    for one, two in zip(result.curves['insertion'], whole.curves['insertion']):
-        np.testing.assert_allclose(one, two, atol=1e-5)
-
-
 def test_other_run(assets, whole, tmp_path, monkeypatch):
     '''A folder with another run is refused, with what differs.'''
     folder = tmp_path / 'run'
@@ -140,13 +139,17 @@ def test_other_run(assets, whole, tmp_path, monkeypatch):
     for options, what in (
         ({'step': 512}, r'step \(2048, now 512\)'),
         ({'methods': METHODS[:2]}, r'methods \(input_x_gradient, now none\)'),
-        ({'methods': (*METHODS, 'grad_cam')}, r'methods \(none, now grad_cam\)'),
         ({'metrics': ('insertion_deletion',)}, r'metrics \(conservation, now none\)'),
-        ({'limit': 3}, r'samples \(12, now 3\)'),
+        ({'limit': 3}, r'limit \(None, now 3\), samples \(12, now 3\)'),
+        ({'batch_size': 3}, r'batch_size \(4, now 3\)'),
+        ({'forward_batch': 2}, r'forward_batch \(16, now 2\)'),
+        ({'channels_last': False}, r'channels_last \(True, now False\)'),
+        ({'compile': True}, r'compile \(False, now True\)'),
+        ({'labels': 'ignore'}, r'labels \(given, now ignore\)'),
         ({'amp': 'bfloat16'}, r'amp \(None, now bfloat16\)'),
         ({'size': 48}, 'size'),
         ({'weights': str(tmp_path / 'other.pt')}, 'weights'),
-        ({'data': str(images)}, 'manifest'),
+        ({'data': str(images)}, '1 samples .*circle/0.png'),
     ):
         for dry_run in (False, True):
             with pytest.raises(RunError, match=what):
@@ -172,7 +175,144 @@ def test_other_run(assets, whole, tmp_path, monkeypatch):
     # how it is computed, where the data is, and a patch release does not matter
     other_version('numpy', '.'.join([*version('numpy').split('.')[:2], '99']))
     shutil.copytree(assets / 'images', tmp_path / 'moved')
-    run(assets, folder, batch_size=3, forward_batch=2, workers=1, data=str(tmp_path / 'moved'))
+    run(assets, folder, workers=1, data=str(tmp_path / 'moved'))
+
+
+def test_grow(assets, whole, tmp_path, monkeypatch):
+    '''Methods and images are added to a finished run. Only what is missing is computed, as in a run that had them.'''
+    folder, computed, original = tmp_path / 'run', [], computation.Computation.run_method
+
+    def run_method(self, method, batch, heatmaps):
+        computed.extend((name, method.text) for name in batch.names)
+        return original(self, method, batch, heatmaps)
+
+    monkeypatch.setattr(computation.Computation, 'run_method', run_method)
+    first = run(assets, folder, methods=METHODS[2:], limit=4)
+    files = {path: path.stat().st_mtime_ns for path in folder.rglob('*.npz')}
+    assert len(computed) == 4 * 5 and len(files) == 5
+    more = run(assets, folder, methods=('grad_cam', *METHODS[2:]), limit=4)
+    assert {method for _, method in computed[20:]} == {'grad_cam'} and len(computed) == 24
+    assert more.settings['identity']['methods'] == [*METHODS[2:], 'random', 'constant', 'gaussian', 'sobel', 'grad_cam']
+    pd.testing.assert_frame_equal(more.records.loc[first.records.index], first.records, check_exact=True)
+
+    setting_all = {'methods': ('grad_cam', *METHODS[2:]), 'limit': 7}
+    with pytest.raises(RunError, match=r'limit \(4, now 3\).*1 samples'):
+        evaluate(setting(assets, folder, **{**setting_all, 'limit': 3}), process=Process(), quiet=True)
+    before = evaluate(setting(assets, folder, **setting_all), process=Process(), quiet=True, dry_run=True)
+    assert (before.done, before.total) == (4 * 6, 7 * 6) and before.seconds > 0
+    assert read_run(folder).settings == more.settings
+    computed.clear()
+    for rank in range(2):
+        evaluate(setting(assets, folder, **setting_all), process=Process(rank, 2), quiet=True)
+    seven = read_run(folder)
+    assert len(computed) == 3 * 6 and not {name for name, _ in computed} & {*first.samples}
+    assert seven.settings['identity']['samples'] == len(seven.samples) == 7 and len(seven.records) == 7 * 6
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+    # images that go through the network in other batches differ in the last digits at most
+    result = run(assets, folder, methods=('grad_cam', *METHODS), limit=None)
+    shared = result.records.index.intersection(whole.records.index)
+    assert len(result.records) == 12 * 8 and len(shared) == 12 * 7
+    np.testing.assert_allclose(result.records.loc[shared, 'id'], whole.records.loc[shared, 'id'], atol=1e-5)
+    for options in ({'controls': False}, {'methods': METHODS}):
+        with pytest.raises(RunError, match='methods .*, now none'):
+            run(assets, folder, **{'methods': ('grad_cam', *METHODS), **options})
+
+
+def test_growing_is_said(assets, tmp_path, capsys):
+    '''What a run grows by is said, and its command is the last one.'''
+    options = {'metrics': ('conservation',), 'controls': False}
+    for methods, limit in ((('random',), 2), (('random', 'sobel'), 4)):
+        evaluate(setting(assets, tmp_path / 'run', methods=methods, limit=limit, **options), process=Process())
+    error = capsys.readouterr().err
+    assert 'grows by sobel' in error and 'grows from 2 to 4 images' in error
+    assert read_run(tmp_path / 'run').settings['evaluation']['limit'] == 4
+
+
+def copy_with_masks(assets, folder):
+    '''Two images with masks, in a folder that may be changed.'''
+    shutil.copytree(assets / 'images' / 'circle', folder)
+    Image.new('L', (SIZE, SIZE), 255).save(folder / 'mask.png')
+    rows = [f'{number}.png,{number % 2},mask.png' for number in range(4)]
+    (folder / 'manifest.csv').write_text('\n'.join(['image,label,mask', *rows]))
+    return folder
+
+
+@pytest.mark.parametrize('change, batches', [
+    (lambda folder: shutil.copy(folder / '0.png', folder / '3.png'), [1]),
+    (lambda folder: Image.new('L', (SIZE, SIZE)).save(folder / 'mask.png'), [0, 1]),
+    (lambda folder: (folder / 'manifest.csv').write_text(
+        (folder / 'manifest.csv').read_text().replace('3.png,1', '3.png,2')), [1]),
+], ids=['image', 'mask', 'label'])
+def test_changed_file(assets, tmp_path, capsys, change, batches):
+    '''An image, mask or label that was changed under the same name is found, and its batch is computed again.'''
+    folder = copy_with_masks(assets, tmp_path / 'images')
+    options = {
+        'data': str(folder), 'methods': ('random',), 'metrics': ('insertion_deletion', 'pointing'), 'controls': False,
+        'batch_size': 2,
+    }
+    old = run(assets, tmp_path / 'run', **options)
+    files = sorted((tmp_path / 'run').rglob('*.npz'))
+    times = [path.stat().st_mtime_ns for path in files]
+    change(folder)
+    evaluate(setting(assets, tmp_path / 'run', **options), process=Process(), dry_run=True)
+    assert 'have changed, such as ' in capsys.readouterr().err
+    progress = evaluate(setting(assets, tmp_path / 'run', **options), process=Process(), quiet=True)
+    assert progress.done == progress.total == 4
+    assert [row for row, path in enumerate(files) if path.stat().st_mtime_ns != times[row]] == batches
+    result = read_run(tmp_path / 'run')
+    assert result.samples != old.samples
+    assert_same(result, run(assets, tmp_path / 'fresh', **options))
+
+
+def test_replaced_by_damaged_file(assets, tmp_path):
+    '''There are no records of an image that is none now, until it is there again.'''
+    folder = tmp_path / 'images'
+    shutil.copytree(assets / 'images' / 'circle', folder)
+    options = {'data': str(folder), 'methods': ('random',), 'controls': False, 'batch_size': 1}
+    expected = run(assets, tmp_path / 'run', **options)
+    content = (folder / '1.png').read_bytes()
+    (folder / '1.png').write_bytes(b'no image')
+    result = run(assets, tmp_path / 'run', **options)
+    assert result.samples['1.png'].problem and '1.png' not in result.records.index.get_level_values('sample')
+    assert len(result.records) == 3
+    (folder / '1.png').write_bytes(content)
+    assert_same(run(assets, tmp_path / 'run', **options), expected)
+
+
+def test_moved_folder(assets, whole, tmp_path, monkeypatch):
+    '''A folder that was copied or moved, with other times of files, goes on without computing anything.'''
+    folder, data = tmp_path / 'run', tmp_path / 'images'
+    shutil.copytree(whole.folder, folder)
+    shutil.copytree(assets / 'images', data, copy_function=shutil.copyfile)
+    monkeypatch.setattr(computation.Computation, 'run_method', lambda *args: 1 / 0)
+    assert_same(run(assets, folder, data=str(data)), whole)
+    # what is not there can not be compared, and its records stay
+    (data / 'circle' / '1.png').unlink()
+    (data / 'circle' / '1.png').symlink_to(data / 'nowhere.png')
+    assert_same(run(assets, folder, data=str(data)), whole)
+
+
+DAMAGES = {
+    'empty': lambda path: path.write_bytes(b''),
+    'truncated': lambda path: path.write_bytes(path.read_bytes()[:-30]),
+    'other': lambda path: path.write_bytes(b'[{"sample": 1}]'),
+    'other run': lambda path: shutil.copy(path.with_name(path.name.replace('00000', '00001')), path),
+}
+
+
+@pytest.mark.parametrize('damage', [*DAMAGES.values()], ids=[*DAMAGES])
+@pytest.mark.parametrize('suffix', ['npz', 'json'])
+def test_damaged_records(assets, tmp_path, capsys, damage, suffix):
+    '''Damaged files are named, and computed again.'''
+    options = {'methods': ('random', 'sobel'), 'controls': False, 'limit': 8}
+    expected = run(assets, tmp_path / 'run', **options)
+    path = min((tmp_path / 'run').rglob(f'00000*.{suffix}'))
+    damage(path)
+    evaluate(setting(assets, tmp_path / 'run', **options), process=Process())
+    assert path.name in capsys.readouterr().err
+    result = read_run(tmp_path / 'run')
+    assert result.messages == []
+    assert_same(result, expected)
 
 
 def test_problems(assets, tmp_path):
@@ -313,8 +453,8 @@ def test_shared_maps(assets, tmp_path, monkeypatch):
 
     # a method that is missing alone computes its own maps
     store = next((tmp_path / 'run').glob('*/'))
-    for number in (6, 2):
-        for path in store.glob(f'*-{number:03d}.npz'):
+    for name in (methods[6], methods[2]):
+        for path in store.glob(f'*-{_key(name)}.npz'):
             path.unlink()
     passes.clear()
     assert_same(run(assets, tmp_path / 'run', methods=methods, **options), together)
@@ -322,7 +462,7 @@ def test_shared_maps(assets, tmp_path, monkeypatch):
 
     # shared time counts once in the estimate
     for number in (5, 6):
-        (store / f'00000-{number:03d}.npz').unlink()
+        (store / f'00000-{_key(methods[number])}.npz').unlink()
     left = evaluate(setting(assets, tmp_path / 'run', methods=methods, **options), process=Process(), dry_run=True)
     kept = read_run(tmp_path / 'run').records
     costs = [kept.xs(name, level='method')[['seconds', 'metric_seconds']].mean() for name in families[3]]
@@ -374,7 +514,7 @@ def test_failure(assets, tmp_path, monkeypatch):
 
 def test_published_class(assets, tmp_path):
     '''Published protocols may measure the label, where ours measures the explained class.'''
-    options = {'methods': ('resnet_lrp_ratio',), 'controls': False}
+    options = {'methods': ('resnet_lrp_ratio',), 'controls': False, 'labels': 'order'}
     explained = run(assets, tmp_path / 'explained', **options)
     label = run(assets, tmp_path / 'label', **options, score='label', published='label')
     both = run(assets, tmp_path / 'both', **options, published='label')
@@ -383,6 +523,18 @@ def test_published_class(assets, tmp_path):
         np.testing.assert_allclose(both.records[name], expected.records[name], atol=1e-6)
     wrong = sum(sample.label != sample.prediction for sample in both.samples.values())
     assert 0 < wrong < len(both.samples)
+
+
+def test_accuracy(assets, whole, tmp_path):
+    '''Accuracy on labels, and how these were matched, are kept with the run.'''
+    correct = sum(sample.prediction == sample.label for sample in whole.samples.values())
+    assert accuracy(whole) == (correct, 12) and 0 < correct < 12
+    classes = {name: f'class {number}' for number, name in enumerate(CLASSES)}
+    assert whole.settings['labels'] == {'matched_by': 'order', 'classes': classes}
+    left_out = whole.samples['circle/0.png']._replace(problem='it is broken', prediction=None)
+    assert accuracy(whole._replace(samples={**whole.samples, 'circle/0.png': left_out}))[1] == 11
+    without = run(assets, tmp_path / 'run', labels='ignore', methods=('random',), controls=False, limit=1)
+    assert accuracy(without) == (0, 0) and without.settings['labels']['matched_by'] == 'none'
 
 
 def test_same_data(assets, tmp_path, monkeypatch):
@@ -424,6 +576,57 @@ def test_dry_run(assets, whole, tmp_path):
     assert before.seconds > 0
     after = evaluate(setting(assets, whole.folder), process=Process(), quiet=True, dry_run=True)
     assert (after.total, after.done, after.seconds) == (84, 84, 0)
+
+
+COUNTED = 'insertion_deletion', 'rise', 'c3', 'contrastive', 'accuracy', 'conservation'
+
+
+@pytest.mark.parametrize('method, own, tolerance', [
+    ('random', 0, 0), ('constant', 0, 0), ('resnet_lrp_ratio+quantize8', 1, 0),
+    # of a map that is not computed
+    ('rise:n_masks=16+c3', 0, 0.25),
+])
+def test_counted_passes(assets, tmp_path, monkeypatch, method, own, tolerance):
+    '''Forward passes that an estimate counts are those of the evaluation, and are not done.'''
+    images, original = [], torch.nn.Conv2d._conv_forward
+
+    def convolve(self, input, *args):
+        if self.in_channels == 3 and not torch.is_grad_enabled():
+            images.append(len(input))
+        return original(self, input, *args)
+
+    options = {'methods': (method,), 'metrics': COUNTED, 'controls': False, 'limit': 1, 'step': 200}
+    monkeypatch.setattr(torch.nn.Conv2d, '_conv_forward', convolve)
+    run(assets, tmp_path / 'run', **options)
+    # two for loading and prediction
+    done = sum(images) - 2
+    images.clear()
+    monkeypatch.setattr(estimate.Estimate, '_seconds', lambda self, function: function() is None)
+    monkeypatch.setattr(estimate.Estimate, '_time_pass', lambda self, *args: 1.)
+    monkeypatch.setattr(computation.Computation, 'attribute', lambda self, method, batch: (
+        self.explainers[method.text].attribute(batch.images, batch.targets, batch.output, batch.names), 0.))
+    left = evaluate(setting(assets, tmp_path / 'dry', **options), process=Process(), quiet=True, dry_run=True)
+    assert left.seconds == pytest.approx(done - own, rel=tolerance) and done > 60
+    assert sum(images) == 2 + own
+
+
+def test_estimate_of_much(assets, tmp_path):
+    '''Methods and metrics of many passes, and further maps, are estimated without these, and fail as in a run.'''
+    times = []
+    for metrics in (('conservation',), ('conservation', 'class_sensitivity', 'randomization')):
+        options = {'methods': ('rise', 'integrated_gradients:n_steps=1000'), 'metrics': metrics, 'compile': True}
+        if len(metrics) > 1:
+            options.update(compile=False)
+        begin = time.perf_counter()
+        left = evaluate(setting(assets, tmp_path / 'run', **options), process=Process(), quiet=True, dry_run=True)
+        times.append(left.seconds)
+        # it would take minutes for each image
+        assert time.perf_counter() - begin < 60 < left.seconds
+    assert times[1] > 2 * times[0]
+    with pytest.raises(RunError, match='gaussian:sigma=0 fails on circle/0.png'):
+        options = {'methods': ('gaussian:sigma=0',), 'controls': False}
+        evaluate(setting(assets, tmp_path / 'run', **options), process=Process(), dry_run=True)
+    assert not (tmp_path / 'run').exists()
 
 
 @pytest.mark.parametrize('amp, channels_last', [(None, True), ('bfloat16', False), ('bfloat16', True)])
@@ -547,6 +750,8 @@ def test_launcher_is_gone(assets, tmp_path, monkeypatch):
     ({'metrics': ()}, 'metrics'),
     ({'metrics': ('accuracy', 'accuracy')}, 'twice'),
     ({'metrics': ('cross',)}, 'cross'),
+    ({'explain_class': 'label'}, "explain_class='label' .*'circle' is 'class 0'.* --labels order"),
+    ({'published': 'label'}, "published='label'"),
     ({'explain_class': 'truth'}, "explain_class='truth'"),
     ({'step': 0}, 'step=0'),
     ({'step': True}, 'step=True'),

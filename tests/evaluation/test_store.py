@@ -10,16 +10,22 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from captum_adapters.evaluation.store import Record, RunError, SampleRecord, Store, differences, read_run
+from captum_adapters.evaluation.store import Record, RunError, SampleRecord, Store, _key, differences, read_run
 
-IDENTITY = {'methods': ['a', 'b'], 'options': {'step': 500}}
+IDENTITY = {'methods': ['a', 'b'], 'samples': 7, 'files': {}, 'options': {'step': 500}}
+NAMES = ['x.png', 'y.png', 'ä.png', 'a', 'b', 'c', 'd']
 SETTINGS = {'fingerprint': 'f', 'identity': IDENTITY, 'installed': {}, 'batch_size': 2}
 
 
 @pytest.fixture
 def store(tmp_path):
     '''A run without records.'''
-    return Store(tmp_path / 'run', SETTINGS)
+    return Store(tmp_path / 'run', SETTINGS, NAMES)
+
+
+def file_of(batch, method='a'):
+    '''Name of a file of records.'''
+    return f'{batch:05d}-{_key(method)}.npz'
 
 
 def records(*names, problem=None, heatmap=True, **scores):
@@ -41,10 +47,10 @@ def test_round_trip(store):
     '''Everything is read as it was written, to the last digit, sorted by sample and method.'''
     sample = SampleRecord('x.png', 1, 2, 3, 0.1 + 0.2, None, ('no mask', 'ä'), b'\xff\x00jpeg')
     skipped = SampleRecord('y.png', problem='it is no image')
-    store.write_samples(0, [sample, skipped])
+    store.write_samples(0, [sample, skipped], ['1', '2'])
     found = {'id': [0.1 + 0.2, 1e-300], 'pointing': [float('nan'), 1.]}
-    store.write_records(0, 0, records('x.png', 'ä.png', **found))
-    store.write_records(0, 1, records('x.png', 'ä.png', problem='the map has NaN', heatmap=False, gap=[0.5]))
+    store.write_records(0, 'a', records('x.png', 'ä.png', **found))
+    store.write_records(0, 'b', records('x.png', 'ä.png', problem='the map has NaN', heatmap=False, gap=[0.5]))
     run = read_run(store.folder)
     assert run.settings == SETTINGS and run.messages == []
     assert run.samples == {'x.png': sample, 'y.png': skipped}
@@ -57,14 +63,14 @@ def test_round_trip(store):
     assert pd.isna(run.curves.loc[('ä.png', 'b'), 'fractions'])
     np.testing.assert_array_equal(run.heatmaps['x.png', 'a'], records('x.png')[0].heatmap)
     assert run.heatmaps['x.png', 'a'].dtype == np.int8 and run.heatmaps['x.png', 'b'] is None
-    assert store.read_times(0) == (0.25, 0.75) and store.has(0, 1) and not store.has(1, 0)
-    assert store.read_samples(0) == [sample, skipped] and store.read_samples(1) is None
+    assert store.read_times('a') == (0.25, 0.75) and store.has(0, 'b') and not store.has(1, 'a')
+    assert store.read_samples(0) == ([sample, skipped], ['1', '2']) and store.read_samples(1) is None
 
 
 def test_replace(store):
     '''A file that is written again replaces the one before, so that nothing is there twice.'''
     for value in (1., 2.):
-        Store(store.folder, SETTINGS).write_records(3, 0, records('x.png', id=[value]))
+        Store(store.folder, SETTINGS, NAMES).write_records(3, 'a', records('x.png', id=[value]))
     assert read_run(store.folder).records['id'].tolist() == [2.]
 
 
@@ -73,51 +79,51 @@ def test_killed_while_writing(store):
     script = textwrap.dedent(f'''
         import os, signal, sys
         sys.path[:0] = {[os.path.dirname(__file__), os.getcwd()]!r}
-        from test_store import SETTINGS, Store, records
-        store = Store({str(store.folder)!r}, SETTINGS)
-        store.write_records(0, 0, records("a"))
+        from test_store import NAMES, SETTINGS, Store, records
+        store = Store({str(store.folder)!r}, SETTINGS, NAMES)
+        store.write_records(0, "a", records("a"))
         os.fsync = lambda number: os.kill(os.getpid(), signal.SIGKILL)
-        store.write_records(1, 0, records("b"))
+        store.write_records(1, "a", records("b"))
     ''')
     path = os.pathsep.join([os.path.dirname(os.path.dirname(__file__)), os.getcwd()])
     process = subprocess.run([sys.executable, '-c', script], env={**os.environ, 'PYTHONPATH': path}, check=False)
     assert process.returncode == -signal.SIGKILL
     left = [path.name for path in store.records.iterdir() if path.name.startswith('.')]
-    assert len(left) == 1 and left[0].startswith('.00001-000.npz')
+    assert len(left) == 1 and left[0].startswith(f'.{file_of(1)}')
     run = read_run(store.folder)
-    assert list(run.records.index) == [('a', 'a')] and run.messages == [] and not store.has(1, 0)
+    assert list(run.records.index) == [('a', 'a')] and run.messages == [] and not store.has(1, 'a')
 
 
 def test_full_disk(store):
     '''If the disk is full, what was written is kept, nothing incomplete is left, and the message says how to go on.'''
     resource = pytest.importorskip('resource')
-    store.write_records(0, 0, records('a'))
+    store.write_records(0, 'a', records('a'))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
         with pytest.raises(RunError) as info:
-            store.write_records(1, 0, records('b'))
+            store.write_records(1, 'a', records('b'))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, ignored)
     assert str(store.records) in str(info.value) and '\n' not in str(info.value)
-    assert sorted(path.name for path in store.records.iterdir()) == ['00000-000.npz']
-    store.write_records(1, 0, records('b'))
+    assert sorted(path.name for path in store.records.iterdir()) == [file_of(0), 'batches.json']
+    store.write_records(1, 'a', records('b'))
     assert len(read_run(store.folder).records) == 2
 
 
 @pytest.mark.parametrize('content', [b'', b'PK', None], ids=['empty', 'header', 'truncated'])
 def test_damaged(store, content):
     '''A damaged file is left out, and the message names it.'''
-    store.write_records(0, 0, records('a'))
-    store.write_records(1, 0, records('b'))
-    path = store.records / '00001-000.npz'
+    store.write_records(0, 'a', records('a'))
+    store.write_records(1, 'a', records('b'))
+    path = store.records / file_of(1)
     path.write_bytes(path.read_bytes()[:-300] if content is None else content)
     run = read_run(store.folder)
     assert list(run.records.index) == [('a', 'a')]
-    assert len(run.messages) == 1 and '00001-000.npz' in run.messages[0]
-    store.write_samples(0, [SampleRecord('a')])
+    assert len(run.messages) == 1 and path.name in run.messages[0]
+    store.write_samples(0, [SampleRecord('a')], [''])
     (store.records / '00000.json').write_bytes(b'[{"sample')
     assert store.read_samples(0) is None and '00000.json' in read_run(store.folder).messages[0]
 
@@ -125,11 +131,11 @@ def test_damaged(store, content):
 @pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() == 0, reason='root may write everywhere')
 def test_read_only(store):
     '''A folder that can not be written is an error, but can be read.'''
-    store.write_records(0, 0, records('a'))
+    store.write_records(0, 'a', records('a'))
     store.records.chmod(0o500)
     try:
         with pytest.raises(RunError, match=str(store.records)):
-            store.write_records(1, 0, records('b'))
+            store.write_records(1, 'a', records('b'))
         assert len(read_run(store.folder).records) == 1
     finally:
         store.records.chmod(0o700)
@@ -139,7 +145,7 @@ def test_no_folder(tmp_path):
     '''A folder that can not be made is an error.'''
     (tmp_path / 'file').write_text('')
     with pytest.raises(RunError, match=str(tmp_path / 'file' / 'run')):
-        Store(tmp_path / 'file' / 'run', SETTINGS)
+        Store(tmp_path / 'file' / 'run', SETTINGS, NAMES)
 
 
 @pytest.mark.parametrize('text', [None, '[]', '{', json.dumps({'fingerprint': 'f', 'identity': IDENTITY})])
@@ -149,27 +155,72 @@ def test_no_run(tmp_path, text):
         (tmp_path / 'settings.json').write_text(text)
     with pytest.raises(RunError, match=str(tmp_path)) as info:
         read_run(tmp_path)
-    assert '\n' not in str(info.value) and ('SQLite' in str(info.value)) == ('fingerprint' in str(text))
+    assert '\n' not in str(info.value)
+    assert ('earlier version' in str(info.value)) == (text is not None and 'fingerprint' in text)
     if text is not None:
         with pytest.raises(RunError, match=str(tmp_path)):
-            Store(tmp_path, SETTINGS)
+            Store(tmp_path, SETTINGS, NAMES)
 
 
 def test_other_run(store):
     '''Another run is refused with what differs, and leaves no trace.'''
-    other = {'fingerprint': 'g', 'identity': {'methods': ['a'], 'options': {'step': 100}}}
+    other = {'fingerprint': 'g', 'identity': {**IDENTITY, 'methods': ['a'], 'options': {'step': 100}}}
+    store.write_records(0, 'b', records('x.png'))
     before = sorted(store.folder.rglob('*'))
     for write in (True, False):
         with pytest.raises(RunError, match=r'methods \(b, now none\).*500, now 100'):
-            Store(store.folder, {**SETTINGS, **other}, write)
+            Store(store.folder, {**SETTINGS, **other}, NAMES, write)
     assert sorted(store.folder.rglob('*')) == before
-    # its way of cutting batches stays
-    assert Store(store.folder, {**SETTINGS, 'batch_size': 5}).batch_size == 2
+
+
+def test_growth(store):
+    '''Methods and samples are added, in batches of their own; files of a method are its own in any order.'''
+    assert store.batches == [['x.png', 'y.png'], ['ä.png', 'a'], ['b', 'c'], ['d']]
+    store.write_records(3, 'b', records('d', id=[0.5]))
+    identity = {**IDENTITY, 'methods': ['c', 'b', 'a'], 'samples': 9}
+    grown = Store(store.folder, {**SETTINGS, 'identity': identity}, ['0', *NAMES, '1'])
+    assert grown.batches == [*store.batches, ['0', '1']] and len(grown.messages) == 2
+    assert grown.settings['identity']['methods'] == ['a', 'b', 'c'] and grown.has(3, 'b')
+    run = read_run(store.folder)
+    assert run.settings == grown.settings and list(run.records.index) == [('d', 'b')]
+    again = Store(store.folder, {**SETTINGS, 'identity': identity}, ['0', *NAMES, '1'])
+    assert again.batches == grown.batches and again.messages == []
+    with pytest.raises(RunError, match=r'samples \(9, now 7\).*2 samples .*such as 0'):
+        Store(store.folder, {**SETTINGS, 'identity': identity}, NAMES)
+
+
+def test_method_without_records(store):
+    '''A method that was never computed, as it has failed, can be left out or replaced.'''
+    store.write_records(0, 'a', records('x.png', id=[0.5]))
+    settings = {**SETTINGS, 'identity': {**IDENTITY, 'methods': ['a', 'c']}}
+    changed = Store(store.folder, settings, NAMES)
+    assert changed.settings['identity']['methods'] == ['a', 'c'] and changed.has(0, 'a')
+    assert read_run(store.folder).settings == changed.settings
+
+
+@pytest.mark.parametrize('change', [
+    lambda arrays: arrays.pop('values'),
+    lambda arrays: arrays.update(columns=np.array(['seconds', 'other'])),
+    lambda arrays: arrays.update(values=arrays['values'][:, :1]),
+    lambda arrays: arrays['values'].fill(0),
+])
+def test_wrong_columns(store, change):
+    '''A file with other columns or values than were written is damaged.'''
+    store.write_records(0, 'a', records('x.png', id=[0.5]))
+    path = store.records / file_of(0)
+    with np.load(path) as file:
+        arrays = dict(file)
+    change(arrays)
+    np.savez(path, **arrays)
+    other = Store(store.folder, SETTINGS, NAMES)
+    assert not other.has(0, 'a') and path.name in other.messages[0]
+    run = read_run(store.folder)
+    assert not len(run.records) and path.name in run.messages[0]
 
 
 def test_nothing_is_written(tmp_path):
     '''A store that is only read makes no folder.'''
-    assert not Store(tmp_path / 'run', SETTINGS, write=False).has(0, 0)
+    assert not Store(tmp_path / 'run', SETTINGS, NAMES, write=False).has(0, 'a')
     assert not (tmp_path / 'run').exists()
 
 

@@ -1,4 +1,5 @@
 '''A small data set and network for the evaluator, and records made by hand.'''
+import io
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,13 @@ def assert_same(first, other):
             np.testing.assert_array_equal(one, two)
     for one, two in zip(first.heatmaps, other.heatmaps):
         np.testing.assert_array_equal(one, two)
+
+
+def jpeg(number):
+    '''A grey picture as a file.'''
+    buffer = io.BytesIO()
+    Image.new('RGB', (16, 12), (10 * number,) * 3).save(buffer, 'JPEG', quality=95)
+    return buffer.getvalue()
 
 
 SETTINGS = {

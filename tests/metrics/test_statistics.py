@@ -106,7 +106,7 @@ def test_interval_blocks(monkeypatch, rng):
     '''Resamples that do not fit into memory at a time are still as many.'''
     values = rng.normal(size=50)
     expected = bootstrap_interval(values)
-    monkeypatch.setattr('captum_adapters.metrics.statistics.BLOCK', 50 * 7)
+    monkeypatch.setattr('captum_adapters.statistics.BLOCK', 50 * 7)
     result = bootstrap_interval(values)
     assert (result.low, result.high) == pytest.approx((expected.low, expected.high), abs=0.02)
     scores, others = rng.normal(size=(2, 50))
@@ -114,7 +114,7 @@ def test_interval_blocks(monkeypatch, rng):
     monkeypatch.undo()
     assert blocks.p_value == pytest.approx(one(scores, others, n_resamples=2000).p_value, abs=0.04)
     exact = one(scores[:10], others[:10], n_resamples=1024)
-    monkeypatch.setattr('captum_adapters.metrics.statistics.BLOCK', 33)
+    monkeypatch.setattr('captum_adapters.statistics.BLOCK', 33)
     assert one(scores[:10], others[:10], n_resamples=1024).p_value == exact.p_value
 
 

@@ -4,15 +4,16 @@ import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
 import pandas as pd
 
-from captum_adapters.evaluation.methods import kind_of
-from captum_adapters.evaluation.metrics import COLUMNS, Column
-from captum_adapters.evaluation.store import Run, SampleRecord, differences
-from captum_adapters.metrics import bootstrap_interval
+from captum_adapters.evaluation.columns import COLUMNS, Column
+from captum_adapters.evaluation.names import kind_of
+from captum_adapters.evaluation.store import Run, SampleRecord, brief, differences
+from captum_adapters.statistics import bootstrap_interval
 
 PROTOCOLS = {
     "default": "our protocol",
@@ -122,6 +123,13 @@ def column_of(name: str) -> Column:
 def protocol_of(name: str) -> str:
     """What the protocol of a score is called."""
     return PROTOCOLS[column_of(name).protocol]
+
+
+def table_of(name: str) -> str:
+    """Title of the table that a score is in."""
+    topic = column_of(name).topic
+    # that of insertion and deletion is divided
+    return f"{topic}, {protocol_of(name)}" if topic == column_of("id").topic else topic
 
 
 def title_of(name: str) -> str:
@@ -279,6 +287,23 @@ def _statistics(
     return pd.DataFrame.from_dict(found, orient="index", columns=STATISTICS)
 
 
+def _tell_apart(groups: Sequence[Group]) -> list[str]:
+    """The settings in which groups differ, or their names if these do not tell."""
+    known = []
+    for group in groups:
+        values = settings_of(group.runs[0])
+        weights = values.get("weights_name") or values["weights"]
+        names = {"model": values["model"], "weights": Path(weights).name}
+        if not all(_same_data(groups[0].runs[0], each.runs[0]) for each in groups):
+            names["data"] = Path(values["data"]).name
+        known.append({**names, **values["options"]})
+    keys = [key for key in known[0] if any(each.get(key) != known[0][key] for each in known)]
+    texts = [
+        ", ".join(f"{key}={brief(each.get(key), 30)}" for key in keys[:3]) for each in known
+    ]
+    return texts if len({*texts}) == len(texts) else [group.name for group in groups]
+
+
 def build_rows(
     groups: Sequence[Group],
     clusters: Optional[str],
@@ -291,11 +316,11 @@ def build_rows(
         for run in group.runs:
             for method in run.records.index.unique("method"):
                 found[index, method].append(run)
-    repeated = Counter(method for _, method in found)
+    repeated, labels_of = Counter(method for _, method in found), _tell_apart(groups)
     rows = []
     for (index, method), members in found.items():
         group = groups[index]
-        name = f"{method} ({group.name})" if repeated[method] > 1 else method
+        name = f"{method} ({labels_of[index]})" if repeated[method] > 1 else method
         scores, problems = _merge_records(members, method, messages)
         infinite = int(np.isinf(scores.to_numpy()).sum())
         if infinite:

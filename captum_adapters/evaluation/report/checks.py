@@ -3,8 +3,8 @@
 import math
 from collections.abc import Iterator, Sequence
 
-from captum_adapters.evaluation.methods import base_of
-from captum_adapters.evaluation.metrics import COLUMNS
+from captum_adapters.evaluation.columns import COLUMNS
+from captum_adapters.evaluation.names import base_of
 from captum_adapters.evaluation.report.aggregate import (
     Group,
     Row,
@@ -14,8 +14,9 @@ from captum_adapters.evaluation.report.aggregate import (
     protocol_of,
     settings_of,
     sign_of,
+    table_of,
 )
-from captum_adapters.evaluation.report.tables import format_number
+from captum_adapters.evaluation.report.tables import format_number, scale_of
 
 # Scores of the top p % of pixels
 TOP = ("accuracy", "cross_accuracy", "pointing", "distance")
@@ -26,6 +27,7 @@ SAMPLE_FIELDS = {
     "target": "explained class",
     "label": "label",
     "prediction": "predicted class",
+    "content": "image or mask",
 }
 
 
@@ -68,33 +70,43 @@ def find_gaps(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
             yield f"{', '.join(own)}: explained and measured with its own network."
 
 
-def find_warnings(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
-    """What a reader may take for better than it is."""
+def find_warnings(
+    groups: Sequence[Group], rows: Sequence[Row]
+) -> Iterator[tuple[str, str]]:
+    """What a reader may take for better than it is, after the title of the table that
+    it is about, which is empty if it is about all."""
     for group in groups:
-        yield from _warn_samples(group)
+        yield from (("", text) for text in _warn_samples(group))
     names = [name for name in COLUMNS if any(name in row.scores for row in rows)]
     # published protocols first
     names.sort(key=lambda name: counterpart_of(name) is None)
     for index in range(len(groups)):
         members = [row for row in rows if row.group == index]
         for name in names:
-            ours = counterpart_of(name)
-            # insertion and deletion are summed up in their difference
-            if sign_of(name) and not name.startswith(("insertion", "deletion")):
-                yield from _warn_controls(members, name)
-            if name.startswith("id") and ours in names:
-                if column_of(name).protocol == "keio":
-                    yield from _warn_ties(members, name, ours)
-                yield from _warn_ranks(members, name, ours)
-                yield from _warn_suffixes(members, name, ours)
-        yield from _warn_top_ties(members)
+            yield from ((table_of(name), text) for text in _warn_score(members, name, names))
+        top = next((table_of(name) for name in TOP if name in names), "")
+        yield from ((top, text) for text in _warn_top_ties(members))
         for row in members:
             if row.mean("negative") > 0:
                 share = 100 * row.mean("negative")
                 yield (
+                    table_of("negative"),
                     f"{row.name}: {share:.1f} % of its maps have no positive value. Their"
-                    " top pixels are the least negative ones."
+                    " top pixels are the least negative ones.",
                 )
+
+
+def _warn_score(rows: Sequence[Row], name: str, names: Sequence[str]) -> Iterator[str]:
+    """What there is to be said of a score."""
+    ours = counterpart_of(name)
+    # insertion and deletion are summed up in their difference
+    if sign_of(name) and not name.startswith(("insertion", "deletion")):
+        yield from _warn_controls(rows, name)
+    if name.startswith("id") and ours is not None and ours in names:
+        if column_of(name).protocol == "keio":
+            yield from _warn_ties(rows, name, ours)
+        yield from _warn_ranks(rows, name, ours)
+        yield from _warn_suffixes(rows, name, ours)
 
 
 def _warn_samples(group: Group) -> Iterator[str]:
@@ -140,12 +152,13 @@ def _warn_controls(rows: Sequence[Row], name: str) -> Iterator[str]:
 def _warn_ties(rows: Sequence[Row], published: str, ours: str) -> Iterator[str]:
     """What pixels of the same value gain by entering at once."""
     for row in rows:
-        share, gap = row.mean("tied_share"), row.mean(published) - row.mean(ours)
+        share, own = row.mean("tied_share"), row.mean(ours)
+        gap = row.mean(published) - own
         if share > TIED_SHARE and not math.isnan(gap):
             yield (
                 f"{row.name}: {100 * share:.1f} % of pixels are tied with others, and"
                 f" {column_of(published).title} is {format_number(row.mean(published))} by"
-                f" the {protocol_of(published)}, {format_number(row.mean(ours))} by our"
+                f" the {protocol_of(published)}, {format_number(own, scale_of(own, gap))} by our"
                 f" protocol, a difference of {format_number(gap)}."
             )
 

@@ -5,35 +5,52 @@ import io
 import math
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, NamedTuple, Optional
 
 import jinja2
+import markupsafe
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
-from captum_adapters.evaluation.methods import base_of
+from captum_adapters.curves import LINE_STYLES, plot_curves
+from captum_adapters.evaluation.names import base_of
 from captum_adapters.evaluation.report.aggregate import (
+    Group,
     Row,
     column_of,
     protocol_of,
     sign_of,
 )
-from captum_adapters.evaluation.report.tables import format_number, wrap
-from captum_adapters.metrics.plots import LINE_STYLES, plot_curves
-from zennit_resnet.image import draw_comparison, draw_overlay
+from captum_adapters.evaluation.report.tables import format_number, scale_of, wrap
+from captum_adapters.evaluation.store import SampleRecord
 
 if TYPE_CHECKING:
     from captum_adapters.evaluation.report.report import Report
 
-# Methods with examples
+# Methods and images of a montage
 MONTAGE = 8
+IMAGES = 6
 # more curves than these can not be told apart
 CURVES = 10
-RANKS = ("best", "median", "worst")
+# Relevance against the class from blue to cyan, for it from red to yellow, as in
+# :func:`zennit_resnet.image.draw_overlay`, which loads PyTorch
+RELEVANCE = LinearSegmentedColormap.from_list(
+    "relevance",
+    [
+        (0, "#00ccff"),
+        (0.25, "#0000ff"),
+        (0.5, "#0000c0"),
+        (0.5, "#c00000"),
+        (0.67, "#ff0000"),
+        (0.83, "#ff8800"),
+        (1, "#ffee00"),
+    ],
+)
 # Controls are grey
 CONTROL_STYLES = {"random": ":", "constant": "--", "gaussian": "-.", "sobel": "-"}
 COLORS = [colormaps["tab10"](number) for number in range(10) if number != 7]
@@ -81,6 +98,7 @@ class Picture(NamedTuple):
 
     title: str
     data: bytes
+    about: str  # over what curves are means
 
 
 # -- curves ----------------------------------------------------------------------------
@@ -108,7 +126,7 @@ def _collect(
     return names, y, x
 
 
-def _draw(report: "Report", members: Sequence[Row], panel: Panel) -> Optional[bytes]:
+def _draw(report: "Report", members: Sequence[Row], panel: Panel) -> Optional[Picture]:
     """Mean curves of methods, with bands."""
     found = {
         (row.name, key): _collect(row, key, panel.positions)
@@ -164,7 +182,7 @@ def _draw(report: "Report", members: Sequence[Row], panel: Panel) -> Optional[by
     texts = []
     for name in lines:
         mean = means.get(name, math.nan)
-        score = "" if math.isnan(mean) else f" ({format_number(mean)})"
+        score = "" if math.isnan(mean) else f" ({format_number(mean, scale_of(mean, *means.values()))})"
         texts.append(wrap(name, 30) + score)
     # the legend must not be cut off
     height = 0.6 + 0.17 * sum(text.count("\n") + 1 for text in texts)
@@ -178,9 +196,14 @@ def _draw(report: "Report", members: Sequence[Row], panel: Panel) -> Optional[by
         fontsize="small",
         frameon=False,
     )
-    buffer = io.BytesIO()
-    canvas.savefig(buffer, format="png", dpi=100, pil_kwargs={"optimize": True})
-    return buffer.getvalue()
+    counts = {len(names) for names, _, _ in found.values() if names}
+    span = " to ".join(map(str, sorted({min(counts), max(counts)})))
+    about = f"Means over {span} images, with {100 * report.confidence:g} % bands."
+    if panel.score:
+        about += f" The mean {column_of(panel.score).title} is in brackets."
+    if len(best) < len(methods):
+        about += f" The {len(best)} best of {len(methods)} methods are drawn."
+    return Picture(panel.title, _save(canvas), about)
 
 
 def _draw_chance(
@@ -213,106 +236,177 @@ def draw_curves(report: "Report") -> dict[str, Picture]:
                 panels[key] = Panel(title, {key: title}, KEPT, "")
         members = [row for row in report.rows if row.group == index]
         for key, panel in panels.items():
-            data = _draw(report, members, panel)
-            if data is not None:
+            picture = _draw(report, members, panel)
+            if picture is not None:
                 name = re.sub(r"[^\w.-]+", "_", key) + f"_{index + 1}" * several
                 title = panel.title + f" ({group.name})" * several
-                pictures[name] = Picture(title, data)
+                pictures[name] = picture._replace(title=title)
     return pictures
 
 
 # -- examples --------------------------------------------------------------------------
 
 
-class Example(NamedTuple):
-    """A picture, and a heatmap on it."""
+class Tile(NamedTuple):
+    """A heatmap on its picture, of shape (height, width, 3), and the primary score."""
 
-    rank: str  # "best", "median" or "worst"
-    sample: str
-    score: float  # its primary score
-    explained: str  # name of the class, if it is known
-    picture: np.ndarray  # of shape (height, width, 3)
     overlay: np.ndarray
+    score: float
 
 
-def find_examples(
-    report: "Report",
-) -> tuple[list[tuple[Row, list[Example]]], list[str]]:
-    """The best, median and worst example of at most 8 methods by the primary score.
+class Example(NamedTuple):
+    """An image, and what methods say about it."""
 
-    Returned are pairs of a row and its examples, and sentences on what is not shown.
-    """
-    found: list[tuple[Row, list[Example]]] = []
-    notes: list[str] = []
-    primary = report.primary
-    if primary is None:
-        return found, notes
-    scored = [row for row in report.rows if primary in row.statistics.index]
-    rows = [row for row in scored if not row.control] or scored
-    best = sorted(rows, key=lambda row: -sign_of(primary) * row.mean(primary))[:MONTAGE]
-    if len(best) < len(rows):
-        notes.append(f"The {MONTAGE} best of {len(rows)} methods are shown.")
-    for row in (row for row in rows if row in best):
-        group, heatmaps = report.groups[row.group], row.heatmaps()
-        scores = row.of(primary)
-        order = (-sign_of(primary) * scores).sort_values(kind="stable").index
-        kept = [
-            name
-            for name in order
-            if name in heatmaps and group.samples[name].picture is not None
+    sample: str
+    place: str  # such as "1 of 24", which is the best
+    about: str  # the class that is explained, and what else is known
+    picture: np.ndarray  # of shape (height, width, 3)
+    tiles: list[Optional[Tile]]  # of each method, `None` if it has none
+
+
+class Montage(NamedTuple):
+    """The same images for all methods."""
+
+    title: str  # empty if there is only one
+    score: str  # title of the primary score
+    rows: list[Row]
+    examples: list[Example]
+    note: str
+
+
+def make_montages(report: "Report") -> list[Montage]:
+    """For each group, images from best to worst with the maps of at most 8 methods."""
+    if report.primary is None:
+        return []
+    found = []
+    for index, group in enumerate(report.groups):
+        title = f"Examples of {group.name}" if len(report.groups) > 1 else ""
+        scored = [
+            row
+            for row in report.rows
+            if row.group == index and report.primary in row.statistics.index
         ]
-        if not kept:
-            notes.append(f"Pictures and heatmaps of {row.name} were not kept.")
-            continue
-        if len(kept) < len(scores):
-            notes.append(
-                f"Of {row.name}, pictures and heatmaps of {len(kept)} of {len(scores)}"
-                " examples were kept."
-            )
-        last = len(kept) - 1
-        chosen = {0: "best", (last + 1) // 2: "median", last: "worst"}
-        if last < 2:
-            chosen = dict(zip((0, last), ("best", "worst")))
-        examples = []
-        for number, rank in chosen.items():
-            name = kept[number]
-            sample = group.samples[name]
-            pictures = _draw_example(sample.picture or b"", heatmaps[name])
-            explained = group.class_name(sample.target)
-            examples.append(Example(rank, name, scores[name], explained, *pictures))
-        found.append((row, examples))
-    return found, notes
+        rows = [row for row in scored if not row.control] or scored
+        if rows:
+            found.append(_make_montage(group, rows, report.primary, title))
+    return found
 
 
-def _draw_example(data: bytes, heatmap: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A picture, and the heatmap on it."""
-    picture = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+def _make_montage(
+    group: Group, methods: Sequence[Row], primary: str, title: str
+) -> Montage:
+    """The images that most methods have in common, evenly from best to worst."""
+    sign, score = sign_of(primary), column_of(primary).title
+    best = sorted(methods, key=lambda row: -sign * row.mean(primary))[:MONTAGE]
+    rows = [row for row in methods if row in best]
+    scores = [row.of(primary) for row in rows]
+    heatmaps = [row.heatmaps() for row in rows]
+    known: dict[str, list[float]] = {}
+    for values, maps in zip(scores, heatmaps):
+        for name, value in values.items():
+            if name in maps and group.samples[str(name)].picture is not None:
+                known.setdefault(str(name), []).append(float(value))
+    most = max(map(len, known.values()), default=0)
+    means = {name: math.fsum(each) for name, each in known.items() if len(each) == most}
+    order = sorted(means, key=lambda name: (-sign * means[name], name))
+    note = ""
+    if len(rows) < len(methods):
+        note = f"The {len(rows)} best of {len(methods)} methods are shown. "
+    if not order:
+        return Montage(title, score, rows, [], f"{note}No pictures and heatmaps were kept.")
+    places = np.unique(np.linspace(0, len(order) - 1, min(IMAGES, len(order))).round())
+    examples = []
+    for place in places.astype(int).tolist():
+        name = order[place]
+        sample = group.samples[name]
+        picture = _read_picture(sample)
+        tiles = [
+            Tile(_draw_overlay(picture, maps[name]), values[name])
+            if name in maps and name in values
+            else None
+            for values, maps in zip(scores, heatmaps)
+        ]
+        about = _about(group, sample)
+        rank = f"{place + 1} of {len(order)}"
+        examples.append(Example(name, rank, about, picture, tiles))
+    total = sum(sample.problem is None for sample in group.samples.values())
+    note += (
+        f"{len(examples)} of {len(order)} images, evenly from the best to the worst by the"
+        f" mean {score} of these methods."
+    )
+    if len(order) < total:
+        note += f" Of {total - len(order)} others, not all pictures and maps were kept."
+    return Montage(title, score, rows, examples, note)
+
+
+def _about(group: Group, sample: SampleRecord) -> str:
+    """What is explained, and the label if it is another class."""
+    about = group.class_name(sample.target)
+    if sample.probability is not None and about:
+        # kept together
+        about += f" ({100 * sample.probability:.0f}\u00a0%)"
+    if sample.label is not None and sample.label != sample.target:
+        about += f", label: {group.class_name(sample.label)}"
+    return about
+
+
+def _read_picture(sample: SampleRecord) -> np.ndarray:
+    """The picture of a sample, of shape (height, width, 3)."""
+    return np.asarray(Image.open(io.BytesIO(sample.picture or b"")).convert("RGB"))
+
+
+def _draw_overlay(picture: np.ndarray, heatmap: np.ndarray) -> np.ndarray:
+    """A heatmap in color on the picture in grey, of shape (height, width, 3)."""
     scaled = Image.fromarray(heatmap.astype(np.float32)).resize(
         picture.shape[1::-1], Image.Resampling.BILINEAR
     )
-    return picture, draw_overlay(picture, np.asarray(scaled))
+    values = np.asarray(scaled)
+    largest = np.percentile(np.abs(values), 99.5) or np.abs(values).max() or 1
+    values = (values / largest).clip(-1, 1)
+    opacity = 0.9 * np.abs(values)[..., None]
+    grey = (picture @ np.array([0.299, 0.587, 0.114]))[..., None]
+    color = 255 * RELEVANCE((values + 1) / 2)[..., :3]
+    return np.asarray(((1 - opacity) * grey + opacity * color).round(), np.uint8)
 
 
-def _encode(picture: np.ndarray, kind: str, **options: Any) -> bytes:
-    """A file of a picture."""
+def _jpeg(picture: np.ndarray) -> str:
+    """A small photograph as an address."""
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, kind, **options)
+    Image.fromarray(picture).save(buffer, "JPEG", quality=85)
+    return _uri(buffer.getvalue(), "jpeg")
+
+
+def draw_montages(montages: Sequence[Montage]) -> list[bytes]:
+    """Montages as PNG: a row for each image, a column for each method."""
+    return [_draw_montage(montage) for montage in montages if montage.examples]
+
+
+def _draw_montage(montage: Montage) -> bytes:
+    """A montage as PNG."""
+    height, width = len(montage.examples), len(montage.rows) + 1
+    canvas = Figure(figsize=(1.7 * width, 1.95 * height + 0.6), layout="constrained")
+    panels = canvas.subplots(height, width, squeeze=False)
+    titles = ["Image", *(row.name for row in montage.rows)]
+    for example, line in zip(montage.examples, panels):
+        scored = [tile and f"{montage.score} {tile.score:.3f}" for tile in example.tiles]
+        pictures = [example.picture, *(tile and tile.overlay for tile in example.tiles)]
+        for axes, picture, text in zip(line, pictures, [example.about, *scored]):
+            axes.set(xticks=[], yticks=[], frame_on=False)
+            axes.set_xlabel(wrap(text or "no map", 26), fontsize="x-small")
+            if picture is not None:
+                axes.imshow(picture)
+    about = "Relevance for the class: red to yellow, against it: blue to cyan"
+    canvas.suptitle(about, fontsize="small")
+    for axes, title in zip(panels[0], titles):
+        axes.set_title(wrap(title, 22), fontsize="x-small")
+    return _save(canvas)
+
+
+def _save(canvas: Figure) -> bytes:
+    """A figure as PNG."""
+    buffer = io.BytesIO()
+    canvas.savefig(buffer, format="png", dpi=100, pil_kwargs={"optimize": True})
     return buffer.getvalue()
-
-
-def draw_montage(report: "Report") -> Optional[bytes]:
-    """The examples of :func:`find_examples` as one PNG, `None` if there are none."""
-    rows, captions = [], []
-    for row, examples in find_examples(report)[0]:
-        tiles = {item.rank: [item.picture, item.overlay] for item in examples}
-        blank = [np.full_like(examples[0].picture, 255)] * 2
-        rows.append([tile for rank in RANKS for tile in tiles.get(rank, blank)])
-        scores = [f"{item.rank} {format_number(item.score)}" for item in examples]
-        captions.append(f"{row.name}: {', '.join(scores)}")
-    if not rows:
-        return None
-    titles = [title for rank in RANKS for title in (rank, "heatmap")]
-    return _encode(draw_comparison(rows, titles, captions), "PNG", optimize=True)
 
 
 # -- page ------------------------------------------------------------------------------
@@ -323,12 +417,21 @@ def _uri(data: bytes, kind: str = "png") -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _jpeg(picture: np.ndarray) -> str:
-    """A small photograph as an address."""
-    return _uri(_encode(picture, "JPEG", quality=80), "jpeg")
+def _breaks(text: str) -> markupsafe.Markup:
+    """A name that is broken at its joints."""
+    escaped = str(markupsafe.escape(text))
+    return markupsafe.Markup(re.sub(r"([_+:,/=])", r"\1<wbr>", escaped))
 
 
-def make_page(report: "Report", curves: dict[str, Picture]) -> str:
+def _options(command: str) -> markupsafe.Markup:
+    """A command whose options are not broken at their hyphens."""
+    escaped = str(markupsafe.escape(command))
+    return markupsafe.Markup(re.sub(r"(?<= )(--[\w-]+)", r"<span>\1</span>", escaped))
+
+
+def make_page(
+    report: "Report", curves: dict[str, Picture], montages: Sequence[Montage]
+) -> str:
     """The report as one HTML page that needs no other file."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("captum_adapters.evaluation.report", "."),
@@ -337,18 +440,25 @@ def make_page(report: "Report", curves: dict[str, Picture]) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters.update(uri=_uri, jpeg=_jpeg, number=format_number)
-    commands = [run.settings.get("command") for run in report.runs]
-    examples, notes = find_examples(report)
+    environment.filters.update(uri=_uri, jpeg=_jpeg, number=format_number, breaks=_breaks, options=_options)
+    results = report.results()
+    # those that are shown beside their table are not repeated
+    beside = {
+        table.title: [text for title, text in report.beside if title == table.title]
+        for table in results
+    }
+    shown = {text for texts in beside.values() for text in texts}
     return environment.get_template("report.html.jinja").render(
         report=report,
-        commands=[command for command in commands if command],
+        results=results,
+        beside=beside,
+        warnings=[text for text in report.warnings if text not in shown],
+        commands=[run.settings.get("command") or "" for run in report.runs],
         columns=[
             (column_of(name), protocol_of(name))
             for name in report.columns
             if column_of(name).about
         ],
         curves=curves.values(),
-        examples=examples,
-        notes=notes,
+        montages=montages,
     )

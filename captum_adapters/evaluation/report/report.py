@@ -7,8 +7,8 @@ from typing import NamedTuple, Optional
 
 import pandas as pd
 
-from captum_adapters.evaluation.methods import stands_for
-from captum_adapters.evaluation.metrics import COLUMNS
+from captum_adapters.evaluation.columns import COLUMNS
+from captum_adapters.evaluation.names import stands_for
 from captum_adapters.evaluation.presets import PRESETS, Preset
 from captum_adapters.evaluation.report.aggregate import (
     STATISTICS,
@@ -18,12 +18,12 @@ from captum_adapters.evaluation.report.aggregate import (
     column_of,
     counterpart_of,
     group_runs,
-    protocol_of,
     settings_of,
     sign_of,
+    table_of,
     title_of,
 )
-from captum_adapters.evaluation.report.checks import find_gaps, find_warnings
+from captum_adapters.evaluation.report.checks import TOP, find_gaps, find_warnings
 from captum_adapters.evaluation.report.significance import (
     Significance,
     choose_primary,
@@ -35,9 +35,10 @@ from captum_adapters.evaluation.report.tables import (
     format_interval,
     format_number,
     render_list,
+    scale_of,
 )
-from captum_adapters.evaluation.store import Run, brief
-from captum_adapters.metrics import Comparison
+from captum_adapters.evaluation.store import Run, accuracy, brief
+from captum_adapters.statistics import Comparison
 from zennit_resnet._text import one_line
 
 # Number of clusters below which intervals of the bootstrap are clearly too narrow
@@ -62,6 +63,8 @@ class Report(NamedTuple):
         warnings (tuple[str]): What may mislead.
         messages (tuple[str]): What is missing, or was left out.
         presets (tuple[Preset]): What papers have printed.
+        beside (tuple[tuple[str, str]]): Those warnings that are about a table of
+                :meth:`results`, after its title.
     """
 
     groups: tuple[Group, ...]
@@ -74,6 +77,7 @@ class Report(NamedTuple):
     warnings: tuple[str, ...]
     messages: tuple[str, ...]
     presets: tuple[Preset, ...] = ()
+    beside: tuple[tuple[str, str], ...] = ()
 
     @property
     def runs(self) -> list[Run]:
@@ -100,6 +104,15 @@ class Report(NamedTuple):
         frame = pd.DataFrame(lines).fillna(dict.fromkeys(counts, 0))
         return frame.astype(dict.fromkeys(counts if lines else (), int))
 
+    def introduction(self) -> list[str]:
+        """What to know first: whether the network is right, and what its labels are."""
+        several = len(self.groups) > 1
+        return [
+            f"{group.name}: {text}" if several else text
+            for group in self.groups
+            for text in _introduce(group)
+        ]
+
     # -- tables
 
     def _table(self, title: str, cells: list[dict[str, str]], note: str = "") -> Table:
@@ -119,32 +132,30 @@ class Report(NamedTuple):
             return []
         topics: dict[str, list[str]] = {}
         for name in self.columns:
-            topic = column_of(name).topic
-            if topic == column_of("id").topic:
-                topic = f"{topic}, {protocol_of(name)}"
-            topics.setdefault(topic, []).append(name)
+            topics.setdefault(table_of(name), []).append(name)
         resampled = " of classes" if self.clusters else ""
-        note = f"Means with {100 * self.confidence:g} % bootstrap intervals{resampled}."
+        interval = f", with {100 * self.confidence:g} % bootstrap intervals{resampled},"
+        samples = [elem for group in self.groups for elem in group.samples.values()]
+        left_out = sum(sample.problem is not None for sample in samples)
+        missing = f"; {left_out} of {len(samples)} are left out, see Problems"
         found = []
         for topic, names in topics.items():
-            cells = [
-                {title_of(name): _cell(row, name) for name in names}
-                if {*names} & {*row.statistics.index}
-                else {}
-                for row in self.rows
+            cells = [_cells(row, names) for row in self.rows]
+            notes = [
+                f"Means{interval * any(map(sign_of, names))} over the number of images in"
+                f" the last column{missing * bool(left_out)}."
             ]
-            notes = [note] if any(map(sign_of, names)) else []
             table = self._table(topic, cells, " ".join(notes + self._counts(names)))
             found.append(table._replace(marks=self._marks(table, names)))
         cells = [
             {
-                "Examples": str(len(row.scores)),
+                "Images": str(len(row.scores)),
                 "Problems": str(len(row.problems)),
                 "Seconds per image": format_number(row.seconds),
             }
             for row in self.rows
         ]
-        return [*found, self._table("Examples and time", cells)]
+        return [*found, self._table("Images and time", cells)]
 
     def _marks(self, table: Table, names: Sequence[str]) -> pd.DataFrame:
         """Which means are the best of all methods, or of controls that are as good."""
@@ -172,7 +183,7 @@ class Report(NamedTuple):
             if counts != sizes:
                 span = " to ".join(map(str, sorted({min(counts), max(counts)})))
                 title = column_of(name).title
-                sentences.append(f"{title} is defined for {span} of {max(sizes)} examples.")
+                sentences.append(f"{title} is defined for {span} of {max(sizes)} images.")
         return sentences
 
     def comparisons(self) -> list[Table]:
@@ -183,8 +194,10 @@ class Report(NamedTuple):
             lines = [
                 {
                     "Method": result.method,
-                    "Examples": str(result.num_examples),
-                    "Mean": format_number(result.mean),
+                    "Images": str(result.num_examples),
+                    "Mean": format_number(
+                        result.mean, scale_of(result.mean, result.baseline_mean)
+                    ),
                     "Difference": format_interval(
                         result.difference, result.low, result.high
                     ),
@@ -198,7 +211,7 @@ class Report(NamedTuple):
             title = f"{column_of(item.column).title} compared with {item.baseline}{where}"
             note = (
                 f"Paired differences to {item.baseline}"
-                f" ({format_number(baseline.mean(item.column))}) on the examples for which"
+                f" ({format_number(baseline.mean(item.column))}) on the images for which"
                 f" both have a score, {100 * self.confidence:g} % bootstrap intervals, and"
                 " p-values of permutation tests, corrected for"
                 f" {len(item.results)} comparisons."
@@ -232,6 +245,7 @@ class Report(NamedTuple):
                         mean = math.nan if row is None else row.mean(column)
                         values[f"{score} here, {protocol}"] = mean
                 line = {key: format_number(value) for key, value in values.items()}
+                line["Images"] = "–" if row is None else str(len(row.scores))
                 name = method if row is None else row.name
                 lines.append({"Method": f"{title}: {name}", **line})
         return Table(preset.title, pd.DataFrame(lines), preset.about)
@@ -315,7 +329,8 @@ class Report(NamedTuple):
         """
         if format not in ("terminal", "markdown"):
             raise ValueError(f"format={format!r} is not one of terminal, markdown.")
-        parts = [self.table(format)]
+        parts = [render_list("Network and labels", self.introduction(), format)]
+        parts.append(self.table(format))
         for title, lines in (("Warnings", self.warnings), ("Messages", self.messages)):
             if lines:
                 parts.append(render_list(title, lines, format))
@@ -349,9 +364,9 @@ class Report(NamedTuple):
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        curves = figures.draw_curves(self)
+        curves, montages = figures.draw_curves(self), figures.make_montages(self)
         texts = {
-            "report.html": figures.make_page(self, curves),
+            "report.html": figures.make_page(self, curves, montages),
             "report.md": self.text("markdown"),
             "table.md": self.table("markdown"),
             "table.csv": self.table("csv"),
@@ -363,12 +378,56 @@ class Report(NamedTuple):
             **{name: text.encode(errors="replace") for name, text in texts.items()},
             **{f"curves_{name}.png": curve.data for name, curve in curves.items()},
         }
-        montage = figures.draw_montage(self)
-        if montage is not None:
-            files["montage.png"] = montage
+        for number, data in enumerate(figures.draw_montages(montages), 1):
+            files["montage.png" if number == 1 else f"montage_{number}.png"] = data
         for name, data in files.items():
             (folder / name).write_bytes(data)
         return [folder / name for name in files]
+
+
+def _introduce(group: Group) -> list[str]:
+    """Sentences on the network of a group, and on its labels."""
+    settings = settings_of(group.runs[0])
+    names = [settings.get(key) for key in ("model", "weights_name")]
+    network = " with ".join(map(str, filter(None, names)))
+    # what is known of a run is known of a group, too
+    right, total = accuracy(group.runs[0]._replace(samples=group.samples))
+    if not total:
+        return [f"{network}: no image has a label, so its accuracy is not known."]
+    share = f"{right} of {total} images ({100 * right / total:.1f} %)"
+    how = (settings.get("labels") or {}).get("matched_by")
+    if how is None:
+        matched = "How labels were matched to its classes was not kept."
+    elif how == "order":
+        matched = (
+            "Labels were matched to its classes by their order, which is a guess: if the"
+            " accuracy is low, the guess may be wrong."
+        )
+    else:
+        matched = f"Labels were matched to its classes by {how}."
+    return [f"{network} classifies {share} as their labels say. {matched}"]
+
+
+def _cells(row: Row, names: Sequence[str]) -> dict[str, str]:
+    """Cells of a method in a table of means, none if it has none of the scores."""
+    known = [name for name in names if name in row.statistics.index]
+    if not known:
+        return {}
+    cells = {title_of(name): _cell(row, name) for name in names}
+    tied = _tied_share(row, names)
+    if not math.isnan(tied):
+        cells["Ties"] = f"{100 * tied:.0f} %"
+    most = max(row.statistics.loc[known, "examples"])
+    return {**cells, "Images": f"{most:.0f}"}
+
+
+def _tied_share(row: Row, names: Sequence[str]) -> float:
+    """Share of tied pixels, if scores depend on how these are treated."""
+    published = any(counterpart_of(name) for name in names)
+    if not published and not {*TOP} & {*names}:
+        return math.nan
+    tied = math.nan if published else row.mean("tied_share_magnitude")
+    return row.mean("tied_share") if math.isnan(tied) else tied
 
 
 def _cell(row: Row, name: str) -> str:
@@ -451,7 +510,8 @@ def summarize(
     significance = compare_rows(
         groups, rows, chosen, baseline, clusters, messages, **options
     )
-    warnings += find_warnings(groups, rows)
+    beside = dict.fromkeys(find_warnings(groups, rows))
+    warnings += [text for _, text in beside]
     for group in groups if clusters else ():
         labels = {sample.label for sample in group.samples.values()} - {None}
         if not labels:
@@ -478,4 +538,5 @@ def summarize(
         tuple(dict.fromkeys(warnings)),
         tuple(dict.fromkeys(messages)),
         tuple(presets),
+        tuple(beside),
     )

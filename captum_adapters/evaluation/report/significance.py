@@ -5,9 +5,9 @@ from typing import Any, NamedTuple, Optional
 
 import numpy as np
 
-from captum_adapters.evaluation.metrics import COLUMNS
+from captum_adapters.evaluation.columns import COLUMNS
 from captum_adapters.evaluation.report.aggregate import Group, Row, sign_of
-from captum_adapters.metrics import Comparison, compare
+from captum_adapters.statistics import Comparison, compare
 
 
 class Significance(NamedTuple):

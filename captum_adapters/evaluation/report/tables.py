@@ -61,12 +61,19 @@ def format_number(value: float, like: Optional[float] = None) -> str:
     return text[1:] if text.startswith("-") and not float(text) else text
 
 
+def scale_of(value: float, *others: float) -> float:
+    """What a number is like: one near zero needs no more digits than those beside it."""
+    known = [abs(other) for other in others if not math.isnan(other)]
+    return value if abs(value) >= 5e-4 else max(known, default=value)
+
+
 def format_interval(mean: float, low: float, high: float) -> str:
     """A mean with its interval, if there is one."""
-    text = format_number(mean)
     if math.isnan(low):
-        return text
-    return f"{text} [{format_number(low, mean)}, {format_number(high, mean)}]"
+        return format_number(mean)
+    like = scale_of(mean, low, high)
+    texts = [format_number(value, like) for value in (mean, low, high)]
+    return f"{texts[0]} [{texts[1]}, {texts[2]}]"
 
 
 def wrap(text: str, width: int) -> str:
@@ -109,7 +116,7 @@ def to_text(table: Table) -> str:
         )
         for part in parts
     ]
-    note = table.explained.replace("Bold:", "*:")
+    note = wrap(table.explained.replace("Bold:", "*:"), WIDTH)
     return "\n\n".join([table.title, *texts, *([note] if note else [])]) + "\n"
 
 
