@@ -401,7 +401,7 @@ def _introduce(group: Group) -> list[str]:
     matched = f"Labels were matched to its classes by {how}"
     matched = {
         None: "How labels were matched to its classes was not kept",
-        "order": f"{matched}, a guess that a low accuracy would call into question",
+        "order": f"{matched}, which is a guess: check it if the accuracy is low",
     }.get(how, matched)
     return [f"{network} classifies {share} as their labels say. {matched}."]
 
