@@ -3,7 +3,6 @@ import os
 import pickle
 import random
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +15,13 @@ from torchvision.transforms import functional
 from torchvision.transforms._presets import ImageClassification
 
 from captum_adapters.evaluation.data import Images, Loaded, Sample, read_samples
-from zennit_resnet.models import _preprocess
+from zennit_resnet.models import as_classifier
 
 CLASSES = ['tench', 'English springer', 'church']
 XML = '''<annotation><object><name>{wnid}</name><bndbox><xmin>1</xmin><ymin>2</ymin><xmax>5</xmax><ymax>6</ymax>
 </bndbox></object><object><name>{wnid}</name><bndbox><xmin>3</xmin><ymin>3</ymin><xmax>4</xmax><ymax>4</ymax></bndbox>
 </object></annotation>'''
-SQUARE = partial(_preprocess, size=32)
+SQUARE = as_classifier(torch.nn.Identity(), size=32).transform
 CROP = ImageClassification(crop_size=24, resize_size=32)
 
 

@@ -235,7 +235,7 @@ def test_same_names(assets, photos, tmp_path):
         torch.testing.assert_close(relevance.sum(0), attributed.maps[0])
     args = ['explain', photos / '0.png', *options, '--method', 'resnet_lrp_ratio:first_layer=best']
     result = CliRunner().invoke(zennit_main, [str(arg) for arg in args])
-    assert result.exit_code == 1 and 'best' in result.output and len(result.output.splitlines()) == 1
+    assert result.exit_code == 2 and 'best' in result.output and len(result.output.splitlines()) == 1
 
 
 ODD = 'red\x1b[31m\nline\u202e'
