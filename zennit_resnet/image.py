@@ -19,6 +19,8 @@ CURVE_CMAP = '00a,00f,7f:4080ff,80:ff8040,f00,a00'
 
 MARGIN = 8
 SMALLEST_LEGEND = 80
+# Number of pixels above which pictures are drawn in strips
+LARGE = 2 ** 20
 FONT_SIZE = 16
 
 # Brightness of red, green and blue as in ITU-R BT.601
@@ -173,12 +175,23 @@ def _color(scaled, cmap):
     if not isinstance(cmap, (str, ColorMap)):
         raise TypeError(f'cmap={cmap!r} is neither the name of a color map of Zennit nor one of its color maps!')
     try:
-        return get_cmap(cmap)((scaled + 1) / 2)
+        colors = get_cmap(cmap)
+        if scaled.size <= LARGE:
+            return colors((scaled + 1) / 2)
+        # a table is faster, and finer than 8 bit
+        table = colors(np.linspace(0, 1, 4097)[None])[0]
+        return table[((scaled + 1) * 2048).round().astype(np.int16)]
     except (RuntimeError, IndexError) as error:
         raise ValueError(
             f'cmap={cmap!r} is no color map of Zennit: choose one of {", ".join(map(repr, CMAPS))}, or colors in '
             'hexadecimal notation such as \'00f,fff,f00\'.'
         ) from error
+
+
+def check_cmap(cmap):
+    '''Raise an error unless it is a color map, its name, or None, see :py:func:`draw_heatmap`.'''
+    if cmap is not None and cmap != 'safe':
+        _color(np.zeros((1, 1)), cmap)
 
 
 def draw_heatmap(heatmap, percentile=99.5, cmap=HEATMAP_CMAP, bound=None):
@@ -213,7 +226,7 @@ def draw_heatmap(heatmap, percentile=99.5, cmap=HEATMAP_CMAP, bound=None):
     scaled = _scale(_check_heatmap(heatmap), percentile, bound)
     cmap = SAFE['heatmap'] if cmap == 'safe' else cmap
     # the color map is called instead of using zennit.image.imgify, whose palettes recent versions of Pillow reject
-    return _to_uint8(_color(scaled, cmap))
+    return _in_strips(lambda part: _to_uint8(_color(part, cmap)), scaled)
 
 
 def draw_overlay(photo, heatmap, percentile=99.5, opacity=0.9, cmap=OVERLAY_CMAP, bound=None):
@@ -246,8 +259,18 @@ def draw_overlay(photo, heatmap, percentile=99.5, opacity=0.9, cmap=OVERLAY_CMAP
         )
     check_number('opacity', opacity, 0, 1)
     cmap = SAFE['overlay'] if cmap == 'safe' else cmap
-    gray = (photo @ BRIGHTNESS / 255)[..., None]
-    return _cover(gray, _scale(heatmap, percentile, bound), opacity, cmap)
+    return _in_strips(
+        lambda photo, scaled: _cover((photo @ BRIGHTNESS / 255)[..., None], scaled, opacity, cmap),
+        photo, _scale(heatmap, percentile, bound),
+    )
+
+
+def _in_strips(draw, *arrays):
+    '''Draw arrays of some height a few lines at a time, so that little memory is necessary.'''
+    lines = max(LARGE // max(arrays[-1].shape[1], 1), 1)
+    return np.concatenate([
+        draw(*(array[start:start + lines] for array in arrays)) for start in range(0, len(arrays[-1]), lines)
+    ])
 
 
 def _cover(gray, scaled, opacity, cmap):
@@ -461,6 +484,9 @@ def draw_contours(picture, heatmap, percent=10.):
         raise ValueError(f'Picture and heatmap are of shape {picture.shape} and {heatmap.shape}!')
     mask = (heatmap >= np.percentile(heatmap, 100 - percent)) & (heatmap > 0)
     outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    # many small ones would hide the picture
+    areas = [cv2.contourArea(outline) for outline in outlines]
+    outlines = [outline for outline, area in zip(outlines, areas) if area >= max(areas) / 20]
     width = max(1, round(max(picture.shape) / 400))
     canvas = np.ascontiguousarray(picture).copy()
     for color, thickness in (((0, 0, 0), 3 * width), ((255, 255, 255), width)):

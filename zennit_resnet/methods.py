@@ -27,7 +27,7 @@ from ._autograd import divides_by_output
 from ._choices import INPUT_X_GRADIENT, LEVELS, MAX_LEVELS, POSTPROCESSING, SPLITTING, VALUES
 from .attribution import as_contrast, check_contrast_weight, initial_relevance
 from .classic import SETTINGS, ClassicLRP
-from .composites import with_splitting
+from .composites import BlockLRP, RelativeLRP, ResNetLRP, with_splitting
 from .conservation import conservation_ledger
 from .postprocess import EmptyMaskWarning, c1c, c3, heat_quantization, sum_channels
 from .rules import RatioSplit, SymmetricSplit
@@ -88,7 +88,7 @@ def _parameters(name):
 
 
 def parse_options(text, options):
-    '''Parse options ``key=value,…`` of a method, where values are numbers or words.'''
+    '''Parse options ``key=value,…`` of a method, where values are numbers, words, or true and false.'''
     parsed = {}
     for part in filter(None, options.split(',')):
         key, sign, value = part.partition('=')
@@ -97,7 +97,7 @@ def parse_options(text, options):
         try:
             parsed[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            parsed[key] = value
+            parsed[key] = {'true': True, 'false': False}.get(value.lower(), value)
     return parsed
 
 
@@ -288,7 +288,7 @@ class Method:
             Output, relevance, and what it started from.
         '''
         is_gradient = self.entry.composite is None
-        attr_output, found = self._start(classifier, target, 'one' if is_gradient else value, contrast)
+        attr_output, found = self._start(classifier, input, target, 'one' if is_gradient else value, contrast)
         # Zennit 1.0.0 does not restore a model completely after merging batch normalization
         model = copy.deepcopy(classifier.model) if self.splitting == 'zennit' else classifier.model
         composite = self.composite(classifier)
@@ -309,35 +309,39 @@ class Method:
         '''Get a :py:class:`~zennit_resnet.conservation.Ledger` and the targets, see :py:meth:`attribute`.'''
         is_plain = value is None and self.contrast is contrast is None
         value = 'logit' if is_plain or self.entry.composite is None else value
-        attr_output, found = self._start(classifier, target, value, contrast)
+        attr_output, found = self._start(classifier, input, target, value, contrast)
         ledger = conservation_ledger(classifier.model, input, self.composite(classifier), attr_output)
         return ledger, found['targets']
 
-    def _start(self, classifier, target, value, contrast):
+    def _start(self, classifier, input, target, value, contrast):
         '''The relevance at the output as a function of it, and a dict which all that it decides is put into.'''
         contrast = contrast if self.contrast is None else self.contrast
+        composite = self.composite(classifier)
+        is_known = composite is None or isinstance(composite, (ResNetLRP, RelativeLRP, BlockLRP))
+        turns = None if is_known else turns_sign(composite, classifier.model, input)
         found = {}
 
         def attr_output(output):
             targets = output.argmax(1) if target is None else torch.as_tensor(target).expand(len(output))
-            divides = self._divides(classifier, output) if self.entry.composite is not None else False
+            divides = composite is not None and divides_by_output(output)
+            divides = turns if divides is None else divides
             chosen = self.initial or value or ('logit' if divides else 'one')
+            is_turned = (chosen == 'logit') != divides
+            if contrast is not None and is_turned and chosen != 'softmax':
+                raise ValueError(
+                    f'{self.text} started from {chosen!r} would mix up the signs of a contrast: start from '
+                    f'{"logit" if divides else "one"!r}, or leave the value out'
+                )
             found['targets'], found['value'] = targets.tolist(), chosen
             found['start'] = initial_relevance(
                 targets, chosen, contrast=contrast, contrast_weight=self.contrast_weight
             )(output)
             # started from one where the rule divides by the logit, or the other way round, maps have its sign
-            is_turned = contrast is None and (chosen == 'logit') != divides
-            signs = output.detach().gather(1, targets.to(output.device)[:, None])[:, 0].sign() if is_turned else None
-            found['signs'] = [1] * len(output) if signs is None else [int(sign) or 1 for sign in signs.tolist()]
+            signs = output.detach().gather(1, targets.to(output.device)[:, None])[:, 0].sign().tolist()
+            found['signs'] = [int(sign) or 1 if is_turned and contrast is None else 1 for sign in signs]
             return found['start']
 
         return attr_output, found
-
-    def _divides(self, classifier, output):
-        '''Whether the rule of the last layer divides relevance by the logit, so that relevance has the sign of it.'''
-        known = divides_by_output(output)
-        return turns_sign(self.composite(classifier), classifier.model) if known is None else known
 
     def heatmap(self, relevance, sign=1, smooth=0.):
         '''Get the heatmap to draw, and notes of what is unusual about it.
@@ -396,27 +400,37 @@ class Attributed(NamedTuple):
     signs: list
 
 
-def turns_sign(composite, model):
+def turns_sign(composite, model, input):
     '''Whether the rule of a network's last layer gives the opposite sign to contributions to a negative output.
 
     So do rules that divide by the output, such as LRP-epsilon, if relevance starts from one. It is tried on a layer of
-    two weights.
+    two weights. The last layer is that which is called last.
     '''
-    context, rule = {}, None
+    called, context, rules = [], {}, {}
+    handles = [
+        module.register_forward_hook(lambda module, args, output: called.append(module))
+        for module in model.modules() if isinstance(module, (torch.nn.Linear, Convolution))
+    ]
+    try:
+        with torch.no_grad():
+            model(input[:1])
+    finally:
+        for handle in handles:
+            handle.remove()
     for name, module in model.named_modules():
-        found = composite.module_map(context, name, module)
-        if isinstance(module, (torch.nn.Linear, Convolution)):
-            rule = found
+        rules[module] = composite.module_map(context, name, module)
+    rule = rules.get(called[-1]) if called else None
     if rule is None:
         return False
-    layer = torch.nn.Linear(2, 1, bias=False)
+    # without random weights
+    layer = torch.nn.Linear(2, 1, bias=False, device='meta').to_empty(device='cpu')
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[1., -3.]]))
     handles = rule.register(layer)
     try:
         with torch.enable_grad():
-            input = torch.ones(1, 2, requires_grad=True)
-            relevance, = torch.autograd.grad(layer(input).sum(), input)
+            trial = torch.ones(1, 2, requires_grad=True)
+            relevance, = torch.autograd.grad(layer(trial).sum(), trial)
     finally:
         handles.remove()
     return bool((relevance * layer.weight < 0).all())

@@ -34,6 +34,29 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+class Unfollowed(ValueError):
+    '''A preprocessing that moves pixels in a way that is not undone.'''
+
+
+def _fit_line(values, chosen):
+    '''The values that a line has at the ends of an array, or None if what is chosen is on no line that rises.'''
+    positions = np.arange(len(values)) + 0.5
+    if chosen.sum() < 2:
+        return None
+    first, last = np.flatnonzero(chosen)[[0, -1]]
+    quarter = (last - first) // 4
+    # what is reflected in padding is at the ends
+    kept = chosen & (positions > first + quarter) & (positions < last - quarter + 1)
+    kept = kept if kept.sum() > 1 else chosen
+    for _ in range(4):
+        slope, start = np.polyfit(positions[kept], values[kept], 1)
+        near = chosen & (np.abs(start + slope * positions - values) < 0.012)
+        if near.sum() < 2:
+            return None
+        kept = near
+    return (start, start + slope * len(values)) if slope > 0 and kept.sum() > 0.4 * chosen.sum() else None
+
+
 class Classifier(NamedTuple):
     '''A trained network, and what is necessary to use it on photographs.
 
@@ -79,27 +102,36 @@ class Classifier(NamedTuple):
         Raises
         ------
         ValueError
-            If the preprocessing does more than to resize, crop and pad, such as to mirror or rotate images.
+            If the preprocessing does more than to resize, crop and pad, such as to mirror or rotate images, or
+            normalizes by another mean and standard deviation than the classifier's.
         '''
         width, height = size
         # brightness tells the position, so that any preprocessing can be followed
-        across, down = ((np.arange(side) + 0.5) / side * 255 for side in size)
-        ramps = np.stack([*np.meshgrid(across, down), np.zeros((height, width))], -1).round().astype(np.uint8)
-        seen = (self.transform(Image.fromarray(ramps)) * self.std + self.mean)[:2].double().numpy()
+        ramps = np.zeros((height, width, 3), dtype=np.uint8)
+        ramps[..., 0] = ((np.arange(width) + 0.5) / width * 255).round()
+        ramps[..., 1] = ((np.arange(height) + 0.5) / height * 255).round()[:, None]
+        seen, black, white = (
+            (self.transform(Image.fromarray(picture)) * self.std + self.mean)[:2].double().numpy()
+            for picture in (ramps, np.zeros_like(ramps), np.full_like(ramps, 255))
+        )
+        # what is padded is the same in both
+        shown = white > black + 0.1
+        levels = [float(np.median(values[shown])) if shown.any() else 0. for values in (black, white)]
+        if np.abs(np.subtract(levels, (0, 1))).max() > 0.02:
+            raise ValueError(
+                f'the preprocessing makes black {levels[0]:.3g} and white {levels[1]:.3g}, not 0 and 1, once mean and std '
+                'are undone: give those that it has'
+            )
         ends = []
-        for values, axis, side in zip(seen, (0, 1), size):
+        for values, valid, axis, side in zip(seen, shown, (0, 1), size):
             # what is padded is not in the middle
             middle = np.take(values, range(3 * values.shape[axis] // 8, 5 * values.shape[axis] // 8 + 1), axis)
-            line = np.median(middle, axis)
-            positions = np.arange(len(line)) + 0.5
-            # the two ends are mixed with what is padded
-            steps = np.diff(line, prepend=line[0], append=line[-1])
-            inside = (line > 0.02) & (line < 0.98) & (np.minimum(steps[:-1], steps[1:]) >= 0)
-            if inside.sum() < 2 or np.abs(middle - np.expand_dims(line, axis)).mean() > 0.02:
-                raise ValueError('the preprocessing does more than to resize, crop and pad')
-            slope, start = np.polyfit(positions[inside], line[inside], 1)
-            pair = np.array([start, start + slope * len(line)]) * side
+            line, valid = np.median(middle, axis), valid.mean(axis) > 0
+            pair = _fit_line(line, valid & (line > 0.02) & (line < 0.98))
+            if pair is None or np.abs(middle - np.expand_dims(line, axis)).mean() > 0.004:
+                raise Unfollowed('the preprocessing does more than to resize, crop and pad')
             # brightness is rounded
+            pair = np.array(pair) * side
             near = np.abs(pair - (0, side)) < 0.004 * side + 0.5
             ends.append(np.where(near, (0, side), pair).tolist())
         return ends[0][0], ends[1][0], ends[0][1], ends[1][1]
@@ -199,7 +231,7 @@ def read_classes(source):
     A ValueError is raised if the file cannot be read or names no class.
     '''
     if not isinstance(source, (str, os.PathLike)):
-        return [' '.join(str(name).split()) for name in source]
+        return _list_classes(source, 'classes')
     try:
         text = Path(source).read_text(encoding='utf-8-sig')
     except (OSError, UnicodeDecodeError) as error:
@@ -208,10 +240,15 @@ def read_classes(source):
         classes = json.loads(text)
     except ValueError:
         classes = text.splitlines()
+    return _list_classes(classes, source)
+
+
+def _list_classes(classes, source):
+    '''Names of classes in a list, or in a dict from indices to names as that of ImageNet.'''
     if isinstance(classes, dict):
-        # as of ImageNet, index to name
-        classes = [classes[key] for key in sorted(classes, key=int)] if all(map(str.isdecimal, classes)) else []
-    if not isinstance(classes, list):
+        numbers = {int(key) if str(key).isdecimal() else -1: name for key, name in classes.items()}
+        classes = [numbers[num] for num in sorted(numbers)] if sorted(numbers) == list(range(len(numbers))) else []
+    if not isinstance(classes, (list, tuple)):
         classes = []
     classes = [' '.join(str(name[-1] if isinstance(name, list) and name else name).split()) for name in classes]
     while classes and not classes[-1]:

@@ -13,6 +13,7 @@ from .._files import check_free
 from .._text import one_line
 from ..canonizers import UnsupportedOperation
 from ..explanation import explain_each, list_images
+from ..explanation.result import Style
 from ..methods import Method
 from ..models import load_classifier
 
@@ -38,7 +39,10 @@ class Session:
         try:
             # a photograph that is named twice is explained once
             self.images = list(dict.fromkeys(path for each in images for path in photographs(each)))
-            self.methods = [Method(text, postprocess, levels or LEVELS) for text in methods]
+            self.images = list({os.path.realpath(path): path for path in reversed(self.images)}.values())[::-1]
+            methods = [Method(text, postprocess, levels or LEVELS) for text in methods]
+            self.methods = list({method.text: method for method in methods}.values())
+            Style(**self.style)
             self.classifier = load_classifier(*(
                 options[key] for key in ('model', 'weights', 'size', 'classes', 'mean', 'std', 'keep_aspect')
             ))
@@ -46,7 +50,7 @@ class Session:
             self.contrast = options['contrast']
             if self.contrast is not None and self.contrast not in CONTRASTS:
                 self.contrast = self.classifier.find_class(self.contrast)
-        except (ValueError, OSError) as error:
+        except (ValueError, TypeError, OSError) as error:
             raise click.ClickException(one_line(error)) from error
         device = options['device'] or ('cuda' if torch.cuda.is_available() else 'cpu')
         try:
@@ -76,6 +80,8 @@ class Session:
                 check_free(path, self.overwrite)
             except FileExistsError:
                 taken.append(path)
+            except OSError as error:
+                raise click.ClickException(f'cannot write {path}: {error.strerror or error}') from error
         if taken:
             more = f' and {len(taken) - 1} other files exist' if len(taken) > 1 else ' exists'
             raise click.ClickException(f'{taken[0]}{more} already: choose another --out, or --overwrite')

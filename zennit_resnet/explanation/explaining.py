@@ -9,7 +9,9 @@ import torch
 import torchvision
 
 from .. import __version__
-from ..arguments import check_number
+from .._compat import COMPILED_MODULE
+from ..arguments import check_module, check_number
+from ..attribution import CONTRASTS, as_contrast
 from ..methods import Method
 from ..models import Classifier, as_classifier
 from .photos import list_images, prepare, unique_names
@@ -68,9 +70,17 @@ def explain(
     >>> explanation.heatmap.shape, explanation.relevance.shape
     ((48, 64), (3, 32, 32))
     '''
-    classifier = model if isinstance(model, Classifier) else as_classifier(
-        model, classes, mean, std, size, keep_aspect, transform
-    )
+    if isinstance(model, Classifier):
+        given = {'classes': classes, 'mean': mean, 'std': std, 'size': size, 'transform': transform}
+        given = [name for name, each in given.items() if each is not None] + ['keep_aspect'] * bool(keep_aspect)
+        if given:
+            raise TypeError(f'{", ".join(given)}: a Classifier has its own, leave it out or give the network.')
+        classifier = model
+    else:
+        check_module(model)
+        # as hooks need
+        model = getattr(model, COMPILED_MODULE, model)
+        classifier = as_classifier(model, classes, mean, std, size, keep_aspect, transform)
     items, is_single = list_images(images)
     found = []
     for item, result in explain_each(classifier, items, [Method.of(method)], target, value, contrast, batch_size):
@@ -101,9 +111,17 @@ def explain_each(
         What computes relevance, with the arguments of :py:meth:`Method.attribute` after the method.
     '''
     check_number('batch_size', batch_size, 1)
-    targets = list(target) if isinstance(target, (list, tuple, np.ndarray, torch.Tensor)) else [target] * len(items)
+    target = target.tolist() if isinstance(target, (np.ndarray, torch.Tensor)) else target
+    targets = list(target) if isinstance(target, (list, tuple)) else [target] * len(items)
     if len(targets) != len(items):
         raise ValueError(f'there are {len(targets)} targets for {len(items)} images')
+    if isinstance(contrast, str) and contrast not in CONTRASTS:
+        contrast = with_names(classifier, None).find_class(contrast)
+    contrast = as_contrast(contrast)
+    is_each = isinstance(contrast, torch.Tensor) and contrast.ndim == 2
+    if is_each and len(contrast) != len(items):
+        raise ValueError(f'there are {len(contrast)} contrasts for {len(items)} images')
+    places = {}
     names = unique_names([item if isinstance(item, (str, os.PathLike)) else 'image' for item in items])
     settings = describe_settings(classifier)
     for start in range(0, len(items), batch_size):
@@ -111,14 +129,16 @@ def explain_each(
         results, groups = {}, {}
         for num in chunk:
             try:
-                photo, input, box = prepare(classifier, items[num])
+                photo, input, box = prepare(classifier, items[num], places)
                 groups.setdefault(tuple(input.shape), []).append((num, photo, input, box))
             except (FileNotFoundError, ValueError) as error:
                 results[num] = error
         for group in groups.values():
+            nums = [num for num, *_ in group]
             results.update(_explain_batch(
-                classifier, group, methods, [targets[num] for num, *_ in group], value, contrast, attribute,
-                [(names[num], items[num], settings) for num, *_ in group],
+                classifier, group, methods, [targets[num] for num in nums], value,
+                contrast[nums] if is_each else contrast, attribute,
+                [(names[num], items[num], settings) for num in nums],
             ))
         for num in chunk:
             yield items[num], results[num]
@@ -127,13 +147,12 @@ def explain_each(
 def _explain_batch(classifier, group, methods, targets, value, contrast, attribute, origins):
     '''Explanations, or an error, of images of the same shape by their numbers.'''
     # pylint: disable=too-many-arguments
-    device = next((tensor.device for tensor in classifier.model.parameters()), None)
-    input = torch.stack([each[2] for each in group]).to(device)
+    weight = next((tensor for tensor in classifier.model.parameters() if tensor.is_floating_point()), torch.zeros(()))
+    input = torch.stack([each[2] for each in group]).to(weight.device, weight.dtype)
     with _evaluating(classifier.model), torch.inference_mode(False), torch.enable_grad():
         # tensors of inference mode have no gradients
         input = input.clone()
-        with torch.no_grad():
-            output = classifier.model(input)
+        output = _forward(classifier.model, input)
         if not isinstance(output, torch.Tensor) or output.ndim != 2:
             found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
             raise ValueError(
@@ -159,15 +178,34 @@ def _explain_batch(classifier, group, methods, targets, value, contrast, attribu
         found = []
         for method in methods:
             result = computed[method.attribution]
-            relevance = result.relevance[place].float().cpu()
+            logits, relevance = (
+                each[place].cpu().to(torch.promote_types(each.dtype, torch.float32)).numpy()
+                for each in (result.output, result.relevance)
+            )
             found.append(Explanation(
-                relevance.numpy(), result.output[place].float().cpu().numpy(), index[place], classifier.classes, photo,
-                box, method, result.initial[place], result.sinks[place], result.value, contrast, result.signs[place],
+                relevance, logits, index[place], classifier.classes, photo,
+                box, method, result.initial[place], result.sinks[place], result.value,
+                contrast[place] if getattr(contrast, 'ndim', 1) == 2 else contrast, result.signs[place],
                 name, source, settings,
-            ) if relevance.isfinite().all() else None)
+            ) if np.isfinite(relevance).all() else None)
         is_lost = not any(found)
         results[num] = ValueError(f'the relevance by {methods[0].text} is not finite') if is_lost else found
     return results
+
+
+def _forward(model, input):
+    '''The output of a network, or a ValueError that tells why it has none.'''
+    try:
+        with torch.no_grad():
+            return model(input)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f'the network cannot process an input of shape {tuple(input.shape)}: {reason}. Some take squares of one '
+            'size only, see size and keep_aspect (--size, --keep-aspect)'
+        ) from error
 
 
 def _find(classifier, target):
@@ -182,11 +220,13 @@ def _find(classifier, target):
 def with_names(classifier, number):
     '''A classifier with a name for each of a number of classes.'''
     classes = classifier.classes
+    if classes is None and number is None:
+        raise ValueError('classes have no names here: name them, or give an index')
     if classes is None and number == 1000:
         classes = torchvision.models.ResNet50_Weights.DEFAULT.meta['categories']
     if classes is None:
         classes = [f'class {num}' for num in range(number)]
-    if len(classes) != number:
+    if number is not None and len(classes) != number:
         raise ValueError(f'there are {len(classes)} names of classes, but {number} outputs')
     return classifier._replace(classes=list(classes))
 
@@ -195,6 +235,8 @@ def describe_settings(classifier):
     '''Network, preprocessing, hash of the weights and versions, as a dict for JSON.'''
     digest = hashlib.sha256()
     for name, tensor in sorted(classifier.model.state_dict().items()):
+        if not isinstance(tensor, torch.Tensor):
+            continue
         digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)};'.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return {

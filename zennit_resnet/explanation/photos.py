@@ -8,6 +8,10 @@ import torch
 from PIL import Image
 
 from ..image import read_image, to_rgb
+from ..models import Unfollowed
+
+# Bytes of a name
+LONGEST = 150
 
 
 def list_images(images):
@@ -15,8 +19,11 @@ def list_images(images):
     if isinstance(images, (str, os.PathLike)):
         if not os.path.isdir(images):
             return [Path(images)], True
-        known = set(Image.registered_extensions())
-        paths = sorted(path for path in Path(images).iterdir() if path.suffix.lower() in known)
+        known = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
+        paths = sorted(
+            path for path in Path(images).iterdir()
+            if path.suffix.lower() in known and not path.name.startswith('.') and not path.is_dir()
+        )
         if not paths:
             raise ValueError(f'there are no photographs in the folder {images}')
         return paths, False
@@ -32,8 +39,12 @@ def list_images(images):
     return [item for each in images for item in list_images(each)[0]], False
 
 
-def prepare(classifier, item):
-    '''Get photograph, input of the network and the box of what it sees, see :py:class:`Explanation`.'''
+def prepare(classifier, item, places=None):
+    '''Get photograph, input of the network and the box of what it sees, see :py:class:`Explanation`.
+
+    Boxes of photographs of a size are kept in the dict ``places``.
+    '''
+    places = {} if places is None else places
     if isinstance(item, torch.Tensor) and item.is_floating_point():
         if item.ndim != 3 or len(item) != len(classifier.mean) or not item.numel():
             raise ValueError(f'an input is of shape {tuple(item.shape)}, not ({len(classifier.mean)}, height, width)')
@@ -47,8 +58,10 @@ def prepare(classifier, item):
     photo = as_photo(item)
     input = classifier.transform(photo)
     try:
-        box = classifier.place(photo.size)
-    except ValueError:
+        if photo.size not in places:
+            places[photo.size] = classifier.place(photo.size)
+        box = places[photo.size]
+    except Unfollowed:
         # drawn on what the network sees
         photo = Image.fromarray(classifier.photo(input))
         box = (0, 0, *photo.size)
@@ -82,7 +95,8 @@ def unique_names(paths):
     '''Names to write files under, one for each: the stem, with a number where another path has the same.'''
     names, taken = [], set()
     for path in paths:
-        stem, num = Path(path).stem, 1
+        # with a method and an ending, a name must not become too long
+        stem, num = os.fsencode(Path(path).stem)[:LONGEST].decode(errors='ignore') or 'image', 1
         name = stem
         # some file systems do not distinguish upper and lower case
         while name.lower() in taken:

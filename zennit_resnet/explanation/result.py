@@ -17,6 +17,7 @@ from ..arguments import check_choice, check_number
 from ..image import (
     HEATMAP_CMAP,
     OVERLAY_CMAP,
+    check_cmap,
     color_range,
     draw_comparison,
     draw_contours,
@@ -28,6 +29,8 @@ from ..methods import Method
 
 # Bounds of the longer side of a picture in a table, in pixels
 SMALLEST_TILE, LARGEST_TILE = 224, 448
+# Contrasts in captions
+CONTRAST_TEXTS = {'centred': 'others', 'softmax': 'others by probability', 'runner_up': 'the next'}
 # Outlines of noise would cover everything, so that they are of a heatmap smoothed by at least this
 CONTOUR_SMOOTH = 4.
 KINDS = ('heatmap', 'overlay')
@@ -104,6 +107,14 @@ class Explanation:
         '''Name of the class explained.'''
         return self.classes[self.target]
 
+    @property
+    def versus(self):
+        '''What the class is compared with, for captions.'''
+        contrast = self.contrast
+        if isinstance(contrast, torch.Tensor):
+            contrast = ', '.join(self.classes[num] for num in contrast.flatten().tolist())
+        return '' if contrast is None else f' rather than {CONTRAST_TEXTS.get(contrast, contrast)}'
+
     @cached_property
     def probabilities(self):
         '''Softmax of the logits, of shape (classes,).'''
@@ -123,14 +134,27 @@ class Explanation:
     def heatmap(self):
         '''Relevance of each pixel of the photograph, of shape (height, width), 0 outside of what the network sees.
 
-        It is interpolated, and scaled so that it has about the sum of :py:attr:`relevance`.
+        It is interpolated, and scaled so that it has about the sum of :py:attr:`relevance`, without that of padding.
         '''
         return self._place(self._map(0.)[0], self.photo.shape[1::-1])
 
     @property
     def notes(self):
         '''What is unusual about the heatmap.'''
-        return self._map(0.)[1]
+        notes = self._map(0.)[1]
+        seen = float(np.abs(self.heatmap).sum(dtype=np.float64)) / max(float(np.abs(self._map(0.)[0]).sum()), 1e-30)
+        if not self.relevance.any():
+            notes.append('empty, as relevance is zero everywhere')
+        elif seen < 0.95 and self.method.postprocess == 'none' and self._is_padded:
+            notes.append(f'{1 - seen:.0%} of the relevance is on padding, outside of the photograph')
+        if self.value == 'logit' and self.contrast is None and self.sign > 0 and self.output[self.target] < 0:
+            notes.append('the logit is negative: there is more against the class than for it')
+        return notes
+
+    @property
+    def _is_padded(self):
+        left, top, right, bottom = self.box
+        return left < -1 or top < -1 or right > self.photo.shape[1] + 1 or bottom > self.photo.shape[0] + 1
 
     def _map(self, smooth):
         '''The heatmap in the geometry of the network, and notes.'''
@@ -160,7 +184,8 @@ class Explanation:
         style:
             See :py:class:`Explanation`.
         '''
-        style = _Style(**style)
+        style = Style(**style)
+        check_choice('kind', kind, KINDS)
         photo = self.photo if size is None else np.asarray(
             Image.fromarray(self.photo).resize(size, Image.Resampling.LANCZOS)
         )
@@ -169,8 +194,6 @@ class Explanation:
         bound = self.color_range(style) * self._map(0.)[0].size / self._area(photo.shape[1::-1])
         if kind == 'heatmap':
             return draw_heatmap(heatmap, style.percentile, style.cmap or HEATMAP_CMAP, bound)
-        if kind != 'overlay':
-            raise ValueError(f'kind={kind!r} is not one of {", ".join(map(repr, KINDS))}!')
         picture = draw_overlay(photo, heatmap, style.percentile, cmap=style.cmap or OVERLAY_CMAP, bound=bound)
         if style.contours is None:
             return picture
@@ -184,7 +207,7 @@ class Explanation:
 
     def color_range(self, style=None):
         '''End of the color range, in relevance of a pixel of the network's input.'''
-        style = style or _Style()
+        style = style or Style()
         if style.bound is not None:
             return style.bound
         # all levels of a quantized heatmap get their own color
@@ -238,22 +261,20 @@ class Explanation:
         paths = [folder / f'{self.stem}_{ending}' for ending in ENDINGS]
         for path in paths:
             check_free(path, overwrite)
-        # of an earlier explanation
-        paths[-1].unlink(missing_ok=True)
         info = PngImagePlugin.PngInfo()
         for key, entry in self.describe().items():
-            info.add_itxt(key, _encodable(entry if isinstance(entry, str) else json.dumps(entry, ensure_ascii=False)))
+            info.add_itxt(key, _encodable(entry if isinstance(entry, str) else _as_json(entry)))
+        manifest = {**self.describe(), 'style': style, 'files': [path.name for path in paths[:-1]]}
         contents = [Image.fromarray(self.draw(kind, **style)) for kind in KINDS] + [self.figure(**style)]
-        contents += [self.relevance, self.heatmap, {**self.describe(), 'style': style, 'files': [
-            path.name for path in paths[:-1]
-        ]}]
+        contents += [self.relevance, self.heatmap, _encodable(_as_json(manifest, indent=2))]
+        # of an earlier explanation
+        paths[-1].unlink(missing_ok=True)
         for path, content in zip(paths, contents):
             with whole(path, overwrite) as name:
                 if isinstance(content, Image.Image):
                     content.save(name, pnginfo=info)
-                elif isinstance(content, dict):
-                    text = _encodable(json.dumps(content, ensure_ascii=False, indent=2))
-                    Path(name).write_text(f'{text}\n', encoding='utf-8')
+                elif isinstance(content, str):
+                    Path(name).write_text(f'{content}\n', encoding='utf-8')
                 else:
                     np.save(name, content.astype(np.float32))
         return paths
@@ -271,7 +292,7 @@ class Explanation:
                            for num in best],
             'relevance': {
                 'starts from': self.value, 'initial': self.initial,
-                'contrast': contrast.tolist() if isinstance(contrast, torch.Tensor) else contrast,
+                'contrast': contrast,
                 'sum': float(self.relevance.sum(dtype=np.float64)), 'sinks': self.sinks, 'delta': self.delta,
                 'positive is': 'for the class' if self.sign > 0 else 'against the class, and turned in pictures',
             },
@@ -286,8 +307,16 @@ class Explanation:
 
 def _shared_range(explanations, style):
     '''End of the color range of several explanations.'''
-    values = [each._map(style.smooth)[0].ravel() for each in explanations if each is not None]
-    return color_range(np.concatenate(values), style.percentile) if values else None
+    present = [each for each in explanations if each is not None]
+    starts = {each.value for each in present}
+    if len(starts) > 1:
+        raise ValueError(
+            f'scale: relevance of these methods starts from {" and ".join(sorted(starts))}, so they have no color range '
+            'in common: choose \'method\' or \'own\', or a value for all of them'
+        )
+    values = [each._map(style.smooth)[0].ravel() for each in present]
+    percentile = 100 if any(each.method.postprocess == 'quantize' for each in present) else style.percentile
+    return color_range(np.concatenate(values), percentile) if values else None
 
 
 def file_stem(name, method):
@@ -317,7 +346,7 @@ class Explanations(tuple):
 
 
 @dataclass(frozen=True)
-class _Style:
+class Style:
     '''Options of pictures.'''
     percentile: float = 99.5
     smooth: float = 0.
@@ -327,6 +356,7 @@ class _Style:
 
     def __post_init__(self):
         check_number('smooth', self.smooth, 0)
+        check_cmap(self.cmap)
         if self.contours is not None:
             check_number('contours', self.contours, 0, 100)
 
@@ -353,7 +383,7 @@ def draw_table(rows, kinds=('heatmap',), scale='own', titles=None, **style):
     ValueError
         If there is nothing to draw, or an argument is out of range.
     '''
-    found = _Style(**style)
+    found = Style(**style)
     known = [[each for each in row if each is not None] for row in rows]
     if not any(known):
         raise ValueError('There is nothing to draw: each row needs an explanation.')
@@ -380,9 +410,10 @@ def draw_table(rows, kinds=('heatmap',), scale='own', titles=None, **style):
         best = first.prediction
         other = '' if best == first.target else f' (predicted {first.classes[best]} {first.probabilities[best]:.1%})'
         method = f', {first.method.text}' if titles is None and len(row) == 1 else ''
-        captions.append(f'{first.name}: {first.label} {first.probability:.1%}{other}{method}')
+        captions.append(f'{first.name}: {first.label}{first.versus} {first.probability:.1%}{other}{method}')
     if titles is None:
-        titles = [present[0].method.text for present in zip(*rows)] if columns > 1 else ['']
+        titles = [next((each.method.text for each in column if each), '') for column in zip(*rows)]
+        titles = titles if columns > 1 else ['']
     titles = ['photograph'] + [
         ', '.join(filter(None, (title, kind if len(kinds) > 1 else ''))) for title in titles for kind in kinds
     ]
@@ -392,6 +423,14 @@ def draw_table(rows, kinds=('heatmap',), scale='own', titles=None, **style):
         default = HEATMAP_CMAP if kind == 'heatmap' else OVERLAY_CMAP
         legend.append(draw_legend(width, found.cmap or default, bound, kind == 'overlay'))
     return Image.fromarray(draw_comparison([*tiles, legend], titles, [*captions, '']))
+
+
+def _as_json(value, **kwargs):
+    '''JSON, with what it does not know as text.'''
+    def convert(each):
+        return each.tolist() if hasattr(each, 'tolist') else str(each)
+
+    return json.dumps(value, ensure_ascii=False, default=convert, **kwargs)
 
 
 def _encodable(text):
