@@ -13,6 +13,8 @@ from captum_adapters._light import check_choice, positive_integer
 if TYPE_CHECKING:
     from torch import Tensor
 
+__all__ = ["Comparison", "Interval", "bootstrap_interval", "compare", "holm"]
+
 Scores = Union["Tensor", ArrayLike]
 Clusters = Optional[Union["Tensor", Sequence[object], NDArray[np.generic]]]
 

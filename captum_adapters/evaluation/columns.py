@@ -6,18 +6,8 @@ from typing import NamedTuple, Optional
 # Those of `captum_adapters.evaluation.metrics`. Conservation needs relevance before any
 # post-processing, which is measured apart
 METRICS = (
-    "insertion_deletion",
-    "rise",
-    "c3",
-    "accuracy",
-    "cross",
-    "pointing",
-    "distance",
-    "attention",
-    "contrastive",
-    "grid_pointing",
-    "class_sensitivity",
-    "randomization",
+    "insertion_deletion", "rise", "c3", "accuracy", "cross", "pointing", "distance",
+    "attention", "contrastive", "grid_pointing", "class_sensitivity", "randomization",
     "conservation",
 )
 DEFAULT = ("insertion_deletion", "conservation")

@@ -4,15 +4,8 @@ that they start without PyTorch."""
 OWN = ("resnet_lrp_ratio", "resnet_lrp_symmetric", "relative_lrp", "block_lrp")
 # methods of others that only the evaluator has
 OTHERS = (
-    "input_x_gradient",
-    "gradient",
-    "integrated_gradients",
-    "guided_backprop",
-    "captum_lrp",
-    "grad_cam",
-    "score_cam",
-    "rise",
-    "abn",
+    "input_x_gradient", "gradient", "integrated_gradients", "guided_backprop",
+    "captum_lrp", "grad_cam", "score_cam", "rise", "abn",
 )
 # maps that explain nothing
 CONTROLS = ("random", "constant", "gaussian", "sobel")

@@ -1,14 +1,3 @@
-"""Statistics for comparisons of methods on the same examples.
+"""What is in :mod:`captum_adapters.statistics`, which needs no PyTorch."""
 
-They are in :mod:`captum_adapters.statistics`, which needs no PyTorch.
-"""
-
-from captum_adapters.statistics import (
-    Comparison,
-    Interval,
-    bootstrap_interval,
-    compare,
-    holm,
-)
-
-__all__ = ["Comparison", "Interval", "bootstrap_interval", "compare", "holm"]
+from captum_adapters.statistics import *  # noqa: F403

@@ -41,15 +41,8 @@ CURVES = 10
 # :func:`zennit_resnet.image.draw_overlay`, which loads PyTorch
 RELEVANCE = LinearSegmentedColormap.from_list(
     "relevance",
-    [
-        (0, "#00ccff"),
-        (0.25, "#0000ff"),
-        (0.5, "#0000c0"),
-        (0.5, "#c00000"),
-        (0.67, "#ff0000"),
-        (0.83, "#ff8800"),
-        (1, "#ffee00"),
-    ],
+    [(0, "#0cf"), (0.25, "#00f"), (0.5, "#0000c0"), (0.5, "#c00000"), (0.67, "#f00"),
+     (0.83, "#f80"), (1, "#fe0")],
 )
 # Controls are grey
 CONTROL_STYLES = {"random": ":", "constant": "--", "gaussian": "-.", "sobel": "-"}
@@ -248,9 +241,9 @@ def draw_curves(report: "Report") -> dict[str, Picture]:
 
 
 class Tile(NamedTuple):
-    """A heatmap on its picture, of shape (height, width, 3), and the primary score."""
+    """A heatmap on its picture, and the primary score."""
 
-    overlay: np.ndarray
+    overlay: Image.Image
     score: float
 
 
@@ -260,7 +253,7 @@ class Example(NamedTuple):
     sample: str
     place: str  # such as "1 of 24", which is the best
     about: str  # the class that is explained, and what else is known
-    picture: np.ndarray  # of shape (height, width, 3)
+    picture: Image.Image
     tiles: list[Optional[Tile]]  # of each method, `None` if it has none
 
 
@@ -319,7 +312,7 @@ def _make_montage(
     for place in places.astype(int).tolist():
         name = order[place]
         sample = group.samples[name]
-        picture = _read_picture(sample)
+        picture = Image.open(io.BytesIO(sample.picture or b"")).convert("RGB")
         tiles = [
             Tile(_draw_overlay(picture, maps[name]), values[name])
             if name in maps and name in values
@@ -350,39 +343,28 @@ def _about(group: Group, sample: SampleRecord) -> str:
     return about
 
 
-def _read_picture(sample: SampleRecord) -> np.ndarray:
-    """The picture of a sample, of shape (height, width, 3)."""
-    return np.asarray(Image.open(io.BytesIO(sample.picture or b"")).convert("RGB"))
-
-
-def _draw_overlay(picture: np.ndarray, heatmap: np.ndarray) -> np.ndarray:
-    """A heatmap in color on the picture in grey, of shape (height, width, 3)."""
+def _draw_overlay(picture: Image.Image, heatmap: np.ndarray) -> Image.Image:
+    """A heatmap in color on the picture in grey."""
     scaled = Image.fromarray(heatmap.astype(np.float32)).resize(
-        picture.shape[1::-1], Image.Resampling.BILINEAR
+        picture.size, Image.Resampling.BILINEAR
     )
     values = np.asarray(scaled)
     largest = np.percentile(np.abs(values), 99.5) or np.abs(values).max() or 1
     values = (values / largest).clip(-1, 1)
-    opacity = 0.9 * np.abs(values)[..., None]
-    grey = (picture @ np.array([0.299, 0.587, 0.114]))[..., None]
-    color = 255 * RELEVANCE((values + 1) / 2)[..., :3]
-    return np.asarray(((1 - opacity) * grey + opacity * color).round(), np.uint8)
+    opacity = Image.fromarray((230 * np.abs(values)).astype(np.uint8))
+    color = Image.fromarray(RELEVANCE((values + 1) / 2, bytes=True)).convert("RGB")
+    return Image.composite(color, picture.convert("L").convert("RGB"), opacity)
 
 
-def _jpeg(picture: np.ndarray) -> str:
+def _jpeg(picture: Image.Image) -> str:
     """A small photograph as an address."""
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=85)
+    picture.save(buffer, "JPEG", quality=85)
     return _uri(buffer.getvalue(), "jpeg")
 
 
-def draw_montages(montages: Sequence[Montage]) -> list[bytes]:
-    """Montages as PNG: a row for each image, a column for each method."""
-    return [_draw_montage(montage) for montage in montages if montage.examples]
-
-
-def _draw_montage(montage: Montage) -> bytes:
-    """A montage as PNG."""
+def draw_montage(montage: Montage) -> bytes:
+    """A montage as PNG: a row for each image, a column for each method."""
     height, width = len(montage.examples), len(montage.rows) + 1
     canvas = Figure(figsize=(1.7 * width, 1.95 * height + 0.6), layout="constrained")
     panels = canvas.subplots(height, width, squeeze=False)

@@ -378,8 +378,10 @@ class Report(NamedTuple):
             **{name: text.encode(errors="replace") for name, text in texts.items()},
             **{f"curves_{name}.png": curve.data for name, curve in curves.items()},
         }
-        for number, data in enumerate(figures.draw_montages(montages), 1):
-            files["montage.png" if number == 1 else f"montage_{number}.png"] = data
+        for number, montage in enumerate(montages, 1):
+            if montage.examples:
+                name = f"montage_{number}.png" if len(montages) > 1 else "montage.png"
+                files[name] = figures.draw_montage(montage)
         for name, data in files.items():
             (folder / name).write_bytes(data)
         return [folder / name for name in files]
@@ -396,16 +398,12 @@ def _introduce(group: Group) -> list[str]:
         return [f"{network}: no image has a label, so its accuracy is not known."]
     share = f"{right} of {total} images ({100 * right / total:.1f} %)"
     how = (settings.get("labels") or {}).get("matched_by")
-    if how is None:
-        matched = "How labels were matched to its classes was not kept."
-    elif how == "order":
-        matched = (
-            "Labels were matched to its classes by their order, which is a guess: if the"
-            " accuracy is low, the guess may be wrong."
-        )
-    else:
-        matched = f"Labels were matched to its classes by {how}."
-    return [f"{network} classifies {share} as their labels say. {matched}"]
+    matched = f"Labels were matched to its classes by {how}"
+    matched = {
+        None: "How labels were matched to its classes was not kept",
+        "order": f"{matched}, which is a guess: check it if the accuracy is low",
+    }.get(how, matched)
+    return [f"{network} classifies {share} as their labels say. {matched}."]
 
 
 def _cells(row: Row, names: Sequence[str]) -> dict[str, str]:
