@@ -119,8 +119,8 @@ class Classifier(NamedTuple):
         levels = [float(np.median(values[shown])) if shown.any() else 0. for values in (black, white)]
         if np.abs(np.subtract(levels, (0, 1))).max() > 0.02:
             raise ValueError(
-                f'the preprocessing makes black {levels[0]:.3g} and white {levels[1]:.3g}, not 0 and 1, once mean and std '
-                'are undone: give those that it has'
+                f'the preprocessing makes black {levels[0]:.3g} and white {levels[1]:.3g}, not 0 and 1, once mean and '
+                'std are undone: give those that it has'
             )
         ends = []
         for values, valid, axis, side in zip(seen, shown, (0, 1), size):

@@ -348,7 +348,10 @@ def test_empty_postprocess(run, photos, tiny, tmp_path):
     report = read_report(result.stdout)[str(photos[0])]
     assert report['pictures'] == 'post-processed by c3; empty, as c3 leaves nothing'
     result, _ = run('compare', *args, '--methods', 'input_x_gradient,input_x_gradient+c1c')
-    assert result.stdout.splitlines()[1:] == ['  input_x_gradient+c1c: empty, as c1c leaves nothing (all)']
+    assert result.stdout.splitlines()[1:] == [
+        '  input_x_gradient: empty, as relevance is zero everywhere (all)',
+        '  input_x_gradient+c1c: empty, as c1c leaves nothing (all)',
+    ]
 
 
 @pytest.mark.parametrize('method', [
@@ -672,12 +675,35 @@ def test_compare_scales(run, photos, tiny):
     methods = ['resnet_lrp_ratio', 'input_x_gradient']
     found = {}
     for scale in ('own', 'method', 'all'):
-        _, out = run('compare', photos[0], photos[1], '--methods', ','.join(methods), '--scale', scale)
+        args = ['compare', photos[0], photos[1], '--methods', ','.join(methods), '--value', 'logit']
+        _, out = run(*args, '--scale', scale)
         found[scale] = tiles(out, 3)[0][1:]
     # what the largest relevance sets hides the rest
     brightness = {scale: [tile.max(-1).mean() for tile in pictures] for scale, pictures in found.items()}
     assert brightness['all'][0] < 0.7 * brightness['own'][0]
     assert abs(brightness['method'][0] - brightness['own'][0]) < 0.5 * brightness['own'][0]
+    # relevance from one and from a logit is of other units
+    result, _ = run('compare', photos[0], '--methods', ','.join(methods), '--scale', 'all')
+    assert result.exit_code == 2 and 'logit and one' in result.stderr
+
+
+def test_same_twice(run, photos):
+    '''A method or photograph that is named twice is explained once.'''
+    other = photos[0].parent / '..' / photos[0].parent.name / photos[0].name
+    new = photos[0].parent / 'new'
+    result, _ = run('explain', photos[0], other, '--methods', 'block_lrp,block_lrp', '--out', new)
+    assert result.exit_code == 0 and result.stdout.count('written') == 1, result.output
+
+
+@pytest.mark.parametrize('args, value', [
+    (['--cmap', 'rainbow'], 'rainbow'), (['--smooth', 'inf'], 'inf'), (['--mean', '0.5,0.5'], '0.5,0.5'),
+    (['--classes', 'missing.txt'], 'missing.txt'), (['--contrast', 'centred', '--value', 'logit'], "'logit'"),
+])
+def test_errors_in_one_line(run, photos, args, value):
+    '''Options of pictures and networks are checked before anything is computed.'''
+    result, out = run('explain', photos[0], *args)
+    assert result.exit_code == 2 and value in result.stderr and result.stdout == ''
+    assert result.stderr.splitlines()[-1].startswith('Error: ')
 
 
 def test_compare_postprocess(run, photos, tiny):

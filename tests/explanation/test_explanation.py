@@ -13,13 +13,14 @@ from torchvision import transforms
 from torchvision.models import resnet18
 from torchvision.models.vision_transformer import VisionTransformer
 from zennit.attribution import Gradient
+from zennit.cmap import ColorMap
 from zennit.composites import EpsilonPlus
 
 import zennit_resnet
 from zennit_resnet import ResNetLRP, explain, initial_relevance
-from zennit_resnet.explanation import Explanations, draw_table
+from zennit_resnet.explanation import Explanations, draw_table, list_images
 from zennit_resnet.explanation.result import ENDINGS
-from zennit_resnet.image import draw_heatmap, draw_legend
+from zennit_resnet.image import draw_heatmap, draw_legend, draw_overlay
 from zennit_resnet.models import IMAGENET_MEAN, IMAGENET_STD, as_classifier, load_classifier, read_classes
 
 SIZE = 32
@@ -106,6 +107,9 @@ def test_batches_and_shapes(model, photo):
     ([transforms.Resize(32), transforms.CenterCrop(32)], (0, 10, 40, 50)),
     ([transforms.Resize(40), transforms.CenterCrop(32)], (4, 14, 36, 46)),
     ([transforms.Pad((10, 0)), transforms.Resize((32, 32))], (-10, 0, 50, 60)),
+    ([transforms.Pad((10, 0), fill=114), transforms.Resize((32, 32))], (-10, 0, 50, 60)),
+    ([transforms.Pad((10, 0), padding_mode='reflect'), transforms.Resize((32, 32))], (-10, 0, 50, 60)),
+    ([transforms.Pad((10, 0), padding_mode='edge'), transforms.Resize((64, 64))], (-10, 0, 50, 60)),
 ])
 def test_geometry(model, photo, transform, box):
     '''The heatmap is where the network saw the photograph, whatever was done to it, and zero elsewhere.'''
@@ -122,12 +126,35 @@ def test_geometry(model, photo, transform, box):
     assert (found.heatmap[outside] == 0).all()
     assert (found.heatmap[~outside] != 0).mean() > 0.9
     # an isolated pixel of relevance is drawn at its place
-    relevance = np.zeros((3, SIZE, SIZE), dtype=np.float32)
-    relevance[:, 8, 20] = 1
+    side = found.relevance.shape[1]
+    relevance = np.zeros((3, side, side), dtype=np.float32)
+    relevance[:, side // 4, 5 * side // 8] = 1
     moved = type(found)(**{**vars_of(found), 'relevance': relevance})
     y, x = np.unravel_index(moved.heatmap.argmax(), moved.heatmap.shape)
-    assert abs(x + 0.5 - (left + 20.5 / SIZE * (right - left))) <= 1.1
-    assert abs(y + 0.5 - (top + 8.5 / SIZE * (bottom - top))) <= 1.1
+    assert abs(x + 0.5 - (left + (5 * side // 8 + 0.5) / side * (right - left))) <= 1.1
+    assert abs(y + 0.5 - (top + (side // 4 + 0.5) / side * (bottom - top))) <= 1.1
+
+
+def test_padding_is_said(model, photo):
+    '''Relevance outside of the photograph is not in the heatmap, which a note says.'''
+    transform = transforms.Compose([
+        transforms.Pad((40, 0)), transforms.Resize((SIZE, SIZE)), transforms.ToTensor(),
+        transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+    ])
+    found = explain(model, photo, transform=transform)
+    lost = 1 - found.heatmap.sum() / found.relevance.sum()
+    assert lost > 0.1 and any(f'{lost:.0%} of the relevance is on padding' in note for note in found.notes)
+    assert explain(model, photo, size=SIZE).notes == []
+
+
+@pytest.mark.parametrize('normalize', [[], [transforms.Normalize([.5] * 3, [.5] * 3)]])
+def test_other_normalization(model, photo, normalize):
+    '''A transform that normalizes in another way than mean and std say would be drawn wrongly.'''
+    transform = transforms.Compose([transforms.Resize((SIZE, SIZE)), transforms.ToTensor(), *normalize])
+    with pytest.raises(ValueError, match='mean and std'):
+        explain(model, photo, transform=transform)
+    mean, std = ((.5,) * 3, (.5,) * 3) if normalize else ((0,) * 3, (1,) * 3)
+    assert explain(model, photo, transform=transform, mean=mean, std=std).box == (0, 0, 40, 60)
 
 
 def vars_of(explanation):
@@ -179,6 +206,76 @@ def test_composite_as_method(model, photo):
     assert stock.value == 'logit' and stock.stem == 'image_EpsilonPlus'
 
 
+class Late(torch.nn.Module):
+    '''The last layer is not the last one that is registered.'''
+    def __init__(self):
+        super().__init__()
+        self.head, self.trunk = torch.nn.Linear(4, 2), torch.nn.Conv2d(3, 4, 3)
+        self.unused = torch.nn.Conv2d(3, 4, 3)
+
+    def forward(self, input):
+        return self.head(self.trunk(input).relu().mean((2, 3))) - 3
+
+
+@pytest.mark.parametrize('method', ['epsilon_plus', 'epsilon_plus+ratio', 'epsilon_alpha2_beta1', 'lrp_epsilon_1'])
+def test_last_layer(photo, method):
+    '''What relevance starts from depends on the layer that is called last.'''
+    torch.manual_seed(0)
+    model = Late().eval()
+    model.head.bias.data -= 2
+    state = torch.get_rng_state()
+    assert explain(model, photo, method=method, size=SIZE).value == 'logit'
+    # nothing random is drawn
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize('method, value', [
+    ('epsilon_plus', 'one'), ('resnet_lrp_ratio', 'logit'), ('block_lrp', 'one'), ('guided_backprop', 'logit'),
+])
+def test_contrasts_have_a_sign(model, photo, method, value):
+    '''Started from something else, contributions of the target and its rivals would have signs of their logits.'''
+    with pytest.raises(ValueError, match=f'{method}.*{value}'):
+        explain(model, photo, method=method, value=value, contrast=2, target=0, size=SIZE)
+    found = explain(model, photo, method=method, contrast='x', target=0, size=SIZE, classes=['y', 'z', 'x'])
+    assert found.value != value and found.relevance.any() and found.versus == ' rather than x'
+
+
+def test_contrast_of_each(model, photo):
+    '''One row for each image, however they are cut into batches.'''
+    photos, contrast = [photo, photo.rotate(180), photo], torch.tensor([[1], [2], [2]])
+    found = explain(model, photos, 0, contrast=contrast, size=SIZE, batch_size=2)
+    for each, image, rival in zip(found, photos, (1, 2, 2)):
+        alone = explain(model, image, 0, contrast=rival, size=SIZE)
+        np.testing.assert_allclose(each.relevance, alone.relevance, atol=1e-3 * np.abs(alone.relevance).max())
+    with pytest.raises(ValueError, match='2 contrasts for 3'):
+        explain(model, photos, 0, contrast=contrast[:2], size=SIZE)
+    assert 'zero everywhere' in explain(model, photo, 1, contrast=1, size=SIZE).notes[0]
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_precision(photo, dtype):
+    '''Networks of other precision get inputs of it.'''
+    torch.manual_seed(0)
+    model = Late().eval().to(dtype)
+    found = explain(model, photo, size=SIZE)
+    assert found.relevance.dtype == (np.float64 if dtype == torch.float64 else np.float32)
+    assert abs(found.delta) < (1e-12 if dtype == torch.float64 else 0.1)
+
+
+def test_networks_that_cannot(photo):
+    '''A network that does not take the input says so, with what to do.'''
+    torch.manual_seed(0)
+    model = VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=3).eval()
+    with pytest.raises(ValueError, match=r'\(1, 3, 48, 32\).*keep_aspect'):
+        explain(model, photo, size=SIZE, keep_aspect=True)
+    with pytest.raises(ValueError, match=r'\(1, 3, 32, 32\)'):
+        explain(torch.nn.Conv2d(1, 2, 3), photo, size=SIZE)
+    with pytest.raises(TypeError, match='classes'):
+        explain(as_classifier(model), photo, classes=CLASSES)
+    with pytest.raises(TypeError, match='resnet18'):
+        explain('resnet18', photo)
+
+
 def test_sinks_count(photo):
     '''What a class token keeps is no loss.'''
     torch.manual_seed(0)
@@ -207,6 +304,36 @@ def test_save(model, photo, tmp_path):
     text = Image.open(paths[0]).text
     assert text['method'] == manifest['method'] and json.loads(text['target']) == manifest['target']
     assert text['weights sha256'] == manifest['weights sha256']
+
+
+def test_anything_is_saved(model, photo, tmp_path):
+    '''Options of other types do not keep a manifest from being written, long names are cut.'''
+    path = tmp_path / f'{"n" * 225}.png'
+    photo.save(path)
+    found = explain(model, path, size=SIZE, target=0, contrast=np.array([1, 2]))
+    written = found.save(tmp_path / 'out', cmap=ColorMap('00f,fff,f00'), percentile=np.float32(99))
+    manifest = json.loads(written[-1].read_text())
+    assert manifest['relevance']['contrast'] == [1, 2] and manifest['style']['percentile'] == 99
+    assert len(written[-1].name) < 200 and manifest['source'] == str(path)
+
+
+def test_folders(photo, tmp_path):
+    '''What is no photograph by its name is left out.'''
+    for name in ('a.jpg', 'b.PNG'):
+        photo.save(tmp_path / name)
+    for name in ('._a.jpg', 'paper.pdf', 'notes.txt'):
+        (tmp_path / name).write_bytes(b'')
+    (tmp_path / 'folder.jpg').mkdir()
+    assert [path.name for path in list_images(tmp_path)[0]] == ['a.jpg', 'b.PNG']
+
+
+def test_large_pictures():
+    '''They are drawn in strips, as small ones are.'''
+    rng = np.random.default_rng(0)
+    heatmap, photo = rng.standard_normal((1100, 1000)), rng.integers(0, 256, (1100, 1000, 3), dtype=np.uint8)
+    for draw in (lambda *args: draw_heatmap(args[1], bound=2.), lambda *args: draw_overlay(*args, bound=2.)):
+        large, small = draw(photo, heatmap).astype(int), draw(photo[500:520], heatmap[500:520])
+        assert large.shape == photo.shape and np.abs(large[500:520] - small).max() <= 1
 
 
 def test_weights_have_a_hash(model, photo):
@@ -280,8 +407,10 @@ def test_figures(model, photo):
     assert image.format == 'PNG' and image.size == found[0].figure().size
     assert Image.open(io.BytesIO(found._repr_png_())).height > 1.5 * image.height
     other = explain(model, photo, method='input_x_gradient', size=SIZE)
-    table = draw_table([[found[0], other], [found[1], None]], ('heatmap', 'overlay'), 'all')
+    table = draw_table([[None, found[0]], [other, found[1]]], ('heatmap', 'overlay'), 'method')
     assert table.width > 4 * 140
+    with pytest.raises(ValueError, match='logit and one'):
+        draw_table([[found[0], other]], scale='all')
     plain, outlined = (found[0].draw('overlay', contours=percent).astype(int) for percent in (None, 10))
     changed = (plain != outlined).any(-1)
     assert 0.01 < changed.mean() < 0.9
@@ -393,6 +522,7 @@ def test_names_and_normalization(model, tmp_path):
         (tmp_path / 'names').write_text(text)
         found = load_classifier('resnet18', tmp_path / 'net.pt', SIZE, tmp_path / 'names', (0, 0, 0), (1, 1, 1))
         assert found.classes == ['cat', 'dog', 'bird']
+    assert read_classes({1: 'dog', 0: 'cat'}) == ['cat', 'dog']
     assert float(found.transform(Image.new('RGB', (5, 5), 'white')).min()) == 1.
     (tmp_path / 'names').write_text('cat\ndog')
     with pytest.raises(ValueError, match='2 names of classes.*have 3'):

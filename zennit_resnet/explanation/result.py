@@ -143,7 +143,7 @@ class Explanation:
         '''What is unusual about the heatmap.'''
         notes = self._map(0.)[1]
         seen = float(np.abs(self.heatmap).sum(dtype=np.float64)) / max(float(np.abs(self._map(0.)[0]).sum()), 1e-30)
-        if not self.relevance.any():
+        if not self.relevance.any() and not notes:
             notes.append('empty, as relevance is zero everywhere')
         elif seen < 0.95 and self.method.postprocess == 'none' and self._is_padded:
             notes.append(f'{1 - seen:.0%} of the relevance is on padding, outside of the photograph')
@@ -311,8 +311,8 @@ def _shared_range(explanations, style):
     starts = {each.value for each in present}
     if len(starts) > 1:
         raise ValueError(
-            f'scale: relevance of these methods starts from {" and ".join(sorted(starts))}, so they have no color range '
-            'in common: choose \'method\' or \'own\', or a value for all of them'
+            f'scale: relevance of these methods starts from {" and ".join(sorted(starts))}, so they have no color '
+            'range in common: choose \'method\' or \'own\', or a value for all of them'
         )
     values = [each._map(style.smooth)[0].ravel() for each in present]
     percentile = 100 if any(each.method.postprocess == 'quantize' for each in present) else style.percentile
