@@ -81,11 +81,14 @@ def _propagate(ctx, relevance):
     # weights were read then, and folding them once more takes as long as a convolution
     reads_weights = prepared is None or type(ctx.rule).prepare is SinglePass.prepare
     with autocast, ctx.context() if reads_weights else nullcontext():
+        module = ctx.module
+        if ctx.prepared is None:
+            module, stored, relevance = ctx.rule.narrow(module, stored, relevance)
         if prepared is None:
-            prepared = ctx.rule.prepare(ctx.module, stored, relevance.shape)
+            prepared = ctx.rule.prepare(module, stored, relevance.shape)
         if ctx.prepared is not None:
             ctx.prepared[relevance.dtype] = prepared
-        lower = ctx.rule.propagate(ctx.module, prepared, relevance)
+        lower = ctx.rule.propagate(module, prepared, relevance)
     # inputs may have been broadcast to the shape of the output, and the last ones may receive nothing
     lower = [elem if elem is None or elem.shape == shape else elem.sum_to_size(shape)
              for elem, shape in zip(lower, ctx.shapes)]
@@ -163,6 +166,32 @@ class SinglePass(Described, Hook):
             Tensors to keep, and settings that are no tensors.
         '''
         return ()
+
+    def complete(self, module, stored, output):
+        '''Choose what is kept once the layer has run, as the output is known. By default, what was stored.
+
+        Parameters
+        ----------
+        module: :py:obj:`torch.nn.Module`
+            A copy of the layer, with the weights it had when it was called.
+        stored: tuple
+            What :py:meth:`store` returned.
+        output: :py:obj:`torch.Tensor`
+            What the layer returned, which is none of its inputs, and which the network may change in place later.
+
+        Returns
+        -------
+        tuple
+            Tensors to keep, and settings that are no tensors.
+        '''
+        return stored
+
+    def narrow(self, module, stored, relevance):
+        '''Leave out outputs without relevance, before :py:meth:`prepare`. By default, nothing is left out.
+
+        Parameters and returned are the layer, what was stored, and the relevance, as for :py:meth:`propagate`.
+        '''
+        return module, stored, relevance
 
     def prepare(self, module, stored, shape):
         '''Compute what propagating any relevance has in common, see :py:func:`prepared_once`.
@@ -294,10 +323,11 @@ class SinglePass(Described, Hook):
             elif isinstance(module, Operation):
                 # it takes over other settings in the next call
                 module = copy.copy(module)
+            stored = pending.stored if inplace is not None else self.complete(module, pending.stored, first)
             # what the layer has changed in place was counted already
             with nullcontext() if inplace is None else keep_version(first):
                 first = _Propagate.apply(
-                    self, module, pending.used, pending.stored, [first], inplace, *active
+                    self, module, pending.used, stored, [first], inplace, *active
                 )
         # functions such as the maximum along a dimension return tuples with names
         return type(output)((first, *output[1:])) if isinstance(output, tuple) else first

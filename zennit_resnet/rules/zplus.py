@@ -8,14 +8,17 @@ from zennit.core import RemovableHandle, RemovableHandleList, Stabilizer
 from zennit.types import Convolution, ConvolutionTranspose, MaxPool
 
 from .._autograd import is_first, is_non_negative
-from .._compat import has_values
+from .._compat import has_values, version_of
 from .._weights import is_plain
 from ..arguments import as_bound, check_bounds, check_choice, check_inside, check_stabilizer, spread_bound
-from ..layer import NonNegativeMap, Signed, Subsampling
+from ..layer import FullyConnected, NonNegativeMap, Signed, Subsampling
 from . import _linear_maps as maps
 from ._linear_maps import LARGE
 from .base import SinglePass
 from .passing import share_evenly
+
+# Sums of positive contributions that are a smaller part of all are computed by themselves, as differences would round.
+SMALL = 2 ** -6
 
 
 class _Divisor(NamedTuple):
@@ -153,14 +156,42 @@ class ZPlus(SinglePass):
         if first and self.first_layer == 'zbox':
             bounds = [self._bound(name, module, input) for name in ('low', 'high')]
             check_inside(input, *bounds, (self._low.dtype, self._high.dtype))
-        return input, first, is_non_negative(input)
+        return input, first, is_non_negative(input), None
+
+    def complete(self, module, stored, output):
+        '''Keep the output of a fully connected layer, which spares a product of an input of both signs.'''
+        input, first, is_positive, _ = stored
+        is_exact = _is_fully_connected(module) and has_values(output) and output.dtype == input.dtype and (
+            torch.get_float32_matmul_precision() == 'highest'
+        )
+        if is_positive or not is_exact or 'is_last' in vars(module) or first and self.first_layer != 'zplus':
+            return stored
+        return input, first, is_positive, _Output(output.detach(), version_of(output), module.weight)
+
+    def narrow(self, module, stored, relevance):
+        '''Leave out the first units of layers of tokens, which receive nothing: queries and keys of attention.'''
+        if not _is_fully_connected(module) or relevance.ndim < 3 or 'is_last' in vars(module) or not (
+            has_values(relevance)
+        ) or bool(relevance[..., 0].any()):
+            return module, stored, relevance
+        used = relevance.flatten(0, -2).any(0).nonzero()
+        if not len(used):
+            return module, stored, relevance
+        rows = slice(int(used[0]), None)
+        part = FullyConnected()
+        part.set_call(F.linear, module.weight[rows], None if module.bias is None else module.bias[rows])
+        *stored, output = stored
+        if output is not None:
+            output = output.narrow(module, part, rows)
+        return part, (*stored, output), relevance[..., rows]
 
     def prepare(self, module, stored, shape):
         '''Compute the denominators of Eq. (2).'''
-        input, first, is_positive = stored
+        input, first, is_positive, output = stored
         is_winner = isinstance(module, MaxPool) and self.maxpool == 'winner'
         is_epsilon = self.classifier == 'epsilon' and 'is_last' in vars(module)
         variant = self.first_layer if first else 'zplus'
+        denominator = constants = None
         if is_winner:
             pairs = [(input, None)]
         elif is_epsilon:
@@ -169,8 +200,13 @@ class ZPlus(SinglePass):
             # also if an example has NaN, which is none of the others' business
             is_negative = variant == 'zplus' and not is_positive and not (has_values(input) and bool(input.amin() >= 0))
             pairs = self._contributions(module, input, variant, is_negative)
-        outputs, transposes = zip(*(self._map(module, *pair, shape[2:]) for pair in pairs))
-        denominator, constants = sum(outputs[1:], outputs[0]), None
+            if is_negative and output is not None:
+                denominator = output.positive(module, input)
+        if denominator is None:
+            outputs, transposes = zip(*(self._map(module, *pair, shape[2:]) for pair in pairs))
+            denominator = sum(outputs[1:], outputs[0])
+        else:
+            transposes = [weight.transpose for _, weight in pairs]
         if is_epsilon:
             constants = self._constants(module, denominator)
             denominator = denominator + constants
@@ -294,7 +330,7 @@ class ZPlus(SinglePass):
 
     def _map(self, module, input, weight, shape):
         '''The output of :py:meth:`_linear`, and the transposed linear map as a function.'''
-        if isinstance(module, torch.nn.Linear) and not isinstance(module, Signed):
+        if _is_fully_connected(module):
             return weight.map(input), weight.transpose
         if isinstance(module, Convolution):
             if self.projection == 'literal' or not maps.is_sparse(module):
@@ -328,7 +364,7 @@ class ZPlus(SinglePass):
 
     def _spread(self, module, input, relevance):
         '''Share the relevance of dead units evenly over their inputs.'''
-        if isinstance(module, torch.nn.Linear) and not isinstance(module, Signed):
+        if _is_fully_connected(module):
             return relevance.sum(-1, keepdim=True) / input.shape[-1]
         ones, weight, shape, in_channels = torch.ones_like(input), None, relevance.shape[2:], 1
         if isinstance(module, Convolution):
@@ -355,6 +391,32 @@ class ZPlus(SinglePass):
         return relevance if stride is None else maps.smooth(relevance, stride)
 
 
+class _Output(NamedTuple):
+    '''Output of a fully connected layer, with its version and the weight that the layer had.'''
+    values: torch.Tensor
+    version: int
+    weight: torch.Tensor
+
+    def narrow(self, module, part, rows):
+        '''The same for a part of the layer with some of its units.'''
+        weight = part.weight if module.weight is self.weight else self.weight
+        # the version of a view is that of the whole
+        return _Output(self.values[..., rows], self.version, weight)
+
+    def positive(self, module, input):
+        '''Sums of the positive contributions (w h)+ = (|w h| + w h) / 2, None if these would not be exact.'''
+        weight = module.weight
+        if weight is not self.weight or weight.dtype != input.dtype or version_of(self.values) != self.version:
+            # normalization was folded into it, relevance is of another type, or the network has changed the output
+            return None
+        total = _Rows(weight.detach(), torch.abs).map(input.abs())
+        positive, limit = total + self.values, total
+        if module.bias is not None:
+            positive -= module.bias
+            limit += module.bias.abs()
+        return positive.div_(2) if bool((positive > SMALL * limit).all()) else None
+
+
 class _Rows:
     '''Part of the weight of a fully connected layer, computed for some outputs at a time: it may take most memory.'''
     def __init__(self, weight, part):
@@ -375,6 +437,10 @@ class _Rows:
         for part, weight in zip(parts[1:], self.weights[1:]):
             lower += part @ self.part(weight)
         return lower
+
+
+def _is_fully_connected(module):
+    return isinstance(module, torch.nn.Linear) and not isinstance(module, Signed)
 
 
 def _is_plain_convolution(module):
