@@ -1,5 +1,4 @@
 '''Attention: functions that compute weights from two signals, and values that are weighted.'''
-import functools
 import math
 
 import torch
@@ -7,7 +6,6 @@ import torch
 from .._compat import body_of, project, softmax_dim
 from ..layer import NonNegativeMap, Softmax
 from .functions import FunctionCall, with_values, write_out
-from .products import fully_connected
 
 
 def softmax(canonizer, call, function):
@@ -27,26 +25,18 @@ def multi_head(canonizer, call, function):
     # of weights that are returned as well, it is seen that they come from a softmax
     is_value = canonizer.attention == 'value' and not function.kwargs.get('need_weights', True)
     with canonizer.interception:
-        names = {'_in_projection_packed': functools.partial(_project, canonizer, call)} if is_value else {}
-        return body_of(function.func, **names)(*function.args, **function.kwargs)
+        body = body_of(function.func, _in_projection_packed=_project) if is_value else body_of(function.func)
+        return body(*function.args, **function.kwargs)
 
 
-def _project(canonizer, call, query, key, value, weight, bias=None):
+def _project(query, key, value, weight, bias=None):
     '''Queries and keys as constants, and values, which spares the rule two thirds of the layer.'''
     if not value.requires_grad:
         return project(query, key, value, weight, bias)
     with torch.no_grad():
         query, key, exact = project(query, key, value, weight, bias)
-    rows, known = slice(2 * len(weight) // 3, None), [exact]
-
-    def linear(*args):
-        # rules of Zennit need a graph
-        return known.pop() if known and not torch.is_grad_enabled() else torch.nn.functional.linear(*args)
-
-    projected = fully_connected(
-        canonizer, call, 'linear', value, linear, weight[rows], None if bias is None else bias[rows]
-    )
-    known.clear()
+    rows = slice(2 * len(weight) // 3, None)
+    projected = torch.nn.functional.linear(value, weight[rows], None if bias is None else bias[rows])
     return query, key, with_values(projected, exact)
 
 

@@ -81,14 +81,12 @@ def _propagate(ctx, relevance):
     # weights were read then, and folding them once more takes as long as a convolution
     reads_weights = prepared is None or type(ctx.rule).prepare is SinglePass.prepare
     with autocast, ctx.context() if reads_weights else nullcontext():
-        module = ctx.module
         if ctx.prepared is None:
-            module, stored, relevance = ctx.rule.narrow(module, stored, relevance)
-        if prepared is None:
-            prepared = ctx.rule.prepare(module, stored, relevance.shape)
-        if ctx.prepared is not None:
-            ctx.prepared[relevance.dtype] = prepared
-        lower = ctx.rule.propagate(module, prepared, relevance)
+            lower = ctx.rule.distribute(ctx.module, stored, relevance)
+        else:
+            if prepared is None:
+                prepared = ctx.prepared[relevance.dtype] = ctx.rule.prepare(ctx.module, stored, relevance.shape)
+            lower = ctx.rule.propagate(ctx.module, prepared, relevance)
     # inputs may have been broadcast to the shape of the output, and the last ones may receive nothing
     lower = [elem if elem is None or elem.shape == shape else elem.sum_to_size(shape)
              for elem, shape in zip(lower, ctx.shapes)]
@@ -168,30 +166,11 @@ class SinglePass(Described, Hook):
         return ()
 
     def complete(self, module, stored, output):
-        '''Choose what is kept once the layer has run, as the output is known. By default, what was stored.
+        '''Choose what is kept once the output is known, which may change in place later. By default, what was stored.
 
-        Parameters
-        ----------
-        module: :py:obj:`torch.nn.Module`
-            A copy of the layer, with the weights it had when it was called.
-        stored: tuple
-            What :py:meth:`store` returned.
-        output: :py:obj:`torch.Tensor`
-            What the layer returned, which is none of its inputs, and which the network may change in place later.
-
-        Returns
-        -------
-        tuple
-            Tensors to keep, and settings that are no tensors.
+        Arguments are a copy of the layer, what :py:meth:`store` returned, and the output, which is none of the inputs.
         '''
         return stored
-
-    def narrow(self, module, stored, relevance):
-        '''Leave out outputs without relevance, before :py:meth:`prepare`. By default, nothing is left out.
-
-        Parameters and returned are the layer, what was stored, and the relevance, as for :py:meth:`propagate`.
-        '''
-        return module, stored, relevance
 
     def prepare(self, module, stored, shape):
         '''Compute what propagating any relevance has in common, see :py:func:`prepared_once`.
@@ -212,6 +191,10 @@ class SinglePass(Described, Hook):
             default, what was stored.
         '''
         return stored
+
+    def distribute(self, module, stored, relevance):
+        '''Prepare and propagate a single relevance, for which a rule may need less than for several.'''
+        return self.propagate(module, self.prepare(module, stored, relevance.shape), relevance)
 
     def propagate(self, module, stored, relevance):
         '''Distribute the relevance of the layer's output over its inputs.

@@ -168,22 +168,18 @@ class ZPlus(SinglePass):
             return stored
         return input, first, is_positive, _Output(output.detach(), version_of(output), module.weight)
 
-    def narrow(self, module, stored, relevance):
-        '''Leave out the first units of layers of tokens, which receive nothing: queries and keys of attention.'''
-        if not _is_fully_connected(module) or relevance.ndim < 3 or 'is_last' in vars(module) or not (
+    def distribute(self, module, stored, relevance):
+        '''Leave out the first units of layers of tokens if these receive nothing, as queries and keys of attention.'''
+        if relevance.ndim > 2 and _is_fully_connected(module) and 'is_last' not in vars(module) and (
             has_values(relevance)
-        ) or bool(relevance[..., 0].any()):
-            return module, stored, relevance
-        used = relevance.flatten(0, -2).any(0).nonzero()
-        if not len(used):
-            return module, stored, relevance
-        rows = slice(int(used[0]), None)
-        part = FullyConnected()
-        part.set_call(F.linear, module.weight[rows], None if module.bias is None else module.bias[rows])
-        *stored, output = stored
-        if output is not None:
-            output = output.narrow(module, part, rows)
-        return part, (*stored, output), relevance[..., rows]
+        ) and not bool(relevance[..., 0].any()):
+            used, (*stored, output) = relevance.flatten(0, -2).any(0), stored
+            rows, whole, module = slice(int(used.byte().argmax()), None), module, FullyConnected()
+            module.set_call(F.linear, whole.weight[rows], None if whole.bias is None else whole.bias[rows])
+            if output is not None and output.weight is whole.weight:
+                output = output._replace(values=output.values[..., rows], weight=module.weight)
+            stored, relevance = (*stored, output), relevance[..., rows]
+        return super().distribute(module, stored, relevance)
 
     def prepare(self, module, stored, shape):
         '''Compute the denominators of Eq. (2).'''
@@ -396,12 +392,6 @@ class _Output(NamedTuple):
     values: torch.Tensor
     version: int
     weight: torch.Tensor
-
-    def narrow(self, module, part, rows):
-        '''The same for a part of the layer with some of its units.'''
-        weight = part.weight if module.weight is self.weight else self.weight
-        # the version of a view is that of the whole
-        return _Output(self.values[..., rows], self.version, weight)
 
     def positive(self, module, input):
         '''Sums of the positive contributions (w h)+ = (|w h| + w h) / 2, None if these would not be exact.'''
