@@ -159,12 +159,13 @@ class ZPlus(SinglePass):
         return input, first, is_non_negative(input), None
 
     def complete(self, module, stored, output):
-        '''Keep the output of a fully connected layer, which spares a product of an input of both signs.'''
+        '''Keep the output of a layer without windows, which spares a product of an input of both signs.'''
         input, first, is_positive, _ = stored
-        is_exact = _is_fully_connected(module) and has_values(output) and output.dtype == input.dtype and (
-            torch.get_float32_matmul_precision() == 'highest'
+        is_dense = _is_fully_connected(module) and has_values(output) or _is_plain_convolution(module) and (
+            maps.is_pointwise(module, module.weight, output)
         )
-        if is_positive or not is_exact or 'is_last' in vars(module) or first and self.first_layer != 'zplus':
+        is_exact = output.dtype == input.dtype and torch.get_float32_matmul_precision() == 'highest'
+        if is_positive or not (is_dense and is_exact) or first and self.first_layer != 'zplus':
             return stored
         return input, first, is_positive, _Output(output.detach(), version_of(output), module.weight)
 
@@ -202,7 +203,11 @@ class ZPlus(SinglePass):
             outputs, transposes = zip(*(self._map(module, *pair, shape[2:]) for pair in pairs))
             denominator = sum(outputs[1:], outputs[0])
         else:
-            transposes = [weight.transpose for _, weight in pairs]
+            transposes = [
+                weight.transpose if isinstance(weight, _Rows) else functools.partial(
+                    maps.convolve_transposed, module, elem, weight
+                ) for elem, weight in pairs
+            ]
         if is_epsilon:
             constants = self._constants(module, denominator)
             denominator = denominator + constants
@@ -388,7 +393,7 @@ class ZPlus(SinglePass):
 
 
 class _Output(NamedTuple):
-    '''Output of a fully connected layer, with its version and the weight that the layer had.'''
+    '''Output of a fully connected layer or convolution, with its version and the weight that the layer had.'''
     values: torch.Tensor
     version: int
     weight: torch.Tensor
@@ -399,11 +404,15 @@ class _Output(NamedTuple):
         if weight is not self.weight or weight.dtype != input.dtype or version_of(self.values) != self.version:
             # normalization was folded into it, relevance is of another type, or the network has changed the output
             return None
-        total = _Rows(weight.detach(), torch.abs).map(input.abs())
+        if _is_fully_connected(module):
+            total, bias = _Rows(weight.detach(), torch.abs).map(input.abs()), module.bias
+        else:
+            total = maps.convolve(module, input.abs(), weight.detach().abs(), self.values.shape[2:])
+            bias = None if module.bias is None else module.bias.view(-1, *(1,) * (input.ndim - 2))
         positive, limit = total + self.values, total
-        if module.bias is not None:
-            positive -= module.bias
-            limit += module.bias.abs()
+        if bias is not None:
+            positive -= bias
+            limit += bias.abs()
         return positive.div_(2) if bool((positive > SMALL * limit).all()) else None
 
 
