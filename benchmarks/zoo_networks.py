@@ -277,6 +277,7 @@ def transformers():
         'MobileViTV2': {}, 'Cvt': dict(embed_dim=[16, 24, 32], num_heads=[1, 1, 2], depth=[1, 2, 3]),
         'Levit': {}, 'SwiftFormer': {}, 'Swin': dict(embed_dim=12, depths=[1, 1]), 'ViT': dict(
             hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32),
+        'DeiT': dict(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32),
         'Segformer': dict(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 2, 2]),
         'HGNetV2': {}, 'DINOv3ConvNext': dict(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1]), 'TextNet': {},
         'Data2VecVision': dict(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32),

@@ -23,3 +23,14 @@ def test_operations(name):
     assert flops['gradient'] > 0
     assert ratios['ratio'] <= 1.55 and ratios['symmetric'] <= 1.55
     assert ratios['relative'] <= 1.001 and ratios['block'] <= 1.001
+
+
+@pytest.mark.parametrize('name, size', [('vit_b_16', 224), ('swin_t', 64)])
+def test_operations_of_transformers(name, size):
+    '''Layers whose input has both signs need four products where a gradient needs two.'''
+    model, flops = build_torchvision(name).eval(), []
+    for composite in (None, ResNetLRP()):
+        with Counter() as counter, Gradient(model=model, composite=composite) as attributor:
+            attributor(torch.randn(1, 3, size, size), initial_relevance(0))
+        flops.append(counter.flops)
+    assert 0 < flops[1] <= 1.9 * flops[0]

@@ -1,7 +1,7 @@
 """Whether attributions conserve relevance."""
 
 import math
-from typing import Any, Union
+from typing import Any, Mapping, Union
 
 import torch
 from numpy.typing import NDArray
@@ -13,13 +13,15 @@ from captum_adapters._validation import Maps, as_argument, double_dtype, to_tens
 def conservation_gap(
     attributions: Maps,
     initial: Union[int, float, Tensor, NDArray[Any]],
+    sinks: Union[None, Tensor, NDArray[Any], Mapping[str, Tensor]] = None,
 ) -> Tensor:
     r"""How much relevance is gained or lost on the way, relative to what there was.
 
     .. math::
-        \frac{\sum_i R_i - \sum_k R_k}{\sum_k |R_k|}
+        \frac{\sum_i R_i + \sum_s R_s - \sum_k R_k}{\sum_k |R_k|}
 
-    with the attributions :math:`R_i` and the initial relevance :math:`R_k` of outputs.
+    with the attributions :math:`R_i`, what sinks keep :math:`R_s`, and the initial
+    relevance :math:`R_k` of outputs.
     Zero is exact conservation (Otsuki et al., section 3.2), -1 a complete loss.
 
     Args:
@@ -29,13 +31,18 @@ def conservation_gap(
         initial (int, float, Tensor or numpy.ndarray): Relevance at the output, for
                 instance the target's logit: a tensor of shape (batch,), or (batch,
                 ...) for several outputs, or a number for all.
+        sinks (Tensor, numpy.ndarray or dict of str to Tensor, optional): What class
+                tokens and other constants keep, as the composite's ``sinks`` after the
+                attribution, or their sum: tensors of shape (batch,). By default, it
+                counts as lost.
 
     Returns:
         Tensor: Relative gap of shape (batch,), in double precision. NaN if the initial
         relevance is zero.
 
     Raises:
-        ValueError: If the batch sizes differ or are zero.
+        ValueError: If the batch sizes differ or are zero, or ``sinks`` have another
+                shape.
         TypeError: If an argument is neither a tensor nor an array of numbers.
 
     Examples::
@@ -66,4 +73,13 @@ def conservation_gap(
     total = sum(
         part.detach().to(device, dtype).reshape(batch, -1).sum(1) for part in parts
     )
+    named: Mapping[str, Any] = {} if sinks is None else {"sinks": sinks}
+    for name, kept in (sinks if isinstance(sinks, Mapping) else named).items():
+        kept = torch.as_tensor(as_argument(kept, "sinks"), dtype=dtype, device=device)
+        if kept.shape != (batch,):
+            raise ValueError(
+                f"sinks must be of shape ({batch},), one number for each example, but "
+                f"{name!r} has shape {tuple(kept.shape)}."
+            )
+        total = total + kept.detach()
     return torch.where(scale == 0, math.nan, (total - start) / scale)

@@ -261,7 +261,7 @@ class ConservationGapMetric(_PerExample[Tensor]):
 
     def update(
         self, sample_ids: SampleIds, attributions: TensorOrTuple,
-        initial: Union[int, float, Tensor],
+        initial: Union[int, float, Tensor], sinks: Any = None,
     ) -> None:
         """Add a batch: identities of shape (batch,), and arguments of the function."""
-        self._append(sample_ids, attributions, initial)
+        self._append(sample_ids, attributions, initial, sinks)

@@ -193,6 +193,33 @@ def test_share_of_an_embedding(function, sign):
             assert not composite.sinks
 
 
+@pytest.mark.parametrize('fill, name', [
+    (lambda h, mask, token: torch.where(mask, token, h), '0.token'),
+    (lambda h, mask, token: h.masked_scatter(mask, token.expand_as(h)), '0.token'),
+    (lambda h, mask, token: h.masked_fill(mask, .7), 'masked_fill in 0'),
+    (lambda h, mask, token: h.masked_fill(mask, 0.), None),
+])
+def test_mask_tokens(fill, name):
+    '''What is put in the place of tokens keeps its part, but zeros.'''
+    class Masked(nn.Module):
+        '''Every third token is another.'''
+        def __init__(self):
+            super().__init__()
+            self.token = nn.Parameter(torch.rand(1, 1, 4).double() + .5)
+
+        def forward(self, x):
+            '''All tokens.'''
+            return fill(x.relu(), (torch.arange(6) % 3 == 0)[None, :, None], self.token)
+
+    model = nn.Sequential(Masked(), nn.Linear(4, 3).double(), nn.ReLU())
+    x = torch.randn(2, 6, 4).double().requires_grad_()
+    composite, start = ResNetLRP(), torch.rand(2, 6, 3).double()
+    with composite.context(model):
+        lower, = torch.autograd.grad(model(x), x, start)
+    assert list(composite.sinks) == ([] if name is None else [name])
+    assert torch.allclose(lower.sum((1, 2)) + composite.sinks.get(name, 0.), start.sum((1, 2)))
+
+
 def test_several_backward_passes():
     '''Sinks are those of the last backward pass.'''
     model, x = prepare('vit')

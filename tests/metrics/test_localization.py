@@ -387,6 +387,13 @@ def test_conservation_gap():
     assert conservation_gap(ones, torch.tensor([30000.])).item() == 0
     with pytest.raises(ValueError, match=r'\(7, 2\).*\(3,\)'):
         conservation_gap(attributions, initial[:3])
+    # what constants keep is not lost
+    kept = torch.tensor([0., 0., 3., -3., 3., 1., -6.])
+    for sinks in (kept, kept.numpy(), {'token': kept / 4, 'position': kept * 3 / 4}):
+        assert conservation_gap(attributions, initial, sinks).tolist() == [0, 0, 0, 0, 0, nan, 0]
+    assert conservation_gap(attributions, initial, {}).tolist() == [0, 0, -1, 1, -1, nan, 2]
+    with pytest.raises(ValueError, match=r'token.*\(3,\)'):
+        conservation_gap(attributions, initial, {'token': kept[:3]})
     with pytest.raises(ValueError, match='no examples'):
         conservation_gap(torch.zeros(0, 3), 1)
     arrays = attributions.numpy()

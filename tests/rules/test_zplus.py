@@ -63,6 +63,41 @@ def test_zplus_linear_dimensions(shape):
     assert_close(lower, expected.view(shape))
 
 
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize('case', ['as it is', 'queries', 'negative', 'changed'])
+def test_zplus_tokens(monkeypatch, case, dtype, tolerance):
+    '''Of tokens of both signs, one product gives the denominators, unless it would be inexact or is outdated.'''
+    module, input = torch.nn.Linear(40, 30).to(dtype), make_input((5, 6, 40), 'signed', dtype)
+    relevance, products, linear = torch.rand(5, 6, 30, dtype=dtype), [], F.linear
+    if case == 'queries':
+        relevance[..., :20] = 0
+    if case == 'negative':
+        # units with a thousandth of positive contributions, with none at all, and behind a large bias
+        module.weight.data[:3] = -.1 * input[0, 0].sign()
+        module.weight.data[0, 0] *= -1e-3 / input[0, 0, 0].abs()
+        module.bias.data[3] = 1e6
+    network = torch.nn.Sequential(module, torch.nn.ReLU(inplace=True)) if case == 'changed' else module
+
+    def spy(input, weight, bias=None):
+        products.extend([len(weight)] if bias is None else [])
+        return linear(input, weight, bias)
+
+    leaf, rule = input.clone().requires_grad_(), ZPlus()
+    handles = rule.register(module)
+    output = network(leaf)
+    monkeypatch.setattr(zplus.F, 'linear', spy)
+    if case == 'changed':
+        output = output.clone()
+        relevance = relevance * (output > 0)
+    lower, = torch.autograd.grad(output, leaf, relevance)
+    handles.remove()
+    sizes = {'as it is': [30], 'queries': [10], 'negative': [30] * 3, 'changed': [30] * 2}[case]
+    assert products == sizes
+    module, input, relevance = module.double(), input.double().view(-1, 40), relevance.double().view(-1, 30)
+    expected = naive_zplus(module, input, relevance).view(5, 6, 40)
+    assert torch.allclose(lower.double(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize('sign', ['positive', 'signed'])
 @pytest.mark.parametrize('name', ['linear', *CONVOLUTIONS, 'transposed 2d'])
 def test_zplus_zennit(name, sign):

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from .._compat import has_values, version_of
 from ..layer import Addition, Filling, NonNegativeMap, Reduction
+from . import sinks
 from .functions import FunctionCall, dims_of, kept, out_of_place, with_values, write_out
 from .products import run_first
 
@@ -33,7 +34,9 @@ def _accumulate(canonizer, call, function):
 
 @out_of_place
 def _fill(canonizer, call, function):
-    return canonizer.run(call, Filling, function, examples=None)
+    output = canonizer.run(call, Filling, function, examples=None)
+    sinks.watch_filling(canonizer, call, function, output)
+    return output
 
 
 def copy(canonizer, call, function):
@@ -54,7 +57,7 @@ def assign(canonizer, call, function):
         return output
 
     placed = FunctionCall(changed, function.name, (target, value), {}, function.active)
-    target.copy_(canonizer.run(call, Filling, placed.put(target, kept(target)), examples=None))
+    target.copy_(_fill(canonizer, call, placed.put(target, kept(target))))
 
 
 def unfold(canonizer, call, function):

@@ -2,7 +2,7 @@
 import torch
 
 from .._autograd import sequence_of
-from .._compat import DisableTorchFunction, backward_pass, base_of
+from .._compat import DisableTorchFunction, backward_pass, base_of, has_values
 
 
 class Sinks(dict):
@@ -54,6 +54,20 @@ def watch_constants(canonizer, call, function, output, tensors):
             ))
 
     canonizer.sinks.watch(_name(canonizer, call, function, constants[0]), output, canonizer.local.batch, select=select)
+
+
+def watch_filling(canonizer, call, function, output):
+    '''Note what constants keep among which elements were put. Those of zero keep nothing, see :py:class:`.Refill`.'''
+    signal, = function.active
+    with torch.no_grad(), DisableTorchFunction():
+        again = function.rebind()
+        zeros = again(torch.zeros_like(signal))
+        keeps = (zeros != 0) & zeros.isfinite() & (again(torch.ones_like(signal)) == zeros)
+        if not output.requires_grad or has_values(keeps) and not bool(keeps.any()):
+            return
+    constant = next((elem for elem in function.tensors() if elem is not signal), signal)
+    name = _name(canonizer, call, function, constant)
+    canonizer.sinks.watch(name, output, canonizer.local.batch, select=lambda relevance: relevance.where(keeps, 0.))
 
 
 def watch_addition(canonizer, call, function, signal, constant, output):

@@ -194,7 +194,7 @@ def convolve_transposed(module, input, weight, output):
         # an output padding beyond the stride, which a dilation allows, has further positions
         return lower[(..., *(slice(length) for length in input.shape[2:]))]
 
-    if _is_pointwise(module, weight, output):
+    if is_pointwise(module, weight, output):
         # the product itself is faster
         return (weight.flatten(1).T @ output.flatten(2)).view(input.shape)
     pads = _pads(module, weight)
@@ -206,7 +206,7 @@ def convolve_transposed(module, input, weight, output):
     return crop(_gradient(output, padded, weight, stride, (0,) * num, dilation, module.groups))
 
 
-def _is_pointwise(module, weight, output):
+def is_pointwise(module, weight, output):
     '''Whether a convolution is a product of matrices for each example.'''
     num = weight.ndim - 2
     sizes = (*weight.shape[2:], *as_tuple(module.stride, num), module.groups)

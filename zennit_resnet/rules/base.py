@@ -81,11 +81,12 @@ def _propagate(ctx, relevance):
     # weights were read then, and folding them once more takes as long as a convolution
     reads_weights = prepared is None or type(ctx.rule).prepare is SinglePass.prepare
     with autocast, ctx.context() if reads_weights else nullcontext():
-        if prepared is None:
-            prepared = ctx.rule.prepare(ctx.module, stored, relevance.shape)
-        if ctx.prepared is not None:
-            ctx.prepared[relevance.dtype] = prepared
-        lower = ctx.rule.propagate(ctx.module, prepared, relevance)
+        if ctx.prepared is None:
+            lower = ctx.rule.distribute(ctx.module, stored, relevance)
+        else:
+            if prepared is None:
+                prepared = ctx.prepared[relevance.dtype] = ctx.rule.prepare(ctx.module, stored, relevance.shape)
+            lower = ctx.rule.propagate(ctx.module, prepared, relevance)
     # inputs may have been broadcast to the shape of the output, and the last ones may receive nothing
     lower = [elem if elem is None or elem.shape == shape else elem.sum_to_size(shape)
              for elem, shape in zip(lower, ctx.shapes)]
@@ -164,6 +165,13 @@ class SinglePass(Described, Hook):
         '''
         return ()
 
+    def complete(self, module, stored, output):
+        '''Choose what is kept once the output is known, which may change in place later. By default, what was stored.
+
+        Arguments are a copy of the layer, what :py:meth:`store` returned, and the output, which is none of the inputs.
+        '''
+        return stored
+
     def prepare(self, module, stored, shape):
         '''Compute what propagating any relevance has in common, see :py:func:`prepared_once`.
 
@@ -183,6 +191,10 @@ class SinglePass(Described, Hook):
             default, what was stored.
         '''
         return stored
+
+    def distribute(self, module, stored, relevance):
+        '''Prepare and propagate a single relevance, for which a rule may need less than for several.'''
+        return self.propagate(module, self.prepare(module, stored, relevance.shape), relevance)
 
     def propagate(self, module, stored, relevance):
         '''Distribute the relevance of the layer's output over its inputs.
@@ -294,10 +306,11 @@ class SinglePass(Described, Hook):
             elif isinstance(module, Operation):
                 # it takes over other settings in the next call
                 module = copy.copy(module)
+            stored = pending.stored if inplace is not None else self.complete(module, pending.stored, first)
             # what the layer has changed in place was counted already
             with nullcontext() if inplace is None else keep_version(first):
                 first = _Propagate.apply(
-                    self, module, pending.used, pending.stored, [first], inplace, *active
+                    self, module, pending.used, stored, [first], inplace, *active
                 )
         # functions such as the maximum along a dimension return tuples with names
         return type(output)((first, *output[1:])) if isinstance(output, tuple) else first

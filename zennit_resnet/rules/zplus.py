@@ -8,14 +8,17 @@ from zennit.core import RemovableHandle, RemovableHandleList, Stabilizer
 from zennit.types import Convolution, ConvolutionTranspose, MaxPool
 
 from .._autograd import is_first, is_non_negative
-from .._compat import has_values
+from .._compat import has_values, version_of
 from .._weights import is_plain
 from ..arguments import as_bound, check_bounds, check_choice, check_inside, check_stabilizer, spread_bound
-from ..layer import NonNegativeMap, Signed, Subsampling
+from ..layer import FullyConnected, NonNegativeMap, Signed, Subsampling
 from . import _linear_maps as maps
 from ._linear_maps import LARGE
 from .base import SinglePass
 from .passing import share_evenly
+
+# Sums of positive contributions that are a smaller part of all are computed by themselves, as differences would round.
+SMALL = 2 ** -6
 
 
 class _Divisor(NamedTuple):
@@ -153,14 +156,39 @@ class ZPlus(SinglePass):
         if first and self.first_layer == 'zbox':
             bounds = [self._bound(name, module, input) for name in ('low', 'high')]
             check_inside(input, *bounds, (self._low.dtype, self._high.dtype))
-        return input, first, is_non_negative(input)
+        return input, first, is_non_negative(input), None
+
+    def complete(self, module, stored, output):
+        '''Keep the output of a layer without windows, which spares a product of an input of both signs.'''
+        input, first, is_positive, _ = stored
+        is_dense = _is_fully_connected(module) and has_values(output) or _is_plain_convolution(module) and (
+            maps.is_pointwise(module, module.weight, output)
+        )
+        is_exact = output.dtype == input.dtype and torch.get_float32_matmul_precision() == 'highest'
+        if is_positive or not (is_dense and is_exact) or first and self.first_layer != 'zplus':
+            return stored
+        return input, first, is_positive, _Output(output.detach(), version_of(output), module.weight)
+
+    def distribute(self, module, stored, relevance):
+        '''Leave out the first units of layers of tokens if these receive nothing, as queries and keys of attention.'''
+        if relevance.ndim > 2 and _is_fully_connected(module) and 'is_last' not in vars(module) and (
+            has_values(relevance)
+        ) and not bool(relevance[..., 0].any()):
+            used, (*stored, output) = relevance.flatten(0, -2).any(0), stored
+            rows, whole, module = slice(int(used.byte().argmax()), None), module, FullyConnected()
+            module.set_call(F.linear, whole.weight[rows], None if whole.bias is None else whole.bias[rows])
+            if output is not None and output.weight is whole.weight:
+                output = output._replace(values=output.values[..., rows], weight=module.weight)
+            stored, relevance = (*stored, output), relevance[..., rows]
+        return super().distribute(module, stored, relevance)
 
     def prepare(self, module, stored, shape):
         '''Compute the denominators of Eq. (2).'''
-        input, first, is_positive = stored
+        input, first, is_positive, output = stored
         is_winner = isinstance(module, MaxPool) and self.maxpool == 'winner'
         is_epsilon = self.classifier == 'epsilon' and 'is_last' in vars(module)
         variant = self.first_layer if first else 'zplus'
+        denominator = constants = None
         if is_winner:
             pairs = [(input, None)]
         elif is_epsilon:
@@ -169,8 +197,17 @@ class ZPlus(SinglePass):
             # also if an example has NaN, which is none of the others' business
             is_negative = variant == 'zplus' and not is_positive and not (has_values(input) and bool(input.amin() >= 0))
             pairs = self._contributions(module, input, variant, is_negative)
-        outputs, transposes = zip(*(self._map(module, *pair, shape[2:]) for pair in pairs))
-        denominator, constants = sum(outputs[1:], outputs[0]), None
+            if is_negative and output is not None:
+                denominator = output.positive(module, input)
+        if denominator is None:
+            outputs, transposes = zip(*(self._map(module, *pair, shape[2:]) for pair in pairs))
+            denominator = sum(outputs[1:], outputs[0])
+        else:
+            transposes = [
+                weight.transpose if isinstance(weight, _Rows) else functools.partial(
+                    maps.convolve_transposed, module, elem, weight
+                ) for elem, weight in pairs
+            ]
         if is_epsilon:
             constants = self._constants(module, denominator)
             denominator = denominator + constants
@@ -294,7 +331,7 @@ class ZPlus(SinglePass):
 
     def _map(self, module, input, weight, shape):
         '''The output of :py:meth:`_linear`, and the transposed linear map as a function.'''
-        if isinstance(module, torch.nn.Linear) and not isinstance(module, Signed):
+        if _is_fully_connected(module):
             return weight.map(input), weight.transpose
         if isinstance(module, Convolution):
             if self.projection == 'literal' or not maps.is_sparse(module):
@@ -328,7 +365,7 @@ class ZPlus(SinglePass):
 
     def _spread(self, module, input, relevance):
         '''Share the relevance of dead units evenly over their inputs.'''
-        if isinstance(module, torch.nn.Linear) and not isinstance(module, Signed):
+        if _is_fully_connected(module):
             return relevance.sum(-1, keepdim=True) / input.shape[-1]
         ones, weight, shape, in_channels = torch.ones_like(input), None, relevance.shape[2:], 1
         if isinstance(module, Convolution):
@@ -355,6 +392,30 @@ class ZPlus(SinglePass):
         return relevance if stride is None else maps.smooth(relevance, stride)
 
 
+class _Output(NamedTuple):
+    '''Output of a fully connected layer or convolution, with its version and the weight that the layer had.'''
+    values: torch.Tensor
+    version: int
+    weight: torch.Tensor
+
+    def positive(self, module, input):
+        '''Sums of the positive contributions (w h)+ = (|w h| + w h) / 2, None if these would not be exact.'''
+        weight = module.weight
+        if weight is not self.weight or weight.dtype != input.dtype or version_of(self.values) != self.version:
+            # normalization was folded into it, relevance is of another type, or the network has changed the output
+            return None
+        if _is_fully_connected(module):
+            total, bias = _Rows(weight.detach(), torch.abs).map(input.abs()), module.bias
+        else:
+            total = maps.convolve(module, input.abs(), weight.detach().abs(), self.values.shape[2:])
+            bias = None if module.bias is None else module.bias.view(-1, *(1,) * (input.ndim - 2))
+        positive, limit = total + self.values, total
+        if bias is not None:
+            positive -= bias
+            limit += bias.abs()
+        return positive.div_(2) if bool((positive > SMALL * limit).all()) else None
+
+
 class _Rows:
     '''Part of the weight of a fully connected layer, computed for some outputs at a time: it may take most memory.'''
     def __init__(self, weight, part):
@@ -375,6 +436,10 @@ class _Rows:
         for part, weight in zip(parts[1:], self.weights[1:]):
             lower += part @ self.part(weight)
         return lower
+
+
+def _is_fully_connected(module):
+    return isinstance(module, torch.nn.Linear) and not isinstance(module, Signed)
 
 
 def _is_plain_convolution(module):
