@@ -1,9 +1,10 @@
-'''Whether traced attributions are the eager ones, for networks of other packages with random weights, in double precision.
+'''Whether traced attributions are the eager ones, for networks of other packages, in double precision.
 
     python benchmarks/traced_networks.py --packages timm --names 'resne*'
 
-Each is traced with one image and compared for another one. Prints the largest difference of relevance relative to its
-largest magnitude, and that of the output. Exit status 1 if any differs, or only one of them raises an error.
+Weights are random. Each is traced with one image and compared for another one. Prints the largest difference of
+relevance relative to its largest magnitude, and that of the output. Exit status 1 if any differs, or only one of them
+raises an error.
 '''
 import argparse
 import fnmatch

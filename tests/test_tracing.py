@@ -142,6 +142,22 @@ def test_weights_of_five_dimensions():
     assert_same(traced, model, ResNetLRP(), input, torch.eye(4)[:1].double())
 
 
+@pytest.mark.parametrize('function', [
+    lambda h: h.view(len(h), -1), lambda h: h.flatten(1), lambda h: F.relu_(h.flatten(1)),
+    lambda h: (h.flatten(1), F.relu_(h))[0],
+])
+@pytest.mark.parametrize('size', [2, 3])
+def test_views(function, size):
+    '''Views need memory formats as they are in the network, and show what is written to the same memory.'''
+    torch.manual_seed(0)
+    model = Function(
+        lambda self, x: self.fc(function(F.adaptive_avg_pool2d(F.max_pool2d(self.conv(x), size, 2), 2))),
+        conv=nn.Conv2d(3, 8, 3, 2, 1), fc=nn.Linear(32, 5),
+    ).double().eval()
+    input = torch.randn(1, 3, 8, 8).double()
+    assert_same(trace(model, ResNetLRP(), torch.rand_like(input)), model, ResNetLRP(), input, torch.eye(5)[:1].double())
+
+
 def test_composites_of_zennit():
     '''Composites of Zennit, also with splitting at additions.'''
     torch.manual_seed(0)

@@ -157,11 +157,15 @@ class TracedAttribution(torch.nn.Module):
         '''Record the graph for an input, with tensors in a memory format.'''
         network, composite, key = self.source
         check_evaluation(network)
-        divides, layout = None, layout or layout_for(input)
-        if any(elem.ndim == 5 for elem in (*network.parameters(), *network.buffers())):
-            # which have no such format
-            layout = torch.contiguous_format
-        network.to(memory_format=layout)
+        if layout is None:
+            layout = layout_for(input)
+            if layout is not torch.contiguous_format:
+                try:
+                    return self.record(input, layout)
+                except (RuntimeError, ValueError):
+                    # views and weights of five dimensions need contiguous memory
+                    layout = torch.contiguous_format
+        divides = None
 
         def attribute(image, start):
             nonlocal divides
@@ -179,7 +183,9 @@ class TracedAttribution(torch.nn.Module):
             return output.detach(), relevance.contiguous(), *kept
 
         with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
-            result = select_output(network(input), key)
+            result = self._run(input, torch.contiguous_format)
+            if layout is not torch.contiguous_format and not _is_close(self._run(input, layout), result):
+                raise RuntimeError('Something is written to a view of what is contiguous otherwise.')
             dtype = torch.promote_types(result.dtype, torch.float32)
             start = torch.linspace(.5, 1.5, result.numel(), dtype=dtype, device=result.device).view(result.shape)
             graph, constants = record(attribute, input.contiguous(), start)
@@ -189,6 +195,18 @@ class TracedAttribution(torch.nn.Module):
         _insert_start(module.graph, divides)
         write_in_place(module)
         return module
+
+
+    def _run(self, input, layout):
+        '''The output of the network in a memory format.'''
+        network, _, key = self.source
+        network.to(memory_format=layout)
+        return select_output(network(input.contiguous(memory_format=layout)), key)
+
+
+def _is_close(one, other):
+    '''Whether outputs are the same but for rounding.'''
+    return torch.allclose(one, other, 0, 1e-3 * float(other.nan_to_num(0, 0, 0).abs().max()), equal_nan=True)
 
 
 def layout_for(input):
