@@ -9,6 +9,7 @@ from helpers.networks import CifarResNet, Function, UserNetwork, build_timm, bui
 from helpers.operations import FUNCTIONS, OTHERS, RELATIVE, RESNET, build, images
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import SwinTransformer, VisionTransformer
 from zennit.attribution import Gradient
 from zennit.composites import EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat
@@ -224,6 +225,28 @@ def test_no_values(label):
         _, relevance = graph(input, start)
     _, expected = eager(model, COMPOSITES[label](), input, start)
     assert torch.allclose(relevance, expected, rtol=1e-7, atol=1e-12)
+
+
+class _CopyGuard(TorchDispatchMode):
+    '''Raises an error where a tensor with dimensions is copied to another device, and this is waited for.'''
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and args[0].ndim and not kwargs.get('non_blocking'):
+            assert args[0].device == result.device, f'copy of {tuple(args[0].shape)}'
+        return result
+
+
+@pytest.mark.parametrize('label', ['symmetric drop', 'relative', 'per_position', 'block'])
+def test_no_copies(label, monkeypatch):
+    '''On another device, which 'meta' stands for, nothing is read and no copy is waited for.'''
+    composite = {**COMPOSITES, 'symmetric drop': lambda: ResNetLRP('symmetric', dead_units='drop')}[label]()
+    # which 'meta' does not have
+    monkeypatch.setattr(torch, 'is_autocast_enabled', lambda *args: False)
+    model, input = network().to('meta'), torch.rand(2, 3, 32, 32, dtype=torch.double, device='meta', requires_grad=True)
+    with _CopyGuard(), composite.context(model):
+        output = model(input)
+        relevance, = torch.autograd.grad(output, input, torch.ones_like(output))
+    assert relevance.device.type == 'meta' and relevance.shape == input.shape
 
 
 def test_initial_relevance():
