@@ -15,6 +15,7 @@ from zennit.attribution import Gradient
 from zennit.composites import EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat
 
 from zennit_resnet import BlockLRP, ResNetLRP, UnsupportedOperation, initial_relevance, with_splitting
+from zennit_resnet.export import export
 from zennit_resnet.tracing import trace
 
 COMPOSITES = {
@@ -263,6 +264,22 @@ def test_initial_relevance():
         traced(input, torch.rand(2, 9).double())
     with pytest.raises(TypeError, match='int'):
         traced(input, 3)
+
+
+def test_rule_dtype():
+    '''Rules in bfloat16 leave the output as it is, and change relevance by its precision.'''
+    model, input, start = network().float(), torch.rand(2, 3, 32, 32), torch.eye(10)[:2]
+    expected = trace(model, ResNetLRP(), input)(input, start)
+    traced = trace(model, ResNetLRP(), input, rule_dtype=torch.bfloat16)
+    output, relevance = traced(input, start)
+    assert torch.equal(output, expected[0]) and relevance.dtype == torch.float32
+    gap = (relevance - expected[1]).abs().sum() / expected[1].abs().sum()
+    assert 1e-6 < gap < 1e-2
+    assert torch.allclose(relevance.sum((1, 2, 3)), torch.ones(2), atol=1e-2)
+    with pytest.raises(ValueError, match='bfloat16'):
+        export(traced, input, 'explain.onnx')
+    with pytest.raises(ValueError, match='float16'):
+        trace(model, ResNetLRP(), input, rule_dtype=torch.float16)
 
 
 class Reading(nn.Module):
