@@ -4,7 +4,10 @@ Each round times everything in turn, such that the machine's drift hits all alik
 to their smallest gradient is printed.
 '''
 import argparse
+import ctypes
+import gc
 import time
+from pathlib import Path
 
 import torch
 import torchvision
@@ -33,12 +36,31 @@ def variants(model, name, input, start, args):
     found = {'gradient': gradient, 'eager': eager}
     traced = trace(model, composite(), input)
     found['traced'] = lambda: traced(input, start)
+    if args.bfloat16:
+        rounded = trace(model, composite(), input, rule_dtype=torch.bfloat16)
+        found['bfloat16'] = lambda: rounded(input, start)
     if args.compile:
         compiled = torch.compile(traced, fullgraph=True, options={'freezing': args.freezing})
         found['compiled'] = lambda: compiled(input, start)
         network = torch.compile(model)
         found['compiled gradient'] = lambda: gradient(network)
     return found
+
+
+def peak(function):
+    '''Largest amount of memory that a call has beyond what there is before it, in MiB, on Linux.'''
+    function()
+    gc.collect()
+    # give back what was freed, and forget the peak so far
+    ctypes.CDLL('libc.so.6').malloc_trim(0)
+    Path('/proc/self/clear_refs').write_text('5')
+    before = _status('VmRSS')
+    function()
+    return (_status('VmHWM') - before) / 1024
+
+
+def _status(key):
+    return int(Path('/proc/self/status').read_text().partition(f'{key}:')[2].split()[0])
 
 
 def main():
@@ -52,6 +74,8 @@ def main():
     parser.add_argument('--rounds', type=int, default=15)
     parser.add_argument('--compile', action='store_true', help='takes minutes')
     parser.add_argument('--freezing', action='store_true', help='have the compiler repack weights')
+    parser.add_argument('--bfloat16', action='store_true', help='also trace with rules in bfloat16')
+    parser.add_argument('--memory', action='store_true', help='print peak memory in place of time')
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
@@ -64,6 +88,10 @@ def main():
                 start = torch.rand_like(model(input))
             for name in args.names:
                 functions = variants(model, name, input, start, args)
+                if args.memory:
+                    cells = [f'{key} {peak(function):.0f} MiB' for key, function in functions.items()]
+                    print(f'{args.model} {batch} x {size} {name}:', ', '.join(cells), flush=True)
+                    continue
                 times = {key: [] for key in functions}
                 for function in functions.values():
                     function()

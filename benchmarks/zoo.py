@@ -233,7 +233,7 @@ def refuse(*args, **kwargs):
     raise OSError('networks of the zoo download nothing')
 
 
-def run_apart(package, name, build, shapes, seconds, memory):
+def run_apart(package, name, build, shapes, seconds, memory, run=run_one):
     '''Run a network in a process of its own.'''
     context = multiprocessing.get_context('fork')
     receiver, sender = context.Pipe(False)
@@ -243,7 +243,7 @@ def run_apart(package, name, build, shapes, seconds, memory):
         limit = int(seconds + used.ru_utime + used.ru_stime) + 1
         resource.setrlimit(resource.RLIMIT_AS, (int(memory * 2 ** 30),) * 2)
         resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
-        sender.send(run_one(package, name, build, shapes))
+        sender.send(run(package, name, build, shapes))
 
     process = context.Process(target=work)
     process.start()

@@ -6,6 +6,7 @@ import importlib.util
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torchvision.models import resnet18
 from zennit.attribution import Gradient
@@ -32,6 +33,7 @@ from zennit_resnet import (
 from zennit_resnet.classic import ClassicLRP
 from zennit_resnet.conservation import conservation_ledger
 from zennit_resnet.postprocess import c1c, c3, heat_quantization
+from zennit_resnet.tracing import trace
 
 DEVICES = ['cpu', pytest.param('cuda', marks=[
     pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU'),
@@ -70,6 +72,32 @@ def test_composites(data, name, device):
         assert results[-1].device.type == place
     assert float(results[0].abs().sum()) > 0
     torch.testing.assert_close(results[1].cpu(), results[0], rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('name', ['ratio', 'symmetric', 'merge', 'relative', 'block'])
+def test_no_synchronization(data, name, device):
+    '''Neither an eager attribution nor a traced one waits for the device, which reading a value would need.'''
+    model, input, target = data
+    model, input, start = model.to(device), input.to(device), F.one_hot(target, 5).to(input).to(device)
+    traced, other = trace(model, COMPOSITES[name](), torch.ones_like(input)), torch.randn_like(input)
+
+    def explain():
+        with Gradient(model=model, composite=COMPOSITES[name]()) as attributor:
+            return attributor(other, start)[1]
+
+    # what happens once, such as copies of constants
+    explain(), traced(other, start)
+    mode = torch.cuda.get_sync_debug_mode() if device == 'cuda' else None
+    try:
+        if device == 'cuda':
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode('error')
+        results = explain(), traced(other, start)[1]
+    finally:
+        if device == 'cuda':
+            torch.cuda.set_sync_debug_mode(mode)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-7, atol=1e-9 * float(results[0].abs().max()))
 
 
 @pytest.mark.parametrize('device', DEVICES)

@@ -9,11 +9,13 @@ from helpers.networks import CifarResNet, Function, UserNetwork, build_timm, bui
 from helpers.operations import FUNCTIONS, OTHERS, RELATIVE, RESNET, build, images
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import SwinTransformer, VisionTransformer
 from zennit.attribution import Gradient
 from zennit.composites import EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat
 
 from zennit_resnet import BlockLRP, ResNetLRP, UnsupportedOperation, initial_relevance, with_splitting
+from zennit_resnet.export import export
 from zennit_resnet.tracing import trace
 
 COMPOSITES = {
@@ -142,6 +144,22 @@ def test_weights_of_five_dimensions():
     assert_same(traced, model, ResNetLRP(), input, torch.eye(4)[:1].double())
 
 
+@pytest.mark.parametrize('function', [
+    lambda h: h.view(len(h), -1), lambda h: h.flatten(1), lambda h: F.relu_(h.flatten(1)),
+    lambda h: (h.flatten(1), F.relu_(h))[0],
+])
+@pytest.mark.parametrize('size', [2, 3])
+def test_views(function, size):
+    '''Views need memory formats as they are in the network, and show what is written to the same memory.'''
+    torch.manual_seed(0)
+    model = Function(
+        lambda self, x: self.fc(function(F.adaptive_avg_pool2d(F.max_pool2d(self.conv(x), size, 2), 2))),
+        conv=nn.Conv2d(3, 8, 3, 2, 1), fc=nn.Linear(32, 5),
+    ).double().eval()
+    input = torch.randn(1, 3, 8, 8).double()
+    assert_same(trace(model, ResNetLRP(), torch.rand_like(input)), model, ResNetLRP(), input, torch.eye(5)[:1].double())
+
+
 def test_composites_of_zennit():
     '''Composites of Zennit, also with splitting at additions.'''
     torch.manual_seed(0)
@@ -210,6 +228,28 @@ def test_no_values(label):
     assert torch.allclose(relevance, expected, rtol=1e-7, atol=1e-12)
 
 
+class _CopyGuard(TorchDispatchMode):
+    '''Raises an error where a tensor with dimensions is copied to another device, and this is waited for.'''
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and args[0].ndim and not kwargs.get('non_blocking'):
+            assert args[0].device == result.device, f'copy of {tuple(args[0].shape)}'
+        return result
+
+
+@pytest.mark.parametrize('label', ['symmetric drop', 'relative', 'per_position', 'block'])
+def test_no_copies(label, monkeypatch):
+    '''On another device, which 'meta' stands for, nothing is read and no copy is waited for.'''
+    composite = {**COMPOSITES, 'symmetric drop': lambda: ResNetLRP('symmetric', dead_units='drop')}[label]()
+    # which 'meta' does not have
+    monkeypatch.setattr(torch, 'is_autocast_enabled', lambda *args: False)
+    model, input = network().to('meta'), torch.rand(2, 3, 32, 32, dtype=torch.double, device='meta', requires_grad=True)
+    with _CopyGuard(), composite.context(model):
+        output = model(input)
+        relevance, = torch.autograd.grad(output, input, torch.ones_like(output))
+    assert relevance.device.type == 'meta' and relevance.shape == input.shape
+
+
 def test_initial_relevance():
     '''What relevance starts from may be a function of the output, which knows what rule the last layer has.'''
     model, input = network(), torch.rand(2, 3, 32, 32).double()
@@ -224,6 +264,22 @@ def test_initial_relevance():
         traced(input, torch.rand(2, 9).double())
     with pytest.raises(TypeError, match='int'):
         traced(input, 3)
+
+
+def test_rule_dtype():
+    '''Rules in bfloat16 leave the output as it is, and change relevance by its precision.'''
+    model, input, start = network().float(), torch.rand(2, 3, 32, 32), torch.eye(10)[:2]
+    expected = trace(model, ResNetLRP(), input)(input, start)
+    traced = trace(model, ResNetLRP(), input, rule_dtype=torch.bfloat16)
+    output, relevance = traced(input, start)
+    assert torch.equal(output, expected[0]) and relevance.dtype == torch.float32
+    gap = (relevance - expected[1]).abs().sum() / expected[1].abs().sum()
+    assert 1e-6 < gap < 1e-2
+    assert torch.allclose(relevance.sum((1, 2, 3)), torch.ones(2), atol=1e-2)
+    with pytest.raises(ValueError, match='bfloat16'):
+        export(traced, input, 'explain.onnx')
+    with pytest.raises(ValueError, match='float16'):
+        trace(model, ResNetLRP(), input, rule_dtype=torch.float16)
 
 
 class Reading(nn.Module):

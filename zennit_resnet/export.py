@@ -93,8 +93,12 @@ def export(
     '''
     # pylint: disable=too-many-arguments
     path = Path(path)
-    check_path(path, overwrite)
     check_rule('traced', traced, TracedAttribution)
+    if path.suffix == '.onnx' and traced.rule_dtype is not None:
+        raise ValueError(
+            f'ONNX Runtime has no convolutions of {traced.rule_dtype} on CPU: trace without rule_dtype, or write .pt2.'
+        )
+    check_path(path, overwrite)
     check_flag('relevance', relevance)
     check_choice('value', value, (None, *VALUES))
     rivals = as_contrast(contrast)

@@ -247,7 +247,9 @@ def count_uses(module, input, output):
 
 def _outer(input, vectors):
     '''Products of one element of each vector, of shape (1, 1, *spatial).'''
-    return functools.reduce(lambda total, elem: total.unsqueeze(-1) * elem.to(input), vectors, input.new_ones((1, 1)))
+    # another device need not be waited for
+    vectors = [elem.to(input, non_blocking=True) for elem in vectors]
+    return functools.reduce(lambda total, elem: total.unsqueeze(-1) * elem, vectors, input.new_ones((1, 1)))
 
 
 def _has_windows(module):

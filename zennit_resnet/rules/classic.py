@@ -65,7 +65,7 @@ class LinearSum(SinglePass):
         '''Keep the addends and their factors.'''
         addends = torch.stack(torch.broadcast_tensors(*inputs), -1)
         factors = module.factors or (1,) * len(inputs)
-        return addends, torch.tensor([factors], dtype=torch.float64, device=addends.device)
+        return addends, torch.tensor([factors], dtype=torch.float64).to(addends.device, non_blocking=True)
 
     def propagate(self, module, stored, relevance):
         '''Let the rule propagate through a linear layer without bias, of which the weights are the factors.'''
