@@ -373,7 +373,7 @@ class ZPlus(SinglePass):
             in_channels = input.shape[1] // module.groups
             relevance = relevance.unflatten(1, (module.groups, -1)).sum(2)
             ones = ones[:, :module.groups]
-            weight = torch.ones(module.groups, 1, *module.weight.shape[2:]).to(relevance)
+            weight = relevance.new_ones(module.groups, 1, *module.weight.shape[2:])
         output, transpose = maps.with_adjoint(lambda leaf: self._linear(module, leaf, weight, shape), ones)
         # places outside of the image read nothing
         is_empty = output == 0
