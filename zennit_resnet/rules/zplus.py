@@ -164,7 +164,10 @@ class ZPlus(SinglePass):
         is_dense = _is_fully_connected(module) and has_values(output) or _is_plain_convolution(module) and (
             maps.is_pointwise(module, module.weight, output)
         )
-        is_exact = output.dtype == input.dtype and torch.get_float32_matmul_precision() == 'highest'
+        # differences of rounded products would be wrong
+        is_exact = output.dtype == input.dtype and output.dtype in (torch.float32, torch.float64) and (
+            torch.get_float32_matmul_precision() == 'highest'
+        )
         if is_positive or not (is_dense and is_exact) or first and self.first_layer != 'zplus':
             return stored
         return input, first, is_positive, _Output(output.detach(), version_of(output), module.weight)
