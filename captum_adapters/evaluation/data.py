@@ -225,6 +225,13 @@ def _match(
                 f"no label is a class of the network, for instance {min(found)!r},"
                 f" where the first class is {classes[0]!r}"
             )
+    missing = [text for text in texts if not found[text][0]]
+    if 0 < len(missing) < len(found):
+        messages.append(
+            f"{len(missing)} of {len(found)} labels are no class of the network"
+            f" ({', '.join(map(repr, missing[:3]))}), and their images are left out: rename"
+            " them, or leave labels out by labels='ignore' (--labels ignore)"
+        )
     return {**numbers, **found}
 
 
@@ -431,7 +438,9 @@ class Images(torch.utils.data.Dataset[Loaded]):
 def _check_boxes(boxes: Sequence[Box], size: tuple[int, int]) -> None:
     """Refuse boxes that are not of this image, but for a pixel by another counting."""
     for box in boxes:
-        what = f"the box {box} is"
+        what = f"the box ({', '.join(f'{number:g}' for number in box)}) is"
+        if box[2] <= box[0] or box[3] <= box[1]:
+            raise ValueError(f"{what} not of left, top, right and bottom")
         if is_relative(box) and max(size) > 1:
             raise ValueError(f"{what} relative, or of one pixel: give pixels from 0 on")
         low, high = min(box[:2]), (box[2] - size[0], box[3] - size[1])

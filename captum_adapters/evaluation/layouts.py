@@ -128,6 +128,12 @@ def _read_csv(root: Path, split: Optional[str], classes: Sequence[str]) -> Listi
             f"{file}: the box {boxed[0].boxes[0]} of {boxed[0].name} and all others are"
             " relative, where pixels of the image as stored are expected"
         )
+    turned = [item for item in boxed if any(_is_turned(box) for box in item.boxes)]
+    if len(turned) > len(boxed) / 2:
+        raise ValueError(
+            f"{file}: the box {turned[0].boxes[0]} of {turned[0].name} and most others are"
+            " not of left, top, right and bottom, as with a width and height in their place"
+        )
     labels = sorted({item.label for item in samples.values() if type(item.label) is str})
     order = labels if all(map(WNID.fullmatch, labels)) else ()
     return Listing(root, list(samples.values()), order, messages=messages)
@@ -176,6 +182,10 @@ def _row_boxes(row: Mapping[str, str]) -> tuple[Box, ...]:
             f"{row['where']}: the box ({', '.join(texts)}) is not four numbers"
         ) from None
     return ((x0, y0, x1, y1),)
+
+
+def _is_turned(box: Box) -> bool:
+    return box[2] <= box[0] or box[3] <= box[1]
 
 
 def is_relative(box: Box) -> bool:

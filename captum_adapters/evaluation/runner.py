@@ -348,7 +348,8 @@ class Loop:
         self._open(write=True)
         batches = range(len(self.batches))
         mine = batches[self.process.rank :: self.process.world]
-        todo = [batch for batch, state in self._look_at_all(mine).items() if state.todo]
+        states = self._look_at_all(mine)
+        todo = [batch for batch, state in states.items() if state.todo]
         if not todo:
             return self._count(map(self._look, batches))
         computation = computation or self.prepare()
@@ -361,18 +362,24 @@ class Loop:
             num_workers=self.evaluation.workers,
             collate_fn=list,
         )
-        with self._bar(sum(len(self.batches[batch]) for batch in todo)) as bar:
+        done = sum(
+            len(self.batches[batch]) * (len(self.methods) - len(state.missing))
+            for batch, state in states.items()
+            if state.known and not state.changed and not state.unread
+        )
+        with self._bar(sum(len(self.batches[batch]) for batch in mine), done) as bar:
             for batch, items in zip(todo, loader):
                 self.process.check()
                 self._evaluate(computation, batch, items, bar)
         return self._count(map(self._look, batches))
 
-    def _bar(self, images: int) -> "tqdm[Any]":
+    def _bar(self, images: int, done: int) -> "tqdm[Any]":
         """Progress bar, or plain lines if there is no terminal."""
         others = f" by 1 of {self.process.world}" if self.process.world > 1 else ""
         terminal = sys.stderr.isatty()
         return (tqdm if terminal else _Lines)(
             total=images * len(self.methods),
+            initial=done,
             unit="map",
             desc=f"maps{others}",
             disable=self.quiet,
@@ -413,7 +420,9 @@ class Loop:
             store.write_samples(batch, samples, stamps)
         heatmaps = numbers[0] < self.evaluation.pictures
         for method in self.methods:
-            if images is not None and (again or not store.has(batch, method.text)):
+            if not again and store.has(batch, method.text):
+                continue
+            if images is not None:
                 self.process.check()
                 records = computation.run_method(method, images, heatmaps)
                 store.write_records(batch, method.text, records)

@@ -151,7 +151,10 @@ def read_settings(folder: Path) -> dict[str, Any]:
             f"{folder} holds no run: give a folder that evaluate --out has written"
         ) from None
     except (OSError, ValueError) as error:
-        raise RunError(f"cannot read {path}: {_reason(error)}") from error
+        raise RunError(
+            f"cannot read {path} ({_reason(error)}): if it is damaged, delete it, and give"
+            " the command of the run again"
+        ) from error
     if not isinstance(settings, dict):
         raise RunError(f"cannot read {path}: it is not written by evaluate")
     records = path.parent / str(settings.get("fingerprint"))

@@ -103,6 +103,10 @@ def _accuracy(
     """Predictions for images that keep only the highest scores."""
     batch, total = len(images), scores[0].numel()
     labels = check_target(target, batch, images.device)
+    if not isinstance(reference, str):
+        raise TypeError(
+            "reference is 'label' or 'prediction': give labels as target, with 'label'."
+        )
     check_choice("reference", reference, ("label", "prediction"))
     if (reference == "label") == (labels is None):
         raise ValueError(

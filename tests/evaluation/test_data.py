@@ -171,7 +171,9 @@ def test_csv(tmp_path):
         f'{absolute},1,,,,,\nc.png,9,,,,,\nd.png,,,,,,\n"e.png",yeti,,,,,\nf.png,tench,,,,,\nf.png,church,,,,,\n'
     ))
     found = read_samples(tmp_path / 'in' / 'list.csv', CLASSES)
-    assert found.layout == 'csv' and found.root == tmp_path / 'in' and found.messages == ()
+    assert found.layout == 'csv' and found.root == tmp_path / 'in'
+    message, = found.messages
+    assert "2 of 5 labels are no class of the network ('9', 'yeti')" in message
     assert labels(found) == {
         '../out/b.png': 1, 'a.png': 2, 'c.png': None, 'd.png': None, 'e.png': None, 'f.png': None
     }
@@ -381,7 +383,7 @@ def test_limit(tmp_path, monkeypatch):
     assert Counter(sample.label for sample in chosen.samples) == {0: 4, 1: 2, 2: 4}
     assert set(chosen.samples) < set(everything.samples)
     assert [sample.name for sample in chosen.samples] == sorted(sample.name for sample in chosen.samples)
-    assert chosen.messages == ('1 of 21 images have a problem, and 10 are drawn from the others',)
+    assert chosen.messages[1:] == ('1 of 21 images have a problem, and 10 are drawn from the others',)
     assert sorted(Counter(
         sample.label for sample in read_samples(tmp_path, CLASSES, limit=4).samples).values()) == [1, 1, 2]
     assert set(read_samples(tmp_path, CLASSES, limit=5).samples) < set(chosen.samples)
@@ -529,7 +531,7 @@ def test_bad_files(tmp_path, monkeypatch):
         assert loaded.note.startswith('the mask is ') and '\n' not in loaded.note
     assert load('good.png', 'gone.png').note == 'the mask is missing'
     assert '5 x 4 pixels, but the image as stored of 4 x 4' in load('good.png', 'mask.png').note
-    assert 'x0 < x1' in load('good.png', boxes=((3, 0, 1, 2),)).note
+    assert '(3, 0, 1, 2) is not of left' in load('good.png', boxes=((3, 0, 1, 2),)).note
     assert load('good.png').note is None and load('good.png').mask is None
 
     def fail(photo):
@@ -566,3 +568,11 @@ def test_loader(tmp_path):
     assert [item[1:] for item in first] == [(None, None, None)] * 2
     assert second[0].image is None and 'yeti' in second[0].problem
     assert isinstance(images.samples[0].path, Path)
+
+
+def test_boxes_of_another_kind(tmp_path):
+    '''Boxes of which most are not of left, top, right and bottom are refused when they are read.'''
+    touch(tmp_path, 'a.png', 'b.png')
+    text = 'image,label,x0,y0,x1,y1\na.png,church,30,20,10,5\nb.png,tench,40,9,12,6\n'
+    with pytest.raises(ValueError, match='width and height'):
+        read_samples(write(tmp_path, 'list.csv', text), CLASSES)

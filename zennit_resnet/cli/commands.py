@@ -81,6 +81,8 @@ def describe(explanation, session, written):
     kept = f', sinks {total["sinks"]:.6g}' if total['sinks'] else ''
     is_defined = total['initial'] and not is_signed
     ratio = f'{(total["sum"] + total["sinks"]) / total["initial"]:.6f}' if is_defined else 'undefined'
+    if explanation.method.name == 'relative_lrp':
+        ratio = 'without a meaning for relative relevance'
     notes = explanation.notes
     if explanation.method.postprocess != 'none':
         notes.insert(0, f'post-processed by {explanation.method.postprocess}')

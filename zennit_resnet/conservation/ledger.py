@@ -190,6 +190,9 @@ class Ledger:
             for num, (cell, width) in enumerate(zip(line, widths))
         ).rstrip() for line in lines]
         text.insert(1, '-' * max(map(len, text)))
+        if only_losses and len(lines) == 1:
+            what = 'block' if blocks else 'layer'
+            text = [f'no {what} loses or gains more than {tolerance:g} of the initial relevance', '']
         title = [f'example {index} of {len(self.initial)}'] if len(self.initial) > 1 else []
         return '\n'.join([*title, *text, text[1], *self._summary(index, tolerance)])
 
