@@ -375,7 +375,9 @@ def _load_local(name, path, size, names, settings):
     kwargs = {}
     if name in AUXILIARY:
         kwargs = {'init_weights': False, 'aux_logits': any(AUXILIARY[name] in key for key in state)}
-    model = get_model(name, weights=None, **kwargs)
+    with torch.device('meta'):
+        # only to see what is in it
+        model = get_model(name, weights=None, **kwargs)
     state = _strip(state, list(model.state_dict()), path)
     last = [key for key, module in model.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))][-1]
     misfit = f'the weights {path} do not fit the model {name}: '
@@ -385,8 +387,7 @@ def _load_local(name, path, size, names, settings):
     n_classes = len(weight)
     if not n_classes:
         raise ValueError(f'{misfit}the last layer\'s {last}.weight is of shape {tuple(weight.shape)}')
-    if n_classes != len(model.get_submodule(last).weight):
-        model = get_model(name, weights=None, num_classes=n_classes, **kwargs)
+    model = get_model(name, weights=None, num_classes=n_classes, **kwargs)
 
     # compared by hand, since load_state_dict lists every single difference
     expected = model.state_dict()

@@ -5,15 +5,16 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Optional, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 from xml.etree import ElementTree
 
 import numpy as np
-import pandas as pd
-import scipy.io
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from zennit_resnet._text import one_line
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Box = tuple[float, float, float, float]
 
@@ -139,8 +140,10 @@ def _read_csv(root: Path, split: Optional[str], classes: Sequence[str]) -> Listi
     return Listing(root, list(samples.values()), order, messages=messages)
 
 
-def _table(file: Path, boxes: bool = False) -> pd.DataFrame:
+def _table(file: Path, boxes: bool = False) -> "pd.DataFrame":
     """A CSV file of texts, with the path of the image as `image`."""
+    import pandas as pd  # slow to load
+
     try:
         with warnings.catch_warnings():
             # rows that are longer than the header
@@ -328,6 +331,8 @@ def _meta(root: Path) -> Optional[dict[int, str]]:
     if file is None:
         return None
     try:
+        import scipy.io
+
         synsets = np.atleast_1d(scipy.io.loadmat(file, squeeze_me=True)["synsets"])
         # what has children is no class, but a group of them
         return {

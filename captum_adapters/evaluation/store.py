@@ -21,12 +21,14 @@ import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import numpy as np
-import pandas as pd
 
 from zennit_resnet._text import one_line
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SETTINGS = "settings.json"
 BATCHES = "batches.json"
@@ -100,8 +102,8 @@ class Run(NamedTuple):
     folder: Path
     settings: dict[str, Any]
     samples: dict[str, SampleRecord]
-    records: pd.DataFrame
-    curves: pd.DataFrame
+    records: "pd.DataFrame"
+    curves: "pd.DataFrame"
     heatmaps: "pd.Series[Any]"
     messages: list[str]
 
@@ -325,6 +327,8 @@ class Store:
                 scores += [each.scores for each in _read_records(path)]
         if not scores:
             return None
+        import pandas as pd
+
         means = pd.DataFrame(scores).mean(numeric_only=True)
         return float(means["seconds"]), float(means["metric_seconds"])
 
@@ -345,6 +349,8 @@ class Store:
 
     def write_records(self, batch: int, method: str, records: Sequence[Record]) -> None:
         """Write the records of a batch by a method. It raises as :meth:`write_samples`."""
+        import pandas as pd
+
         values = pd.DataFrame([each.scores for each in records]).drop(columns="problem")
         arrays: dict[str, Any] = {
             "samples": np.array([each.sample for each in records]),
@@ -536,6 +542,8 @@ def read_run(folder: Path) -> Run:
     # of files that were replaced by what can not be read
     stale = {name for name, sample in samples.items() if sample.problem is not None}
     found = {key: row for key, row in found.items() if key[0] not in stale}
+    import pandas as pd  # a dry run needs none
+
     index = pd.MultiIndex.from_tuples(sorted(found), names=["sample", "method"])
     rows = [found[key] for key in index]
     columns = None if rows else ["problem", "seconds", "metric_seconds"]

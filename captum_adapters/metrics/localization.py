@@ -4,7 +4,6 @@ import math
 from typing import NamedTuple, Optional, Sequence, Union
 
 import torch
-from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from captum_adapters._light import PERCENTS
@@ -210,6 +209,8 @@ def mask_pointing(
 
 def distance_maps(masks: Tensor) -> Tensor:
     """Distance of each pixel to the nearest one of the mask, NaN if that is empty."""
+    from scipy.ndimage import distance_transform_edt  # slow to load
+
     outside = (~masks).cpu().numpy()
     distances = torch.stack(
         [torch.from_numpy(distance_transform_edt(image)) for image in outside]
