@@ -109,7 +109,7 @@ class Explanation:
 
     @property
     def versus(self):
-        '''What the class is compared with, for captions.'''
+        '''What the class is compared with, for captions, unless the name of the method says it.'''
         contrast = self.contrast
         if isinstance(contrast, torch.Tensor):
             contrast = ', '.join(self.classes[num] for num in contrast.flatten().tolist())
@@ -147,7 +147,8 @@ class Explanation:
             notes.append('empty, as relevance is zero everywhere')
         elif seen < 0.95 and self.method.postprocess == 'none' and self._is_padded:
             notes.append(f'{1 - seen:.0%} of the relevance is on padding, outside of the photograph')
-        if self.value == 'logit' and self.contrast is None and self.sign > 0 and self.output[self.target] < 0:
+        is_plain = self.contrast is None and self.method.contrast is None and self.sign > 0
+        if self.value == 'logit' and is_plain and self.output[self.target] < 0:
             notes.append('the logit is negative: there is more against the class than for it')
         return notes
 
