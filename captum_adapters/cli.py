@@ -12,36 +12,13 @@ from captum_adapters.evaluation.config import Evaluation, make_evaluation
 from captum_adapters.evaluation.names import CONTROLS, stands_for
 from captum_adapters.evaluation.presets import PRESETS
 from zennit_resnet import __version__
-from zennit_resnet._choices import split_names
 from zennit_resnet._text import one_line, printable
 from zennit_resnet.cli.group import Commands
+from zennit_resnet.cli.options import Several
 
 # Commands import what they need, so that help is there at once, and reports need no PyTorch
 if TYPE_CHECKING:
     from captum_adapters.evaluation import Run
-
-
-class _Error(click.ClickException):
-    """What a command cannot go on with. As everywhere, 1 is for relevance that is lost."""
-
-    exit_code = 2
-
-
-class _List(click.ParamType):
-    """Names or numbers separated by commas."""
-
-    def __init__(self, kind: Callable[[str], Any]) -> None:
-        self.kind = kind
-        self.name = "numbers" if kind is float else "names"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[Any, ...]:
-        if not isinstance(value, str):
-            return tuple(value)
-        try:
-            found = tuple(self.kind(part) for part in split_names(value))
-        except ValueError:
-            self.fail(f"{value!r} is not made of numbers separated by commas")
-        return found or self.fail(f"there are no {self.name} in {value!r}")
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -65,7 +42,7 @@ def _evaluation_options(command: Callable[..., Any]) -> Callable[..., Any]:
         if item.name in ("preset", "cross"):
             settings["multiple"] = True
         elif isinstance(default, tuple):
-            settings["type"] = _List(kind[0])
+            settings["type"] = Several(kind[0])
         elif choices:
             settings["type"] = click.Choice(choices)
         elif int in (types[item.name], *kind):
@@ -116,9 +93,9 @@ def evaluate_command(dry_run: bool, quiet: bool, **given: Any) -> None:
         evaluation, process = make_evaluation(given), Process.current()
         progress = evaluate(evaluation, process=process, quiet=quiet, dry_run=dry_run)
     except (ValueError, RunError) as error:
-        raise _Error(one_line(error)) from error
+        raise click.ClickException(one_line(error)) from error
     except KeyboardInterrupt:
-        raise _Error(
+        raise click.ClickException(
             "interrupted: records are kept, and the same command goes on"
         ) from None
     left = progress.total - progress.done
@@ -158,7 +135,7 @@ def evaluate_command(dry_run: bool, quiet: bool, **given: Any) -> None:
     help="Methods of a paper's table and its printed figures; may be repeated  [default:"
     " all methods, and the presets of the runs]",
 )
-@click.option("--methods", type=_List(str), help="Methods to report, besides controls.")
+@click.option("--methods", type=Several(str), help="Methods to report, besides controls.")
 @click.option("--baseline", help="Method to compare with  [default: the best baseline]")
 @click.option("--primary", default="id", show_default=True, help="Score to compare by.")
 @click.option(
@@ -208,13 +185,13 @@ def report_command(
         readable = style in ("terminal", "markdown")
         text = report.text(style) if readable else report.table(style)
     except (ValueError, RunError) as error:
-        raise _Error(one_line(error)) from error
+        raise click.ClickException(one_line(error)) from error
     if out is not None:
         try:
             paths = report.write(out)
         except OSError as error:
             reason = error.strerror or error
-            raise _Error(f"cannot write to {out}: {reason}") from error
+            raise click.ClickException(f"cannot write to {out}: {reason}") from error
         for path in paths:
             click.echo(f"written {one_line(path)}", err=True)
     click.echo(printable(text))

@@ -1,4 +1,5 @@
 '''Classifiers for the command line: network, weights, class names and preprocessing in one.'''
+import hashlib
 import json
 import os
 from collections import OrderedDict
@@ -243,6 +244,24 @@ def read_classes(source):
     return _list_classes(classes, source)
 
 
+def default_classes(number):
+    '''Names for a number of classes that nothing else is known of: those of ImageNet for 1000, and else numbers.'''
+    if number == 1000:
+        return get_model_weights(DEFAULT_MODEL).DEFAULT.meta['categories']
+    return [f'class {num}' for num in range(number)]
+
+
+def hash_weights(model):
+    '''SHA-256 of the names, types, shapes and values of all parameters and buffers of a network, in hexadecimal.'''
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        # modules may have an extra state of any type
+        if isinstance(value, torch.Tensor):
+            digest.update(f'{name} {value.dtype} {tuple(value.shape)}'.encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def _list_classes(classes, source):
     '''Names of classes in a list, or in a dict from indices to names as that of ImageNet.'''
     if isinstance(classes, dict):
@@ -414,10 +433,7 @@ def _load_local(name, path, size, names, settings):
         raise ValueError(f'{name} cannot process photographs of {size} x {size}: choose another --size') from error
 
     classes = classes if names is None else names
-    if classes is None and n_classes == 1000:
-        classes = get_model_weights(DEFAULT_MODEL).DEFAULT.meta['categories']
-    if classes is None:
-        classes = [f'class {num}' for num in range(n_classes)]
+    classes = default_classes(n_classes) if classes is None else classes
     return as_classifier(model, _check_classes(classes, n_classes, path), size=size, **settings)
 
 

@@ -205,7 +205,6 @@ class TracedAttribution(torch.nn.Module):
         write_in_place(module)
         return module
 
-
     def _run(self, input, layout):
         '''The output of the network in a memory format.'''
         network, _, key = self.source

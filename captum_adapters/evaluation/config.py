@@ -26,8 +26,6 @@ from captum_adapters.evaluation.names import CONTROLS, LABELS, LAYOUTS
 from captum_adapters.evaluation.presets import find_preset
 
 if TYPE_CHECKING:
-    from torch.nn import Module
-
     from captum_adapters.evaluation.data import Samples
     from zennit_resnet.models import Classifier
 
@@ -295,7 +293,7 @@ def describe(
     """What is written to `settings.json`, with a fingerprint of what determines records."""
     # these load PyTorch, which the options do not need
     from captum_adapters.evaluation.methods import Method
-    from zennit_resnet.models import find_embedded
+    from zennit_resnet.models import find_embedded, hash_weights
 
     given = dataclasses.asdict(evaluation)
     options = {
@@ -312,7 +310,7 @@ def describe(
         "manifest": _hash_manifest(data),
         "samples": len(data.samples),
         "model": evaluation.model or "resnet50",
-        "weights": _hash_state(classifier.model),
+        "weights": hash_weights(classifier.model)[:16],
         "transform": _describe_transform(classifier),
         "methods": list(evaluation.methods),
         "metrics": list(evaluation.metrics),
@@ -391,15 +389,3 @@ def _hash_manifest(data: "Samples") -> str:
         row = (name, label, mask is None, boxes, problem)
         rows.append(f"{row}\n".encode())
     return _hash(*rows)
-
-
-def _hash_state(model: "Module") -> str:
-    """Hash of all weights and buffers of a network."""
-    import torch
-
-    parts: list[Any] = []
-    for name, value in sorted(model.state_dict().items()):
-        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        parts.append(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        parts.append(content.numpy().data)
-    return _hash(*parts)

@@ -242,7 +242,7 @@ def find_entries() -> dict[str, grammar.Entry]:
     return found
 
 
-# values of options that are meant as True and False
+# values of options that are True and False: records have one name, however they are spelled
 SWITCH = re.compile(r"(?<==)(true|false)(?=[,+]|$)", re.IGNORECASE)
 SWITCHES = {"abs", "relu"}
 

@@ -17,24 +17,23 @@ class Tolerance(click.FloatRange):
         return number
 
 
-class Names(click.ParamType):
-    '''Names of methods, or numbers, separated by commas.'''
-    def __init__(self, number=None):
-        self.number, self.name = number, 'names' if number is None else 'numbers'
+class Several(click.ParamType):
+    '''Names or numbers separated by commas, a tuple of them, of some length if a count is given.'''
+    def __init__(self, kind=str, count=None):
+        self.kind, self.count = kind, count
+        self.name = 'names' if kind is str else 'numbers'
 
     def convert(self, value, param, ctx):
         '''Split them.'''
         if not isinstance(value, str):
-            return value
-        if self.number is None:
-            return split_names(value) or self.fail(f'{param.opts[0]} is empty: name at least one', param, ctx)
+            return tuple(value)
         try:
-            found = [float(part) for part in value.split(',')]
+            found = tuple(self.kind(part) for part in split_names(value))
         except ValueError:
-            found = []
-        if len(found) != self.number:
-            self.fail(f'{value!r} is not made of {self.number} numbers, separated by commas', param, ctx)
-        return found
+            self.fail(f'{value!r} is not made of numbers separated by commas', param, ctx)
+        if self.count is not None and len(found) != self.count:
+            self.fail(f'{value!r} is not made of {self.count} {self.name}, separated by commas', param, ctx)
+        return found or self.fail(f'there are no {self.name} in {value!r}', param, ctx)
 
 
 def _list_methods(context, _, is_given):
@@ -70,8 +69,10 @@ NETWORK_OPTIONS = [
         '--size', type=click.IntRange(min=1),
         help='For local weights, photographs are resized to a square of this side.  [default: 224]'
     ),
-    click.option('--mean', type=Names(3), help='Means of red, green and blue, from 0 to 1.  [default: ImageNet\'s]'),
-    click.option('--std', type=Names(3), help='Standard deviations.  [default: ImageNet\'s]'),
+    click.option(
+        '--mean', type=Several(float, 3), help='Means of red, green and blue, from 0 to 1.  [default: ImageNet\'s]'
+    ),
+    click.option('--std', type=Several(float, 3), help='Standard deviations.  [default: ImageNet\'s]'),
 ]
 START_OPTIONS = [
     click.option(
@@ -149,7 +150,7 @@ SPLITTING_OPTION = click.option(
 def methods_option(default):
     '''An option for names of methods.'''
     return click.option(
-        '--method', '--methods', 'methods', type=Names(), default=default, show_default=True, metavar='NAMES',
+        '--method', '--methods', 'methods', type=Several(), default=default, show_default=True, metavar='NAMES',
         help=f'Methods, separated by commas: {METHOD_HELP}'
     )
 

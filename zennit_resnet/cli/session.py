@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from .._choices import CONTRASTS, INPUT_X_GRADIENT, LEVELS, MAX_LEVELS
-from .._files import check_free
+from .._files import check_free, whole
 from .._text import one_line
 from ..canonizers import UnsupportedOperation
 from ..explanation import explain_each, list_images
@@ -38,8 +38,10 @@ class Session:
             postprocess = 'quantize'
         try:
             # a photograph that is named twice is explained once
-            self.images = list(dict.fromkeys(path for each in images for path in photographs(each)))
-            self.images = list({os.path.realpath(path): path for path in reversed(self.images)}.values())[::-1]
+            found = {}
+            for path in (path for each in images for path in photographs(each)):
+                found.setdefault(os.path.realpath(path), path)
+            self.images = list(found.values())
             methods = [Method(text, postprocess, levels or LEVELS) for text in methods]
             self.methods = list({method.text: method for method in methods}.values())
             Style(**self.style)
@@ -155,16 +157,12 @@ def writing(path):
 
 def save_picture(picture, path, overwrite=True):
     '''Save a picture, as PNG if it is too large for another format, and return the path that it was saved to.'''
-    from .._files import whole
-    for other in dict.fromkeys((path, path.with_suffix('.png'))):
-        try:
-            with whole(other, overwrite) as name:
-                picture.save(name)
-            return other
-        except OSError as error:
-            if error.errno is not None or other.suffix == '.png':
-                raise
-        except Exception:  # formats raise anything
-            if other.suffix == '.png':
-                raise
-    return os.fspath(path)
+    try:
+        with whole(path, overwrite) as name:
+            picture.save(name)
+    except Exception as error:  # formats raise anything
+        # of the file system, errors have a number
+        if getattr(error, 'errno', None) is not None or path.suffix == '.png':
+            raise
+        return save_picture(picture, path.with_suffix('.png'), overwrite)
+    return path

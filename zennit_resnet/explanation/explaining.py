@@ -1,19 +1,17 @@
 '''One call from a network and photographs to heatmaps, pictures and files.'''
-import hashlib
 import os
 from contextlib import contextmanager
 from importlib.metadata import version
 
 import numpy as np
 import torch
-import torchvision
 
 from .. import __version__
 from .._compat import COMPILED_MODULE
 from ..arguments import check_module, check_number
 from ..attribution import CONTRASTS, as_contrast
 from ..methods import Method
-from ..models import Classifier, as_classifier
+from ..models import Classifier, as_classifier, default_classes, hash_weights
 from .photos import list_images, prepare, unique_names
 from .result import Explanation, Explanations
 
@@ -222,10 +220,7 @@ def with_names(classifier, number):
     classes = classifier.classes
     if classes is None and number is None:
         raise ValueError('classes have no names here: name them, or give an index')
-    if classes is None and number == 1000:
-        classes = torchvision.models.ResNet50_Weights.DEFAULT.meta['categories']
-    if classes is None:
-        classes = [f'class {num}' for num in range(number)]
+    classes = default_classes(number) if classes is None else classes
     if number is not None and len(classes) != number:
         raise ValueError(f'there are {len(classes)} names of classes, but {number} outputs')
     return classifier._replace(classes=list(classes))
@@ -233,15 +228,9 @@ def with_names(classifier, number):
 
 def describe_settings(classifier):
     '''Network, preprocessing, hash of the weights and versions, as a dict for JSON.'''
-    digest = hashlib.sha256()
-    for name, tensor in sorted(classifier.model.state_dict().items()):
-        if not isinstance(tensor, torch.Tensor):
-            continue
-        digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)};'.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return {
         'network': type(classifier.model).__name__,
-        'weights sha256': digest.hexdigest(),
+        'weights sha256': hash_weights(classifier.model),
         'preprocessing': {
             'mean': [round(number, 6) for number in classifier.mean.flatten().tolist()],
             'std': [round(number, 6) for number in classifier.std.flatten().tolist()],

@@ -141,7 +141,7 @@ class Explanation:
     @property
     def notes(self):
         '''What is unusual about the heatmap.'''
-        notes = self._map(0.)[1]
+        notes = [*self._map(0.)[1]]
         seen = float(np.abs(self.heatmap).sum(dtype=np.float64)) / max(float(np.abs(self._map(0.)[0]).sum()), 1e-30)
         if not self.relevance.any() and not notes:
             notes.append('empty, as relevance is zero everywhere')
@@ -158,8 +158,14 @@ class Explanation:
         return left < -1 or top < -1 or right > self.photo.shape[1] + 1 or bottom > self.photo.shape[0] + 1
 
     def _map(self, smooth):
-        '''The heatmap in the geometry of the network, and notes.'''
-        return self.method.heatmap(self.relevance, self.sign, smooth)
+        '''The heatmap in the geometry of the network, and notes, each computed once.'''
+        if smooth not in self._maps:
+            self._maps[smooth] = self.method.heatmap(self.relevance, self.sign, smooth)
+        return self._maps[smooth]
+
+    @cached_property
+    def _maps(self):
+        return {}
 
     def _place(self, heatmap, size):
         '''Put a heatmap in the geometry of the network into a photograph of a size.'''
