@@ -110,6 +110,13 @@ class Study:
             else:
                 self.explainers[method.text] = method.create(context)
 
+    def counts(self):
+        '''How many items each measure has.'''
+        options = self.options
+        return {
+            'photo': options.images, 'random': options.randomized, 'grid2': options.mosaics, 'grid3': options.mosaics3
+        }
+
     def scores(self, images):
         '''Outputs of the network for the curves, perhaps in lower precision.'''
         images = images.contiguous(memory_format=torch.channels_last)
@@ -172,10 +179,10 @@ class Study:
             }
             yield text, row
 
-    def grid(self, mosaics, questions):
+    def grid(self, mosaics, names, questions):
         '''Share of positive relevance in the own cell, mean of all cells.'''
         targets = mosaics.cells.flatten(1).T
-        for text, maps in self.maps(mosaics.images, targets, names_of(mosaics), questions).items():
+        for text, maps in self.maps(mosaics.images, targets, names, questions).items():
             shares = [grid_pointing(*each).share for each in zip(maps, [mosaics.cells] * len(targets), targets)]
             yield text, {'share': torch.stack(shares).mean(0)}
 
@@ -237,15 +244,15 @@ def in_halves(photos):
     return [[photo for *_, photo in sorted(half, key=lambda elem: elem[:2])] for half in halves]
 
 
-def make_mosaics(halves, results, size, count, options):
+def make_mosaics(halves, results, size, count, options, focus=False):
     '''Mosaics of each half in turn, with a name and the number of the half.'''
     made = []
     for half in halves:
         scores = torch.tensor([results.rows['scores', photo.name, '']['scores'] for photo in half])
         made.append(mosaics(
-            torch.stack([photo.image for photo in half]), [photo.label for photo in half], size,
-            count=math.ceil(count / 2), scores=scores.softmax(1), threshold=options.threshold,
-            rescale=not options.full_size,
+            torch.stack([photo.image if photo.cell is None else photo.cell for photo in half]),
+            [photo.label for photo in half], size, focus=focus, count=math.ceil(count / 2), scores=scores.softmax(1),
+            threshold=options.threshold, rescale=not options.full_size,
         ))
     for num in range(count):
         half, index = num % 2, num // 2
@@ -273,10 +280,12 @@ def tasks_of(study, results):
 
     ordered = [(num % 2, photo.name, photo.image[None])
                for num, photo in enumerate(photo for pair in zip_longest(*halves) for photo in pair if photo)]
-    add('photo', ordered[:options.images], options.images)
-    add('random', ordered[:options.randomized], options.randomized)
-    for size, count in ((2, options.mosaics), (3, options.mosaics3)):
-        add(f'grid{size}', make_mosaics(halves, results, size, count, options) if count else (), count)
+    for measure, count in study.counts().items():
+        if measure[-1].isdigit():
+            size, focus = int(measure[-1]), measure.startswith('focus')
+            add(measure, make_mosaics(halves, results, size, count, options, focus) if count else (), count)
+        else:
+            add(measure, ordered[:count], count)
     return [task[1:] for task in sorted(tasks, key=lambda task: task[0])]
 
 
@@ -287,10 +296,12 @@ def compute(study, results, questions, measure, tasks):
             if any((measure, name, question.text) not in results.rows for name in names)]
     if not todo:
         return
-    if measure.startswith('grid'):
-        found = study.grid(Mosaics(*map(torch.cat, zip(*inputs))), todo)
+    if isinstance(inputs[0], Mosaics):
+        batch = Mosaics(*map(torch.cat, zip(*inputs)))
+        arguments = batch, names_of(batch)
     else:
-        found = getattr(study, measure)(torch.cat(inputs), names, todo)
+        arguments = torch.cat(inputs), names
+    found = getattr(study, measure.rstrip('0123456789'))(*arguments, todo)
     for text, columns in found:
         values = zip(*(column.tolist() for column in columns.values()))
         for half, name, row in zip(halves, names, values):

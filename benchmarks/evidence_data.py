@@ -1,10 +1,15 @@
-'''Networks and labelled images of ``evidence.py``: photographs in a folder, or an array of CIFAR-10.'''
+'''Networks and labelled images of ``evidence.py`` and ``peers.py``: a folder of photographs, CIFAR-10, or digits.'''
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from attention import digits, train
+from torch import nn
+from torchvision.models import VGG, VisionTransformer
+from torchvision.models.vgg import make_layers
 
 sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ('examples/relative', 'tests')]
 
@@ -17,19 +22,29 @@ from zennit_resnet.models import IMAGENET_MEAN, IMAGENET_STD, Classifier, load_c
 
 CIFAR = {'cifar_resnet20': 3, 'cifar_resnet56': 9}
 CIFAR_CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
+DIGITS = ('digits_vgg', 'digits_vit')
+SIDE = 56  # of images of digits, which are half as large
 
 
 class Photo(NamedTuple):
-    '''A labelled image, ready for the network.'''
+    '''A labelled image, ready for the network.
+
+    ``cell`` is what a cell of a mosaic shows, if not the whole image.
+    '''
     name: str
     label: int
     image: torch.Tensor
+    cell: Optional[torch.Tensor] = None
 
 
 def find_network(model, weights):
-    '''A classifier: of CIFAR-10 with a state dict, ``efficientnet_lite0``, or what torchvision has.'''
+    '''A classifier: of CIFAR-10 with a state dict, of digits, ``efficientnet_lite0``, or what torchvision has.'''
+    if model == 'efficientnet_lite0':
+        return load_network(model)[1]
+    if model in DIGITS:
+        return _digits_network(model, Path(weights or f'{model}.pt'))
     if model not in CIFAR:
-        return load_network(model)[1] if model == 'efficientnet_lite0' else load_classifier(model, weights)
+        return load_classifier(model, weights)
     if weights is None:
         raise ValueError(f'--model {model} needs --weights, a file')
     state = torch.load(weights, map_location='cpu', weights_only=True)
@@ -50,8 +65,49 @@ def _normalize(photo):
     return (torch.from_numpy(np.array(photo)).movedim(-1, 0) / 255 - mean) / std
 
 
+def _digits_network(model, path):
+    '''A network of the kind of VGG, or a transformer, for digits anywhere in an image; trained unless it is there.'''
+    torch.manual_seed(0)
+    if model == 'digits_vit':
+        network = VisionTransformer(SIDE, 7, 4, 4, 64, 128, num_classes=10)
+        network.conv_proj = nn.Conv2d(1, 64, 7, 7)
+        nn.init.normal_(network.heads.head.weight, std=.02)
+    else:
+        network = VGG(make_layers([16, 16, 'M', 32, 32, 'M', 64, 64, 'M', 64, 64, 'M'], batch_norm=True), 10)
+        network.features[0] = nn.Conv2d(1, 16, 3, padding=1)
+        network.avgpool = nn.AdaptiveAvgPool2d(3)
+        network.classifier = nn.Sequential(nn.Linear(64 * 9, 256), nn.ReLU(), nn.Dropout(), nn.Linear(256, 10))
+    if path.is_file():
+        network.load_state_dict(torch.load(path, weights_only=True))
+    else:
+        images, classes = digits()
+        places = torch.randint(0, SIDE // 2 + 1, (2, 4000, 2)).tolist()
+        canvases = torch.stack([_place(image, place) for row in places for image, place in zip(images, row)])
+        train(network, canvases, classes[:4000].repeat(2), 6 if model == 'digits_vgg' else 20)
+        torch.save(network.state_dict(), path)
+    # black and white of the pixels
+    images = digits()[0]
+    mean = -images.min().view(1, 1, 1)
+    std = torch.ones(1, 1, 1)
+    scale = images.max() - images.min()
+    return Classifier(network.eval(), [*map(str, range(10))], None, mean / scale, std / scale)
+
+
+def _place(digit, place):
+    '''A digit on a black image of twice its size.'''
+    top, left = place
+    rest = SIDE - digit.shape[-1]
+    return F.pad(digit, (left, rest - left, top, rest - top), value=float(digit.min()))
+
+
 def read_photos(path, classifier):
-    '''All labelled images: of a folder or CSV file, or arrays ``x`` and ``y`` of a file of NumPy.'''
+    '''All labelled images: of a folder or CSV file, arrays ``x`` and ``y`` of a file of NumPy, or ``digits``.'''
+    if path == 'digits':
+        images, classes = (elem[4000:] for elem in digits())
+        return [
+            Photo(f'{num:05}', int(label), _place(image, (SIDE // 4, SIDE // 4)), image)
+            for num, (image, label) in enumerate(zip(images, classes))
+        ]
     if Path(path).suffix == '.npz':
         arrays = np.load(path)
         return [
