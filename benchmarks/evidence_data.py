@@ -101,9 +101,10 @@ def _place(digit, place):
 
 
 def read_photos(path, classifier):
-    '''All labelled images: of a folder or CSV file, arrays ``x`` and ``y`` of a file of NumPy, or ``digits``.'''
-    if path == 'digits':
-        images, classes = (elem[4000:] for elem in digits())
+    '''All labelled images: of a folder or CSV file, arrays ``x`` and ``y`` of a file of NumPy, or ``digits`` (for tests) or ``digits_train``.'''
+    if path in ('digits', 'digits_train'):
+        part = slice(4000) if path == 'digits_train' else slice(4000, None)
+        images, classes = (elem[part] for elem in digits())
         return [
             Photo(f'{num:05}', int(label), _place(image, (SIDE // 4, SIDE // 4)), image)
             for num, (image, label) in enumerate(zip(images, classes))
