@@ -92,7 +92,8 @@ class Bench(Study):
     def explainer(self, name, model, network):
         '''A function from images, targets and names of images to relevance and what it ought to sum to, if anything.
 
-        ``model`` is what the method gets, and may change; ``network`` is the same, and stays what it is.
+        ``model`` is what the method gets, and may change; ``network`` is the same, and stays what it is. The sum may be
+        a function that computes it.
         '''
         classifier = self.classifier._replace(model=model)
         if name.startswith('control'):
@@ -115,7 +116,7 @@ class Bench(Study):
         def attribute(images, targets, names):
             with torch.enable_grad():
                 relevance = explain(images.clone(), targets).detach().float()
-            return relevance, initial_of(peer.sums_to, network, images, targets)
+            return relevance, partial(initial_of, peer.sums_to, network, images, targets)
 
         return attribute
 
@@ -125,6 +126,9 @@ class Bench(Study):
             relevance, initial = self.explainer(name, copy.deepcopy(network), network)(images, targets, names)
         relevance = relevance if relevance.ndim == 4 else relevance[:, None]
         gap = torch.full((len(images),), torch.nan)
+        if callable(initial):
+            # not part of what the method costs
+            initial = initial()
         if initial is not None:
             gap = conservation_gap(relevance.double(), initial).abs()
         finite = relevance.flatten(1).isfinite().all(1)
@@ -300,11 +304,6 @@ def state_of(model, image):
     return state
 
 
-def changes(before, after):
-    '''What differs, in words.'''
-    return [key for key in {**before, **after} if before.get(key) != after.get(key)]
-
-
 def cost(bench, results, options):
     '''Time and memory of a batch, relative to one gradient in the same run, and what is left of the network.'''
     network = bench.classifier.model
@@ -345,7 +344,8 @@ def cost(bench, results, options):
                 if num or options.rounds == 1:
                     ratios.append((times[2] - times[1]) / (times[1] - times[0]))
             del explain
-            changed = [key for key, value in state_of(model, images[:1]).items() if before.get(key) != value]
+            after = state_of(model, images[:1])
+            changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
         except Exception as error:  # pylint: disable=broad-exception-caught
             print(f'{method.text}: {error}', file=sys.stderr)
             continue
@@ -358,7 +358,7 @@ def cost(bench, results, options):
 
 def peak_memory(name, options):
     '''Peak memory of a batch in a process of its own, beyond what there was before, in MiB.'''
-    given = {key: getattr(options, key) for key in ('data', 'model', 'weights', 'cost_batch', 'threads')}
+    given = {key: getattr(options, key) for key in ('data', 'model', 'weights', 'cost_batch', 'threads', 'dynamic_lrp')}
     given = [f'--{key.replace("_", "-")}={value}' for key, value in given.items() if value is not None]
     output = subprocess.run(
         [sys.executable, __file__, '--only', name, '--out', '/dev/null', *given], check=True, capture_output=True,
