@@ -101,7 +101,7 @@ def _place(digit, place):
 
 
 def read_photos(path, classifier):
-    '''All labelled images: of a folder or CSV file, arrays ``x`` and ``y`` of a file of NumPy, or ``digits`` (for tests) or ``digits_train``.'''
+    '''All labelled images: of a folder or CSV file, arrays ``x`` and ``y`` of NumPy, ``digits`` or ``digits_train``.'''
     if path in ('digits', 'digits_train'):
         part = slice(4000) if path == 'digits_train' else slice(4000, None)
         images, classes = (elem[part] for elem in digits())
