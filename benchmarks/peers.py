@@ -131,7 +131,8 @@ class Bench(Study):
             initial = initial()
         if initial is not None:
             gap = conservation_gap(relevance.double(), initial).abs()
-        finite = relevance.flatten(1).isfinite().all(1)
+        # sums have to be finite, too
+        finite = relevance.flatten(1).abs().sum(1).isfinite()
         return relevance.where(finite[:, None, None, None], 0), gap, finite
 
     def explained(self, methods, *arguments):
