@@ -1,0 +1,350 @@
+'''Attribution methods of other libraries behind one interface, as their own documentation says to use them.
+
+``METHODS`` has them by their names in tables. What they need is installed by
+
+    pip install captum grad-cam==1.5.7 torchcam lxt==2.1 'transformers<5'
+
+where LXT does not import with transformers 5. DynamicLRP has no package, see :func:`add_dynamic_lrp`.
+'''
+import copy
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+
+CONVOLUTIONAL, TRANSFORMER = 'convolutional', 'transformer'
+CNN, ALL = frozenset((CONVOLUTIONAL,)), frozenset((CONVOLUTIONAL, TRANSFORMER))
+PATCHES = 'patches classes of torch.nn, and with gamma of Zennit, for the whole process; taken back here'
+TITLES = {
+    'zennit': 'Zennit', 'captum': 'Captum', 'grad-cam': 'pytorch-grad-cam', 'torchcam': 'torch-cam', 'lxt': 'LXT',
+    'zennit-resnet': 'this project',
+}
+
+
+@dataclass(frozen=True)
+class Peer:
+    '''A method of a library.
+
+    Attributes
+    ----------
+    package: str
+        Name of the distribution that it is in.
+    create: callable
+        From a model, which the method may change, and a classifier to ``explain``: a function of normalized images of
+        shape (N, 3, height, width) and classes of shape (N,) that returns relevance of shape (N, 3, height, width), or
+        (N, height, width) from methods with one value per pixel. The classifier has ``bounds()`` (normalized black and
+        white), ``cam_layer`` (a module of the model) and optionally ``forward_batch``.
+    sums_to: str, optional
+        What the relevance of an image is supposed to sum to: ``'logit'``, ``'one'``, or ``'difference to baseline'``
+        (of the logit, to that of zeros).
+    needs: str
+        The module that has to be there.
+    kinds: frozenset[str]
+        Networks that it is made for.
+    note: str
+        What a user has to do or to know.
+    '''
+    package: str
+    create: Callable
+    sums_to: Optional[str]
+    needs: str
+    kinds: frozenset
+    note: str = ''
+
+    @property
+    def library(self):
+        '''Title and version.'''
+        try:
+            version = metadata.version(self.package)
+        except metadata.PackageNotFoundError:
+            version = ''
+        return f'{TITLES.get(self.package, self.package)} {version}'.strip()
+
+
+def available(names, kind=None):
+    '''Methods whose modules are installed, and which are made for that kind of network if it is given, by name.
+
+    What is missing is said on stderr. A ValueError is raised if there is no such method.
+    '''
+    found = {}
+    for name in names:
+        if name not in METHODS:
+            raise ValueError(f'there is no method {name!r}, only {", ".join(METHODS)}')
+        peer = METHODS[name]
+        if find_spec(peer.needs) is None:
+            print(f'{name}: left out, as the module {peer.needs} is not installed', file=sys.stderr)
+        elif kind is None or kind in peer.kinds:
+            found[name] = peer
+    return found
+
+
+def _one_hot(model, images, targets):
+    '''Zeros of the shape of the output, and one for each target.'''
+    with torch.no_grad():
+        output = model(images[:1])
+    return F.one_hot(targets, output.shape[1]).to(output)
+
+
+# -- Zennit ------------------------------------------------------------------------------------------------------------
+
+def _zennit(model, classifier, composite):
+    '''A composite of Zennit, with the canonizer that Zennit has for the network.'''
+    from torchvision.models import VGG, ResNet
+    from zennit.attribution import Gradient
+    from zennit.canonizers import SequentialMergeBatchNorm
+    from zennit.torchvision import ResNetCanonizer, VGGCanonizer
+
+    kind = ResNetCanonizer if isinstance(model, ResNet) else VGGCanonizer if isinstance(model, VGG) else None
+    # others get what the canonizers of torchvision's networks begin with
+    canonizers = [kind() if kind else SequentialMergeBatchNorm()]
+    options = {}
+    if composite == 'EpsilonGammaBox':
+        options['low'], options['high'] = classifier.bounds()
+    made = getattr(import_module('zennit.composites'), composite)(canonizers=canonizers, **options)
+
+    def explain(images, targets):
+        with Gradient(model=model, composite=made) as attributor:
+            return attributor(images.clone(), _one_hot(model, images, targets))[1]
+
+    return explain
+
+
+# -- Captum ------------------------------------------------------------------------------------------------------------
+
+def _captum(model, classifier, name, **options):
+    '''A method of Captum's that needs nothing but the network.'''
+    method = getattr(import_module('captum.attr'), name)(model)
+    return lambda images, targets: method.attribute(images.clone().requires_grad_(), target=targets, **options)
+
+
+def _integrated_gradients(model, classifier, n_steps=20):
+    '''Integrated gradients from zeros, the default of Captum.'''
+    size = getattr(classifier, 'forward_batch', 32)
+    return lambda images, targets: import_module('captum.attr').IntegratedGradients(model).attribute(
+        images, target=targets, n_steps=n_steps, internal_batch_size=max(size, len(images))
+    )
+
+
+def _guided_grad_cam(model, classifier):
+    '''Guided backpropagation times Grad-CAM.'''
+    method = import_module('captum.attr').GuidedGradCam(model, classifier.cam_layer)
+    return lambda images, targets: method.attribute(images.clone().requires_grad_(), target=targets)
+
+
+def separate_relus(model):
+    '''A copy of a network in which every call of a ReLU is a module of its own, and not in place.
+
+    DeepLift needs this: its hooks know modules only, and keep one input for each. ``torch.fx`` has to trace the network.
+    '''
+    traced = torch.fx.symbolic_trace(copy.deepcopy(model))
+    modules, functions = dict(traced.named_modules()), (F.relu, F.relu_, torch.relu, torch.relu_)
+    for num, node in enumerate(traced.graph.nodes):
+        is_module = node.op == 'call_module' and isinstance(modules[node.target], torch.nn.ReLU)
+        is_method = node.op == 'call_method' and node.target in ('relu', 'relu_')
+        if is_module or is_method or node.op == 'call_function' and node.target in functions:
+            name = f'separate_relu_{num}'
+            traced.add_submodule(name, torch.nn.ReLU())
+            node.op, node.target, node.args, node.kwargs = 'call_module', name, node.args[:1], {}
+    traced.delete_all_unused_submodules()
+    traced.recompile()
+    return traced.train(model.training)
+
+
+def _deep_lift(model, classifier):
+    '''DeepLift from zeros, the default of Captum, of a network with separate ReLUs.'''
+    return _captum(separate_relus(model), classifier, 'DeepLift')
+
+
+# -- class activation maps ---------------------------------------------------------------------------------------------
+
+def _grad_cam(model, classifier, name):
+    '''A method of pytorch-grad-cam, which normalizes each map to values from zero to one.'''
+    from pytorch_grad_cam.utils import model_targets
+    method = getattr(import_module('pytorch_grad_cam'), name)
+
+    def explain(images, targets):
+        asked = [model_targets.ClassifierOutputTarget(target) for target in targets.tolist()]
+        with method(model=model, target_layers=[classifier.cam_layer]) as cam:
+            return torch.from_numpy(cam(input_tensor=images, targets=asked)).to(images)
+
+    return explain
+
+
+def _finer_cam(model, classifier, alpha=1., count=3):
+    '''FinerCAM beside the classes with the most similar logits.
+
+    Its own choice of them is for the largest logit, or for one class in the whole batch. So the same choice is made
+    here for each image. With plain targets it would be Grad-CAM.
+    '''
+    from pytorch_grad_cam import FinerCAM
+    from pytorch_grad_cam.utils.model_targets import FinerWeightedTarget
+
+    def explain(images, targets):
+        with torch.no_grad():
+            logits = model(images)
+        distance = (logits - logits.gather(1, targets[:, None])).abs().scatter(1, targets[:, None], -1)
+        others = distance.argsort(1)[:, 1:count + 1].tolist()
+        asked = [FinerWeightedTarget(*each, alpha) for each in zip(targets.tolist(), others)]
+        with FinerCAM(model=model, target_layers=[classifier.cam_layer]) as cam:
+            return torch.from_numpy(cam(input_tensor=images, targets=asked)).to(images)
+
+    return explain
+
+
+def _score_cam(model, classifier):
+    '''Score-CAM of torch-cam.'''
+    from torchcam.methods import ScoreCAM
+    size = getattr(classifier, 'forward_batch', 32)
+
+    def explain(images, targets):
+        with torch.no_grad(), ScoreCAM(model, classifier.cam_layer, batch_size=size) as cam:
+            model(images)
+            maps, = cam(targets.tolist())
+        return F.interpolate(maps[:, None], images.shape[2:], mode='bilinear', align_corners=False)[:, 0]
+
+    return explain
+
+
+# -- others ------------------------------------------------------------------------------------------------------------
+
+def _rise(model, classifier, count=1000):
+    '''RISE of this project.'''
+    from captum_adapters.attr import RISE
+    size = getattr(classifier, 'forward_batch', 32)
+    return lambda images, targets: RISE(model).attribute(
+        images, targets, n_masks=count, perturbations_per_eval=size
+    )[:, 0]
+
+
+def rise(count):
+    '''RISE with a number of masks.'''
+    return Peer('zennit-resnet', partial(_rise, count=count), None, 'captum_adapters', ALL, f'{count} masks')
+
+
+@contextmanager
+def _as_it_was(*classes):
+    '''Take back at the end what is patched in classes, which LXT has no function for.'''
+    before = [dict(vars(each)) for each in classes]
+    try:
+        yield
+    finally:
+        for each, attributes in zip(classes, before):
+            for key in vars(each).keys() - attributes.keys():
+                delattr(each, key)
+            for key, value in attributes.items():
+                if vars(each)[key] is not value:
+                    setattr(each, key, value)
+
+
+def _lxt(model, classifier, gamma=None):
+    '''LXT for torchvision's transformers: gradient times input with patched classes, gamma rules by patched Zennit.'''
+    from lxt.efficient import monkey_patch, monkey_patch_zennit
+    from torchvision.models import vision_transformer
+    from zennit.composites import LayerMapComposite
+    from zennit.core import BasicHook
+    from zennit.rules import Gamma
+
+    def explain(images, targets):
+        images = images.clone().requires_grad_()
+        with _as_it_was(torch.nn.GELU, torch.nn.LayerNorm, torch.nn.MultiheadAttention, BasicHook):
+            monkey_patch(vision_transformer)
+            composite = None
+            if gamma:
+                monkey_patch_zennit()
+                composite = LayerMapComposite([
+                    (torch.nn.Conv2d, Gamma(gamma[0])), (torch.nn.Linear, Gamma(gamma[1])),
+                ])
+                composite.register(model)
+            try:
+                logits = model(images).gather(1, targets[:, None])
+                gradient, = torch.autograd.grad(logits.sum(), images)
+            finally:
+                if composite:
+                    composite.remove()
+        return images.detach() * gradient
+
+    return explain
+
+
+def add_dynamic_lrp(path):
+    '''Add DynamicLRP, given a checkout of https://github.com/keeinlev/dynamicLRP.
+
+    It needs the packages einops and transformers, and no change for PyTorch 2.14. Batch normalization before an
+    addition stops it in evaluation mode: networks are given as a copy with batch normalization merged by ``torch.fx``.
+    Relevance starts with one; rules are those of its experiment on a VGG-16 (gamma 125 for convolutions). Errors of its
+    first pass are returned by the library, and raised here.
+    '''
+    folder = Path(path) / 'src'
+    if not (folder / 'lrp_engine' / 'lrp.py').is_file():
+        raise ValueError(f'{path} is no checkout of DynamicLRP: there is no src/lrp_engine/lrp.py')
+    sys.path.append(str(folder))
+    METHODS['DynamicLRP'] = Peer(
+        'dynamicLRP', _dynamic_lrp, 'one', 'lrp_engine', ALL,
+        'batch normalization is merged before; gamma 125 for convolutions',
+    )
+
+
+def _dynamic_lrp(model, classifier):
+    '''DynamicLRP.'''
+    from lrp_engine.lrp import LRPEngine
+    from torch.fx.experimental.optimization import fuse
+
+    if any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        # biases that it adds have no gradients, which the engine takes for missing ones
+        model = fuse(model).requires_grad_(True)
+
+    def explain(images, targets):
+        images = images.clone().requires_grad_()
+        output = model(images)
+        engine = LRPEngine(
+            params_to_interpret=[images], use_gamma=(True, False), conv_gamma=125., dtype=images.dtype,
+            # its own start is wrong for batches
+            starting_relevance=F.one_hot(targets, output.shape[1]).to(output),
+        )
+        found = engine.run(output)
+        if len(found) != 2:
+            raise found[-1] if isinstance(found[-1], Exception) else RuntimeError('no node is left to go on with')
+        return found[1][0]
+
+    return explain
+
+
+METHODS = {
+    **{
+        f'Zennit {name}': Peer('zennit', partial(_zennit, composite=name), 'one', 'zennit', CNN)
+        for name in ('EpsilonPlus', 'EpsilonPlusFlat', 'EpsilonGammaBox')
+    },
+    'Captum LRP': Peer('captum', partial(_captum, name='LRP'), 'logit', 'captum', ALL),
+    'Captum Input x Gradient': Peer('captum', partial(_captum, name='InputXGradient'), None, 'captum', ALL),
+    'Captum Integrated Gradients': Peer(
+        'captum', _integrated_gradients, 'difference to baseline', 'captum', ALL, '20 steps from zeros',
+    ),
+    'Captum Guided Backprop': Peer('captum', partial(_captum, name='GuidedBackprop'), None, 'captum', CNN),
+    'Captum Guided Grad-CAM': Peer('captum', _guided_grad_cam, None, 'captum', CNN),
+    'Captum DeepLift': Peer(
+        'captum', partial(_captum, name='DeepLift'), 'difference to baseline', 'captum', ALL, 'the network as it is',
+    ),
+    'Captum DeepLift, ReLUs apart': Peer(
+        'captum', _deep_lift, 'difference to baseline', 'captum', CNN, 'a copy, where each call of a ReLU is a module',
+    ),
+    **{
+        f'grad-cam {name}': Peer('grad-cam', partial(_grad_cam, name=name), None, 'pytorch_grad_cam', CNN)
+        for name in ('GradCAM', 'GradCAMPlusPlus', 'LayerCAM')
+    },
+    'grad-cam FinerCAM': Peer('grad-cam', _finer_cam, None, 'pytorch_grad_cam', CNN),
+    'grad-cam EigenCAM': Peer(
+        'grad-cam', partial(_grad_cam, name='EigenCAM'), None, 'pytorch_grad_cam', CNN, 'the same for all classes',
+    ),
+    'torch-cam ScoreCAM': Peer('torchcam', _score_cam, None, 'torchcam', CNN),
+    'RISE': rise(1000),
+    'LXT': Peer('lxt', _lxt, 'logit', 'lxt', frozenset((TRANSFORMER,)), PATCHES),
+    'LXT, gamma': Peer('lxt', partial(_lxt, gamma=(.25, .05)), 'logit', 'lxt', frozenset((TRANSFORMER,)), PATCHES),
+}
