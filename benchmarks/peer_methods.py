@@ -142,7 +142,7 @@ def _guided_grad_cam(model, classifier):
 def separate_relus(model):
     '''A copy of a network in which every call of a ReLU is a module of its own, and not in place.
 
-    DeepLift needs this: its hooks know modules only, and keep one input for each. ``torch.fx`` has to trace the network.
+    DeepLift needs this: its hooks know modules only, and keep one input for each. ``torch.fx`` has to trace the model.
     '''
     traced = torch.fx.symbolic_trace(copy.deepcopy(model))
     modules, functions = dict(traced.named_modules()), (F.relu, F.relu_, torch.relu, torch.relu_)
