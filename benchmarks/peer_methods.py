@@ -279,8 +279,8 @@ def add_dynamic_lrp(path):
 
     It needs the packages einops and transformers, and no change for PyTorch 2.14. Batch normalization before an
     addition stops it in evaluation mode: networks are given as a copy with batch normalization merged by ``torch.fx``.
-    Relevance starts with one; rules are those of its experiment on a VGG-16 (gamma 125 for convolutions). Errors of its
-    first pass are returned by the library, and raised here.
+    Relevance starts with one; rules are those of its experiment on a VGG-16 (gamma 125 for convolutions), as its
+    default fails for strides. Errors of its first pass are returned by the library, and raised here.
     '''
     folder = Path(path) / 'src'
     if not (folder / 'lrp_engine' / 'lrp.py').is_file():
