@@ -143,7 +143,7 @@ def _guided_grad_cam(model, classifier):
 def separate_relus(model):
     '''A copy of a network in which every call of a ReLU is a module of its own, and not in place.
 
-    DeepLift needs this: its hooks know modules only, and keep one input for each. ``torch.fx`` has to trace it.
+    DeepLift needs this: its hooks know modules only, and keep one input for each. ``torch.fx`` has to trace the model.
     '''
     traced = torch.fx.symbolic_trace(copy.deepcopy(model))
     modules, functions = dict(traced.named_modules()), (F.relu, F.relu_, torch.relu, torch.relu_)
@@ -280,8 +280,8 @@ def add_dynamic_lrp(path):
 
     It needs the packages einops and transformers, and no change for PyTorch 2.14. Batch normalization before an
     addition stops it in evaluation mode: networks are given as a copy with batch normalization merged by ``torch.fx``.
-    Relevance starts with one; rules are those of its experiment on a VGG-16 (gamma 125 for convolutions). Errors of its
-    first pass are returned by the library, and raised here.
+    Relevance starts with one; rules are those of its experiment on a VGG-16 (gamma 125 for convolutions), as its
+    default fails for strides. Errors of its first pass are returned by the library, and raised here.
     '''
     folder = Path(path) / 'src'
     if not (folder / 'lrp_engine' / 'lrp.py').is_file():
