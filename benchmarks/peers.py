@@ -44,6 +44,7 @@ CONTRAST = 'first_layer=zbox,classifier=epsilon,contrast=softmax,contrast_weight
 OURS = {
     'ours: ratio': 'resnet_lrp_ratio:first_layer=zbox,initial=one',
     'ours: symmetric': 'resnet_lrp_symmetric:first_layer=zbox,initial=one',
+    'ours: ratio, epsilon classifier': 'resnet_lrp_ratio:first_layer=zbox,classifier=epsilon,initial=logit',
     'ours: ratio, half a contrast': f'resnet_lrp_ratio:{CONTRAST}',
     'ours: symmetric, half a contrast': f'resnet_lrp_symmetric:{CONTRAST}',
     'ours: R-LRP': 'relative_lrp:initial=one',
@@ -379,16 +380,18 @@ def summarize(results, names):
                 values[measure, column, row['method']][row['item']] = float(row[column])
     costs = {method: row for (measure, _, method), row in results.rows.items() if measure == 'cost'}
     shown = [column for column in COLUMNS if any(values[(*column[:2], name)] for name in names)]
-    print(f'| method | {" | ".join(title for _, _, title, _ in shown)} | time | memory | the network afterwards |')
-    print(f'|---|{"---|" * (len(shown) + 3)}')
+    titles = [title for _, _, title, _ in shown] + (['time', 'memory', 'the network afterwards'] if costs else [])
+    print(f'| method | {" | ".join(titles)} |\n|---|{"---|" * len(titles)}')
     for name in names:
         cells = [cell(values[measure, column, name], digits) for measure, column, _, digits in shown]
         if not any(cells):
             continue
         row = costs.get(name)
-        cells += ['', '', ''] if row is None else [
-            f'{row["time"]:.2f}', f'{row["memory"]:.2f}', 'changed' if row['changed'] else 'as it was'
-        ]
+        if row is not None:
+            left = ', '.join(row['changed'][:2])
+            cells += [f'{row["time"]:.2f}', f'{row["memory"]:.2f}', f'changed: {left}' if left else 'as it was']
+        elif costs:
+            cells += [''] * 3
         print(f'| {name} | {" | ".join(cells)} |')
     print(f'\n{BASE} minus another method, on the images that both have:\n')
     shown = [column for column in shown if column[3] == 3 or 'abpc' in column[1]]
