@@ -290,6 +290,7 @@ def state_of(model, image):
         state[f'values of {key}'] = value.numpy().tobytes()
     for key, value in [*model.named_parameters(), *model.named_buffers()]:
         state[f'object {key}'] = (id(value), value.requires_grad)
+        state[f'gradient of {key}'] = value.grad is not None
     seen = {F, torch.nn.functional, torch.Tensor, torch.nn.Module}
     for name, module in model.named_modules():
         state[f'training of {name}'] = module.training
