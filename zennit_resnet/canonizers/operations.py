@@ -40,24 +40,14 @@ DEFAULT_RULES = (
 
 
 class Entry(NamedTuple):
-    '''What a function is for relevance.
+    '''What a function is for relevance: a handler runs it through a surrogate module.
 
-    Attributes
-    ----------
-    names: tuple[str, ...]
-        Its names, as functions, methods, operators and in exported networks.
-    run: callable or None
-        Handler ``(canonizer, call, function) -> output``, which runs it through a surrogate module.
-        :py:func:`gradient` if its gradient is the exact rule, so that relevance passes it. None if there is no rule.
-    training: tuple[int, bool] or None
-        Position and default of its argument for training, in which it is random or computes something from several
-        images.
-    reduces: tuple[int, object] or None
-        Position and default of the dimensions over which it goes: if these have the images, they are mixed.
-    takes: tuple[int, object] or None
-        Position and default of the dimension along which it takes elements apart, likewise.
+    The handler is ``(canonizer, call, function) -> output``, :py:func:`gradient` if the gradient is the exact rule, so
+    that relevance passes it, and None if there is no rule. Other entries are the position and default of an argument:
+    that for training, in which the function is random or computes something from several images, the dimensions over
+    which it goes (if these have the images, they are mixed), and that along which it takes elements apart, likewise.
     '''
-    names: tuple
+    names: tuple  # as functions, methods, operators and in exported networks
     run: object = None
     training: tuple = None
     reduces: tuple = None

@@ -95,18 +95,8 @@ def explain_each(
 ):
     '''Generate each image with a list of its explanations by each method, or the error why there are none.
 
-    Parameters
-    ----------
-    classifier: :py:class:`~zennit_resnet.models.Classifier`
-        The network, in any mode.
-    items: list
-        Images, see :py:func:`explain`.
-    methods: list[:py:class:`~zennit_resnet.methods.Method`]
-        Methods. Those that differ in their post-processing only are computed once.
-    target, value, contrast, batch_size:
-        See :py:func:`explain`.
-    attribute: callable, optional
-        What computes relevance, with the arguments of :py:meth:`Method.attribute` after the method.
+    Methods that differ in their post-processing only are computed once, by a function ``attribute`` with the arguments
+    of :py:meth:`Method.attribute`. For all else, see :py:func:`explain`.
     '''
     check_number('batch_size', batch_size, 1)
     target = target.tolist() if isinstance(target, (np.ndarray, torch.Tensor)) else target

@@ -107,12 +107,8 @@ class BlockEpsilon(Described, Hook):
         If ``None``, the module is one layer only if it adds tensors in its own forward, which
         :py:class:`~zennit_resnet.canonizers.BlockCanonizer` finds out while it runs. Default is ``True``.
 
-    Raises
-    ------
-    ValueError
-        If ``mode`` or ``form`` is unknown, or ``epsilon`` is negative or not finite.
-    TypeError
-        If ``epsilon`` is neither a number nor a function, or ``with_bias`` or ``is_block`` is no bool.
+    A ValueError is raised if ``mode`` or ``form`` is unknown, or ``epsilon`` is negative or not finite, and a TypeError
+    if an argument is of another type.
     '''
     def __init__(self, epsilon=1e-6, mode='sign', with_bias=True, form='relevance', is_block=True):
         super().__init__()
