@@ -340,7 +340,7 @@ def as_contrast(contrast):
     if contrast is None or isinstance(contrast, str):
         check_choice('contrast', contrast, (None, *CONTRASTS))
         return contrast
-    indices = _as_indices('contrast', contrast, 2)
+    indices = as_indices('contrast', contrast, 2)
     if not indices.numel():
         raise ValueError(f'contrast={contrast!r} names no class: leave it out, or name one.')
     return indices.reshape(1) if not indices.ndim else indices
@@ -363,10 +363,10 @@ def _check_function(target, contrast):
 def _as_target(target):
     '''Targets as a tensor of integers, a function, or None.'''
     is_function = callable(target) and not isinstance(target, (type, torch.Tensor))
-    return target if target is None or is_function else _as_indices('target', target, 1)
+    return target if target is None or is_function else as_indices('target', target, 1)
 
 
-def _as_indices(name, value, dims):
+def as_indices(name, value, dims=torch.inf):
     '''Indices of classes as a tensor of no more than some dimensions.'''
     try:
         indices = torch.as_tensor(value)
@@ -374,7 +374,7 @@ def _as_indices(name, value, dims):
         raise TypeError(f'{name}={value!r} is not made of class indices!') from error
     if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool or indices.ndim > dims:
         raise TypeError(
-            f'{name} is made of class indices, one for all samples or one for each, not {indices.dtype} of shape '
+            f'{name} is made of class indices, integers for all samples or one for each, not {indices.dtype} of shape '
             f'{tuple(indices.shape)}!'
         )
     return indices.long()

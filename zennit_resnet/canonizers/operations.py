@@ -23,7 +23,6 @@ from ..rules.attention import HalfEach, SoftmaxTaylor
 from ..rules.passing import Proportional, Refill, SignalTakesAll, Uncrop
 from ..rules.splitting import RatioSplit, SymmetricSplit
 from . import attention, layers, moves, products
-from .functions import FunctionCall
 
 # Rules of surrogate modules, unless the composite in use has another for them. Other surrogates are of a type that
 # Zennit's composites know. Whether a surrogate may be part of a gate is its attribute ``in_gate``.
@@ -249,9 +248,7 @@ def handle(canonizer, call, function):
     if isinstance(target, torch.Tensor):
         # surrogates build no graph for it, and PyTorch does not either
         kwargs = {key: elem for key, elem in function.kwargs.items() if key != 'out'}
-        output = handle(canonizer, call, FunctionCall(
-            function.func, function.name, function.args, kwargs, function.active
-        ))
+        output = handle(canonizer, call, function._replace(kwargs=kwargs))
         return (target if target.shape == output.shape else target.resize_(output.shape)).copy_(output)
     entry = OPERATIONS.get(function.name)
     handler = None if entry is None else entry.run
