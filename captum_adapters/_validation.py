@@ -1,8 +1,7 @@
 """Arguments that attribution classes and metrics have in common, and their checks."""
 
 import warnings
-from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
+from collections.abc import Sequence
 from typing import Any, Callable, Optional, TypeVar, Union
 
 import numpy as np
@@ -12,8 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from captum_adapters._light import positive_integer
+from zennit_resnet._text import suggest  # noqa: F401
 from zennit_resnet.arguments import as_map, check_choice, map_shape
-from zennit_resnet.attribution import select_output
+from zennit_resnet.attribution import as_indices, select_output
 from zennit_resnet.canonizers.eager import varies
 
 # Captum's types of arguments, which it does not export
@@ -93,16 +93,6 @@ def to_tensor(value: Any, name: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, but is {type(value).__name__}.")
     return value
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """The end of a message: similar names, or the first ones."""
-    known = list(known)
-    similar = get_close_matches(name, known)
-    if similar:
-        return f": did you mean {' or '.join(map(repr, similar))}?"
-    more = ", ..." if len(known) > 8 else "."
-    return f": choose one of {', '.join(map(repr, known[:8]))}{more}"
 
 
 # -- images and maps -------------------------------------------------------------------
@@ -292,6 +282,14 @@ def split_args(
     return args, [isinstance(arg, Tensor) and arg.shape[:1] == (batch,) for arg in args]
 
 
+def take_rows(args: tuple[Any, ...], per_example: list[bool], rows: Tensor) -> list[Any]:
+    """Further arguments for examples whose rows are given, see :func:`split_args`."""
+    return [
+        arg[rows.to(arg.device)] if expand else arg
+        for arg, expand in zip(args, per_example)
+    ]
+
+
 def check_output(output: Any, count: int) -> Tensor:
     """An output with a row for each of some images, in at least single precision."""
     output = select_output(
@@ -316,12 +314,7 @@ def check_target(
     """
     if target is None:
         return None
-    try:
-        index = given = torch.as_tensor(target)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"target={target!r} is not made of class indices.") from error
-    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
-        raise TypeError(f"target must be of integers, but is of {index.dtype}.")
+    index = given = as_indices("target", target)
     is_single = not isinstance(target, list) and index.numel() == 1
     if isinstance(target, tuple):
         index = index.expand(batch, *index.shape)
@@ -336,7 +329,7 @@ def check_target(
     may_be_negative = allow_negative and (is_single or index.ndim == 2)
     if bool((index < 0).any()) and not may_be_negative:
         raise ValueError(f"target={target} has a negative index.")
-    return index.to(device, torch.long)
+    return index.to(device)
 
 
 def check_range(output: Tensor, target: Optional[Tensor]) -> None:

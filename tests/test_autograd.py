@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from zennit_resnet import _autograd
+from zennit_resnet import _autograd, _gates
 
 
 def leaf(*shape):
@@ -76,7 +76,7 @@ def test_change_of_a_view():
     tensor[:1].relu_()
     gate[:1].mul_(2)
     assert 'CopySlices' in tensor.grad_fn.name() and not _autograd.is_move(tensor.grad_fn)
-    assert _autograd.is_gate(gate) and not _autograd.is_gate(tensor)
+    assert _gates.is_gate(gate) and not _gates.is_gate(tensor)
 
 
 @pytest.mark.parametrize('name', REORDERS)
@@ -91,7 +91,7 @@ def test_moves_first(name):
 @pytest.mark.parametrize('bounds, expected', [((0, 1), True), ((0, None), False), ((None, 1), False)])
 def test_clamp(bounds, expected):
     '''A shift that is clipped on both sides counts as a sigmoid, by the bounds which the node has saved.'''
-    assert _autograd.is_gate((leaf() + 3).clamp(*bounds)) == expected
+    assert _gates.is_gate((leaf() + 3).clamp(*bounds)) == expected
 
 
 @pytest.mark.parametrize('gate, expected', [
@@ -101,7 +101,7 @@ def test_clamp(bounds, expected):
 ])
 def test_is_gate(gate, expected):
     '''A gate was computed from sigmoids alone.'''
-    assert _autograd.is_gate(gate(leaf())) == expected
+    assert _gates.is_gate(gate(leaf())) == expected
 
 
 def test_sequence():

@@ -16,7 +16,9 @@ MODULES = sorted(
     if not info.ispkg and info.name not in ('__main__', 'cli')
 )
 # without any public name that could have an example, or with those of another module
-WITHOUT = ('_compat', '_forward', '_light', '_perturbation', '_validation', 'curves', 'metrics.statistics')
+WITHOUT = (
+    '_compat', '_forward', '_light', '_perturbation', '_propagation', '_validation', 'curves', 'metrics.statistics'
+)
 OPTIONAL = {'score_cam': 'torchcam', 'torchmetrics': 'torchmetrics'}
 
 

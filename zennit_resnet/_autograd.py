@@ -1,33 +1,22 @@
-'''Queries on the autograd graph: the only module that reads the names, numbers and saved fields of its nodes.
+'''Queries on the autograd graph: the only module that reads the numbers and saved fields of its nodes.
 
-``tests/test_autograd.py`` has a canary for each name that is read here: another name would silently make gates of
-signals, or have operations attributed to other layers.
+Names of nodes are also read in :py:mod:`zennit_resnet._gates`. ``tests/test_autograd.py`` has a canary for each name
+that is read: another name would silently make gates of signals, or have operations attributed to other layers.
 '''
 import functools
 import types
 
 import torch
-from zennit.types import Activation, AvgPool, Convolution, Linear, MaxPool
+from zennit.types import AvgPool, Convolution, Linear, MaxPool
 
 from ._compat import DisableTorchFunction
-from .layer import Addition, Gate, MatrixProduct, NonNegativeMap, Operation, Signed
+from .layer import Addition, Signed
 
 # Functions, and modules in place of them, of which the output has no negative values.
 RELUS = frozenset('relu relu_ relu6 Relu Sigmoid Softmax Softplus'.split())
 RELU_MODULES = tuple(
     getattr(torch.nn, name) for name in 'ReLU ReLU6 Sigmoid Hardsigmoid Softmax Softplus'.split()
 )
-SIGMOIDS = frozenset('sigmoid hardsigmoid softmax expit ndtr'.split())
-# Functions of which the output may be anything, whatever they are given.
-UNBOUNDED = frozenset('exp exp_ exp2 exp2_ special_exp2 __rpow__'.split())
-# Logarithms of sigmoids, and of what is one more than an exponential.
-LOG_SIGMOIDS = frozenset('logsigmoid logsoftmax'.split())
-SOFTPLUS = frozenset('softplus logaddexp'.split())
-NEGATIONS = frozenset('neg negative rsub'.split())
-EXPONENTIALS = frozenset('exp exp2 rpow'.split())
-LOWER, UPPER = (frozenset(names.split()) for names in (
-    'clamp clampmin clamp_min relu maximum max fmax threshold', 'clamp clampmax clamp_max minimum min fmin'
-))
 COPIES = ('Clone', 'ToCopy')
 # Functions that move elements along the dimensions they name.
 REORDERS = (
@@ -43,16 +32,6 @@ MOVES = (
 )
 # Functions that pick elements in another order.
 PICKS = frozenset('Flip Roll Index IndexSelect Slice'.split())
-# Functions, and modules in place of them, of which the output is a gate if all that they are given is one.
-SHIFTS, SCALES = ('Add', 'Sub', 'Rsub'), ('Mul', 'Div', 'Neg')
-AVERAGES = ('Pool', 'Upsample', 'Mean', 'Sum')
-CLIPS = ('Clamp', 'Hardtanh', 'Relu', 'Where', 'Masked', 'Maximum', 'Minimum')
-COMBINES = (Activation, AvgPool, MaxPool, torch.nn.Upsample)
-# Functions that scale or bound a sum, as a softmax that is written out may do with that of its exponentials.
-SCALED = frozenset('add sub mul div truediv clamp clamp_min clampmin clip neg'.split())
-INVERSES = frozenset('reciprocal pow div truediv rtruediv rdiv'.split())
-# Functions that a softmax may be written with.
-SOFT = frozenset('exp exp2 expm1 logsumexp logaddexp softplus sigmoid tanh softmax logsoftmax logsigmoid'.split())
 # What a custom autograd function may keep to run it in the backward pass.
 CALLED = (torch.nn.Module, types.FunctionType, types.MethodType, functools.partial)
 # Functions of several tensors.
@@ -116,6 +95,19 @@ def metadata_of(node):
     return getattr(node, '_input_metadata', ())
 
 
+def bounds_of(node):
+    '''The lower and upper bound that a function has saved to clip its input, None if it does not clip.'''
+    for low, high in (('_saved_min', '_saved_max'), ('_saved_min_val', '_saved_max_val')):
+        if hasattr(node, low):
+            return getattr(node, low), getattr(node, high, None)
+    return None
+
+
+def exponent_of(node):
+    '''The exponent that a power has saved, None for other functions.'''
+    return getattr(node, '_saved_exponent', None)
+
+
 def rule_of(node):
     '''The single-pass rule that is the backward function of a node, None if there is none.'''
     return getattr(node, 'rule', None)
@@ -171,7 +163,7 @@ def depends_on(tensor, source):
 
 def is_first(input):
     '''Whether no linear layer or convolution with a single-pass rule precedes, by the input's graph.'''
-    return not any(map(_is_layer, walk([input.grad_fn])))
+    return not any(map(is_layer, walk([input.grad_fn])))
 
 
 def is_non_negative(tensor):
@@ -184,7 +176,7 @@ def is_non_negative(tensor):
         if node in seen:
             continue
         seen.add(node)
-        module, stem = module_of(node), _stem(node)
+        module, stem = module_of(node), stem_of(node)
         if type(module) in RELU_MODULES or getattr(module, 'name', stem) in RELUS:
             continue
         lower = [parent for parent, _ in node.next_functions]
@@ -198,287 +190,38 @@ def is_non_negative(tensor):
     return True
 
 
-def is_gate(tensor, with_tanh=True):
-    '''Whether a tensor was computed from outputs of sigmoids alone, without any layer in between, by its graph.'''
-    if tensor.grad_fn is None:
-        return False
-    queue, seen = [tensor.grad_fn], set()
-    while queue:
-        node = queue.pop()
-        if node in seen or _is_sigmoid(node, with_tanh):
-            continue
-        if not _combines(node):
-            return False
-        seen.add(node)
-        queue.extend(_parents(node))
-    return True
-
-
-def end_of(node):
-    '''The last function before an output that does more than moving, selecting or averaging elements.'''
-    return _back(node, lambda node: (
-        isinstance(module_of(node), AvgPool) or _reorders(node) or any(key in _stem(node) for key in AVERAGES)
-    ))[0]
-
-
-def is_shift(tensor, other):
-    '''Whether another tensor has the largest elements of a tensor, as what a softmax subtracts first.'''
-    node = _skip(other.grad_fn)
-    return _function(node) in ('max', 'amax') and len(_parents(node)) == 1 and (
-        _skip(_parents(node)[0]) is _skip(tensor.grad_fn)
-    )
-
-
-def is_log_sum(node):
-    '''Whether a function is the logarithm of a sum of exponentials.'''
-    node = _skip(node, ('neg', 'negative'))
-    name, lower = _function(node), () if node is None else _parents(node)
-    if name == 'add' and len(lower) == 2:
-        # the largest element, and the rest of the sum
-        return any(map(is_log_sum, lower))
-    return name == 'logsumexp' or name == 'log' and is_sum(lower[0])
-
-
-def are_probabilities(values):
-    '''Whether elements along a dimension other than that of examples sum to one, or their exponentials do.'''
-    if not values.is_floating_point() or not values.numel():
-        return False
-    values = values.detach()
-    tolerance, candidates = min(1e3 * torch.finfo(values.dtype).eps, 1e-2), [values.exp()]
-    if bool((values >= 0).all()):
-        candidates = [values, (-values).exp()]
-    return any(
-        length > 1 and bool(((elem.sum(dim) - 1).abs() <= tolerance).all())
-        for elem in candidates for dim, length in enumerate(values.shape) if dim or values.ndim == 1
-    )
-
-
-def is_sum(node, is_inverse=False):
-    '''Whether a function is a sum of exponentials, or the inverse of one.'''
-    return _exponential(node, is_inverse) is not None
-
-
-def is_exponential(node):
-    '''Whether a function has some elements of exponentials.'''
-    return _function(_back(node, _reorders)[0]) == 'exp'
-
-
-def _exponential(node, is_inverse):
-    '''The exponentials that a function sums up, None if it does anything else.'''
-    if is_inverse:
-        node = _skip(node, INVERSES)
-    node = _skip(node, SCALED)
-    if _function(node) != 'sum':
-        return None
-    node = _skip(_parents(node)[0], SCALED)
-    return node if _function(node) == 'exp' else None
-
-
-def _normalizes(node):
-    '''Whether a function of two tensors normalizes exponentials, or subtracts the logarithm of their sum.'''
-    lower, name = _parents(node), _function(node)
-    if len(lower) != 2 or name not in ('sub', 'add', 'div', 'mul'):
-        return False
-    if name in ('sub', 'add'):
-        return any(map(is_log_sum, lower))
-    return any(is_sum(elem, name == 'mul') for elem in lower)
-
-
-def softmaxes_before(outputs):
-    '''Softmaxes after the last layers before the outputs of a network, written out or not, by their graphs.'''
-    softmaxes, names, seen, is_only = [], set(), set(), True
-    queue = list(nodes_of(outputs))
-    while queue:
-        node = queue.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        name = _function(node)
-        names.add(name)
-        if name in ('softmax', 'logsoftmax') or _normalizes(node):
-            softmaxes.append(node)
-        elif _is_layer(node) or _stem(node) in LAYERS or not _parents(node):
-            is_only = False
-        else:
-            queue.extend(_parents(node))
-    return softmaxes, is_only, names
-
-
-def _function(node):
-    '''Name of the function that a node is of, which may have run through a module.'''
-    if node is None:
-        return ''
-    module = module_of(node)
-    if isinstance(module, Operation):
-        return module.name.strip('_').replace('special_', '').replace('log_s', 'logs')
-    if module is not None and rule_of(node) is not None:
-        kind = next(base for base in type(module).__mro__ if base.__module__.startswith('torch.nn.'))
-        return kind.__name__.lower()
-    return _stem(node).lower().replace('special', '')
-
-
-def _skip(node, names=()):
-    '''The function before those that move elements, and those of some names.'''
-    return _back(node, lambda node: _function(node) in names or is_move(node))[0]
-
-
-def is_weighting(tensor, other):
-    '''Whether a tensor comes from a sigmoid or softmax on a way of its own, on which there is no other such product.
-
-    Between the softmax and the product, some networks mix the heads.
-    '''
-    shared = set(walk([other.grad_fn]))
-    return any(_is_sigmoid(node, False) for node in walk([tensor.grad_fn], shared, _is_matrix_product))
-
-
-def _is_matrix_product(node):
-    return isinstance(module_of(node), (MatrixProduct, NonNegativeMap))
-
-
-def _is_layer(node):
+def is_layer(node):
+    '''Whether a node is of a linear layer or convolution with a single-pass rule.'''
     return isinstance(module_of(node), (Convolution, torch.nn.Linear))
 
 
 def is_arithmetic(node):
     '''Whether a function computes something from several tensors, which the canonizer should have intercepted.'''
-    return 'DifferentiableGraph' in node.name() or _stem(node) in ARITHMETIC and len(_parents(node)) > 1
+    return 'DifferentiableGraph' in node.name() or stem_of(node) in ARITHMETIC and len(parents_of(node)) > 1
 
 
-def _is_sigmoid(node, with_tanh):
-    '''Whether a function is a sigmoid, which may be one that networks write as a shift, clipped on both sides.'''
-    module, name = module_of(node), _function(node)
-    if _is_tanh(node):
-        return with_tanh
-    if name in SIGMOIDS or _is_logistic(node, name):
-        return True
-    if len(_parents(node)) == 1 and _stem(node) in SHIFTS:
-        # one and a hyperbolic tangent
-        below = _unscaled(node)
-        return below is not None and _is_tanh(below)
-    if not _clips(node, module):
-        # on one side after the other
-        below = _skip(_parents(node)[0]) if len(_parents(node)) == 1 else None
-        if not any(name in first and _function(below) in other for first, other in ((LOWER, UPPER), (UPPER, LOWER))):
-            return False
-        node = below
-    below = _unscaled(node)
-    return below is not None and _stem(below) in SHIFTS and len(_parents(below)) == 1
-
-
-def _unscaled(node):
-    '''The function before one, and before those that scale its result, None if there are several.'''
-    lower = _parents(node)
-    while len(lower) == 1 and _scales(lower[0]):
-        lower = _parents(lower[0])
-    return lower[0] if len(lower) == 1 else None
-
-
-def _is_tanh(node):
-    '''Whether a function is a hyperbolic tangent, or clips between minus one and one.'''
-    if _function(node) in ('tanh', '_tanh'):
-        return True
-    module = module_of(node)
-    bounds = getattr(module, 'bounds', None)
-    if isinstance(module, torch.nn.Hardtanh) and not isinstance(module, torch.nn.ReLU6):
-        bounds = module.min_val, module.max_val
-    for key in ('_saved_min', '_saved_min_val'):
-        if hasattr(node, key):
-            bounds = getattr(node, key), getattr(node, key.replace('min', 'max'))
-    return bounds is not None and all(isinstance(elem, (int, float)) for elem in bounds) and bounds == (-1, 1)
-
-
-def _is_logistic(node, name):
-    '''Whether a function is a sigmoid or softmax that is written out with exponentials.'''
-    lower = _parents(node)
-    if len(lower) != 1:
-        return False
-    below = _skip(lower[0])
-    if name == 'exp':
-        below_name = _function(below)
-        if below_name == 'sub' and len(_parents(below)) == 2:
-            # h - softplus(h)
-            return any(_is_softplus(elem) or is_log_sum(elem) for elem in _parents(below))
-        return below_name in LOG_SIGMOIDS or below_name in NEGATIONS and _is_softplus(_parents(below)[0])
-    if name == 'mul':
-        # what PyTorch makes of a number that is divided
-        below, name = _skip(_parents(below)[0]) if _function(below) == 'reciprocal' else None, 'reciprocal'
-    is_inverse = name in ('reciprocal', 'rtruediv', 'rdiv', 'div', 'truediv')
-    exponent = getattr(node, '_saved_exponent', None)
-    return (is_inverse or isinstance(exponent, (int, float)) and exponent == -1) and is_one_more(below)
-
-
-def _is_softplus(node):
-    '''Whether a function is the logarithm of what is one more than an exponential.'''
-    node = _skip(node)
-    name = _function(node)
-    if name not in ('log', 'log1p'):
-        return name in SOFTPLUS
-    below = _skip(_parents(node)[0])
-    return is_one_more(below) if name == 'log' else _is_exponential(below)
-
-
-def is_one_more(node):
-    '''Whether a function adds a constant to an exponential.'''
-    node = _skip(node)
-    if _function(node) not in ('add', 'radd') or len(_parents(node)) != 1:
-        return False
-    return _is_exponential(_skip(_parents(node)[0]))
-
-
-def _is_exponential(node):
-    '''Whether a function has its argument as an exponent.'''
-    return _function(node) in EXPONENTIALS or node is not None and (
-        node.name() in ('PowBackward1', 'PowBackward2') and isinstance(node._saved_exponent, torch.Tensor)
-    )
-
-
-def _clips(node, module):
-    '''Whether a function clips its input on both sides.'''
-    if isinstance(module, (torch.nn.ReLU6, torch.nn.Hardtanh)) or 'Hardtanh' in node.name():
-        return True
-    if 'Clamp' in node.name():
-        return getattr(node, '_saved_min', None) is not None and getattr(node, '_saved_max', None) is not None
-    return getattr(module, 'is_clipped', False)
-
-
-def _scales(node):
-    '''Whether a function moves or scales what it is given.'''
-    stem = _stem(node)
-    return isinstance(module_of(node), Gate) or stem in SCALES or is_move(node)
-
-
-def _combines(node):
-    '''Whether a function moves, averages, scales, clips or adds up what it is given.'''
-    stem, module = _stem(node), module_of(node)
-    if isinstance(module, Operation) and module.name in UNBOUNDED:
-        return False
-    return (
-        getattr(module, 'in_gate', False) or isinstance(module, COMBINES) or _scales(node)
-        or stem in (*SHIFTS, 'CopySlices') or stem.startswith(REORDERS) or any(key in stem for key in AVERAGES + CLIPS)
-    ) and bool(_parents(node))
-
-
-def _stem(node):
+def stem_of(node):
     '''Name of a function of PyTorch without what it has in common with all others.'''
     return function_of(node).split('Backward')[0]
 
 
-def _parents(node):
+def parents_of(node):
+    '''The nodes before a node, without tensors that are constants.'''
     return [parent for parent, _ in node.next_functions if parent is not None]
 
 
-def _back(node, passes):
+def back(node, passes):
     '''The first node from one back that has several parents or does not pass, and those on the way to it.'''
     passed = []
-    while node is not None and len(_parents(node)) == 1 and passes(node):
+    while node is not None and len(parents_of(node)) == 1 and passes(node):
         passed.append(node)
-        node, = _parents(node)
+        node, = parents_of(node)
     return node, passed
 
 
-def _reorders(node):
+def reorders(node):
     '''Whether a function moves or selects elements.'''
-    return _stem(node).startswith(REORDERS) or is_move(node)
+    return stem_of(node).startswith(REORDERS) or is_move(node)
 
 
 def walk(nodes, seen=None, ends=lambda node: False):
@@ -491,7 +234,7 @@ def walk(nodes, seen=None, ends=lambda node: False):
         seen.add(node)
         yield node
         if not ends(node):
-            queue.extend(_parents(node))
+            queue.extend(parents_of(node))
 
 
 def moves_first(node):
@@ -521,9 +264,9 @@ def _dim(node, sizes):
 
 def origin_of(tensor, known=()):
     '''The last function before a tensor that is known or does more than picking its elements, and those after it.'''
-    node, moves = _back(tensor.grad_fn, lambda node: node not in known and (
-        is_move(node) and 'Expand' not in _stem(node) or _stem(node) in ('T', *PICKS)
-        or _stem(node) == 'Select' and node._saved_self_sym_sizes[_dim(node, node._saved_self_sym_sizes)] == 1
+    node, moves = back(tensor.grad_fn, lambda node: node not in known and (
+        is_move(node) and 'Expand' not in stem_of(node) or stem_of(node) in ('T', *PICKS)
+        or stem_of(node) == 'Select' and node._saved_self_sym_sizes[_dim(node, node._saved_self_sym_sizes)] == 1
     ))
     return node, tuple(reversed(moves))
 
@@ -533,8 +276,8 @@ def last_layers(tensor):
 
     The output is None unless nothing but moves and such additions come after a layer.
     '''
-    node, moves = _back(tensor.grad_fn, lambda node: (
-        is_move(node) and 'Expand' not in _stem(node) or _stem(node) == 'Add'
+    node, moves = back(tensor.grad_fn, lambda node: (
+        is_move(node) and 'Expand' not in stem_of(node) or stem_of(node) == 'Add'
     ))
     if _has_weights(node):
         value = tensor.detach()
@@ -566,12 +309,12 @@ def divides_by_output(output):
 
 
 def _has_weights(node):
-    return isinstance(module_of(node), Linear) or node is not None and _stem(node) in LAYERS
+    return isinstance(module_of(node), Linear) or node is not None and stem_of(node) in LAYERS
 
 
 def moved_before(tensor):
     '''Whether what moves elements right before a tensor also moves them along the first dimension.'''
-    return any(map(moves_first, _back(tensor.grad_fn, _reorders)[1]))
+    return any(map(moves_first, back(tensor.grad_fn, reorders)[1]))
 
 
 def count_uses(nodes):
@@ -579,6 +322,6 @@ def count_uses(nodes):
     uses = {}
     for node in walk(nodes):
         uses.setdefault(node, 0)
-        for parent in _parents(node):
+        for parent in parents_of(node):
             uses[parent] = uses.get(parent, 0) + 1
     return uses

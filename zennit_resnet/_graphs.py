@@ -31,14 +31,9 @@ _BATCH_NORMS = tuple(getattr(aten, name).default for name in ('native_batch_norm
 
 
 def record(function, *inputs):
-    '''Record what a function does to tensors.
+    '''Record what a function does to tensors, as a graph of pure aten functions.
 
-    Returns
-    -------
-    graph: :py:obj:`torch.fx.Graph`
-        A graph of pure aten functions.
-    constants: dict[:py:obj:`torch.fx.Node`, :py:obj:`torch.Tensor`]
-        Placeholders of tensors that are no inputs, with their values.
+    With it come the placeholders of tensors that are no inputs, as a dict of their values.
     '''
     recorded = make_fx(function, tracing_mode='real', **RECORDING)(*inputs)
     # numbers that were read from tensors

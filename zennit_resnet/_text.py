@@ -1,5 +1,6 @@
-'''Text that is printed or named in errors: nothing that controls the terminal.'''
+'''Text that is printed or named in errors: nothing that controls the terminal, and names that may be meant.'''
 import re
+from difflib import get_close_matches
 
 # Line breaks and other control characters, marks that change the direction of text, and what can not be encoded.
 UNPRINTABLE = re.compile(
@@ -18,3 +19,12 @@ def one_line(value):
 def printable(text):
     '''Make each line of a text printable.'''
     return '\n'.join(map(one_line, text.split('\n')))
+
+
+def suggest(name, known):
+    '''The end of a message: similar names, or the first ones.'''
+    known = list(known)
+    similar = get_close_matches(name, known)
+    if similar:
+        return f': did you mean {" or ".join(map(repr, similar))}?'
+    return f': choose one of {", ".join(map(repr, known[:8]))}{", ..." if len(known) > 8 else "."}'

@@ -14,18 +14,7 @@ LIKELY = ('logits', 'out', 'output', 'prediction', 'pred')
 
 
 def parts_of(output):
-    '''Get the parts of what a network returns by their keys, fields, attributes or indices.
-
-    Parameters
-    ----------
-    output: object
-        A dict, tuple, list, dataclass, or any object with attributes.
-
-    Returns
-    -------
-    dict
-        The parts, empty if there are none.
-    '''
+    '''The parts of what a network returns by their keys, fields, attributes or indices, as a dict.'''
     if isinstance(output, Mapping):
         return dict(output)
     if isinstance(output, (tuple, list)):
@@ -57,11 +46,6 @@ def select_output(output, key=None, remedy='SelectOutput(model, {}) in place of 
         tensor, unless it is a function.
     remedy: str, optional
         What to do if there is no key, for the message: a format string for the key and ``access`` to it.
-
-    Returns
-    -------
-    :py:obj:`torch.Tensor`
-        The tensor.
 
     Raises
     ------
@@ -119,20 +103,8 @@ class SelectOutput(torch.nn.Module):
     the attribute ``model``, so names of modules begin with ``'model.'`` wherever they are used. Rules apply to a
     function that picks a tensor as well, such as one that averages a map of logits.
 
-    Parameters
-    ----------
-    model: :py:obj:`torch.nn.Module`
-        The network.
-    output: str, int or callable
-        The key, index or name of the tensor, or a function ``(output) -> tensor``.
-
-    Raises
-    ------
-    TypeError
-        If ``model`` is not a module, or ``output`` is none of these. In the forward pass, if what is picked is no
-        tensor.
-    ValueError
-        In the forward pass, if there is no such output.
+    For ``output``, and what the forward pass raises, see the key of :py:func:`select_output`. A TypeError is raised at
+    once if ``model`` is not a module, or ``output`` is of another type.
 
     Examples
     --------
@@ -180,9 +152,8 @@ def initial_relevance(target, value=None, output=None, contrast=None, contrast_w
         ``'logit'`` for the output y_k of a class, ``'softmax'`` for its probability, ``'one'`` for one. By default,
         ``'logit'``, and for a contrast or function what the rule of the last layer needs, see ``contrast``.
     output: str, int or callable, optional
-        For networks that return several outputs, in a dict, tuple, dataclass and the like: the key, index or name of
-        the one to explain, or a function of what the network returns. The relevance is that of this tensor. Zennit's
-        attributors take gradients of all that the network returns, so give them
+        For networks that return several outputs: which of them the relevance is that of, see :py:func:`select_output`.
+        Zennit's attributors take gradients of all that the network returns, so give them
         :py:class:`SelectOutput` ``(model, output)`` as a network instead.
     contrast: str, int, sequence of int or :py:obj:`torch.Tensor`, optional
         Why the target and not something else: what the weight -1 is shared among. ``'centred'`` all other classes
@@ -261,32 +232,11 @@ def check_gradients():
 
 
 def output_weights(outputs, target, contrast=None, contrast_weight=1.):
-    '''Weights of all outputs, see :py:func:`initial_relevance`.
+    '''Weights of outputs of shape (batch, classes, ...), of the same shape, see :py:func:`initial_relevance`.
 
-    Parameters
-    ----------
-    outputs: :py:obj:`torch.Tensor`
-        Outputs of shape (batch, classes, ...), in at least single precision.
-    target: :py:obj:`torch.Tensor`, callable or None
-        Indices of one output for each example, of shape (batch, dimensions but the batch) or (batch,), a function
-        ``(outputs) -> (batch,)``, or None if there is a single output.
-    contrast: str or :py:obj:`torch.Tensor`, optional
-        What :py:func:`as_contrast` returned: rivals are the other classes at the same place.
-    contrast_weight: float, optional
-        How much rivals count.
-
-    Returns
-    -------
-    :py:obj:`torch.Tensor`
-        Weights of this shape.
-
-    Raises
-    ------
-    ValueError
-        If there is a contrast of one class or for a function, there are contrasts of another number of examples, or a
-        function returns no number for each example.
-    IndexError
-        If a class of the contrast is not among the classes.
+    The target has indices of one output for each example, of shape (batch, dimensions but the batch) or (batch,), or is
+    a function ``(outputs) -> (batch,)``, or None. The contrast is what :py:func:`as_contrast` returned: rivals are the
+    other classes at the same place.
     '''
     _check_function(target, contrast)
     if callable(target):
@@ -390,7 +340,7 @@ def as_contrast(contrast):
     if contrast is None or isinstance(contrast, str):
         check_choice('contrast', contrast, (None, *CONTRASTS))
         return contrast
-    indices = _as_indices('contrast', contrast, 2)
+    indices = as_indices('contrast', contrast, 2)
     if not indices.numel():
         raise ValueError(f'contrast={contrast!r} names no class: leave it out, or name one.')
     return indices.reshape(1) if not indices.ndim else indices
@@ -413,10 +363,10 @@ def _check_function(target, contrast):
 def _as_target(target):
     '''Targets as a tensor of integers, a function, or None.'''
     is_function = callable(target) and not isinstance(target, (type, torch.Tensor))
-    return target if target is None or is_function else _as_indices('target', target, 1)
+    return target if target is None or is_function else as_indices('target', target, 1)
 
 
-def _as_indices(name, value, dims):
+def as_indices(name, value, dims=torch.inf):
     '''Indices of classes as a tensor of no more than some dimensions.'''
     try:
         indices = torch.as_tensor(value)
@@ -424,7 +374,7 @@ def _as_indices(name, value, dims):
         raise TypeError(f'{name}={value!r} is not made of class indices!') from error
     if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool or indices.ndim > dims:
         raise TypeError(
-            f'{name} is made of class indices, one for all samples or one for each, not {indices.dtype} of shape '
+            f'{name} is made of class indices, integers for all samples or one for each, not {indices.dtype} of shape '
             f'{tuple(indices.shape)}!'
         )
     return indices.long()

@@ -47,10 +47,8 @@ class ManyTargets(Gradient):
 
         Returns
         -------
-        output: :py:obj:`torch.Tensor`
-            Output of the network.
-        relevance: :py:obj:`torch.Tensor`
-            Relevance of the input for each question, of shape (questions, batch, ...).
+        tuple of :py:obj:`torch.Tensor`
+            Output, and relevance of the input for each question, of shape (questions, batch, ...).
 
         Raises
         ------

@@ -52,11 +52,9 @@ NORMALIZATION_LAYERS = (
 
 
 def _with_canonizer(canonizers, batch_norm='pass', **options):
-    '''Add our own canonizer to a list of canonizers, unless it is there already.
-
-    Zennit's ``ResNetCanonizer`` would take the additions of torchvision's blocks away from ours, so ours replaces it.
-    '''
+    '''Add our own canonizer to a list of canonizers, unless it is there already.'''
     canonizers = check_canonizers(canonizers)
+    # it would take the additions of torchvision's blocks away from ours, so ours replaces it
     if any(isinstance(elem, ResNetCanonizer) for elem in canonizers):
         batch_norm = 'merge'
         canonizers = [elem for elem in canonizers if not isinstance(elem, ResNetCanonizer)]
@@ -79,17 +77,7 @@ class _Transaction(Described):
     def register(self, module):
         '''Apply all canonizers and register all hooks to a module and its children.
 
-        Parameters
-        ----------
-        module: :py:obj:`torch.nn.Module`
-            The module.
-
-        Raises
-        ------
-        TypeError
-            If it is not a module.
-        RuntimeError
-            If it is in use for a network already.
+        A TypeError is raised if it is not a module, a RuntimeError if the composite is in use for a network already.
         '''
         check_module(module)
         if self.handles:
@@ -120,22 +108,7 @@ class _LayerMap(_Transaction, LayerMapComposite):
         return self.given['layer_map'] or []
 
     def mapping(self, ctx, name, module):
-        '''Get the appropriate hook given a mapping from module types to hooks.
-
-        Parameters
-        ----------
-        ctx: dict
-            A context dictionary, which keeps what was found.
-        name: str
-            Name of the module.
-        module: :py:obj:`torch.nn.Module`
-            Instance of the module to find a hook for.
-
-        Returns
-        -------
-        :py:obj:`Hook` or None
-            The hook found, or None if no applicable hook was found.
-        '''
+        '''The rule for a module of a name, None if there is none. The context keeps what was found.'''
         kind = type(module), is_plain(module)
         if kind not in ctx:
             layer_map = self.layer_map if kind[1] else self.given['layer_map'] or []
@@ -165,50 +138,28 @@ class ResNetLRP(_LayerMap):
     batch_norm: str, optional
         Relevance passes batch normalization unchanged with ``'pass'`` (default). With ``'merge'``, batch normalization
         is folded into the linear layer before it first.
-    first_layer: str, optional
-        Variant of the rule for the first layer, see :py:class:`~zennit_resnet.rules.ZPlus`.
-    projection: str, optional
-        Propagation through strided projections, ``'spread'`` (default) or ``'literal'``, see
-        :py:class:`~zennit_resnet.rules.ZPlus`.
-    dead_units: str, optional
-        Relevance of units without positive contributions, ``'spread'`` (default) or ``'drop'``, see
-        :py:class:`~zennit_resnet.rules.ZPlus`.
-    maxpool: str, optional
-        Propagation through max pooling, ``'winner'`` (default), ``'average'`` or ``'avg2x2'``, see
-        :py:class:`~zennit_resnet.rules.ZPlus`.
+    first_layer, projection, dead_units, maxpool, stabilizer, low, high: optional
+        Options of the z+ rule, see :py:class:`~zennit_resnet.rules.ZPlus`, also for what is raised.
     coverage: str, optional
-        Propagation through overlapping windows with a stride, ``'literal'`` or ``'even'``, which removes the fine
-        lattice that they leave in the heatmap, see :py:class:`~zennit_resnet.rules.ZPlus`. By default, ``'even'`` if
-        ``projection`` is ``'spread'``, and ``'literal'`` if it is ``'literal'``.
+        See :py:class:`~zennit_resnet.rules.ZPlus`. By default, ``'even'`` if ``projection`` is ``'spread'``, and
+        ``'literal'`` if it is ``'literal'``.
     classifier: str, optional
         Rule for the last linear layer or convolution, ``'zplus'`` (default) as in the paper, or ``'epsilon'``, with
         which maps of different classes differ much more, see :py:class:`~zennit_resnet.rules.ZPlus`. Start it from
         logits (``initial_relevance(target)``, with or without a ``contrast``). Relevance then sums to these without
         the biases of the last layer.
-    attention: str, optional
-        Relevance of values that are weighted by attention, ``'value'`` (default) for all of it to the values, which
-        conserves it, or ``'half'``, see :py:class:`~zennit_resnet.canonizers.ResidualCanonizer`.
-    parameters: str, optional
-        Whether relevance passes embeddings of positions that are added, ``'pass'`` (default), or these receive the
-        share of an addend, ``'sink'``, see :py:class:`~zennit_resnet.canonizers.ResidualCanonizer`.
-    stabilizer: callable or float, optional
-        Stabilization parameter of the z+ rule, see :py:class:`~zennit_resnet.rules.ZPlus`.
+    attention, parameters: str, optional
+        See :py:class:`~zennit_resnet.canonizers.ResidualCanonizer`.
     layer_map: list[tuple[tuple[torch.nn.Module, ...], Hook]], optional
         A mapping as a list of tuples, with a tuple of applicable module types and a Hook. This will be prepended to
         the ``layer_map`` defined by the composite.
     canonizers: list[:py:class:`zennit.canonizers.Canonizer`], optional
         List of canonizer instances to be applied before applying hooks. The composite adds its own.
-    low: :py:obj:`torch.Tensor`, sequence of float or float, optional
-        Lowest possible input values for ``first_layer='zbox'``, one for all or one for each channel.
-    high: :py:obj:`torch.Tensor`, sequence of float or float, optional
-        Highest possible input values for ``first_layer='zbox'``, likewise.
 
     Raises
     ------
     ValueError
-        If an argument is not one of its choices, if ``stabilizer`` is negative or not finite, if ``low`` and ``high``
-        are missing for ``first_layer='zbox'`` or given without it, or if ``low`` is above ``high``. In the forward
-        pass, if an input is outside of them.
+        If an argument is not one of its choices. In the forward pass, if an input is outside of ``low`` and ``high``.
     TypeError
         If an argument is of another type.
     '''
@@ -276,15 +227,7 @@ class ResNetLRPSymmetric(ResNetLRP):
 
 
 class SplittingComposite(_Transaction, Composite):
-    '''Another composite, with a rule for the additions that end residual blocks.
-
-    Parameters
-    ----------
-    composite: :py:obj:`zennit.core.Composite`
-        The other composite.
-    rule: :py:obj:`zennit_resnet.rules.Split`
-        The rule for additions.
-    '''
+    '''Another composite, with a rule for the additions that end residual blocks, see :py:func:`with_splitting`.'''
     def __init__(self, composite, rule):
         check_rule('composite', composite, Composite)
         check_rule('rule', rule)
@@ -293,22 +236,7 @@ class SplittingComposite(_Transaction, Composite):
         super().__init__(module_map=self.mapping, canonizers=_with_canonizer(composite.canonizers))
 
     def mapping(self, ctx, name, module):
-        '''Get the splitting rule for additions, and the hook of the other composite for anything else.
-
-        Parameters
-        ----------
-        ctx: dict
-            A context dictionary to keep track of previously registered hooks.
-        name: str
-            Name of the module.
-        module: :py:obj:`torch.nn.Module`
-            Instance of the module to find a hook for.
-
-        Returns
-        -------
-        :py:obj:`Hook` or None
-            The hook found, or None if no applicable hook was found.
-        '''
+        '''The splitting rule for additions, and the hook of the other composite for anything else.'''
         if isinstance(module, Addition):
             return self.rule
         return self.composite.module_map(ctx, name, module)
@@ -367,16 +295,10 @@ class RelativeLRP(_LayerMap):
     batch_norm: str, optional
         Batch normalization is folded into the linear layer before it with ``'merge'`` (default). With ``'pass'``,
         contributions pass it unchanged.
-    layer_map: list[tuple[tuple[torch.nn.Module, ...], Hook]], optional
-        A mapping as a list of tuples, with a tuple of applicable module types and a Hook. This will be prepended to
-        the ``layer_map`` defined by the composite.
-    canonizers: list[:py:class:`zennit.canonizers.Canonizer`], optional
-        List of canonizer instances to be applied before applying hooks. The composite adds its own.
+    layer_map, canonizers:
+        See :py:class:`ResNetLRP`.
 
-    Raises
-    ------
-    ValueError
-        If an argument is not one of its choices.
+    A ValueError is raised if an argument is not one of its choices.
     '''
     def __init__(
         self, cardinality='constant', normalization='signed', batch_norm='merge', layer_map=None, canonizers=None
@@ -407,13 +329,7 @@ class RelativeLRP(_LayerMap):
         return self.contributions.num_replaced
 
     def register(self, module):
-        '''Apply all canonizers, register all hooks to a module and its children, and follow its forward passes.
-
-        Parameters
-        ----------
-        module: :py:obj:`torch.nn.Module`
-            The module.
-        '''
+        '''Apply all canonizers, register all hooks to a module and its children, and follow its forward passes.'''
         super().register(module)
         follow = weakref.WeakMethod(self._follow)
 
@@ -449,18 +365,13 @@ class BlockLRP(_LayerMap):
 
     Parameters
     ----------
-    epsilon: callable or float, optional
-        Stabilization parameter, see :py:class:`~zennit_resnet.rules.BlockEpsilon`.
-    mode: str, optional
-        ``'sign'`` (default) or ``'plus'``, see :py:class:`~zennit_resnet.rules.BlockEpsilon`.
+    epsilon, mode: optional
+        See :py:class:`~zennit_resnet.rules.BlockEpsilon`.
     blocks: type, tuple of types, list of str or callable, optional
         Which modules are blocks, by their type, their name, or a predicate ``(name, module) -> bool``. By default,
         these are all modules which add tensors in their own forward, of nested ones the outermost.
-    layer_map: list[tuple[tuple[torch.nn.Module, ...], Hook]], optional
-        A mapping as a list of tuples, with a tuple of applicable module types and a Hook. This will be prepended to
-        the ``layer_map`` defined by the composite.
-    canonizers: list[:py:class:`zennit.canonizers.Canonizer`], optional
-        List of canonizer instances to be applied before applying hooks. The composite adds its own.
+    layer_map, canonizers:
+        See :py:class:`ResNetLRP`.
 
     Raises
     ------
@@ -495,15 +406,7 @@ class BlockLRP(_LayerMap):
     def register(self, module):
         '''Apply all canonizers and register all hooks to a module and its children.
 
-        Parameters
-        ----------
-        module: :py:obj:`torch.nn.Module`
-            The module.
-
-        Raises
-        ------
-        ValueError
-            If the module has no children of the names that were given as ``blocks``.
+        A ValueError is raised if it has no children of the names that were given as ``blocks``.
         '''
         check_module(module)
         if isinstance(self.blocks, (list, set)):
@@ -518,22 +421,7 @@ class BlockLRP(_LayerMap):
 
     # pylint: disable=unused-argument
     def mapping(self, ctx, name, module):
-        '''Get the hook of a block or layer.
-
-        Parameters
-        ----------
-        ctx: dict
-            A context dictionary to keep track of previously registered hooks.
-        name: str
-            Name of the module.
-        module: :py:obj:`torch.nn.Module`
-            Instance of the module to find a hook for.
-
-        Returns
-        -------
-        :py:obj:`Hook` or None
-            The hook found, or None if no applicable hook was found.
-        '''
+        '''The rule of a block or layer, None if there is none.'''
         if not name:
             return GradientTimesInput()
         if self.find_block is not None and self.find_block(name, module):

@@ -308,24 +308,9 @@ def _stem(name):
 
 
 def run_file(path, image, target):
-    '''Run a file that :py:func:`export` has written, by ONNX Runtime or PyTorch.
+    '''Run a file that :py:func:`export` has written, by ONNX Runtime or PyTorch, on its inputs, which are tensors.
 
-    Parameters
-    ----------
-    path: str or :py:obj:`pathlib.Path`
-        The file.
-    image, target: :py:obj:`torch.Tensor`
-        Its inputs.
-
-    Returns
-    -------
-    dict[str, :py:obj:`numpy.ndarray`]
-        Its outputs by name.
-
-    Raises
-    ------
-    ImportError
-        If ONNX Runtime is not installed.
+    Its outputs are a dict of arrays by name. An ImportError is raised if ONNX Runtime is not installed.
     '''
     if Path(path).suffix == '.onnx':
         import onnxruntime

@@ -36,15 +36,8 @@ def read_image(path):
     '''Read a photograph as 8-bit RGB of Pillow, upright as its EXIF orientation says, in any format that Pillow reads.
 
     Transparent pixels are composed on white, 16-bit values are scaled to 8 bit, and of animations the first frame is
-    used.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    ValueError
-        If the file is not an image that can be decoded, or if it has so many pixels that decoding it might exhaust the
-        memory (``PIL.Image.MAX_IMAGE_PIXELS``).
+    used. A FileNotFoundError is raised if there is no such file, a ValueError if it is not an image that can be
+    decoded, or has so many pixels that decoding it might exhaust the memory (``PIL.Image.MAX_IMAGE_PIXELS``).
     '''
     is_path = isinstance(path, (str, os.PathLike))
     if is_path and os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
@@ -100,11 +93,8 @@ def to_rgb(image):
 
 def _as_numbers(values, name):
     '''Get an array or tensor as a float64 array, or raise a TypeError if it is not of real numbers.'''
-    if isinstance(values, torch.Tensor):
-        # numpy has no bfloat16
-        values = values.detach().cpu()
-        values = values.float() if values.dtype == torch.bfloat16 else values
-    values = np.asarray(values)
+    # numpy has no bfloat16
+    values = _as_array(values.float() if getattr(values, 'dtype', None) == torch.bfloat16 else values)
     if not np.isrealobj(values) or values.dtype.kind not in 'fiub':
         raise TypeError(f'{name} must be of real numbers, but is of type {values.dtype}!')
     return values.astype(np.float64)
@@ -124,9 +114,13 @@ def _check_heatmap(heatmap, dims=2):
     return heatmap
 
 
+def _as_array(value):
+    return np.asarray(value.detach().cpu() if isinstance(value, torch.Tensor) else value)
+
+
 def _check_picture(picture, name='A picture'):
     '''Get a picture as an array, or raise a ValueError if it is not 8-bit RGB of shape (height, width, 3).'''
-    picture = np.asarray(picture.detach().cpu() if isinstance(picture, torch.Tensor) else picture)
+    picture = _as_array(picture)
     if picture.ndim != 3 or picture.shape[2] != 3 or picture.size == 0:
         raise ValueError(f'{name} must be of shape (height, width, 3), but is {picture.shape}!')
     if picture.dtype != np.uint8:
@@ -135,19 +129,10 @@ def _check_picture(picture, name='A picture'):
 
 
 def color_range(heatmap, percentile=99.5):
-    '''End of the color range of a heatmap: a percentile of the magnitudes.
+    '''End of the color range: a percentile of the magnitudes, see :py:func:`draw_heatmap`.
 
-    Parameters
-    ----------
-    heatmap: :py:obj:`numpy.ndarray`
-        Heatmap of any shape, or several in one array, which are to share a range.
-    percentile: float, optional
-        See :py:func:`draw_heatmap`.
-
-    Returns
-    -------
-    float
-        The largest magnitude if the percentile is zero, since less is relevant than it leaves out.
+    The heatmap is an array of any shape, or several in one array, which are to share a range. If the percentile is
+    zero, since less is relevant than it leaves out, it is the largest magnitude.
     '''
     check_number('percentile', percentile, 0, 100)
     if not percentile:
@@ -218,8 +203,7 @@ def draw_heatmap(heatmap, percentile=99.5, cmap=HEATMAP_CMAP, bound=None):
     Raises
     ------
     ValueError
-        If ``heatmap`` is not of shape (height, width) or not finite, if ``percentile`` is not in (0, 100], or if there
-        is no such color map.
+        If shapes do not match, a heatmap is not finite, an argument is out of range, or there is no such color map.
     TypeError
         If ``heatmap`` is not of real numbers, or another argument of a wrong type.
     '''
@@ -241,14 +225,9 @@ def draw_overlay(photo, heatmap, percentile=99.5, opacity=0.9, cmap=OVERLAY_CMAP
     photo: :py:obj:`numpy.ndarray`
         Photograph of shape (height, width, 3) and type uint8.
     heatmap, percentile, cmap, bound:
-        See :py:func:`draw_heatmap`, also for what else is raised.
+        See :py:func:`draw_heatmap`, also for what is raised.
     opacity: float, optional
         Opacity at the end of the color range, from 0 to 1. Default is 0.9.
-
-    Raises
-    ------
-    ValueError
-        If the shapes do not match, or if an argument is out of range.
     '''
     photo = _check_picture(photo, 'A photograph')
     heatmap = _check_heatmap(heatmap)
@@ -260,8 +239,7 @@ def draw_overlay(photo, heatmap, percentile=99.5, opacity=0.9, cmap=OVERLAY_CMAP
     check_number('opacity', opacity, 0, 1)
     cmap = SAFE['overlay'] if cmap == 'safe' else cmap
     return _in_strips(
-        lambda photo, scaled: _cover((photo @ BRIGHTNESS / 255)[..., None], scaled, opacity, cmap),
-        photo, _scale(heatmap, percentile, bound),
+        lambda photo, scaled: _cover(_gray(photo), scaled, opacity, cmap), photo, _scale(heatmap, percentile, bound)
     )
 
 
@@ -271,6 +249,11 @@ def _in_strips(draw, *arrays):
     return np.concatenate([
         draw(*(array[start:start + lines] for array in arrays)) for start in range(0, len(arrays[-1]), lines)
     ])
+
+
+def _gray(picture):
+    '''Gray levels from 0 to 1, of shape (height, width, 1).'''
+    return (picture @ BRIGHTNESS / 255)[..., None]
 
 
 def _cover(gray, scaled, opacity, cmap):
@@ -297,15 +280,8 @@ def draw_signal(signal, heatmap, size=(640, 160), percentile=99.5, opacity=1., c
     size: tuple[int, int], optional
         Width and height of a panel in pixels. Default is (640, 160).
     percentile, opacity, cmap:
-        See :py:func:`draw_overlay`, also for what else is raised. By default, positive relevance is orange to dark red,
+        See :py:func:`draw_overlay`, also for what is raised. By default, positive relevance is orange to dark red,
         and negative relevance is light to dark blue.
-
-    Raises
-    ------
-    ValueError
-        If the shapes do not match, or if an argument is out of range or not finite.
-    TypeError
-        If ``signal`` or ``heatmap`` is not of real numbers.
     '''
     values, heatmap = _as_numbers(signal, 'A signal'), _as_numbers(heatmap, 'A heatmap')
     if values.ndim not in (1, 2) or values.size == 0 or values.shape[-1] < 2:
@@ -360,12 +336,7 @@ def draw_strip(heatmap, frames=None, count=8, percentile=99.5, opacity=0.9, cmap
     count: int, optional
         Number of slices, evenly chosen from the first to the last. Default is 8, or all if there are fewer.
     percentile, opacity, cmap:
-        See :py:func:`draw_overlay` and :py:func:`draw_heatmap`, also for color maps by default and what else is raised.
-
-    Raises
-    ------
-    ValueError
-        If the shapes do not match, if there is neither a heatmap nor frames, or if an argument is out of range.
+        See :py:func:`draw_overlay` and :py:func:`draw_heatmap`, also for color maps by default and what is raised.
     '''
     check_number('count', count, 1)
     check_number('opacity', opacity, 0, 1)
@@ -373,7 +344,7 @@ def draw_strip(heatmap, frames=None, count=8, percentile=99.5, opacity=0.9, cmap
         raise ValueError('There is nothing to draw: give heatmap=None only with frames!')
     scaled = None if heatmap is None else _scale(_check_heatmap(heatmap, 3), percentile)
     if frames is not None:
-        frames = np.asarray(frames.detach().cpu() if isinstance(frames, torch.Tensor) else frames)
+        frames = _as_array(frames)
         if frames.ndim != 4:
             raise ValueError(f'Frames must be of shape (depth, height, width, 3), but are {frames.shape}!')
         if scaled is not None and frames.shape[:3] != scaled.shape:
@@ -388,8 +359,7 @@ def draw_strip(heatmap, frames=None, count=8, percentile=99.5, opacity=0.9, cmap
         if scaled is not None and tile is None:
             tile = _to_uint8(_color(scaled[num], HEATMAP_CMAP if cmap is None else cmap))
         elif scaled is not None:
-            gray = (tile @ BRIGHTNESS / 255)[..., None]
-            tile = _cover(gray, scaled[num], opacity, OVERLAY_CMAP if cmap is None else cmap)
+            tile = _cover(_gray(tile), scaled[num], opacity, OVERLAY_CMAP if cmap is None else cmap)
         if tiles:
             tiles.append(np.full_like(tile[:, :MARGIN // 4], 255))
         tiles.append(tile)
@@ -413,10 +383,7 @@ def draw_comparison(rows, titles, captions=None, scale=1):
     scale: int, optional
         Pictures are enlarged by this factor, each pixel to a square. Default is 1.
 
-    Raises
-    ------
-    ValueError
-        If there are no pictures, or if a picture or the numbers of pictures, titles and captions do not fit.
+    A ValueError is raised if there are no pictures, or a picture or the numbers of these do not fit.
     '''
     if not rows or not titles:
         raise ValueError('There is nothing to draw: a comparison needs at least one row and one column!')
@@ -470,12 +437,8 @@ def draw_contours(picture, heatmap, percent=10.):
     heatmap: :py:obj:`numpy.ndarray`
         Heatmap of shape (height, width). Smooth ones have simple outlines.
     percent: float, optional
-        How many pixels, of the highest positive values, are inside. Default is 10.
-
-    Raises
-    ------
-    ValueError
-        If shapes do not match, or ``percent`` is not between 0 and 100.
+        How many pixels, of the highest positive values, are inside. Default is 10. A ValueError is raised if it is not
+        between 0 and 100, or if shapes do not match.
     '''
     import cv2
     picture, heatmap = _check_picture(picture), _check_heatmap(heatmap)

@@ -38,15 +38,11 @@ NO_OPTIONS = {'canonizers', 'layer_map', 'first_map', 'low', 'high'}
 
 
 class Entry(NamedTuple):
-    '''What is known about a method before there is a network.
-
-    Its kind is ``'ours'``, ``'baseline'`` or ``'control'``. The composite is a function of the options, None for
-    methods that are no composites. With ``splits``, splitting at skip connections can be added.
-    '''
-    kind: str
+    '''What is known about a method before there is a network.'''
+    kind: str  # 'ours', 'baseline' or 'control'
     options: tuple = ()
-    composite: Callable | None = None
-    splits: bool = False
+    composite: Callable | None = None  # a function of the options, None for methods that are no composites
+    splits: bool = False  # whether splitting at skip connections can be added
 
 
 def find_entries():
@@ -264,14 +260,14 @@ class Method:
             return {'c1c': c1c, 'c3': c3}[self.postprocess](heatmap)
 
     def attribute(self, classifier, input, target=None, value=None, contrast=None):
-        '''Compute relevance.
+        '''Compute relevance of a classifier's normalized input, as :py:class:`Attributed`.
 
         Parameters
         ----------
         classifier: :py:obj:`zennit_resnet.models.Classifier`
             The classifier to explain.
         input: :py:obj:`torch.Tensor`
-            Normalized input of shape (batch, channels, height, width).
+            Input of shape (batch, channels, height, width).
         target: int or :py:obj:`torch.Tensor`, optional
             Index of the class to explain, or one for each sample. Default is None, the predicted class of each sample.
         value: str, optional
@@ -281,11 +277,6 @@ class Method:
             explains the logit.
         contrast: str, int, sequence of int or :py:obj:`torch.Tensor`, optional
             What the target is compared with, see there, unless ``contrast`` is an option of the method.
-
-        Returns
-        -------
-        :py:class:`Attributed`
-            Output, relevance, and what it started from.
         '''
         is_gradient = self.entry.composite is None
         attr_output, found = self._start(classifier, input, target, 'one' if is_gradient else value, contrast)
@@ -344,7 +335,7 @@ class Method:
         return attr_output, found
 
     def heatmap(self, relevance, sign=1, smooth=0.):
-        '''Get the heatmap to draw, and notes of what is unusual about it.
+        '''The heatmap to draw, an array of shape (height, width), and notes of what is unusual about it.
 
         Parameters
         ----------
@@ -355,13 +346,6 @@ class Method:
         smooth: float, optional
             Standard deviation, in pixels of the network's input, of a Gaussian that the sum over channels is smoothed
             with before it is post-processed. Its sum does not change.
-
-        Returns
-        -------
-        heatmap: :py:obj:`numpy.ndarray`
-            Of shape (height, width).
-        notes: list[str]
-            What a reader should know.
         '''
         heatmap, notes = sign * sum_channels(torch.as_tensor(relevance)[None]).cpu(), []
         if smooth:

@@ -4,7 +4,6 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Callable
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -17,17 +16,12 @@ from PIL import Image
 from torchvision.models import get_model, get_model_weights, list_models
 from torchvision.transforms import functional
 
-from ._text import one_line
+from ._text import one_line, suggest
+from .checkpoints import AGAIN, SUFFIXES, check_state, read_state, strip_prefix
 
 EMBEDDED = Path('examples', 'assets', 'resnet50_imagenette.safetensors')
 DEFAULT_MODEL = 'resnet50'
 DEFAULT_SIZE = 224
-SUFFIXES = ('.pt', '.pth', '.ckpt', '.safetensors')
-LARGEST_VIEW = 2 ** 30
-SAVE = 'save them with torch.save(model.state_dict(), path)'
-AGAIN = 'delete this file, and it is downloaded again'
-# Keys under which training scripts commonly store the state dict beside other things, also one within another
-WRAPPERS = ('state_dict', 'model_state_dict', 'model', 'module', 'net', 'network')
 # These have auxiliary classifiers, which only the state dict knows, and warn unless told about their initialization
 AUXILIARY = {'googlenet': 'aux1.', 'inception_v3': 'AuxLogits.'}
 
@@ -167,7 +161,7 @@ class Classifier(NamedTuple):
             return named[0]
         if number is None:
             raise ValueError(
-                f'unknown class {text!r}: {_suggest(name, self.classes)}or an index from 0 to {len(self.classes) - 1}'
+                f'unknown class {text!r}{suggest(name, self.classes)} Indices are from 0 to {len(self.classes) - 1}.'
             )
         if not 0 <= number < len(self.classes):
             raise ValueError(f'class {number} does not exist: choose an index from 0 to {len(self.classes) - 1}')
@@ -311,7 +305,7 @@ def load_classifier(
     '''
     names = list_models(module=torchvision.models)
     if model is not None and model not in names:
-        raise ValueError(f'unknown model {model!r}: {_suggest(model, names)}or any classification model of torchvision')
+        raise ValueError(f'unknown model {model!r} of torchvision{suggest(model, names)}')
     if weights is None and model is not None:
         raise ValueError(
             f'--model {model} needs --weights (a name such as DEFAULT, or a file), since random weights explain nothing'
@@ -364,7 +358,7 @@ def _load_named(name, weights, size, classes, settings):
         raise ValueError(
             f'cannot download the weights {weights!r} of {name} ({one_line(error)}): use --weights with a local file'
         ) from error
-    _check_state(path, state, AGAIN)
+    check_state(path, state, AGAIN)
     # a copy of the entry, since builders know what else changes with the weights, but would load them by themselves
     loaded = object.__new__(type(entry))
     vars(loaded).update(vars(entry), get_state_dict=lambda **kwargs: state)
@@ -397,7 +391,7 @@ def _load_local(name, path, size, names, settings):
     with torch.device('meta'):
         # only to see what is in it
         model = get_model(name, weights=None, **kwargs)
-    state = _strip(state, list(model.state_dict()), path)
+    state = strip_prefix(state, list(model.state_dict()), path)
     last = [key for key, module in model.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))][-1]
     misfit = f'the weights {path} do not fit the model {name}: '
     if state.get(f'{last}.weight', torch.empty(0)).ndim < 2:
@@ -437,117 +431,7 @@ def _load_local(name, path, size, names, settings):
     return as_classifier(model, _check_classes(classes, n_classes, path), size=size, **settings)
 
 
-def _strip(state, expected, path):
-    '''Remove what wrappers of a network put before each key, such as Lightning's ``model.``.'''
-    # counters are not in every file
-    needed = [key for key in expected if not key.endswith('.num_batches_tracked')]
-    ends = {key.removesuffix(needed[0]) for key in state if key.endswith(needed[0])}
-    prefixes = sorted(prefix for prefix in ends if all(f'{prefix}{key}' in state for key in needed))
-    if '' in prefixes or not prefixes:
-        return state
-    if len(prefixes) > 1:
-        raise ValueError(
-            f'the weights {path} hold {len(prefixes)} networks, {", ".join(prefixes)}: save the state dict of one'
-        )
-    # what else is in the file are weights of a loss or the like
-    return {
-        key.removeprefix(prefixes[0]): value for key, value in state.items() if key.startswith(prefixes[0])
-    }
-
-
 def _preprocess(photo, size, keep_aspect, mean, std):
     '''Resize to a square, or the shorter side, and normalize.'''
     photo = functional.resize(photo, size if keep_aspect else [size, size], functional.InterpolationMode.BILINEAR)
     return (functional.to_tensor(photo) - mean) / std
-
-
-def read_state(path):
-    '''Read a state dict.
-
-    Parameters
-    ----------
-    path: str or :py:obj:`pathlib.Path`
-        A file of :py:obj:`torch.save` or, with the suffix ``.safetensors``, of safetensors. The state dict may also be
-        the entry ``'state_dict'``, ``'model_state_dict'`` or ``'model'`` of what is in the file.
-
-    Returns
-    -------
-    state: dict[str, :py:obj:`torch.Tensor`]
-        Parameters and buffers of any precision on the CPU. The prefix of :py:obj:`torch.nn.DataParallel` is removed.
-    classes: list[str] or None
-        Names of the classes, if the metadata of safetensors has them.
-
-    Raises
-    ------
-    ValueError
-        If there is no such file, or it is not a state dict of dense tensors that can be loaded safely.
-    '''
-    path = Path(path)
-    if not os.path.isfile(path):
-        raise ValueError(f'there is no file {path} with weights')
-    classes = None
-    if path.suffix.lower() == '.safetensors':
-        try:
-            from safetensors import SafetensorError, safe_open
-        except ImportError as error:
-            raise ValueError(f'reading {path} needs another package: pip install safetensors') from error
-        try:
-            with safe_open(path, 'pt') as file:
-                keys = file.keys()
-                state = {key: file.get_tensor(key) for key in keys}
-                classes = _parse_classes((file.metadata() or {}).get('classes'))
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f'the weights {path} are not a safetensors file ({one_line(error)})') from error
-    else:
-        try:
-            state = torch.load(path, map_location='cpu', weights_only=True)
-        except Exception as error:  # anything may be raised for anything in the file
-            raise ValueError(
-                f'the weights {path} are not a state dict that can be loaded safely: {SAVE}'
-            ) from error
-    while isinstance(state, dict):
-        inner = [state[key] for key in WRAPPERS if isinstance(state.get(key), dict)]
-        if not inner:
-            break
-        state = inner[0]
-    _check_state(path, state, SAVE)
-    # torch.nn.DataParallel puts a prefix before each key
-    return {key.removeprefix('module.'): value for key, value in state.items()}, classes
-
-
-def _check_state(path, state, advice):
-    '''Refuse what is not a state dict of numbers.'''
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
-    ):
-        raise ValueError(f'the weights {path} are not a state dict: {advice}')
-    for key, value in state.items():
-        # views of a few numbers may pretend to be of any size, more than the memory can hold
-        if (value.layout != torch.strided or value.is_quantized or value.is_complex() or value.is_meta
-                or value.nbytes > max(value.untyped_storage().nbytes(), LARGEST_VIEW)):
-            raise ValueError(
-                f'the weights {path} hold {key} in a form that is no dense tensor of real numbers: {advice}'
-            )
-        if value.is_floating_point() and value.float().isnan().any():
-            raise ValueError(f'the weights {path} are broken: {key} holds NaN')
-
-
-def _parse_classes(text):
-    '''Get names of classes which are separated by commas, or a list in JSON.'''
-    if not text:
-        return None
-    try:
-        classes = json.loads(text)
-    except ValueError:
-        classes = None
-    if not isinstance(classes, list):
-        classes = text.split(',')
-    return [' '.join(str(name).split()) for name in classes]
-
-
-def _suggest(text, choices):
-    '''The beginning of a sentence which suggests similar choices, or a few if there is none.'''
-    similar = get_close_matches(text, choices, n=3)
-    if similar:
-        return f'did you mean {" or ".join(similar)}? Choose one of these names '
-    return f'choose one of {", ".join(choices[:10])}{", …" if len(choices) > 10 else ""} '

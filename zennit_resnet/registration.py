@@ -20,24 +20,12 @@ def registered(composite, module, output=None):
     '''Context in which the rules of a composite are attached to a network, which is restored at the end.
 
     Threads which share the composite or a part of the network take turns. Parameters and buffers are afterwards the
-    same objects as before. Other attributes that the network or its hooks set meanwhile remain.
+    same objects as before. Other attributes that the network or its hooks set meanwhile remain. With an output, the
+    network returns this one, see :py:func:`~zennit_resnet.attribution.select_output`, and rules apply to how it is
+    chosen.
 
-    Parameters
-    ----------
-    composite: :py:obj:`zennit.core.Composite`
-        The composite.
-    module: :py:obj:`torch.nn.Module`
-        The network, see :py:func:`unwrap`.
-    output: str, int or callable, optional
-        Which of several outputs the network returns in the context, see
-        :py:func:`~zennit_resnet.attribution.select_output`. Rules apply to how it is chosen.
-
-    Raises
-    ------
-    RuntimeError
-        If the composite is registered already, or in inference mode.
-    TypeError
-        If rules cannot be attached to the network.
+    A RuntimeError is raised if the composite is registered already, or in inference mode, and a TypeError if rules
+    cannot be attached to the network.
     '''
     with exclusive(composite, *parts_of(module)), ExitStack() as undo:
         if composite.handles:
@@ -61,11 +49,9 @@ def registered(composite, module, output=None):
 
 
 class _State:
-    '''Parameters, buffers and attributes of all modules of a network as they were found.
-
-    What canonizers of Zennit leave behind is removed: version 1.0.0 leaves other parameters, and attributes which hide
-    them. Attributes that the network or its hooks set after the rules were attached are theirs.
-    '''
+    '''Parameters, buffers and attributes of all modules of a network as they were found.'''
+    # Canonizers of Zennit 1.0.0 leave other parameters behind, and attributes which hide them. Attributes that the
+    # network or its hooks set after the rules were attached are theirs.
     def __init__(self, root):
         self.found = [
             (module, *map(dict, (vars(module), module._parameters, module._buffers))) for module in root.modules()

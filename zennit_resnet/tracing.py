@@ -115,29 +115,11 @@ class TracedAttribution(torch.nn.Module):
         raise TypeError('A traced attribution cannot be moved or converted: move the network, and trace it again.')
 
     def forward(self, input, initial_relevance):
-        '''Run the attribution.
+        '''The output of the network, and the relevance of an input of shape (batch, ...).
 
-        Parameters
-        ----------
-        input: :py:obj:`torch.Tensor`
-            Input of shape (batch, ...).
-        initial_relevance: :py:obj:`torch.Tensor` or callable
-            What relevance starts from, of the output's shape, or a function of the output that returns it, such as
-            :py:func:`~zennit_resnet.attribution.initial_relevance`.
-
-        Returns
-        -------
-        output: :py:obj:`torch.Tensor`
-            Output of the network.
-        relevance: :py:obj:`torch.Tensor`
-            Relevance of the input's shape.
-
-        Raises
-        ------
-        ValueError
-            If the initial relevance is not of the output's shape.
-        TypeError
-            If it is neither a tensor nor a function.
+        What it starts from is a tensor of the output's shape, or a function of the output that returns it, such as
+        :py:func:`~zennit_resnet.attribution.initial_relevance`. A ValueError is raised if it is of another shape, and a
+        TypeError if it is something else.
         '''
         return self.explain(input, initial_relevance)[:2]
 

@@ -2,9 +2,8 @@
 
 import copy
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
-from typing import Any, Callable, NamedTuple, Optional, Union
+from typing import Any, Callable, Optional, Union
 
 import torch
 from captum.attr import GradientAttribution
@@ -27,13 +26,15 @@ from captum_adapters._validation import (
     split_args,
     suggest,
 )
-from zennit_resnet.arguments import (
-    check_choice,
-    check_flag,
-    check_module,
-    check_precision,
-    describe,
+from captum_adapters.attr._propagation import (
+    Explained,
+    Run,
+    as_constant,
+    join,
+    propagate,
+    run_to_inputs,
 )
+from zennit_resnet.arguments import check_choice, check_flag, check_module, describe
 from zennit_resnet.attribution import (
     as_contrast,
     check_contrast_weight,
@@ -45,7 +46,6 @@ from zennit_resnet.attribution import (
 )
 from zennit_resnet.postprocess import c1c, c3, heat_quantization, sum_channels
 from zennit_resnet.registration import registered, unwrap
-from zennit_resnet.rules.base import prepared_once
 from zennit_resnet.tracing import TracedAttribution, state_of, trace
 
 InitialRelevance = Union[None, str, Callable[[Tensor], Tensor]]
@@ -64,35 +64,8 @@ POSTPROCESS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class ReadOut(NamedTuple):
-    """Where relevance is read off: an edge of the graph of a forward pass.
-
-    The relevance is the gradient that arrives there, or only those parts of it that
-    hooks collect if there is a list for them, times the factor if there is one. An edge
-    alone does not keep the graph alive in older versions of PyTorch.
-    """
-
-    tensor: Tensor
-    edge: Any
-    factor: Optional[Tensor] = None
-    parts: Optional[list[Tensor]] = None
-
-    def relevance(self, gradient: Optional[Tensor]) -> Tensor:
-        """Relevance that is read off. Where none arrives, it is zero."""
-        if self.parts is not None:
-            gradient = sum(self.parts[1:], self.parts[0]) if self.parts else None
-        if gradient is None:
-            return torch.zeros_like(self.tensor)
-        gradient = gradient.detach()
-        return gradient if self.factor is None else gradient * self.factor
-
-
 # One output for each example by its indices, or a function of the output
 Target = Union[None, Tensor, Function]
-# Relevance of each layer, and at the output
-Explained = tuple[list[tuple[Tensor, ...]], Tensor]
-# The output of a model, and for each layer where to read off its relevance
-Run = tuple[Any, list[tuple[ReadOut, ...]]]
 
 
 class CompositeAttribution(GradientAttribution):
@@ -196,6 +169,8 @@ class CompositeAttribution(GradientAttribution):
         "model", "composite", "initial_relevance", "postprocess", "output", "contrast",
         "contrast_weight", "traced",
     )
+    # whether inputs may be integers, as for embeddings
+    _takes_integers = False
 
     def __repr__(self) -> str:
         return describe(self, self._shown)
@@ -278,7 +253,7 @@ class CompositeAttribution(GradientAttribution):
         """
         check_flag("return_convergence_delta", return_convergence_delta)
         (relevance, (kept,)), initial = self._explain(
-            inputs, target, additional_forward_args, internal_batch_size, _run
+            inputs, target, additional_forward_args, internal_batch_size, run_to_inputs
         )
         relevance = tuple(map(self._postprocess, relevance))
         attributions = relevance if isinstance(inputs, tuple) else relevance[0]
@@ -297,11 +272,10 @@ class CompositeAttribution(GradientAttribution):
 
         Args:
 
-            inputs (Tensor or tuple[Tensor]): See :meth:`attribute`, as for errors.
             targets (list or tuple): Targets, each as of :meth:`attribute`: `[3, 5]` are
                     two targets for all examples, `[[3, 5]]` is one target of two.
-            additional_forward_args (Any, optional): See :meth:`attribute`.
-            internal_batch_size (int, optional): See :meth:`attribute`.
+            inputs, additional_forward_args, internal_batch_size: See
+                    :meth:`attribute`, as for errors.
 
         Returns:
             *Tensor* or *tuple[Tensor]*: Attributions of shape (targets, batch, ...).
@@ -309,7 +283,7 @@ class CompositeAttribution(GradientAttribution):
         if not isinstance(targets, (list, tuple)) or not targets:
             raise ValueError(f"targets={targets!r} is not a list with a target in it.")
         found = self._explain_targets(
-            inputs, targets, additional_forward_args, internal_batch_size, _run
+            inputs, targets, additional_forward_args, internal_batch_size, run_to_inputs
         )
         maps = [map(self._postprocess, relevance) for (relevance, _), _ in found]
         attributions = tuple(map(torch.stack, zip(*maps)))
@@ -320,21 +294,11 @@ class CompositeAttribution(GradientAttribution):
     ) -> tuple[Tensor, Tensor]:
         """Relevance before any post-processing, and what it started from.
 
-        Args:
-
-            inputs (Tensor): Inputs of shape (batch, ...).
-            target (int, tuple, Tensor, list or callable, optional): See
-                    :meth:`attribute`, as for errors.
-
-        Returns:
-            *tuple[Tensor, Tensor]*: Relevance of the inputs' shape, and initial relevance
-            of the output's.
+        Both are of the shapes of the inputs and of the output. For the target and
+        errors, see :meth:`attribute`.
         """
-        ((relevance,), _), initial = self._explain(inputs, target, None, None, _run)
+        ((relevance,), _), initial = self._explain(inputs, target, None, None, run_to_inputs)
         return relevance, initial
-
-    # whether inputs may be integers, as for embeddings
-    _takes_integers = False
 
     def attribute_future(self) -> None:
         """This method is not implemented."""
@@ -387,19 +351,14 @@ class CompositeAttribution(GradientAttribution):
         self, inputs: Inputs, targets: Sequence[Any], additional_forward_args: object,
         internal_batch_size: Optional[int], run: Callable[..., Run],
     ) -> list[Explained]:
-        """Relevance at layers, of constants that kept it, and at the output, by target.
-
-        What runs the model is given the module with rules, what to call, inputs and
-        further arguments.
-        """
+        """Relevance at layers, of constants that kept it, and at the output, by target."""
         tensors = check_inputs(inputs)
         if not self._takes_integers:
             self._check_floating(tensors)
         batch = len(tensors[0])
         indices: list[Target] = [
-            target if callable(target) else check_target(
-                target, batch, allow_negative=True
-            ) for target in targets
+            each if callable(each) else check_target(each, batch, allow_negative=True)
+            for each in targets
         ]
         contrast = self.contrast
         per_example = isinstance(contrast, Tensor) and contrast.ndim == 2
@@ -414,18 +373,13 @@ class CompositeAttribution(GradientAttribution):
         chunks = []
         for begin in range(0, batch, size):
             part = slice(begin, begin + size)
-            chunks.append(
-                self._propagate(
-                    run, tuple(tensor[part] for tensor in tensors),
-                    [
-                        index[part] if isinstance(index, Tensor) else index
-                        for index in indices
-                    ],
-                    contrast[part] if per_example else contrast,
-                    tuple(arg[part] if cut else arg for arg, cut in zip(args, divided)),
-                )
-            )
-        return chunks[0] if len(chunks) == 1 else list(map(_join, zip(*chunks)))
+            chunks.append(self._propagate(
+                run, tuple(tensor[part] for tensor in tensors),
+                [each[part] if isinstance(each, Tensor) else each for each in indices],
+                contrast[part] if per_example else contrast,
+                tuple(arg[part] if cut else arg for arg, cut in zip(args, divided)),
+            ))
+        return chunks[0] if len(chunks) == 1 else list(map(join, zip(*chunks)))
 
     def _check_floating(self, tensors: tuple[Tensor, ...]) -> None:
         """Refuse integers, and name the layer which they enter."""
@@ -446,60 +400,30 @@ class CompositeAttribution(GradientAttribution):
     ) -> list[Explained]:
         """Propagate relevance of each target for a part of the batch."""
         module, forward = unwrap(self.model)
+        settings = {"contrast": contrast, "batch": len(tensors[0])}
+        starts = [partial(self._seed, index=index, **settings) for index in indices]
         if self.traced:
-            return self._replay(module, tensors, indices, contrast, args)
+            return self._replay(module, tensors, starts, args)
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
             registered(self.composite, module, self.output),
         ):
-            # a graph cannot be made of tensors which inference mode has created
-            leaves = tuple(
-                _as_constant(elem).requires_grad_(elem.is_floating_point())
-                for elem in tensors
+            return propagate(
+                self.composite, module, partial(run, module, forward), tensors, args,
+                starts,
             )
-            args = tuple(
-                _as_constant(arg) if isinstance(arg, Tensor) else arg for arg in args
-            )
-            with check_precision(module, *leaves):
-                output, layers = run(module, forward, leaves, args)
-            seeds = [
-                self._seed(output, index, contrast, len(leaves[0])) for index in indices
-            ]
-            reached = [
-                each for layer in layers for each in layer if each.edge is not None
-            ]
-            edges = [each.edge for each in reached]
-            explained: list[Explained] = []
-            with prepared_once(output) if len(seeds) > 1 else nullcontext():
-                for number, seed in enumerate(seeds, 1):
-                    gradients: Any = ()
-                    if edges:
-                        gradients = torch.autograd.grad(
-                            output, edges, seed, retain_graph=number < len(seeds),
-                            allow_unused=True,
-                        )
-                    found = dict(zip(map(id, reached), gradients))
-                    relevance = [
-                        tuple(each.relevance(found.get(id(each))) for each in layer)
-                        for layer in layers
-                    ]
-                    sinks = getattr(self.composite, "sinks", None)
-                    kept = leaves[0].new_zeros(len(leaves[0]), dtype=seed.dtype)
-                    relevance.append((kept if sinks is None else sinks.total(kept),))
-                    explained.append((relevance, seed))
-        return explained
 
     def _replay(
-        self, module: Module, tensors: tuple[Tensor, ...], indices: list[Target],
-        contrast: Any, args: tuple[Any, ...],
+        self, module: Module, tensors: tuple[Tensor, ...], starts: Sequence[Function],
+        args: tuple[Any, ...],
     ) -> list[Explained]:
         """Propagate relevance of each target by a graph that was recorded."""
         if len(tensors) > 1 or args:
             raise ValueError(
                 "traced=True is for a single input, without additional_forward_args."
             )
-        image = _as_constant(tensors[0])
+        image = as_constant(tensors[0])
         state = state_of(module)
         if self._recorded is None or self._recorded[0] != state:
             traced = trace(module, self.composite, image, self.output)
@@ -507,11 +431,11 @@ class CompositeAttribution(GradientAttribution):
         traced = self._recorded[1]
         seeds: list[Tensor] = []
 
-        def start(index: Target, output: Tensor) -> Tensor:
-            seeds.append(self._seed(output, index, contrast, len(image)))
+        def note(start: Function, output: Tensor) -> Tensor:
+            seeds.append(start(output))
             return seeds[-1]
 
-        found = [traced.explain(image, partial(start, index))[1:] for index in indices]
+        found = [traced.explain(image, partial(note, start))[1:] for start in starts]
         return [
             ([(relevance,), tuple(kept) or (seed.new_zeros(len(seed)),)], seed)
             for (relevance, *kept), seed in zip(found, seeds)
@@ -578,33 +502,9 @@ class CompositeAttribution(GradientAttribution):
         return part.to(relevance.dtype).expand_as(relevance).clone()
 
 
-def _run(
-    module: Module, forward: Callable[..., Any], leaves: tuple[Tensor, ...],
-    args: tuple[Any, ...],
-) -> Run:
-    """Run the model, to read off relevance at its inputs."""
-    # the model may change copies of its inputs in place
-    output = forward(*(leaf.clone() for leaf in leaves), *args)
-    return output, [tuple(ReadOut(leaf, leaf) for leaf in leaves)]
-
-
-def _join(chunks: Sequence[Explained]) -> Explained:
-    """Join what was found for parts of the batch."""
-    layers = [
-        tuple(torch.cat(parts) for parts in zip(*layer))
-        for layer in zip(*(chunk[0] for chunk in chunks))
-    ]
-    return layers, torch.cat([chunk[1] for chunk in chunks])
-
-
 def _shape_or_type(value: Any) -> Any:
     """What a value is, for messages."""
     return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-
-
-def _as_constant(tensor: Tensor) -> Tensor:
-    """A tensor without history, which may be part of a graph."""
-    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 def create_composite(composite: Any) -> Composite:

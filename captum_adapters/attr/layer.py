@@ -18,14 +18,13 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from zennit.core import Composite
 
 from captum_adapters._validation import Inputs, TargetType, suggest
+from captum_adapters.attr._propagation import ReadOut, Run
 from captum_adapters.attr.composite import (
     CompositeAttribution,
     Contrast,
     Function,
     InitialRelevance,
     Output,
-    ReadOut,
-    Run,
 )
 from zennit_resnet._autograd import next_sequence, sequence_of, walk
 from zennit_resnet._compat import COMPILED_MODULE, DisableTorchFunction

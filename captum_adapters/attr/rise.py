@@ -30,6 +30,7 @@ from captum_adapters._validation import (
     positive_integer,
     select_target,
     split_args,
+    take_rows,
     to_scores,
     warn_probabilities,
 )
@@ -172,17 +173,15 @@ class RISE(PerturbationAttribution):
                     for (cells, shifts), image in zip(grids, images)
                 ]
                 count = len(masks[0])
+                rows = torch.arange(batch, device="cpu").repeat(count)
                 result = self.forward_func(
                     *map(_apply_masks, images, bases, masks),
-                    *(
-                        _repeat(arg, count) if expand else arg
-                        for arg, expand in zip(args, per_example)
-                    ),
+                    *take_rows(args, per_example, rows),
                 )
                 result = check_output(result, count * batch)
                 scores = to_scores(result, output, judged)
-                rows = None if index is None else _repeat(index.to(scores.device), count)
-                scores = select_target(scores, rows, begin == 0).view(count, -1)
+                asked = None if index is None else index[rows].to(scores.device)
+                scores = select_target(scores, asked, begin == 0).view(count, -1)
                 for total, cover, mask in zip(totals, covered, masks):
                     mask = mask.to(total.dtype)
                     total += torch.tensordot(scores.to(total).T, mask, 1)
@@ -240,10 +239,7 @@ def _draw_grids(
     image: Tensor, n_masks: int, grid_size: Union[int, Sequence[int]],
     probability: float, generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Which cells are visible, and by how many pixels they are shifted, on the CPU.
-
-    Bool of shape (masks, *cells) and integers of shape (masks, dimensions).
-    """
+    """Which cells are visible (masks, *cells), and their shifts (masks, dims), on CPU."""
     size = image.shape[2:]
     cells = (grid_size,) * len(size) if isinstance(grid_size, int) else tuple(grid_size)
     if len(cells) != len(size) or any(
@@ -278,11 +274,6 @@ def _make_masks(grids: Tensor, shifts: Tensor, image: Tensor) -> Tensor:
         view[dim] = side
         masks = masks.take_along_dim(index.view(view).to(masks.device), dim)
     return masks
-
-
-def _repeat(rows: Tensor, count: int) -> Tensor:
-    """The rows of a batch, repeated for each mask."""
-    return rows.repeat(count, *[1] * (rows.ndim - 1))
 
 
 def _apply_masks(image: Tensor, base: Optional[Tensor], masks: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
 """Score-CAM by torch-cam, in Captum's manner."""
 
-from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
-from typing import Any, Callable, Iterator, Optional
+from typing import Any, Callable, Optional
 
 import torch
 from captum.attr import LayerAttribution
@@ -21,8 +20,10 @@ from captum_adapters._validation import (
     positive_integer,
     select_target,
     split_args,
+    take_rows,
 )
 from captum_adapters.attr.rise import check_maskable
+from zennit_resnet.canonizers.eager import evaluating
 
 
 class ScoreCAM(LayerAttribution):
@@ -129,7 +130,7 @@ class ScoreCAM(LayerAttribution):
             network.row = row
             with (
                 torch.no_grad(),
-                _evaluation(network),
+                evaluating(network),
                 self.layer.register_forward_hook(_check_layer),
                 self._library.ScoreCAM(
                     network, self.layer, batch_size=perturbations_per_eval
@@ -163,16 +164,10 @@ class _SingleScore(torch.nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Output of shape (images, 1)."""
-        rows = [self.row] * len(images)
-        result = self.forward_func(
-            # which may be changed in place
-            images.clone(),
-            *(
-                arg[rows] if expand else arg
-                for arg, expand in zip(self.args, self.per_example)
-            ),
-        )
-        result = check_output(result, len(images))
+        rows = torch.full((len(images),), self.row, device="cpu")
+        args = take_rows(self.args, self.per_example, rows)
+        # images may be changed in place
+        result = check_output(self.forward_func(images.clone(), *args), len(images))
         index = None if self.target is None else self.target[rows].to(result.device)
         scores = at_least_single(select_target(result, index))
         # torch-cam would make it a map of zeros
@@ -199,15 +194,3 @@ def _check_layer(module: torch.nn.Module, _: Any, output: Any) -> None:
 def _copy_activation(extractor: Any, *_: Any) -> None:
     """Copy what torch-cam keeps, as the network may change its layer's output."""
     set_cam_activation(extractor, cam_activation(extractor).clone())
-
-
-@contextmanager
-def _evaluation(network: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode of all modules, which is undone afterwards."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from captum_adapters._validation import check_evaluation, check_output, split_args
+from captum_adapters._validation import (
+    check_evaluation,
+    check_output,
+    split_args,
+    take_rows,
+)
 
 
 def forward_in_chunks(
@@ -29,13 +34,7 @@ def forward_in_chunks(
         for begin in range(0, total, chunk):
             part = slice(begin, min(begin + chunk, total))
             rows = examples[part]
-            output = forward_func(
-                make_inputs(part),
-                *(
-                    arg[rows.to(arg.device)] if expand else arg
-                    for arg, expand in zip(args, per_example)
-                ),
-            )
+            output = forward_func(make_inputs(part), *take_rows(args, per_example, rows))
             collected.append(collect(check_output(output, len(rows)), part))
             progress.update(len(rows))
     return tuple(torch.cat(tensors) for tensors in zip(*collected))

@@ -177,11 +177,7 @@ class PerturbedImages:
 def _differing(
     images: Tensor, base: Tensor, order: Tensor, selected: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Count only those pixels that differ from the baseline.
-
-    Returns for each pixel how many of them come before it, how many are among the first
-    `selected`, and how many there are at all.
-    """
+    """Numbers of pixels that differ from a base: before each, selected, and of all."""
     differs = (images != base).any(1).flatten(1).gather(1, order)
     number = F.pad(differs.cumsum(1), (1, 0))
     before = torch.empty_like(order, dtype=torch.int32)

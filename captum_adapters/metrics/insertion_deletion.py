@@ -71,19 +71,16 @@ class InsertionDeletion(NamedTuple):
         insertion (Tensor): Area under the insertion curve, (batch,). Higher is better.
         deletion (Tensor): Area under the deletion curve, (batch,). Lower is better.
         id_score (Tensor): Insertion minus deletion, (batch,).
-        insertion_normalized (Tensor): Insertion area on a scale where the score of the
-                blank image is 0, and that of the whole image is 1, (batch,). NaN where
-                both scores are equal.
-        deletion_normalized (Tensor): The same for the deletion area.
+        insertion_normalized, deletion_normalized (Tensor): Areas on a scale where the
+                score of the blank image is 0, and that of the whole image is 1,
+                (batch,). NaN where both scores are equal.
         id_normalized (Tensor): Difference of the two.
         fractions (Tensor): Where the points are on the x-axis from 0 to 1, (batch,
                 points).
         selected (Tensor): Number of pixels that are really inserted or deleted at each
                 point, (batch, points).
-        insertion_curve (Tensor): Scores after insertion, (batch, points).
-        deletion_curve (Tensor): Scores after deletion, (batch, points).
-        insertion_classes (Tensor): Predicted classes after insertion, (batch, points).
-        deletion_classes (Tensor): Predicted classes after deletion, (batch, points).
+        insertion_curve, deletion_curve (Tensor): Scores, (batch, points).
+        insertion_classes, deletion_classes (Tensor): Predicted classes, (batch, points).
         score_full (Tensor): Score of the whole image, (batch,).
         score_blank (Tensor): Score after all pixels are deleted, (batch,).
         tied_share (Tensor): Share of pixels whose value is not theirs alone, (batch,).

@@ -80,10 +80,7 @@ def _rank(
     attributions: Maps, masks: Maps, percents: Percents, absolute: bool,
     interpolate: Optional[str], dims: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scores to rank pixels by, masks as bool, counts and percentages.
-
-    Scores and masks are of shape (batch, height, width).
-    """
+    """Scores and masks of shape (batch, height, width), counts and percentages."""
     single = map_shape(dims)
     plain, channels = map_shape(dims, "batch"), map_shape(dims, "batch", "channels")
     maps = to_tensor(attributions, "attributions").detach()
@@ -169,7 +166,6 @@ def mask_pointing(
         dims (int, optional): 1 for signals, with attributions of shape (batch,
                 channels, length) and masks of shape (batch, length), 3 for volumes or
                 videos. It has to be told, as three axes may also be those of images.
-                Default: 2
 
     Returns:
         MaskPointing: A named tuple of tensors on the device of the attributions.
@@ -246,9 +242,6 @@ def mask_distance(
                 - `None`: nothing, the unit is a pixel.
 
         attributions, masks, percents, ...: See :func:`mask_pointing`, as for errors.
-
-    Returns:
-        MaskDistance: A named tuple of tensors on the device of the attributions.
 
     Examples::
 

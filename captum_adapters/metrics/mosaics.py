@@ -94,14 +94,8 @@ def _queues(
 
 
 def arrange(
-    labels: Tensor,
-    n: int = 2,
-    *,
-    focus: bool = False,
-    count: Optional[int] = None,
-    scores: Optional[Tensor] = None,
-    threshold: float = 0.5,
-    seed: int = 0,
+    labels: Tensor, n: int = 2, *, focus: bool = False, count: Optional[int] = None,
+    scores: Optional[Tensor] = None, threshold: float = 0.5, seed: int = 0,
 ) -> Tensor:
     """Which image is in which cell, (mosaics, n, n). See :func:`mosaics`."""
     n = positive_integer("n", n)
@@ -194,11 +188,9 @@ def mosaics(
                 channels, height, width).
         target (Tensor or list): Class of each image, of shape (batch,).
         n (int, optional): Number of cells in a row, and in a column.
-                Default: 2
         focus (bool, optional): Whether half of the cells (rounded down) are of the same
                 class, as in Focus mosaics. Focus is published for n = 2, and any
                 images.
-                Default: False
         count (int, optional): Number of mosaics. If images do not suffice, they are
                 used again, and mosaics are not independent of each other.
                 Default: None, for as many as there are classes with unused images for
@@ -206,12 +198,9 @@ def mosaics(
                 classes).
                 Default: None, for all images in random order
         threshold (float, optional): Lowest score of the class of an image.
-                Default: 0.5
         rescale (bool, optional): Whether to shrink mosaics to the size of an image, for
                 networks that see more than they were trained on otherwise.
-                Default: False
         seed (int, optional): Seed of the choice of classes and cells.
-                Default: 0
 
     Returns:
         Mosaics: A named tuple of tensors on the device of the inputs.
@@ -239,12 +228,7 @@ def mosaics(
     if labels is None or labels.ndim != 1:
         raise ValueError(f"target={target!r} is not the class of each of the images.")
     indices = arrange(
-        labels,
-        n,
-        focus=focus,
-        count=count,
-        scores=scores,
-        threshold=threshold,
+        labels, n, focus=focus, count=count, scores=scores, threshold=threshold,
         seed=seed,
     )
     cells = labels[indices]

@@ -195,7 +195,6 @@ def class_sensitivity(
         dims (int, optional): 1 for signals, with attributions of shape (batch,
                 channels, length) or (batch, length), 3 for volumes or videos. Windows
                 of SSIM have as many dimensions.
-                Default: 2
 
     Returns:
         Similarity: A named tuple of tensors of shape (batch,), on the device of the
@@ -287,11 +286,8 @@ def randomization(
                 Default: None, for each module that has parameters of its own, the last
                 one in `model.named_modules()` first
         seed (int, optional): Seed of the random numbers.
-                Default: 0
         show_progress (bool, optional): Whether to show a progress bar.
-                Default: False
         dims (int, optional): See :func:`class_sensitivity`.
-                Default: 2
 
     Returns:
         Randomization: Names of layers, and tensors of shape (batch, depths).
@@ -432,13 +428,8 @@ def contrastive_insertion_deletion(
     other = check_target(rival, batch, device)
     if other is None:
         (other,) = forward_in_chunks(
-            forward_func,
-            images.__getitem__,
-            runner_up,
-            torch.arange(batch, device=device),
-            batch,
-            additional_forward_args,
-            chunk,
+            forward_func, images.__getitem__, runner_up,
+            torch.arange(batch, device=device), batch, additional_forward_args, chunk,
             False,
         )
     same = (index == other).nonzero().flatten().tolist()
@@ -452,16 +443,10 @@ def contrastive_insertion_deletion(
         contrast = select_target(scores, first) - select_target(scores, second)
         return torch.stack([contrast, -contrast], 1)
 
+    args = index, other, *split_args(additional_forward_args, batch)[0]
     result = insertion_deletion(
-        difference,
-        images,
-        attributions,
-        baselines,
-        0,
-        (index, other, *split_args(additional_forward_args, batch)[0]),
-        output="identity",
-        max_examples_per_batch=max_examples_per_batch,
-        **options,
+        difference, images, attributions, baselines, 0, args, output="identity",
+        max_examples_per_batch=max_examples_per_batch, **options,
     )
     warn_probabilities(judged)
     return result

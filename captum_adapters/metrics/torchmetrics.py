@@ -76,10 +76,8 @@ def _gather(tensor: Tensor, group: Optional[Any] = None) -> list[Tensor]:
 
 
 def _check_points(tensors: Sequence[Tensor]) -> None:
-    """Refuse rows of different lengths, which only curves can have.
-
-    Shorter curves are not padded, since points are equally far apart in protocols.
-    """
+    """Refuse rows of different lengths, which only curves can have."""
+    # shorter ones are not padded, since points are equally far apart in protocols
     lengths = sorted({tensor.shape[1] for tensor in tensors if tensor.ndim > 1})
     if len(lengths) > 1:
         raise ValueError(

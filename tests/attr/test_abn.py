@@ -262,7 +262,7 @@ def test_attribute_leaves_network(net, input):
     ({'inputs': torch.full((1, 3, 64, 64), torch.nan)}, ValueError, r'NaN for the examples \[0\] of the batch'),
     ({'target': 3}, ValueError, 'target 3 is out of range for 3 classes'),
     ({'target': [0, 1]}, ValueError, 'for each of 1 examples'),
-    ({'target': .5}, TypeError, 'must be of integers'),
+    ({'target': .5}, TypeError, 'target.*float32'),
     ({'additional_forward_args': torch.ones(2)}, ValueError, 'single input'),
 ])
 def test_attribute_errors(trained, change, error, match):

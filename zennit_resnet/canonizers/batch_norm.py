@@ -26,41 +26,17 @@ CONVOLUTIONS = (
 
 
 class Produced(NamedTuple):
-    '''What a linear layer returned, perhaps with constants that were added and multiplied along its channels.
-
-    Attributes
-    ----------
-    reference: callable
-        Weak reference to the tensor.
-    number: tuple[int, int]
-        Number of its node, and how often it was changed in place.
-    linear: :py:obj:`torch.nn.Module`
-        The layer.
-    used: :py:obj:`UsedWeights` or None
-        Its weights, None if the node of the layer has them.
-    nodes: tuple of :py:obj:`torch.autograd.graph.Node`
-        Nodes from that of the layer to that of the tensor.
-    shape: tuple[int, ...]
-        Its shape.
-    given: tuple[int, ...] or None
-        The shape of the input of the layer, where it is needed.
-    scale: :py:obj:`torch.Tensor` or None
-        What elements of a channel are multiplied with, None if it is one.
-    shift: :py:obj:`torch.Tensor` or None
-        What is added after that, None if it is zero, or if it is not needed.
-    dim: int or None
-        Dimension of the channels, None if it is not known yet.
-    '''
-    reference: object
-    number: tuple
+    '''What a linear layer returned, perhaps with constants that were added and multiplied along its channels.'''
+    reference: object  # a weak one, to the tensor
+    number: tuple  # of its node, and how often it was changed in place
     linear: torch.nn.Module
-    used: UsedWeights
-    nodes: tuple
+    used: UsedWeights  # None if the node of the layer has its weights
+    nodes: tuple  # from that of the layer to that of the tensor
     shape: tuple
-    given: tuple
-    dim: int
-    scale: torch.Tensor = None
-    shift: torch.Tensor = None
+    given: tuple  # shape of the input of the layer, where it is needed
+    dim: int  # that of the channels, None if it is not known yet
+    scale: torch.Tensor = None  # what elements of a channel are multiplied with, None for one
+    shift: torch.Tensor = None  # what is added after that, None if it is zero, or if it is not needed
 
 
 class _Forward(Local):
@@ -277,10 +253,8 @@ def _channels(linear, ndim):
 
 
 def _pulled(produced, tensor, moves, value):
-    '''A constant that meets the moved output of a linear layer, moved back, NaN at elements that it does not meet.
-
-    None if the output is broadcast, or an element is picked several times.
-    '''
+    '''A constant that meets the moved output of a linear layer, moved back, NaN at elements that it does not meet.'''
+    # None if the output is broadcast, or an element is picked several times
     value = torch.as_tensor(value, device=tensor.device)
     try:
         value = value.detach().to(tensor.dtype).expand(tensor.shape)
@@ -296,10 +270,7 @@ def _pulled(produced, tensor, moves, value):
 
 
 def _along_channels(produced, tensor, moves, value, dim):
-    '''Dimension of channels and a constant as one number for each of them, None if it is anything else.
-
-    That of a channel that the constant does not meet is one: nothing depends on it.
-    '''
+    '''Dimension of channels and a constant as one number for each of them, None if it is anything else.'''
     value = _pulled(produced, tensor, moves, value)
     if value is None or value.shape != produced.shape or not value.numel():
         return dim, None
@@ -309,19 +280,17 @@ def _along_channels(produced, tensor, moves, value, dim):
         lowest, highest = (rows.masked_fill(missed, end).aminmax(dim=1) for end in (torch.inf, -torch.inf))
         is_missed = missed.all(1)
         if bool((is_missed | (lowest.min == highest.max)).all()):
+            # nothing depends on the number of a channel that the constant does not meet
             return num, lowest.min.masked_fill(is_missed, 1)
     return dim, None
 
 
 def _place(produced, tensor, moves):
-    '''Where to fold a normalization of the moved output of a layer, None if that is impossible.
-
-    It is the axis of the layer's weight that has the channels, and the channel of the normalization that each of them
-    is given to, None if these are the same.
-    '''
+    '''Axis of a layer's weight to fold a normalization into, and the order of its channels, None if impossible.'''
     if tensor.ndim < 2:
         return None
     if produced.dim == 1 and len(produced.nodes) == 1 and not moves:
+        # each channel of the layer is given to that of the same number
         return 0, None
     if not all(produced.shape):
         return None

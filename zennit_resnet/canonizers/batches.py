@@ -23,6 +23,47 @@ SOFTMAXES = frozenset('softmax log_softmax special_softmax special_log_softmax'.
 WATCHED = frozenset(REDUCTIONS) | frozenset(MOVES) | NORMALIZATIONS | PRODUCTS | PAIRS | {'__getitem__', 'pad'}
 
 
+class Images:
+    '''The images of the arguments of a forward pass, and which of its functions may mix them.'''
+    def __init__(self, given=()):
+        self.given, self.number = given, batch_size(given)
+        # module and name of the first function that may compute something from several images, and the name of the
+        # first that moves their dimension
+        self.mixing, self.moved, self.is_checking = None, '', False
+
+    def look(self, module, name, args, kwargs):
+        '''Look at a function that a module is about to call.'''
+        if keeps_examples(module):
+            return
+        if self.mixing is None and name in WATCHED and may_mix(name, args, kwargs, self.number):
+            self.mixing = module, name
+        if not self.moved:
+            self.moved = REGIONS if 'roi' in name else name if changes_first(name, args, self.number) else ''
+
+    def find_mixing(self, root, output, independent):
+        '''A module, the name of a function that makes images depend on each other, and whether it is known to do so.
+
+        None if there is none. Shapes of arguments for which this was found out are put into a set.
+        '''
+        given, self.given = self.given, ()
+        # regions belong to images by their numbers, which are no longer theirs
+        if self.mixing is None and self.moved in ('', REGIONS):
+            return None
+        shapes = tuple(elem.shape for elem in tensors_of(given))
+        if shapes in independent:
+            return None
+        self.is_checking = True
+        try:
+            is_dependent = None if self.moved == REGIONS else depends_on_batch(root, given, output)
+        finally:
+            self.is_checking = False
+        if is_dependent is False or is_dependent is None and self.mixing is None:
+            # of further batches of this shape as well
+            independent.add(shapes)
+            return None
+        return (*(self.mixing or (root, self.moved)), bool(is_dependent))
+
+
 def keeps_examples(module):
     '''Whether a module is known not to mix examples, although its functions move their dimension.'''
     return isinstance(module, torch.nn.MultiheadAttention) and module.batch_first and is_plain(module)

@@ -1,4 +1,4 @@
-'''Calls of modules that are running, and whether their rules cover what happens inside.'''
+'''The forward pass that is running in a thread, its calls of modules, and whether rules cover what happens inside.'''
 import threading
 import weakref
 
@@ -13,6 +13,8 @@ from .._weights import is_plain
 from ..layer import Operation
 from ..rules.base import SinglePass
 from ..rules.block import BlockEpsilon
+from .batches import Images
+from .refusals import Softmaxes
 
 # Modules of which the composite was asked already, and of which the gradient is the rule if it has none.
 COVERED = (
@@ -25,6 +27,23 @@ class Local(threading.local):
     '''State of a thread, of which nothing is copied.'''
     def __deepcopy__(self, memo):
         return type(self)()
+
+
+class ForwardPass(Local):
+    '''What is known of the forward pass of a thread, of which there is none yet.'''
+    def __init__(self):
+        # calls of modules that are running, and the images of the network's arguments
+        self.stack, self.images = [], Images()
+        self.begin()
+
+    def begin(self):
+        '''Begin a forward pass.'''
+        # whether rules count, and a module that runs without gradients by its rule
+        self.is_active, self.leaf = False, None
+        self.is_grad_enabled = torch.is_grad_enabled()
+        # numbers of operations by their module, nodes that were guarded, and those that need not be
+        self.counts, self.seen, self.known = {}, set(), set()
+        self.softmaxes = Softmaxes()
 
 
 class ModuleCall:

@@ -1,6 +1,7 @@
 '''A network in the state in which rules can be attached: run by Python, for evaluation.'''
 import copy
 import threading
+from contextlib import contextmanager
 
 import torch
 from zennit.types import BatchNorm
@@ -33,11 +34,22 @@ def check_evaluation(model):
             )
 
 
-class _Compiler:
-    '''Has functions that were compiled run in Python, as long as anyone needs that.
+@contextmanager
+def evaluating(model):
+    '''Context in which all modules of a network are in evaluation mode.'''
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
-    PyTorch has a single setting for all functions and threads, and none before version 2.6.
-    '''
+
+class _Compiler:
+    '''Has functions that were compiled run in Python, as long as anyone needs that.'''
+    # PyTorch has a single setting for all functions and threads, and none before version 2.6
     def __init__(self):
         self.lock = threading.Lock()
         self.users, self.stance = set(), None

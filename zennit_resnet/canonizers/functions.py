@@ -1,4 +1,6 @@
 '''Calls of functions, and other ways to write them.'''
+from typing import NamedTuple
+
 import torch
 
 from .._compat import is_view, keep_version
@@ -8,15 +10,13 @@ from .._nested import map_tensors, tensors_of
 ALIASES = {'self': 'input', 'axis': 'dim', 'keepdims': 'keepdim'}
 
 
-class FunctionCall:
-    '''A function call with its arguments.'''
-    # pylint: disable=too-many-arguments
-    def __init__(self, func, name, args, kwargs, active):
-        self.func = func
-        self.name = name
-        self.args = args
-        self.kwargs = kwargs
-        self.active = active
+class FunctionCall(NamedTuple):
+    '''A function call with its arguments, of which the active ones carry relevance.'''
+    func: object
+    name: str
+    args: tuple
+    kwargs: dict
+    active: list
 
     def __call__(self):
         return self.func(*self.args, **self.kwargs)
@@ -37,8 +37,8 @@ class FunctionCall:
     def keep(self, tensor):
         '''The call with all tensors but one as constants.'''
         constants = {id(elem): elem.detach() for elem in self.active if elem is not tensor}
-        args, kwargs = _replace(self.args, constants), _replace(self.kwargs, constants)
-        return FunctionCall(self.func, self.name, args, kwargs, [tensor])
+        args, kwargs = _substitute((self.args, self.kwargs), constants)
+        return self._replace(args=args, kwargs=kwargs, active=[tensor])
 
     def distinct(self):
         '''The call with another tensor for each of the same that carry relevance.'''
@@ -51,33 +51,31 @@ class FunctionCall:
             return seen[-1]
 
         args, kwargs = map_tensors(alias, (self.args, self.kwargs))
-        return FunctionCall(self.func, self.name, args, kwargs, seen)
+        return self._replace(args=args, kwargs=kwargs, active=seen)
 
     def renamed(self, name):
         '''The call as one of another function, with the form in place if this one is.'''
-        return FunctionCall(self.func, name + '_' * self.is_inplace, self.args, self.kwargs, self.active)
+        return self._replace(name=name + '_' * self.is_inplace)
 
     def put(self, tensor, value):
         '''The call with another tensor in the place of one.'''
-        args, kwargs = (_replace(elem, {id(tensor): value}) for elem in (self.args, self.kwargs))
+        args, kwargs = _substitute((self.args, self.kwargs), {id(tensor): value})
         active = [value if elem is tensor else elem for elem in self.active]
-        return FunctionCall(self.func, self.name, args, kwargs, [elem for elem in active if elem.requires_grad])
+        return self._replace(args=args, kwargs=kwargs, active=[elem for elem in active if elem.requires_grad])
 
     def rebind(self, *tensors):
         '''The call as a function of tensors, by default those that carry relevance, without a reference to any.'''
         func, tensors = self.func, tensors or self.active
         slots = {id(elem): _Slot(num) for num, elem in enumerate(tensors)}
-        args, kwargs = _replace(self.args, slots), _replace(self.kwargs, slots)
+        args, kwargs = given = _substitute((self.args, self.kwargs), slots)
         precision = _precision(tensors[0])
 
         def function(*tensors):
             if _precision(tensors[0]) == precision:
-                return func(*_replace(args, tensors), **_replace(kwargs, tensors))
+                return func(*_substitute(args, tensors), **_substitute(kwargs, tensors))
             # rules run in single precision where the network runs in half precision
-            others = map_tensors(lambda elem: elem.to(tensors[0].dtype) if elem.is_floating_point() else elem, (
-                args, kwargs
-            ))
-            return func(*_replace(others[0], tensors), **_replace(others[1], tensors))
+            others = map_tensors(lambda elem: elem.to(tensors[0].dtype) if elem.is_floating_point() else elem, given)
+            return func(*_substitute(others[0], tensors), **_substitute(others[1], tensors))
 
         return function
 
@@ -93,14 +91,14 @@ class FunctionCall:
         '''The call which returns what the first argument of this one becomes.'''
         kwargs = {key: elem for key, elem in self.kwargs.items() if key != 'inplace'}
         if 'inplace' in self.kwargs:
-            return FunctionCall(self.func, self.name, self.args, kwargs, self.active)
+            return self._replace(kwargs=kwargs)
         name = self.name.replace('__i', '__') if self.name.startswith('__') else self.name[:-1]
         func, args = self.func, self.args or (kwargs.pop('input'),)
 
         def changed(input, *args, **kwargs):
             return func(input.clone(), *args, **kwargs)
 
-        return FunctionCall(changed, name, args, kwargs, self.active)
+        return self._replace(func=changed, name=name, args=args, kwargs=kwargs)
 
 
 def _precision(tensor):
@@ -112,16 +110,16 @@ class _Slot(int):
     '''Place of a tensor in the arguments of a call.'''
 
 
-def _replace(value, replacements):
+def _substitute(value, replacements):
     '''Replace tensors by others according to their id, or slots by tensors, in nested arguments.'''
     if isinstance(value, torch.Tensor):
         return replacements.get(id(value), value) if isinstance(replacements, dict) else value
     if isinstance(value, _Slot):
         return replacements[value]
     if isinstance(value, dict):
-        return {key: _replace(elem, replacements) for key, elem in value.items()}
+        return {key: _substitute(elem, replacements) for key, elem in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_replace(elem, replacements) for elem in value)
+        return type(value)(_substitute(elem, replacements) for elem in value)
     return value
 
 

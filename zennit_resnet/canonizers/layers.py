@@ -5,8 +5,8 @@ Handlers run a function, given the canonizer, the call of the module, and the ca
 import torch
 import torch.nn.functional as F
 
-from .._autograd import are_probabilities, is_log_sum, is_shift, is_weighting
 from .._compat import OpOverload
+from .._gates import are_probabilities, is_log_sum, is_shift, is_weighting
 from ..layer import (
     Activation,
     Addition,
@@ -87,7 +87,7 @@ def _add_sink(canonizer, call, function, factors):
     constant = next(elem for elem in function.operands() if elem is not given)
     signal, sink = given.view_as(given), constant.detach().requires_grad_()
     function = function.put(given, signal).put(constant, sink)
-    function = FunctionCall(function.func, function.name, function.args, function.kwargs, list(function.operands()))
+    function = function._replace(active=list(function.operands()))
     output = canonizer.run(call, Addition, function, factors=None if factors == [1, 1] else tuple(factors))
     sinks.watch_addition(canonizer, call, function, signal, constant, output)
     return output

@@ -125,7 +125,7 @@ def _add_to(canonizer, call, function, target, source, alpha):
     added = function.put(target, zeros)
     if target.requires_grad or alpha < 0:
         kwargs = {key: elem for key, elem in added.kwargs.items() if key != 'alpha'}
-        added = FunctionCall(added.func, function.name, added.args, kwargs, added.active)
+        added = added._replace(kwargs=kwargs)
         return write_out(canonizer, function, lambda: torch.add(target, added(), alpha=alpha))
     output = canonizer.run(call, NonNegativeMap, added, examples=None)
     if has_values(target) and not bool(target.any()):
@@ -292,10 +292,7 @@ def deviation(canonizer, call, function):
 def _nth(function, num):
     '''The call as one that returns a single one of its tensors, with a node of its own in the graph.'''
     func = function.func
-    return FunctionCall(
-        lambda *args, **kwargs: func(*args, **kwargs)[num].clone(), function.name, function.args, function.kwargs,
-        function.active,
-    )
+    return function._replace(func=lambda *args, **kwargs: func(*args, **kwargs)[num].clone())
 
 
 def norm(canonizer, call, function):

@@ -23,7 +23,6 @@ from ..rules.attention import HalfEach, SoftmaxTaylor
 from ..rules.passing import Proportional, Refill, SignalTakesAll, Uncrop
 from ..rules.splitting import RatioSplit, SymmetricSplit
 from . import attention, layers, moves, products
-from .functions import FunctionCall
 
 # Rules of surrogate modules, unless the composite in use has another for them. Other surrogates are of a type that
 # Zennit's composites know. Whether a surrogate may be part of a gate is its attribute ``in_gate``.
@@ -40,24 +39,14 @@ DEFAULT_RULES = (
 
 
 class Entry(NamedTuple):
-    '''What a function is for relevance.
+    '''What a function is for relevance: a handler runs it through a surrogate module.
 
-    Attributes
-    ----------
-    names: tuple[str, ...]
-        Its names, as functions, methods, operators and in exported networks.
-    run: callable or None
-        Handler ``(canonizer, call, function) -> output``, which runs it through a surrogate module.
-        :py:func:`gradient` if its gradient is the exact rule, so that relevance passes it. None if there is no rule.
-    training: tuple[int, bool] or None
-        Position and default of its argument for training, in which it is random or computes something from several
-        images.
-    reduces: tuple[int, object] or None
-        Position and default of the dimensions over which it goes: if these have the images, they are mixed.
-    takes: tuple[int, object] or None
-        Position and default of the dimension along which it takes elements apart, likewise.
+    The handler is ``(canonizer, call, function) -> output``, :py:func:`gradient` if the gradient is the exact rule, so
+    that relevance passes it, and None if there is no rule. Other entries are the position and default of an argument:
+    that for training, in which the function is random or computes something from several images, the dimensions over
+    which it goes (if these have the images, they are mixed), and that along which it takes elements apart, likewise.
     '''
-    names: tuple
+    names: tuple  # as functions, methods, operators and in exported networks
     run: object = None
     training: tuple = None
     reduces: tuple = None
@@ -259,9 +248,7 @@ def handle(canonizer, call, function):
     if isinstance(target, torch.Tensor):
         # surrogates build no graph for it, and PyTorch does not either
         kwargs = {key: elem for key, elem in function.kwargs.items() if key != 'out'}
-        output = handle(canonizer, call, FunctionCall(
-            function.func, function.name, function.args, kwargs, function.active
-        ))
+        output = handle(canonizer, call, function._replace(kwargs=kwargs))
         return (target if target.shape == output.shape else target.resize_(output.shape)).copy_(output)
     entry = OPERATIONS.get(function.name)
     handler = None if entry is None else entry.run

@@ -5,8 +5,9 @@ import string
 import torch
 import torch.nn.functional as F
 
-from .._autograd import are_probabilities, is_exponential, is_gate, is_non_negative, is_one_more, is_sum, is_weighting
+from .._autograd import is_non_negative
 from .._compat import is_recorded
+from .._gates import are_probabilities, is_exponential, is_gate, is_one_more, is_sum, is_weighting
 from ..layer import (
     Activation,
     AveragePool,
@@ -61,10 +62,7 @@ def run_first(canonizer, call, function, kind, **settings):
     with torch.no_grad():
         _, *others = function()
     func = function.func
-    first = FunctionCall(
-        lambda *args, **kwargs: func(*args, **kwargs)[0], function.name, function.args, function.kwargs,
-        function.active,
-    )
+    first = function._replace(func=lambda *args, **kwargs: func(*args, **kwargs)[0])
     return (canonizer.run(call, kind, first, **settings), *others)
 
 
@@ -81,20 +79,15 @@ def multiply(canonizer, call, function):
             # a constant divided by a tensor is a function of each element, as its reciprocal is
             return run_on(canonizer, call, Activation, function, signal)
         found, constant = canonizer.merge.find(signal), right if signal is left else left
-        if function.name in ('__rdiv__', '__rtruediv__'):
-            constant = left
         output = run_on(canonizer, call, Gate, function, signal)
-        if found is not None and not is_division:
-            canonizer.merge.note(found, signal, output, constant)
-        elif found is not None:
-            canonizer.merge.note(found, signal, output, 1 / constant)
+        if found is not None:
+            canonizer.merge.note(found, signal, output, 1 / constant if is_division else constant)
         return output
     if left is right and not is_division:
         # a square
         func = function.func
-        return canonizer.run(call, Activation, FunctionCall(
-            lambda input: func(input, input), function.name, (left,), {}, [left]
-        ))
+        square = FunctionCall(lambda input: func(input, input), function.name, (left,), {}, [left])
+        return canonizer.run(call, Activation, square)
     signal = _exponentials(left, right, is_division)
     if signal is not None:
         # a softmax

@@ -1,27 +1,32 @@
 '''What a canonizer refuses to follow, and what to do about it.'''
 import warnings
+from contextlib import nullcontext
 
 import torch
 from zennit.rules import NoMod
 from zennit.types import Linear
 
 from .._autograd import (
-    SOFT,
-    are_probabilities,
-    end_of,
+    after_last_layers,
+    calls_back,
+    class_of,
     function_of,
+    is_arithmetic,
+    last_layers,
     metadata_of,
     module_of,
     nodes_of,
     rule_of,
-    softmaxes_before,
+    walk,
 )
 from .._compat import DisableTorchFunction, pre_hooks_of, rules_of
+from .._gates import SOFT, are_probabilities, end_of, softmaxes_before
 from .._nested import active_tensors, tensors_of
 from ..layer import Activation, Addition, AveragePool, Gate
 from ..rules.base import SinglePass
 from ..rules.block import BlockEpsilon
 from ..rules.passing import PassThrough
+from . import derived
 
 # What to do about functions for which a layer map is the wrong remedy.
 REMEDIES = {
@@ -37,6 +42,9 @@ REMEDIES = {
 }
 
 
+# Functions of PyTorch with a backward function of their own that change nothing, such as that of backward hooks.
+IDENTITIES = frozenset(['BackwardHookFunction'])
+
 # What to do about functions after the last layer, if that divides by its output.
 TAIL = (
     'with classifier=\'epsilon\', relevance is divided by the outputs of the last layer with weights, which it is not '
@@ -50,10 +58,7 @@ class UnsupportedOperation(RuntimeError):
 
 
 def changes_shares(node, is_folded):
-    '''Whether the relevance before a function is in another proportion to its inputs than after it to its outputs.
-
-    Normalization that is folded into the layer before it does nothing.
-    '''
+    '''Whether the relevance before a function is in another proportion to its inputs than after it to its outputs.'''
     rule, module = rule_of(node), module_of(node)
     if rule is None:
         return 'softmax' in function_of(node).lower()
@@ -211,3 +216,94 @@ def undo(handles, name):
             f'A {name} was lost while it was registered. The network is as it was before, so that its gradients are no '
             'relevance: keep the composite for as long as it is needed, or use its context.', stacklevel=2
         )
+
+
+class Refusing:
+    '''What a canonizer does about functions that relevance must not reach, and about the ends of networks.'''
+    def refuse(self, call, function, reason):
+        '''Run a function which relevance must not reach, for a reason. What computes a gate may be anything.'''
+        output, check = self.run_known(function, function.active), self._check(call.module, function.name, reason)
+        for tensor in active_tensors((output,)):
+            tensor.register_hook(check)
+        return output
+
+    def pass_at_end(self, call, function):
+        '''Run a softmax, which passes relevance to its logits if it is the output of the network.'''
+        output = self.run_known(function, function.active)
+        self.note_softmax(call, function.name, output)
+        return output
+
+    def note_softmax(self, call, name, output, is_passed=False, has_rule=False):
+        '''Note what a softmax returned, whether a rule passes its relevance, or has one of its own for it.'''
+        with DisableTorchFunction():
+            if output.requires_grad:
+                check = None if has_rule else self._check(call.module, name, 'it is not the output')
+                self.local.softmaxes.add(output.grad_fn, check, is_passed)
+
+    def _check(self, module, name, reason):
+        '''A backward hook which raises or warns if there is any relevance.'''
+        return refusal(self._label(module), module, name, reason, self.strict)
+
+    def _check_batch(self, output):
+        '''Raise a RuntimeError if functions that may compute something from several images do.'''
+        images = self.local.images
+        found = None if self.paused is not None else images.find_mixing(self.root, output, self.independent)
+        if found is None:
+            return
+        module, name, is_known = found
+        message = (
+            f'{self._label(module)} calls \'{name}\' over the {images.number} images of the batch, by which the output '
+            'for one image depends on the others' + (
+                '' if is_known else ', or may do so: the network cannot be run for copies of one of them'
+            ) + ': explain one image at a time, or use running statistics. If the first dimension has no images, '
+            'ResidualCanonizer(strict=False) warns instead.'
+        )
+        if self.strict:
+            raise RuntimeError(message)
+        warnings.warn(message, stacklevel=2)
+
+    def _guard(self, call, outputs):
+        '''Custom autograd functions, scripted and mapped ones are not intercepted. Relevance must not reach them.'''
+        for node in walk(nodes_of(outputs), self.local.seen):
+            source = class_of(node)
+            if node in self.local.known:
+                continue
+            if source is not None and source.__name__ not in IDENTITIES and (
+                source.__module__.partition('.')[0] not in ('zennit', __package__.partition('.')[0])
+            ):
+                if self.is_gradient and not calls_back(node):
+                    # with frozen weights and rules, only those that run modules in their backward pass matter
+                    continue
+                reason = 'it has a backward function of its own'
+                node.register_prehook(self._check(call.module, source.__qualname__, reason))
+            elif not self.is_gradient and is_arithmetic(node):
+                reason = 'it runs in a scripted or mapped function'
+                node.register_prehook(self._check(call.module, function_of(node), reason))
+
+    def _refuse_marked(self, name, select, source, output):
+        '''Have relevance of some elements refused, which have no gradient, unless a rule covers the module.'''
+        stack = self._stack()
+        if stack and (self.is_gradient or not stack[-1].opaque) and output.requires_grad:
+            module, remedy = stack[-1].module, derived.REMEDY.format(source)
+            check = refusal(self._label(module), module, name, '', self.strict, remedy)
+            output.register_hook(lambda relevance: check(select(relevance)))
+
+    def _mark_last(self, tensor):
+        '''Have the last layers know it if their rule divides by their output, and refuse what comes after them.'''
+        layers = [
+            (node, value) for node, value in last_layers(tensor)
+            if getattr(rule_of(node), 'classifier', None) == 'epsilon'
+        ]
+        for node, value in layers:
+            # the node has a copy of the layer
+            vars(node.module)['is_last'] = value
+        is_folded = all(node.context is not nullcontext for node, _ in layers)
+        for node in after_last_layers(tensor) if layers else ():
+            if changes_shares(node, is_folded):
+                node.register_prehook(self._refuse_tail(node))
+
+    def _refuse_tail(self, node):
+        '''Relevance that was shared out after the last layer is not in proportion to its outputs any more.'''
+        module, name = module_of(node), function_of(node)
+        name = name if module is None else getattr(module, 'name', type(module).__name__)
+        return refusal(self._label(self.root), self.root, name, '', self.strict, TAIL)

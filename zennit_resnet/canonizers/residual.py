@@ -1,52 +1,32 @@
 '''Canonizers which make the operations of residual networks visible to rules.'''
 import gc
 import threading
-import warnings
 import weakref
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from zennit.canonizers import Canonizer
 from zennit.core import RemovableHandleList
 
 from .._autograd import (
-    after_last_layers,
-    calls_back,
-    class_of,
-    function_of,
-    is_arithmetic,
-    last_layers,
-    module_of,
     name_of,
     nodes_of,
-    rule_of,
     walk,
 )
-from .._compat import DisableTorchFunction, caller, in_backward, is_replacing, is_running, registering_composite
+from .._compat import caller, in_backward, is_replacing, is_running, registering_composite
 from .._inplace import Watch, forget, note_copy, settle
-from .._nested import active_tensors, tensors_of
+from .._nested import active_tensors
 from ..arguments import Described, check_choice, check_flag
 from . import derived
 from .batch_norm import BatchNormMerge
-from .batches import REGIONS, WATCHED, batch_size, changes_first, depends_on_batch, keeps_examples, may_mix
-from .calls import Local, ModuleCall, is_opaque, keep_stored, single_pass
+from .batches import Images
+from .calls import ForwardPass, ModuleCall, is_opaque, keep_stored, single_pass
 from .eager import Eager, check_evaluation, is_active
 from .functions import FunctionCall
 from .layers import LINEAR
 from .moves import EXAMPLES, note_examples
 from .operations import DEFAULT_RULES, TRAINING, TRANSPARENT, handle, is_training
-from .refusals import (
-    TAIL,
-    Softmaxes,
-    changes_shares,
-    check_output,
-    check_parameters,
-    check_rules,
-    check_weight,
-    in_use,
-    refusal,
-    undo,
-)
+from .refusals import Refusing, check_output, check_parameters, check_rules, check_weight, in_use, undo
 from .sinks import Sinks
 from .weight_log import WeightLog
 
@@ -56,10 +36,6 @@ REGISTERED = []
 REPLACED = weakref.WeakSet()
 # The composite of this package that is being registered. Those of Zennit do not tell their canonizers who they are.
 _REGISTERING = threading.local()
-
-
-# Functions of PyTorch with a backward function of their own that change nothing, such as that of backward hooks.
-IDENTITIES = frozenset(['BackwardHookFunction'])
 
 
 @contextmanager
@@ -73,7 +49,7 @@ def registering(composite):
         _REGISTERING.composite = outer
 
 
-class ResidualCanonizer(Described, Canonizer):
+class ResidualCanonizer(Refusing, Described, Canonizer):
     '''Canonizer for residual networks of any source.
 
     Additions, gates, activations, poolings and other operations that a network writes as functions are found while its
@@ -111,10 +87,7 @@ class ResidualCanonizer(Described, Canonizer):
         Relevance that constants kept in the last backward pass, such as class tokens that are concatenated, and those
         of ``parameters='sink'``, by name, of shape (batch,). A composite that is registered has it as well.
 
-    Raises
-    ------
-    ValueError
-        If an argument is not one of its choices.
+    A ValueError is raised if an argument is not one of its choices.
     '''
     # whether the gradient is the rule of all functions
     is_gradient = False
@@ -130,22 +103,9 @@ class ResidualCanonizer(Described, Canonizer):
         self.handles = RemovableHandleList()
 
     def apply(self, root_module):
-        '''Apply this canonizer to a module.
+        '''Apply this canonizer to a network, and get a list of the single instance that was registered.
 
-        Parameters
-        ----------
-        root_module: :py:obj:`torch.nn.Module`
-            The network.
-
-        Returns
-        -------
-        list of :py:obj:`ResidualCanonizer`
-            A list of the single instance that was registered.
-
-        Raises
-        ------
-        RuntimeError
-            If no composite is being registered, or if it is in use for another network.
+        A RuntimeError is raised if no composite is being registered, or if it is in use for another network.
         '''
         composite = getattr(_REGISTERING, 'composite', None) or registering_composite()
         if composite is None:
@@ -163,20 +123,9 @@ class ResidualCanonizer(Described, Canonizer):
     def register(self, root_module, composite=None):
         '''Watch all modules of a network.
 
-        Parameters
-        ----------
-        root_module: :py:obj:`torch.nn.Module`
-            The network.
-        composite: :py:obj:`zennit.core.Composite`, optional
-            The composite to ask for the rules of operations. Without, additions are split by ratio.
-
-        Raises
-        ------
-        TypeError
-            If rules can not be attached to a module, as it is a ScriptModule, quantized, sharded, or runs replicas on
-            several devices.
-        RuntimeError
-            In inference mode, in which there are no gradients.
+        The composite is asked for the rules of operations. Without one, additions are split by ratio. A TypeError is
+        raised if rules can not be attached to a module, as it is a ScriptModule, quantized, sharded, or runs replicas
+        on several devices, and a RuntimeError in inference mode, in which there are no gradients.
         '''
         self.names = {module: name for name, module in root_module.named_modules()}
         if self._overlapping():
@@ -201,7 +150,7 @@ class ResidualCanonizer(Described, Canonizer):
         self.surrogates, self.leaves, self.weights = {}, {}, WeightLog()
         # shapes of inputs for which images were found not to depend on each other
         self.independent = set()
-        self.local = Local()
+        self.local = ForwardPass()
         self.interception = _Interception(self, self.is_gradient)
         # zennit 1.0.0 replaces parameters of layers with new objects when its rules run
         self.originals = {module: dict(module._parameters) for module in self.names}
@@ -245,28 +194,24 @@ class ResidualCanonizer(Described, Canonizer):
     # -- which module runs ---------------------------------------------------------------------------------------------
 
     def _note_arguments(self, module, args, kwargs):
-        if not self.local.__dict__.get('stack') and not self.local.__dict__.get('is_checking'):
-            self.local.given, self.local.batch = (args, kwargs), batch_size((args, kwargs))
+        if not self._stack() and not self.local.images.is_checking:
+            self.local.images = Images((args, kwargs))
 
     def _enter(self, module, args):
         rule = self.leaves.get(module)
-        if rule is not None and rule.active and self.local.__dict__.get('stack'):
+        if rule is not None and rule.active and self.local.stack:
             # it runs without gradients, so that nothing inside is an operation on relevance
             self.local.leaf = module
             settle(args)
             self.weights.note(module, self.local.is_active, self.paused is not None)
             return
-        if self.local.__dict__.get('is_checking'):
+        if self.local.images.is_checking:
             return
-        self.local.__dict__.setdefault('stack', [])
         stack = self._stack()
         if not stack:
-            self.local.mixing, self.local.moved = None, ''
+            self.local.begin()
             if module is not self.root:
-                self.local.given, self.local.batch = None, 0
-            self.local.counts, self.local.seen, self.local.known, self.local.softmaxes = {}, set(), set(), Softmaxes()
-            self.local.is_grad_enabled = torch.is_grad_enabled()
-            self.local.leaf = None
+                self.local.images = Images()
             composite = self._composite()
             self.local.is_active = composite is None or is_active(composite)
             forget()
@@ -284,7 +229,7 @@ class ResidualCanonizer(Described, Canonizer):
 
     def _recover(self):
         '''Forget a forward pass that was interrupted by an exception for which PyTorch runs no hooks.'''
-        stack = self.local.__dict__.get('stack')
+        stack = self.local.stack
         if stack:
             stack.clear()
             forget()
@@ -292,7 +237,7 @@ class ResidualCanonizer(Described, Canonizer):
 
     def _stack(self):
         '''Calls of modules that are running.'''
-        stack = self.local.__dict__.get('stack')
+        stack = self.local.stack
         if stack and not is_running(stack[-1].frame):
             self._recover()
         return stack
@@ -304,7 +249,7 @@ class ResidualCanonizer(Described, Canonizer):
 
     def _leave(self, module, args, output):
         self.local.leaf = None
-        stack = self.local.__dict__.get('stack')
+        stack = self.local.stack
         if stack and self.local.is_grad_enabled and not torch.is_grad_enabled():
             derived.note(type(module).__name__, args, {}, output)
         # this is called for exceptions before the module was entered as well
@@ -340,37 +285,6 @@ class ResidualCanonizer(Described, Canonizer):
             # nodes keep the tensors of the forward pass
             self.local.seen, self.local.known = set(), set()
             self._finish(active)
-
-    def _check_batch(self, output):
-        '''Raise a RuntimeError if functions that may compute something from several images do.'''
-        given, self.local.given = self.local.given, None
-        mixing, moved = self.local.mixing, self.local.moved
-        # regions belong to images by their numbers, which are no longer theirs
-        if self.paused is not None or mixing is None and moved in ('', REGIONS):
-            return
-        shapes = tuple(elem.shape for elem in tensors_of(given))
-        if shapes in self.independent:
-            return
-        self.local.is_checking = True
-        try:
-            is_dependent = None if moved == REGIONS else depends_on_batch(self.root, given, output)
-        finally:
-            self.local.is_checking = False
-        if is_dependent is False or is_dependent is None and mixing is None:
-            # of further batches of this shape as well
-            self.independent.add(shapes)
-            return
-        label, name = mixing or (self._label(self.root), moved)
-        message = (
-            f'{label} calls \'{name}\' over the {self.local.batch} images of the batch, by which the output for one '
-            'image depends on the others' + (
-                '' if is_dependent else ', or may do so: the network cannot be run for copies of one of them'
-            ) + ': explain one image at a time, or use running statistics. If the first dimension has no images, '
-            'ResidualCanonizer(strict=False) warns instead.'
-        )
-        if self.strict:
-            raise RuntimeError(message)
-        warnings.warn(message, stacklevel=2)
 
     def _start(self, args):
         if self not in REGISTERED:
@@ -429,20 +343,6 @@ class ResidualCanonizer(Described, Canonizer):
         for owner, name, surrogate in self.surrogates.values():
             owner._modules[name] = surrogate
 
-    def _mark_last(self, tensor):
-        '''Have the last layers know it if their rule divides by their output, and refuse what comes after them.'''
-        layers = [
-            (node, value) for node, value in last_layers(tensor)
-            if getattr(rule_of(node), 'classifier', None) == 'epsilon'
-        ]
-        for node, value in layers:
-            # the node has a copy of the layer
-            vars(node.module)['is_last'] = value
-        is_folded = all(node.context is not nullcontext for node, _ in layers)
-        for node in after_last_layers(tensor) if layers else ():
-            if changes_shares(node, is_folded):
-                node.register_prehook(self._refuse_tail(node))
-
     def _detach(self):
         # containers which call all of their children must not find surrogates among them
         for owner, name, _ in self.surrogates.values():
@@ -453,14 +353,9 @@ class ResidualCanonizer(Described, Canonizer):
     def look(self, func, args, kwargs):
         '''Look at a function before :py:meth:`intercept` runs it. Raise a RuntimeError if it is called for training.'''
         name = name_of(func)
-        stack, size = self.local.__dict__.get('stack'), self.local.batch
-        if stack and keeps_examples(stack[-1].module):
-            size = 0
-        if size > 1 and self.local.mixing is None and name in WATCHED and may_mix(name, args, kwargs, size):
-            stack = self._stack()
-            self.local.mixing = self._label(stack[-1].module if stack else self.root), name
-        if size > 1 and not self.local.moved:
-            self.local.moved = REGIONS if 'roi' in name else name if changes_first(name, args, size) else ''
+        if self.local.images.number > 1:
+            stack = self.local.stack
+            self.local.images.look(stack[-1].module if stack else self.root, name, args, kwargs)
         if name not in TRAINING or not is_training(func, args, kwargs):
             return
         stack = self._stack()
@@ -490,8 +385,8 @@ class ResidualCanonizer(Described, Canonizer):
             return func(*args, **kwargs)
         function = FunctionCall(func, name, args, kwargs, active)
         output = handle(self, stack[-1], function) if name not in EXAMPLES or name == '__getitem__' else function()
-        if self.local.batch > 1 and name in EXAMPLES:
-            note_examples(function, output, self.local.batch)
+        if self.local.images.number > 1 and name in EXAMPLES:
+            note_examples(function, output, self.local.images.number)
         return output
 
     def follow(self, func, args, kwargs):
@@ -506,64 +401,6 @@ class ResidualCanonizer(Described, Canonizer):
         if found is not None:
             self._refuse_marked(name, *found, args[0] if name == '__setitem__' else output)
         return output
-
-    def _refuse_marked(self, name, select, source, output):
-        '''Have relevance of some elements refused, which have no gradient, unless a rule covers the module.'''
-        stack = self._stack()
-        if stack and (self.is_gradient or not stack[-1].opaque) and output.requires_grad:
-            module, remedy = stack[-1].module, derived.REMEDY.format(source)
-            check = refusal(self._label(module), module, name, '', self.strict, remedy)
-            output.register_hook(lambda relevance: check(select(relevance)))
-
-    def refuse(self, call, function, reason):
-        '''Run a function which relevance must not reach, for a reason. What computes a gate may be anything.'''
-        output, check = self.run_known(function, function.active), self._check(call.module, function.name, reason)
-        for tensor in active_tensors((output,)):
-            tensor.register_hook(check)
-        return output
-
-    def pass_at_end(self, call, function):
-        '''Run a softmax, which passes relevance to its logits if it is the output of the network.'''
-        output = self.run_known(function, function.active)
-        self.note_softmax(call, function.name, output)
-        return output
-
-    def note_softmax(self, call, name, output, is_passed=False, has_rule=False):
-        '''Note what a softmax returned, whether a rule passes its relevance, or has one of its own for it.'''
-        with DisableTorchFunction():
-            if output.requires_grad:
-                check = None if has_rule else self._check(call.module, name, 'it is not the output')
-                self.local.softmaxes.add(output.grad_fn, check, is_passed)
-
-    def _refuse_tail(self, node):
-        '''Relevance that was shared out after the last layer is not in proportion to its outputs any more.'''
-        module, name = module_of(node), function_of(node)
-        name = name if module is None else getattr(module, 'name', type(module).__name__)
-        return refusal(self._label(self.root), self.root, name, '', self.strict, TAIL)
-
-    def _check(self, module, name, reason):
-        '''A backward hook which raises or warns if there is any relevance.'''
-        return refusal(self._label(module), module, name, reason, self.strict)
-
-    def _guard(self, call, outputs):
-        '''Custom autograd functions, scripted and mapped ones are not intercepted. Relevance must not reach them.
-
-        If the gradient is the rule, only those that run modules in their backward pass, with rules and frozen weights.
-        '''
-        for node in walk(nodes_of(outputs), self.local.seen):
-            source = class_of(node)
-            if node in self.local.known:
-                continue
-            if source is not None and source.__name__ not in IDENTITIES and (
-                source.__module__.partition('.')[0] not in ('zennit', __package__.partition('.')[0])
-            ):
-                if self.is_gradient and not calls_back(node):
-                    continue
-                reason = 'it has a backward function of its own'
-                node.register_prehook(self._check(call.module, source.__qualname__, reason))
-            elif not self.is_gradient and is_arithmetic(node):
-                reason = 'it runs in a scripted or mapped function'
-                node.register_prehook(self._check(call.module, function_of(node), reason))
 
     def _note(self, outputs, begin):
         '''Do not guard what lies between outputs and the nodes of all inputs that they were computed from.'''

@@ -53,7 +53,8 @@ def watch_constants(canonizer, call, function, output, tensors):
                 relevance.new_full((), float(not is_active)).expand(shape) for shape, is_active in shapes
             ))
 
-    canonizer.sinks.watch(_name(canonizer, call, function, constants[0]), output, canonizer.local.batch, select=select)
+    name = _name(canonizer, call, function, constants[0])
+    canonizer.sinks.watch(name, output, canonizer.local.images.number, select=select)
 
 
 def watch_filling(canonizer, call, function, output):
@@ -67,12 +68,13 @@ def watch_filling(canonizer, call, function, output):
             return
     constant = next((elem for elem in function.tensors() if elem is not signal), signal)
     name = _name(canonizer, call, function, constant)
-    canonizer.sinks.watch(name, output, canonizer.local.batch, select=lambda relevance: relevance.where(keeps, 0.))
+    number = canonizer.local.images.number
+    canonizer.sinks.watch(name, output, number, select=lambda relevance: relevance.where(keeps, 0.))
 
 
 def watch_addition(canonizer, call, function, signal, constant, output):
     '''Note what a constant keeps that was added to a signal.'''
-    name, batch = _name(canonizer, call, function, constant), canonizer.local.batch
+    name, batch = _name(canonizer, call, function, constant), canonizer.local.images.number
     canonizer.sinks.watch(name, output, batch)
     canonizer.sinks.watch(name, signal, batch, -1, output.grad_fn)
 

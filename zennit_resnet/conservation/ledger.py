@@ -93,10 +93,7 @@ class Ledger:
         return found
 
     def example(self, index=None):
-        '''Get the ledger of a single example, by default of the one with the largest deviation.
-
-        An IndexError is raised if there is no such example, here and in all methods below.
-        '''
+        '''The ledger of an example, by default of that with the largest deviation, or an IndexError, as below.'''
         index = self._index(index)
         rows, blocks = ([row.example(index) for row in rows] for rows in (self.rows, self.blocks))
         return Ledger(rows, blocks, *(
@@ -251,10 +248,7 @@ class Ledger:
         return plot_ledger(self, self._index(example), tolerance)
 
     def records(self):
-        '''Get all rows and blocks as plain data: a dict for each example and row or block.
-
-        It has the attributes of :py:class:`Row`, and what is lost relative to the initial relevance.
-        '''
+        '''All rows and blocks of each example as dicts: :py:class:`Row`, and what is lost relative to the initial.'''
         records = []
         for index, scale in enumerate(self.scale.tolist()):
             for order, row in enumerate((*self.rows, *self.blocks)):
@@ -396,12 +390,7 @@ def assert_conserved(
 ):
     '''Check in a test that a composite conserves relevance, and get the ledger.
 
-    Parameters
-    ----------
-    model, input, composite, attr_output, target, value:
-        See :py:func:`conservation_ledger`.
-    tolerance, layers:
-        See :py:meth:`Ledger.assert_conserved`, also for what is raised.
+    For arguments, and what is raised, see :py:func:`conservation_ledger` and :py:meth:`Ledger.assert_conserved`.
 
     Examples
     --------

@@ -300,10 +300,7 @@ class Recorder:
     # -- result --------------------------------------------------------------------------------------------------------
 
     def summarize(self):
-        '''Get rows for each layer and each function that is in no layer, and rows for modules which contain others.
-
-        They are in the order of the backward pass. Each operation is in one of the former.
-        '''
+        '''Rows in the order of the backward pass, of layers and functions in no layer, and of modules with others.'''
         names, numbers = self._names()
         order = sorted(range(len(self.nodes)), key=lambda index: -sequence_of(self.nodes[index]))
         calls = [self._owner(index) for index in range(len(self.nodes))]

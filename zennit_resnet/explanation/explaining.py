@@ -1,6 +1,5 @@
 '''One call from a network and photographs to heatmaps, pictures and files.'''
 import os
-from contextlib import contextmanager
 from importlib.metadata import version
 
 import numpy as np
@@ -10,6 +9,7 @@ from .. import __version__
 from .._compat import COMPILED_MODULE
 from ..arguments import check_module, check_number
 from ..attribution import CONTRASTS, as_contrast
+from ..canonizers.eager import evaluating
 from ..methods import Method
 from ..models import Classifier, as_classifier, default_classes, hash_weights
 from .photos import list_images, prepare, unique_names
@@ -95,18 +95,8 @@ def explain_each(
 ):
     '''Generate each image with a list of its explanations by each method, or the error why there are none.
 
-    Parameters
-    ----------
-    classifier: :py:class:`~zennit_resnet.models.Classifier`
-        The network, in any mode.
-    items: list
-        Images, see :py:func:`explain`.
-    methods: list[:py:class:`~zennit_resnet.methods.Method`]
-        Methods. Those that differ in their post-processing only are computed once.
-    target, value, contrast, batch_size:
-        See :py:func:`explain`.
-    attribute: callable, optional
-        What computes relevance, with the arguments of :py:meth:`Method.attribute` after the method.
+    Methods that differ in their post-processing only are computed once, by a function ``attribute`` with the arguments
+    of :py:meth:`Method.attribute`. For all else, see :py:func:`explain`.
     '''
     check_number('batch_size', batch_size, 1)
     target = target.tolist() if isinstance(target, (np.ndarray, torch.Tensor)) else target
@@ -147,7 +137,7 @@ def _explain_batch(classifier, group, methods, targets, value, contrast, attribu
     # pylint: disable=too-many-arguments
     weight = next((tensor for tensor in classifier.model.parameters() if tensor.is_floating_point()), torch.zeros(()))
     input = torch.stack([each[2] for each in group]).to(weight.device, weight.dtype)
-    with _evaluating(classifier.model), torch.inference_mode(False), torch.enable_grad():
+    with evaluating(classifier.model), torch.inference_mode(False), torch.enable_grad():
         # tensors of inference mode have no gradients
         input = input.clone()
         output = _forward(classifier.model, input)
@@ -240,16 +230,3 @@ def describe_settings(classifier):
             **{name: version(name) for name in ('torchvision', 'zennit')},
         },
     }
-
-
-@contextmanager
-def _evaluating(model):
-    '''Put a network into evaluation mode, and back.'''
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True

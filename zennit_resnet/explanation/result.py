@@ -180,16 +180,9 @@ class Explanation:
         return np.asarray(canvas) * (heatmap.size / (width * height))
 
     def draw(self, kind='overlay', size=None, **style):
-        '''Draw the ``'heatmap'`` or ``'overlay'`` in the size of the photograph, as an array (height, width, 3), uint8.
+        '''Draw the ``'heatmap'`` or ``'overlay'``, as an array of shape (height, width, 3) and type uint8.
 
-        Parameters
-        ----------
-        kind: str, optional
-            What to draw.
-        size: tuple[int, int], optional
-            Another width and height.
-        style:
-            See :py:class:`Explanation`.
+        It has the width and height of the photograph, or another ``size``. For options, see :py:class:`Explanation`.
         '''
         style = Style(**style)
         check_choice('kind', kind, KINDS)
@@ -240,28 +233,9 @@ class Explanation:
     def save(self, folder, overwrite=False, **style):
         '''Write the heatmap, overlay and figure as PNG, relevance and heatmap as arrays, and a manifest.
 
-        Each file is written as a whole or not at all, the manifest last.
-
-        Parameters
-        ----------
-        folder: path
-            Where to write, made if it is not there.
-        overwrite: bool, optional
-            Replace files that are there.
-        style:
-            See :py:class:`Explanation`.
-
-        Returns
-        -------
-        list[:py:obj:`pathlib.Path`]
-            Files that were written.
-
-        Raises
-        ------
-        FileExistsError
-            If a file is there and is not to be overwritten.
-        OSError
-            If a file cannot be written.
+        Each file is written as a whole or not at all, the manifest last. For options, see :py:class:`Explanation`. The
+        folder is made if it is not there, and the paths of the files are returned. A FileExistsError is raised if a
+        file is there and is not to be overwritten, an OSError if one cannot be written.
         '''
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)

@@ -3,10 +3,12 @@
 Functions take batches of tensors of shape (batch, height, width), but also NumPy arrays and single maps of shape
 (height, width): what they return then are arrays, and has no first axis. Results are on the same device, and of the
 same type (integers become the default floating point type), masks are boolean. All but zero of a given mask belongs to
-it. A ValueError is raised for heatmaps of another shape, or which are complex, not finite, or have no pixels.
+it. A ValueError is raised for heatmaps of another shape, or which are complex, not finite, or have no pixels, and for
+an argument that is unknown or out of range, a TypeError if one is of another type.
 
-Functions with an argument ``dims`` are also for signals (``dims=1``, heatmaps of shape (batch, length)) and for volumes
-or videos (``dims=3``, of shape (batch, depth, height, width)). The choice of contour and component is for images.
+Functions with an argument ``dims`` (2 by default) are also for signals (``dims=1``, heatmaps of shape (batch, length))
+and for volumes or videos (``dims=3``, of shape (batch, depth, height, width)). It has to be told, as three axes may as
+well be those of an image. The choice of contour and component is for images.
 
 The choice of contour and component computes in double precision on the CPU, and does not propagate gradients.
 '''

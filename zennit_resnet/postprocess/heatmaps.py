@@ -60,20 +60,9 @@ def sum_channels(relevance, dims=2):
     '''Sum relevance over channels to get heatmaps: (batch, channels, height, width) to (batch, height, width).
 
     The sum (not the mean or the largest channel) keeps the total, so that a heatmap of conserved relevance still sums
-    to the initial relevance.
-
-    Parameters
-    ----------
-    relevance: :py:obj:`torch.Tensor`
-        Relevance of shape (batch, channels, height, width).
-    dims: int, optional
-        1 for signals, of shape (batch, channels, length), 3 for volumes or videos, of shape (batch, channels, depth,
-        height, width). It has to be told, as three axes may as well be those of an image without a batch. Default is 2.
-
-    Raises
-    ------
-    ValueError
-        If ``relevance`` does not have ``dims + 2`` axes, or ``dims`` is not 1, 2 or 3.
+    to the initial relevance. With ``dims=1``, relevance is that of signals, of shape (batch, channels, length), with
+    ``dims=3`` of volumes or videos, of shape (batch, channels, depth, height, width). A ValueError is raised if it is
+    of another shape.
     '''
     expected = map_shape(dims, 'batch', 'channels')
     if relevance.ndim != dims + 2:
@@ -98,23 +87,8 @@ def heat_quantization(heatmap, levels=8, dims=2):
 
     Quantization does not conserve relevance, and creates ties: pixels can no longer be ranked within a level.
 
-    Parameters
-    ----------
-    heatmap: :py:obj:`torch.Tensor`
-        Heatmaps of shape (batch, height, width). Each is quantized on its own. They are not modified.
-    levels: int, optional
-        Number of edges, of which the first is the lowest, and the last is the highest value. Default is 8.
-    dims: int, optional
-        1 for heatmaps of signals, of shape (batch, length), 3 for those of volumes or videos, of shape (batch, depth,
-        height, width). All slices of a volume have the same levels. Default is 2.
-
-    Raises
-    ------
-    ValueError
-        If ``heatmap`` does not have ``dims + 1`` axes, is complex, or is not finite, if ``levels`` is less than 2, or
-        if ``dims`` is not 1, 2 or 3.
-    TypeError
-        If ``levels`` is not an integer.
+    Each heatmap is quantized on its own, all slices of a volume to the same ``levels``: this number of edges (default
+    8, at least 2), of which the first is the lowest, and the last is the highest value.
     '''
     levels = index(levels)
     if levels < 2:
@@ -143,21 +117,16 @@ def c1c(
 ):
     '''Keep one connected component of reduced heatmaps (C1C in the ablation of Doublet et al. 2024, Table 2).
 
+    For all else, see :py:func:`c3`, where ``threshold`` is that of the component. A constant map has nothing above its
+    mean, so nothing of it is left with ``select='area'``.
+
     Parameters
     ----------
-    heatmap, size, threshold, connectivity, expand, outside, return_masks:
-        See :py:func:`c3`, where ``threshold`` is that of the component. A constant map has nothing above its mean, so
-        nothing of it is left with ``select='area'``.
     select: str, optional
         With ``'area'`` (default, as the paper describes it), it is the component with the most pixels. With
         ``'max_value'`` (as in code of the same group), it is the one that holds the largest value, or the whole map if
         nothing is above the threshold. That code also triples the values inside, which has no effect on pictures or
         rankings, and is left out.
-
-    Returns
-    -------
-    :py:obj:`torch.Tensor` or :py:obj:`Choice`
-        Heatmaps of shape (batch, height, width), see :py:func:`c3`, also for what is raised.
     '''
     check_choice('select', select, ('area', 'max_value'))
     reduced = reduce_heatmap(to_double(heatmap), size)
@@ -195,10 +164,9 @@ def c3(
         What is above it may belong to the component. Default is None, which is ``threshold``.
     contour: str, optional
         See :py:func:`~zennit_resnet.postprocess.largest_contour`.
-    connectivity: int, optional
-        See :py:func:`~zennit_resnet.postprocess.largest_component`.
-    expand: str, optional
-        See :py:func:`~zennit_resnet.postprocess.expand_heatmap`.
+    connectivity, expand: optional
+        See :py:func:`~zennit_resnet.postprocess.largest_component` and
+        :py:func:`~zennit_resnet.postprocess.expand_heatmap`.
     outside: str, optional
         What values outside of what is kept become. With ``'zero'`` (default, Eq. (4)), pixels outside outrank negative
         relevance inside, if heatmaps are ranked afterwards. With ``'minimum'``, they become the lowest value of the
@@ -211,20 +179,7 @@ def c3(
     :py:obj:`torch.Tensor` or :py:obj:`Choice`
         Heatmaps of shape (batch, height, width), or these with all masks and flags. A map of which nothing is left,
         because the masks have no pixel in common or nothing is above a threshold, is zero everywhere (or the lowest
-        value).
-
-    Raises
-    ------
-    ValueError
-        If ``heatmap`` does not have three axes, is complex, is not finite, or has no pixels, or if an argument is
-        unknown or out of range.
-    TypeError
-        If ``size`` is not of integers.
-
-    Warns
-    -----
-    :py:obj:`EmptyMaskWarning`
-        If nothing is left of a heatmap, unless ``return_masks``.
+        value), and an :py:obj:`EmptyMaskWarning` says so, unless ``return_masks``.
     '''
     reduced = reduce_heatmap(to_double(heatmap), size)
     contour = largest_contour(binarize(reduced, threshold), contour)
@@ -265,11 +220,6 @@ def mask_cases(contour, component):
         ``'coincide'`` if they are equal, ``'contained'`` if the component is a proper part of the contour's interior,
         ``'overlap'`` if they have pixels in common, and the component others as well, ``'disjoint'`` if they have none
         in common, and ``'blank'`` if one has no pixels at all. In the last two cases, the result of C³ is empty.
-
-    Raises
-    ------
-    ValueError
-        If the shapes differ or do not have three axes, or if the batch is empty.
     '''
     if contour.shape != component.shape or contour.ndim != 3 or len(contour) == 0:
         raise ValueError(
@@ -292,19 +242,15 @@ def mask_cases(contour, component):
 def ablation(heatmap, **options):
     '''Post-process heatmaps as in the ablation of Doublet et al. 2024, Table 2, which leaves out C³ or replaces it.
 
-    Parameters
-    ----------
-    heatmap, **options:
-        Arguments of :py:func:`c3`. Those that :py:func:`c1c` has as well are used for both, where the threshold of C1C
-        is that of the component.
+    Arguments are those of :py:func:`c3`. Those that :py:func:`c1c` has as well are used for both, where the threshold
+    of C1C is that of the component.
 
     Returns
     -------
-    heatmaps: dict[str, :py:obj:`torch.Tensor`]
-        Heatmaps of shape (batch, height, width): ``'none'``, which is ``heatmap`` itself, ``'c1c'`` and ``'c3'``.
-    report: dict[str, float]
-        Fractions of the batch, see :py:func:`mask_cases`, also for what is raised. If both thresholds are equal,
-        ``'c1c'`` and ``'c3'`` are equal but for maps in ``'disjoint'``.
+    tuple[dict[str, :py:obj:`torch.Tensor`], dict[str, float]]
+        Heatmaps of shape (batch, height, width): ``'none'``, which is ``heatmap`` itself, ``'c1c'`` and ``'c3'``. Then
+        fractions of the batch, see :py:func:`mask_cases`. If both thresholds are equal, ``'c1c'`` and ``'c3'`` are
+        equal but for maps in ``'disjoint'``.
     '''
     chosen = c3(heatmap, **options, return_masks=True)
     common = {key: value for key, value in options.items() if key in ('size', 'connectivity', 'expand', 'outside')}
@@ -334,13 +280,6 @@ def attention_errors(heatmap, mask, threshold='mean', coverage=0.5, precision=0.
         What is above it is attended, see :py:func:`~zennit_resnet.postprocess.binarize`.
     coverage, precision: float, optional
         Shares that are enough. Default is 0.5.
-    dims: int, optional
-        1 for maps of signals, 3 for those of volumes or videos. Default is 2.
-
-    Raises
-    ------
-    ValueError
-        If the shapes differ, if ``heatmap`` is not valid, or if an argument is unknown or out of range.
     '''
     for name, value in (('coverage', coverage), ('precision', precision)):
         check_number(name, value, 0, 1)

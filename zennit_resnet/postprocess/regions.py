@@ -53,21 +53,8 @@ def reduce_heatmap(heatmap, size=28):
     '''Reduce heatmaps by area averaging to shape ``(batch, *size)``.
 
     Each cell becomes the mean of the area that it covers, with pixels on its border counted in part. So the map's mean
-    stays what it was. A map that is smaller than ``size`` is enlarged by the same definition.
-
-    Parameters
-    ----------
-    heatmap: :py:obj:`torch.Tensor`
-        Heatmaps of shape (batch, height, width).
-    size: int or tuple[int, int], optional
-        Height and width to reduce to, or one number for both. Default is 28 as in the paper.
-
-    Raises
-    ------
-    ValueError
-        If ``size`` is not positive.
-    TypeError
-        If ``size`` is not of integers.
+    stays what it was. A map that is smaller than ``size`` is enlarged by the same definition. The size is height and
+    width, or one integer for both. Default is 28 as in the paper.
     '''
     height, width = (index(side) for side in (size if isinstance(size, (tuple, list)) else (size, size)))
     if min(height, width) < 1:
@@ -89,15 +76,8 @@ def _area_weights(length, size):
 def expand_heatmap(heatmap, size, expand='bilinear'):
     '''Expand reduced heatmaps to the size of the image, to shape ``(batch, *size)``.
 
-    Parameters
-    ----------
-    heatmap: :py:obj:`torch.Tensor`
-        Heatmaps of shape (batch, height, width).
-    size: tuple[int, int]
-        Height and width to expand to.
-    expand: str, optional
-        Either ``'bilinear'`` (default), with pixels at the centers of their area and without extrapolation at the
-        border, or ``'nearest'``, which rounds positions down, as OpenCV does. A ValueError is raised for others.
+    By default, ``'bilinear'``, with pixels at the centers of their area and without extrapolation at the border, or by
+    ``'nearest'``, which rounds positions down, as OpenCV does.
     '''
     check_choice('expand', expand, ('bilinear', 'nearest'))
     corners = False if expand == 'bilinear' else None
@@ -109,21 +89,9 @@ def expand_heatmap(heatmap, size, expand='bilinear'):
 def binarize(heatmap, threshold='mean', dims=2):
     '''Find the pixels of which the value is strictly above a threshold, as masks of the shape of the heatmaps.
 
-    Parameters
-    ----------
-    heatmap: :py:obj:`torch.Tensor`
-        Heatmaps of shape (batch, height, width).
-    threshold: str, float or callable, optional
-        Either ``'mean'`` (default, as code of the same group does it) for the mean of each map, a number, or a function
-        from heatmaps of shape (batch, height, width) and type float64 to the threshold of each, of shape (batch,). A
-        constant map has nothing above its mean.
-    dims: int, optional
-        1 for maps of signals, 3 for those of volumes or videos. Default is 2.
-
-    Raises
-    ------
-    ValueError
-        If ``threshold`` is unknown, not finite, or not of shape (batch,).
+    The threshold is ``'mean'`` (default, as code of the same group does it) for the mean of each map, a number, or a
+    function from heatmaps of shape (batch, height, width) and type float64 to the threshold of each, of shape (batch,).
+    A constant map has nothing above its mean.
     '''
     values = to_double(heatmap, dims)
     flat = values.flatten(1)
@@ -155,15 +123,8 @@ def _map_masks(function, mask):
 def largest_component(mask, connectivity=8):
     '''Find the connected component with the most pixels.
 
-    Of several of the same size, it is the one that comes first in row-major order. All is false if there is none.
-
-    Parameters
-    ----------
-    mask: :py:obj:`torch.Tensor`
-        Masks of shape (batch, height, width).
-    connectivity: int, optional
-        With 8 (default), pixels that touch at a corner are connected, with 4 they are not. A ValueError is raised for
-        others.
+    Of several of the same size, it is the one that comes first in row-major order. All is false if there is none. With
+    a connectivity of 8 (default), pixels that touch at a corner are connected, with 4 they are not.
     '''
     check_choice('connectivity', connectivity, (4, 8))
 
@@ -185,8 +146,7 @@ def component_of_maximum(heatmap, mask, connectivity=8):
     '''Find the connected component that holds the largest value of a heatmap, as code by authors of the paper does.
 
     Of several largest values, the first in row-major order counts. Where it is outside the mask, the result is all that
-    is outside, as in that code. For mask and connectivity, see :py:func:`largest_component`. A ValueError is raised if
-    the shapes differ.
+    is outside, as in that code. For mask and connectivity, see :py:func:`largest_component`.
     '''
     check_choice('connectivity', connectivity, (4, 8))
     values = to_double(heatmap)
@@ -210,16 +170,11 @@ def largest_contour(mask, choice='largest_area'):
     those inside of holes are not external. Of several largest, it is the one that comes first in row-major order. All
     is false if there is none.
 
-    Parameters
-    ----------
-    mask: :py:obj:`torch.Tensor`
-        Masks of shape (batch, height, width).
-    choice: str, optional
-        With ``'largest_area'`` (default), it is the polygon through the centers of the border's pixels of which the
-        area (OpenCV's ``contourArea``) is the largest. It is zero for lines, however long they are. With
-        ``'largest_filled'``, it is the contour that has the most pixels when it is filled. With ``'first'``, it is
-        the one that OpenCV's ``findContours`` returns first, as the authors' slides can be read. Its position is
-        arbitrary, and OpenCV does not document it. A ValueError is raised for others.
+    With ``'largest_area'`` (default), it is the polygon through the centers of the border's pixels of which the area
+    (OpenCV's ``contourArea``) is the largest. It is zero for lines, however long they are. With ``'largest_filled'``,
+    it is the contour that has the most pixels when it is filled. With ``'first'``, it is the one that OpenCV's
+    ``findContours`` returns first, as the authors' slides can be read. Its position is arbitrary, and OpenCV does not
+    document it.
     '''
     check_choice('contour', choice, ('largest_area', 'largest_filled', 'first'))
 

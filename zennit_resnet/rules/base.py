@@ -149,19 +149,9 @@ class SinglePass(Described, Hook):
         self._pending = {}
 
     def store(self, module, *inputs):
-        '''Choose what is kept for the backward pass. Called before the layer runs, which may be in-place.
+        '''Choose what is kept for the backward pass: a tuple of tensors, and of settings that are no tensors.
 
-        Parameters
-        ----------
-        module: :py:obj:`torch.nn.Module`
-            The layer.
-        *inputs: tuple of :py:obj:`torch.Tensor`
-            Those of the layer's inputs that carry relevance.
-
-        Returns
-        -------
-        tuple
-            Tensors to keep, and settings that are no tensors.
+        Called before the layer runs, which may be in-place, with those of its inputs that carry relevance.
         '''
         return ()
 
@@ -173,22 +163,10 @@ class SinglePass(Described, Hook):
         return stored
 
     def prepare(self, module, stored, shape):
-        '''Compute what propagating any relevance has in common, see :py:func:`prepared_once`.
+        '''Compute what propagating any relevance of an output's shape has in common, see :py:func:`prepared_once`.
 
-        Parameters
-        ----------
-        module: :py:obj:`torch.nn.Module`
-            A copy of the layer, with the weights it had when it was called.
-        stored: list
-            What :py:meth:`store` returned, tensors in the precision of the relevance.
-        shape: :py:obj:`torch.Size`
-            Shape of the output.
-
-        Returns
-        -------
-        object
-            What :py:meth:`propagate` is given, which does not change it, and reads no weights of the layer any more. By
-            default, what was stored.
+        It is what :py:meth:`propagate` is given in the place of what was stored, which it is by default.
+        :py:meth:`propagate` does not change it, and then reads no weights of the layer.
         '''
         return stored
 

@@ -11,7 +11,14 @@ from .._nested import active_tensors, map_tensors
 from ..arguments import Described, check_choice, check_flag, check_stabilizer
 from ._linear_maps import by_example
 
-_CALLS = threading.local()
+
+class _Calls(threading.local):
+    '''Calls of modules with such a rule that are running in a thread.'''
+    def __init__(self):
+        self.stack = []
+
+
+_CALLS = _Calls()
 
 
 class _BlockCall:
@@ -107,12 +114,8 @@ class BlockEpsilon(Described, Hook):
         If ``None``, the module is one layer only if it adds tensors in its own forward, which
         :py:class:`~zennit_resnet.canonizers.BlockCanonizer` finds out while it runs. Default is ``True``.
 
-    Raises
-    ------
-    ValueError
-        If ``mode`` or ``form`` is unknown, or ``epsilon`` is negative or not finite.
-    TypeError
-        If ``epsilon`` is neither a number nor a function, or ``with_bias`` or ``is_block`` is no bool.
+    A ValueError is raised if ``mode`` or ``form`` is unknown, or ``epsilon`` is negative or not finite, and a TypeError
+    if an argument is of another type.
     '''
     def __init__(self, epsilon=1e-6, mode='sign', with_bias=True, form='relevance', is_block=True):
         super().__init__()
@@ -140,7 +143,7 @@ class BlockEpsilon(Described, Hook):
 
     def remove(self):
         '''When removing hooks, forget calls that were interrupted.'''
-        stack = _CALLS.__dict__.get('stack', [])
+        stack = _CALLS.stack
         stack[:] = [call for call in stack if call.rule is not self]
         super().remove()
 
@@ -172,7 +175,7 @@ class BlockEpsilon(Described, Hook):
 
     def _pre_forward(self, module, args, kwargs):
         with DisableTorchFunction():
-            call, stack = _BlockCall(self, module, caller()), _CALLS.__dict__.setdefault('stack', [])
+            call, stack = _BlockCall(self, module, caller()), _CALLS.stack
             while stack and not is_running(stack[-1].frame):
                 stack.pop()
             stack.append(call)
@@ -185,7 +188,7 @@ class BlockEpsilon(Described, Hook):
 
     # pylint: disable=unused-argument
     def _post_forward(self, module, args, output):
-        stack = _CALLS.__dict__.get('stack', [])
+        stack = _CALLS.stack
         if not stack or stack[-1].module is not module:
             # the module raised before this rule's hook was reached
             return None
@@ -245,7 +248,7 @@ class GradientTimesInput(BlockEpsilon):
 
 def note_addition(module):
     '''Note that a module which is running adds tensors.'''
-    stack = _CALLS.__dict__.get('stack', [])
+    stack = _CALLS.stack
     if stack and stack[-1].module is module:
         stack[-1].has_addition = True
         # what layers inside keep may be needed no more, and is not copied if this is in place

@@ -41,15 +41,11 @@ def branch_factor(begin, end, normalization='signed', tolerance=TOLERANCE):
 
     Returns
     -------
-    factor: :py:obj:`torch.Tensor`
-        Factor of shape (batch,), zero for a branch without contributions.
-    replaced: :py:obj:`torch.Tensor`
-        Where the ratio of the sums of magnitudes took the place of that of the sums, of shape (batch,).
+    tuple of :py:obj:`torch.Tensor`
+        The factor, zero for a branch without contributions, and where the ratio of the sums of magnitudes took the
+        place of that of the sums, both of shape (batch,).
 
-    Raises
-    ------
-    ValueError
-        If ``normalization`` is unknown, or ``tolerance`` is negative or not finite.
+    A ValueError is raised if ``normalization`` is unknown, or ``tolerance`` is negative or not finite.
     '''
     check_choice('normalization', normalization, BRANCH_SUMS)
     check_number('tolerance', tolerance, 0)
@@ -118,15 +114,8 @@ class Contributions:
     def watch(self, outputs, inputs, rules):
         '''Add hooks to the graph of a forward pass, between outputs of shape (batch, ...) and inputs, at which to stop.
 
-        Returns
-        -------
-        bool
-            Whether there is anything to follow: not if other rules for layers took the place of the given ones.
-
-        Raises
-        ------
-        TypeError
-            If the network runs in float16.
+        Returns whether there is anything to follow: not if other rules for layers took the place of the given ones. A
+        TypeError is raised if the network runs in float16.
         '''
         roots = [elem.grad_fn for elem in outputs if elem.grad_fn is not None]
         self.batch_size = len(outputs[0]) if outputs else 0
@@ -241,12 +230,10 @@ class Contributions:
         self.sums[state] = self._sum(grad_outputs)
 
     def _divide(self, state, compared, begins, grad_outputs):
-        '''Paths begin with equal parts of the contributions of a sum, or with slices of a concatenation.
-
-        If this is in a branch of an outer block, they are rescaled such that they have the sum with which that began.
-        '''
+        '''Paths begin with equal parts of the contributions of a sum, or with slices of a concatenation.'''
         (total, magnitude), exponents, factor = self._sum(grad_outputs), self._exponents(state), None
         if compared in self.sums:
+            # in a branch of an outer block, they have the sum with which that began
             factor, self.replaced[compared] = branch_factor(
                 (total, magnitude), self.sums[compared], self.normalization
             )

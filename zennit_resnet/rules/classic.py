@@ -19,12 +19,8 @@ class SignedAlphaBeta(Described, BasicHook):
     Zennit's ``AlphaBeta(alpha, beta)`` is ``SignedAlphaBeta(alpha, -beta)``, with the same ``stabilizer`` and
     ``zero_params``.
 
-    Raises
-    ------
-    ValueError
-        If alpha and beta do not sum to one, or a number is not finite.
-    TypeError
-        If an argument is not a number.
+    A ValueError is raised if alpha and beta do not sum to one, or a number is not finite, and a TypeError if an
+    argument is not a number.
     '''
     def __init__(self, alpha=0.5, beta=0.5, stabilizer=1e-6, zero_params=None):
         check_number('alpha', alpha)

@@ -34,12 +34,7 @@ class Relative(SinglePass):
         With ``'constant'`` (default), Card(J_i) is the number of weights of an input, i.e. its value if strides and
         borders are ignored. With ``'per_position'``, it is counted for each position as the equation has it: it is
         smaller at the border, and under strides it depends on the position's parity, which has nothing to do with the
-        image.
-
-    Raises
-    ------
-    ValueError
-        If ``cardinality`` is unknown.
+        image. A ValueError is raised for others.
     '''
     def __init__(self, cardinality='constant'):
         super().__init__()

@@ -83,13 +83,9 @@ class ZPlus(SinglePass):
         output. Started from c_j y_j, features receive h_i sum_j w_ji c_j: evidence of both signs, the bias keeps its
         part. It is for networks with a :py:class:`~zennit_resnet.canonizers.ResidualCanonizer`, which finds this layer.
 
-    Raises
-    ------
-    ValueError
-        If an argument is not one of its choices, if ``stabilizer`` is negative or not finite, if ``low`` and ``high``
-        are missing for ``'zbox'`` or given without it, or if ``low`` is above ``high``.
-    TypeError
-        If ``stabilizer``, ``low`` or ``high`` is not of numbers.
+    A ValueError is raised if an argument is not one of its choices, ``stabilizer`` is negative or not finite, ``low``
+    and ``high`` are missing for ``'zbox'`` or given without it, or ``low`` is above ``high``, and a TypeError if one of
+    these is not of numbers.
     '''
     # pylint: disable=too-many-arguments
     def __init__(
