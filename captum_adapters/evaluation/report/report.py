@@ -10,6 +10,7 @@ import pandas as pd
 from captum_adapters.evaluation.columns import COLUMNS
 from captum_adapters.evaluation.names import stands_for
 from captum_adapters.evaluation.presets import PRESETS, Preset
+from captum_adapters.evaluation.records import Run, accuracy
 from captum_adapters.evaluation.report.aggregate import (
     STATISTICS,
     Group,
@@ -22,6 +23,7 @@ from captum_adapters.evaluation.report.aggregate import (
     sign_of,
     table_of,
     title_of,
+    unfinished,
 )
 from captum_adapters.evaluation.report.checks import TOP, find_gaps, find_warnings
 from captum_adapters.evaluation.report.significance import (
@@ -37,7 +39,7 @@ from captum_adapters.evaluation.report.tables import (
     render_list,
     scale_of,
 )
-from captum_adapters.evaluation.store import Run, accuracy, brief
+from captum_adapters.evaluation.store import brief
 from captum_adapters.statistics import Comparison
 from zennit_resnet._text import one_line
 
@@ -107,11 +109,16 @@ class Report(NamedTuple):
     def introduction(self) -> list[str]:
         """What to know first: whether the network is right, and what its labels are."""
         several = len(self.groups) > 1
-        return [
+        texts = [
             f"{group.name}: {text}" if several else text
             for group in self.groups
             for text in _introduce(group)
         ]
+        for group in self.groups:
+            for run, folder in zip(group.runs, group.folders):
+                text = unfinished(run)
+                texts += [f"{folder}: {text}"] if text else []
+        return texts
 
     # -- tables
 
@@ -283,7 +290,7 @@ class Report(NamedTuple):
             [key, *(brief(values.get(key), 2000) for values in settings)]
             for key in keys
             # shown apart, and a repetition
-            if key not in ("command", "evaluation")
+            if key not in ("command", "evaluation", "format")
         ]
         folders = [folder for group in self.groups for folder in group.folders]
         frame = pd.DataFrame(lines, columns=["Setting", *folders])
