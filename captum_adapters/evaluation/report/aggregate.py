@@ -343,7 +343,7 @@ def build_rows(
         if "gap" in scores:
             # gains and losses must not cancel
             scores["gap"] = scores["gap"].abs()
-        labels = group.clusters([*scores.index], clusters)
+        labels = group.clusters(scores.index.tolist(), clusters)
         statistics = _statistics(scores, labels, **options)
         runs, kind = tuple(members), kind_of(method)
         rows.append(Row(name, method, kind, index, runs, scores, problems, statistics))

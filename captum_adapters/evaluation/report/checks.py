@@ -50,7 +50,7 @@ def find_gaps(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
                 " for the reasons under Problems."
             )
         members = [row for row in rows if row.group == index]
-        if len({tuple(row.scores.index) for row in members}) > 1:
+        if any(not row.scores.index.equals(members[0].scores.index) for row in members):
             counts = {row.name: len(row.scores) for row in members}
             most = max(counts.values())
             fewer = [f"{name} {count}" for name, count in counts.items() if count < most]

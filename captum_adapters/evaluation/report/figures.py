@@ -110,7 +110,7 @@ def _collect(row: Row, key: str, where: str) -> tuple[list[str], np.ndarray, np.
     curves = curves[sizes == sizes.value_counts().idxmax()]
     y, x = np.stack([*curves]), np.stack([*positions[curves.index]])
     finite = (np.isfinite(y) & np.isfinite(x)).all(1)
-    return [*curves.index[finite]], y[finite], x[finite]
+    return curves.index[finite].tolist(), y[finite], x[finite]
 
 
 def _draw(report: "Report", members: Sequence[Row], panel: Panel) -> Optional[Picture]:
