@@ -86,29 +86,12 @@ def brief(value: Any, limit: int = 60) -> str:
 
 
 class Store:
-    """The files of a run.
+    """The files of a run, to be written and continued.
 
     A run grows by methods and samples: what it has stays as it is, and further samples
-    are cut into batches of their own.
-
-    Args:
-
-        folder (Path): The folder, which is created if there is none.
-        settings (dict): Settings, whose `fingerprint` is the hash of that part of
-                `identity` which can not grow.
-        names (sequence of str): Names of all samples, in order.
-        write (bool, optional): Whether to write anything.
-                Default: True
-
-    Attributes:
-
-        settings (dict): Settings of the run, with all its methods.
-        batches (list[list[str]]): Names of the samples in each batch.
-        messages (list[str]): What the run grows by, and which files are damaged.
-
-    Raises:
-        RunError: If the folder holds another run, which the message says what differs
-                in, or can not be written.
+    are cut into batches of their own. `messages` says what it grows by, and which files
+    are damaged. It is a :class:`RunError` if the folder holds another run, or can not be
+    written.
     """
 
     def __init__(

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from captum_adapters.evaluation import records as store_records
 from captum_adapters.evaluation.records import Record, RunError, SampleRecord, key_of, read_run
 from captum_adapters.evaluation.store import Store, differences
 
@@ -66,6 +67,36 @@ def test_round_trip(store):
     assert run.heatmaps['x.png', 'a'].dtype == np.int8 and run.heatmaps['x.png', 'b'] is None
     assert store.read_times('a') == (0.25, 0.75) and store.has(0, 'b') and not store.has(1, 'a')
     assert store.read_samples(0) == ([sample, skipped], ['1', '2']) and store.read_samples(1) is None
+
+
+def test_each_file_is_read_once(store, monkeypatch):
+    '''A run is read, and found to be complete, by opening each file once; its arrays are not copied for each sample.'''
+    opened = []
+
+    def watch(path, mode):
+        opened.append(str(path))
+        return open(path, mode)
+
+    monkeypatch.setattr(store_records, 'open', watch, raising=False)
+    for batch, names in enumerate(store.batches):
+        for method in 'ab':
+            store.write_records(batch, method, records(*names, id=[0.5] * len(names)))
+    curves = read_run(store.folder).curves
+    files = sorted(str(path) for path in store.records.glob('*.zlib'))
+    assert len(files) == 8 and sorted(opened) == files
+    # what samples have in common is there once
+    assert curves.loc[('x.png', 'a'), 'fractions'] is curves.loc[('y.png', 'a'), 'fractions']
+    store.write_records(0, 'a', [
+        Record(name, {'problem': None, 'id': 0.5}, {'insertion': np.float32([row, 1])})
+        for row, name in enumerate(store.batches[0])
+    ])
+    first, second = read_run(store.folder).curves['insertion'].dropna()
+    assert first.tolist() == [0, 1] and second.tolist() == [1, 1] and first.base is second.base is not None
+    opened.clear()
+    other = Store(store.folder, SETTINGS, NAMES)
+    for _ in range(2):
+        assert all(other.has(batch, method) for batch in range(4) for method in 'ab')
+    assert sorted(opened) == files
 
 
 def test_replace(store):

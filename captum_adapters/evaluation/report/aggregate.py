@@ -26,6 +26,8 @@ PROTOCOLS = {
 COMPARABLE = ("model", "weights", "transform", "classes", "options")
 # Runs that differ in these are put together, and it is said
 MENTIONED = ("versions", "device", "cross", "files")
+# Scores of the top p % of pixels
+TOP = ("accuracy", "cross_accuracy", "pointing", "distance")
 # Items that are named in a sentence
 NAMED = 5
 TIMES = ["seconds", "metric_seconds"]
@@ -54,6 +56,12 @@ class Row(NamedTuple):
         """Mean time of the attribution of an example."""
         times = self.scores["seconds"]
         return math.fsum(times) / len(times) if len(times) else math.nan
+
+    @property
+    def top_ties(self) -> float:
+        """Share of tied pixels in what the top p % are ranked by."""
+        share = self.mean("tied_share_magnitude")
+        return self.mean("tied_share") if math.isnan(share) else share
 
     def mean(self, score: str) -> float:
         """Mean of a score, NaN if there is none."""
