@@ -1,9 +1,10 @@
 """Statistics for comparisons of methods on the same examples."""
 
 import math
-import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, Mapping, NamedTuple, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,6 +21,8 @@ Clusters = Optional[Union["Tensor", Sequence[object], NDArray[np.generic]]]
 
 # Numbers that resampling holds in memory at a time
 BLOCK = 2**22
+# Numbers of draws that are kept for the next call
+KEPT = 2**27
 
 
 class Interval(NamedTuple):
@@ -148,35 +151,75 @@ def _interval(
     mean = columns.sum(0) / sizes.sum()
     # the same examples in another order differ by rounding
     rounding = 1e-12 * np.abs(columns).sum(0) / sizes.sum()
-
-    def means(drawn: NDArray[np.int64], axis: int = -1) -> NDArray[np.float64]:
-        rows = drawn.reshape(-1, drawn.shape[-1])
-        # how often each cluster is drawn, instead of a copy of all values
-        offset = rows + groups * np.arange(len(rows))[:, None]
-        weights = np.bincount(offset.ravel(), minlength=len(rows) * groups)
-        weights = weights.reshape(len(rows), groups).astype(np.float64)
-        result = (weights @ columns) / (weights @ sizes)[:, None]
-        result = np.where(np.abs(result - mean) <= rounding, mean, result)
-        return result.T.reshape(-1, *drawn.shape[:-1])
-
-    from scipy import stats  # slow to load
-
-    with warnings.catch_warnings():
-        # where all resamples are equal
-        warnings.simplefilter("ignore")
-        result = stats.bootstrap(
-            (np.arange(groups),), means, vectorized=True, n_resamples=n_resamples,
-            batch=max(1, BLOCK // groups), confidence_level=confidence, method=method,
-            random_state=np.random.default_rng(seed),
-        )
-    tail = (1 - confidence) / 2
-    drawn = result.bootstrap_distribution
-    low, high = (
+    drawn = np.concatenate([
+        (counts @ columns) / (counts @ sizes)[:, None]
+        for counts in _draw(groups, n_resamples, seed)
+    ])
+    drawn = np.where(np.abs(drawn - mean) <= rounding, mean, drawn)
+    levels = np.full((2, len(mean)), (1 - confidence) / 2)
+    levels[1] = 1 - levels[1]
+    if method == "bca":
+        corrected = _correct(levels, drawn, mean, columns, sizes)
         # without any variation there is nothing to correct
-        np.where(np.isfinite(end), end, np.quantile(drawn, level, axis=-1))
-        for end, level in zip(result.confidence_interval, (tail, 1 - tail))
+        levels = np.where(np.isfinite(corrected), corrected, levels)
+    low, high = (
+        np.array([np.quantile(each, level) for each, level in zip(drawn.T, row)])
+        for row in levels
     )
     return low.reshape(shape)[()], high.reshape(shape)[()]
+
+
+def _draw(
+    groups: int, n_resamples: int, seed: int
+) -> Iterator[NDArray[np.float64]]:
+    """How often each cluster is drawn in some resamples, of shape (resamples, clusters).
+
+    These are kept, as methods are resampled alike, unless they take too much memory.
+    """
+    if groups * n_resamples > KEPT:
+        yield from _new_draws(groups, n_resamples, seed)
+        return
+    for counts in _kept_draws(groups, n_resamples, seed):
+        yield counts.astype(np.float64)
+
+
+@lru_cache(1)
+def _kept_draws(
+    groups: int, n_resamples: int, seed: int
+) -> list[NDArray[np.uint8]]:
+    """All draws in little memory, as no cluster is ever drawn more than 255 times."""
+    return [each.astype(np.uint8) for each in _new_draws(groups, n_resamples, seed)]
+
+
+def _new_draws(
+    groups: int, n_resamples: int, seed: int
+) -> Iterator[NDArray[np.float64]]:
+    """Draw clusters with replacement, as :func:`scipy.stats.bootstrap` does."""
+    generator, block = np.random.default_rng(seed), max(1, BLOCK // groups)
+    for begin in range(0, n_resamples, block):
+        count = min(block, n_resamples - begin)
+        rows = generator.integers(0, groups, (count, groups))
+        # counts instead of a copy of all values
+        rows += groups * np.arange(count)[:, None]
+        counts = np.bincount(rows.ravel(), minlength=count * groups)
+        yield counts.reshape(count, groups).astype(np.float64)
+
+
+def _correct(
+    levels: NDArray[np.float64], drawn: NDArray[np.float64], mean: NDArray[np.float64],
+    columns: NDArray[np.float64], sizes: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """Levels of quantiles corrected for bias and skewness (Efron 1987)."""
+    from scipy.special import ndtr, ndtri  # slow to load
+
+    with np.errstate(all="ignore"):
+        bias = ndtri(((drawn < mean).mean(0) + (drawn <= mean).mean(0)) / 2)
+        # means without one of the clusters
+        without = (columns.sum(0) - columns) / (sizes.sum() - sizes)[:, None]
+        spread = without.mean(0) - without
+        skewness = (spread**3).sum(0) / (6 * (spread**2).sum(0) ** 1.5)
+        shifted = bias + ndtri(levels)
+        return ndtr(bias + shifted / (1 - skewness * shifted))
 
 
 def bootstrap_interval(
@@ -260,11 +303,13 @@ def _sign_flip_test(
 
 def _signed_ranks(differences: NDArray[np.float64]) -> NDArray[np.float64]:
     """Wilcoxon's signed ranks, zero for differences of zero, which take no rank."""
-    from scipy import stats  # slow to load
-
     ranks = np.zeros_like(differences)
     nonzero = differences != 0
-    ranks[nonzero] = stats.rankdata(np.abs(differences[nonzero]))
+    _, places, counts = np.unique(
+        np.abs(differences[nonzero]), return_inverse=True, return_counts=True
+    )
+    # equal ones share the mean of their ranks
+    ranks[nonzero] = (counts.cumsum() - (counts - 1) / 2)[places]
     return ranks * np.sign(differences)
 
 
@@ -402,7 +447,7 @@ def compare(
         if not valid.any():
             p_value = math.nan
         elif test == "wilcoxon" and clusters is None and differences.any():
-            from scipy import stats
+            from scipy import stats  # slow to load
 
             p_value = float(stats.wilcoxon(differences).pvalue)
         else:

@@ -2,7 +2,7 @@
 import sys as _sys
 from pathlib import Path as _Path
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'
 
 __all__ = [
     'BlockEpsilon',

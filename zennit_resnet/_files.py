@@ -16,6 +16,9 @@ def whole(path, overwrite=True):
     os.close(handle)
     try:
         yield name
+        # the content has to be there before the name, also if the machine stops
+        with open(name, 'rb') as file:
+            os.fsync(file)
         # files of this kind are for their owner only
         mask = os.umask(0)
         os.umask(mask)

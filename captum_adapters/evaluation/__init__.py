@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from captum_adapters.evaluation.data import Sample, Samples, read_samples
     from captum_adapters.evaluation.methods import Method
     from captum_adapters.evaluation.presets import PRESETS
-    from captum_adapters.evaluation.report import Report, summarize
-    from captum_adapters.evaluation.runner import Process, evaluate
-    from captum_adapters.evaluation.store import (
+    from captum_adapters.evaluation.records import (
         Run,
         RunError,
         SampleRecord,
         accuracy,
         read_run,
     )
+    from captum_adapters.evaluation.report import Report, summarize
+    from captum_adapters.evaluation.runner import Process, evaluate
 
 for _package in ("jinja2", "pandas", "tabulate"):
     if find_spec(_package) is None:
@@ -58,7 +58,7 @@ _MODULES = {
     "presets": ("PRESETS",),
     "report": ("Report", "summarize"),
     "runner": ("Process", "evaluate"),
-    "store": ("Run", "RunError", "SampleRecord", "accuracy", "read_run"),
+    "records": ("Run", "RunError", "SampleRecord", "accuracy", "read_run"),
 }
 
 

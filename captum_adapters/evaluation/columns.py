@@ -104,8 +104,9 @@ COLUMNS: dict[str, Column] = {
     ),
     **_topic(
         "Conservation",
-        ("gap", "Gap", None, "Relevance gained (or lost, if negative) on the way,"
-         " relative to the initial."),
+        ("gap", "Gap", None, "Relevance gained or lost on the way, relative to the initial:"
+         " mean of magnitudes."),
+        ("gap_largest", "Largest gap", None, "The same of the image where it is largest."),
         ("relevance_sum", "Sum", None, "Sum of relevance."),
         ("initial", "Initial", None, "Relevance at the output."),
     ),

@@ -22,7 +22,7 @@ from captum_adapters.evaluation.metrics import (
     load_other,
     measure,
 )
-from captum_adapters.evaluation.store import Record, RunError
+from captum_adapters.evaluation.records import Record, RunError
 from zennit_resnet.models import Classifier
 
 # side of the pictures and heatmaps that are kept for the report

@@ -18,17 +18,15 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
+from captum_adapters.evaluation.labels import find_class, match_labels
 from captum_adapters.evaluation.layouts import (
     READERS,
     Box,
-    ClassMatcher,
-    Listing,
     Sample,
     find_annotations,
     is_relative,
     read_annotation,
     recognize,
-    to_number,
 )
 from captum_adapters.evaluation.names import LABELS, LAYOUTS
 from captum_adapters.metrics import boxes_to_masks
@@ -166,8 +164,8 @@ def read_samples(
         samples = [item._replace(label=None, problem=None) for item in listing.samples]
         found: dict[Any, tuple[list[int], str]] = {}
     else:
-        found = _match(listing, classes, messages, labels == "order")
-        samples = [_find_class(sample, found) for sample in listing.samples]
+        found = match_labels(listing, classes, messages, labels == "order")
+        samples = [find_class(sample, found) for sample in listing.samples]
     samples.sort(key=lambda sample: sample.name)
     if limit is not None and limit < len(samples):
         samples = _choose(samples, limit, seed, messages)
@@ -186,72 +184,6 @@ def read_samples(
         ", ".join(sorted({how for _, how in known.values()})) or "none",
         {str(label): classes[hits[0]] for label, (hits, _) in known.items()},
     )
-
-
-def _match(
-    listing: Listing, classes: Sequence[str], messages: list[str], ordered: bool
-) -> dict[Any, tuple[list[int], str]]:
-    """The indices of classes that each label may mean, and how they were found."""
-    names = ClassMatcher(classes)
-    labels = {sample.label for sample in listing.samples} - {None}
-    numbers = {label: ([label], "index") for label in labels if isinstance(label, int)}
-    texts = sorted(labels - {*numbers})
-    order = listing.order
-    if ordered:
-        order = order or texts
-        if len(order) != len(classes):
-            raise ValueError(
-                f"labels='order' needs a label for each of the network's {len(classes)}"
-                f" classes, but there are {len(order)} ({', '.join(order[:5])})"
-            )
-        asked = "order, as asked for"
-        return {**numbers, **{text: ([order.index(text)], asked) for text in texts}}
-    found = {text: (names.find(text), "name") for text in texts}
-    for text, (hits, _) in found.items():
-        if hits == [to_number(text)]:
-            found[text] = (hits, "index")
-        elif not hits and text in listing.numbers:
-            found[text] = ([listing.numbers[text]], "wnid")
-    if found and not any(hits for hits, _ in found.values()):
-        if not any(map(names.find, order)) and len(order) == len(classes):
-            found = {text: ([order.index(text)], "order") for text in found}
-            messages.append(
-                "no label is the name of a class of the network: its"
-                f" {len(classes)} classes are taken to be the labels in order, from"
-                f" {order[0]!r} ({classes[0]}) to {order[-1]!r} ({classes[-1]})"
-            )
-        else:
-            messages.append(
-                f"no label is a class of the network, for instance {min(found)!r},"
-                f" where the first class is {classes[0]!r}"
-            )
-    missing = [text for text in texts if not found[text][0]]
-    if 0 < len(missing) < len(found):
-        messages.append(
-            f"{len(missing)} of {len(found)} labels are no class of the network"
-            f" ({', '.join(map(repr, missing[:3]))}), and their images are left out: rename"
-            " them, or leave labels out by labels='ignore' (--labels ignore)"
-        )
-    return {**numbers, **found}
-
-
-def _find_class(
-    sample: Sample, found: Mapping[Any, tuple[list[int], str]]
-) -> Sample:
-    """A sample with the index of its class, or the problem that there is none."""
-    label, problem = sample.label, sample.problem
-    if problem is None and isinstance(label, str):
-        hits = found[label][0]
-        if not hits:
-            problem = f"label {label!r} is not a class of the network"
-        elif len(hits) > 1:
-            problem = (
-                f"label {label!r} is ambiguous: the network's classes"
-                f" {', '.join(map(str, hits))} have this name"
-            )
-        else:
-            label = hits[0]
-    return sample._replace(label=label if problem is None else None, problem=problem)
 
 
 def _choose(
@@ -343,30 +275,9 @@ class Images(torch.utils.data.Dataset[Loaded]):
     photograph in black and white, and what is brighter than the mean of black and white
     is inside: this resizes and crops the mask as the image, whatever the transform.
 
-    Nothing is raised for files which cannot be used, see :class:`Loaded`.
-
-    Args:
-
-        samples (sequence of Sample): What to read.
-        transform (callable): Preprocessing, from an RGB image of PIL to a tensor of
-                shape (3, height, width), such as that of
-                :func:`zennit_resnet.models.load_classifier`. It must treat equal images
-                equally, and be picklable for workers that are spawned.
-
-    Examples::
-
-        >>> import tempfile
-        >>> from pathlib import Path
-        >>> from PIL import Image
-        >>> from torchvision.transforms.functional import to_tensor
-        >>> from captum_adapters.evaluation.data import Images, Sample
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = Path(folder, "white.png")
-        ...     Image.new("RGB", (3, 2), "white").save(path)
-        ...     sample = Sample("white.png", path, None, boxes=((1, 0, 3, 1),))
-        ...     loaded = Images([sample], to_tensor)[0]
-        >>> loaded.image.shape, loaded.mask.int().tolist()
-        (torch.Size([3, 2, 3]), [[0, 1, 1], [0, 0, 0]])
+    Nothing is raised for files which cannot be used, see :class:`Loaded`. The transform,
+    from an RGB image of PIL to a tensor of shape (3, height, width), has to treat equal
+    images equally, and to be picklable for workers that are spawned.
     """
 
     def __init__(

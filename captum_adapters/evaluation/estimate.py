@@ -33,13 +33,7 @@ class _Counter:
 
 
 class Estimate:
-    """Times of methods and metrics on a device.
-
-    Args:
-
-        computation (Computation): Methods and metrics, which are not compiled.
-        batch (Batch): One image.
-    """
+    """Times of methods and metrics, which are not compiled, for a batch of one image."""
 
     def __init__(self, computation: Computation, batch: Batch) -> None:
         self.computation, self.batch = computation, batch

@@ -33,15 +33,7 @@ def confident(output: Tensor, labels: Tensor) -> Tensor:
 
 
 class Grids:
-    """Makes a mosaic of each image. The network looks at images until they suffice.
-
-    Args:
-
-        samples (sequence of Sample): All samples of the run.
-        images (Dataset): Reads them.
-        model (Callable): Network with outputs of shape (batch, classes).
-        device (torch.device): Where it is.
-    """
+    """Makes a mosaic of each image. The network looks at images until they suffice."""
 
     def __init__(
         self,

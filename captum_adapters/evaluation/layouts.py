@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from captum_adapters.evaluation.labels import ClassMatcher, to_number
 from zennit_resnet._text import one_line
 
 if TYPE_CHECKING:
@@ -236,11 +237,6 @@ def _row_labels(
         return text or next(given, None)
 
     return label_of, messages
-
-
-def to_number(text: str) -> Optional[int]:
-    """An integer, or None if the text is none."""
-    return int(text) if re.fullmatch(r"-?[0-9]{1,9}", text) else None
 
 
 def _merge(first: Sample, other: Sample) -> Sample:
@@ -482,32 +478,3 @@ def _name(path: Path, root: Path) -> str:
     # file systems allow any bytes in names
     raw = Path(name).as_posix().encode("utf-8", "surrogateescape")
     return raw.decode("utf-8", "backslashreplace")
-
-
-class ClassMatcher:
-    """Finds classes by their names, from the most to the least exact comparison."""
-
-    def __init__(self, classes: Sequence[str]) -> None:
-        self.count = len(classes)
-        self.levels: list[dict[str, list[int]]] = [{} for _ in range(5)]
-        for index, name in enumerate(classes):
-            for level, keys in zip(self.levels, self._keys(name)):
-                for key in keys:
-                    level.setdefault(key, []).append(index)
-
-    @staticmethod
-    def _keys(name: str) -> tuple[set[str], ...]:
-        """As it is, in lower case, without a number, its first synonym, any synonym."""
-        plain = " ".join(name.replace("_", " ").lower().split())
-        bare = re.sub(r"^[0-9]{1,4}\. ?", "", plain)
-        synonyms = [part.strip() for part in bare.split(",")]
-        return {name.strip()}, {plain}, {bare}, {synonyms[0]}, {*synonyms} - {""}
-
-    def find(self, label: str) -> list[int]:
-        """Indices of classes with this name, or with this number."""
-        for keys, level in zip(self._keys(label), self.levels) if label else ():
-            hits = sorted({index for key in keys for index in level.get(key, ())})
-            if hits:
-                return hits
-        number = to_number(label)
-        return [number] if number is not None and 0 <= number < self.count else []

@@ -319,12 +319,7 @@ class Explainer:
     ) -> Tensor:
         """Maps of shape (batch, height, width), which may not be finite.
 
-        Args:
-
-            images (Tensor): Network inputs of shape (batch, channels, height, width).
-            targets (Tensor): Classes to explain, of shape (batch,).
-            output (Tensor): Output of the network, of shape (batch, classes).
-            names (sequence of str): Names of the samples, which random maps depend on.
+        Classes to explain are of shape (batch,). Random maps depend on the names.
         """
         return self.process(self.attribute(images, targets, output, names).maps)
 

@@ -39,12 +39,8 @@ from captum_adapters.evaluation.estimate import Estimate
 from captum_adapters.evaluation.grids import Grids
 from captum_adapters.evaluation.methods import CONTROLS, Method
 from captum_adapters.evaluation.metrics import Batch, input_size
-from captum_adapters.evaluation.store import (
-    SETTINGS,
-    RunError,
-    SampleRecord,
-    Store,
-)
+from captum_adapters.evaluation.records import SETTINGS, RunError, SampleRecord
+from captum_adapters.evaluation.store import Store
 from zennit_resnet._text import one_line
 from zennit_resnet.models import load_classifier
 

@@ -8,164 +8,53 @@ earlier process still runs, it writes the same file once more.
     run/settings.json
     run/<fingerprint>/batches.json          names of the samples in each batch
     run/<fingerprint>/00012.json            batch 12: classes, problems, pictures
-    run/<fingerprint>/00012-5d41402a.npz    scores, curves and heatmaps of batch 12 by a
-                                            method, named by the hash of its name
+    run/<fingerprint>/00012-5d41402a.zlib   scores, curves and heatmaps of batch 12 by a
+                                            method, named by the hash of its name: a line
+                                            of JSON and arrays, compressed
 """
 
 import base64
-import hashlib
-import io
 import json
-import os
-import platform
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+import math
+import zlib
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+from typing import Any, Optional
 
 import numpy as np
 
-from zennit_resnet._text import one_line
+from captum_adapters.evaluation.records import (
+    FORMAT,
+    SETTINGS,
+    Record,
+    RunError,
+    SampleRecord,
+    key_of,
+    read_batch,
+    read_settings,
+    read_table,
+    reason_of,
+    union,
+)
+from zennit_resnet._files import whole
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-SETTINGS = "settings.json"
 BATCHES = "batches.json"
 # files that the mean time of a method is taken from
 TIMED = 50
 
 
-class RunError(Exception):
-    """What keeps a run from going on, in one line that says what to do."""
-
-
-class SampleRecord(NamedTuple):
-    """What is known about a sample.
-
-    Attributes:
-
-        sample (str): Its name, which is its path relative to the data.
-        label (int or None): Index of its class.
-        target (int or None): Index of the class that is explained.
-        prediction (int or None): Index of the class that is predicted.
-        probability (float or None): Probability of the explained class.
-        problem (str or None): Why it is left out. Then there are no records of it.
-        notes (tuple[str]): What could not be used of it, such as its mask.
-        picture (bytes or None): What the network sees, as a JPEG of 112 x 112 pixels or
-                less.
-        content (str or None): Hash of the bytes of its image and mask, and of its boxes.
-    """
-
-    sample: str
-    label: Optional[int] = None
-    target: Optional[int] = None
-    prediction: Optional[int] = None
-    probability: Optional[float] = None
-    problem: Optional[str] = None
-    notes: tuple[str, ...] = ()
-    picture: Optional[bytes] = None
-    content: Optional[str] = None
-
-
-class Record(NamedTuple):
-    """What was measured on a method's map for a sample."""
-
-    sample: str
-    # problem (why nothing was measured, else None), seconds, metric_seconds, and scores
-    scores: dict[str, Any]
-    curves: dict[str, np.ndarray] = {}  # float32 of shape (points,)
-    # divided by its largest magnitude, times 127, as int8 of 112 x 112 pixels or less
-    heatmap: Optional[np.ndarray] = None
-
-
-class Run(NamedTuple):
-    """What a folder holds.
-
-    Attributes:
-
-        folder (Path): The folder.
-        settings (dict): What was evaluated. `settings["labels"]` says how labels became
-                classes of the network: `matched_by` is `"name"`, `"index"`, `"wnid"`,
-                several of these, `"order"` if that is only a guess, `"order, as asked
-                for"`, or `"none"` without labels; `classes` is the name of the class by
-                label.
-        samples (dict): :class:`SampleRecord` by name, in order.
-        records (DataFrame): `problem` (why nothing was measured), `seconds`,
-                `metric_seconds` and scores, indexed by `sample` and `method`, in
-                order. NaN where a score is not defined, such as without a mask.
-        curves (DataFrame): Arrays of shape (points,) by name, with the same index.
-        heatmaps (Series): Small maps, with the same index. `None` where there is none.
-        messages (list[str]): What is wrong with the files.
-    """
-
-    folder: Path
-    settings: dict[str, Any]
-    samples: dict[str, SampleRecord]
-    records: "pd.DataFrame"
-    curves: "pd.DataFrame"
-    heatmaps: "pd.Series[Any]"
-    messages: list[str]
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Say clearly why a folder can not be written."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(
-            f"cannot write to {folder} ({_reason(error)}): what was written before is"
-            " kept, and the same command goes on when this is solved"
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    """Why something went wrong, in one line."""
-    return one_line(getattr(error, "strerror", None) or error)
-
-
 def _write(path: Path, data: bytes) -> None:
     """Write a file that is complete as soon as it is there."""
-    own = path.with_name(f".{path.name}-{platform.node()}-{os.getpid()}")
-    with _writing(path.parent):
-        try:
-            with open(own, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(own, path)
-        finally:
-            own.unlink(missing_ok=True)
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    """Settings of a run.
-
-    Raises:
-        RunError: If there are none, or they are of an earlier version.
-    """
-    path = Path(folder) / SETTINGS
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole(path) as name:
+            Path(name).write_bytes(data)
+    except OSError as error:
         raise RunError(
-            f"{folder} holds no run: give a folder that evaluate --out has written"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"cannot read {path} ({_reason(error)}): if it is damaged, delete it, and give"
-            " the command of the run again"
+            f"cannot write to {path.parent} ({reason_of(error)}): what was written before is"
+            " kept, and the same command goes on when this is solved"
         ) from error
-    if not isinstance(settings, dict):
-        raise RunError(f"cannot read {path}: it is not written by evaluate")
-    records = path.parent / str(settings.get("fingerprint"))
-    if not (records / BATCHES).exists():
-        raise RunError(
-            f"{folder} holds a run of an earlier version: make its report by that version,"
-            " or evaluate again with another --out"
-        )
-    return settings
 
 
 def differences(first: dict[str, Any], second: dict[str, Any], sign: str = "; ") -> str:
@@ -197,29 +86,12 @@ def brief(value: Any, limit: int = 60) -> str:
 
 
 class Store:
-    """The files of a run.
+    """The files of a run, to be written and continued.
 
     A run grows by methods and samples: what it has stays as it is, and further samples
-    are cut into batches of their own.
-
-    Args:
-
-        folder (Path): The folder, which is created if there is none.
-        settings (dict): Settings, whose `fingerprint` is the hash of that part of
-                `identity` which can not grow.
-        names (sequence of str): Names of all samples, in order.
-        write (bool, optional): Whether to write anything.
-                Default: True
-
-    Attributes:
-
-        settings (dict): Settings of the run, with all its methods.
-        batches (list[list[str]]): Names of the samples in each batch.
-        messages (list[str]): What the run grows by, and which files are damaged.
-
-    Raises:
-        RunError: If the folder holds another run, which the message says what differs
-                in, or can not be written.
+    are cut into batches of their own. `messages` says what it grows by, and which files
+    are damaged. It is a :class:`RunError` if the folder holds another run, or can not be
+    written.
     """
 
     def __init__(
@@ -231,9 +103,10 @@ class Store:
     ) -> None:
         self.folder = Path(folder)
         self.records = self.folder / settings["fingerprint"]
-        self.settings, self.batches = settings, []
+        self.settings = {"format": FORMAT, **settings}
+        self.batches: list[list[str]] = []
         self.messages: list[str] = []
-        self._sound: set[Path] = set()
+        self._sound: set[tuple[int, str]] = set()
         path, old = self.folder / SETTINGS, None
         if path.exists():
             old = read_settings(self.folder)
@@ -243,7 +116,7 @@ class Store:
             kept = [
                 text
                 for text in methods
-                if text in new or any(had.glob(f"*-{_key(text)}.npz"))
+                if text in new or any(had.glob(f"*-{key_of(text)}.zlib"))
             ]
             if kept != methods:
                 left = ", ".join(text for text in methods if text not in kept)
@@ -259,8 +132,6 @@ class Store:
         if not write:
             return
         if old is None or self.messages:
-            with _writing(self.folder):
-                self.records.mkdir(parents=True, exist_ok=True)
             # first, as there is a run when there are settings
             _write(self.records / BATCHES, json.dumps(self.batches).encode())
             _write(path, (json.dumps(self.settings, indent=1) + "\n").encode())
@@ -283,24 +154,25 @@ class Store:
         return self.records / f"{batch:05d}.json"
 
     def _records(self, batch: int, method: str) -> Path:
-        return self.records / f"{batch:05d}-{_key(method)}.npz"
+        return self.records / f"{batch:05d}-{key_of(method)}.zlib"
 
     def has(self, batch: int, method: str) -> bool:
         """Whether there are sound records of a method on a batch."""
-        path = self._records(batch, method)
-        if path not in self._sound and path.exists():
+        if (batch, method) not in self._sound:
+            path = self._records(batch, method)
             try:
-                found = {record.sample for record in _read_records(path)}
-                if not found <= {*self.batches[batch]}:
+                if not {*read_table(path).samples} <= {*self.batches[batch]}:
                     raise ValueError("it is of other samples")
-                self._sound.add(path)
+                self._sound.add((batch, method))
+            except FileNotFoundError:
+                return False
             except ValueError as error:
                 self._report(path, error)
-        return path in self._sound
+        return (batch, method) in self._sound
 
     def _report(self, path: Path, error: Exception) -> None:
         """Remember a damaged file."""
-        text = f"{path.name} is damaged ({_reason(error)}), and computed again"
+        text = f"{path.name} is damaged ({reason_of(error)}), and computed again"
         if text not in self.messages:
             self.messages.append(text)
 
@@ -308,7 +180,7 @@ class Store:
         """Samples of a batch and their stamps, `None` if there are no sound ones."""
         path = self._samples(batch)
         try:
-            samples, stamps = _read_samples(path)
+            samples, stamps = read_batch(path)
             if [sample.sample for sample in samples] != self.batches[batch]:
                 raise ValueError("it is of other samples")
             return samples, stamps
@@ -320,17 +192,15 @@ class Store:
 
     def read_times(self, method: str) -> Optional[tuple[float, float]]:
         """Mean seconds of a method's attributions and of their metrics, if known."""
-        paths = sorted(self.records.glob(f"*-{_key(method)}.npz"))[:TIMED]
-        scores = []
-        for path in paths:
+        times = []
+        for path in sorted(self.records.glob(f"*-{key_of(method)}.zlib"))[:TIMED]:
             with suppress(ValueError):
-                scores += [each.scores for each in _read_records(path)]
-        if not scores:
+                table = read_table(path)
+                times += table.align(["seconds", "metric_seconds"]).tolist()
+        if not times:
             return None
-        import pandas as pd
-
-        means = pd.DataFrame(scores).mean(numeric_only=True)
-        return float(means["seconds"]), float(means["metric_seconds"])
+        first, second = np.mean(times, axis=0)
+        return float(first), float(second)
 
     def write_samples(
         self, batch: int, samples: Sequence[SampleRecord], stamps: Sequence[str]
@@ -349,25 +219,27 @@ class Store:
 
     def write_records(self, batch: int, method: str, records: Sequence[Record]) -> None:
         """Write the records of a batch by a method. It raises as :meth:`write_samples`."""
-        import pandas as pd
-
-        values = pd.DataFrame([each.scores for each in records]).drop(columns="problem")
-        arrays: dict[str, Any] = {
-            "samples": np.array([each.sample for each in records]),
-            "problems": np.array([each.scores["problem"] or "" for each in records]),
-            "columns": np.array([*values], dtype=str),
-            "values": values.to_numpy(np.float64),
-        }
-        for name in {name: None for record in records for name in record.curves}:
+        columns = union(record.scores for record in records)
+        columns.remove("problem")
+        rows = [[record.scores.get(name, math.nan) for name in columns] for record in records]
+        arrays = {"values": np.array(rows, np.float64)}
+        for name in union(record.curves for record in records):
             curves = [record.curves.get(name) for record in records]
-            arrays[f"curve/{name}"] = _stack(curves, np.nan)
+            array = _stack(curves, math.nan)
+            # such as positions, which images often have in common
+            arrays[f"curve/{name}"] = array[:1] if (array == array[0]).all() else array
         heatmaps = [record.heatmap for record in records]
         if any(heatmap is not None for heatmap in heatmaps):
             arrays["heatmaps"] = _stack(heatmaps, 0)
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **arrays, checksum=_checksum(arrays))
-        _write(self._records(batch, method), buffer.getvalue())
-        self._sound.add(self._records(batch, method))
+        header = {
+            "samples": [record.sample for record in records],
+            "problems": [record.scores["problem"] for record in records],
+            "columns": columns,
+            "arrays": [[name, str(each.dtype), each.shape] for name, each in arrays.items()],
+        }
+        parts = [json.dumps(header).encode(), b"\n", *(each.tobytes() for each in arrays.values())]
+        _write(self._records(batch, method), zlib.compress(b"".join(parts)))
+        self._sound.add((batch, method))
 
 
 def _refuse_other(
@@ -413,20 +285,6 @@ def _differing(first: dict[str, Any], second: dict[str, Any], keys: Sequence[str
     return differences(pair[0], pair[1], ", now ")
 
 
-def _key(method: str) -> str:
-    """What files of a method are named by, whatever other methods there are."""
-    return hashlib.sha256(method.encode()).hexdigest()[:8]
-
-
-def _checksum(arrays: dict[str, Any]) -> str:
-    """Hash of arrays and their names."""
-    digest = hashlib.sha256()
-    for name, array in sorted(arrays.items()):
-        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
-
-
 def _stack(arrays: Sequence[Optional[np.ndarray]], blank: float) -> np.ndarray:
     """Arrays of equal shape, of which some may be missing."""
     like = next(array for array in arrays if array is not None)
@@ -445,117 +303,5 @@ def _read_batches(folder: Path) -> list[list[str]]:
         return [list(batch) for batch in batches]
     except (OSError, TypeError, ValueError) as error:
         raise RunError(
-            f"cannot read {path} ({_reason(error)}): evaluate again with another --out"
+            f"cannot read {path} ({reason_of(error)}): evaluate again with another --out"
         ) from error
-
-
-def _read_samples(path: Path) -> tuple[list[SampleRecord], list[str]]:
-    """Samples of a file, and their stamps. It is a `ValueError` if it is damaged."""
-    try:
-        samples, stamps = [], []
-        for row in json.loads(path.read_text(encoding="utf-8")):
-            if row["picture"] is not None:
-                row["picture"] = base64.b64decode(row["picture"])
-            stamps.append(row.pop("stamp"))
-            samples.append(SampleRecord(**{**row, "notes": tuple(row["notes"])}))
-        return samples, stamps
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # damaged files raise anything
-        raise ValueError(_reason(error)) from error
-
-
-def _read_records(path: Path) -> list[Record]:
-    """Records of a file. It is a `ValueError` if it is damaged."""
-    try:
-        with np.load(io.BytesIO(path.read_bytes())) as file:
-            arrays = {name: file[name] for name in file.files}
-        if str(arrays.pop("checksum")) != _checksum(arrays):
-            raise ValueError("it is not as it was written")
-        names, heatmaps = arrays["columns"].tolist(), arrays.get("heatmaps")
-        curves = {
-            name.removeprefix("curve/"): array
-            for name, array in arrays.items()
-            if name.startswith("curve/")
-        }
-        found = []
-        for row, sample in enumerate(arrays["samples"].tolist()):
-            problem = str(arrays["problems"][row]) or None
-            values = dict(zip(names, arrays["values"][row].tolist()))
-            record = Record(sample, {"problem": problem, **values})
-            if problem is None:
-                record = record._replace(
-                    curves={name: array[row] for name, array in curves.items()},
-                    heatmap=None if heatmaps is None else heatmaps[row],
-                )
-            found.append(record)
-        return found
-    except Exception as error:  # as above
-        raise ValueError(_reason(error)) from error
-
-
-def accuracy(run: Run) -> tuple[int, int]:
-    """Number of samples that the network classifies correctly, and of those with a label.
-
-    Samples that are left out do not count.
-    """
-    known = [
-        sample
-        for sample in run.samples.values()
-        if sample.problem is None and sample.label is not None
-    ]
-    return sum(sample.prediction == sample.label for sample in known), len(known)
-
-
-def read_run(folder: Path) -> Run:
-    """Read the records of a run, whichever processes wrote them.
-
-    Args:
-
-        folder (Path): The folder of the run. It may still be written to.
-
-    Returns:
-        Run: The records, sorted by sample and method, each once.
-
-    Raises:
-        RunError: If the folder holds no run.
-    """
-    folder = Path(folder)
-    settings = read_settings(folder)
-    methods = settings["identity"]["methods"]
-    keys = {_key(method): method for method in methods}
-    samples: dict[str, SampleRecord] = {}
-    found: dict[tuple[str, str], Record] = {}
-    messages = []
-    for path in sorted((folder / settings["fingerprint"]).glob("[0-9]*")):
-        method = keys.get(path.stem.partition("-")[2], "")
-        try:
-            if path.suffix == ".json":
-                samples.update((row.sample, row) for row in _read_samples(path)[0])
-            elif method:
-                found.update(((row.sample, method), row) for row in _read_records(path))
-        except ValueError as error:
-            messages.append(
-                f"{path.name} is damaged ({error}): the command of the run computes it"
-                " again"
-            )
-    # of files that were replaced by what can not be read
-    stale = {name for name, sample in samples.items() if sample.problem is not None}
-    found = {key: row for key, row in found.items() if key[0] not in stale}
-    import pandas as pd  # a dry run needs none
-
-    index = pd.MultiIndex.from_tuples(sorted(found), names=["sample", "method"])
-    rows = [found[key] for key in index]
-    columns = None if rows else ["problem", "seconds", "metric_seconds"]
-    records = pd.DataFrame([row.scores for row in rows], index, columns)
-    problems = [row.scores["problem"] for row in rows]
-    records["problem"] = pd.Series(problems, index, dtype=object)
-    return Run(
-        folder,
-        settings,
-        dict(sorted(samples.items())),
-        records,
-        pd.DataFrame([row.curves for row in rows], index, dtype=object),
-        pd.Series([row.heatmap for row in rows], index, dtype=object),
-        messages,
-    )

@@ -51,7 +51,7 @@ def test_means():
     '''Means are exact, each score has its own examples, and intervals are those of the bootstrap.'''
     values = [0.1, 0.2, 0.4, 0.5]
     run = make_run(
-        {'grad_cam': {'id': values, 'pointing': [0.25, math.nan, 0.75, math.nan], 'gap': [math.inf, 1, 2, 3]}},
+        {'grad_cam': {'id': values, 'pointing': [0.25, math.nan, 0.75, math.nan], 'gap': [math.inf, 1, -2, 3]}},
         problems={('zzz.jpg', 'grad_cam'): 'the map has NaN or infinity'},
     )
     result = report(run)
@@ -59,12 +59,14 @@ def test_means():
     interval = bootstrap_interval(values, n_resamples=200)
     assert found.statistics.loc['id'].tolist() == [math.fsum(values) / 4, interval.low, interval.high, 4]
     assert found.statistics.loc['pointing'].tolist()[::3] == [0.5, 2]
+    # gains and losses do not cancel
     assert found.statistics.loc['gap'].tolist()[::3] == [2, 3]
+    assert found.statistics.loc['gap_largest'].tolist()[::3] == [3, 3]
     assert math.isnan(found.mean('deletion'))
     assert has(result.messages, 'grad_cam: 1 infinite')
     assert len(found.scores) == 4 and found.problems == {'zzz.jpg': 'the map has NaN or infinity'}
     assert found.seconds == 0.5
-    assert result.columns == ('id', 'pointing', 'gap')
+    assert result.columns == ('id', 'pointing', 'gap', 'gap_largest')
     assert 'Pointing is defined for 2 of 4 images.' in ' '.join(result.table().split())
     line = read_csv(result.table('csv'))['grad_cam']
     assert float(line['id mean']) == found.mean('id') and line['id examples'] == '4'
@@ -342,11 +344,18 @@ def test_gaps():
         f'x{number}.jpg': SampleRecord(f'x{number}.jpg', problem='cannot be decoded') for number in range(7)
     })
     second.settings['identity']['samples'] = 9
-    second = second._replace(messages=['00001-000.npz is damaged'])
-    messages = report(first, second).messages
+    second = second._replace(messages=['00001-000.zlib is damaged'])
+    result = report(first, second)
+    messages = result.messages
     assert has(messages, 'a/run has no records of rise, random')
-    assert has(messages, 'b/run: 00001-000.npz is damaged') and has(messages, 'b/run', '8 of 9 samples')
+    assert has(messages, 'b/run: 00001-000.zlib is damaged')
+    assert [text for text in result.introduction() if '8 of 9 images' in text] == [
+        'b/run: 8 of 9 images, run not complete.'
+    ] and not has(result.introduction(), 'a/run', 'not complete')
     assert has(messages, '7 of 8 samples of b/run')
+    # an image without a record of one of the methods
+    part = make_run({'grad_cam': [0.1, 0.2], 'rise': [0.3]})
+    assert '1 of 2 images, run not complete' in report(part).text()
     part = select_methods(first, {'grad_cam', 'lime'})
     assert [text for text in report(part).messages if 'no records' in text] == ['run has no records of random.']
 
@@ -658,14 +667,14 @@ def test_introduction():
         ({'labels': {'matched_by': 'name', 'classes': {}}}, 'by name'),
         ({'labels': {'matched_by': 'order', 'classes': {}}}, 'guess'), ({}, 'not kept'),
     ):
-        result = report(make_run({'grad_cam': [0.1, 0.2]}, samples=samples, weights_name='net.pt', **labels))
+        result = report(make_run({'grad_cam': [0.1, 0.2, 0.3, 0.4]}, samples=samples, weights_name='net.pt', **labels))
         line, = result.introduction()
         assert line.startswith('resnet50 with net.pt classifies 1 of 2 images (50.0 %)') and text in line
         assert line in result.text().splitlines()[1]
         page = figures.make_page(result, {}, [])
         assert page.index(line) < page.index('<nav>') < page.index('id="results"')
     unknown = {name: sample._replace(label=None) for name, sample in samples.items()}
-    line, = report(make_run({'grad_cam': [0.1, 0.2]}, samples=unknown)).introduction()
+    line, = report(make_run({'grad_cam': [0.1, 0.2, 0.3, 0.4]}, samples=unknown)).introduction()
     assert 'not known' in line
     first, second = report(
         make_run({'grad_cam': [0.1]}, 'one'), make_run({'grad_cam': [0.1]}, 'two', model='vgg16')

@@ -30,7 +30,7 @@ from captum_adapters.evaluation import (
     summarize,
 )
 from captum_adapters.evaluation.methods import Explainer
-from captum_adapters.evaluation.store import _key
+from captum_adapters.evaluation.records import key_of
 from captum_adapters.metrics import insertion_deletion
 from zennit_resnet.models import load_classifier
 from zennit_resnet.postprocess import heat_quantization
@@ -188,7 +188,7 @@ def test_grow(assets, whole, tmp_path, monkeypatch):
 
     monkeypatch.setattr(computation.Computation, 'run_method', run_method)
     first = run(assets, folder, methods=METHODS[2:], limit=4)
-    files = {path: path.stat().st_mtime_ns for path in folder.rglob('*.npz')}
+    files = {path: path.stat().st_mtime_ns for path in folder.rglob('*.zlib')}
     assert len(computed) == 4 * 5 and len(files) == 5
     more = run(assets, folder, methods=('grad_cam', *METHODS[2:]), limit=4)
     assert {method for _, method in computed[20:]} == {'grad_cam'} and len(computed) == 24
@@ -251,7 +251,7 @@ def test_changed_file(assets, tmp_path, capsys, change, batches):
         'batch_size': 2,
     }
     old = run(assets, tmp_path / 'run', **options)
-    files = sorted((tmp_path / 'run').rglob('*.npz'))
+    files = sorted((tmp_path / 'run').rglob('*.zlib'))
     times = [path.stat().st_mtime_ns for path in files]
     change(folder)
     evaluate(setting(assets, tmp_path / 'run', **options), process=Process(), dry_run=True)
@@ -301,7 +301,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize('damage', [*DAMAGES.values()], ids=[*DAMAGES])
-@pytest.mark.parametrize('suffix', ['npz', 'json'])
+@pytest.mark.parametrize('suffix', ['zlib', 'json'])
 def test_damaged_records(assets, tmp_path, capsys, damage, suffix):
     '''Damaged files are named, and computed again.'''
     options = {'methods': ('random', 'sobel'), 'controls': False, 'limit': 8}
@@ -454,7 +454,7 @@ def test_shared_maps(assets, tmp_path, monkeypatch):
     # a method that is missing alone computes its own maps
     store = next((tmp_path / 'run').glob('*/'))
     for name in (methods[6], methods[2]):
-        for path in store.glob(f'*-{_key(name)}.npz'):
+        for path in store.glob(f'*-{key_of(name)}.zlib'):
             path.unlink()
     passes.clear()
     assert_same(run(assets, tmp_path / 'run', methods=methods, **options), together)
@@ -462,7 +462,7 @@ def test_shared_maps(assets, tmp_path, monkeypatch):
 
     # shared time counts once in the estimate
     for number in (5, 6):
-        (store / f'00000-{_key(methods[number])}.npz').unlink()
+        (store / f'00000-{key_of(methods[number])}.zlib').unlink()
     left = evaluate(setting(assets, tmp_path / 'run', methods=methods, **options), process=Process(), dry_run=True)
     kept = read_run(tmp_path / 'run').records
     costs = [kept.xs(name, level='method')[['seconds', 'metric_seconds']].mean() for name in families[3]]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
+from captum_adapters import statistics
 from captum_adapters.metrics import bootstrap_interval, compare, holm
 from captum_adapters.metrics.statistics import Comparison
 
@@ -42,6 +43,21 @@ def test_interval_scipy(rng, method, size):
     assert (interval.num_examples, interval.num_nan) == (size, 0)
     single = bootstrap_interval(torch.from_numpy(values[:, 1]), method=method, confidence=0.9, n_resamples=20000)
     assert (single.low, single.high) == pytest.approx((interval.low[1], interval.high[1]))
+
+
+def test_draws_are_shared(rng, monkeypatch):
+    '''All scores of as many examples are resampled by the same draws, as if these were drawn anew.'''
+    values = rng.exponential(size=(3, 40, 2))
+    statistics._kept_draws.cache_clear()
+    kept = [bootstrap_interval(each, n_resamples=500) for each in values]
+    assert statistics._kept_draws.cache_info()[:2] == (2, 1)
+    # in parts, as for many examples
+    monkeypatch.setattr(statistics, 'BLOCK', 40 * 7)
+    monkeypatch.setattr(statistics, 'KEPT', 0)
+    for interval, each in zip(kept, values):
+        again = bootstrap_interval(each, n_resamples=500)
+        np.testing.assert_allclose([again.low, again.high], [interval.low, interval.high], rtol=1e-12)
+    assert statistics._kept_draws.cache_info()[:2] == (2, 1)
 
 
 def test_interval_clusters(rng):

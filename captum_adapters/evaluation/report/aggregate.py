@@ -12,7 +12,8 @@ import pandas as pd
 
 from captum_adapters.evaluation.columns import COLUMNS, Column
 from captum_adapters.evaluation.names import kind_of
-from captum_adapters.evaluation.store import Run, SampleRecord, brief, differences
+from captum_adapters.evaluation.records import Run, SampleRecord
+from captum_adapters.evaluation.store import brief, differences
 from captum_adapters.statistics import bootstrap_interval
 
 PROTOCOLS = {
@@ -25,6 +26,8 @@ PROTOCOLS = {
 COMPARABLE = ("model", "weights", "transform", "classes", "options")
 # Runs that differ in these are put together, and it is said
 MENTIONED = ("versions", "device", "cross", "files")
+# Scores of the top p % of pixels
+TOP = ("accuracy", "cross_accuracy", "pointing", "distance")
 # Items that are named in a sentence
 NAMED = 5
 TIMES = ["seconds", "metric_seconds"]
@@ -54,6 +57,12 @@ class Row(NamedTuple):
         times = self.scores["seconds"]
         return math.fsum(times) / len(times) if len(times) else math.nan
 
+    @property
+    def top_ties(self) -> float:
+        """Share of tied pixels in what the top p % are ranked by."""
+        share = self.mean("tied_share_magnitude")
+        return self.mean("tied_share") if math.isnan(share) else share
+
     def mean(self, score: str) -> float:
         """Mean of a score, NaN if there is none."""
         known = score in self.statistics.index
@@ -65,20 +74,21 @@ class Row(NamedTuple):
             return pd.Series(dtype=float)
         return self.scores[score].dropna()
 
-    def curve(self, name: str) -> dict[str, np.ndarray]:
+    def curve(self, name: str) -> "pd.Series[Any]":
         """Curves by sample."""
         return self._arrays([run.curves[name] for run in self.runs if name in run.curves])
 
-    def heatmaps(self) -> dict[str, np.ndarray]:
+    def heatmaps(self) -> "pd.Series[Any]":
         """Small maps by sample."""
         return self._arrays([run.heatmaps for run in self.runs])
 
-    def _arrays(self, columns: Sequence["pd.Series[Any]"]) -> dict[str, np.ndarray]:
+    def _arrays(self, columns: Sequence["pd.Series[Any]"]) -> "pd.Series[Any]":
         """Arrays of the sound records."""
-        found: dict[str, np.ndarray] = {}
-        for column in reversed(columns):
-            found.update(column.xs(self.method, level="method").dropna().items())
-        return {name: found[name] for name in self.scores.index if name in found}
+        if not columns:
+            return pd.Series(dtype=object)
+        found = pd.concat([each.xs(self.method, level="method").dropna() for each in columns])
+        found = found[~found.index.duplicated()]
+        return found.reindex(self.scores.index).dropna()
 
 
 class Group(NamedTuple):
@@ -157,6 +167,15 @@ def settings_of(run: Run) -> dict[str, Any]:
     settings = {**run.settings.get("identity", {}), **run.settings}
     settings.pop("identity", None)
     return settings
+
+
+def unfinished(run: Run) -> str:
+    """How much of an interrupted run there is, empty if it is complete."""
+    counts = run.records.groupby(level="sample").size()
+    methods = run.records.index.unique("method")
+    left_out = sum(sample.problem is not None for sample in run.samples.values())
+    done, total = int((counts == len(methods)).sum()) + left_out, settings_of(run)["samples"]
+    return f"{done} of {total} images, run not complete." if done < total else ""
 
 
 def list_some(items: Sequence[str]) -> str:
@@ -253,8 +272,9 @@ def _merge_records(
     sound = table["problem"].isna()
     problems = table["problem"][~sound & ~table.index.isin(table.index[sound])]
     # another run may have measured something else
-    merged = table[sound].drop(columns="problem").groupby(level=0)
-    several = merged.nunique().drop(columns=TIMES) > 1
+    scores = table[sound].drop(columns="problem")
+    repeated = scores[scores.index.duplicated(keep=False)].groupby(level=0)
+    several = repeated.nunique().drop(columns=TIMES) > 1
     conflicts = int(several.any(axis=1).sum())
     if conflicts:
         messages.append(
@@ -262,7 +282,7 @@ def _merge_records(
             " the first are used."
         )
     reasons = {str(name): text for name, text in sorted(problems.items())}
-    return merged.first().astype(float), reasons
+    return scores.groupby(level=0).first().astype(float), reasons
 
 
 def _statistics(
@@ -284,6 +304,8 @@ def _statistics(
         for name, column, low, high in zip(names, values.T, interval.low, interval.high):
             # this sum is not rounded in between, so it is the same in any order
             found[name] = (math.fsum(column) / len(column), low, high, len(column))
+            if name == "gap":
+                found["gap_largest"] = (column.max(), math.nan, math.nan, len(column))
     return pd.DataFrame.from_dict(found, orient="index", columns=STATISTICS)
 
 
@@ -326,7 +348,10 @@ def build_rows(
         if infinite:
             messages.append(f"{name}: {infinite} infinite scores are left out.")
         scores = scores.replace([math.inf, -math.inf], math.nan)
-        labels = group.clusters([*scores.index], clusters)
+        if "gap" in scores:
+            # gains and losses must not cancel
+            scores["gap"] = scores["gap"].abs()
+        labels = group.clusters(scores.index.tolist(), clusters)
         statistics = _statistics(scores, labels, **options)
         runs, kind = tuple(members), kind_of(method)
         rows.append(Row(name, method, kind, index, runs, scores, problems, statistics))

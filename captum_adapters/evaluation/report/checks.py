@@ -5,7 +5,9 @@ from collections.abc import Iterator, Sequence
 
 from captum_adapters.evaluation.columns import COLUMNS
 from captum_adapters.evaluation.names import base_of
+from captum_adapters.evaluation.records import accuracy
 from captum_adapters.evaluation.report.aggregate import (
+    TOP,
     Group,
     Row,
     column_of,
@@ -15,11 +17,10 @@ from captum_adapters.evaluation.report.aggregate import (
     settings_of,
     sign_of,
     table_of,
+    unfinished,
 )
 from captum_adapters.evaluation.report.tables import format_number, scale_of
 
-# Scores of the top p % of pixels
-TOP = ("accuracy", "cross_accuracy", "pointing", "distance")
 # Share of tied pixels above which it matters how they are treated
 TIED_SHARE = 0.05
 # What runs on the same data have in common, and what it is called
@@ -31,17 +32,43 @@ SAMPLE_FIELDS = {
 }
 
 
+def introduce(groups: Sequence[Group]) -> Iterator[str]:
+    """What to know first: whether the network is right, what its labels are, and how
+    much of an interrupted run there is."""
+    for group in groups:
+        text = _introduce(group)
+        yield f"{group.name}: {text}" if len(groups) > 1 else text
+    for group in groups:
+        for run, folder in zip(group.runs, group.folders):
+            if unfinished(run):
+                yield f"{folder}: {unfinished(run)}"
+
+
+def _introduce(group: Group) -> str:
+    """A sentence on the network of a group, and on its labels."""
+    settings = settings_of(group.runs[0])
+    names = [settings.get(key) for key in ("model", "weights_name")]
+    network = " with ".join(map(str, filter(None, names)))
+    # what is known of a run is known of a group, too
+    right, total = accuracy(group.runs[0]._replace(samples=group.samples))
+    if not total:
+        return f"{network}: no image has a label, so its accuracy is not known."
+    share = f"{right} of {total} images ({100 * right / total:.1f} %)"
+    how = (settings.get("labels") or {}).get("matched_by")
+    matched = f"Labels were matched to its classes by {how}"
+    matched = {
+        None: "How labels were matched to its classes was not kept",
+        "order": f"{matched}, which is a guess: check it if the accuracy is low",
+    }.get(how, matched)
+    return f"{network} classifies {share} as their labels say. {matched}."
+
+
 def find_gaps(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
     """Sentences on what is missing."""
     for index, group in enumerate(groups):
         for run, name in zip(group.runs, group.folders):
             settings = settings_of(run)
             yield from (f"{name}: {message}" for message in run.messages)
-            if len(run.samples) < settings["samples"]:
-                yield (
-                    f"{name} is not complete: {len(run.samples)} of {settings['samples']}"
-                    " samples are evaluated."
-                )
             evaluated = set(run.records.index.unique("method"))
             missing = [text for text in settings["methods"] if text not in evaluated]
             if not evaluated:
@@ -55,7 +82,7 @@ def find_gaps(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
                 " for the reasons under Problems."
             )
         members = [row for row in rows if row.group == index]
-        if len({tuple(row.scores.index) for row in members}) > 1:
+        if any(not row.scores.index.equals(members[0].scores.index) for row in members):
             counts = {row.name: len(row.scores) for row in members}
             most = max(counts.values())
             fewer = [f"{name} {count}" for name, count in counts.items() if count < most]
@@ -167,11 +194,9 @@ def _warn_top_ties(rows: Sequence[Row]) -> Iterator[str]:
     """Where the top p % of pixels are partly a matter of chance."""
     for row in rows:
         listed = [column_of(name).title for name in TOP if name in row.statistics.index]
-        share = row.mean("tied_share_magnitude")
-        share = row.mean("tied_share") if math.isnan(share) else share
-        if listed and share > TIED_SHARE:
+        if listed and row.top_ties > TIED_SHARE:
             yield (
-                f"{row.name}: {100 * share:.1f} % of pixels are tied with others, and have"
+                f"{row.name}: {100 * row.top_ties:.1f} % of pixels are tied with others, and have"
                 f" no order among these: {', '.join(listed)}"
                 f" {'are means' if len(listed) > 1 else 'is the mean'} over their orders,"
                 " and partly chance."

@@ -19,6 +19,7 @@ from PIL import Image
 
 from captum_adapters.curves import LINE_STYLES, plot_curves
 from captum_adapters.evaluation.names import base_of
+from captum_adapters.evaluation.records import SampleRecord
 from captum_adapters.evaluation.report.aggregate import (
     Group,
     Row,
@@ -27,7 +28,6 @@ from captum_adapters.evaluation.report.aggregate import (
     sign_of,
 )
 from captum_adapters.evaluation.report.tables import format_number, scale_of, wrap
-from captum_adapters.evaluation.store import SampleRecord
 
 if TYPE_CHECKING:
     from captum_adapters.evaluation.report.report import Report
@@ -97,39 +97,32 @@ class Picture(NamedTuple):
 # -- curves ----------------------------------------------------------------------------
 
 
-def _collect(
-    row: Row, key: str, where: str
-) -> tuple[list[str], np.ndarray, np.ndarray]:
+def _collect(row: Row, key: str, where: str) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Names of samples with finite curves, the curves and positions, (n, points) each.
 
     Curves of another number of points than most are left out.
     """
     curves, positions = row.curve(key), row.curve(where)
-    pairs = {
-        name: (positions[name].astype(float), curve.astype(float))
-        for name, curve in curves.items()
-        if name in positions and np.isfinite([positions[name], curve]).all()
-    }
-    if not pairs:
+    curves = curves[curves.index.isin(positions.index)]
+    if not len(curves):
         return [], np.empty((0, 0)), np.empty((0, 0))
-    sizes = [len(curve) for _, curve in pairs.values()]
-    usual = max(sizes, key=sizes.count)
-    names = [name for name, (_, curve) in pairs.items() if len(curve) == usual]
-    x, y = (np.stack([pairs[name][place] for name in names]) for place in (0, 1))
-    return names, y, x
+    sizes = curves.map(len)
+    curves = curves[sizes == sizes.value_counts().idxmax()]
+    y, x = np.stack([*curves]), np.stack([*positions[curves.index]])
+    finite = (np.isfinite(y) & np.isfinite(x)).all(1)
+    return curves.index[finite].tolist(), y[finite], x[finite]
 
 
 def _draw(report: "Report", members: Sequence[Row], panel: Panel) -> Optional[Picture]:
     """Mean curves of methods, with bands."""
-    found = {
-        (row.name, key): _collect(row, key, panel.positions)
+    # names only, as curves of many images take much memory
+    drawn = {
+        (row.name, key): _collect(row, key, panel.positions)[0]
         for row in members
         for key in panel.curves
     }
     means = {row.name: row.mean(panel.score) for row in members}
-    shown = [
-        row for row in members if any(found[row.name, key][0] for key in panel.curves)
-    ]
+    shown = [row for row in members if any(drawn[row.name, key] for key in panel.curves)]
     methods = [row.name for row in shown if not row.control]
     sign = sign_of(panel.score)
     # those without a mean come last
@@ -147,16 +140,17 @@ def _draw(report: "Report", members: Sequence[Row], panel: Panel) -> Optional[Pi
         canvas.subplots(1, len(panel.curves), squeeze=False)[0], panel.curves.items()
     ):
         for row in shown:
-            names, curves, positions = found[row.name, key]
-            if not names:
+            if not drawn[row.name, key]:
                 continue
+            names, curves, positions = _collect(row, key, panel.positions)
             plot_curves(
                 {row.name: curves},
                 positions,
                 axes=axes,
                 confidence=report.confidence,
                 clusters=report.groups[row.group].clusters(names, report.clusters),
-                n_resamples=1000,
+                # the bands of many images are hardly wider than lines
+                n_resamples=max(200, min(1000, 10**7 // len(names))),
             )
             line, band = axes.get_lines()[-1], axes.collections[-1]
             if row.control:
@@ -170,8 +164,8 @@ def _draw(report: "Report", members: Sequence[Row], panel: Panel) -> Optional[Pi
             band.set(color=line.get_color(), alpha=alpha, linewidth=0)
             lines.setdefault(row.name, line)
         axes.set(title=title, xlabel=panel.label)
-        drawn = {*found[shown[0].name, key][0]}
-        lines.update(_draw_chance(axes, shown[0], key, panel.positions, drawn))
+        first = {*drawn[shown[0].name, key]}
+        lines.update(_draw_chance(axes, shown[0], key, panel.positions, first))
     texts = []
     for name in lines:
         mean = means.get(name, math.nan)
@@ -189,7 +183,7 @@ def _draw(report: "Report", members: Sequence[Row], panel: Panel) -> Optional[Pi
         fontsize="small",
         frameon=False,
     )
-    counts = {len(names) for names, _, _ in found.values() if names}
+    counts = {len(names) for names in drawn.values() if names}
     span = " to ".join(map(str, sorted({min(counts), max(counts)})))
     about = f"Means over {span} images, with {100 * report.confidence:g} % bands."
     if panel.score:

@@ -10,6 +10,7 @@ import pandas as pd
 from captum_adapters.evaluation.columns import COLUMNS
 from captum_adapters.evaluation.names import stands_for
 from captum_adapters.evaluation.presets import PRESETS, Preset
+from captum_adapters.evaluation.records import Run
 from captum_adapters.evaluation.report.aggregate import (
     STATISTICS,
     Group,
@@ -23,7 +24,7 @@ from captum_adapters.evaluation.report.aggregate import (
     table_of,
     title_of,
 )
-from captum_adapters.evaluation.report.checks import TOP, find_gaps, find_warnings
+from captum_adapters.evaluation.report.checks import find_gaps, find_warnings, introduce
 from captum_adapters.evaluation.report.significance import (
     Significance,
     choose_primary,
@@ -32,12 +33,13 @@ from captum_adapters.evaluation.report.significance import (
 from captum_adapters.evaluation.report.tables import (
     RENDERERS,
     Table,
+    cells_of,
     format_interval,
     format_number,
     render_list,
     scale_of,
 )
-from captum_adapters.evaluation.store import Run, accuracy, brief
+from captum_adapters.evaluation.store import brief
 from captum_adapters.statistics import Comparison
 from zennit_resnet._text import one_line
 
@@ -106,12 +108,7 @@ class Report(NamedTuple):
 
     def introduction(self) -> list[str]:
         """What to know first: whether the network is right, and what its labels are."""
-        several = len(self.groups) > 1
-        return [
-            f"{group.name}: {text}" if several else text
-            for group in self.groups
-            for text in _introduce(group)
-        ]
+        return [*introduce(self.groups)]
 
     # -- tables
 
@@ -140,7 +137,7 @@ class Report(NamedTuple):
         missing = f"; {left_out} of {len(samples)} are left out, see Problems"
         found = []
         for topic, names in topics.items():
-            cells = [_cells(row, names) for row in self.rows]
+            cells = [cells_of(row, names) for row in self.rows]
             notes = [
                 f"Means{interval * any(map(sign_of, names))} over the number of images in"
                 f" the last column{missing * bool(left_out)}."
@@ -283,7 +280,7 @@ class Report(NamedTuple):
             [key, *(brief(values.get(key), 2000) for values in settings)]
             for key in keys
             # shown apart, and a repetition
-            if key not in ("command", "evaluation")
+            if key not in ("command", "evaluation", "format")
         ]
         folders = [folder for group in self.groups for folder in group.folders]
         frame = pd.DataFrame(lines, columns=["Setting", *folders])
@@ -385,55 +382,6 @@ class Report(NamedTuple):
         for name, data in files.items():
             (folder / name).write_bytes(data)
         return [folder / name for name in files]
-
-
-def _introduce(group: Group) -> list[str]:
-    """Sentences on the network of a group, and on its labels."""
-    settings = settings_of(group.runs[0])
-    names = [settings.get(key) for key in ("model", "weights_name")]
-    network = " with ".join(map(str, filter(None, names)))
-    # what is known of a run is known of a group, too
-    right, total = accuracy(group.runs[0]._replace(samples=group.samples))
-    if not total:
-        return [f"{network}: no image has a label, so its accuracy is not known."]
-    share = f"{right} of {total} images ({100 * right / total:.1f} %)"
-    how = (settings.get("labels") or {}).get("matched_by")
-    matched = f"Labels were matched to its classes by {how}"
-    matched = {
-        None: "How labels were matched to its classes was not kept",
-        "order": f"{matched}, which is a guess: check it if the accuracy is low",
-    }.get(how, matched)
-    return [f"{network} classifies {share} as their labels say. {matched}."]
-
-
-def _cells(row: Row, names: Sequence[str]) -> dict[str, str]:
-    """Cells of a method in a table of means, none if it has none of the scores."""
-    known = [name for name in names if name in row.statistics.index]
-    if not known:
-        return {}
-    cells = {title_of(name): _cell(row, name) for name in names}
-    tied = _tied_share(row, names)
-    if not math.isnan(tied):
-        cells["Ties"] = f"{100 * tied:.0f} %"
-    most = max(row.statistics.loc[known, "examples"])
-    return {**cells, "Images": f"{most:.0f}"}
-
-
-def _tied_share(row: Row, names: Sequence[str]) -> float:
-    """Share of tied pixels, if scores depend on how these are treated."""
-    published = any(counterpart_of(name) for name in names)
-    if not published and not {*TOP} & {*names}:
-        return math.nan
-    tied = math.nan if published else row.mean("tied_share_magnitude")
-    return row.mean("tied_share") if math.isnan(tied) else tied
-
-
-def _cell(row: Row, name: str) -> str:
-    """A mean, with its interval unless it is for information only."""
-    if name not in row.statistics.index:
-        return ""
-    mean, low, high, _ = row.statistics.loc[name]
-    return format_interval(mean, low, high) if sign_of(name) else format_number(mean)
 
 
 def _name_some(names: "pd.Series[str]") -> str:

@@ -109,7 +109,7 @@ def compare_rows(
             scores[row.name] = values
         if len(scores) < 2:
             continue
-        labels = group.clusters([*samples], clusters)
+        labels = group.clusters(samples.tolist(), clusters)
         results = compare(scores, other.name, labels, **options)
         found.append(Significance(index, primary, other.name, tuple(results)))
     return found

@@ -7,6 +7,14 @@ from typing import NamedTuple, Optional
 
 import pandas as pd
 
+from captum_adapters.evaluation.report.aggregate import (
+    TOP,
+    Row,
+    counterpart_of,
+    sign_of,
+    title_of,
+)
+
 # Width of a terminal
 WIDTH = 100
 KEY_WIDTH = 36
@@ -74,6 +82,35 @@ def format_interval(mean: float, low: float, high: float) -> str:
     like = scale_of(mean, low, high)
     texts = [format_number(value, like) for value in (mean, low, high)]
     return f"{texts[0]} [{texts[1]}, {texts[2]}]"
+
+
+def cells_of(row: Row, names: Sequence[str]) -> dict[str, str]:
+    """Cells of a method in a table of means, none if it has none of the scores."""
+    known = [name for name in names if name in row.statistics.index]
+    if not known:
+        return {}
+    cells = {title_of(name): _cell(row, name) for name in names}
+    tied = _tied_share(row, names)
+    if not math.isnan(tied):
+        cells["Ties"] = f"{100 * tied:.0f} %"
+    most = max(row.statistics.loc[known, "examples"])
+    return {**cells, "Images": f"{most:.0f}"}
+
+
+def _tied_share(row: Row, names: Sequence[str]) -> float:
+    """Share of tied pixels, if scores depend on how these are treated."""
+    published = any(counterpart_of(name) for name in names)
+    if not published and not {*TOP} & {*names}:
+        return math.nan
+    return row.mean("tied_share") if published else row.top_ties
+
+
+def _cell(row: Row, name: str) -> str:
+    """A mean, with its interval unless it is for information only."""
+    if name not in row.statistics.index:
+        return ""
+    mean, low, high, _ = row.statistics.loc[name]
+    return format_interval(mean, low, high) if sign_of(name) else format_number(mean)
 
 
 def wrap(text: str, width: int) -> str:
