@@ -1,5 +1,7 @@
 """Mean curves with confidence bands, which need no PyTorch."""
 
+import math
+from statistics import NormalDist
 from typing import Mapping, Optional, Union
 
 import numpy as np
@@ -7,8 +9,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from captum_adapters.statistics import Clusters, Scores, bootstrap_interval, to_numpy
+from captum_adapters.statistics import (
+    Clusters,
+    Scores,
+    bootstrap_interval,
+    check_resampling,
+    to_numpy,
+)
 
+# From so many examples on, means are normally distributed for all that can be seen
+MANY = 5000
 # Points of curves whose examples have points at different positions
 GRID_POINTS = 101
 # Methods with the same color differ in these
@@ -46,7 +56,8 @@ def plot_curves(
 ) -> Axes:
     """Draw the mean curve of each method, and a band for its confidence interval.
 
-    The bands are for the means of all examples, point by point. Two methods may well
+    The bands are for the means of all examples, point by point: by the bootstrap, and
+    from 5,000 examples on without clusters by the normal distribution. Two methods may well
     differ although their bands overlap, as both vary with the examples; for that, see
     :func:`captum_adapters.metrics.compare`.
 
@@ -79,16 +90,23 @@ def plot_curves(
         where = positions[name] if isinstance(positions, Mapping) else positions
         points, x = _common_positions(to_numpy(values), to_numpy(where), name)
         valid = ~np.isnan(points).any(1)
+        mean = points[valid].mean(0)
         line = axes.plot(
-            x, points[valid].mean(0), label=name, marker=marker, markersize=4,
+            x, mean, label=name, marker=marker, markersize=4,
             linestyle=LINE_STYLES[number // 10 % len(LINE_STYLES)],
         )[0]
         if confidence is not None:
-            interval = bootstrap_interval(
-                points, clusters, confidence=confidence, n_resamples=n_resamples
-            )
+            if clusters is None and valid.sum() >= MANY:
+                check_resampling(confidence, n_resamples)
+                width = NormalDist().inv_cdf((1 + confidence) / 2)
+                margin = width * points[valid].std(0, ddof=1) / math.sqrt(valid.sum())
+                low, high = mean - margin, mean + margin
+            else:
+                _, low, high, *_ = bootstrap_interval(
+                    points, clusters, confidence=confidence, n_resamples=n_resamples
+                )
             axes.fill_between(
-                x, interval.low, interval.high,
+                x, low, high,
                 color=line.get_color(), alpha=0.2, linewidth=0,
             )
     axes.grid(alpha=0.3)

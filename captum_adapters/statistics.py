@@ -129,7 +129,7 @@ def _cluster_sums(
     return sums
 
 
-def _check_resampling(confidence: float, n_resamples: int) -> None:
+def check_resampling(confidence: float, n_resamples: int) -> None:
     """Check arguments that functions have in common."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence} is not between 0 and 1.")
@@ -263,7 +263,7 @@ def bootstrap_interval(
         >>> bool(0.1 < interval.low < 0.25 < interval.high < 0.4)
         True
     """
-    _check_resampling(confidence, n_resamples)
+    check_resampling(confidence, n_resamples)
     check_choice("method", method, ("bca", "percentile"))
     array = _check_values(values, "values")
     index = _cluster_index(clusters, len(array))
@@ -420,7 +420,7 @@ def compare(
         >>> round(result.difference, 2), result.p_value, result.num_nan
         (0.18, 0.0625, 1)
     """
-    _check_resampling(confidence, n_resamples)
+    check_resampling(confidence, n_resamples)
     check_choice("test", test, ("permutation", "wilcoxon"))
     if len(scores) < 2:
         raise ValueError(f"scores are of {len(scores)} methods: give two or more.")

@@ -115,14 +115,8 @@ def _collect(row: Row, key: str, where: str) -> tuple[list[str], np.ndarray, np.
 
 def _draw(report: "Report", members: Sequence[Row], panel: Panel) -> Optional[Picture]:
     """Mean curves of methods, with bands."""
-    # names only, as curves of many images take much memory
-    drawn = {
-        (row.name, key): _collect(row, key, panel.positions)[0]
-        for row in members
-        for key in panel.curves
-    }
     means = {row.name: row.mean(panel.score) for row in members}
-    shown = [row for row in members if any(drawn[row.name, key] for key in panel.curves)]
+    shown = [row for row in members if any(len(row.curve(key)) for key in panel.curves)]
     methods = [row.name for row in shown if not row.control]
     sign = sign_of(panel.score)
     # those without a mean come last
@@ -136,13 +130,18 @@ def _draw(report: "Report", members: Sequence[Row], panel: Panel) -> Optional[Pi
     width = 3.4 + 4.2 * len(panel.curves)
     canvas = Figure(figsize=(width, 4.6), layout="constrained")
     lines: dict[str, Line2D] = {}
+    counts: set[int] = set()
     for axes, (key, title) in zip(
         canvas.subplots(1, len(panel.curves), squeeze=False)[0], panel.curves.items()
     ):
+        first: set[str] = set()
         for row in shown:
-            if not drawn[row.name, key]:
-                continue
             names, curves, positions = _collect(row, key, panel.positions)
+            if not names:
+                continue
+            counts.add(len(names))
+            if row is shown[0]:
+                first = {*names}
             plot_curves(
                 {row.name: curves},
                 positions,
@@ -164,8 +163,9 @@ def _draw(report: "Report", members: Sequence[Row], panel: Panel) -> Optional[Pi
             band.set(color=line.get_color(), alpha=alpha, linewidth=0)
             lines.setdefault(row.name, line)
         axes.set(title=title, xlabel=panel.label)
-        first = {*drawn[shown[0].name, key]}
         lines.update(_draw_chance(axes, shown[0], key, panel.positions, first))
+    if not counts:
+        return None
     texts = []
     for name in lines:
         mean = means.get(name, math.nan)
@@ -183,7 +183,6 @@ def _draw(report: "Report", members: Sequence[Row], panel: Panel) -> Optional[Pi
         fontsize="small",
         frameon=False,
     )
-    counts = {len(names) for names in drawn.values() if names}
     span = " to ".join(map(str, sorted({min(counts), max(counts)})))
     about = f"Means over {span} images, with {100 * report.confidence:g} % bands."
     if panel.score:
