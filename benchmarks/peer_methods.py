@@ -87,13 +87,6 @@ def available(names, kind=None):
     return found
 
 
-def _one_hot(model, images, targets):
-    '''Zeros of the shape of the output, and one for each target.'''
-    with torch.no_grad():
-        output = model(images[:1])
-    return F.one_hot(targets, output.shape[1]).to(output)
-
-
 # -- Zennit ------------------------------------------------------------------------------------------------------------
 
 def _zennit(model, classifier, composite):
@@ -113,7 +106,8 @@ def _zennit(model, classifier, composite):
 
     def explain(images, targets):
         with Gradient(model=model, composite=made) as attributor:
-            return attributor(images.clone(), _one_hot(model, images, targets))[1]
+            # from the logit: started from one, epsilon at the classifier turns maps of negative logits over
+            return attributor(images.clone(), lambda output: output * F.one_hot(targets, output.shape[1]))[1]
 
     return explain
 
@@ -320,7 +314,7 @@ def _dynamic_lrp(model, classifier):
 
 METHODS = {
     **{
-        f'Zennit {ZENNIT} {name}': Peer('zennit', partial(_zennit, composite=name), 'one', 'zennit', CNN)
+        f'Zennit {ZENNIT} {name}': Peer('zennit', partial(_zennit, composite=name), 'logit', 'zennit', CNN)
         for name in ('EpsilonPlus', 'EpsilonPlusFlat', 'EpsilonGammaBox')
     },
     'Captum LRP': Peer('captum', partial(_captum, name='LRP'), 'logit', 'captum', ALL),
