@@ -477,7 +477,8 @@ def main():
     except (ImportError, ValueError) as error:
         parser.error(str(error))
     if options.summary:
-        print(f'# Methods of all libraries on {options.model or "the embedded ResNet-50"}\n\nMeans with intervals of 95 % '
+        name = options.model or 'the embedded ResNet-50'
+        print(f'# Methods of all libraries on {name}\n\nMeans with intervals of 95 % '
               'by the bootstrap, and the number of images or mosaics. [What columns mean](../peers.md).\n')
         found = dict.fromkeys(row['method'] for row in results.rows.values() if row['method'])
         summarize(results, sorted(found, key=lambda name: names.index(name) if name in names else len(names)))
