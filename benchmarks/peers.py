@@ -27,7 +27,9 @@ from cost import memory_status
 from evidence import Results, Study, compute, tasks_of
 from evidence_data import find_network, read_photos
 from peer_methods import CONVOLUTIONAL, METHODS, TRANSFORMER, add_dynamic_lrp, available
+from peer_tables import BASE, summarize
 from torchvision.transforms.v2.functional import gaussian_blur
+from zennit.rules import Epsilon
 
 from captum_adapters.attr import CompositeAttribution
 from captum_adapters.evaluation.methods import CONTROLS, Method
@@ -38,7 +40,7 @@ from captum_adapters.metrics import (
     insertion_deletion,
     randomization,
 )
-from captum_adapters.metrics.statistics import bootstrap_interval, compare
+from zennit_resnet import ResNetLRP
 
 CONTRAST = 'first_layer=zbox,classifier=epsilon,contrast=softmax,contrast_weight=0.5'
 OURS = {
@@ -47,26 +49,15 @@ OURS = {
     'ours: ratio, epsilon classifier': 'resnet_lrp_ratio:first_layer=zbox,classifier=epsilon,initial=logit',
     'ours: ratio, half a contrast': f'resnet_lrp_ratio:{CONTRAST}',
     'ours: symmetric, half a contrast': f'resnet_lrp_symmetric:{CONTRAST}',
+    # only for convolutional networks with several dense layers
+    'ours: ratio, half a contrast, all dense layers by epsilon': '',
     'ours: R-LRP': 'relative_lrp:initial=one',
     'ours: block': 'block_lrp:initial=logit',
     **{f'control: {name}': name for name in CONTROLS},
 }
-BASE = 'ours: ratio, half a contrast'
 # of DynamicLRP: a blur of 51 pixels with a deviation of 20 for 224, and an x-axis from 0 to 4
 KERNEL, SIGMA, SCALE = 51 / 224, 20 / 224, 4
 CELLS = 4  # of IDSDS, in a row
-# measure, column of its rows, title, digits
-COLUMNS = (
-    ('photo', 'gap', 'conservation gap', None),
-    ('photo', 'id', 'honest ID', 3),
-    ('photo', 'abpc', 'ABPC', 2),
-    ('photo', 'abpc_signed', 'ABPC, signed', 2),
-    ('grid2', 'share', 'grid pointing', 3),
-    ('focus2', 'share', 'Focus', 3),
-    ('idsds', 'spearman', 'IDSDS', 3),
-    ('photo', 'pearson', 'correlation with the runner-up', 2),
-    ('random', 'ssim', 'SSIM, random classifier', 2),
-)
 
 
 class Bench(Study):
@@ -75,7 +66,11 @@ class Bench(Study):
         self.classifier, self.options = classifier, options
         self.kind = TRANSFORMER if 'vit' in (options.model or '') else CONVOLUTIONAL
         self.peers = available([name for name in methods if name not in OURS], self.kind)
-        self.methods = [SimpleNamespace(text=name) for name in methods if name in OURS or name in self.peers]
+        dense = sum(isinstance(module, torch.nn.Linear) for module in classifier.model.modules())
+        self.methods = [
+            SimpleNamespace(text=name) for name in methods
+            if OURS.get(name) or name in self.peers or name in OURS and dense > 1 and self.kind == CONVOLUTIONAL
+        ]
         self.curves = copy.deepcopy(classifier.model).to(memory_format=torch.channels_last)
         photos = read_photos(options.data, classifier)
         self.labels = {photo.name: photo.label for photo in photos}
@@ -101,10 +96,16 @@ class Bench(Study):
             control = partial(CONTROLS[OURS[name]], std=classifier.std)
             return lambda images, targets, names: (control(images, names), None)
         if name in OURS:
-            method = Method(OURS[name])
+            method = Method(OURS[name] or OURS[BASE])
+            composite, initial = method.composite(classifier), method.initial
+            if not OURS[name]:
+                # the rule of Zennit's composites, with which a contrast starts from the logit
+                rule = Epsilon(1e-6, zero_params='bias')
+                low, high = classifier.bounds()
+                composite = ResNetLRP(first_layer='zbox', low=low, high=high, layer_map=[(torch.nn.Linear, rule)])
+                initial = 'logit'
             lrp = CompositeAttribution(
-                model, method.composite(classifier), method.initial, contrast=method.contrast,
-                contrast_weight=method.contrast_weight,
+                model, composite, initial, contrast=method.contrast, contrast_weight=method.contrast_weight
             )
             return lambda images, targets, names: lrp.propagate(images, targets)
         peer = self.peers[name]
@@ -368,64 +369,6 @@ def peak_memory(name, options):
         text=True,
     )
     return float(output.stdout.split()[-1])
-
-
-# -- tables ------------------------------------------------------------------------------------------------------------
-
-def summarize(results, names):
-    '''Tables of means and paired differences, as Markdown.'''
-    values = defaultdict(dict)
-    for row in results.rows.values():
-        for measure, column, *_ in COLUMNS:
-            if row['measure'] == measure and row['method'] in names:
-                values[measure, column, row['method']][row['item']] = float(row[column])
-    costs = {method: row for (measure, _, method), row in results.rows.items() if measure == 'cost'}
-    shown = [column for column in COLUMNS if any(values[(*column[:2], name)] for name in names)]
-    titles = [title for _, _, title, _ in shown] + (['time', 'memory', 'the network afterwards'] if costs else [])
-    print(f'| method | {" | ".join(titles)} |\n|---|{"---|" * len(titles)}')
-    for name in names:
-        cells = [cell(values[measure, column, name], digits) for measure, column, _, digits in shown]
-        if not any(cells):
-            continue
-        row = costs.get(name)
-        if row is not None:
-            left = ', '.join(row['changed'][:2])
-            cells += [f'{row["time"]:.2f}', f'{row["memory"]:.2f}', f'changed: {left}' if left else 'as it was']
-        elif costs:
-            cells += [''] * 3
-        print(f'| {name} | {" | ".join(cells)} |')
-    print(f'\n{BASE} minus another method, on the images that both have:\n')
-    shown = [column for column in shown if column[3] == 3 or 'abpc' in column[1]]
-    print(f'| minus | {" | ".join(title for _, _, title, _ in shown)} |')
-    print(f'|---|{"---|" * len(shown)}')
-    for name in names:
-        cells = [
-            difference(values[measure, column, BASE], values[measure, column, name], digits)
-            for measure, column, _, digits in shown
-        ]
-        if name != BASE and any(cells):
-            print(f'| {name} | {" | ".join(cells)} |')
-
-
-def cell(values, digits):
-    '''A mean with its interval and the number of items; of conservation the median and the largest.'''
-    values = sorted(value for value in values.values() if value == value)  # pylint: disable=comparison-with-itself
-    if not values:
-        return ''
-    if digits is None:
-        return f'{statistics.median(values):.0e}, at most {values[-1]:.0e} ({len(values)})'
-    mean, low, high, *_ = bootstrap_interval(values)
-    return f'{float(mean):.{digits}f} [{float(low):.{digits}f}, {float(high):.{digits}f}] ({len(values)})'
-
-
-def difference(own, other, digits):
-    '''The paired difference with its interval.'''
-    common = sorted(own.keys() & other.keys())
-    if len(common) < 3:
-        return ''
-    pair = {'own': [own[key] for key in common], 'other': [other[key] for key in common]}
-    found, = compare(pair, baseline='other')
-    return f'{found.difference:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]'
 
 
 def main():
