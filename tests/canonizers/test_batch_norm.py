@@ -12,7 +12,7 @@ from zennit.attribution import Gradient
 from zennit.composites import EpsilonPlus
 
 from zennit_resnet import BlockLRP, RelativeLRP, ResidualCanonizer, ResNetLRP, initial_relevance
-from zennit_resnet.canonizers import residual
+from zennit_resnet.canonizers import batches
 
 MERGING = {
     'ratio': lambda: ResNetLRP(batch_norm='merge'), 'relative': RelativeLRP,
@@ -581,8 +581,8 @@ def test_no_statistics(how, name, monkeypatch):
     '''Other reductions are none of the batch, whatever their dimensions are.'''
     create = {**MERGING, 'pass': ResNetLRP, 'block': BlockLRP}[name]
     model, x = network(lambda norm: Function(INDEPENDENT[how])), torch.randn(3, 3, 9, 9).double()
-    calls, checks, check = [], [], residual.depends_on_batch
-    monkeypatch.setattr(residual, 'depends_on_batch', lambda *args: checks.append(0) or check(*args))
+    calls, checks, check = [], [], batches.depends_on_batch
+    monkeypatch.setattr(batches, 'depends_on_batch', lambda *args: checks.append(0) or check(*args))
     model.register_forward_hook(lambda *args: calls.append(0))
     relevance = Gradient(model, create())(x, initial_relevance(1))[1]
     for num in range(3):

@@ -51,7 +51,7 @@ def test_kill(assets, tmp_path):
         ) as process:
             # while it starts, or some time after the first record was written
             before = count(folder)
-            limit, patience = time.monotonic() + 60, choose.random()
+            limit, patience = time.monotonic() + 300, choose.random()
             while time.monotonic() < limit and process.poll() is None and count(folder) <= before:
                 time.sleep(0.01)
             time.sleep(patience * 0.3)

@@ -796,7 +796,7 @@ def test_normalized():
     ({'target': [0, 1, 2]}, ValueError, r'shape \(3,\) is neither one for all nor one for each of 2'),
     ({'target': [0]}, ValueError, 'one for each of 2'),
     ({'target': torch.zeros(2, 1, 1).long()}, ValueError, 'one for each of 2'),
-    ({'target': .5}, TypeError, 'integers, but is of torch.float32'),
+    ({'target': .5}, TypeError, 'integers .* not torch.float32'),
     ({'target': True}, TypeError, 'torch.bool'),
     ({'target': 'cat'}, TypeError, 'class indices'),
     ({'target': (0, 1)}, ValueError, 'needs 1 indices per example to select a single value, but target has 2'),
