@@ -274,7 +274,7 @@ def add_dynamic_lrp(path):
 
     It needs the packages einops and transformers, and no change for PyTorch 2.14. Batch normalization before an
     addition stops it in evaluation mode: networks are given as a copy with batch normalization merged by ``torch.fx``.
-    Relevance starts with one; rules are those of its experiment on a VGG-16 (gamma 125 for convolutions), as its
+    Relevance starts with the logit; rules are those of its experiment on a VGG-16 (gamma 125 for convolutions), as its
     default fails for strides. Errors of its first pass are returned by the library, and raised here.
     '''
     folder = Path(path) / 'src'
@@ -282,7 +282,7 @@ def add_dynamic_lrp(path):
         raise ValueError(f'{path} is no checkout of DynamicLRP: there is no src/lrp_engine/lrp.py')
     sys.path.append(str(folder))
     METHODS['DynamicLRP'] = Peer(
-        'dynamicLRP', _dynamic_lrp, 'one', 'lrp_engine', ALL,
+        'dynamicLRP', _dynamic_lrp, 'logit', 'lrp_engine', ALL,
         'batch normalization is merged before; gamma 125 for convolutions',
     )
 
@@ -301,8 +301,8 @@ def _dynamic_lrp(model, classifier):
         output = model(images)
         engine = LRPEngine(
             params_to_interpret=[images], use_gamma=(True, False), conv_gamma=125., dtype=images.dtype,
-            # its own start is wrong for batches
-            starting_relevance=F.one_hot(targets, output.shape[1]).to(output),
+            # its own start is wrong for batches, and turns maps of negative logits over, as one does
+            starting_relevance=output.detach() * F.one_hot(targets, output.shape[1]),
         )
         found = engine.run(output)
         if len(found) != 2:
