@@ -24,6 +24,7 @@ from captum_adapters.attr import RISE, CompositeAttribution, ScoreCAM
 from captum_adapters.attr.abn import ABN, load_abn
 from zennit_resnet import methods as grammar
 from zennit_resnet.attribution import initial_relevance
+from zennit_resnet.composites import BlockLRP, RelativeLRP, ResNetLRP
 from zennit_resnet.models import Classifier
 
 
@@ -91,16 +92,35 @@ def _last_layer(context: Context) -> tuple[Module, int]:
             found.append((module, output.shape[1]))
 
     handles = [module.register_forward_hook(watch) for module in model.children()]
-    photo = context.classifier.transform(Image.new("RGB", (256, 256)))[None]
     try:
         with torch.no_grad():
-            model(photo.to(context.device))
+            model(_photo(context))
     finally:
         for handle in handles:
             handle.remove()
     if not found:
         raise ValueError("the network has no layer with a map of features")
     return found[-1]
+
+
+def _divides(method: "Method", composite: Any, context: Context) -> bool:
+    """Whether the last layer has a rule of another library that divides by the output.
+
+    From anything but the logit, it turns the map of a negative logit over. So does
+    `block_lrp`, whose start is that of its paper.
+    """
+    if composite is None or isinstance(composite, (RelativeLRP, BlockLRP)):
+        return False
+    if isinstance(composite, ResNetLRP):
+        return method.options.get("classifier") == "epsilon"
+    model = context.classifier.model
+    return grammar.turns_sign(composite, model, _photo(context))
+
+
+def _photo(context: Context) -> Tensor:
+    """A black input of the network, of shape (1, 3, height, width)."""
+    photo = context.classifier.transform(Image.new("RGB", (256, 256)))
+    return photo[None].to(context.device)
 
 
 def _grad_cam(context: Context, relu: bool = True) -> Function:
@@ -300,9 +320,9 @@ class Explainer:
             self._function, self.network = made if type(made) is tuple else (made, None)
         else:
             initial, contrast = method.initial, method.contrast
-            if initial is None and contrast is None:
-                initial = context.initial
             composite = method.composite(classifier)
+            if initial is None and contrast is None:
+                initial = "logit" if _divides(method, composite, context) else context.initial
             lrp = CompositeAttribution(
                 classifier.model, composite, initial, contrast=contrast,
                 contrast_weight=method.contrast_weight, traced=context.traced,

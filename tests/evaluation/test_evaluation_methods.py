@@ -201,3 +201,30 @@ def test_listed_options(context, name):
         value = OPTIONS.get(symmetric, {}).get(option) or OPTIONS[''][option]
         text = f'{name}:{option}={value}' + ',n_masks=8' * (name == 'rise' and option != 'n_masks')
         assert Method(text).create(context)(image, target, output, ['x']).isfinite().all(), text
+
+
+@pytest.mark.parametrize('name', [
+    'epsilon_plus+zennit', 'epsilon_plus_flat+ratio', 'lrp_epsilon_1', 'resnet_lrp_ratio:classifier=epsilon',
+])
+def test_negative_logits(name, context, monkeypatch):
+    '''Rules that divide by the logit start from it, as from the probability maps of negative ones are turned over.'''
+    bias = context.classifier.model.fc.bias
+    monkeypatch.setattr(bias, 'data', bias - 100.)
+    images, sign = torch.randn(2, 3, SIZE, SIZE).clamp(-1.8, 2.2), ':' if ':' not in name else ','
+    with torch.no_grad():
+        output = context.classifier.model(images)
+    assert (output < 0).all()
+
+    def explain(text):
+        return Method(text).create(context)(images, output.argmax(1), output, ['a', 'b'])
+
+    def start(value):
+        head, plus, tail = name.partition('+')
+        return f'{head}{sign}initial={value}{plus}{tail}'
+
+    maps = explain(name)
+    torch.testing.assert_close(maps, explain(start('logit')), rtol=0, atol=0)
+    turned = explain(start('softmax'))
+    assert ((maps * turned).flatten(1).sum(1) < 0).all()
+    # shares of z+ do not depend on the logit
+    assert (explain('resnet_lrp_ratio') >= 0).all()
