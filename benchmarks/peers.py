@@ -51,6 +51,8 @@ OURS = {
     'ours: symmetric, half a contrast': f'resnet_lrp_symmetric:{CONTRAST}',
     # only for convolutional networks with several dense layers
     'ours: ratio, half a contrast, all dense layers by epsilon': '',
+    'EpsilonGammaBox with our ratio splitting': 'epsilon_gamma_box:initial=logit+ratio',
+    'the same, half a contrast': 'epsilon_gamma_box:initial=logit,contrast=softmax,contrast_weight=0.5+ratio',
     'ours: R-LRP': 'relative_lrp:initial=one',
     'ours: block': 'block_lrp:initial=logit',
     **{f'control: {name}': name for name in CONTROLS},
