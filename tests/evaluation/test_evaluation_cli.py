@@ -217,7 +217,7 @@ def test_options_of_baselines(assets, photos, tmp_path):
 
 def test_same_names(assets, photos, tmp_path):
     '''Methods have the same names in explain and compare, and give the same heatmap.'''
-    names = 'resnet_lrp_ratio:first_layer=ones,maxpool=avg2x2+abs+quantize4', 'lrp_gamma_0.25+ratio'
+    names = 'resnet_lrp_ratio:first_layer=ones,maxpool=avg2x2+abs+quantize4', 'lrp_gamma_0.25:initial=softmax+ratio'
     options = ['--model', 'resnet18', '--weights', assets / 'net.pt', '--size', 64, '--device', 'cpu']
     args = ['compare', photos / '0.png', *options, '--methods', ','.join(names), '--out', tmp_path / 'compare.png']
     result = CliRunner().invoke(zennit_main, [str(arg) for arg in args])
