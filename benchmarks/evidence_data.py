@@ -85,12 +85,9 @@ def _digits_network(model, path):
         canvases = torch.stack([_place(image, place) for row in places for image, place in zip(images, row)])
         train(network, canvases, classes[:4000].repeat(2), 6 if model == 'digits_vgg' else 20)
         torch.save(network.state_dict(), path)
-    # black and white of the pixels
-    images = digits()[0]
-    mean = -images.min().view(1, 1, 1)
-    std = torch.ones(1, 1, 1)
-    scale = images.max() - images.min()
-    return Classifier(network.eval(), [*map(str, range(10))], None, mean / scale, std / scale)
+    # of pixels between black and white
+    low, high = (value.view(1, 1, 1) for value in digits()[0].aminmax())
+    return Classifier(network.eval(), [*map(str, range(10))], None, -low / (high - low), 1 / (high - low))
 
 
 def _place(digit, place):

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 import warnings
-from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +23,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from cost import memory_status
-from evidence import Results, Study, compute, tasks_of
+from evidence import Results, Study, add_options, run
 from evidence_data import find_network, read_photos
 from peer_methods import CONVOLUTIONAL, METHODS, TRANSFORMER, add_dynamic_lrp, available
 from peer_tables import BASE, summarize
@@ -74,9 +73,9 @@ class Bench(Study):
             if OURS.get(name) or name in self.peers or name in OURS and dense > 1 and self.kind == CONVOLUTIONAL
         ]
         self.curves = copy.deepcopy(classifier.model).to(memory_format=torch.channels_last)
-        photos = read_photos(options.data, classifier)
-        self.labels = {photo.name: photo.label for photo in photos}
-        self.layer = last_map(classifier.model, photos[0].image[None])
+        self.photos = read_photos(options.data, classifier)
+        self.labels = {photo.name: photo.label for photo in self.photos}
+        self.layer = last_map(classifier.model, self.photos[0].image[None])
         self.tuned = None
 
     def counts(self):
@@ -294,7 +293,7 @@ def state_of(model, image):
     for key, value in [*model.named_parameters(), *model.named_buffers()]:
         state[f'object {key}'] = (id(value), value.requires_grad)
         state[f'gradient of {key}'] = value.grad is not None
-    seen = {F, torch.nn.functional, torch.Tensor, torch.nn.Module}
+    seen = {torch.nn.functional, torch.Tensor, torch.nn.Module}
     for name, module in model.named_modules():
         state[f'training of {name}'] = module.training
         state[f'attributes of {name}'] = sorted(vars(module))
@@ -313,7 +312,7 @@ def state_of(model, image):
 def cost(bench, results, options):
     '''Time and memory of a batch, relative to one gradient in the same run, and what is left of the network.'''
     network = bench.classifier.model
-    images = torch.stack([photo.image for photo in read_photos(options.data, bench.classifier)[:options.cost_batch]])
+    images = torch.stack([photo.image for photo in bench.photos[:options.cost_batch]])
     with torch.no_grad():
         targets = network(images).argmax(1)
     arguments = images, targets, [*map(str, range(len(images)))]
@@ -376,10 +375,8 @@ def peak_memory(name, options):
 def main():
     '''Compute what is missing, or print tables.'''
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--data', required=True, help='images in one of the layouts of the evaluator, or digits')
+    add_options(parser, steps=10, out='peers.jsonl')
     parser.add_argument('--train', help='images to tune the network on without some of their cells, for IDSDS')
-    parser.add_argument('--model', help='a network of evidence_data.py, or of torchvision (default: the embedded one)')
-    parser.add_argument('--weights', help='default: the embedded ResNet-50')
     parser.add_argument('--methods', help='separated by semicolons (default: all that there are)')
     parser.add_argument('--dynamic-lrp', help='path of a checkout of DynamicLRP')
     for key, count, text in (
@@ -388,23 +385,14 @@ def main():
         ('randomized', 8, 'photographs for the random classifier'),
     ):
         parser.add_argument(f'--{key}', type=int, default=count, help=f'{text} (default: %(default)s)')
-    parser.add_argument('--mosaics3', type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument('--steps', type=int, default=10, help='intervals of the ID score (default: %(default)s)')
     parser.add_argument('--curve-steps', type=int, default=49, help='intervals of ABPC (default: %(default)s)')
-    parser.add_argument('--threshold', type=float, default=0.9, help='probability in mosaics (default: %(default)s)')
-    parser.add_argument('--full-size', action='store_true', help='do not shrink mosaics to the size of an image')
-    parser.add_argument('--amp', action='store_true', help='bfloat16 for curves')
     parser.add_argument('--epochs', type=int, default=2, help='of tuning (default: %(default)s)')
     parser.add_argument('--rate', type=float, default=1e-3, help='of tuning (default: %(default)s)')
-    parser.add_argument('--batch', type=int, default=8, help='images of a forward pass (default: %(default)s)')
-    parser.add_argument('--group', type=int, default=1, help='images explained together (default: %(default)s)')
-    parser.add_argument('--out', default='peers.jsonl', help='file of the results (default: %(default)s)')
     parser.add_argument('--cost', action='store_true', help='measure time and memory')
     parser.add_argument('--cost-batch', type=int, default=8, help='images for it (default: %(default)s)')
     parser.add_argument('--rounds', type=int, default=5, help='of time (default: %(default)s)')
     parser.add_argument('--threads', type=int, default=2, help='threads of PyTorch for it (default: %(default)s)')
     parser.add_argument('--only', help=argparse.SUPPRESS)
-    parser.add_argument('--summary', action='store_true', help='print tables of what is there, and compute nothing')
     options = parser.parse_args()
     # that hooks are set, that maps may be negative, and that Zennit merges batch normalization
     warnings.simplefilter('ignore')
@@ -435,15 +423,7 @@ def main():
         return
     if options.train or Path(f'{options.out}.pt').is_file():
         bench.tune()
-    begin, waiting = time.perf_counter(), defaultdict(list)
-    tasks = tasks_of(bench, results)
-    left = Counter(measure for measure, *_ in tasks)
-    for measure, *task in tasks:
-        waiting[measure].append(task)
-        left[measure] -= 1
-        if len(waiting[measure]) == options.group or not left[measure]:
-            compute(bench, results, bench.methods, measure, waiting.pop(measure))
-            print(f'{time.perf_counter() - begin:7.0f} s {measure}, {left[measure]} left', file=sys.stderr, flush=True)
+    run(bench, results, bench.methods)
 
 
 if __name__ == '__main__':
