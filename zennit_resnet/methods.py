@@ -308,8 +308,7 @@ class Method:
         '''The relevance at the output as a function of it, and a dict which all that it decides is put into.'''
         contrast = contrast if self.contrast is None else self.contrast
         composite = self.composite(classifier)
-        is_known = composite is None or isinstance(composite, (ResNetLRP, RelativeLRP, BlockLRP))
-        turns = None if is_known else turns_sign(composite, classifier.model, input)
+        turns = turns_sign(composite, classifier.model, input)
         found = {}
 
         def attr_output(output):
@@ -388,8 +387,11 @@ def turns_sign(composite, model, input):
     '''Whether the rule of a network's last layer gives the opposite sign to contributions to a negative output.
 
     So do rules that divide by the output, such as LRP-epsilon, if relevance starts from one. It is tried on a layer of
-    two weights. The last layer is that which is called last.
+    two weights. The last layer is that which is called last. It is None for gradients and our own composites, of which
+    the graph tells.
     '''
+    if composite is None or isinstance(composite, (ResNetLRP, RelativeLRP, BlockLRP)):
+        return None
     called, context, rules = [], {}, {}
     handles = [
         module.register_forward_hook(lambda module, args, output: called.append(module))

@@ -24,7 +24,6 @@ from captum_adapters.attr import RISE, CompositeAttribution, ScoreCAM
 from captum_adapters.attr.abn import ABN, load_abn
 from zennit_resnet import methods as grammar
 from zennit_resnet.attribution import initial_relevance
-from zennit_resnet.composites import BlockLRP, RelativeLRP, ResNetLRP
 from zennit_resnet.models import Classifier
 
 
@@ -104,17 +103,14 @@ def _last_layer(context: Context) -> tuple[Module, int]:
 
 
 def _divides(method: "Method", composite: Any, context: Context) -> bool:
-    """Whether the last layer has a rule of another library that divides by the output.
+    """Whether the last layer's rule turns maps of negative logits over, if not from these.
 
-    From anything but the logit, it turns the map of a negative logit over. So does
-    `block_lrp`, whose start is that of its paper.
+    So does `block_lrp`, whose start is that of its paper.
     """
-    if composite is None or isinstance(composite, (RelativeLRP, BlockLRP)):
-        return False
-    if isinstance(composite, ResNetLRP):
-        return method.options.get("classifier") == "epsilon"
+    if method.options.get("classifier") == "epsilon":
+        return True
     model = context.classifier.model
-    return grammar.turns_sign(composite, model, _photo(context))
+    return bool(grammar.turns_sign(composite, model, _photo(context)))
 
 
 def _photo(context: Context) -> Tensor:

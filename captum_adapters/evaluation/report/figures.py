@@ -148,8 +148,7 @@ def _draw(report: "Report", members: Sequence[Row], panel: Panel) -> Optional[Pi
                 axes=axes,
                 confidence=report.confidence,
                 clusters=report.groups[row.group].clusters(names, report.clusters),
-                # the bands of many images are hardly wider than lines
-                n_resamples=max(200, min(1000, 10**7 // len(names))),
+                n_resamples=1000,
             )
             line, band = axes.get_lines()[-1], axes.collections[-1]
             if row.control:
