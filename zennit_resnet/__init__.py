@@ -8,6 +8,7 @@ __all__ = [
     'BlockEpsilon',
     'BlockLRP',
     'Explanation',
+    'GammaLRP',
     'ManyTargets',
     'RatioSplit',
     'Relative',

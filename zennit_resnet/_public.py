@@ -3,10 +3,11 @@ from .attribution import SelectOutput, initial_relevance
 from .attributors import ManyTargets
 from .canonizers import ResidualCanonizer, UnsupportedOperation
 from .composites import BlockLRP, RelativeLRP, ResNetLRP, with_splitting
+from .gamma import GammaLRP
 from .rules import BlockEpsilon, RatioSplit, Relative, RelativeMaxPool, ResidualOnly, SymmetricSplit, ZPlus
 
 __all__ = [
-    'BlockEpsilon', 'BlockLRP', 'ManyTargets', 'RatioSplit', 'Relative', 'RelativeLRP', 'RelativeMaxPool', 'ResNetLRP',
+    'BlockEpsilon', 'BlockLRP', 'GammaLRP', 'ManyTargets', 'RatioSplit', 'Relative', 'RelativeLRP', 'RelativeMaxPool', 'ResNetLRP',
     'ResidualCanonizer', 'ResidualOnly', 'SelectOutput', 'SymmetricSplit', 'UnsupportedOperation', 'ZPlus',
     'initial_relevance', 'with_splitting',
 ]

@@ -29,6 +29,7 @@ from .attribution import as_contrast, check_contrast_weight, initial_relevance
 from .classic import SETTINGS, ClassicLRP
 from .composites import BlockLRP, RelativeLRP, ResNetLRP, with_splitting
 from .conservation import conservation_ledger
+from .gamma import GammaLRP
 from .postprocess import EmptyMaskWarning, c1c, c3, heat_quantization, sum_channels
 from .rules import RatioSplit, SymmetricSplit
 
@@ -390,7 +391,7 @@ def turns_sign(composite, model, input):
     two weights. The last layer is that which is called last. It is None for gradients and our own composites, of which
     the graph tells.
     '''
-    if composite is None or isinstance(composite, (ResNetLRP, RelativeLRP, BlockLRP)):
+    if composite is None or isinstance(composite, (ResNetLRP, GammaLRP, RelativeLRP, BlockLRP)):
         return None
     called, context, rules = [], {}, {}
     handles = [

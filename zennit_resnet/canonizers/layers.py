@@ -93,6 +93,18 @@ def _add_sink(canonizer, call, function, factors):
     return output
 
 
+_AFFINE, _RUNNING = ('weight', 'bias'), ('running_mean', 'running_var')
+# by the name, and whether it is that of torch.nn.functional, which differs for one of them
+NORM_ARGUMENTS = {
+    ('layer_norm', False): ('input', 'normalized_shape', *_AFFINE, 'eps'),
+    ('native_layer_norm', False): ('input', 'normalized_shape', *_AFFINE, 'eps'),
+    ('group_norm', False): ('input', 'num_groups', *_AFFINE, 'eps'),
+    ('native_group_norm', False): ('input', *_AFFINE, 'N', 'C', 'HxW', 'num_groups', 'eps'),
+    ('instance_norm', False): ('input', *_AFFINE, *_RUNNING, 'use_input_stats', 'momentum', 'eps'),
+    ('instance_norm', True): ('input', *_RUNNING, *_AFFINE, 'use_input_stats', 'momentum', 'eps'),
+}
+
+
 def normalize(canonizer, call, function, operands, factors):
     '''Subtract what a softmax that is written out does, as a constant. Return None if it is anything else.'''
     if factors == [1, 1] and operands[0].shape == operands[1].shape:
@@ -136,6 +148,23 @@ def batch_norm(canonizer, call, function):
     if len(function.active) > 1:
         return canonizer.refuse(call, function, 'more than one of its arguments does')
     return canonizer.run(call, Normalization, function, **_constants(given))
+
+
+def grouped_norm(canonizer, call, function):
+    '''Normalize by means, with what tells of what. Native functions return statistics as well.'''
+    if len(function.active) > 1 and not function.name.startswith('native'):
+        return canonizer.refuse(call, function, 'more than one of its arguments does')
+    given = function.bind(*NORM_ARGUMENTS[function.name, function.func is F.instance_norm])
+    has_means = given.get('running_mean') is None or given.get('use_input_stats', True)
+    if function.name == 'instance_norm' and has_means:
+        given.update(num_groups=given['input'].shape[1], running_mean=None, running_var=None)
+    shape = given.get('normalized_shape')
+    settings = {
+        **_constants(given), 'num_groups': given.get('num_groups'), 'normalized_shape': None if shape is None else tuple(shape),
+    }
+    if function.name.startswith('native'):
+        return products.run_first(canonizer, call, function, Normalization, **settings)
+    return canonizer.run(call, Normalization, function, **settings)
 
 
 def native_batch_norm(canonizer, call, function):

@@ -140,11 +140,12 @@ TABLE = (
     _entry('rrelu', layers.unary, Activation, training=(3, False)),
     _entry('maximum minimum fmax fmin', layers.extremum),
     _entry('max min amin', layers.extremum, reduces=(1, None)),
-    _entry('layer_norm group_norm instance_norm rms_norm local_response_norm', layers.unary, Normalization),
+    _entry('layer_norm group_norm instance_norm native_layer_norm native_group_norm', layers.grouped_norm),
+    _entry('rms_norm local_response_norm', layers.unary, Normalization),
     _entry('normalize', layers.unary, Normalization, reduces=(2, 1)),
     _entry('batch_norm', layers.batch_norm, training=(5, False)),
     # these return their statistics as well
-    _entry('native_layer_norm native_group_norm _fused_rms_norm', products.run_first, Normalization),
+    _entry('_fused_rms_norm', products.run_first, Normalization),
     _entry('''
         native_batch_norm _native_batch_norm_legit cudnn_batch_norm miopen_batch_norm
     ''', layers.native_batch_norm, training=(5, False)),

@@ -8,14 +8,16 @@ from .base import SinglePass
 from .block import BlockEpsilon, GradientTimesInput
 from .branch_scaling import Contributions, branch_factor
 from .classic import Duplicate, LinearSum, SignedAlphaBeta
+from .gamma import GeneralizedGamma
+from .normalization import EpsilonNormalization
 from .passing import NoRule, PassThrough, Proportional, Refill, SignalTakesAll, Uncrop
 from .relative import Relative, RelativeMaxPool
-from .splitting import RatioSplit, ResidualOnly, Split, SymmetricSplit
+from .splitting import EpsilonSplit, RatioSplit, ResidualOnly, Split, SymmetricSplit
 from .zplus import ZPlus
 
 __all__ = [
-    'BlockEpsilon', 'Contributions', 'Duplicate', 'GradientTimesInput', 'HalfEach', 'LinearSum', 'NoRule',
-    'PassThrough', 'Proportional', 'RatioSplit', 'Refill', 'Relative', 'RelativeMaxPool', 'ResidualOnly',
-    'SignalTakesAll', 'SignedAlphaBeta', 'SinglePass', 'SoftmaxTaylor', 'Split', 'SymmetricSplit', 'Uncrop', 'ZPlus',
-    'branch_factor',
+    'BlockEpsilon', 'Contributions', 'Duplicate', 'EpsilonNormalization', 'EpsilonSplit', 'GeneralizedGamma',
+    'GradientTimesInput', 'HalfEach', 'LinearSum', 'NoRule', 'PassThrough', 'Proportional', 'RatioSplit', 'Refill',
+    'Relative', 'RelativeMaxPool', 'ResidualOnly', 'SignalTakesAll', 'SignedAlphaBeta', 'SinglePass', 'SoftmaxTaylor',
+    'Split', 'SymmetricSplit', 'Uncrop', 'ZPlus', 'branch_factor',
 ]

@@ -1,17 +1,30 @@
 '''Rules of attention: products of two signals, and the softmax between them.'''
 import torch
+from zennit.core import Stabilizer
 
+from ..arguments import check_stabilizer
 from .base import SinglePass
 
 
 class HalfEach(SinglePass):
-    '''Each factor of a product over dimensions, y_jp = sum_i x_ji z_ip, receives one half of the relevance by z+.
+    '''Each factor of a product over dimensions, y_jp = sum_i x_ji z_ip, receives one half of the relevance, by z+.
 
     R'_x,ji = x_ji / 2 sum_p R_jp [x_ji z_ip > 0] z_ip / sum_k (x_jk z_kp)+, and likewise for z, so that relevance is
-    conserved. Halves are those of Achtibat et al. 2024 (AttnLRP), who divide by y_jp instead, which may vanish.
-    Relevance of an output without positive contributions is shared evenly.
+    conserved. Relevance of an output without positive contributions is shared evenly.
+
+    Parameters
+    ----------
+    epsilon: callable or float, optional
+        If it is given, relevance is divided by the stabilized outputs instead, as Achtibat et al. 2024 have it
+        (AttnLRP): R'_x,ji = x_ji / 2 sum_p z_ip R_jp / (y_jp + epsilon sign(y_jp)). An error is raised if it is neither
+        a function of denominators (TypeError) nor a number that is not negative (ValueError).
     '''
     reads_layer = False
+
+    def __init__(self, epsilon=None):
+        super().__init__()
+        self.epsilon = epsilon
+        self._stabilize = None if epsilon is None else Stabilizer.ensure(check_stabilizer('epsilon', epsilon))
 
     def store(self, module, *inputs):
         '''Keep both factors.'''
@@ -20,7 +33,15 @@ class HalfEach(SinglePass):
         return inputs
 
     def propagate(self, module, stored, relevance):
-        '''Share relevance by the positive contributions, of two positive or two negative elements.'''
+        '''Share relevance by the positive contributions, of two positive or two negative elements, or by all.'''
+        if self._stabilize is not None:
+            with torch.enable_grad():
+                leaves = [elem.detach().requires_grad_() for elem in stored]
+                output = module.forward(*leaves)
+            share = relevance / self._stabilize(output.detach()) / 2
+            return tuple(
+                elem.detach() * grad for elem, grad in zip(leaves, torch.autograd.grad(output, leaves, share))
+            )
         with torch.enable_grad():
             terms = [
                 tuple(part(elem).detach().requires_grad_() for elem in stored)

@@ -1,8 +1,9 @@
 '''Relevance splitting at additions, Eqs. (4) to (7) of Otsuki et al. 2024.'''
 import torch
+from zennit.core import Stabilizer
 
 from .._autograd import depends_on
-from ..arguments import check_rule
+from ..arguments import check_rule, check_stabilizer
 from ._linear_maps import by_example
 from .base import SinglePass
 
@@ -79,6 +80,25 @@ class SymmetricSplit(Split):
             return Split._divide(relevance, shares)
         # both halves are the same
         return (relevance * shares[0],) * 2
+
+
+class EpsilonSplit(Split):
+    '''LRP-epsilon at additions: each addend h_i receives ``R h_i / (z + epsilon sign(z))`` with the sum z, and the last
+    one what the others leave.
+
+    Parts may be larger than R, and of both signs. An error is raised if ``epsilon`` is neither a function of
+    denominators (TypeError) nor a number that is not negative (ValueError).
+    '''
+    def __init__(self, epsilon=1e-6):
+        super().__init__()
+        self.epsilon = epsilon
+        self._stabilize = Stabilizer.ensure(check_stabilizer('epsilon', epsilon))
+
+    def shares(self, *addends):
+        '''Share of the values.'''
+        addends = torch.broadcast_tensors(*(elem if elem.dtype == torch.float64 else elem.float() for elem in addends))
+        total = self._stabilize(sum(addends[1:], addends[0]))
+        return [elem / total for elem in addends[:-1]]
 
 
 class ResidualOnly(Split):

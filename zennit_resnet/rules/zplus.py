@@ -21,7 +21,7 @@ from .passing import share_evenly
 SMALL = 2 ** -6
 
 
-class _Divisor(NamedTuple):
+class Divisor(NamedTuple):
     '''Sums of contributions, the same with a stabilizer, and which of them are zero (None if none is).'''
     denominator: torch.Tensor
     stabilized: torch.Tensor
@@ -33,7 +33,7 @@ class _Prepared(NamedTuple):
     input: torch.Tensor
     terms: list
     constants: torch.Tensor
-    divisor: _Divisor
+    divisor: Divisor
     is_smooth: bool
 
 
@@ -203,7 +203,7 @@ class ZPlus(SinglePass):
             denominator = sum(outputs[1:], outputs[0])
         else:
             transposes = [
-                weight.transpose if isinstance(weight, _Rows) else functools.partial(
+                weight.transpose if isinstance(weight, Rows) else functools.partial(
                     maps.convolve_transposed, module, elem, weight
                 ) for elem, weight in pairs
             ]
@@ -241,7 +241,7 @@ class ZPlus(SinglePass):
         weight = module.weight.detach().to(input.dtype)
         if isinstance(module, Signed):
             return torch.Tensor.clone
-        return _Rows(weight, torch.Tensor.contiguous) if isinstance(module, torch.nn.Linear) else weight
+        return Rows(weight, torch.Tensor.contiguous) if isinstance(module, torch.nn.Linear) else weight
 
     @staticmethod
     def _constants(module, linear):
@@ -268,7 +268,7 @@ class ZPlus(SinglePass):
         ).any()):
             dead = magnitude <= resolution
         stabilized = denominator if self.stabilizer is None else self.stabilizer(denominator)
-        return _Divisor(denominator, stabilized, dead)
+        return Divisor(denominator, stabilized, dead)
 
     def _share(self, relevance, divisor):
         '''Compute R / z, and which units are dead, None if nothing is to be spread of them.'''
@@ -288,7 +288,7 @@ class ZPlus(SinglePass):
             return pairs
         weight = module.weight.detach().to(input.dtype)
         if isinstance(module, torch.nn.Linear):
-            return [(elem, _Rows(weight, part)) for elem, part in pairs]
+            return [(elem, Rows(weight, part)) for elem, part in pairs]
         pairs = [(elem, part(weight)) for elem, part in pairs]
         if self.coverage == 'even':
             # each pair by itself, so that a sample does not depend on whether others in its batch have negative values
@@ -404,7 +404,7 @@ class _Output(NamedTuple):
             # normalization was folded into it, relevance is of another type, or the network has changed the output
             return None
         if _is_fully_connected(module):
-            total, bias = _Rows(weight.detach(), torch.abs).map(input.abs()), module.bias
+            total, bias = Rows(weight.detach(), torch.abs).map(input.abs()), module.bias
         else:
             total = maps.convolve(module, input.abs(), weight.detach().abs(), self.values.shape[2:])
             bias = None if module.bias is None else module.bias.view(-1, *(1,) * (input.ndim - 2))
@@ -415,7 +415,7 @@ class _Output(NamedTuple):
         return positive.div_(2) if bool((positive > SMALL * limit).all()) else None
 
 
-class _Rows:
+class Rows:
     '''Part of the weight of a fully connected layer, computed for some outputs at a time: it may take most memory.'''
     def __init__(self, weight, part):
         self.weights = weight.split(max(LARGE // max(weight.shape[1], 1), 1))

@@ -1,0 +1,86 @@
+'''A composite with the gamma rule, for networks of which single units matter less than what adds up to them.'''
+import torch
+from zennit.composites import register_composite
+from zennit.types import Activation, AvgPool, Convolution, MaxPool
+
+from .arguments import check_choice, check_number
+from .composites import NORMALIZATION_LAYERS, SPLITTING, _LayerMap, _with_canonizer
+from .layer import Addition, Gate, MatrixProduct, Padding, Subsampling
+from .rules import EpsilonNormalization, EpsilonSplit, GeneralizedGamma, HalfEach, PassThrough, SignalTakesAll, Uncrop
+
+ADDITION = {'epsilon': EpsilonSplit, **SPLITTING}
+
+
+@register_composite('gamma_lrp')
+class GammaLRP(_LayerMap):
+    '''LRP-gamma for residual networks and transformers, with evidence of both signs, which tells classes apart.
+
+    Convolutions and linear layers have the :py:class:`~zennit_resnet.rules.GeneralizedGamma` rule, the last one
+    LRP-epsilon, normalizations :py:class:`~zennit_resnet.rules.EpsilonNormalization`, activations pass relevance on.
+    With ``attention='value'``, that is CP-LRP (Ali et al. 2022), with ``'half'`` AttnLRP (Achtibat et al. 2024), of
+    which the rule is the Gradient x Input of LXT. Batch normalization is folded into the layer before it.
+
+    Relevance starts from logits, and biases keep a part of it, so that the sum of an input's relevance is near the
+    initial relevance, but not the same. :py:func:`~zennit_resnet.conservation.conservation_ledger` tells what is kept.
+
+    Attributes
+    ----------
+    sinks: dict
+        Relevance that constants kept in the last backward pass, see
+        :py:class:`~zennit_resnet.canonizers.ResidualCanonizer`.
+
+    Parameters
+    ----------
+    conv_gamma, linear_gamma: float, optional
+        How much convolutions and linear layers enlarge contributions that have the sign of the output. The defaults
+        of 0.25 and 0.05 are those of LXT for a vision transformer.
+    addition: str, optional
+        What skip connections and residual branches receive: ``'epsilon'`` (default) in proportion to their values, by
+        :py:class:`~zennit_resnet.rules.EpsilonSplit`, ``'ratio'`` or ``'symmetric'`` as in
+        :py:class:`~zennit_resnet.composites.ResNetLRP`.
+    first_layer, low, high: optional
+        Rule for the first layer, see :py:class:`~zennit_resnet.rules.GeneralizedGamma`.
+    epsilon: float, optional
+        What is added to denominators with their sign.
+    batch_norm: str, optional
+        ``'merge'`` (default) folds batch normalization into the linear layer before it, with ``'pass'`` relevance
+        passes it by its own rule.
+    attention, parameters: str, optional
+        See :py:class:`~zennit_resnet.canonizers.ResidualCanonizer`.
+    layer_map, canonizers:
+        See :py:class:`~zennit_resnet.composites.ResNetLRP`.
+
+    Raises
+    ------
+    ValueError
+        If an argument is not one of its choices, or a number is negative or not finite.
+    TypeError
+        If an argument is of another type.
+    '''
+    # pylint: disable=too-many-arguments
+    def __init__(
+        self, conv_gamma=0.25, linear_gamma=0.05, addition='epsilon', first_layer='gamma', low=None, high=None,
+        epsilon=1e-6, batch_norm='merge', attention='value', parameters='pass', layer_map=None, canonizers=None,
+    ):
+        check_choice('addition', addition, tuple(ADDITION))
+        check_number('conv_gamma', conv_gamma, 0)
+        check_number('linear_gamma', linear_gamma, 0)
+        options = {'epsilon': epsilon, 'first_layer': first_layer, 'low': low, 'high': high}
+        layer_map = self.keep(
+            layer_map, canonizers, conv_gamma=conv_gamma, linear_gamma=linear_gamma, addition=addition,
+            first_layer=first_layer, low=low, high=high, epsilon=epsilon, batch_norm=batch_norm, attention=attention,
+            parameters=parameters,
+        ) + [
+            (Addition, EpsilonSplit(epsilon) if addition == 'epsilon' else SPLITTING[addition]()),
+            (Gate, SignalTakesAll()),
+            (Padding, Uncrop()),
+            (MatrixProduct, HalfEach(epsilon)),
+            (torch.nn.MultiheadAttention, None),
+            (Activation, PassThrough()),
+            (NORMALIZATION_LAYERS, EpsilonNormalization(epsilon)),
+            ((Convolution, AvgPool, MaxPool, Subsampling), GeneralizedGamma(conv_gamma, **options)),
+            (torch.nn.Linear, GeneralizedGamma(linear_gamma, **options)),
+        ]
+        super().__init__(layer_map=layer_map, canonizers=_with_canonizer(
+            canonizers, batch_norm, attention=attention, parameters=parameters
+        ))

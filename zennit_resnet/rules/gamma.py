@@ -1,0 +1,123 @@
+'''LRP-gamma and LRP-epsilon for inputs and outputs of any sign, in a single pass.'''
+from typing import NamedTuple
+
+import torch
+from zennit.core import Stabilizer
+from zennit.types import Convolution, MaxPool
+
+from ..arguments import check_choice, check_number, check_stabilizer
+from ..layer import Signed, Subsampling
+from .zplus import Divisor, Rows, ZPlus
+
+FIRST_LAYER = ('gamma', 'zplus', 'zbox', 'wsquare', 'flat')
+
+
+class _Prepared(NamedTuple):
+    '''What is the same for any relevance: both transposed linear maps, the sign of the output, and the denominator.'''
+    input: torch.Tensor
+    gamma: float
+    transpose: object
+    transpose_magnitudes: object
+    sign: torch.Tensor
+    divisor: Divisor
+    constants: torch.Tensor
+
+
+class GeneralizedGamma(ZPlus):
+    '''Generalized LRP-gamma rule, which enlarges the contributions that have the sign of the output.
+
+    With contributions c_ji = w_ji h_i and outputs y_j = sum_i c_ji + b_j,
+    R'_i = sum_j (c_ji + gamma c^s_ji) R_j / (y_j + gamma (sum_k c^s_jk + b^s_j)), where c^s and b^s are the positive
+    parts for y_j > 0 and the negative parts for y_j < 0. It is that of Zennit's ``Gamma`` and, for gamma = 0,
+    LRP-epsilon. As c^s = (c + sign(y) abs(c)) / 2, it takes two linear maps with w and two with abs(w).
+
+    Poolings and other maps without weights of both signs have gamma = 0, and so does the last linear layer or convolution,
+    so that maps of several classes add up. Max poolings give all to the maximum. Start from logits.
+
+    Parameters
+    ----------
+    gamma: float, optional
+        How much these contributions are enlarged, 0.25 by default.
+    epsilon: callable or float, optional
+        What is added to denominators with their sign.
+    first_layer: str, optional
+        ``'gamma'`` (default) as for the others, or another rule for layers that no convolution or linear layer
+        precedes: ``'zplus'``, ``'zbox'``, ``'wsquare'`` or ``'flat'``, see :py:class:`~zennit_resnet.rules.ZPlus`.
+    low, high: optional
+        Bounds of the input for ``'zbox'``, see there.
+
+    Raises
+    ------
+    ValueError
+        If an argument is not one of its choices, or a number is negative or not finite.
+    TypeError
+        If an argument is of another type.
+    '''
+    # pylint: disable=too-many-arguments
+    def __init__(self, gamma=0.25, epsilon=1e-6, first_layer='gamma', low=None, high=None):
+        check_number('gamma', gamma, 0)
+        check_choice('first_layer', first_layer, FIRST_LAYER)
+        is_own = first_layer == 'gamma'
+        super().__init__(
+            first_layer='zplus' if is_own else first_layer, low=low, high=high, coverage='even', classifier='epsilon',
+        )
+        self.first_layer, self.gamma, self.epsilon = first_layer, gamma, epsilon
+        self._stabilize = Stabilizer.ensure(check_stabilizer('epsilon', epsilon))
+
+    def complete(self, module, stored, output):
+        '''Keep what was stored.'''
+        return stored
+
+    def prepare(self, module, stored, shape):
+        '''Compute the denominators.'''
+        input, first, *_ = stored
+        if isinstance(module, (MaxPool, Subsampling)) or first and self.first_layer != 'gamma':
+            return super().prepare(module, stored, shape)
+        is_last = 'is_last' in vars(module)
+        has_signs = isinstance(module, (Convolution, torch.nn.Linear, Signed))
+        gamma = self.gamma if has_signs and not is_last else 0
+        output, transpose = self._map(module, input, _part(module, input, torch.Tensor.clone), shape[2:])
+        constants, transpose_magnitudes = self._constants(module, output) if is_last else _bias(module, output), None
+        divisor = output if constants is None else output + constants
+        sign = torch.where(divisor < 0, -1., 1.).to(divisor)
+        if gamma:
+            total, transpose_magnitudes = self._map(
+                module, input.abs(), _part(module, input, torch.abs), shape[2:]
+            )
+            if constants is not None:
+                total = total + constants.abs()
+                constants = (1 + gamma / 2) * constants + gamma / 2 * sign * constants.abs()
+            divisor = (1 + gamma / 2) * divisor + gamma / 2 * sign * total
+        divisor = Divisor(divisor, self._stabilize(divisor), None)
+        return _Prepared(input, gamma, transpose, transpose_magnitudes, sign, divisor, constants)
+
+    def propagate(self, module, stored, relevance):
+        '''Share relevance by the enlarged contributions.'''
+        if not isinstance(stored, _Prepared):
+            return super().propagate(module, stored, relevance)
+        input, gamma = stored.input, stored.gamma
+        share, _ = self._share(relevance, stored.divisor)
+        if stored.constants is not None:
+            self._keep(share * stored.constants)
+        lower = (1 + gamma / 2) * input * stored.transpose(share)
+        if gamma:
+            lower = lower + gamma / 2 * input.abs() * stored.transpose_magnitudes(stored.sign * share)
+        return (lower,)
+
+
+def _part(module, input, part):
+    '''A part of the weight as a rule's linear map takes it, None for poolings.'''
+    if isinstance(module, Signed):
+        return part
+    if isinstance(module, torch.nn.Linear):
+        return Rows(module.weight.detach().to(input.dtype), part)
+    return part(module.weight.detach().to(input.dtype)) if isinstance(module, Convolution) else None
+
+
+def _bias(module, output):
+    '''The bias, which can be broadcast to the output, None if there is none.'''
+    bias = getattr(module, 'bias', None)
+    if not isinstance(module, (Convolution, torch.nn.Linear)) or bias is None:
+        return None
+    dims = 0 if isinstance(module, torch.nn.Linear) else module.weight.ndim - 2
+    return bias.detach().to(output).view(-1, *(1,) * dims)
