@@ -24,8 +24,10 @@ from zennit.attribution import Gradient
 from zennit.rules import Epsilon, Gamma
 
 from captum_adapters.metrics import class_sensitivity, insertion_deletion
-from zennit_resnet import BlockLRP, ResNetLRP, initial_relevance
+from zennit_resnet import BlockLRP, GammaLRP, ResNetLRP, initial_relevance
 from zennit_resnet.image import draw_heatmap
+from zennit_resnet.layer import NonNegativeMap
+from zennit_resnet.rules import EpsilonNormalization, PassThrough, ZPlus
 
 METHODS = {
     f'{splitting}, {attention}': {'splitting': splitting, 'attention': attention}
@@ -39,6 +41,18 @@ METHODS['ratio, half, classifier by epsilon, half contrast'] = {'classifier': 'e
 # other rules of linear layers
 for key, rule in (('gamma', Gamma(.25, zero_params='bias')), ('epsilon', Epsilon(.1, zero_params='bias'))):
     METHODS[f'ratio, value, linear layers by {key}'] = {'layer_map': [(torch.nn.Linear, rule)]}
+# rules that divide by outputs everywhere
+GAMMA = {
+    f'GammaLRP, {attention}{contrast}': {'attention': attention}
+    for attention in ('value', 'half') for contrast in ('', ', half contrast')
+}
+for addition in ('ratio', 'symmetric'):
+    GAMMA[f'GammaLRP, value, {addition}'] = {'addition': addition}
+GAMMA['GammaLRP, value, norms pass relevance'] = {'layer_map': [(torch.nn.LayerNorm, PassThrough())]}
+GAMMA['GammaLRP, value, attention by z+'] = {'layer_map': [(NonNegativeMap, ZPlus())]}
+for factor in (0., 1.):
+    GAMMA[f'GammaLRP, value, gamma {factor:g}'] = {'conv_gamma': factor, 'linear_gamma': factor}
+METHODS['ratio, value, norms of GammaLRP'] = {'layer_map': [(torch.nn.LayerNorm, EpsilonNormalization())]}
 
 
 @functools.cache
@@ -111,10 +125,13 @@ def explain(model, images, targets, name):
         maps = REFERENCES[name](model, images, targets)
         side = int(maps.shape[1] ** .5)
         return F.interpolate(maps.view(-1, 1, side, side), images.shape[2:], mode='bilinear')[:, 0].detach(), {}
-    composite = BlockLRP() if 'block' in name else ResNetLRP(**METHODS[name])
+    if name in GAMMA:
+        composite = GammaLRP(**GAMMA[name])
+    else:
+        composite = BlockLRP() if 'block' in name else ResNetLRP(**METHODS[name])
     with Gradient(model=model, composite=composite) as attributor:
         # z+ would rank by the sign of the logit, epsilon is in proportion to it
-        is_epsilon = 'block' in name or 'by' in name
+        is_epsilon = name in GAMMA or 'block' in name or 'by' in name
         contrast = {'contrast': 'softmax', 'contrast_weight': .5} if 'contrast' in name else {}
         _, relevance = attributor(images, initial_relevance(targets, 'logit' if is_epsilon else 'one', **contrast))
     kept = {} if is_epsilon else {key: float(elem.mean()) for key, elem in composite.sinks.items()}
@@ -183,7 +200,7 @@ def main():
     print('| method | ID | s.e. | insertion | deletion | rank correlation with the second class | kept by constants |')
     print('|---|---|---|---|---|---|---|')
     drawn = []
-    for name in ('chance', 'gradient x input', *REFERENCES, *METHODS, 'block', 'block, half contrast'):
+    for name in ('chance', 'gradient x input', *REFERENCES, *METHODS, *GAMMA, 'block', 'block, half contrast'):
         (maps, kept), (others, _) = (explain(model, images, target, name) for target in (classes, second))
         drawn += [maps[:12], others[:12]]
         scores = insertion_deletion(model, images, maps, baselines=float(images.mean()), target=classes, n_steps=50)

@@ -48,10 +48,17 @@ OURS = {
     'ours: ratio, epsilon classifier': 'resnet_lrp_ratio:first_layer=zbox,classifier=epsilon,initial=logit',
     'ours: ratio, half a contrast': f'resnet_lrp_ratio:{CONTRAST}',
     'ours: symmetric, half a contrast': f'resnet_lrp_symmetric:{CONTRAST}',
-    # only for convolutional networks with several dense layers
     'ours: ratio, half a contrast, all dense layers by epsilon': '',
     'EpsilonGammaBox with our ratio splitting': 'epsilon_gamma_box:initial=logit+ratio',
     'the same, half a contrast': 'epsilon_gamma_box:initial=logit,contrast=softmax,contrast_weight=0.5+ratio',
+    'ours: gamma': 'gamma_lrp',
+    'ours: gamma, half a contrast': 'gamma_lrp:contrast=softmax,contrast_weight=0.5',
+    'ours: gamma, half a contrast, first layer by zbox':
+        'gamma_lrp:first_layer=zbox,contrast=softmax,contrast_weight=0.5',
+    # what has 'attention' in its name is for transformers, and 'dense' for convolutional networks of several such layers
+    'ours: gamma, attention by halves': 'gamma_lrp:attention=half',
+    'ours: gamma, attention by halves, half a contrast':
+        'gamma_lrp:attention=half,contrast=softmax,contrast_weight=0.5',
     'ours: R-LRP': 'relative_lrp:initial=one',
     'ours: block': 'block_lrp:initial=logit',
     **{f'control: {name}': name for name in CONTROLS},
@@ -68,9 +75,10 @@ class Bench(Study):
         self.kind = TRANSFORMER if 'vit' in (options.model or '') else CONVOLUTIONAL
         self.peers = available([name for name in methods if name not in OURS], self.kind)
         dense = sum(isinstance(module, torch.nn.Linear) for module in classifier.model.modules())
+        is_for = {'attention': self.kind == TRANSFORMER, 'dense': dense > 1 and self.kind == CONVOLUTIONAL}
         self.methods = [
             SimpleNamespace(text=name) for name in methods
-            if OURS.get(name) or name in self.peers or name in OURS and dense > 1 and self.kind == CONVOLUTIONAL
+            if name in self.peers or name in OURS and all(fits for word, fits in is_for.items() if word in name)
         ]
         self.curves = copy.deepcopy(classifier.model).to(memory_format=torch.channels_last)
         self.photos = read_photos(options.data, classifier)

@@ -60,7 +60,7 @@ class GammaLRP(_LayerMap):
     # pylint: disable=too-many-arguments
     def __init__(
         self, conv_gamma=0.25, linear_gamma=0.05, addition='epsilon', first_layer='gamma', low=None, high=None,
-        epsilon=1e-6, batch_norm='merge', attention='value', parameters='pass', layer_map=None, canonizers=None,
+        epsilon=1e-6, batch_norm='pass', attention='value', parameters='pass', layer_map=None, canonizers=None,
     ):
         check_choice('addition', addition, tuple(ADDITION))
         check_number('conv_gamma', conv_gamma, 0)

@@ -14,6 +14,7 @@ from zennit.types import BatchNorm, Linear
 
 from ..layer import LinearMap, Normalization
 from ..rules.block import BlockEpsilon
+from ..rules.normalization import EpsilonNormalization
 from ..rules.zplus import ZPlus
 
 # What to do about each cause by which relevance is lost, and its color in plots.
@@ -72,7 +73,7 @@ class LossProbe:
         '''Watch a rule.'''
         if hook in self.replaced:
             return
-        if isinstance(hook, ZPlus):
+        if isinstance(hook, (ZPlus, EpsilonNormalization)):
             methods = self._zplus(hook)
         elif isinstance(hook, BlockEpsilon):
             methods = self._block(hook, module)
@@ -110,7 +111,7 @@ class LossProbe:
         if relevance.ndim == 0 or len(relevance) != self.batch_size:
             return
         # otherwise it is rounding
-        is_stabilized = not isinstance(hook, ZPlus) or hook.stabilizer is not None
+        is_stabilized = not isinstance(hook, ZPlus) or hook.stabilizer is not None or hasattr(hook, 'epsilon')
         smallest = torch.full((self.batch_size,), math.inf, dtype=torch.float64, device=relevance.device)
         total = {'stabilizer': 0., 'dead_units': 0.}
         for factor, share, denominator in parts:

@@ -301,9 +301,9 @@ def check_batch(rule, module, input):
 
 
 def _num_spatial(module):
-    '''Number of spatial dimensions of a pooling by its name, zero for other layers.'''
+    '''Number of spatial dimensions of a pooling or normalization by its name, zero for other layers.'''
     names = [module.name] if isinstance(module, Operation) else [base.__name__ for base in type(module).__mro__]
-    matches = (re.search(r'pool([1-3])d', name.lower()) for name in names)
+    matches = (re.search(r'(?:pool|norm)([1-3])d', name.lower()) for name in names)
     return next((int(match[1]) for match in matches if match), 0)
 
 

@@ -4,8 +4,9 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from zennit.core import Stabilizer
 
 from ..arguments import check_stabilizer
-from ._linear_maps import with_adjoint
+from ._linear_maps import check_batch
 from .base import SinglePass
+from .zplus import Divisor
 
 
 class EpsilonNormalization(SinglePass):
@@ -13,9 +14,9 @@ class EpsilonNormalization(SinglePass):
 
     Layer, group and instance normalization are y_i = w_i (x_i - mean) / s + b_i, and
     R'_i = x_i (u_i - mean of u) with u_i = w_i R_i / (s (y_i + epsilon sign(y_i))), where means are those of all that is
-    normalized together. Biases keep their part. Batch normalization has a constant mean as well. Normalizations without
-    mean and bias (RMS, L2) pass relevance on unchanged, which is the same. The rule is that of Ali et al. 2022 and
-    Achtibat et al. 2024 (AttnLRP).
+    normalized together. Biases keep their part. Normalizations without a mean of their input pass relevance on unchanged:
+    for RMS and L2, this is the same, and for batch normalization, means and biases of channels would keep most of it. The
+    rule is that of Ali et al. 2022 and Achtibat et al. 2024 (AttnLRP).
 
     An error is raised if ``epsilon`` is neither a function of denominators (TypeError) nor a number that is not
     negative (ValueError).
@@ -28,37 +29,48 @@ class EpsilonNormalization(SinglePass):
     def store(self, module, *inputs):
         '''Keep the input.'''
         input, = inputs
+        if isinstance(module, _InstanceNorm):
+            check_batch(self, module, input)
         return (input,)
 
     def propagate(self, module, stored, relevance):
         '''Share relevance by the parts of elements and of the mean.'''
         input, = stored
         shape = _grouped(module, input)
-        if shape is None and getattr(module, 'running_mean', None) is None:
-            return (relevance,)
         if shape is None:
-            output, transpose = with_adjoint(module.forward, input)
-            return (input * transpose(relevance / self._stabilize(output)),)
-        with torch.no_grad():
-            output = module.forward(input)
-        share, weight = relevance / self._stabilize(output), module.weight
-        if weight is not None:
-            by_channel = getattr(module, 'normalized_shape', None) is None
-            share = share * (weight.view(-1, *(1,) * (input.ndim - 2)) if by_channel else weight).to(share)
-        grouped, share = input.reshape(shape), share.reshape(shape)
-        variance = grouped.var(-1, unbiased=False, keepdim=True)
-        lower = (share - share.mean(-1, keepdim=True)) * (variance + module.eps).rsqrt()
-        return (input * lower.view_as(input),)
+            return (relevance,)
+        has_channels = getattr(module, 'normalized_shape', None) is None
+        weight, bias = (
+            None if elem is None else elem.detach().to(input).view(-1, *(1,) * (input.ndim - 2)) if has_channels
+            else elem.detach().to(input) for elem in (module.weight, module.bias)
+        )
+        grouped = input.reshape(shape)
+        centred = grouped - grouped.mean(-1, keepdim=True)
+        scale = (centred.square().mean(-1, keepdim=True) + module.eps).rsqrt()
+        output = (centred * scale).view_as(input)
+        output = output if weight is None else output * weight
+        output = output if bias is None else output + bias
+        share, _ = self._share(relevance, Divisor(output, self._stabilize(output), None))
+        if bias is not None:
+            self._keep(share * bias)
+        share = (share if weight is None else share * weight).reshape(shape)
+        return (input * ((share - share.mean(-1, keepdim=True)) * scale).view_as(input),)
+
+    # pylint: disable-next=no-self-use
+    def _share(self, relevance, divisor):
+        '''Compute R / y. As for z+, the ledger watches it.'''
+        return relevance / divisor.stabilized, None
+
+    def _keep(self, relevance):
+        '''Relevance that biases keep, which is lost.'''
 
 
 def _grouped(module, input):
     '''Shape of the input with all that is normalized together as the last dimension, None if it is not by its mean.'''
-    if isinstance(module, torch.nn.RMSNorm):
+    if isinstance(module, torch.nn.RMSNorm) or getattr(module, 'running_mean', None) is not None:
         return None
     if getattr(module, 'normalized_shape', None) is not None:
         return *input.shape[:-len(module.normalized_shape)], -1
-    if getattr(module, 'running_mean', None) is not None:
-        return None
     if isinstance(module, _InstanceNorm):
         return *input.shape[:2], -1
     groups = getattr(module, 'num_groups', None)
