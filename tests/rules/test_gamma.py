@@ -292,6 +292,38 @@ def test_networks(build, settings):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+class Heads(nn.Module):
+    '''Two classifiers of one signal, whose logits are joined.'''
+    def __init__(self, join):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.ReLU())
+        self.heads = nn.ModuleList([nn.Linear(8, 4), nn.Linear(8, 4)])
+        self.join = join
+
+    def forward(self, x):
+        '''Logits.'''
+        h = self.body(x)
+        return self.join(*(head(h) for head in self.heads))
+
+
+@pytest.mark.parametrize('join', [
+    lambda a, b: (a + b) / 2, lambda a, b: torch.stack([a, b]).mean(0), lambda a, b: a - b,
+], ids=['sum', 'mean', 'difference'])
+def test_joined_heads(join):
+    '''Logits that are sums of those of several heads are explained as the one linear layer that these are.'''
+    torch.manual_seed(0)
+    model, x = Heads(join).double(), torch.randn(3, 6).double()
+    for head in model.heads:
+        nn.init.zeros_(head.bias)
+    joined = nn.Linear(8, 4, bias=False).double()
+    joined.weight = nn.Parameter(join(*(head.weight for head in model.heads)).detach())
+    maps = []
+    for network in (model, nn.Sequential(model.body, joined)):
+        with Gradient(model=network, composite=GammaLRP(epsilon=1e-12)) as attributor:
+            maps.append(attributor(x, initial_relevance([0, 1, 2], contrast='softmax', contrast_weight=.5))[1])
+    assert relative_error(*maps) < 1e-7
+
+
 def test_half_precision():
     '''Relevance of a network in half precision is in single precision.'''
     model, x = transformer()

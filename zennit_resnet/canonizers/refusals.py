@@ -25,7 +25,9 @@ from .._nested import active_tensors, tensors_of
 from ..layer import Activation, Addition, AveragePool, Gate
 from ..rules.base import SinglePass
 from ..rules.block import BlockEpsilon
+from ..rules.gamma import GeneralizedGamma
 from ..rules.passing import PassThrough
+from ..rules.splitting import EpsilonSplit
 from . import derived
 
 # What to do about functions for which a layer map is the wrong remedy.
@@ -62,6 +64,9 @@ def changes_shares(node, is_folded):
     rule, module = rule_of(node), module_of(node)
     if rule is None:
         return 'softmax' in function_of(node).lower()
+    if isinstance(rule, (EpsilonSplit, GeneralizedGamma)):
+        # they divide by sums as well
+        return False
     if isinstance(module, Activation):
         return getattr(module, 'name', '') not in ('neg', 'relu', 'relu_')
     if isinstance(module, Gate):
