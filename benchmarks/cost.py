@@ -16,7 +16,7 @@ from zennit.attribution import Gradient
 from zennit.composites import EpsilonPlus
 from zennit.torchvision import ResNetCanonizer
 
-from zennit_resnet import BlockLRP, RelativeLRP, ResNetLRP, initial_relevance, with_splitting
+from zennit_resnet import BlockLRP, GammaLRP, RelativeLRP, ResNetLRP, initial_relevance, with_splitting
 
 COMPOSITES = {
     'gradient': lambda: None,
@@ -26,6 +26,7 @@ COMPOSITES = {
     'ratio, merged batch norm': lambda: ResNetLRP(batch_norm='merge'),
     'block': BlockLRP,
     'relative': RelativeLRP,
+    'gamma': GammaLRP,
     'zennit EpsilonPlus': lambda: EpsilonPlus(canonizers=[ResNetCanonizer()]),
     'zennit EpsilonPlus with ratio splitting': lambda: with_splitting(EpsilonPlus()),
 }

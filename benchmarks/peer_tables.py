@@ -4,7 +4,7 @@ from collections import defaultdict
 
 from captum_adapters.metrics.statistics import bootstrap_interval, compare
 
-# what others are compared with
+# what others are compared with, unless another is asked for
 BASE = 'ours: ratio, half a contrast'
 # measure, column of its rows, title, digits
 COLUMNS = (
@@ -20,8 +20,8 @@ COLUMNS = (
 )
 
 
-def summarize(results, names):
-    '''Tables of means and paired differences, as Markdown.'''
+def summarize(results, names, base=BASE):
+    '''Tables of means and of paired differences to a method, as Markdown.'''
     values = defaultdict(dict)
     for row in results.rows.values():
         for measure, column, *_ in COLUMNS:
@@ -42,16 +42,16 @@ def summarize(results, names):
         elif costs:
             cells += [''] * 3
         print(f'| {name} | {" | ".join(cells)} |')
-    print(f'\n{BASE} minus another method, on the images that both have:\n')
+    print(f'\n{base} minus another method, on the images that both have:\n')
     shown = [column for column in shown if column[3] == 3 or 'abpc' in column[1]]
     print(f'| minus | {" | ".join(title for _, _, title, _ in shown)} |')
     print(f'|---|{"---|" * len(shown)}')
     for name in names:
         cells = [
-            difference(values[measure, column, BASE], values[measure, column, name], digits)
+            difference(values[measure, column, base], values[measure, column, name], digits)
             for measure, column, _, digits in shown
         ]
-        if name != BASE and any(cells):
+        if name != base and any(cells):
             print(f'| {name} | {" | ".join(cells)} |')
 
 

@@ -1,7 +1,7 @@
 """Names of methods and layouts: all that the command line and reports need of them, so
 that they start without PyTorch."""
 
-OWN = ("resnet_lrp_ratio", "resnet_lrp_symmetric", "relative_lrp", "block_lrp")
+OWN = ("resnet_lrp_ratio", "resnet_lrp_symmetric", "gamma_lrp", "relative_lrp", "block_lrp")
 # methods of others that only the evaluator has
 OTHERS = (
     "input_x_gradient", "gradient", "integrated_gradients", "guided_backprop",

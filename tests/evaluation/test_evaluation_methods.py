@@ -179,6 +179,9 @@ def test_no_switch(text):
 OPTIONS = {
     'relative_lrp': {'normalization': 'l1', 'cardinality': 'per_position'},
     'resnet_lrp_ratio': {'attention': 'half', 'parameters': 'sink', 'first_layer': 'ones', 'splitting': 'symmetric'},
+    'gamma_lrp': {
+        'attention': 'half', 'parameters': 'sink', 'first_layer': 'zplus', 'conv_gamma': '1', 'linear_gamma': '0',
+    },
     'block_lrp': {'blocks': "['layer1.0']", 'mode': 'plus', 'epsilon': '0.1'},
     'rise': {'grid_size': '4', 'n_masks': '8', 'normalization': 'coverage', 'probability': '0.3', 'seed': '3'},
     'integrated_gradients': {'method': 'riemann_trapezoid', 'n_steps': '4'},
@@ -205,6 +208,7 @@ def test_listed_options(context, name):
 
 @pytest.mark.parametrize('name', [
     'epsilon_plus+zennit', 'epsilon_plus_flat+ratio', 'lrp_epsilon_1', 'resnet_lrp_ratio:classifier=epsilon',
+    'gamma_lrp',
 ])
 def test_negative_logits(name, context, monkeypatch):
     '''Rules that divide by the logit start from it, as from the probability maps of negative ones are turned over.'''
