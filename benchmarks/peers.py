@@ -55,7 +55,7 @@ OURS = {
     'ours: gamma, half a contrast': 'gamma_lrp:contrast=softmax,contrast_weight=0.5',
     'ours: gamma, half a contrast, first layer by zbox':
         'gamma_lrp:first_layer=zbox,contrast=softmax,contrast_weight=0.5',
-    # what has 'attention' in its name is for transformers, and 'dense' for convolutional networks of several such layers
+    # 'attention' is for transformers, and 'dense' for convolutional networks of several such layers
     'ours: gamma, attention by halves': 'gamma_lrp:attention=half',
     'ours: gamma, attention by halves, half a contrast':
         'gamma_lrp:attention=half,contrast=softmax,contrast_weight=0.5',
@@ -386,7 +386,7 @@ def main():
     add_options(parser, steps=10, out='peers.jsonl')
     parser.add_argument('--train', help='images to tune the network on without some of their cells, for IDSDS')
     parser.add_argument('--methods', help='separated by semicolons (default: all that there are)')
-    parser.add_argument('--base', default=BASE, help='what others are compared with in the summary (default: %(default)s)')
+    parser.add_argument('--base', default=BASE, help='what others are compared with (default: %(default)s)')
     parser.add_argument('--dynamic-lrp', help='path of a checkout of DynamicLRP')
     for key, count, text in (
         ('images', 32, 'photographs'), ('mosaics', 16, 'mosaics of the grid pointing game'),
@@ -423,7 +423,8 @@ def main():
         print(f'# Methods of all libraries on {name}\n\nMeans with intervals of 95 % '
               'by the bootstrap, and the number of images or mosaics. [What columns mean](../peers.md).\n')
         found = dict.fromkeys(row['method'] for row in results.rows.values() if row['method'])
-        summarize(results, sorted(found, key=lambda name: names.index(name) if name in names else len(names)), options.base)
+        order = {name: num for num, name in enumerate(names)}
+        summarize(results, sorted(found, key=lambda name: order.get(name, len(order))), options.base)
         return
     bench = Bench(classifier, names, options)
     if options.cost or options.only:

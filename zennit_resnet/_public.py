@@ -7,7 +7,7 @@ from .gamma import GammaLRP
 from .rules import BlockEpsilon, RatioSplit, Relative, RelativeMaxPool, ResidualOnly, SymmetricSplit, ZPlus
 
 __all__ = [
-    'BlockEpsilon', 'BlockLRP', 'GammaLRP', 'ManyTargets', 'RatioSplit', 'Relative', 'RelativeLRP', 'RelativeMaxPool', 'ResNetLRP',
-    'ResidualCanonizer', 'ResidualOnly', 'SelectOutput', 'SymmetricSplit', 'UnsupportedOperation', 'ZPlus',
+    'BlockEpsilon', 'BlockLRP', 'GammaLRP', 'ManyTargets', 'RatioSplit', 'Relative', 'RelativeLRP', 'RelativeMaxPool',
+    'ResNetLRP', 'ResidualCanonizer', 'ResidualOnly', 'SelectOutput', 'SymmetricSplit', 'UnsupportedOperation', 'ZPlus',
     'initial_relevance', 'with_splitting',
 ]

@@ -151,18 +151,18 @@ def batch_norm(canonizer, call, function):
 
 
 def grouped_norm(canonizer, call, function):
-    '''Normalize by means, with what tells of what. Native functions return statistics as well.'''
-    if len(function.active) > 1 and not function.name.startswith('native'):
+    '''Normalize by means of the input, with what tells of which elements. Native functions return these as well.'''
+    is_native = function.name.startswith('native')
+    if len(function.active) > 1 and not is_native:
         return canonizer.refuse(call, function, 'more than one of its arguments does')
     given = function.bind(*NORM_ARGUMENTS[function.name, function.func is F.instance_norm])
-    has_means = given.get('running_mean') is None or given.get('use_input_stats', True)
-    if function.name == 'instance_norm' and has_means:
+    if function.name == 'instance_norm' and (given.get('running_mean') is None or given.get('use_input_stats', True)):
         given.update(num_groups=given['input'].shape[1], running_mean=None, running_var=None)
     shape = given.get('normalized_shape')
-    settings = {
-        **_constants(given), 'num_groups': given.get('num_groups'), 'normalized_shape': None if shape is None else tuple(shape),
-    }
-    if function.name.startswith('native'):
+    settings = dict(
+        _constants(given), num_groups=given.get('num_groups'), normalized_shape=None if shape is None else tuple(shape)
+    )
+    if is_native:
         return products.run_first(canonizer, call, function, Normalization, **settings)
     return canonizer.run(call, Normalization, function, **settings)
 

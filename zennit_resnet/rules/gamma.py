@@ -31,8 +31,8 @@ class GeneralizedGamma(ZPlus):
     parts for y_j > 0 and the negative parts for y_j < 0. It is that of Zennit's ``Gamma`` and, for gamma = 0,
     LRP-epsilon. As c^s = (c + sign(y) abs(c)) / 2, it takes two linear maps with w and two with abs(w).
 
-    Poolings and other maps without weights of both signs have gamma = 0, and so does the last linear layer or convolution,
-    so that maps of several classes add up. Max poolings give all to the maximum. Start from logits.
+    Poolings and other maps without weights of both signs have gamma = 0, and so does the last linear layer or
+    convolution, so that maps of several classes add up. Max poolings give all to the maximum. Start from logits.
 
     Parameters
     ----------

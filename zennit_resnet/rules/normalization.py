@@ -13,10 +13,10 @@ class EpsilonNormalization(SinglePass):
     '''LRP-epsilon for normalization, of which the deviation s counts as a constant.
 
     Layer, group and instance normalization are y_i = w_i (x_i - mean) / s + b_i, and
-    R'_i = x_i (u_i - mean of u) with u_i = w_i R_i / (s (y_i + epsilon sign(y_i))), where means are those of all that is
-    normalized together. Biases keep their part. Normalizations without a mean of their input pass relevance on unchanged:
-    for RMS and L2, this is the same, and for batch normalization, means and biases of channels would keep most of it. The
-    rule is that of Ali et al. 2022 and Achtibat et al. 2024 (AttnLRP).
+    R'_i = x_i (u_i - mean of u) with u_i = w_i R_i / (s (y_i + epsilon sign(y_i))), where means are those of all that
+    is normalized together. Biases keep their part. Normalizations without a mean of their input pass relevance on
+    unchanged: for RMS and L2, this is the same, and for batch normalization, means and biases of channels would keep
+    most of it. The rule is that of Ali et al. 2022 and Achtibat et al. 2024 (AttnLRP).
 
     An error is raised if ``epsilon`` is neither a function of denominators (TypeError) nor a number that is not
     negative (ValueError).
