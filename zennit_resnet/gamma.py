@@ -17,11 +17,12 @@ class GammaLRP(_LayerMap):
 
     Convolutions and linear layers have the :py:class:`~zennit_resnet.rules.GeneralizedGamma` rule, the last one
     LRP-epsilon, normalizations :py:class:`~zennit_resnet.rules.EpsilonNormalization`, activations pass relevance on.
-    With ``attention='value'``, that is CP-LRP (Ali et al. 2022), with ``'half'`` AttnLRP (Achtibat et al. 2024), of
-    which the rule is the Gradient x Input of LXT. Batch normalization is folded into the layer before it.
+    With ``attention='value'``, that is CP-LRP (Ali et al. 2022), with ``'half'`` AttnLRP (Achtibat et al. 2024).
+    Relevance passes batch normalization.
 
     Relevance starts from logits, and biases keep a part of it, so that the sum of an input's relevance is near the
-    initial relevance, but not the same. :py:func:`~zennit_resnet.conservation.conservation_ledger` tells what is kept.
+    initial relevance, but not the same. Constants that a network adds by itself keep nothing.
+    :py:func:`~zennit_resnet.conservation.conservation_ledger` tells what is kept.
 
     Attributes
     ----------
@@ -40,11 +41,12 @@ class GammaLRP(_LayerMap):
         :py:class:`~zennit_resnet.composites.ResNetLRP`.
     first_layer, low, high: optional
         Rule for the first layer, see :py:class:`~zennit_resnet.rules.GeneralizedGamma`.
-    epsilon: float, optional
-        What is added to denominators with their sign.
+    epsilon: callable or float, optional
+        What is added to denominators with their sign. Not zero, as that of zero by zero would be no number.
     batch_norm: str, optional
-        ``'merge'`` (default) folds batch normalization into the linear layer before it, with ``'pass'`` relevance
-        passes it by its own rule.
+        With ``'pass'`` (default), relevance passes batch normalization unchanged. ``'merge'`` folds it into the linear
+        layer before it, which then divides by what the network goes on with. Its biases keep most of the relevance of
+        deep networks, and with it the evidence.
     attention, parameters: str, optional
         See :py:class:`~zennit_resnet.canonizers.ResidualCanonizer`.
     layer_map, canonizers:
@@ -65,6 +67,8 @@ class GammaLRP(_LayerMap):
         check_choice('addition', addition, tuple(ADDITION))
         check_number('conv_gamma', conv_gamma, 0)
         check_number('linear_gamma', linear_gamma, 0)
+        if not callable(epsilon) and epsilon == 0:
+            raise ValueError(f'epsilon={epsilon!r}: relevance of outputs of zero would be NaN, choose a small one!')
         options = {'epsilon': epsilon, 'first_layer': first_layer, 'low': low, 'high': high}
         layer_map = self.keep(
             layer_map, canonizers, conv_gamma=conv_gamma, linear_gamma=linear_gamma, addition=addition,

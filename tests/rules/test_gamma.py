@@ -11,7 +11,7 @@ from torchvision.models import VisionTransformer, resnet18
 from zennit.attribution import Gradient
 from zennit.rules import Epsilon, Gamma
 
-from zennit_resnet import GammaLRP, ManyTargets, initial_relevance
+from zennit_resnet import GammaLRP, ManyTargets, UnsupportedOperation, initial_relevance
 from zennit_resnet.conservation import conservation_ledger
 from zennit_resnet.methods import Method
 from zennit_resnet.rules import EpsilonNormalization, EpsilonSplit, GeneralizedGamma, HalfEach, ZPlus
@@ -99,6 +99,11 @@ NORMS = {
     'native group': (
         lambda: nn.GroupNorm(2, 6), (2, 6, 4, 4),
         lambda m, x: torch.native_group_norm(x, m.weight, m.bias, len(x), 6, 16, 2, 1e-5)[0]
+    ),
+    'native group by keywords': (
+        lambda: nn.GroupNorm(2, 6), (2, 6, 4, 4), lambda m, x: torch.native_group_norm(
+            x, m.weight, m.bias, N=len(x), C=6, HxW=16, group=2, eps=1e-5
+        )[0]
     ),
 }
 
@@ -199,7 +204,9 @@ def test_additions_and_products():
     (lambda: GammaLRP(addition='duplicate'), "addition='duplicate' is not one of 'epsilon', 'ratio', 'symmetric'"),
     (lambda: GammaLRP(first_layer='ones'), "first_layer='ones' is not one of 'gamma'"),
     (lambda: GammaLRP(first_layer='zbox'), 'needs the lowest and highest'),
+    (lambda: GammaLRP(low=0., high=1.), "low=0.0 and high=1.0 are for first_layer='zbox', but first_layer='gamma'"),
     (lambda: GammaLRP(epsilon=-1.), 'epsilon=-1.0 is out of range'),
+    (lambda: GammaLRP(epsilon=0.), 'epsilon=0.0: relevance of outputs of zero'),
     (lambda: EpsilonSplit(-1.), 'epsilon=-1.0 is out of range'),
     (lambda: HalfEach(-1.), 'epsilon=-1.0 is out of range'),
     (lambda: EpsilonNormalization(-1.), 'epsilon=-1.0 is out of range'),
@@ -322,6 +329,36 @@ def test_joined_heads(join):
         with Gradient(model=network, composite=GammaLRP(epsilon=1e-12)) as attributor:
             maps.append(attributor(x, initial_relevance([0, 1, 2], contrast='softmax', contrast_weight=.5))[1])
     assert relative_error(*maps) < 1e-7
+
+
+@pytest.mark.parametrize('tail', [nn.BatchNorm1d(4), nn.GELU(), nn.Sigmoid()], ids=str)
+def test_tail(tail):
+    '''After the classifier, relevance is in proportion to its outputs, or there is an error.'''
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4), randomize(tail)).eval()
+    with pytest.raises(UnsupportedOperation, match='and with GammaLRP, relevance is divided by the outputs'):
+        with Gradient(model=model, composite=GammaLRP()) as attributor:
+            attributor(torch.randn(2, 6), initial_relevance([1, 2]))
+
+
+def test_subsampling():
+    '''Indexing with a step has the same rule as a first layer and after others: zeros receive nothing.'''
+    class Model(nn.Module):
+        '''Every other position.'''
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x):
+            '''Logits.'''
+            return self.head(x[:, :, ::2, ::2].flatten(1))
+
+    torch.manual_seed(0)
+    x = torch.rand(2, 1, 4, 4)
+    x[:, :, :, 1] = 0
+    with Gradient(model=Model().eval(), composite=GammaLRP()) as attributor:
+        _, relevance = attributor(x, initial_relevance([1, 2]))
+    assert (relevance[x == 0] == 0).all() and (relevance[x != 0] != 0).all()
 
 
 def test_half_precision():

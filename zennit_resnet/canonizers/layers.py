@@ -99,7 +99,7 @@ NORM_ARGUMENTS = {
     ('layer_norm', False): ('input', 'normalized_shape', *_AFFINE, 'eps'),
     ('native_layer_norm', False): ('input', 'normalized_shape', *_AFFINE, 'eps'),
     ('group_norm', False): ('input', 'num_groups', *_AFFINE, 'eps'),
-    ('native_group_norm', False): ('input', *_AFFINE, 'N', 'C', 'HxW', 'num_groups', 'eps'),
+    ('native_group_norm', False): ('input', *_AFFINE, 'N', 'C', 'HxW', 'group', 'eps'),
     ('instance_norm', False): ('input', *_AFFINE, *_RUNNING, 'use_input_stats', 'momentum', 'eps'),
     ('instance_norm', True): ('input', *_RUNNING, *_AFFINE, 'use_input_stats', 'momentum', 'eps'),
 }
@@ -160,7 +160,8 @@ def grouped_norm(canonizer, call, function):
         given.update(num_groups=given['input'].shape[1], running_mean=None, running_var=None)
     shape = given.get('normalized_shape')
     settings = dict(
-        _constants(given), num_groups=given.get('num_groups'), normalized_shape=None if shape is None else tuple(shape)
+        _constants(given), num_groups=given.get('num_groups', given.get('group')),
+        normalized_shape=None if shape is None else tuple(shape),
     )
     if is_native:
         return products.run_first(canonizer, call, function, Normalization, **settings)

@@ -26,6 +26,7 @@ from ..layer import Activation, Addition, AveragePool, Gate
 from ..rules.base import SinglePass
 from ..rules.block import BlockEpsilon
 from ..rules.gamma import GeneralizedGamma
+from ..rules.normalization import EpsilonNormalization
 from ..rules.passing import PassThrough
 from ..rules.splitting import EpsilonSplit
 from . import derived
@@ -49,9 +50,10 @@ IDENTITIES = frozenset(['BackwardHookFunction'])
 
 # What to do about functions after the last layer, if that divides by its output.
 TAIL = (
-    'with classifier=\'epsilon\', relevance is divided by the outputs of the last layer with weights, which it is not '
-    'in proportion to after this. Explain the output of that layer, by a network that returns it, with the rest as a '
-    'function for a target, or choose classifier=\'zplus\' or BlockLRP'
+    'with classifier=\'epsilon\', and with GammaLRP, relevance is divided by the outputs of the last layer with '
+    'weights, which it is not in proportion to after this. Explain the output of that layer, by a network that returns '
+    'it, with the rest as a function for a target, or choose ResNetLRP() or BlockLRP (for sums of outputs, GammaLRP '
+    'with addition=\'epsilon\')'
 )
 
 
@@ -71,7 +73,8 @@ def changes_shares(node, is_folded):
         return getattr(module, 'name', '') not in ('neg', 'relu', 'relu_')
     if isinstance(module, Gate):
         return sum(parent is not None for parent, _ in node.next_functions) > 1
-    return isinstance(module, (Addition, AveragePool)) or isinstance(rule, PassThrough) and not is_folded
+    is_passed = isinstance(rule, (PassThrough, EpsilonNormalization)) and not is_folded
+    return isinstance(module, (Addition, AveragePool)) or is_passed
 
 
 # pylint: disable=too-many-arguments

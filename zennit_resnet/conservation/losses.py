@@ -179,7 +179,8 @@ class LossProbe:
             return lower
 
         def keep(relevance):
-            if self.notes:
+            # there is none of layers whose first dimension is not that of the examples
+            if self.notes and self.notes[-1].rule is hook and len(relevance) == self.batch_size:
                 self.notes[-1].lost['bias'] = self._sum(precise(relevance))
 
         return {'_share': share_out, '_spread': spread, '_keep': keep}

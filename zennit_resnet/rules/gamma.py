@@ -31,6 +31,10 @@ class GeneralizedGamma(ZPlus):
     parts for y_j > 0 and the negative parts for y_j < 0. It is that of Zennit's ``Gamma`` and, for gamma = 0,
     LRP-epsilon. As c^s = (c + sign(y) abs(c)) / 2, it takes two linear maps with w and two with abs(w).
 
+    As with ``ZPlus(projection='spread', coverage='even')``, which leaves no lattices, a convolution whose stride
+    exceeds its kernel counts as one of averages over its stride, and relevance is smoothed below an overlapping max
+    pooling. Indexing with a step has the rule of ``ZPlus``.
+
     Poolings and other maps without weights of both signs have gamma = 0, and so does the last linear layer or
     convolution, so that maps of several classes add up. Max poolings give all to the maximum. Start from logits.
 
@@ -58,6 +62,8 @@ class GeneralizedGamma(ZPlus):
         check_number('gamma', gamma, 0)
         check_choice('first_layer', first_layer, FIRST_LAYER)
         is_own = first_layer == 'gamma'
+        if is_own and not (low is None and high is None):
+            raise ValueError(f'low={low!r} and high={high!r} are for first_layer=\'zbox\', but first_layer=\'gamma\'!')
         super().__init__(
             first_layer='zplus' if is_own else first_layer, low=low, high=high, coverage='even', classifier='epsilon',
         )
@@ -70,9 +76,10 @@ class GeneralizedGamma(ZPlus):
 
     def prepare(self, module, stored, shape):
         '''Compute the denominators.'''
-        input, first, *_ = stored
-        if isinstance(module, (MaxPool, Subsampling)) or first and self.first_layer != 'gamma':
-            return super().prepare(module, stored, shape)
+        input, first, *rest = stored
+        first = first and self.first_layer != 'gamma'
+        if isinstance(module, (MaxPool, Subsampling)) or first:
+            return super().prepare(module, (input, first, *rest), shape)
         is_last = 'is_last' in vars(module)
         has_signs = isinstance(module, (Convolution, torch.nn.Linear, Signed))
         gamma = self.gamma if has_signs and not is_last else 0
