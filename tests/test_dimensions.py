@@ -124,7 +124,8 @@ def test_conserved(dims, name):
     torch.manual_seed(1)
     model, sizes = network(dims), {1: (50,), 3: (5, 12, 13)}[dims]
     input = torch.rand(2, 2, *sizes)
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-7)):
+    # sums in single precision are rounded in another order by other processors
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 5e-7)):
         _, relevance = explain(model.to(dtype), input.to(dtype), COMPOSITES[name]())
         torch.testing.assert_close(
             relevance.double().flatten(1).sum(1), torch.ones(2).double(), rtol=0, atol=tolerance

@@ -24,6 +24,7 @@ from captum_adapters.attr import RISE, CompositeAttribution, ScoreCAM
 from captum_adapters.attr.abn import ABN, load_abn
 from zennit_resnet import methods as grammar
 from zennit_resnet.attribution import initial_relevance
+from zennit_resnet.gamma import GammaLRP
 from zennit_resnet.models import Classifier
 
 
@@ -107,7 +108,7 @@ def _divides(method: "Method", composite: Any, context: Context) -> bool:
 
     So does `block_lrp`, whose start is that of its paper.
     """
-    if method.options.get("classifier") == "epsilon":
+    if method.options.get("classifier") == "epsilon" or isinstance(composite, GammaLRP):
         return True
     model = context.classifier.model
     return bool(grammar.turns_sign(composite, model, _photo(context)))
