@@ -41,6 +41,7 @@ METHODS['ratio, half, classifier by epsilon, half contrast'] = {'classifier': 'e
 # other rules of linear layers
 for key, rule in (('gamma', Gamma(.25, zero_params='bias')), ('epsilon', Epsilon(.1, zero_params='bias'))):
     METHODS[f'ratio, value, linear layers by {key}'] = {'layer_map': [(torch.nn.Linear, rule)]}
+METHODS['ratio, value, norms of GammaLRP'] = {'layer_map': [(torch.nn.LayerNorm, EpsilonNormalization())]}
 # rules that divide by outputs everywhere
 GAMMA = {
     f'GammaLRP, {attention}{contrast}': {'attention': attention}
@@ -52,7 +53,6 @@ GAMMA['GammaLRP, value, norms pass relevance'] = {'layer_map': [(torch.nn.LayerN
 GAMMA['GammaLRP, value, attention by z+'] = {'layer_map': [(NonNegativeMap, ZPlus())]}
 for factor in (0., 1.):
     GAMMA[f'GammaLRP, value, gamma {factor:g}'] = {'conv_gamma': factor, 'linear_gamma': factor}
-METHODS['ratio, value, norms of GammaLRP'] = {'layer_map': [(torch.nn.LayerNorm, EpsilonNormalization())]}
 
 
 @functools.cache

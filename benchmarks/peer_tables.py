@@ -20,7 +20,7 @@ COLUMNS = (
 )
 
 
-def summarize(results, names, base=BASE):
+def summarize(results, names, base):
     '''Tables of means and of paired differences to a method, as Markdown.'''
     values = defaultdict(dict)
     for row in results.rows.values():

@@ -26,6 +26,8 @@ class GammaLRP(_LayerMap):
 
     Attributes
     ----------
+    classifier: str
+        ``'epsilon'``, the rule of the last layer.
     sinks: dict
         Relevance that constants kept in the last backward pass, see
         :py:class:`~zennit_resnet.canonizers.ResidualCanonizer`.
@@ -59,6 +61,9 @@ class GammaLRP(_LayerMap):
     TypeError
         If an argument is of another type.
     '''
+    # by which the evaluator knows what to start from
+    classifier = 'epsilon'
+
     # pylint: disable=too-many-arguments
     def __init__(
         self, conv_gamma=0.25, linear_gamma=0.05, addition='epsilon', first_layer='gamma', low=None, high=None,

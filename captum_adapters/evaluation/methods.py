@@ -24,7 +24,6 @@ from captum_adapters.attr import RISE, CompositeAttribution, ScoreCAM
 from captum_adapters.attr.abn import ABN, load_abn
 from zennit_resnet import methods as grammar
 from zennit_resnet.attribution import initial_relevance
-from zennit_resnet.gamma import GammaLRP
 from zennit_resnet.models import Classifier
 
 
@@ -103,12 +102,12 @@ def _last_layer(context: Context) -> tuple[Module, int]:
     return found[-1]
 
 
-def _divides(method: "Method", composite: Any, context: Context) -> bool:
+def _divides(composite: Any, context: Context) -> bool:
     """Whether the last layer's rule turns maps of negative logits over, if not from these.
 
     So does `block_lrp`, whose start is that of its paper.
     """
-    if method.options.get("classifier") == "epsilon" or isinstance(composite, GammaLRP):
+    if getattr(composite, "classifier", None) == "epsilon":
         return True
     model = context.classifier.model
     return bool(grammar.turns_sign(composite, model, _photo(context)))
@@ -319,7 +318,7 @@ class Explainer:
             initial, contrast = method.initial, method.contrast
             composite = method.composite(classifier)
             if initial is None and contrast is None:
-                initial = "logit" if _divides(method, composite, context) else context.initial
+                initial = "logit" if _divides(composite, context) else context.initial
             lrp = CompositeAttribution(
                 classifier.model, composite, initial, contrast=contrast,
                 contrast_weight=method.contrast_weight, traced=context.traced,

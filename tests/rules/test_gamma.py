@@ -1,4 +1,6 @@
 '''The generalized gamma rule, LRP-epsilon at additions, products and normalizations, and the composite of these.'''
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -130,30 +132,21 @@ def test_normalization(name):
         nn.init.normal_(param)
     relevance = torch.randn_like(x)
     actual = attribute(norm, EpsilonNormalization(1e-12), x, relevance)
-    leaf = x.clone().requires_grad_()
-    output = norm(leaf)
-    # what a change of all that is normalized together by a constant factor leaves out
-    blank = norm(torch.zeros_like(x)).detach()
-    weight = torch.ones_like(x)
-    if norm.weight is not None:
-        by_channel = not isinstance(norm, nn.LayerNorm)
-        weight = norm.weight.detach().view(-1, *(1,) * (x.ndim - 2)) if by_channel else norm.weight.detach()
-        weight = weight.expand_as(x)
-    normal = (output.detach() - blank) / weight
-    groups = normal.flatten(1)
+    output = norm(x).detach()
+    # zeros are normalized to zeros, to which the bias is added
+    blank, weight = norm(torch.zeros_like(x)).detach(), torch.ones(()).double()
     if isinstance(norm, nn.LayerNorm):
-        groups = normal.flatten(0, -len(norm.normalized_shape) - 1).flatten(1)
-    elif isinstance(norm, nn.GroupNorm):
-        groups = normal.reshape(len(x) * norm.num_groups, -1)
+        size, weight = math.prod(norm.normalized_shape), norm.weight.detach()
     else:
-        groups = normal.flatten(0, 1).flatten(1)
-    deviation = x.reshape(groups.shape).std(1, unbiased=False, keepdim=True)
-    deviation = (deviation ** 2 + norm.eps).sqrt().expand_as(groups).reshape(x.shape)
+        size = x[0].numel() // getattr(norm, 'num_groups', x.shape[1])
+        if norm.weight is not None:
+            weight = norm.weight.detach().view(-1, *(1,) * (x.ndim - 2))
     leaf = x.clone().requires_grad_()
-    centred = leaf.reshape(groups.shape) - leaf.reshape(groups.shape).mean(1, keepdim=True)
-    linear = centred.reshape(x.shape) / deviation * weight + blank
-    assert relative_error(linear.detach(), output.detach()) < 1e-9
-    expected, = torch.autograd.grad(linear, leaf, relevance / output.detach())
+    grouped = leaf.reshape(-1, size)
+    deviation = (grouped.var(1, unbiased=False, keepdim=True) + norm.eps).sqrt().detach()
+    linear = ((grouped - grouped.mean(1, keepdim=True)) / deviation).view_as(x) * weight + blank
+    assert relative_error(linear.detach(), output) < 1e-9
+    expected, = torch.autograd.grad(linear, leaf, relevance / output)
     assert relative_error(actual, x * expected) < 1e-6
     maps = []
     for run in (function, lambda module, input: module(input)):

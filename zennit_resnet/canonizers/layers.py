@@ -93,15 +93,11 @@ def _add_sink(canonizer, call, function, factors):
     return output
 
 
-_AFFINE, _RUNNING = ('weight', 'bias'), ('running_mean', 'running_var')
-# by the name, and whether it is that of torch.nn.functional, which differs for one of them
 NORM_ARGUMENTS = {
-    ('layer_norm', False): ('input', 'normalized_shape', *_AFFINE, 'eps'),
-    ('native_layer_norm', False): ('input', 'normalized_shape', *_AFFINE, 'eps'),
-    ('group_norm', False): ('input', 'num_groups', *_AFFINE, 'eps'),
-    ('native_group_norm', False): ('input', *_AFFINE, 'N', 'C', 'HxW', 'group', 'eps'),
-    ('instance_norm', False): ('input', *_AFFINE, *_RUNNING, 'use_input_stats', 'momentum', 'eps'),
-    ('instance_norm', True): ('input', *_RUNNING, *_AFFINE, 'use_input_stats', 'momentum', 'eps'),
+    'layer_norm': ('input', 'normalized_shape', 'weight', 'bias', 'eps'),
+    'native_layer_norm': ('input', 'normalized_shape', 'weight', 'bias', 'eps'),
+    'group_norm': ('input', 'num_groups', 'weight', 'bias', 'eps'),
+    'native_group_norm': ('input', 'weight', 'bias', 'N', 'C', 'HxW', 'group', 'eps'),
 }
 
 
@@ -155,9 +151,12 @@ def grouped_norm(canonizer, call, function):
     is_native = function.name.startswith('native')
     if len(function.active) > 1 and not is_native:
         return canonizer.refuse(call, function, 'more than one of its arguments does')
-    given = function.bind(*NORM_ARGUMENTS[function.name, function.func is F.instance_norm])
-    if function.name == 'instance_norm' and (given.get('running_mean') is None or given.get('use_input_stats', True)):
-        given.update(num_groups=given['input'].shape[1], running_mean=None, running_var=None)
+    if function.name == 'instance_norm':
+        given = batch_norm_arguments(function.func, function.args, function.kwargs, 'use_input_stats')
+        if given.get('running_mean') is None or given.get('use_input_stats', True):
+            given.update(num_groups=given['input'].shape[1], running_mean=None, running_var=None)
+    else:
+        given = function.bind(*NORM_ARGUMENTS[function.name])
     shape = given.get('normalized_shape')
     settings = dict(
         _constants(given), num_groups=given.get('num_groups', given.get('group')),
@@ -187,12 +186,12 @@ def _constants(given):
     }
 
 
-def batch_norm_arguments(func, args, kwargs):
-    '''Arguments of a batch normalization by their names. That of torch has them in another order.'''
+def batch_norm_arguments(func, args, kwargs, flag='training'):
+    '''Arguments of a batch or instance normalization by their names. Those of torch have them in another order.'''
     names = 'running_mean', 'running_var', 'weight', 'bias'
-    if func is not F.batch_norm:
+    if func not in (F.batch_norm, F.instance_norm):
         names = names[2:] + names[:2]
-    return dict(zip(('input', *names, 'training', 'momentum', 'eps'), args), **kwargs)
+    return dict(zip(('input', *names, flag, 'momentum', 'eps'), args), **kwargs)
 
 
 def gated_unit(canonizer, call, function):

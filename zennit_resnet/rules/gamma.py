@@ -7,7 +7,7 @@ from zennit.types import Convolution, MaxPool
 
 from ..arguments import check_choice, check_number, check_stabilizer
 from ..layer import Signed, Subsampling
-from .zplus import Divisor, Rows, ZPlus
+from .zplus import Divisor, ZPlus
 
 FIRST_LAYER = ('gamma', 'zplus', 'zbox', 'wsquare', 'flat')
 
@@ -83,14 +83,13 @@ class GeneralizedGamma(ZPlus):
         is_last = 'is_last' in vars(module)
         has_signs = isinstance(module, (Convolution, torch.nn.Linear, Signed))
         gamma = self.gamma if has_signs and not is_last else 0
-        output, transpose = self._map(module, input, _part(module, input, torch.Tensor.clone), shape[2:])
-        constants, transpose_magnitudes = self._constants(module, output) if is_last else _bias(module, output), None
+        output, transpose = self._map(module, input, self._part(module, input), shape[2:])
+        constants, transpose_magnitudes = (self._constants if is_last else self._bias)(module, output), None
         divisor = output if constants is None else output + constants
         sign = torch.where(divisor < 0, -1., 1.).to(divisor)
         if gamma:
-            total, transpose_magnitudes = self._map(
-                module, input.abs(), _part(module, input, torch.abs), shape[2:]
-            )
+            magnitudes = self._part(module, input, torch.abs)
+            total, transpose_magnitudes = self._map(module, input.abs(), magnitudes, shape[2:])
             if constants is not None:
                 total = total + constants.abs()
                 constants = (1 + gamma / 2) * constants + gamma / 2 * sign * constants.abs()
@@ -110,21 +109,3 @@ class GeneralizedGamma(ZPlus):
         if gamma:
             lower = lower + gamma / 2 * input.abs() * stored.transpose_magnitudes(stored.sign * share)
         return (lower,)
-
-
-def _part(module, input, part):
-    '''A part of the weight as a rule's linear map takes it, None for poolings.'''
-    if isinstance(module, Signed):
-        return part
-    if isinstance(module, torch.nn.Linear):
-        return Rows(module.weight.detach().to(input.dtype), part)
-    return part(module.weight.detach().to(input.dtype)) if isinstance(module, Convolution) else None
-
-
-def _bias(module, output):
-    '''The bias, which can be broadcast to the output, None if there is none.'''
-    bias = getattr(module, 'bias', None)
-    if not isinstance(module, (Convolution, torch.nn.Linear)) or bias is None:
-        return None
-    dims = 0 if isinstance(module, torch.nn.Linear) else module.weight.ndim - 2
-    return bias.detach().to(output).view(-1, *(1,) * dims)

@@ -39,10 +39,10 @@ class EpsilonNormalization(SinglePass):
         shape = _grouped(module, input)
         if shape is None:
             return (relevance,)
-        has_channels = getattr(module, 'normalized_shape', None) is None
+        # of elements, or of channels
+        affine = getattr(module, 'normalized_shape', None) or (-1, *(1,) * (input.ndim - 2))
         weight, bias = (
-            None if elem is None else elem.detach().to(input).view(-1, *(1,) * (input.ndim - 2)) if has_channels
-            else elem.detach().to(input) for elem in (module.weight, module.bias)
+            None if elem is None else elem.detach().to(input).view(affine) for elem in (module.weight, module.bias)
         )
         grouped = input.reshape(shape)
         centred = grouped - grouped.mean(-1, keepdim=True)

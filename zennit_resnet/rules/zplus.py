@@ -191,7 +191,7 @@ class ZPlus(SinglePass):
         if is_winner:
             pairs = [(input, None)]
         elif is_epsilon:
-            pairs = [(input, self._signed_weight(module, input))]
+            pairs = [(input, self._part(module, input))]
         else:
             # also if an example has NaN, which is none of the others' business
             is_negative = variant == 'zplus' and not is_positive and not (has_values(input) and bool(input.amin() >= 0))
@@ -236,22 +236,32 @@ class ZPlus(SinglePass):
         return (self._smooth_lower(module, lower) if stored.is_smooth else lower,)
 
     @staticmethod
-    def _signed_weight(module, input):
-        '''The weight of the last layer for the epsilon rule.'''
-        weight = module.weight.detach().to(input.dtype)
+    def _part(module, input, part=None):
+        '''The weight, or a function of it, as linear maps take it. None for poolings.'''
         if isinstance(module, Signed):
-            return torch.Tensor.clone
-        return Rows(weight, torch.Tensor.contiguous) if isinstance(module, torch.nn.Linear) else weight
+            return part or torch.Tensor.clone
+        if not isinstance(module, (Convolution, torch.nn.Linear)):
+            return None
+        weight = module.weight.detach().to(input.dtype)
+        if isinstance(module, torch.nn.Linear):
+            return Rows(weight, part or torch.Tensor.contiguous)
+        return part(weight) if part else weight
 
     @staticmethod
-    def _constants(module, linear):
+    def _bias(module, linear):
+        '''The bias, which can be broadcast to the linear map. None if there is none, as for poolings.'''
+        bias = getattr(module, 'bias', None)
+        if bias is None:
+            return None
+        dims = 0 if isinstance(module, torch.nn.Linear) else linear.ndim - 2
+        return bias.detach().to(linear).view(-1, *(1,) * dims)
+
+    def _constants(self, module, linear):
         '''What is added to the linear map in the last layer.'''
         if module.is_last is not None:
             return module.is_last.to(linear) - linear
-        if module.bias is None:
-            return torch.zeros_like(linear)
-        dims = 0 if isinstance(module, torch.nn.Linear) else linear.ndim - 2
-        return module.bias.detach().to(linear).view(-1, *(1,) * dims).expand_as(linear)
+        bias = self._bias(module, linear)
+        return torch.zeros_like(linear) if bias is None else bias.expand_as(linear)
 
     def _keep(self, relevance):
         '''Relevance that biases keep, which is lost.'''
