@@ -117,6 +117,21 @@ def test_independent():
         torch.testing.assert_close(elem, alone, rtol=1e-9, atol=1e-12)
 
 
+def test_two_copies():
+    '''Two images for each end of the batch are enough to find that it does not matter, and all if these do not run.'''
+    sizes = []
+    model, x = build(lambda: Net(lambda h: sizes.append(len(h)) or h.transpose(0, 1).flip(0).transpose(0, 1))), images()
+    found = explain(model, x, ResNetLRP())
+    assert sizes == [4, 2, 2]
+    for num in range(4):
+        torch.testing.assert_close(found[num], explain(model, x[num:num + 1], ResNetLRP())[0])
+
+    fixed = build(lambda: Net(lambda h: sizes.append(len(h)) or h.transpose(0, 1).reshape(8, 4, 8, 8).transpose(0, 1)))
+    sizes.clear()
+    explain(fixed, x, ResNetLRP())
+    assert sizes == [4, 2, 4, 2, 4]
+
+
 def test_masked_classes():
     '''Classes that are masked with infinity are the same for all batches.'''
     mask = torch.tensor([False, False, False, True, True])

@@ -66,6 +66,26 @@ def test_gamma(name, gamma):
     assert relative_error(actual[0].flatten(), expected) < 1e-9
 
 
+@pytest.mark.parametrize('name', ['linear', 'tokens', 'conv', 'transposed'])
+@pytest.mark.parametrize('is_changed', [False, True])
+def test_kept_output(monkeypatch, name, is_changed):
+    '''The output of a layer spares a product with its weight, unless the network has changed it in place.'''
+    layer, x, relevance = layer_of(name)
+    expected, maps = attribute(layer, GeneralizedGamma(), x, relevance), []
+    linear = GeneralizedGamma._map
+    monkeypatch.setattr(GeneralizedGamma, '_map', lambda *args: maps.append(args) or linear(*args))
+    leaf, rule = x.clone().requires_grad_(), GeneralizedGamma()
+    handles = rule.register(layer)
+    output = layer(leaf)
+    handles.remove()
+    if is_changed:
+        output = output.mul_(2)
+    rule.active = True
+    lower, = torch.autograd.grad(output, leaf, relevance / 2 if is_changed else relevance)
+    assert relative_error(lower, expected) < 1e-12
+    assert len(maps) == 1 + (is_changed or name == 'transposed')
+
+
 def test_first_layer():
     '''The first layer may have a rule of z+, and max poolings give all to the maximum.'''
     layer, x, relevance = layer_of('conv')

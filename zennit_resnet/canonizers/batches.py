@@ -142,20 +142,21 @@ def changes_first(name, args, size):
 def depends_on_batch(module, given, output):
     '''Whether the output of a network for an image depends on others: whether it is another among copies of itself.
 
-    Asked of the first and of the last image. None if the network cannot be run so. Hooks of modules only run if there
-    is any doubt. Errors for lack of memory are raised.
+    Asked of the first and of the last image. Two copies are enough to find that it does not, in a part of the time. If
+    they find anything else, there are as many as there were images. None if the network cannot be run so. Hooks of
+    modules only run if there is any doubt. Errors for lack of memory are raised.
     '''
     size, bare = batch_size(given), without_hooks(module)
     devices = {elem.device for elem in tensors_of(given) if elem.is_cuda}
     for index in (0, size - 1):
-        args, kwargs = map_tensors(lambda elem, index=index: (
-            elem.detach()[[index] * size] if elem.ndim and len(elem) == size else elem.detach()
-        ), given)
-        for network in (bare, module):
+        for network, number in ((bare, 2), (bare, size), (module, size)):
+            args, kwargs = map_tensors(lambda elem, copies=(index,) * number: (
+                elem.detach()[list(copies)] if elem.ndim and len(elem) == size else elem.detach()
+            ), given)
             try:
                 with torch.no_grad(), torch.random.fork_rng(devices):
                     actual = tensors_of(network(*args, **kwargs))
-                differs = any(_differ(elem, expected, index, size)
+                differs = any(_differ(elem, expected, index, size, number)
                               for elem, expected in zip(actual, tensors_of(output)))
             except Exception as error:  # pylint: disable=broad-exception-caught
                 if is_out_of_memory(error):
@@ -168,11 +169,13 @@ def depends_on_batch(module, given, output):
     return False
 
 
-def _differ(actual, output, index, size):
-    '''Whether the values of an image are others than before.'''
-    if not output.requires_grad or not output.ndim or len(output) != size or actual.shape != output.shape:
+def _differ(actual, output, index, size, number):
+    '''Whether the values of an image, which is at the same end of its copies, are others than before.'''
+    if not output.requires_grad or not output.ndim or len(output) != size:
         return False
-    actual, expected = actual[index], output.detach()[index]
+    if actual.shape != (number, *output.shape[1:]):
+        return number != size
+    actual, expected = actual[min(index, number - 1)], output.detach()[index]
     finite = expected[expected.isfinite()]
     tolerance = min(1e3 * torch.finfo(output.dtype).eps, 1e-2) * (float(finite.abs().amax()) if finite.numel() else 0.)
     # masked classes may be infinite

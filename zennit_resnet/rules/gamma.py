@@ -5,9 +5,11 @@ import torch
 from zennit.core import Stabilizer
 from zennit.types import Convolution, MaxPool
 
+from .._compat import version_of
 from ..arguments import check_choice, check_number, check_stabilizer
 from ..layer import Signed, Subsampling
-from .zplus import Divisor, ZPlus
+from . import _linear_maps as maps
+from .zplus import Divisor, Output, ZPlus, is_fully_connected, is_plain_convolution
 
 FIRST_LAYER = ('gamma', 'zplus', 'zbox', 'wsquare', 'flat')
 
@@ -71,8 +73,10 @@ class GeneralizedGamma(ZPlus):
         self._stabilize = Stabilizer.ensure(check_stabilizer('epsilon', epsilon))
 
     def complete(self, module, stored, output):
-        '''Keep what was stored.'''
-        return stored
+        '''Keep the output of a layer that is its linear map and its bias, which spares this map.'''
+        if not (is_fully_connected(module) or is_plain_convolution(module) and not maps.is_sparse(module)):
+            return stored
+        return (*stored[:-1], Output(output.detach(), version_of(output), module.weight))
 
     def prepare(self, module, stored, shape):
         '''Compute the denominators.'''
@@ -83,9 +87,14 @@ class GeneralizedGamma(ZPlus):
         is_last = 'is_last' in vars(module)
         has_signs = isinstance(module, (Convolution, torch.nn.Linear, Signed))
         gamma = self.gamma if has_signs and not is_last else 0
-        output, transpose = self._map(module, input, self._part(module, input), shape[2:])
-        constants, transpose_magnitudes = (self._constants if is_last else self._bias)(module, output), None
-        divisor = output if constants is None else output + constants
+        kept, weight, transpose_magnitudes = stored[-1], self._part(module, input), None
+        if kept is not None and not is_last and kept.is_of(module, input):
+            divisor, transpose = kept.values, self._transposed(module, input, weight)
+            constants = self._bias(module, divisor)
+        else:
+            output, transpose = self._map(module, input, weight, shape[2:])
+            constants = (self._constants if is_last else self._bias)(module, output)
+            divisor = output if constants is None else output + constants
         sign = torch.where(divisor < 0, -1., 1.).to(divisor)
         if gamma:
             magnitudes = self._part(module, input, torch.abs)

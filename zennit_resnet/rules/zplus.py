@@ -157,7 +157,7 @@ class ZPlus(SinglePass):
     def complete(self, module, stored, output):
         '''Keep the output of a layer without windows, which spares a product of an input of both signs.'''
         input, first, is_positive, _ = stored
-        is_dense = _is_fully_connected(module) and has_values(output) or _is_plain_convolution(module) and (
+        is_dense = is_fully_connected(module) and has_values(output) or is_plain_convolution(module) and (
             maps.is_pointwise(module, module.weight, output)
         )
         # differences of rounded products would be wrong
@@ -166,11 +166,11 @@ class ZPlus(SinglePass):
         )
         if is_positive or not (is_dense and is_exact) or first and self.first_layer != 'zplus':
             return stored
-        return input, first, is_positive, _Output(output.detach(), version_of(output), module.weight)
+        return input, first, is_positive, Output(output.detach(), version_of(output), module.weight)
 
     def distribute(self, module, stored, relevance):
         '''Leave out the first units of layers of tokens if these receive nothing, as queries and keys of attention.'''
-        if relevance.ndim > 2 and _is_fully_connected(module) and 'is_last' not in vars(module) and (
+        if relevance.ndim > 2 and is_fully_connected(module) and 'is_last' not in vars(module) and (
             has_values(relevance)
         ) and not bool(relevance[..., 0].any()):
             used, (*stored, output) = relevance.flatten(0, -2).any(0), stored
@@ -202,11 +202,7 @@ class ZPlus(SinglePass):
             outputs, transposes = zip(*(self._map(module, *pair, shape[2:]) for pair in pairs))
             denominator = sum(outputs[1:], outputs[0])
         else:
-            transposes = [
-                weight.transpose if isinstance(weight, Rows) else functools.partial(
-                    maps.convolve_transposed, module, elem, weight
-                ) for elem, weight in pairs
-            ]
+            transposes = [self._transposed(module, *pair) for pair in pairs]
         if is_epsilon:
             constants = self._constants(module, denominator)
             denominator = denominator + constants
@@ -214,7 +210,7 @@ class ZPlus(SinglePass):
             input, [(*pair, transpose) for pair, transpose in zip(pairs, transposes)], constants,
             self._divisor(denominator, is_winner or is_epsilon or variant == 'literal'),
             # filters of few taps may have no weight of a sign at some positions, which can not be levelled
-            is_winner or not is_epsilon and first and _is_plain_convolution(module),
+            is_winner or not is_epsilon and first and is_plain_convolution(module),
         )
 
     def propagate(self, module, stored, relevance):
@@ -303,7 +299,7 @@ class ZPlus(SinglePass):
         if self.coverage == 'even':
             # each pair by itself, so that a sample does not depend on whether others in its batch have negative values
             pairs = [(elem, maps.even_weight(module, weight)) for elem, weight in pairs]
-        if len(pairs) > 1 and _is_plain_convolution(module) and module.groups == 1:
+        if len(pairs) > 1 and is_plain_convolution(module) and module.groups == 1:
             # a single convolution of more channels is faster than one after the other
             inputs, weights = zip(*pairs)
             pairs = [(torch.cat(inputs, 1), torch.cat(weights, 1))]
@@ -340,16 +336,22 @@ class ZPlus(SinglePass):
 
     def _map(self, module, input, weight, shape):
         '''The output of :py:meth:`_linear`, and the transposed linear map as a function.'''
-        if _is_fully_connected(module):
-            return weight.map(input), weight.transpose
+        if is_fully_connected(module):
+            return weight.map(input), self._transposed(module, input, weight)
         if isinstance(module, Convolution):
             if self.projection == 'literal' or not maps.is_sparse(module):
-                output = maps.convolve(module, input, weight, shape)
-                return output, functools.partial(maps.convolve_transposed, module, input, weight)
+                return maps.convolve(module, input, weight, shape), self._transposed(module, input, weight)
             cells = maps.whole_cells(module, input)
             if cells is not None:
                 return maps.convolve_cells(module, input, weight, cells)
         return maps.with_adjoint(lambda leaf: self._linear(module, leaf, weight, shape), input)
+
+    @staticmethod
+    def _transposed(module, input, weight):
+        '''The transposed linear map of a fully connected layer or a convolution, with a part of its weight.'''
+        if isinstance(weight, Rows):
+            return weight.transpose
+        return functools.partial(maps.convolve_transposed, module, input, weight)
 
     def _linear(self, module, input, weight, shape):
         '''A convolution or pooling as a linear map of an input to an output of a spatial shape, with another weight.'''
@@ -374,7 +376,7 @@ class ZPlus(SinglePass):
 
     def _spread(self, module, input, relevance):
         '''Share the relevance of dead units evenly over their inputs.'''
-        if _is_fully_connected(module):
+        if is_fully_connected(module):
             return relevance.sum(-1, keepdim=True) / input.shape[-1]
         ones, weight, shape, in_channels = torch.ones_like(input), None, relevance.shape[2:], 1
         if isinstance(module, Convolution):
@@ -401,28 +403,37 @@ class ZPlus(SinglePass):
         return relevance if stride is None else maps.smooth(relevance, stride)
 
 
-class _Output(NamedTuple):
+class Output(NamedTuple):
     '''Output of a fully connected layer or convolution, with its version and the weight that the layer had.'''
     values: torch.Tensor
     version: int
     weight: torch.Tensor
 
+    def is_of(self, module, input):
+        '''Whether it is what the weight makes of the input.
+
+        Otherwise, normalization was folded into the weight, relevance is of another type, or the network has changed
+        the output.
+        '''
+        is_current = module.weight is self.weight and version_of(self.values) == self.version
+        return is_current and module.weight.dtype == self.values.dtype == input.dtype
+
     def positive(self, module, input):
         '''Sums of the positive contributions (w h)+ = (|w h| + w h) / 2, None if these would not be exact.'''
-        weight = module.weight
-        if weight is not self.weight or weight.dtype != input.dtype or version_of(self.values) != self.version:
-            # normalization was folded into it, relevance is of another type, or the network has changed the output
+        if not self.is_of(module, input):
             return None
-        if _is_fully_connected(module):
-            total, bias = Rows(weight.detach(), torch.abs).map(input.abs()), module.bias
+        weight = module.weight
+        if is_fully_connected(module):
+            limit, bias = Rows(weight.detach(), torch.abs).map(input.abs()), module.bias
         else:
-            total = maps.convolve(module, input.abs(), weight.detach().abs(), self.values.shape[2:])
+            limit = maps.convolve(module, input.abs(), weight.detach().abs(), self.values.shape[2:])
             bias = None if module.bias is None else module.bias.view(-1, *(1,) * (input.ndim - 2))
-        positive, limit = total + self.values, total
+        positive = limit + self.values
         if bias is not None:
             positive -= bias
             limit += bias.abs()
-        return positive.div_(2) if bool((positive > SMALL * limit).all()) else None
+        is_exact = torch.sub(positive, limit, alpha=SMALL, out=limit).amin() > 0
+        return positive.div_(2) if is_exact else None
 
 
 class Rows:
@@ -447,9 +458,11 @@ class Rows:
         return lower
 
 
-def _is_fully_connected(module):
+def is_fully_connected(module):
+    '''Whether a module is a product with a matrix.'''
     return isinstance(module, torch.nn.Linear) and not isinstance(module, Signed)
 
 
-def _is_plain_convolution(module):
+def is_plain_convolution(module):
+    '''Whether a module is a convolution that is not transposed.'''
     return isinstance(module, Convolution) and not isinstance(module, ConvolutionTranspose)
