@@ -4,6 +4,7 @@ Each round times one plain gradient and one attribution of every composite in tu
 all alike; the ratio's median over the rounds is printed. Peak memory is that of a process which does nothing else.
 '''
 import argparse
+import re
 import statistics
 import subprocess
 import sys
@@ -27,6 +28,7 @@ COMPOSITES = {
     'block': BlockLRP,
     'relative': RelativeLRP,
     'gamma': GammaLRP,
+    'gamma, attention by halves': lambda: GammaLRP(attention='half'),
     'zennit EpsilonPlus': lambda: EpsilonPlus(canonizers=[ResNetCanonizer()]),
     'zennit EpsilonPlus with ratio splitting': lambda: with_splitting(EpsilonPlus()),
 }
@@ -62,7 +64,7 @@ def main():
     parser.add_argument('--size', type=int, default=224)
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--rounds', type=int, default=7)
-    parser.add_argument('--select', default='', help='names that contain this')
+    parser.add_argument('--select', default='', help='names that match a regular expression')
     parser.add_argument('--only', help=argparse.SUPPRESS)
     args = parser.parse_args()
 
@@ -78,7 +80,7 @@ def main():
         return
 
     composites = {
-        name: create for name, create in COMPOSITES.items() if name == 'gradient' or args.select in name
+        name: create for name, create in COMPOSITES.items() if name == 'gradient' or re.search(args.select, name)
     }
     times = {name: [] for name in composites}
     for num in range(args.rounds + 1):

@@ -11,9 +11,11 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock
 from zennit.attribution import Gradient
 
-from zennit_resnet import BlockLRP, RelativeLRP, ResNetLRP, initial_relevance
+from zennit_resnet import BlockLRP, GammaLRP, RelativeLRP, ResNetLRP, initial_relevance
 from zennit_resnet.export import LARGEST, export, run_file
 from zennit_resnet.tracing import trace
+
+pytestmark = pytest.mark.once
 
 
 class Network(nn.Module):
@@ -68,8 +70,8 @@ def assert_close(actual, expected, tolerance=1e-4):
     ResNetLRP(),
     ResNetLRP('symmetric', classifier='epsilon', first_layer='zbox', low=-1., high=1., batch_norm='merge'),
     ResNetLRP(projection='literal', maxpool='average', dead_units='drop'),
-    RelativeLRP(), BlockLRP(),
-], ids=['ratio', 'zbox', 'literal', 'relative', 'block'])
+    RelativeLRP(), BlockLRP(), GammaLRP(),
+], ids=['ratio', 'zbox', 'literal', 'relative', 'block', 'gamma'])
 def test_onnx(composite, model, images, tmp_path):
     '''ONNX Runtime computes what PyTorch does, for other images, too: with negative values, and for a black one.'''
     pytest.importorskip('onnxscript')

@@ -48,6 +48,22 @@ def check_stabilizer(name, value):
     return float(value)
 
 
+def as_stabilizer(name, value):
+    '''Get a stabilizer as a function of denominators: a number is added to them with their sign.'''
+    value = check_stabilizer(name, value)
+    return value if callable(value) else functools.partial(_stabilize, value)
+
+
+def _stabilize(epsilon, denominator):
+    '''Stabilized denominators, as by Zennit's ``Stabilizer``.'''
+    return torch.add(denominator, signs(denominator), alpha=epsilon)
+
+
+def signs(tensor):
+    '''Signs of a tensor, of which those of zeros are positive. Several times as fast as to choose between numbers.'''
+    return tensor.sign().add_(0.5).sign_()
+
+
 def check_rule(name, value, kind=Hook):
     '''Raise a TypeError unless an argument is an instance of a rule.'''
     if not isinstance(value, kind):

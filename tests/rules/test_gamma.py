@@ -9,7 +9,8 @@ from helpers import layers
 from helpers.layers import matrix, with_weight
 from helpers.networks import randomize
 from torch import nn
-from torchvision.models import VisionTransformer, resnet18
+from torchvision.models import VisionTransformer
+from torchvision.models.resnet import BasicBlock, ResNet
 from zennit.attribution import Gradient
 from zennit.rules import Epsilon, Gamma
 
@@ -91,8 +92,9 @@ def test_first_layer():
     layer, x, relevance = layer_of('conv')
     x = x.clamp(-1, 1)
     bounds = {'first_layer': 'zbox', 'low': -1., 'high': 1.}
-    expected = attribute(layer, ZPlus(coverage='even', **bounds), x, relevance)
-    assert torch.equal(attribute(layer, GeneralizedGamma(**bounds), x, relevance), expected)
+    for settings in (bounds, {'first_layer': 'zplus'}):
+        expected = attribute(layer, ZPlus(coverage='even', **settings), x, relevance)
+        assert torch.equal(attribute(layer, GeneralizedGamma(**settings), x, relevance), expected)
     pool = nn.MaxPool2d(2)
     lower = attribute(pool, GeneralizedGamma(), x, torch.ones_like(pool(x)))
     assert torch.equal(lower, F.max_unpool2d(*(
@@ -287,7 +289,7 @@ def test_gradient_times_input(seed):
     {}, {'attention': 'half'}, {'addition': 'ratio', 'parameters': 'sink'}, {'batch_norm': 'merge'}
 ], ids=str)
 @pytest.mark.parametrize('build', [transformer, lambda: (
-    randomize(resnet18(num_classes=5)).double().eval(), torch.rand(2, 3, 32, 32).double()
+    randomize(ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5)).double().eval(), torch.rand(2, 3, 32, 32).double()
 )], ids=['transformer', 'resnet'])
 def test_networks(build, settings):
     '''What biases and constants keep is known, several targets and the graph have the same, and all are sums.'''

@@ -179,9 +179,12 @@ class LossProbe:
             return lower
 
         def keep(relevance):
+            if not self.notes or self.notes[-1].rule is not hook:
+                return
             # there is none of layers whose first dimension is not that of the examples
-            if self.notes and self.notes[-1].rule is hook and len(relevance) == self.batch_size:
-                self.notes[-1].lost['bias'] = self._sum(precise(relevance))
+            kept = relevance()
+            if len(kept) == self.batch_size:
+                self.notes[-1].lost['bias'] = self._sum(precise(kept))
 
         return {'_share': share_out, '_spread': spread, '_keep': keep}
 

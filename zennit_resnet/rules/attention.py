@@ -1,8 +1,7 @@
 '''Rules of attention: products of two signals, and the softmax between them.'''
 import torch
-from zennit.core import Stabilizer
 
-from ..arguments import check_stabilizer
+from ..arguments import as_stabilizer
 from .base import SinglePass
 
 
@@ -24,7 +23,7 @@ class HalfEach(SinglePass):
     def __init__(self, epsilon=None):
         super().__init__()
         self.epsilon = epsilon
-        self._stabilize = None if epsilon is None else Stabilizer.ensure(check_stabilizer('epsilon', epsilon))
+        self._stabilize = None if epsilon is None else as_stabilizer('epsilon', epsilon)
 
     def store(self, module, *inputs):
         '''Keep both factors.'''

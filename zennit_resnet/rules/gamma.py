@@ -2,11 +2,10 @@
 from typing import NamedTuple
 
 import torch
-from zennit.core import Stabilizer
 from zennit.types import Convolution, MaxPool
 
 from .._compat import version_of
-from ..arguments import check_choice, check_number, check_stabilizer
+from ..arguments import as_stabilizer, check_choice, check_number, signs
 from ..layer import Signed, Subsampling
 from . import _linear_maps as maps
 from .zplus import Divisor, Output, ZPlus, is_fully_connected, is_plain_convolution
@@ -31,7 +30,8 @@ class GeneralizedGamma(ZPlus):
     With contributions c_ji = w_ji h_i and outputs y_j = sum_i c_ji + b_j,
     R'_i = sum_j (c_ji + gamma c^s_ji) R_j / (y_j + gamma (sum_k c^s_jk + b^s_j)), where c^s and b^s are the positive
     parts for y_j > 0 and the negative parts for y_j < 0. It is that of Zennit's ``Gamma`` and, for gamma = 0,
-    LRP-epsilon. As c^s = (c + sign(y) abs(c)) / 2, it takes two linear maps with w and two with abs(w).
+    LRP-epsilon. As c^s = (c + sign(y) abs(c)) / 2, it takes one linear map with w and two with abs(w), beside that of
+    the layer itself.
 
     As with ``ZPlus(projection='spread', coverage='even')``, which leaves no lattices, a convolution whose stride
     exceeds its kernel counts as one of averages over its stride, and relevance is smoothed below an overlapping max
@@ -70,11 +70,13 @@ class GeneralizedGamma(ZPlus):
             first_layer='zplus' if is_own else first_layer, low=low, high=high, coverage='even', classifier='epsilon',
         )
         self.first_layer, self.gamma, self.epsilon = first_layer, gamma, epsilon
-        self._stabilize = Stabilizer.ensure(check_stabilizer('epsilon', epsilon))
+        self._stabilize = as_stabilizer('epsilon', epsilon)
 
     def complete(self, module, stored, output):
         '''Keep the output of a layer that is its linear map and its bias, which spares this map.'''
-        if not (is_fully_connected(module) or is_plain_convolution(module) and not maps.is_sparse(module)):
+        is_linear = is_fully_connected(module) or is_plain_convolution(module) and not maps.is_sparse(module)
+        # rules of first layers level filters, which have another output
+        if not is_linear or stored[1] and self.first_layer != 'gamma':
             return stored
         return (*stored[:-1], Output(output.detach(), version_of(output), module.weight))
 
@@ -95,14 +97,13 @@ class GeneralizedGamma(ZPlus):
             output, transpose = self._map(module, input, weight, shape[2:])
             constants = (self._constants if is_last else self._bias)(module, output)
             divisor = output if constants is None else output + constants
-        sign = torch.where(divisor < 0, -1., 1.).to(divisor)
+        sign = signs(divisor)
         if gamma:
             magnitudes = self._part(module, input, torch.abs)
             total, transpose_magnitudes = self._map(module, input.abs(), magnitudes, shape[2:])
             if constants is not None:
                 total = total + constants.abs()
-                constants = (1 + gamma / 2) * constants + gamma / 2 * sign * constants.abs()
-            divisor = (1 + gamma / 2) * divisor + gamma / 2 * sign * total
+            divisor = (divisor * (1 + gamma / 2)).addcmul_(sign, total, value=gamma / 2)
         divisor = Divisor(divisor, self._stabilize(divisor), None)
         return _Prepared(input, gamma, transpose, transpose_magnitudes, sign, divisor, constants)
 
@@ -113,8 +114,11 @@ class GeneralizedGamma(ZPlus):
         input, gamma = stored.input, stored.gamma
         share, _ = self._share(relevance, stored.divisor)
         if stored.constants is not None:
-            self._keep(share * stored.constants)
-        lower = (1 + gamma / 2) * input * stored.transpose(share)
+            self._keep(lambda: share * (
+                (1 + gamma / 2) * stored.constants + gamma / 2 * stored.sign * stored.constants.abs()
+            ))
+        lower = input * stored.transpose(share)
         if gamma:
-            lower = lower + gamma / 2 * input.abs() * stored.transpose_magnitudes(stored.sign * share)
+            magnitudes = stored.transpose_magnitudes(stored.sign * share)
+            lower.mul_(1 + gamma / 2).addcmul_(input.abs(), magnitudes, value=gamma / 2)
         return (lower,)

@@ -1,9 +1,8 @@
 '''Normalization as the linear map that it is if its deviation is a constant.'''
 import torch
 from torch.nn.modules.instancenorm import _InstanceNorm
-from zennit.core import Stabilizer
 
-from ..arguments import check_stabilizer
+from ..arguments import as_stabilizer
 from ._linear_maps import check_batch
 from .base import SinglePass
 from .zplus import Divisor
@@ -24,7 +23,7 @@ class EpsilonNormalization(SinglePass):
     def __init__(self, epsilon=1e-6):
         super().__init__()
         self.epsilon = epsilon
-        self._stabilize = Stabilizer.ensure(check_stabilizer('epsilon', epsilon))
+        self._stabilize = as_stabilizer('epsilon', epsilon)
 
     def store(self, module, *inputs):
         '''Keep the input.'''
@@ -52,7 +51,7 @@ class EpsilonNormalization(SinglePass):
         output = output if bias is None else output + bias
         share, _ = self._share(relevance, Divisor(output, self._stabilize(output), None))
         if bias is not None:
-            self._keep(share * bias)
+            self._keep(lambda: share * bias)
         share = (share if weight is None else share * weight).reshape(shape)
         return (input * ((share - share.mean(-1, keepdim=True)) * scale).view_as(input),)
 
@@ -62,7 +61,7 @@ class EpsilonNormalization(SinglePass):
         return relevance / divisor.stabilized, None
 
     def _keep(self, relevance):
-        '''Relevance that biases keep, which is lost.'''
+        '''Relevance that biases keep, which is lost, as a function without arguments.'''
 
 
 def _grouped(module, input):

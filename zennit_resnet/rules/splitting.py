@@ -1,9 +1,8 @@
 '''Relevance splitting at additions, Eqs. (4) to (7) of Otsuki et al. 2024.'''
 import torch
-from zennit.core import Stabilizer
 
 from .._autograd import depends_on
-from ..arguments import check_rule, check_stabilizer
+from ..arguments import as_stabilizer, check_rule
 from ._linear_maps import by_example
 from .base import SinglePass
 
@@ -92,7 +91,7 @@ class EpsilonSplit(Split):
     def __init__(self, epsilon=1e-6):
         super().__init__()
         self.epsilon = epsilon
-        self._stabilize = Stabilizer.ensure(check_stabilizer('epsilon', epsilon))
+        self._stabilize = as_stabilizer('epsilon', epsilon)
 
     def shares(self, *addends):
         '''Share of the values.'''

@@ -218,7 +218,7 @@ class ZPlus(SinglePass):
         input, lower = stored.input, None
         share, dead = self._share(relevance, stored.divisor)
         if stored.constants is not None:
-            self._keep(share * stored.constants)
+            self._keep(lambda: share * stored.constants)
         for elem, weight, transpose in stored.terms:
             grad = transpose(share)
             if lower is None:
@@ -260,7 +260,7 @@ class ZPlus(SinglePass):
         return torch.zeros_like(linear) if bias is None else bias.expand_as(linear)
 
     def _keep(self, relevance):
-        '''Relevance that biases keep, which is lost.'''
+        '''Relevance that biases keep, which is lost, as a function without arguments.'''
 
     def _divisor(self, denominator, is_signed):
         '''Find dead units, and add the stabilizer.'''
