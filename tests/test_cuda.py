@@ -35,6 +35,8 @@ from zennit_resnet.conservation import conservation_ledger
 from zennit_resnet.postprocess import c1c, c3, heat_quantization
 from zennit_resnet.tracing import trace
 
+pytestmark = pytest.mark.once
+
 DEVICES = ['cpu', pytest.param('cuda', marks=[
     pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU'),
 ])]

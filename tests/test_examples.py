@@ -10,6 +10,8 @@ from PIL import Image
 
 from zennit_resnet.models import find_embedded, load_classifier
 
+pytestmark = pytest.mark.once
+
 FOLDER = Path(__file__).parent.parent / 'examples'
 PICTURES = ('zennit_dropin', 'captum_dropin', 'timm_model', 'layer_relevance', 'compare_checkpoints')
 

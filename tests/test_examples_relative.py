@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+pytestmark = pytest.mark.once
+
 FOLDER = Path(__file__).parent.parent / 'examples' / 'relative'
 
 

@@ -18,6 +18,8 @@ from zennit_resnet import BlockLRP, ResNetLRP, UnsupportedOperation, initial_rel
 from zennit_resnet.export import export
 from zennit_resnet.tracing import trace
 
+pytestmark = pytest.mark.once
+
 COMPOSITES = {
     **RESNET, **RELATIVE, **OTHERS,
     'epsilon': lambda: ResNetLRP(classifier='epsilon'),

@@ -14,6 +14,8 @@ from zennit_resnet import BlockLRP, ResNetLRP, initial_relevance
 from zennit_resnet.cli.commands import main
 from zennit_resnet.export import run_file
 
+pytestmark = pytest.mark.once
+
 CLASSES = ['tabby cat', 'golf ball', 'church']
 
 

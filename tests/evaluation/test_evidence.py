@@ -17,6 +17,8 @@ from captum_adapters.evaluation.grids import CELLS, CONFIDENCE, Grids
 from captum_adapters.evaluation.methods import CONTROLS, Method
 from zennit_resnet.models import load_classifier
 
+pytestmark = pytest.mark.once
+
 COLORS = {'red': (220, 30, 30), 'green': (30, 220, 30), 'blue': (30, 30, 220), 'white': (240, 240, 240)}
 SIZE = 64
 EVIDENCE = ('grid_pointing', 'class_sensitivity', 'randomization', 'contrastive')

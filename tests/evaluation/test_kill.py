@@ -14,6 +14,8 @@ from helpers.evaluation import METHODS, SIZE, assert_same, run
 
 from captum_adapters.evaluation import read_run
 
+pytestmark = pytest.mark.once
+
 
 def command(assets, out, world):
     '''Command of an evaluation by several processes.'''

@@ -35,6 +35,8 @@ from captum_adapters.metrics import insertion_deletion
 from zennit_resnet.models import load_classifier
 from zennit_resnet.postprocess import heat_quantization
 
+pytestmark = pytest.mark.once
+
 
 def test_records(whole, assets):
     '''There is a record for each sample and method, with the values of the metrics.'''
