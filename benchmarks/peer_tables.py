@@ -33,17 +33,19 @@ def summarize(results, names, base):
     print(f'| method | {" | ".join(titles)} |\n|---|{"---|" * len(titles)}')
     for name in names:
         cells = [cell(values[measure, column, name], digits) for measure, column, _, digits in shown]
-        if not any(cells):
-            continue
         row = costs.get(name)
+        if not any(cells) and row is None:
+            continue
         if row is not None:
             left = ', '.join(row['changed'][:2])
             cells += [f'{row["time"]:.2f}', f'{row["memory"]:.2f}', f'changed: {left}' if left else 'as it was']
         elif costs:
             cells += [''] * 3
         print(f'| {name} | {" | ".join(cells)} |')
-    print(f'\n{base} minus another method, on the images that both have:\n')
     shown = [column for column in shown if column[3] == 3 or 'abpc' in column[1]]
+    if not shown:
+        return
+    print(f'\n{base} minus another method, on the images that both have:\n')
     print(f'| minus | {" | ".join(title for _, _, title, _ in shown)} |')
     print(f'|---|{"---|" * len(shown)}')
     for name in names:
