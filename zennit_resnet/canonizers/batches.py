@@ -149,7 +149,8 @@ def depends_on_batch(module, given, output):
     size, bare = batch_size(given), without_hooks(module)
     devices = {elem.device for elem in tensors_of(given) if elem.is_cuda}
     for index in (0, size - 1):
-        for network, number in ((bare, 2), (bare, size), (module, size)):
+        # the first two are the same for a batch of two
+        for network, number in ((bare, 2), (bare, size), (module, size))[size == 2:]:
             args, kwargs = map_tensors(lambda elem, copies=(index,) * number: (
                 elem.detach()[list(copies)] if elem.ndim and len(elem) == size else elem.detach()
             ), given)

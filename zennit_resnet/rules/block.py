@@ -3,12 +3,12 @@ import copy
 import threading
 
 import torch
-from zennit.core import Hook, RemovableHandle, RemovableHandleList, Stabilizer
+from zennit.core import Hook, RemovableHandle, RemovableHandleList
 
 from .._compat import DisableTorchFunction, caller, is_running, version_of
 from .._inplace import Kept, is_watched, replace, settle
 from .._nested import active_tensors, map_tensors
-from ..arguments import Described, check_choice, check_flag, check_stabilizer
+from ..arguments import Described, as_stabilizer, check_choice, check_flag, check_stabilizer
 from ._linear_maps import by_example
 
 
@@ -155,7 +155,7 @@ class BlockEpsilon(Described, Hook):
             denominator = output + self.epsilon
         else:
             # the stabilizer's sign of zero is positive
-            denominator = Stabilizer(self.epsilon)(output) if self.epsilon else output
+            denominator = as_stabilizer('epsilon', self.epsilon)(output) if self.epsilon else output
         share = relevance / denominator
         return share if self.epsilon and self.mode == 'sign' else share.masked_fill_(denominator == 0, 0.)
 

@@ -2,10 +2,10 @@
 import math
 
 import torch
-from zennit.core import BasicHook, Stabilizer
+from zennit.core import BasicHook
 from zennit.rules import ClampMod, zero_bias
 
-from ..arguments import Described, check_number, check_rule, check_stabilizer
+from ..arguments import Described, as_stabilizer, check_number, check_rule
 from ._linear_maps import with_adjoint
 from .base import SinglePass
 
@@ -28,7 +28,7 @@ class SignedAlphaBeta(Described, BasicHook):
         if not math.isclose(alpha + beta, 1., abs_tol=1e-9):
             raise ValueError(f'alpha={alpha} and beta={beta} do not sum to one!')
         self.alpha, self.beta, self.stabilizer, self.zero_params = alpha, beta, stabilizer, zero_params
-        stabilizer_fn = Stabilizer.ensure(check_stabilizer('stabilizer', stabilizer))
+        stabilizer_fn = as_stabilizer('stabilizer', stabilizer)
         first, second = {'zero_params': zero_params}, {'zero_params': zero_bias(zero_params)}
         super().__init__(
             # positive inputs times positive weights, negative times negative, positive times negative, ...

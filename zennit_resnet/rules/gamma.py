@@ -4,7 +4,6 @@ from typing import NamedTuple
 import torch
 from zennit.types import Convolution, MaxPool
 
-from .._compat import version_of
 from ..arguments import as_stabilizer, check_choice, check_number, signs
 from ..layer import Signed, Subsampling
 from . import _linear_maps as maps
@@ -78,7 +77,7 @@ class GeneralizedGamma(ZPlus):
         # rules of first layers level filters, which have another output
         if not is_linear or stored[1] and self.first_layer != 'gamma':
             return stored
-        return (*stored[:-1], Output(output.detach(), version_of(output), module.weight))
+        return (*stored[:-1], Output.of(module, output))
 
     def prepare(self, module, stored, shape):
         '''Compute the denominators.'''

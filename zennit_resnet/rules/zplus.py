@@ -166,7 +166,7 @@ class ZPlus(SinglePass):
         )
         if is_positive or not (is_dense and is_exact) or first and self.first_layer != 'zplus':
             return stored
-        return input, first, is_positive, Output(output.detach(), version_of(output), module.weight)
+        return input, first, is_positive, Output.of(module, output)
 
     def distribute(self, module, stored, relevance):
         '''Leave out the first units of layers of tokens if these receive nothing, as queries and keys of attention.'''
@@ -197,7 +197,7 @@ class ZPlus(SinglePass):
             is_negative = variant == 'zplus' and not is_positive and not (has_values(input) and bool(input.amin() >= 0))
             pairs = self._contributions(module, input, variant, is_negative)
             if is_negative and output is not None:
-                denominator = output.positive(module, input)
+                denominator = self._positive(module, input, output)
         if denominator is None:
             outputs, transposes = zip(*(self._map(module, *pair, shape[2:]) for pair in pairs))
             denominator = sum(outputs[1:], outputs[0])
@@ -230,6 +230,19 @@ class ZPlus(SinglePass):
         if dead is not None:
             lower += self._spread(module, input, relevance * dead)
         return (self._smooth_lower(module, lower) if stored.is_smooth else lower,)
+
+    def _positive(self, module, input, output):
+        '''Sums of the positive contributions (w h)+ = (|w h| + w h) / 2, None if these would not be exact.'''
+        if not output.is_of(module, input):
+            return None
+        weight, bias = self._part(module, input, torch.abs), self._bias(module, output.values)
+        limit, _ = self._map(module, input.abs(), weight, output.values.shape[2:])
+        positive = limit + output.values
+        if bias is not None:
+            positive -= bias
+            limit += bias.abs()
+        is_exact = torch.sub(positive, limit, alpha=SMALL, out=limit).amin() > 0
+        return positive.div_(2) if is_exact else None
 
     @staticmethod
     def _part(module, input, part=None):
@@ -409,6 +422,11 @@ class Output(NamedTuple):
     version: int
     weight: torch.Tensor
 
+    @classmethod
+    def of(cls, module, output):
+        '''What is to be kept of a layer that has just run.'''
+        return cls(output.detach(), version_of(output), module.weight)
+
     def is_of(self, module, input):
         '''Whether it is what the weight makes of the input.
 
@@ -417,23 +435,6 @@ class Output(NamedTuple):
         '''
         is_current = module.weight is self.weight and version_of(self.values) == self.version
         return is_current and module.weight.dtype == self.values.dtype == input.dtype
-
-    def positive(self, module, input):
-        '''Sums of the positive contributions (w h)+ = (|w h| + w h) / 2, None if these would not be exact.'''
-        if not self.is_of(module, input):
-            return None
-        weight = module.weight
-        if is_fully_connected(module):
-            limit, bias = Rows(weight.detach(), torch.abs).map(input.abs()), module.bias
-        else:
-            limit = maps.convolve(module, input.abs(), weight.detach().abs(), self.values.shape[2:])
-            bias = None if module.bias is None else module.bias.view(-1, *(1,) * (input.ndim - 2))
-        positive = limit + self.values
-        if bias is not None:
-            positive -= bias
-            limit += bias.abs()
-        is_exact = torch.sub(positive, limit, alpha=SMALL, out=limit).amin() > 0
-        return positive.div_(2) if is_exact else None
 
 
 class Rows:
