@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 import torch
-import torch.nn.functional as F
+from helpers.networks import CifarResNet
 from PIL import Image
 from torchvision.models import resnet18
 from zennit.attribution import Gradient
@@ -78,10 +78,10 @@ def test_composites(data, name, device):
 
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('name', ['ratio', 'symmetric', 'merge', 'relative', 'block'])
-def test_no_synchronization(data, name, device):
+def test_no_synchronization(name, device):
     '''Neither an eager attribution nor a traced one waits for the device, which reading a value would need.'''
-    model, input, target = data
-    model, input, start = model.to(device), input.to(device), F.one_hot(target, 5).to(input).to(device)
+    model, input = CifarResNet(1).double().eval().to(device), torch.randn(2, 3, 32, 32, dtype=torch.float64).to(device)
+    start = torch.eye(10)[:2].to(input)
     traced, other = trace(model, COMPOSITES[name](), torch.ones_like(input)), torch.randn_like(input)
 
     def explain():

@@ -50,6 +50,12 @@ def fixture_images():
     return torch.rand(2, 3, 24, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
+@pytest.fixture(name='traced', scope='module')
+def fixture_traced(model, images):
+    '''An attribution of the network by ratio splitting.'''
+    return trace(model, ResNetLRP(), images)
+
+
 TARGET = torch.tensor([1, 4])
 START = initial_relevance(TARGET)
 
@@ -87,17 +93,27 @@ def test_onnx(composite, model, images, tmp_path):
         assert_close(found['heatmap'], relevance.sum(1))
 
 
-@pytest.mark.parametrize('options', [
-    {}, {'value': 'softmax'}, {'value': 'one'}, {'contrast': 'centred'}, {'contrast': 'softmax', 'contrast_weight': .5},
-    {'contrast': 'runner_up', 'value': 'logit'}, {'contrast': 3}, {'contrast': [0, 2]},
-    {'contrast': torch.tensor([[0], [2]])},
-], ids=str)
-@pytest.mark.parametrize('classifier', ['zplus', 'epsilon'])
-def test_start(options, classifier, images, tmp_path):
-    '''What relevance starts from is computed in the file, for any target. By default, it is what rules need.'''
+@pytest.fixture(name='small', scope='module')
+def fixture_small(images):
+    '''A network of two layers, with a traced attribution for each rule of the classifier.'''
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)).eval()
+    return model, {rule: trace(model, ResNetLRP(classifier=rule), images) for rule in ('zplus', 'epsilon')}
+
+
+@pytest.mark.parametrize('classifier, options', [
+    *((rule, options) for rule in ('zplus', 'epsilon') for options in (
+        {}, {'value': 'one'}, {'contrast': 'softmax', 'contrast_weight': .5},
+    )),
+    ('zplus', {'value': 'softmax'}), ('zplus', {'contrast': 'centred'}),
+    ('epsilon', {'contrast': 'runner_up', 'value': 'logit'}), ('zplus', {'contrast': 3}),
+    ('epsilon', {'contrast': [0, 2]}), ('zplus', {'contrast': torch.tensor([[0], [2]])}),
+], ids=str)
+def test_start(classifier, options, small, images, tmp_path):
+    '''What relevance starts from is computed in the file, for any target. By default, it is what rules need.'''
+    model, traced = small
     composite = ResNetLRP(classifier=classifier)
-    metadata = export(trace(model, composite, images), images, tmp_path / 'explain.pt2', **options)
+    metadata = export(traced[classifier], images, tmp_path / 'explain.pt2', **options)
     for target in (TARGET, torch.tensor([2, 0])):
         found = run_file(tmp_path / 'explain.pt2', images, target)
         _, relevance = attribute(model, composite, images, initial_relevance(target, **options))
@@ -107,7 +123,7 @@ def test_start(options, classifier, images, tmp_path):
 
 
 @pytest.mark.parametrize('suffix', ['.onnx', '.pt2'])
-def test_file(suffix, model, images, tmp_path):
+def test_file(suffix, model, traced, images, tmp_path):
     '''A file has its own normalization, and says what it is. The predicted class need not be known.'''
     if suffix == '.onnx':
         pytest.importorskip('onnxscript')
@@ -115,7 +131,6 @@ def test_file(suffix, model, images, tmp_path):
     path, composite = tmp_path / f'explain{suffix}', ResNetLRP()
     mean, std = [.4, .5, .6], [.5, .4, .6]
     own = {'classes': ['a', 'é', '中', 'd', 'e'], 'method': 'ratio'}
-    traced = trace(model, composite, images)
     written = export(traced, images, path, contrast=2, normalization=(mean, std), metadata=own)
     assert list(tmp_path.iterdir()) == [path]
     image = images * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
@@ -148,10 +163,10 @@ def test_file(suffix, model, images, tmp_path):
     assert str(tmp_path.parent).encode() not in path.read_bytes() and b'site-packages' not in path.read_bytes()
 
 
-def test_without_this_package(model, images, tmp_path):
+def test_without_this_package(model, traced, images, tmp_path):
     '''A file needs nothing of this package or Zennit.'''
     path = tmp_path / 'explain.pt2'
-    export(trace(model, ResNetLRP(), images), images, path)
+    export(traced, images, path)
     np.save(tmp_path / 'images.npy', images.numpy())
     code = '''
 import sys
@@ -189,20 +204,19 @@ def test_single_output_and_signals(tmp_path):
     ({'traced': nn.ReLU()}, TypeError, 'ReLU'),
     ({'input': [1.]}, TypeError, 'list'),
 ], ids=str)
-def test_arguments(options, kind, part, model, images, tmp_path):
+def test_arguments(options, kind, part, traced, images, tmp_path):
     '''Errors name what is wrong, and nothing is written.'''
-    args = {'traced': trace(model, ResNetLRP(), images), 'input': images, 'path': 'explain.pt2', **options}
+    args = {'traced': traced, 'input': images, 'path': 'explain.pt2', **options}
     args['path'] = tmp_path / args['path']
     with pytest.raises(kind, match=part):
         export(**args)
     assert not list(tmp_path.iterdir())
 
 
-def test_overwrite(model, images, tmp_path, monkeypatch):
+def test_overwrite(traced, images, tmp_path, monkeypatch):
     '''A file is replaced if that is asked for, as a whole or not at all.'''
     path = tmp_path / 'explain.pt2'
     path.write_text('something else')
-    traced = trace(model, ResNetLRP(), images)
     with pytest.raises(FileExistsError, match='explain.pt2'):
         export(traced, images, path)
 
@@ -228,7 +242,7 @@ def test_dense_output(tmp_path):
         export(trace(model, ResNetLRP(), images), images, tmp_path / 'explain.pt2')
 
 
-def test_no_form_in_onnx(model, tmp_path):
+def test_no_form_in_onnx(tmp_path):
     '''An operation that ONNX does not have is named, and the layer that it is from.'''
     pytest.importorskip('onnxscript')
 
@@ -247,19 +261,19 @@ def test_no_form_in_onnx(model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_too_large(model, images, tmp_path, monkeypatch):
+def test_too_large(traced, images, tmp_path, monkeypatch):
     '''A file of ONNX is of 2 GB at most.'''
     pytest.importorskip('onnxscript')
     assert 2 ** 30 < LARGEST < 2 ** 31
     monkeypatch.setattr('zennit_resnet.export.LARGEST', 1000)
     with pytest.raises(ValueError, match='GB'):
-        export(trace(model, ResNetLRP(), images), images, tmp_path / 'explain.onnx')
+        export(traced, images, tmp_path / 'explain.onnx')
     assert not list(tmp_path.iterdir())
 
 
-def test_packages_are_missing(model, images, tmp_path, monkeypatch):
+def test_packages_are_missing(traced, images, tmp_path, monkeypatch):
     '''What to install is said before anything is computed.'''
     monkeypatch.setitem(sys.modules, 'onnxscript', None)
     pytest.importorskip('onnx')
     with pytest.raises(ImportError, match='pip install'):
-        export(trace(model, ResNetLRP(), images), images, tmp_path / 'explain.onnx')
+        export(traced, images, tmp_path / 'explain.onnx')
