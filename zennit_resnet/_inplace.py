@@ -262,16 +262,15 @@ def _use(target, value, is_clipping):
     return clipped
 
 
-def _changed(name, args, kwargs):
-    '''The tensor that a function changes in place, None if it does not.
+def is_inplace(name, kwargs):
+    '''Whether a function changes its first argument. PyTorch gives ``inplace`` by name, whatever the caller does.'''
+    return bool(kwargs.get('inplace')) or name.startswith('__i') or name.endswith('_') and not name.endswith('__')
 
-    PyTorch gives ``inplace`` by name, whatever the caller does.
-    '''
+
+def _changed(name, args, kwargs):
+    '''The tensor that a function changes in place, None if it does not.'''
     target = kwargs.get('out')
-    if target is None and (
-        kwargs.get('inplace') or name == '__setitem__' or name.startswith('__i')
-        or name.endswith('_') and not name.endswith('__')
-    ):
+    if target is None and (name == '__setitem__' or is_inplace(name, kwargs)):
         target = args[0] if args else kwargs.get('input')
     return target if isinstance(target, torch.Tensor) else None
 

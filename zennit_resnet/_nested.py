@@ -23,12 +23,12 @@ def _collect(value, found):
             _collect(elem, found)
 
 
-def map_tensors(function, value):
+def map_tensors(function, value, kind=torch.Tensor):
     '''Replace all tensors in nested arguments by a function of them. What has none of another value is not copied.'''
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, kind):
         return function(value)
     elements = _elements(value)
-    mapped = {key: map_tensors(function, elem) for key, elem in elements.items()}
+    mapped = {key: map_tensors(function, elem, kind) for key, elem in elements.items()}
     if all(mapped[key] is elem for key, elem in elements.items()):
         return value
     if isinstance(value, tuple):

@@ -224,6 +224,12 @@ Convolution3d = _calls_of(torch.nn.Conv3d, 'Convolution3d')
 ConvolutionTranspose1d = _calls_of(torch.nn.ConvTranspose1d, 'ConvolutionTranspose1d')
 ConvolutionTranspose2d = _calls_of(torch.nn.ConvTranspose2d, 'ConvolutionTranspose2d')
 ConvolutionTranspose3d = _calls_of(torch.nn.ConvTranspose3d, 'ConvolutionTranspose3d')
+# By the names of their functions.
+LINEAR = {
+    'linear': FullyConnected, 'conv1d': Convolution1d, 'conv2d': Convolution2d, 'conv3d': Convolution3d,
+    'conv_transpose1d': ConvolutionTranspose1d, 'conv_transpose2d': ConvolutionTranspose2d,
+    'conv_transpose3d': ConvolutionTranspose3d,
+}
 
 
 class LinearMap(Signed, FunctionalLinear, torch.nn.Linear):

@@ -4,6 +4,7 @@ from typing import NamedTuple
 import torch
 
 from .._compat import is_view, keep_version
+from .._inplace import is_inplace
 from .._nested import map_tensors, tensors_of
 
 # What PyTorch calls some arguments as well.
@@ -37,7 +38,7 @@ class FunctionCall(NamedTuple):
     def keep(self, tensor):
         '''The call with all tensors but one as constants.'''
         constants = {id(elem): elem.detach() for elem in self.active if elem is not tensor}
-        args, kwargs = _substitute((self.args, self.kwargs), constants)
+        args, kwargs = self._with(constants)
         return self._replace(args=args, kwargs=kwargs, active=[tensor])
 
     def distinct(self):
@@ -59,33 +60,34 @@ class FunctionCall(NamedTuple):
 
     def put(self, tensor, value):
         '''The call with another tensor in the place of one.'''
-        args, kwargs = _substitute((self.args, self.kwargs), {id(tensor): value})
+        args, kwargs = self._with({id(tensor): value})
         active = [value if elem is tensor else elem for elem in self.active]
         return self._replace(args=args, kwargs=kwargs, active=[elem for elem in active if elem.requires_grad])
+
+    def _with(self, replacements):
+        '''Arguments with others in the place of tensors, by their id.'''
+        return map_tensors(lambda elem: replacements.get(id(elem), elem), (self.args, self.kwargs))
 
     def rebind(self, *tensors):
         '''The call as a function of tensors, by default those that carry relevance, without a reference to any.'''
         func, tensors = self.func, tensors or self.active
-        slots = {id(elem): _Slot(num) for num, elem in enumerate(tensors)}
-        args, kwargs = given = _substitute((self.args, self.kwargs), slots)
+        given = self._with({id(elem): _Slot(num) for num, elem in enumerate(tensors)})
         precision = _precision(tensors[0])
 
         def function(*tensors):
-            if _precision(tensors[0]) == precision:
-                return func(*_substitute(args, tensors), **_substitute(kwargs, tensors))
-            # rules run in single precision where the network runs in half precision
-            others = map_tensors(lambda elem: elem.to(tensors[0].dtype) if elem.is_floating_point() else elem, given)
-            return func(*_substitute(others[0], tensors), **_substitute(others[1], tensors))
+            others = given
+            if _precision(tensors[0]) != precision:
+                # rules run in single precision where the network runs in half precision
+                others = map_tensors(lambda elem: elem.to(tensors[0].dtype) if elem.is_floating_point() else elem, given)
+            args, kwargs = map_tensors(tensors.__getitem__, others, _Slot)
+            return func(*args, **kwargs)
 
         return function
 
     @property
     def is_inplace(self):
         '''Whether the first argument becomes what is returned.'''
-        return (
-            bool(self.kwargs.get('inplace')) or self.name.startswith('__i')
-            or self.name.endswith('_') and not self.name.endswith('__')
-        )
+        return is_inplace(self.name, self.kwargs)
 
     def out_of_place(self):
         '''The call which returns what the first argument of this one becomes.'''
@@ -108,19 +110,6 @@ def _precision(tensor):
 
 class _Slot(int):
     '''Place of a tensor in the arguments of a call.'''
-
-
-def _substitute(value, replacements):
-    '''Replace tensors by others according to their id, or slots by tensors, in nested arguments.'''
-    if isinstance(value, torch.Tensor):
-        return replacements.get(id(value), value) if isinstance(replacements, dict) else value
-    if isinstance(value, _Slot):
-        return replacements[value]
-    if isinstance(value, dict):
-        return {key: _substitute(elem, replacements) for key, elem in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_substitute(elem, replacements) for elem in value)
-    return value
 
 
 def out_of_place(handler):

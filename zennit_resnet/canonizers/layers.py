@@ -8,15 +8,10 @@ import torch.nn.functional as F
 from .._compat import OpOverload
 from .._gates import are_probabilities, is_log_sum, is_shift, is_weighting
 from ..layer import (
+    LINEAR,
     Activation,
     Addition,
     Concatenation,
-    Convolution1d,
-    Convolution2d,
-    Convolution3d,
-    ConvolutionTranspose1d,
-    ConvolutionTranspose2d,
-    ConvolutionTranspose3d,
     FullyConnected,
     Gate,
     MaxPool,
@@ -29,12 +24,6 @@ from .functions import FunctionCall, out_of_place
 
 CLIPPED = frozenset('relu6 hardtanh hardtanh_'.split())
 POWERS = frozenset('pow pow_ __pow__ __ipow__ float_power float_power_'.split())
-CONVOLUTIONS = {
-    'conv1d': Convolution1d, 'conv2d': Convolution2d, 'conv3d': Convolution3d,
-    'conv_transpose1d': ConvolutionTranspose1d, 'conv_transpose2d': ConvolutionTranspose2d,
-    'conv_transpose3d': ConvolutionTranspose3d,
-}
-LINEAR = frozenset(('linear', *CONVOLUTIONS))
 # Settings of convolutions, in the order of the arguments.
 SETTINGS = {
     'linear': (), 'conv': ('stride', 'padding', 'dilation', 'groups'),
@@ -45,8 +34,6 @@ SETTINGS = {
 def add(canonizer, call, function):
     '''Add two tensors, or a constant to one.'''
     left, right = function.operands()
-    if len(function.active) == 1 and products.is_complex(left, right):
-        return canonizer.refuse(call, function, products.COMPLEX)
     factors = [1, function.kwargs.get('alpha', 1)]
     if 'sub' in function.name:
         # x - alpha y is the sum of x and -alpha y, other - alpha x of -alpha x and other
@@ -59,17 +46,15 @@ def add(canonizer, call, function):
             return output
         return canonizer.run(call, Addition, function, factors=None if factors == [1, 1] else tuple(factors))
     signal, = function.active
-    is_left, found = left is signal, canonizer.merge.find(signal)
-    factor, shift = factors[0 if is_left else 1], (right if is_left else left, factors[1 if is_left else 0])
-    if canonizer.parameters == 'sink' and _is_sink(shift[0]):
+    constant, found = right if left is signal else left, canonizer.merge.find(signal)
+    if canonizer.parameters == 'sink' and _is_sink(constant):
         return _add_sink(canonizer, call, function, factors=factors)
-    shift = None if found is None else shift[0] if shift[1] == 1 else shift[0] * shift[1]
-    if factor == 1:
-        # the gradient of adding a constant passes all relevance on
-        output = function()
-    else:
-        output = canonizer.run(call, Gate, function)
-    canonizer.merge.note(found, signal, output, None if factor == 1 else factor, shift)
+    factor, sign = factors if left is signal else factors[::-1]
+    # the gradient of adding a constant passes all relevance on
+    output = function() if factor == 1 else canonizer.run(call, Gate, function)
+    if found is not None:
+        shift = constant if sign == 1 else constant * sign
+        canonizer.merge.note(found, signal, output, None if factor == 1 else factor, shift)
     return output
 
 
@@ -91,14 +76,6 @@ def _add_sink(canonizer, call, function, factors):
     output = canonizer.run(call, Addition, function, factors=None if factors == [1, 1] else tuple(factors))
     sinks.watch_addition(canonizer, call, function, signal, constant, output)
     return output
-
-
-NORM_ARGUMENTS = {
-    'layer_norm': ('input', 'normalized_shape', 'weight', 'bias', 'eps'),
-    'native_layer_norm': ('input', 'normalized_shape', 'weight', 'bias', 'eps'),
-    'group_norm': ('input', 'num_groups', 'weight', 'bias', 'eps'),
-    'native_group_norm': ('input', 'weight', 'bias', 'N', 'C', 'HxW', 'group', 'eps'),
-}
 
 
 def normalize(canonizer, call, function, operands, factors):
@@ -138,65 +115,48 @@ def unary(canonizer, call, function, kind):
     return canonizer.run(call, kind, function)
 
 
-def batch_norm(canonizer, call, function):
-    '''Normalize, with what is needed to fold it.'''
-    given = batch_norm_arguments(function.func, function.args, function.kwargs)
+def normalization(canonizer, call, function):
+    '''Normalize, with what is needed to fold it, or tells which elements have a mean in common.
+
+    Native functions return these means as well.
+    '''
     if len(function.active) > 1:
         return canonizer.refuse(call, function, 'more than one of its arguments does')
-    return canonizer.run(call, Normalization, function, **_constants(given))
-
-
-def grouped_norm(canonizer, call, function):
-    '''Normalize by means of the input, with what tells of which elements. Native functions return these as well.'''
-    is_native = function.name.startswith('native')
-    if len(function.active) > 1 and not is_native:
-        return canonizer.refuse(call, function, 'more than one of its arguments does')
-    if function.name == 'instance_norm':
-        given = batch_norm_arguments(function.func, function.args, function.kwargs, 'use_input_stats')
-        if given.get('running_mean') is None or given.get('use_input_stats', True):
-            given.update(num_groups=given['input'].shape[1], running_mean=None, running_var=None)
-    else:
-        given = function.bind(*NORM_ARGUMENTS[function.name])
+    given = norm_arguments(function.func, function.name, function.args, function.kwargs)
+    if function.name == 'instance_norm' and (given.get('running_mean') is None or given.get('training', True)):
+        given.update(num_groups=given['input'].shape[1], running_mean=None, running_var=None)
     shape = given.get('normalized_shape')
-    settings = dict(
-        _constants(given), num_groups=given.get('num_groups', given.get('group')),
-        normalized_shape=None if shape is None else tuple(shape),
-    )
-    if is_native:
-        return products.run_first(canonizer, call, function, Normalization, **settings)
-    return canonizer.run(call, Normalization, function, **settings)
-
-
-def native_batch_norm(canonizer, call, function):
-    '''A batch normalization that returns statistics as well.'''
-    names = ('weight', 'bias', 'running_mean', 'running_var')
-    flags = ('training',) if 'no_training' not in function.name else ()
-    given = function.bind('input', *names, *flags, 'momentum', 'eps')
-    if len(function.active) > 1 or given.get('running_mean') is None:
-        return products.run_first(canonizer, call, function, Normalization)
-    return products.run_first(canonizer, call, function, Normalization, **_constants(given))
-
-
-def _constants(given):
-    '''What is needed to fold a batch normalization, from its arguments.'''
-    names = ('running_mean', 'running_var', 'weight', 'bias')
-    return {
-        'eps': given.get('eps', 1e-5),
-        **{key: None if given.get(key) is None else given[key].detach() for key in names},
+    settings = {
+        'eps': given.get('eps', 1e-5), 'num_groups': given.get('num_groups'),
+        'normalized_shape': None if shape is None else tuple(shape), **{
+            key: None if given.get(key) is None else given[key].detach()
+            for key in ('running_mean', 'running_var', 'weight', 'bias')
+        },
     }
+    if function.name in ('batch_norm', 'instance_norm', 'layer_norm', 'group_norm'):
+        return canonizer.run(call, Normalization, function, **settings)
+    return products.run_first(canonizer, call, function, Normalization, **settings)
 
 
-def batch_norm_arguments(func, args, kwargs, flag='training'):
-    '''Arguments of a batch or instance normalization by their names. Those of torch have them in another order.'''
-    names = 'running_mean', 'running_var', 'weight', 'bias'
-    if func not in (F.batch_norm, F.instance_norm):
-        names = names[2:] + names[:2]
-    return dict(zip(('input', *names, flag, 'momentum', 'eps'), args), **kwargs)
+def norm_arguments(func, name, args, kwargs):
+    '''Arguments of a normalization by their names.'''
+    if 'layer_norm' in name:
+        names = 'input normalized_shape weight bias eps'
+    elif name == 'group_norm':
+        names = 'input num_groups weight bias eps'
+    elif name == 'native_group_norm':
+        names = 'input weight bias N C HxW num_groups eps'
+    elif func in (F.batch_norm, F.instance_norm):
+        names = 'input running_mean running_var weight bias training momentum eps'
+    else:
+        names = f'input weight bias running_mean running_var {"training" * ("no_training" not in name)} momentum eps'
+    aliases = {'use_input_stats': 'training', 'group': 'num_groups'}
+    return dict(zip(names.split(), args), **{aliases.get(key, key): elem for key, elem in kwargs.items()})
 
 
 def gated_unit(canonizer, call, function):
     '''Halves of a tensor, a signal and its gate.'''
-    given = dict(zip(('input', 'dim'), function.args), **function.kwargs)
+    given = function.bind('input', 'dim')
     dim = given.get('dim', -1)
     signal, gate = given['input'].chunk(2, dim)
     gate = gate.detach()
@@ -227,9 +187,7 @@ def pool(canonizer, call, function, kind):
     tensors = None if 'pool' in function.name else moves.branches(function)
     if tensors is not None:
         return moves.reduce_branches(canonizer, call, function, tensors)
-    windows = dict.fromkeys(('kernel_size', 'output_size', 'stride', 'dim'))
-    windows.update(padding=0, dilation=1, ceil_mode=False)
-    windows.update((key, value) for key, value in given.items() if key in windows)
+    windows = {key: given.get(key, default) for key, default in products.WINDOWS.items()}
     if not windows['stride']:
         # torch.max_pool2d has an empty list for it
         windows['stride'] = windows['kernel_size']
@@ -240,19 +198,15 @@ def concatenate(canonizer, call, function):
     '''Concatenate tensors.'''
     given = function.bind('tensors', 'dim')
     tensors, dim = given['tensors'], given.get('dim', 0)
-    if function.name in ('stack', 'cat', 'concat', 'concatenate'):
-        whole = moves.all_examples(tensors, dim, function.name == 'stack')
-        if whole is not None:
-            return whole.clone()
-    is_padded = function.name in ('cat', 'concat', 'concatenate') and len(function.active) == 1
+    is_stack, is_cat = function.name == 'stack', function.name in ('cat', 'concat', 'concatenate')
     # a token that is a parameter is no padding, whatever its values
-    if not is_padded or len(tensors) < 2 or any(
+    if not is_cat or len(function.active) > 1 or len(tensors) < 2 or any(
         sinks.is_parameter(elem) or bool(elem.any()) for elem in tensors if not elem.requires_grad
     ):
         output = canonizer.run(call, Concatenation, function)
         sinks.watch_constants(canonizer, call, function, output, tensors)
-        if function.name in ('stack', 'cat', 'concat', 'concatenate'):
-            moves.note_stacked(output, tensors, dim, function.name == 'stack')
+        if is_stack or is_cat:
+            moves.note_stacked(output, tensors, dim, is_stack)
         return output
     # concatenation with zeros, as some shortcuts have it
     position = next(num for num, elem in enumerate(tensors) if elem is function.active[0])
@@ -264,7 +218,7 @@ def concatenate(canonizer, call, function):
 
 def pad(canonizer, call, function):
     '''Pad a tensor.'''
-    given = dict(zip(('input', 'pad', 'mode', 'value'), function.args), **function.kwargs)
+    given = function.bind('input', 'pad', *(('mode',) if function.name == 'pad' else ()))
     if given.get('mode', 'constant') != 'constant':
         # elements are repeated, the gradient adds up the relevance of the copies
         return function()
@@ -276,14 +230,22 @@ def pad(canonizer, call, function):
 
 def index_(canonizer, call, function):
     '''Index a tensor, which may be subsampling.'''
-    _, index = function.args
-    index = index if isinstance(index, tuple) else (index,)
-    if not any(isinstance(elem, slice) and elem.step not in (None, 1) for elem in index):
-        return function()
-    steps = _spatial_steps(function.args[0], index)
-    if not steps:
-        return function()
-    return canonizer.run(call, Subsampling, function, steps=steps)
+    tensor, index = function.args
+    return _subsample(canonizer, call, function, tensor, index if isinstance(index, tuple) else (index,))
+
+
+def slice_(canonizer, call, function):
+    '''The function that slices are of aten.'''
+    given = {'dim': 0, 'start': None, 'end': None, 'step': 1, **function.bind('input', 'dim', 'start', 'end', 'step')}
+    input, dim, end = (given[key] for key in ('input', 'dim', 'end'))
+    index = [slice(None)] * input.ndim
+    index[dim] = slice(given['start'], None if end is None or end >= input.shape[dim] else end, given['step'])
+    return _subsample(canonizer, call, function, input, tuple(index))
+
+
+def _subsample(canonizer, call, function, tensor, index):
+    steps = _spatial_steps(tensor, index)
+    return canonizer.run(call, Subsampling, function, steps=steps) if any(step != 1 for step in steps) else function()
 
 
 def linear(canonizer, call, function):
@@ -300,7 +262,7 @@ def linear(canonizer, call, function):
             'its weights require a gradient, but are no parameters of the network that was given' if is_hidden
             else 'its weights do'
         ))
-    surrogate = canonizer.surrogate_for(call, CONVOLUTIONS.get(function.name, FullyConnected), function.name)
+    surrogate = canonizer.surrogate_for(call, LINEAR.get(function.name, FullyConnected), function.name)
     defaults = {'stride': 1, 'padding': 0, 'output_padding': 0, 'dilation': 1, 'groups': 1}
     surrogate.padding_mode = 'zeros'
     surrogate.set_call(
@@ -333,17 +295,6 @@ def convolution(canonizer, call, function):
     return linear(canonizer, call, FunctionCall(convolution, name, (), given, function.active))
 
 
-def slice_(canonizer, call, function):
-    '''The function that slices are of aten.'''
-    given = {'dim': 0, 'start': None, 'end': None, 'step': 1, **function.bind('input', 'dim', 'start', 'end', 'step')}
-    input = given['input']
-    index = [slice(None)] * input.ndim
-    end = None if given['end'] is None or given['end'] >= input.shape[given['dim']] else given['end']
-    index[given['dim']] = slice(given['start'], end, given['step'])
-    steps = _spatial_steps(input, tuple(index)) if given['step'] != 1 else ()
-    return canonizer.run(call, Subsampling, function, steps=steps) if steps else function()
-
-
 def _pool_arguments(name):
     '''Names of the leading arguments of a function over positions.'''
     if name.startswith('adaptive'):
@@ -355,10 +306,9 @@ def _pool_arguments(name):
 
 def _spatial_steps(tensor, index):
     '''Steps of the trailing dimensions, empty if the index does anything but subsample these from their start.'''
-    if Ellipsis in [elem for elem in index if elem is Ellipsis]:
-        position = next(num for num, elem in enumerate(index) if elem is Ellipsis)
-        index = index[:position] + (slice(None),) * (tensor.ndim - len(index) + 1) + index[position + 1:]
-    index = index + (slice(None),) * (tensor.ndim - len(index))
+    position = next((num for num, elem in enumerate(index) if elem is Ellipsis), len(index))
+    missing = (slice(None),) * (tensor.ndim - len(index) + (position < len(index)))
+    index = index[:position] + missing + index[position + 1:]
     if not all(isinstance(elem, slice) and elem.start in (None, 0) and elem.stop is None for elem in index):
         return ()
     if tensor.ndim not in (3, 4, 5) or any(elem.step not in (None, 1) for elem in index[:2]):

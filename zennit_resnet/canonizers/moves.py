@@ -10,9 +10,6 @@ from . import sinks
 from .functions import FunctionCall, dims_of, kept, out_of_place, with_values, write_out
 from .products import run_first
 
-# Functions that may take examples one by one.
-EXAMPLES = frozenset('__getitem__ __iter__ unbind select split chunk tensor_split'.split())
-
 
 def place(canonizer, call, function):
     '''Put elements among constants, if only one tensor carries relevance: of several, the gradient is the rule.'''
@@ -186,43 +183,6 @@ def note_stacked(output, tensors, dim, is_stack):
     if is_stack or all(elem.ndim == output.ndim and elem.shape[dim] == 1 for elem in tensors):
         versions = list(map(version_of, (output, *tensors)))
         output._stacked = tuple(tensors), dim, is_stack, versions
-
-
-def note_examples(function, output, size):
-    '''Note which example of a tensor with all of them another tensor is.'''
-    given = function.bind('input', 'index')
-    input, index = given['input'], given.get('index')
-    if not isinstance(input, torch.Tensor) or not input.ndim or len(input) != size:
-        return
-    if isinstance(output, torch.Tensor):
-        if function.name == 'select':
-            given = function.bind('input', 'dim', 'index')
-            index = given['index'] if given['dim'] in (0, -input.ndim) else None
-        if isinstance(index, tuple) and index and all(elem in (slice(None), Ellipsis) for elem in index[1:]):
-            index = index[0]
-        if isinstance(index, slice) and index.step in (None, 1):
-            start, stop, _ = index.indices(size)
-            index = start if stop == start + 1 else None
-        output = {} if isinstance(index, bool) or not isinstance(index, int) else {index % size: output}
-    else:
-        output = dict(enumerate(output)) if len(output) == size else {}
-    for index, elem in output.items():
-        if elem.shape in (input.shape[1:], (1, *input.shape[1:])):
-            elem._example = input, index, (version_of(input), version_of(elem))
-
-
-def all_examples(tensors, dim, is_stack):
-    '''The tensor with all examples that tensors are of, in their order, None if they are anything else.'''
-    notes = [getattr(elem, '_example', None) for elem in tensors]
-    if None in notes:
-        return None
-    input = notes[0][0]
-    is_whole = len(notes) == len(input) and dim in (0, -input.ndim) and all(
-        elem is input and index == num and versions == (version_of(input), version_of(tensor))
-        and (tensor.ndim < input.ndim) == is_stack
-        for num, (tensor, (elem, index, versions)) in enumerate(zip(tensors, notes))
-    )
-    return input if is_whole else None
 
 
 def reduce_branches(canonizer, call, function, tensors):

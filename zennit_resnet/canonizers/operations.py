@@ -105,8 +105,7 @@ TABLE = (
     ''', gradient, takes=(2, 0)),
     _entry('flip', gradient, takes=(1, None)),
     _entry('rot90', gradient, takes=(2, (0, 1))),
-    _entry('__reversed__ flipud vsplit', gradient, takes=(9, 0)),
-    _entry('__iter__', takes=(9, 0)),
+    _entry('__iter__ __reversed__ flipud vsplit', gradient, takes=(9, 0)),
     _entry('kthvalue topk', gradient, reduces=(2, -1)),
     _entry('median nanmedian mode sort', gradient, reduces=(1, -1)),
     _entry('msort', gradient, reduces=(9, 0)),
@@ -140,16 +139,15 @@ TABLE = (
     _entry('rrelu', layers.unary, Activation, training=(3, False)),
     _entry('maximum minimum fmax fmin', layers.extremum),
     _entry('max min amin', layers.extremum, reduces=(1, None)),
-    _entry('layer_norm group_norm instance_norm native_layer_norm native_group_norm', layers.grouped_norm),
+    _entry('layer_norm group_norm instance_norm native_layer_norm native_group_norm', layers.normalization),
     _entry('rms_norm local_response_norm', layers.unary, Normalization),
     _entry('normalize', layers.unary, Normalization, reduces=(2, 1)),
-    _entry('batch_norm', layers.batch_norm, training=(5, False)),
-    # these return their statistics as well
-    _entry('_fused_rms_norm', products.run_first, Normalization),
     _entry('''
-        native_batch_norm _native_batch_norm_legit cudnn_batch_norm miopen_batch_norm
-    ''', layers.native_batch_norm, training=(5, False)),
-    _entry('_native_batch_norm_legit_no_training', layers.native_batch_norm),
+        batch_norm native_batch_norm _native_batch_norm_legit cudnn_batch_norm miopen_batch_norm
+    ''', layers.normalization, training=(5, False)),
+    _entry('_native_batch_norm_legit_no_training', layers.normalization),
+    # it returns its statistics as well
+    _entry('_fused_rms_norm', products.run_first, Normalization),
     _entry('glu', layers.gated_unit),
     # these pass relevance at the end of a network only
     _entry('softmax log_softmax special_softmax special_log_softmax', attention.softmax, reduces=(1, None)),
@@ -238,7 +236,7 @@ def is_training(func, args, kwargs):
         return given.get(1, kwargs.get('p', .5)) > 0
     if 'batch_norm' not in name:
         return True
-    given = layers.batch_norm_arguments(func, args, kwargs)
+    given = layers.norm_arguments(func, name, args, kwargs)
     # without statistics, it may be a normalization of another kind, of a tensor that was reshaped to have no examples
     return given.get('running_mean') is not None or len(given['input']) > 1
 
@@ -253,8 +251,13 @@ def handle(canonizer, call, function):
         return (target if target.shape == output.shape else target.resize_(output.shape)).copy_(output)
     entry = OPERATIONS.get(function.name)
     handler = None if entry is None else entry.run
-    if handler is not None and not any(map(torch.is_complex, function.active)):
+    is_complex = any(elem.is_complex() if isinstance(elem, torch.Tensor) else isinstance(elem, complex) for elem in (
+        *function.tensors(), *function.args, *function.kwargs.values()
+    ))
+    if handler is not None and not is_complex:
         return handler(canonizer, call, function)
-    is_complex = function.name.startswith('fft_') or function.name in COMPLEX_FUNCTIONS
-    is_complex = is_complex or products.is_complex(*function.active)
-    return canonizer.refuse(call, function, products.COMPLEX if is_complex else 'no rule covers it')
+    is_complex = is_complex or function.name.startswith('fft_') or function.name in COMPLEX_FUNCTIONS
+    return canonizer.refuse(call, function, (
+        'it computes with complex numbers, which have no positive or negative parts for a rule' if is_complex
+        else 'no rule covers it'
+    ))

@@ -19,7 +19,7 @@ from ..layer import (
     Product,
     Resampling,
 )
-from .functions import FunctionCall, become, out_of_place, with_values, write_out
+from .functions import FunctionCall, become, out_of_place, write_out
 
 # Products to which a tensor is added, with the arguments they have and the products they add.
 ADDED_PRODUCTS = {
@@ -29,6 +29,11 @@ ADDED_PRODUCTS = {
 }
 # Weights of these modes of interpolation have no negative sign.
 NON_NEGATIVE = frozenset('nearest nearest-exact area linear bilinear trilinear'.split())
+# Settings of poolings.
+WINDOWS = {
+    'kernel_size': None, 'output_size': None, 'stride': None, 'dim': None, 'padding': 0, 'dilation': 1,
+    'ceil_mode': False,
+}
 
 
 def find_signal(factors, by_size=True):
@@ -42,11 +47,6 @@ def find_signal(factors, by_size=True):
     if not by_size or len(factors) > 2 or left == right:
         return None
     return 0 if left > right else 1
-
-
-def is_complex(*values):
-    '''Whether any of some numbers or tensors is complex.'''
-    return any(elem.is_complex() if isinstance(elem, torch.Tensor) else isinstance(elem, complex) for elem in values)
 
 
 def run_on(canonizer, call, kind, function, signal, **settings):
@@ -71,8 +71,6 @@ def multiply(canonizer, call, function):
     left, right = function.operands()
     is_division = 'div' in function.name
     if len(function.active) == 1:
-        if is_complex(left, right):
-            return canonizer.refuse(call, function, COMPLEX)
         signal, = function.active
         is_divisor = is_division and signal is (left if function.name in ('__rdiv__', '__rtruediv__') else right)
         if is_divisor:
@@ -119,9 +117,6 @@ def _exponentials(left, right, is_division):
     return None
 
 
-COMPLEX = 'it computes with complex numbers, which have no positive or negative parts for a rule'
-
-
 # -- products over dimensions ------------------------------------------------------------------------------------------
 
 def _pick(canonizer, call, function):
@@ -129,8 +124,6 @@ def _pick(canonizer, call, function):
 
     Also the factors that are constants although they are computed from the input, as are weights of a pooling.
     '''
-    if is_complex(*function.tensors()):
-        return None, canonizer.refuse(call, function, COMPLEX)
     if len(function.active) == 1:
         return function, []
     signal = _find_value(canonizer, function.active)
@@ -203,8 +196,6 @@ def add_product(canonizer, call, function):
     added, left, right = (given[key] for key in ('input', *names))
     alpha, beta = given.get('alpha', 1), given.get('beta', 1)
     factors = [elem for elem in (left, right) if elem.requires_grad]
-    if is_complex(added, left, right):
-        return canonizer.refuse(call, function, COMPLEX)
     if not factors:
         # the product is added as a constant
         return function() if beta == 1 else canonizer.run(call, Gate, function)
@@ -218,12 +209,12 @@ def add_product(canonizer, call, function):
         # a factor with a negative sign is one of the weights'
         left, right = (elem if elem.requires_grad else alpha * elem for elem in (left, right))
         alpha = 1
-    if beta != 1:
-        with canonizer.interception:
-            added = added * beta
-    return write_out(canonizer, function, lambda: torch.add(product(left, right), added, alpha=1) if alpha == 1 else (
-        torch.add(product(left, right) * alpha, added)
-    ))
+
+    def twin():
+        other, output = added if beta == 1 else added * beta, product(left, right)
+        return torch.add(output if alpha == 1 else output * alpha, other)
+
+    return write_out(canonizer, function, twin)
 
 
 def einsum(canonizer, call, function):
@@ -341,15 +332,13 @@ def _contract_many(canonizer, call, function, inputs, output, operands):
 
 def bilinear(canonizer, call, function):
     '''A bilinear layer of two inputs.'''
-    given = function.bind('input1', 'input2', 'weight', 'bias')
-    operands = [given['input1'], given['weight'], given['input2']]
-    if any(elem is not None and elem.requires_grad for elem in (given['weight'], given.get('bias'))):
+    given = {'bias': None, **function.bind('input1', 'input2', 'weight', 'bias')}
+    left, right, weight, bias = (given[key] for key in ('input1', 'input2', 'weight', 'bias'))
+    if any(elem is not None and elem.requires_grad for elem in (weight, bias)):
         return canonizer.refuse(call, function, 'its weights do')
-    product = FunctionCall(torch.einsum, function.name, ('...i,kij,...j->...k', *operands), {}, function.active)
-    with torch.no_grad():
-        exact = function()
-    output = einsum(canonizer, call, product)
-    return with_values(output + (0 if given.get('bias') is None else given['bias']), exact)
+    return write_out(canonizer, function, lambda: (
+        torch.einsum('...i,kij,...j->...k', left, weight, right) + (0 if bias is None else bias)
+    ))
 
 
 def deformable(canonizer, call, function):
@@ -375,10 +364,7 @@ def affine_grid(canonizer, call, function):
     unit = torch.eye(theta.shape[1], theta.shape[2]).to(theta)[None]
     places = F.affine_grid(unit, [1, *given['size'][1:]], given.get('align_corners') or False)[0]
     places = torch.cat([places, torch.ones_like(places[..., :1])], -1)
-    product = FunctionCall(torch.einsum, function.name, ('...k,bjk->b...j', places, theta), {}, [theta])
-    with torch.no_grad():
-        exact = function()
-    return with_values(einsum(canonizer, call, product) + 0, exact)
+    return write_out(canonizer, function, lambda: torch.einsum('...k,bjk->b...j', places, theta) + 0)
 
 
 # -- functions that can be written with sums and products --------------------------------------------------------------
@@ -465,8 +451,7 @@ def interpolate(canonizer, call, function):
         matrices = _matrices(function)
         if any(bool((elem < 0).any()) for elem in matrices):
             return canonizer.run(call, Resampling, function, matrices=matrices)
-    windows = dict.fromkeys(('kernel_size', 'output_size', 'stride', 'dim'))
-    return canonizer.run(call, AveragePool, function, **windows, padding=0, dilation=1, ceil_mode=False)
+    return canonizer.run(call, AveragePool, function, **WINDOWS)
 
 
 def _matrices(function):

@@ -17,14 +17,13 @@ from .._compat import caller, in_backward, is_replacing, is_running, registering
 from .._inplace import Watch, forget, note_copy, settle
 from .._nested import active_tensors
 from ..arguments import Described, check_choice, check_flag
+from ..layer import LINEAR
 from . import derived
 from .batch_norm import BatchNormMerge
 from .batches import Images
 from .calls import ForwardPass, ModuleCall, is_opaque, keep_stored, single_pass
 from .eager import Eager, check_evaluation, is_active
 from .functions import FunctionCall
-from .layers import LINEAR
-from .moves import EXAMPLES, note_examples
 from .operations import DEFAULT_RULES, TRAINING, TRANSPARENT, handle, is_training
 from .refusals import Refusing, check_output, check_parameters, check_rules, check_weight, in_use, undo
 from .sinks import Sinks
@@ -378,16 +377,10 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
             if stack and stack[-1].opaque and name in LINEAR and self.local.is_active:
                 check_weight(self._label(stack[-1].module), stack[-1].module, args, kwargs)
             return func(*args, **kwargs)
-        if name in TRANSPARENT and name not in EXAMPLES:
-            return func(*args, **kwargs)
-        active = active_tensors((args, kwargs))
+        active = () if name in TRANSPARENT else active_tensors((args, kwargs))
         if not active:
             return func(*args, **kwargs)
-        function = FunctionCall(func, name, args, kwargs, active)
-        output = handle(self, stack[-1], function) if name not in EXAMPLES or name == '__getitem__' else function()
-        if self.local.images.number > 1 and name in EXAMPLES:
-            note_examples(function, output, self.local.images.number)
-        return output
+        return handle(self, stack[-1], FunctionCall(func, name, args, kwargs, active))
 
     def follow(self, func, args, kwargs):
         '''Run a function, and have relevance refused that arrives at constants which were computed from the input.'''
