@@ -148,16 +148,13 @@ def depends_on(tensor, source):
         target, output_nr = target.next_functions[0]
     # nodes are numbered in the order of their creation, only leaves have no proper number
     oldest = -1 if is_leaf(target) else sequence_of(target)
-    queue, seen = [tensor.grad_fn], set()
+    queue, seen = [tensor.grad_fn], {(None, 0)}
     while queue:
-        for node, index in queue.pop().next_functions:
-            if node is None or (node, index) in seen:
-                continue
-            if node == target and index == output_nr:
-                return True
-            seen.add((node, index))
-            if sequence_of(node) > oldest:
-                queue.append(node)
+        edges = set(queue.pop().next_functions) - seen
+        if (target, output_nr) in edges:
+            return True
+        seen |= edges
+        queue.extend(node for node, _ in edges if node is not None and sequence_of(node) > oldest)
     return False
 
 
@@ -310,11 +307,6 @@ def divides_by_output(output):
 
 def _has_weights(node):
     return isinstance(module_of(node), Linear) or node is not None and stem_of(node) in LAYERS
-
-
-def moved_before(tensor):
-    '''Whether what moves elements right before a tensor also moves them along the first dimension.'''
-    return any(map(moves_first, back(tensor.grad_fn, reorders)[1]))
 
 
 def count_uses(nodes):

@@ -51,16 +51,8 @@ def is_gate(tensor, with_tanh=True):
     '''Whether a tensor was computed from outputs of sigmoids alone, without any layer in between, by its graph.'''
     if tensor.grad_fn is None:
         return False
-    queue, seen = [tensor.grad_fn], set()
-    while queue:
-        node = queue.pop()
-        if node in seen or _is_sigmoid(node, with_tanh):
-            continue
-        if not _combines(node):
-            return False
-        seen.add(node)
-        queue.extend(parents_of(node))
-    return True
+    own = walk([tensor.grad_fn], ends=lambda node: _is_sigmoid(node, with_tanh))
+    return all(_is_sigmoid(node, with_tanh) or _combines(node) for node in own)
 
 
 def end_of(node):
@@ -104,23 +96,15 @@ def are_probabilities(values):
 
 def is_sum(node, is_inverse=False):
     '''Whether a function is a sum of exponentials, or the inverse of one.'''
-    return _exponential(node, is_inverse) is not None
+    if is_inverse:
+        node = _skip(node, INVERSES)
+    node = _skip(node, SCALED)
+    return _function(node) == 'sum' and _function(_skip(parents_of(node)[0], SCALED)) == 'exp'
 
 
 def is_exponential(node):
     '''Whether a function has some elements of exponentials.'''
     return _function(back(node, reorders)[0]) == 'exp'
-
-
-def _exponential(node, is_inverse):
-    '''The exponentials that a function sums up, None if it does anything else.'''
-    if is_inverse:
-        node = _skip(node, INVERSES)
-    node = _skip(node, SCALED)
-    if _function(node) != 'sum':
-        return None
-    node = _skip(parents_of(node)[0], SCALED)
-    return node if _function(node) == 'exp' else None
 
 
 def _normalizes(node):
@@ -135,22 +119,15 @@ def _normalizes(node):
 
 def softmaxes_before(outputs):
     '''Softmaxes after the last layers before the outputs of a network, written out or not, by their graphs.'''
-    softmaxes, names, seen, is_only = [], set(), set(), True
-    queue = list(nodes_of(outputs))
-    while queue:
-        node = queue.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        name = _function(node)
-        names.add(name)
-        if name in ('softmax', 'logsoftmax') or _normalizes(node):
-            softmaxes.append(node)
-        elif is_layer(node) or stem_of(node) in LAYERS or not parents_of(node):
-            is_only = False
-        else:
-            queue.extend(parents_of(node))
-    return softmaxes, is_only, names
+    def is_softmax(node):
+        return _function(node) in ('softmax', 'logsoftmax') or _normalizes(node)
+
+    def is_end(node):
+        return is_softmax(node) or is_layer(node) or stem_of(node) in LAYERS or not parents_of(node)
+
+    found = list(walk(nodes_of(outputs), ends=is_end))
+    softmaxes = [node for node in found if is_softmax(node)]
+    return softmaxes, len(softmaxes) == sum(map(is_end, found)), set(map(_function, found))
 
 
 def _function(node):
@@ -177,11 +154,8 @@ def is_weighting(tensor, other):
     Between the softmax and the product, some networks mix the heads.
     '''
     shared = set(walk([other.grad_fn]))
-    return any(_is_sigmoid(node, False) for node in walk([tensor.grad_fn], shared, _is_matrix_product))
-
-
-def _is_matrix_product(node):
-    return isinstance(module_of(node), (MatrixProduct, NonNegativeMap))
+    own = walk([tensor.grad_fn], shared, lambda node: isinstance(module_of(node), (MatrixProduct, NonNegativeMap)))
+    return any(_is_sigmoid(node, False) for node in own)
 
 
 def _is_sigmoid(node, with_tanh):

@@ -38,8 +38,6 @@ class _State(threading.local):
         self.kept = {}
         # tensors which the network believes to be changed in place, with the tensors that took their place
         self.replaced = {}
-        # who reads weights in the backward pass, also by the addresses of these once they are asked for
-        self.readers, self.read = [], {}
         # what sees all functions at the moment
         self.watches = set()
 
@@ -59,10 +57,13 @@ class Kept:
         self._version = version_of(self._tensor)
         self.is_used = False
         if is_watched():
-            self.address = address_of(tensor)
-            _STATE.kept.setdefault(self.address, weakref.WeakSet()).add(self)
+            self._follow(tensor)
         else:
             self.copy()
+
+    def _follow(self, tensor):
+        self.address = address_of(tensor)
+        _STATE.kept.setdefault(self.address, weakref.WeakSet()).add(self)
 
     @property
     def is_changed(self):
@@ -95,6 +96,32 @@ class Kept:
         return self._tensor
 
 
+class KeptWeight(Kept):
+    '''A weight as it is now. If the network changes it, ``note`` is called with a copy of what it was.
+
+    That others change it, such as an optimizer, is only noticed.
+    '''
+    # pylint: disable=super-init-not-called
+    def __init__(self, tensor, note=None):
+        self._tensor, self._note = tensor.detach(), note
+        self._version = version_of(self._tensor)
+        self.is_used, self.is_copied = True, False
+        if is_followed():
+            self._follow(tensor)
+
+    def copy(self):
+        '''Copy the weight, which is about to change.'''
+        super().copy()
+        self.is_copied = True
+        if self._note is not None:
+            self._note(self._tensor)
+
+    @property
+    def tensor(self):
+        '''An alias of the weight, which assigning other ``data`` to it does not change.'''
+        return self._tensor
+
+
 class _Follow(torch.autograd.Function):
     '''Have a tensor become another, as if it had been changed in place.'''
     # pylint: disable=abstract-method,arguments-differ
@@ -121,9 +148,10 @@ def is_watched():
 
 
 class Watch(TorchFunctionMode):
-    '''Sees all functions on tensors, and takes care of those that change a tensor.'''
-    # whether relevance of activations is their gradient
-    is_gradient = False
+    '''Has a canonizer see all functions on tensors, and takes care of those that change a tensor.'''
+    def __init__(self, canonizer):
+        super().__init__()
+        self.canonizer = canonizer
 
     def enter(self):
         '''Begin, unless an interrupt has skipped the end.'''
@@ -140,26 +168,19 @@ class Watch(TorchFunctionMode):
         for mode in reversed(others[:-1]):
             push_mode(mode)
 
-    def look(self, func, args, kwargs):
-        '''Look at a function which is about to run, before what it changes is copied for those that keep it.'''
-
-    def run(self, func, args, kwargs):
-        '''Run a function.'''
-        return func(*args, **kwargs)
-
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = {} if kwargs is None else kwargs
         name = name_of(func)
         if name in ('__get__', '__set__'):
-            return self.run(func, args, kwargs)
+            return self.canonizer.follow(func, name, args, kwargs)
         settle((args, kwargs))
-        self.look(func, args, kwargs)
+        # before what it changes is copied for those that keep it
+        self.canonizer.look(func, name, args, kwargs)
         target = _changed(name, args, kwargs)
-        if (_STATE.readers or _STATE.read) and (target is not None or name.startswith('_foreach')):
-            _preserve(args[:1] if target is None else target)
-        clipped = _use(target, (args, kwargs), self.is_gradient and name in CLIPPING) if _STATE.kept else ()
+        is_clipping = self.canonizer.is_gradient and name in CLIPPING
+        clipped = _use(target, name, args, kwargs, is_clipping) if _STATE.kept else ()
         try:
-            output = self.run(func, args, kwargs)
+            output = self.canonizer.follow(func, name, args, kwargs)
         except TypeError as error:
             if name.strip('_') in OPERATORS and all(isinstance(elem, (torch.Tensor, Number)) for elem in args):
                 # Python would call the operands unsupported, whatever is wrong
@@ -205,7 +226,7 @@ def settle(value):
                     settle(current)
                     is_copied = original.data_ptr() != current.data_ptr()
                     if is_copied:
-                        _use(original, original, False)
+                        _use(original, '', (original,))
                     # other views of the same tensor only find out by its version that its history is another
                     with nullcontext() if is_copied and is_view(original) else keep_version(original):
                         _Follow.apply(original, current)
@@ -214,8 +235,6 @@ def settle(value):
 def forget():
     '''Forget what was noted, after a forward pass.'''
     _STATE.replaced.clear()
-    _STATE.readers.clear()
-    _STATE.read.clear()
     for address in [address for address, kept in _STATE.kept.items() if not kept]:
         del _STATE.kept[address]
 
@@ -225,35 +244,15 @@ def is_followed():
     return bool(_STATE.watches)
 
 
-def note_reader(reader):
-    '''Have ``reader.preserve(address)`` called before the network changes a tensor of ``reader.tensors()`` in place.'''
-    if is_followed():
-        _STATE.readers.append(reader)
-
-
-def _preserve(value):
-    '''Tell those who read weights that these are about to change.'''
-    with DisableTorchFunction():
-        for tensor in tensors_of(value):
-            # what depends on the input is no weight
-            if tensor.requires_grad:
-                continue
-            while _STATE.readers:
-                reader = _STATE.readers.pop()
-                for elem in reader.tensors():
-                    _STATE.read.setdefault(address_of(elem), []).append(reader)
-            for reader in _STATE.read.get(address_of(tensor), ()):
-                reader.preserve(address_of(tensor))
-
-
-def _use(target, value, is_clipping):
-    '''Note that tensors are used, and copy what is kept of the one that changes, unless it is only clipped.'''
-    address, clipped = None if target is None else address_of(target), []
-    for tensor in tensors_of(value):
+def _use(target, name, args, kwargs=None, is_clipping=False):
+    '''Note that tensors are used, and copy what is kept of those that change, unless they are only clipped.'''
+    changed = tensors_of(args[:1] if name.startswith('_foreach') else target)
+    addresses, clipped = set(map(address_of, changed)), []
+    for tensor in tensors_of((args, kwargs)):
         key = address_of(tensor)
-        for kept in _STATE.kept.get(key, ()):
+        for kept in tuple(_STATE.kept.get(key, ())):
             if kept.address == key:
-                if key != address:
+                if key not in addresses:
                     kept.is_used = True
                 elif is_clipping and not kept.is_used and not kept.is_changed:
                     clipped.append(kept)

@@ -9,7 +9,7 @@ import torch
 from torch.nn.utils import parametrize
 
 from ._compat import FORWARD_PARTS, version_of
-from ._inplace import address_of, is_followed, note_reader
+from ._inplace import KeptWeight, is_followed
 from .layer import Operation
 
 # What forward is made of in the classes of torch.nn that rules know, and what it reads.
@@ -48,10 +48,8 @@ def is_plain(module):
 class UsedWeights:
     '''Which parameters and buffers a module has now, to find out whether it has others later.'''
     def __init__(self, module):
-        self.module = module
+        self.module, self.kept = module, ()
         self.found = _look(module)
-        # whether the network has changed a parameter in place while it ran
-        self.is_changed = False
 
     def is_same(self, other):
         '''Whether these are the same tensors as others, none of them changed in place.'''
@@ -79,68 +77,59 @@ class UsedWeights:
         '''Take the weights that are in place now for those to be found later.'''
         self.found = _look(self.module)
 
-    def tensors(self):
-        '''The parameters, which the rule reads later.'''
-        return [tensor for tensor in self.module._parameters.values() if tensor is not None]
+    def watch(self):
+        '''Note if the network changes one of them. An error then would keep it from changing it back.'''
+        self.kept = [KeptWeight(elem) for elem in self.module._parameters.values() if elem is not None]
 
-    def preserve(self, address):
-        '''Note that the network changes one of them. An error now would keep it from changing it back.'''
-        self.is_changed = True
+    @property
+    def is_changed(self):
+        '''Whether the network has changed one of them in place while it ran.'''
+        return any(elem.is_copied for elem in self.kept)
 
 
 class UsedModule:
     '''A copy of a module with the weights of a call, for a rule that reads them in the backward pass.'''
     def __init__(self, module):
-        attributes, kind = vars(module), type(module)
-        # aliases of tensors with their versions, which have to be the same in the backward pass
-        self.kept, self.cache, self.module = {}, None, module
-        self.own = {
-            key: {name: None if elem is None else self._keep(name, elem) for name, elem in attributes[key].items()}
-            for key in ('_parameters', '_buffers')
-        }
+        attributes, self.cache = vars(module), None
+        is_parametrized = 'parametrizations' in attributes['_modules']
+        kind = parametrize.type_before_parametrizations(module) if is_parametrized else type(module)
+        self.module = object.__new__(kind)
+        # weights, which have to be the same in the backward pass
+        self.kept, self.own = {}, {'_parameters': {}, '_buffers': {}}
+        for key, values in tuple(self.own.items()):
+            for name, elem in attributes[key].items():
+                self._keep(module, name, elem, values)
         for name, elem in attributes.items():
             # computed before each call, as of pruned layers
             if isinstance(elem, torch.Tensor):
-                self.own[name] = self._keep(name, elem)
+                self._keep(module, name, elem, self.own, vars(self.module))
         inner = ()
-        if 'parametrizations' in attributes['_modules']:
+        if is_parametrized:
             # values in the place of properties, which are computed once, as they may be random
-            kind, self.cache = parametrize.type_before_parametrizations(module), parametrize.cached()
+            self.cache = parametrize.cached()
             self.cache.__enter__()
             self.own.update((name, getattr(module, name).detach()) for name in module.parametrizations)
         elif attributes['_modules']:
             inner = [elem for elem in module.modules() if elem is not module]
         # what is inside is not copied
         self.inner = [UsedWeights(elem) for elem in inner]
-        if self.kept:
-            note_reader(self)
-        self.module = object.__new__(kind)
 
-    def _keep(self, name, tensor):
-        '''An alias of a tensor, which assigning other ``data`` to it does not change.'''
+    def _keep(self, module, name, tensor, *owners):
+        '''Have owners have an alias of a weight, or a copy once the network changes it in place.'''
+        def put(value):
+            for values in owners:
+                values[name] = value
+
+        if tensor is None:
+            put(None)
+            return
         if tensor.requires_grad and not tensor.is_leaf and is_followed():
             raise RuntimeError(
-                f'The {name} of a {type(self.module).__name__} is computed from the input of the network, so that '
+                f'The {name} of a {type(module).__name__} is computed from the input of the network, so that '
                 'relevance should reach it as well, for which there is no rule: give the layer a rule of your own.'
             )
-        alias = tensor.detach()
-        self.kept[name] = alias, version_of(alias)
-        return alias
-
-    def tensors(self):
-        '''The tensors which are copied if the network changes them while it runs.'''
-        return [tensor for tensor, _ in self.kept.values()]
-
-    def preserve(self, address):
-        '''Copy a weight which the network is about to change in place.'''
-        for name, (tensor, version) in self.kept.items():
-            if address_of(tensor) == address and version_of(tensor) == version:
-                duplicate = tensor.clone()
-                self.kept[name] = duplicate, version_of(duplicate)
-                for values in (self.own, self.own['_parameters'], self.own['_buffers']):
-                    if values.get(name) is tensor:
-                        values[name] = duplicate
-                vars(self.module).update(self.own)
+        self.kept[name] = KeptWeight(tensor, put)
+        put(self.kept[name].tensor)
 
     def finish(self, module):
         '''Take over what the call has set, after it.'''
@@ -152,8 +141,8 @@ class UsedModule:
 
     def check(self):
         '''Raise a RuntimeError if a weight was changed in place since, as autograd does.'''
-        for name, (tensor, version) in self.kept.items():
-            if version_of(tensor) != version:
+        for name, kept in self.kept.items():
+            if kept.is_changed:
                 raise RuntimeError(_describe(self.module, f'\'{name}\' was changed in place'))
         for weights in self.inner:
             weights.check()

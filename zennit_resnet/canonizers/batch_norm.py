@@ -46,7 +46,8 @@ class _Forward(Local):
 
     def clear(self):
         '''Begin anew.'''
-        self.producers, self.last, self.calls, self.candidates, self.pairs = {}, {}, {}, [], {}
+        # what layers returned by its node, numbers of their calls, and what normalizations were given and may be
+        self.last, self.calls, self.candidates, self.pairs = {}, {}, [], {}
 
 
 class BatchNormMerge:
@@ -76,7 +77,7 @@ class BatchNormMerge:
             if not isinstance(output, torch.Tensor) or not output.requires_grad:
                 return
             # a layer with a forward of its own may return the output of a functional one, or do more than that
-            before = self.local.producers.get(id(output))
+            before = self.local.last.get(output.grad_fn)
             if before is not None and before.reference() is output:
                 return
             node, moves = output.grad_fn, ()
@@ -94,30 +95,23 @@ class BatchNormMerge:
                 # the node of a single-pass rule has the weights of its call
                 used = None if has_single_pass else UsedWeights(module)
                 given = args[0].shape if isinstance(module, LinearMap) else None
-                self._keep(output, Produced(
+                self.local.last[output.grad_fn] = Produced(
                     weakref.ref(output), _number(output), module, used, (node, *moves), output.shape, given,
                     _channels(module, output.ndim),
-                ))
+                )
                 self.local.calls[module] = self.local.calls.get(module, 0) + 1
-
-    def _keep(self, output, produced):
-        self.local.producers[id(output)] = self.local.last[output.grad_fn] = produced
 
     def find(self, tensor):
         '''What a linear layer returned, from which a tensor was only moved, None if there is nothing like that.'''
-        if not self.local.producers:
+        if not self.local.last:
             return None
         with DisableTorchFunction():
-            produced = self.local.producers.get(id(tensor))
-            # something else may have changed it in place, such as an addition
-            if produced is not None and produced.reference() is tensor and _number(tensor) == produced.number:
-                return produced, ()
             node, moves = origin_of(tensor, self.local.last)
-            if not moves or node not in self.local.last:
-                return None
-            produced = self.local.last[node]
-            before = produced.reference()
-            return (produced, moves) if before is None or _number(before) == produced.number else None
+            produced = self.local.last.get(node)
+            before = None if produced is None else produced.reference()
+            # something else may have changed it in place, such as an addition
+            is_changed = before is not None and _number(before) != produced.number
+            return None if produced is None or is_changed else (produced, moves)
 
     def note(self, found, input, output, scale=None, shift=None):
         '''Note that a constant was multiplied or added, as in a normalization that is written out, or as a bias.'''
@@ -140,9 +134,9 @@ class BatchNormMerge:
                     return
                 offset = shift if offset is None else offset + shift
             nodes = (*produced.nodes, *moves, output.grad_fn)
-            self._keep(output, produced._replace(
+            self.local.last[output.grad_fn] = produced._replace(
                 reference=weakref.ref(output), number=_number(output), nodes=nodes, dim=dim, scale=total, shift=offset
-            ))
+            )
             # nothing but zeros is added to a layer scale, which is no normalization
             if total is not None and shift is not None and bool(offset.any()):
                 axis = 0

@@ -1,39 +1,34 @@
 '''Whether what a network returns for an image depends on the other images of the batch.'''
 import torch
 
-from .._autograd import moved_before
 from .._compat import DisableTorchFunction, is_out_of_memory, without_hooks
 from .._nested import active_tensors, map_tensors, tensors_of
 from .._weights import is_plain
 from .functions import ALIASES, dims_of
 from .operations import OPERATIONS
 
-# Functions over all dimensions but the first, which only matter if that has no examples.
-NORMALIZATIONS = frozenset('instance_norm layer_norm group_norm native_layer_norm native_group_norm'.split())
-PRODUCTS = frozenset('matmul __matmul__ mm linalg_matmul einsum addmm'.split())
+PRODUCTS = frozenset('matmul __matmul__ mm linalg_matmul addmm'.split())
 # Functions that compare or multiply all entries of tensors, which may be images.
 PAIRS = frozenset('cdist tensordot mv inner outer ger kron vdot dot'.split())
 # Functions of regions of interest.
 REGIONS = 'roi'
 TRANSPOSED = frozenset('transpose permute swapaxes swapdims movedim moveaxis t adjoint'.split())
-REDUCTIONS = {name: entry.reduces for name, entry in OPERATIONS.items() if entry.reduces}
-MOVES = {name: entry.takes for name, entry in OPERATIONS.items() if entry.takes}
-# Softmaxes of attention are over the last dimension of what heads have moved.
-SOFTMAXES = frozenset('softmax log_softmax special_softmax special_log_softmax'.split())
-WATCHED = frozenset(REDUCTIONS) | frozenset(MOVES) | NORMALIZATIONS | PRODUCTS | PAIRS | {'__getitem__', 'pad'}
+# Functions over dimensions, with the position and the default of the argument that names these.
+OVER = {name: entry.reduces or entry.takes for name, entry in OPERATIONS.items() if entry.reduces or entry.takes}
+WATCHED = frozenset(OVER) | PRODUCTS | PAIRS | frozenset('einsum layer_norm native_layer_norm __getitem__ pad'.split())
 
 
 class Images:
     '''The images of the arguments of a forward pass, and which of its functions may mix them.'''
     def __init__(self, given=()):
         self.given, self.number = given, batch_size(given)
-        # module and name of the first function that may compute something from several images, and the name of the
-        # first that moves their dimension
+        # module and name of the first function over the dimension of images, and the name of the first that moves it
         self.mixing, self.moved, self.is_checking = None, '', False
 
     def look(self, module, name, args, kwargs):
         '''Look at a function that a module is about to call.'''
-        if keeps_examples(module):
+        if isinstance(module, torch.nn.MultiheadAttention) and module.batch_first and is_plain(module):
+            # it moves examples, but is known not to mix them
             return
         if self.mixing is None and name in WATCHED and may_mix(name, args, kwargs, self.number):
             self.mixing = module, name
@@ -57,46 +52,34 @@ class Images:
             is_dependent = None if self.moved == REGIONS else depends_on_batch(root, given, output)
         finally:
             self.is_checking = False
-        if is_dependent is False or is_dependent is None and self.mixing is None:
+        if is_dependent is False:
             # of further batches of this shape as well
             independent.add(shapes)
             return None
         return (*(self.mixing or (root, self.moved)), bool(is_dependent))
 
 
-def keeps_examples(module):
-    '''Whether a module is known not to mix examples, although its functions move their dimension.'''
-    return isinstance(module, torch.nn.MultiheadAttention) and module.batch_first and is_plain(module)
-
-
 def may_mix(name, args, kwargs, size):
-    '''Whether a function may compute something from several images.'''
+    '''Whether a function of a tensor whose first dimension is that of images may compute something from several.'''
     if name in PAIRS:
         return bool(active_tensors((args, kwargs)))
     if name == 'einsum':
         return _contracts_first(args)
     if name in PRODUCTS:
-        tensors = tensors_of((args, kwargs))[-2:]
-        return len(tensors) == 2 and (
-            tensors[1].requires_grad and tensors[1].ndim <= 2 or any(map(moved_before, active_tensors(tensors)))
-        )
+        _, *others = tensors_of((args, kwargs))
+        return bool(others) and others[-1].requires_grad and others[-1].ndim <= 2
     input = args[0] if args else kwargs.get('input')
-    if not isinstance(input, torch.Tensor) or not input.ndim:
+    if not isinstance(input, torch.Tensor) or not input.ndim or len(input) != size:
         return False
-    if name == '__getitem__' or name in MOVES:
-        return len(input) == size and (_indexes_first(args[1]) if name == '__getitem__' else 0 in _dims(
-            input, args, kwargs, *MOVES[name]
-        ))
-    if hasattr(input, '_stacked'):
-        return any(map(moved_before, input._stacked[0]))
+    if name == '__getitem__':
+        return _indexes_first(args[1])
     if name == 'pad':
         amounts = args[1] if len(args) > 1 else kwargs['pad']
         return len(amounts) >= 2 * input.ndim and any(amounts[2 * input.ndim - 2:])
-    if name in NORMALIZATIONS:
-        shape = args[1] if len(args) > 1 else kwargs.get('normalized_shape')
-        return moved_before(input) or isinstance(shape, (list, tuple)) and len(shape) == input.ndim
-    dims = _dims(input, args, kwargs, *REDUCTIONS[name])
-    return 0 in dims or bool(dims) and name not in SOFTMAXES and moved_before(input)
+    if 'layer_norm' in name:
+        shape = args[1] if len(args) > 1 else kwargs['normalized_shape']
+        return isinstance(shape, (list, tuple)) and len(shape) == input.ndim
+    return 0 in _dims(input, args, kwargs, *OVER[name])
 
 
 def _dims(input, args, kwargs, position, default):

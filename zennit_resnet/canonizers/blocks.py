@@ -1,5 +1,4 @@
 '''Canonizer which finds residual blocks.'''
-from .._autograd import name_of
 from .._nested import active_tensors
 from ..rules.block import note_addition
 from . import layers
@@ -15,14 +14,13 @@ class BlockCanonizer(ResidualCanonizer):
     '''
     is_gradient = True
 
-    def look(self, func, args, kwargs):
+    def look(self, func, name, args, kwargs):
         '''Note additions.'''
-        super().look(func, args, kwargs)
-        stack = self._stack()
-        entry = OPERATIONS.get(name_of(func))
+        super().look(func, name, args, kwargs)
+        stack, entry = self._stack(), OPERATIONS.get(name)
         if stack and entry is not None and entry.run is layers.add and len(active_tensors((args, kwargs))) == 2:
             note_addition(stack[-1].module)
 
-    def intercept(self, func, args, kwargs):
+    def intercept(self, func, name, args, kwargs):
         '''Run a function.'''
         return func(*args, **kwargs)

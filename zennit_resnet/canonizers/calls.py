@@ -1,6 +1,7 @@
 '''The forward pass that is running in a thread, its calls of modules, and whether rules cover what happens inside.'''
 import threading
 import weakref
+from typing import NamedTuple
 
 import torch
 from zennit.core import BasicHook
@@ -46,21 +47,15 @@ class ForwardPass(Local):
         self.softmaxes = Softmaxes()
 
 
-class ModuleCall:
-    '''A call of a module, with the number of operations of each kind in all of its calls so far.
-
-    It is known which tensor an activation changes in place, as rules may give it a copy, and from which nodes of the
-    graph a module begins that a rule covers.
-    '''
-    # pylint: disable=too-many-arguments
-    def __init__(self, module, opaque, counts, changes, begin, weights, frame):
-        self.module = module
-        self.opaque = opaque
-        self.counts = counts
-        self.changes = changes
-        self.begin = begin
-        self.weights = weights
-        self.frame = frame
+class ModuleCall(NamedTuple):
+    '''A call of a module.'''
+    module: torch.nn.Module
+    opaque: bool  # whether a rule covers what happens inside
+    counts: dict  # numbers of operations by their kind, in all of its calls so far
+    changes: torch.Tensor  # what an activation changes in place, as rules may give it a copy
+    begin: set  # nodes of the graph from which a module begins that a rule covers
+    weights: object
+    frame: object
 
 
 class Stored:

@@ -73,6 +73,25 @@ class _Compiler:
 _COMPILER = _Compiler()
 
 
+def _obstacle(module):
+    '''What keeps rules from being attached to a module, None if nothing does.'''
+    if isinstance(module, torch.jit.ScriptModule):
+        return 'is a ScriptModule, to which no rules can be attached: use the module it was made from'
+    if isinstance(module, torch.nn.DataParallel) and len(module.device_ids) > 1:
+        return (
+            'runs replicas of its module on several devices, to which no rules are attached: use the module inside, '
+            'which is its attribute \'module\''
+        )
+    if any('FSDP' in base.__name__ or 'FullySharded' in base.__name__ for base in type(module).__mro__):
+        return (
+            'is sharded among processes, and rules need whole weights: explain the network before fully_shard or '
+            'FullyShardedDataParallel'
+        )
+    if 'quantized' in type(module).__module__.split('.'):
+        return 'is quantized, and rules need floating point numbers: explain the network before it is converted'
+    return None
+
+
 class Eager:
     '''Has all modules of a network run in Python, where rules can be attached to them.
 
@@ -86,26 +105,9 @@ class Eager:
                 'There is no relevance within torch.inference_mode(): leave it, torch.enable_grad() is not enough.'
             )
         for name, module in root_module.named_modules():
-            label = f'{name or "The model"} ({type(module).__name__})'
-            if isinstance(module, torch.jit.ScriptModule):
-                raise TypeError(
-                    f'{label} is a ScriptModule, to which no rules can be attached: use the module it was made from.'
-                )
-            if isinstance(module, torch.nn.DataParallel) and len(module.device_ids) > 1:
-                raise TypeError(
-                    f'{label} runs replicas of its module on several devices, to which no rules are attached: use the '
-                    'module inside, which is its attribute \'module\'.'
-                )
-            if any('FSDP' in base.__name__ or 'FullySharded' in base.__name__ for base in type(module).__mro__):
-                raise TypeError(
-                    f'{label} is sharded among processes, and rules need whole weights: explain the network before '
-                    'fully_shard or FullyShardedDataParallel.'
-                )
-            if 'quantized' in type(module).__module__.split('.'):
-                raise TypeError(
-                    f'{label} is quantized, and rules need floating point numbers: explain the network before it is '
-                    'converted.'
-                )
+            obstacle = _obstacle(module)
+            if obstacle is not None:
+                raise TypeError(f'{name or "The model"} ({type(module).__name__}) {obstacle}.')
         for module in root_module.modules():
             original = module._modules.get(COMPILED_MODULE)
             if original is not None and 'forward' in vars(module):

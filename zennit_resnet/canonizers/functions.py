@@ -75,11 +75,11 @@ class FunctionCall(NamedTuple):
         precision = _precision(tensors[0])
 
         def function(*tensors):
-            others = given
+            dtype, constants = tensors[0].dtype, given
             if _precision(tensors[0]) != precision:
                 # rules run in single precision where the network runs in half precision
-                others = map_tensors(lambda elem: elem.to(tensors[0].dtype) if elem.is_floating_point() else elem, given)
-            args, kwargs = map_tensors(tensors.__getitem__, others, _Slot)
+                constants = map_tensors(lambda elem: elem.to(dtype) if elem.is_floating_point() else elem, given)
+            args, kwargs = map_tensors(tensors.__getitem__, constants, _Slot)
             return func(*args, **kwargs)
 
         return function

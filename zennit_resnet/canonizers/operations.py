@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import torch
 
-from .._autograd import name_of
 from ..layer import (
     Activation,
     Addition,
@@ -223,11 +222,8 @@ TRAINING = {name: entry.training for name, entry in OPERATIONS.items() if entry.
 COMPLEX_FUNCTIONS = frozenset('view_as_complex complex polar stft istft linalg_eig cfloat cdouble chalf'.split())
 
 
-def is_training(func, args, kwargs):
-    '''Whether a function is called such that its output for a sample depends on chance or on the other samples.'''
-    name = name_of(func)
-    if name not in TRAINING:
-        return False
+def is_training(func, name, args, kwargs):
+    '''Whether a function for training has an output for a sample that depends on chance or on the other samples.'''
     position, default = TRAINING[name]
     given = dict(enumerate(args))
     if not given.get(position, kwargs.get('training', kwargs.get('train', default))):

@@ -8,11 +8,7 @@ import torch
 from zennit.canonizers import Canonizer
 from zennit.core import RemovableHandleList
 
-from .._autograd import (
-    name_of,
-    nodes_of,
-    walk,
-)
+from .._autograd import nodes_of, walk
 from .._compat import caller, in_backward, is_replacing, is_running, registering_composite
 from .._inplace import Watch, forget, note_copy, settle
 from .._nested import active_tensors
@@ -150,7 +146,7 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
         # shapes of inputs for which images were found not to depend on each other
         self.independent = set()
         self.local = ForwardPass()
-        self.interception = _Interception(self, self.is_gradient)
+        self.interception = Watch(self)
         # zennit 1.0.0 replaces parameters of layers with new objects when its rules run
         self.originals = {module: dict(module._parameters) for module in self.names}
         self.trainable = [param for param in root_module.parameters() if param.requires_grad]
@@ -349,13 +345,12 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
 
     # -- what runs in it -----------------------------------------------------------------------------------------------
 
-    def look(self, func, args, kwargs):
+    def look(self, func, name, args, kwargs):
         '''Look at a function before :py:meth:`intercept` runs it. Raise a RuntimeError if it is called for training.'''
-        name = name_of(func)
         if self.local.images.number > 1:
             stack = self.local.stack
             self.local.images.look(stack[-1].module if stack else self.root, name, args, kwargs)
-        if name not in TRAINING or not is_training(func, args, kwargs):
+        if name not in TRAINING or not is_training(func, name, args, kwargs):
             return
         stack = self._stack()
         if not stack or not self.local.is_active or not (torch.is_grad_enabled() or self.local.leaf is not None):
@@ -369,9 +364,8 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
                 'running statistics.'
             )
 
-    def intercept(self, func, args, kwargs):
+    def intercept(self, func, name, args, kwargs):
         '''Run a function, through a surrogate or with a check if there is no rule, and get what it returns.'''
-        name = name_of(func)
         stack = self._stack()
         if not stack or stack[-1].opaque or not self.local.is_active or not torch.is_grad_enabled():
             if stack and stack[-1].opaque and name in LINEAR and self.local.is_active:
@@ -382,13 +376,12 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
             return func(*args, **kwargs)
         return handle(self, stack[-1], FunctionCall(func, name, args, kwargs, active))
 
-    def follow(self, func, args, kwargs):
+    def follow(self, func, name, args, kwargs):
         '''Run a function, and have relevance refused that arrives at constants which were computed from the input.'''
-        name, found = name_of(func), None
-        is_followed = self.local.is_active and self.local.leaf is None
+        found, is_followed = None, self.local.is_active and self.local.leaf is None
         if name in derived.PLACING and is_followed and torch.is_grad_enabled():
             found = derived.marks_of(func, name, args, kwargs)
-        output = self.intercept(func, args, kwargs)
+        output = self.intercept(func, name, args, kwargs)
         if is_followed and not (isinstance(output, torch.Tensor) and output.requires_grad):
             derived.note(name, args, kwargs, output)
         if found is not None:
@@ -447,19 +440,3 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
             setattr(surrogate, key, value)
         surrogate.function = function.rebind()
         return self.run_known(lambda: surrogate(*function.active), function.active)
-
-
-class _Interception(Watch):
-    '''Hand all functions on tensors over to the canonizer.'''
-    def __init__(self, canonizer, is_gradient):
-        super().__init__()
-        self.canonizer = canonizer
-        self.is_gradient = is_gradient
-
-    def look(self, func, args, kwargs):
-        '''Let the canonizer look at it.'''
-        self.canonizer.look(func, args, kwargs)
-
-    def run(self, func, args, kwargs):
-        '''Run a function, through a module that stands for it if it is an operation on relevance.'''
-        return self.canonizer.follow(func, args, kwargs)

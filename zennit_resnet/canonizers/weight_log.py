@@ -5,7 +5,6 @@ from zennit.types import Linear
 
 from .._autograd import nodes_of
 from .._compat import DisableTorchFunction, rules_of
-from .._inplace import note_reader
 from .._weights import UsedWeights
 from ..rules.base import SinglePass
 from ..rules.block import BlockEpsilon
@@ -53,7 +52,7 @@ class WeightLog:
             weights = self.read[module] = copy.copy(weights)
             for node in nodes_of(outputs):
                 node.register_prehook(weights.check)
-        note_reader(weights)
+        weights.watch()
 
     def finish(self, outputs):
         '''Have an error raised in the backward pass if gradients are rules, and other data was assigned to a weight.'''
