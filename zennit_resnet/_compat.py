@@ -5,6 +5,7 @@ here: it fails where an upgrade would otherwise silently make maps wrong.
 
 Checked with Python 3.10 to 3.13, PyTorch 2.4 to 2.13, Zennit 0.5.1 and 1.0.0.
 '''
+import itertools
 import sys
 import types
 from collections import OrderedDict
@@ -170,23 +171,26 @@ def caller(depth=1):
     return sys._getframe(depth + 1)
 
 
+def _from(frame):
+    '''A frame and those that called it, the innermost first.'''
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
 def origin_of_call(function):
     '''The frame whose code calls a function of PyTorch, which modes handle that hand it on to each other.'''
-    frame = origin = sys._getframe(1)
-    while frame is not None:
+    origin = sys._getframe(1)
+    for frame in _from(origin):
         if frame.f_code.co_name == '__torch_function__' and frame.f_locals.get('func') is function:
             origin = frame.f_back
-        frame = frame.f_back
-    while origin is not None and origin.f_globals.get('__name__', '').partition('.')[0] == 'torch':
-        origin = origin.f_back
-    return origin
+    return next((elem for elem in _from(origin) if elem.f_globals.get('__name__', '').split('.')[0] != 'torch'), None)
 
 
 def module_around(frame):
     '''The module whose method a frame runs, or is called by, None if there is none.'''
-    while frame is not None and not isinstance(frame.f_locals.get('self'), torch.nn.Module):
-        frame = frame.f_back
-    return None if frame is None else frame.f_locals['self']
+    owners = (elem.f_locals.get('self') for elem in _from(frame))
+    return next((elem for elem in owners if isinstance(elem, torch.nn.Module)), None)
 
 
 def is_running(frame):
@@ -194,10 +198,7 @@ def is_running(frame):
 
     PyTorch runs no hooks for exceptions that are not errors, such as a KeyboardInterrupt.
     '''
-    current = sys._getframe(1)
-    while current is not None and current is not frame:
-        current = current.f_back
-    return current is not None
+    return any(elem is frame for elem in _from(sys._getframe(1)))
 
 
 def registering_composite():
@@ -205,23 +206,14 @@ def registering_composite():
 
     Composites of Zennit do not tell their canonizers who they are, but operations found later need their rules.
     '''
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is Composite.register.__code__:
-            return frame.f_locals['self']
-        frame = frame.f_back
-    return None
+    frames = _from(sys._getframe(1))
+    return next((elem.f_locals['self'] for elem in frames if elem.f_code is Composite.register.__code__), None)
 
 
 def is_replacing():
     '''Whether Zennit removes a composite because it is registered for another network, without asking.'''
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code is not Composite.remove.__code__:
-        frame = frame.f_back
-    composite = None if frame is None else frame.f_locals['self']
+    frames = _from(sys._getframe(1))
+    composite = next((elem.f_locals['self'] for elem in frames if elem.f_code is Composite.remove.__code__), None)
     # a subclass may have a method of its own in between
-    while frame is not None and frame.f_locals.get('self') is composite:
-        if frame.f_code is Composite.register.__code__:
-            return True
-        frame = frame.f_back
-    return False
+    own = itertools.takewhile(lambda elem: elem.f_locals.get('self') is composite, frames)
+    return composite is not None and any(elem.f_code is Composite.register.__code__ for elem in own)

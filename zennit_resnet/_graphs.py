@@ -18,14 +18,11 @@ _CREATES = tuple(getattr(aten, name).default for name in (
 ))
 # Functions of one element after the other, which may write where they read.
 _IN_PLACE = {
-    aten.relu.default: aten.relu_.default,
-    aten.abs.default: aten.abs_.default,
-    aten.nan_to_num.default: aten.nan_to_num_.default,
-    aten.masked_fill.Scalar: aten.masked_fill_.Scalar,
-    aten.mul.Tensor: aten.mul_.Tensor,
-    aten.add.Tensor: aten.add_.Tensor,
-    aten.sub.Tensor: aten.sub_.Tensor,
-    aten.div.Tensor: aten.div_.Tensor,
+    getattr(getattr(aten, name), overload): getattr(getattr(aten, f'{name}_'), overload)
+    for name, overload in (
+        ('relu', 'default'), ('abs', 'default'), ('nan_to_num', 'default'), ('masked_fill', 'Scalar'),
+        ('mul', 'Tensor'), ('add', 'Tensor'), ('sub', 'Tensor'), ('div', 'Tensor'),
+    )
 }
 _BATCH_NORMS = tuple(getattr(aten, name).default for name in ('native_batch_norm', 'cudnn_batch_norm'))
 

@@ -59,13 +59,9 @@ class UsedWeights:
             for (tensor, address, version), before in zip(other.found, self.found)
         )
 
-    def is_current(self):
-        '''Whether the module still has these.'''
-        return self.is_same(UsedWeights(self.module))
-
     def check(self, *args):
         '''Raise a RuntimeError if the module has others, or if one was changed in place, as autograd does.'''
-        if self.is_changed or not self.is_current():
+        if self.is_changed or not self.is_same(UsedWeights(self.module)):
             raise RuntimeError(_describe(self.module, 'weights were replaced or changed'))
 
     def check_data(self, *args):

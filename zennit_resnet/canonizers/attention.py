@@ -10,13 +10,15 @@ from .functions import FunctionCall, with_values, write_out
 
 def softmax(canonizer, call, function):
     '''A softmax, which relevance passes if it is the output of the network. As attention, it may have a rule.'''
-    if canonizer.attention == 'value' or 'log' in function.name:
-        return canonizer.pass_at_end(call, function)
-    input, = function.active
-    dim = function.bind('input', 'dim').get('dim')
-    dim = softmax_dim('softmax', input.ndim, 0) if dim is None else dim
-    output = canonizer.run(call, Softmax, function.renamed('softmax'), dim=dim)
-    canonizer.note_softmax(call, function.name, output, has_rule=True)
+    has_rule = canonizer.attention == 'half' and 'log' not in function.name
+    if has_rule:
+        input, = function.active
+        dim = function.bind('input', 'dim').get('dim')
+        dim = softmax_dim('softmax', input.ndim, 0) if dim is None else dim
+        output = canonizer.run(call, Softmax, function.renamed('softmax'), dim=dim)
+    else:
+        output = canonizer.run_known(function, function.active)
+    canonizer.note_softmax(call, function.name, output, has_rule=has_rule)
     return output
 
 

@@ -173,12 +173,7 @@ def extremum(canonizer, call, function):
     if isinstance(given.get('dim', given.get('other')), torch.Tensor):
         # the gradient of the maximum of two tensors is the rule, that with a constant is clipped by it
         return function() if len(function.active) > 1 else unary(canonizer, call, function, Activation)
-    if function.name == 'max':
-        return pool(canonizer, call, function, MaxPool)
-    tensors = moves.branches(function)
-    if tensors is not None:
-        return moves.reduce_branches(canonizer, call, function, tensors)
-    return moves.minimum(canonizer, call, function)
+    return pool(canonizer, call, function, MaxPool)
 
 
 def pool(canonizer, call, function, kind):
@@ -187,6 +182,8 @@ def pool(canonizer, call, function, kind):
     tensors = None if 'pool' in function.name else moves.branches(function)
     if tensors is not None:
         return moves.reduce_branches(canonizer, call, function, tensors)
+    if 'min' in function.name:
+        return moves.minimum(canonizer, call, function)
     windows = {key: given.get(key, default) for key, default in products.WINDOWS.items()}
     if not windows['stride']:
         # torch.max_pool2d has an empty list for it

@@ -6,9 +6,8 @@ import torch.nn.functional as F
 
 from .._compat import has_values, version_of
 from ..layer import Addition, Filling, NonNegativeMap, Reduction
-from . import sinks
+from . import products, sinks
 from .functions import FunctionCall, dims_of, kept, out_of_place, with_values, write_out
-from .products import run_first
 
 
 def place(canonizer, call, function):
@@ -73,29 +72,16 @@ def add_up(canonizer, call, function):
     if kind not in ('sum', 'mean'):
         # of the largest elements, the gradient is the rule
         return canonizer.refuse(call, function, 'it is no sum') if kind == 'prod' else function()
-    if function.name.startswith('nan') and not (
-        has_values(function.active[0]) and not bool(function.active[0].isnan().any())
-    ):
-        return _add_up_numbers(canonizer, function)
+    input, = function.active
+    if function.name.startswith('nan') and not (has_values(input) and not bool(input.isnan().any())):
+        twin = products.nansum if function.name == 'nansum' else products.nanmean
+        return products.written_out(canonizer, call, function, kind=twin)
     steps = function.bind('input', 'x')
     steps = steps.get('x', steps.get('dx', 1)) if 'trap' in function.name else 1
     steps = steps.diff() if isinstance(steps, torch.Tensor) else torch.tensor(steps)
     if bool((steps < 0).any()):
         return canonizer.refuse(call, function, 'its steps have negative signs')
     return canonizer.run(call, NonNegativeMap, function, examples=None)
-
-
-def _add_up_numbers(canonizer, function):
-    '''A sum or mean of elements, of which some are NaN, which receive nothing.'''
-    given = function.bind('input', 'dim', 'keepdim')
-    input, settings = given['input'], {key: given[key] for key in ('dim', 'keepdim') if key in given}
-    is_number = ~input.isnan()
-
-    def twin():
-        total = torch.where(is_number, input, 0.).sum(**settings)
-        return total if function.name == 'nansum' else total / is_number.sum(**settings)
-
-    return write_out(canonizer, function, twin)
 
 
 @out_of_place
@@ -148,7 +134,7 @@ def sample(canonizer, call, function):
     examples = given['rois'][:, 0].long() if 'roi' in function.name else None
     if not function.name.startswith('ps_'):
         return canonizer.run(call, NonNegativeMap, function, examples=examples)
-    return run_first(canonizer, call, function, NonNegativeMap, examples=examples)
+    return products.run_first(canonizer, call, function, NonNegativeMap, examples=examples)
 
 
 def pool_regions(canonizer, call, function):
@@ -156,7 +142,9 @@ def pool_regions(canonizer, call, function):
     given = function.bind('input', 'rois')
     if not given['input'].requires_grad:
         return canonizer.refuse(call, function, 'only the places do, at which it takes elements')
-    return run_first(canonizer, call, function.keep(given['input']), Filling, examples=given['rois'][:, 0].long())
+    return products.run_first(
+        canonizer, call, function.keep(given['input']), Filling, examples=given['rois'][:, 0].long()
+    )
 
 
 # -- over dimensions ---------------------------------------------------------------------------------------------------
@@ -212,7 +200,7 @@ def minimum(canonizer, call, function):
     with torch.no_grad():
         exact = function()
     if isinstance(exact, tuple):
-        values = write_out(canonizer, _nth(function, 0), lambda: -torch.max(-given['input'], **settings).values)
+        values = write_out(canonizer, function.part(0), lambda: -torch.max(-given['input'], **settings).values)
         return type(exact)((values, *exact[1:]))
     largest = torch.max if function.name == 'min' else torch.amax
     return write_out(canonizer, function, lambda: -largest(-given['input'], **settings))
@@ -242,40 +230,25 @@ def deviation(canonizer, call, function):
     settings = {'amounts': functools.partial(_squared_deviation, dims), 'dims': dims}
     if not function.name.endswith('_mean'):
         return canonizer.run(call, Reduction, function, **settings)
-    deviation_of, mean_of = (_nth(function, num) for num in (0, 1))
     return (
-        canonizer.run(call, Reduction, deviation_of, **settings),
-        canonizer.run(call, NonNegativeMap, mean_of, examples=None),
+        canonizer.run(call, Reduction, function.part(0), **settings),
+        canonizer.run(call, NonNegativeMap, function.part(1), examples=None),
     )
-
-
-def _nth(function, num):
-    '''The call as one that returns a single one of its tensors, with a node of its own in the graph.'''
-    func = function.func
-    return function._replace(func=lambda *args, **kwargs: func(*args, **kwargs)[num].clone())
 
 
 def norm(canonizer, call, function):
     '''A norm of vectors.'''
-    is_general = function.name == 'linalg_norm'
-    order, names = 2, ('input', 'ord', 'dim')
-    if function.name == 'norm':
-        names = ('input', 'p', 'dim')
-    elif function.name == 'frobenius_norm':
-        names = ('input', 'dim')
-    given = function.bind(*names)
+    names = {'norm': ('p', 'dim'), 'frobenius_norm': ('dim',)}.get(function.name, ('ord', 'dim'))
+    given, is_matrix = function.bind('input', *names), function.name == 'linalg_matrix_norm'
     input, = function.active
-    value, dim = given.get('ord', given.get('p')), given.get('dim')
-    if function.name == 'linalg_matrix_norm':
-        value, dim = given.get('ord', 'fro'), given.get('dim', (-2, -1))
-    is_matrix = function.name == 'linalg_matrix_norm' or is_general and value is not None and (
-        isinstance(dim, (list, tuple)) and len(dim) == 2 or dim is None and input.ndim == 2
-    )
-    if value not in (None, 'fro'):
-        if is_matrix or isinstance(value, str):
-            return canonizer.refuse(call, function, f'elements have no share of a matrix norm of order {value!r}')
-        order = float(value)
-    dims = dims_of(input, dim)
+    order, dim = given.get('ord', given.get('p')), given.get('dim', (-2, -1) if is_matrix else None)
+    if function.name == 'linalg_norm':
+        is_matrix = isinstance(dim, (list, tuple)) and len(dim) == 2 or dim is None and input.ndim == 2
+    if order in (None, 'fro'):
+        order = 2
+    elif is_matrix or isinstance(order, str):
+        return canonizer.refuse(call, function, f'elements have no share of a matrix norm of order {order!r}')
+    order, dims = float(order), dims_of(input, dim)
     return canonizer.run(call, Reduction, function, amounts=functools.partial(_power, order, dims), dims=dims)
 
 

@@ -45,7 +45,7 @@ class Entry(NamedTuple):
     that for training, in which the function is random or computes something from several images, the dimensions over
     which it goes (if these have the images, they are mixed), and that along which it takes elements apart, likewise.
     '''
-    names: tuple  # as functions, methods, operators and in exported networks
+    names: tuple  # as functions, methods, operators and in exported networks, without forms in place
     run: object = None
     training: tuple = None
     reduces: tuple = None
@@ -58,18 +58,12 @@ def gradient(canonizer, call, function):
 
 
 def _entry(names, run=None, kind=None, **properties):
-    '''An entry for names, which may be a text, whose handler is told the class of the surrogate module.'''
+    '''An entry for names, which may be a text, whose handler is told the class of the surrogate module, or the twin.'''
     names = tuple(names.split() if isinstance(names, str) else names)
     return Entry(names, run if kind is None else partial(run, kind=kind), **properties)
 
 
-# Functions of each element, with a form in place, and some of them in torch.special.
-ELEMENT_WISE = '''
-    abs absolute square pow float_power sqrt rsqrt reciprocal exp exp2 expm1 log log1p log2 log10 sin cos tan asin
-    acos atan arcsin arccos arctan sinh cosh asinh acosh atanh arcsinh arccosh arctanh erf erfc erfinv sinc logit
-    lgamma digamma polygamma mvlgamma i0 igamma igammac round floor ceil trunc fix frac sign sgn fmod remainder
-    hypot atan2 arctan2 copysign ldexp xlogy deg2rad rad2deg nextafter
-'''.split()
+# Functions of each element in torch.special.
 SPECIAL = '''
     airy_ai bessel_j0 bessel_j1 bessel_y0 bessel_y1 digamma entr erf erfc erfcx erfinv exp2 expit expm1 gammainc
     gammaincc gammaln i0 i0e i1 i1e log1p log_ndtr logit modified_bessel_i0 modified_bessel_i1 modified_bessel_k0
@@ -84,19 +78,16 @@ TABLE = (
     # moves, selections, and what is the identity in evaluation
     _entry('''
         view view_as reshape reshape_as flatten unflatten ravel permute transpose t swapaxes swapdims movedim
-        moveaxis adjoint squeeze squeeze_ unsqueeze unsqueeze_ contiguous clone expand expand_as repeat
-        repeat_interleave tile broadcast_to broadcast_tensors as_strided pixel_shuffle pixel_unshuffle
-        channel_shuffle to type type_as float double half bfloat16 cuda cpu detach detach_ requires_grad_
-        __get__ __set__ retain_grad register_hook dropout_ alpha_dropout_ feature_dropout feature_dropout_
-        feature_alpha_dropout_ swapaxes_ swapdims_ transpose_ t_ fliplr dsplit hsplit diagonal linalg_diagonal
-        narrow_copy atleast_1d atleast_2d atleast_3d meshgrid cartesian_prod combinations as_tensor asarray
-        positive __pos__ nan_to_num
-        nan_to_num_ resolve_conj resolve_neg conj conj_physical conj_physical_ real native_channel_shuffle
-        fft_fftshift fft_ifftshift pin_memory _to_copy _unsafe_view alias lift_fresh view_copy permute_copy
-        transpose_copy t_copy squeeze_copy unsqueeze_copy select_copy slice_copy split_copy
-        split_with_sizes_copy expand_copy unbind_copy unfold_copy diagonal_copy alias_copy detach_copy
-        masked_select take fractional_max_pool2d fractional_max_pool3d fractional_max_pool2d_with_indices
-        fractional_max_pool3d_with_indices as_strided_ index
+        moveaxis adjoint squeeze unsqueeze contiguous clone expand expand_as repeat repeat_interleave tile
+        broadcast_to broadcast_tensors as_strided pixel_shuffle pixel_unshuffle channel_shuffle to type type_as
+        float double half bfloat16 cuda cpu detach requires_grad_ __get__ __set__ retain_grad register_hook
+        fliplr dsplit hsplit diagonal linalg_diagonal narrow_copy atleast_1d atleast_2d atleast_3d meshgrid
+        cartesian_prod combinations as_tensor asarray positive __pos__ nan_to_num resolve_conj resolve_neg conj
+        conj_physical real native_channel_shuffle fft_fftshift fft_ifftshift pin_memory _to_copy _unsafe_view
+        alias lift_fresh view_copy permute_copy transpose_copy t_copy squeeze_copy unsqueeze_copy select_copy
+        slice_copy split_copy split_with_sizes_copy expand_copy unbind_copy unfold_copy diagonal_copy alias_copy
+        detach_copy masked_select take fractional_max_pool2d fractional_max_pool3d
+        fractional_max_pool2d_with_indices fractional_max_pool3d_with_indices index
     ''', gradient),
     _entry('select unbind narrow index_select gather take_along_dim', gradient, takes=(1, 0)),
     _entry('''
@@ -110,31 +101,31 @@ TABLE = (
     _entry('msort', gradient, reduces=(9, 0)),
     _entry('cummax cummin aminmax', gradient, reduces=(1, None)),
     _entry('dropout dropout1d dropout2d dropout3d', gradient, training=(2, True)),
-    _entry('alpha_dropout feature_alpha_dropout', gradient, training=(2, False)),
+    _entry('alpha_dropout feature_dropout feature_alpha_dropout', gradient, training=(2, False)),
     _entry('__getitem__', layers.index_),
     _entry('slice', layers.slice_),
     # sums and products
-    _entry('add add_ __add__ __radd__ __iadd__ sub sub_ subtract subtract_ __sub__ __rsub__ __isub__ rsub', layers.add),
+    _entry('add __add__ __radd__ __iadd__ sub subtract __sub__ __rsub__ __isub__ rsub', layers.add),
     _entry('''
-        mul mul_ multiply multiply_ __mul__ __rmul__ __imul__ div div_ divide divide_ true_divide true_divide_
-        __truediv__ __itruediv__ __div__ __idiv__ __rdiv__ __rtruediv__
+        mul multiply __mul__ __rmul__ __imul__ div divide true_divide __truediv__ __itruediv__ __div__ __idiv__
+        __rdiv__ __rtruediv__
     ''', products.multiply),
-    _entry('addcmul addcmul_ addcdiv addcdiv_', products.addcmul),
-    _entry('lerp lerp_', products.lerp),
-    _entry('diff', products.diff, reduces=(2, -1)),
+    _entry('addcmul', products.written_out, products.addcmul),
+    _entry('addcdiv', products.written_out, products.addcdiv),
+    _entry('lerp', products.written_out, products.lerp),
+    _entry('diff', products.written_out, products.diff, reduces=(2, -1)),
     # element-wise functions and normalizations
     _entry('''
-        relu relu_ relu6 leaky_relu leaky_relu_ rrelu_ prelu elu elu_ selu selu_ celu celu_ gelu silu mish
-        hardtanh hardtanh_ hardswish hardsigmoid sigmoid sigmoid_ tanh tanh_ softplus softsign logsigmoid
-        tanhshrink hardshrink softshrink threshold threshold_ clamp clamp_ clip clip_ clamp_min clamp_min_
-        clamp_max clamp_max_ neg neg_ negative __neg__ negative_ mish_ silu_ hardswish_ hardsigmoid_ log_sigmoid
-        _threshold fake_quantize_per_tensor_affine fake_quantize_per_channel_affine
+        relu relu6 leaky_relu prelu elu selu celu gelu silu mish hardtanh hardswish hardsigmoid sigmoid tanh
+        softplus softsign logsigmoid tanhshrink hardshrink softshrink threshold clamp clip clamp_min clamp_max neg
+        negative __neg__ log_sigmoid _threshold fake_quantize_per_tensor_affine fake_quantize_per_channel_affine
+        abs absolute square pow float_power sqrt rsqrt reciprocal exp exp2 expm1 log log1p log2 log10 sin cos tan
+        asin acos atan arcsin arccos arctan sinh cosh asinh acosh atanh arcsinh arccosh arctanh erf erfc erfinv
+        sinc logit lgamma digamma polygamma mvlgamma i0 igamma igammac round floor ceil trunc fix frac sign sgn
+        fmod remainder hypot atan2 arctan2 copysign ldexp xlogy deg2rad rad2deg nextafter __abs__ __pow__ __rpow__
+        __ipow__ __mod__ __imod__ __rmod__ logaddexp logaddexp2
     ''', layers.unary, Activation),
-    _entry((*ELEMENT_WISE, *(f'{name}_' for name in ELEMENT_WISE)), layers.unary, Activation),
     _entry((f'special_{name}' for name in SPECIAL), layers.unary, Activation),
-    _entry('''
-        __abs__ __pow__ __rpow__ __ipow__ __mod__ __imod__ __rmod__ logaddexp logaddexp2
-    ''', layers.unary, Activation),
     _entry('rrelu', layers.unary, Activation, training=(3, False)),
     _entry('maximum minimum fmax fmin', layers.extremum),
     _entry('max min amin', layers.extremum, reduces=(1, None)),
@@ -171,15 +162,19 @@ TABLE = (
         _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d
         upsample_trilinear3d _upsample_bilinear2d_aa upsample_bicubic2d _upsample_bicubic2d_aa
     ''', products.interpolate),
-    _entry('lp_pool1d lp_pool2d lp_pool3d', products.lp_pool),
-    _entry('dist pairwise_distance cdist', products.distance),
-    _entry('cosine_similarity', products.cosine_similarity),
+    _entry('lp_pool1d', products.written_out, partial(products.lp_pool, num=1)),
+    _entry('lp_pool2d', products.written_out, partial(products.lp_pool, num=2)),
+    _entry('lp_pool3d', products.written_out, partial(products.lp_pool, num=3)),
+    _entry('dist', products.written_out, products.dist),
+    _entry('pairwise_distance', products.written_out, products.pairwise_distance),
+    _entry('cdist', products.written_out, products.cdist),
+    _entry('cosine_similarity', products.written_out, products.cosine_similarity),
     _entry('std var std_mean var_mean', moves.deviation, reduces=(1, None)),
     _entry('norm linalg_norm linalg_vector_norm', moves.norm, reduces=(2, None)),
     _entry('linalg_matrix_norm frobenius_norm', moves.norm),
     _entry('logsumexp special_logsumexp', moves.log_sum_exp, reduces=(1, None)),
     _entry('quantile nanquantile', moves.quantile, reduces=(2, None)),
-    _entry('fold cumsum_ trapezoid trapz cumulative_trapezoid trace sum_to_size segment_reduce col2im', moves.add_up),
+    _entry('fold trapezoid trapz cumulative_trapezoid trace sum_to_size segment_reduce col2im', moves.add_up),
     _entry('cumsum nansum nanmean', moves.add_up, reduces=(1, None)),
     # products with constant weights
     _entry('linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d', layers.linear),
@@ -190,22 +185,21 @@ TABLE = (
     ''', products.contract),
     _entry('einsum', products.einsum),
     _entry('bilinear', products.bilinear),
-    _entry('addmm addmv addr baddbmm addbmm addmm_ addmv_ addr_ baddbmm_ addbmm_', products.add_product),
+    _entry('addmm addmv addr baddbmm addbmm', products.add_product),
     _entry('chain_matmul linalg_multi_dot', products.multi_dot),
     _entry('deform_conv2d', products.deformable),
-    _entry('affine_grid affine_grid_generator', products.affine_grid),
+    _entry('affine_grid affine_grid_generator', products.written_out, products.affine_grid),
     _entry('roi_align ps_roi_align ps_roi_pool grid_sample grid_sampler grid_sampler_2d grid_sampler_3d', moves.sample),
     _entry('roi_pool', moves.pool_regions),
     # elements among others
     _entry('cat concat concatenate stack hstack vstack dstack column_stack row_stack', layers.concatenate),
     _entry('pad constant_pad_nd', layers.pad),
     _entry('''
-        where masked_fill masked_fill_ masked_scatter masked_scatter_ index_fill index_fill_ fill_diagonal_ tril
-        tril_ triu triu_ fill_ zero_ diag diag_embed diagflat block_diag max_unpool1d max_unpool2d max_unpool3d
-        scatter scatter_ index_copy index_copy_ index_put index_put_ put put_ select_scatter slice_scatter
-        diagonal_scatter _index_put_impl_
+        where masked_fill masked_scatter index_fill fill_diagonal_ tril triu fill_ zero_ diag diag_embed diagflat
+        block_diag max_unpool1d max_unpool2d max_unpool3d scatter index_copy index_put put select_scatter
+        slice_scatter diagonal_scatter _index_put_impl_
     ''', moves.place),
-    _entry('scatter_add scatter_add_ index_add index_add_ scatter_reduce scatter_reduce_', moves.add_at),
+    _entry('scatter_add index_add scatter_reduce', moves.add_at),
     _entry('copy_', moves.copy),
     _entry('__setitem__', moves.assign),
     _entry('unfold im2col', moves.unfold),
@@ -215,7 +209,8 @@ TABLE = (
     _entry('argsort', reduces=(1, -1)),
     _entry('cov corrcoef', reduces=(9, 1)),
 )
-OPERATIONS = {name: entry for entry in TABLE for name in entry.names}
+# Forms in place have the entry of the function.
+OPERATIONS = {form: entry for entry in TABLE for name in entry.names for form in (name, f'{name}_')}
 # They are asked for more often than anything else.
 TRANSPARENT = frozenset(name for name, entry in OPERATIONS.items() if entry.run is gradient)
 TRAINING = {name: entry.training for name, entry in OPERATIONS.items() if entry.training}

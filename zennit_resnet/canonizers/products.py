@@ -19,7 +19,7 @@ from ..layer import (
     Product,
     Resampling,
 )
-from .functions import FunctionCall, become, out_of_place, write_out
+from .functions import ALIASES, FunctionCall, become, out_of_place, write_out
 
 # Products to which a tensor is added, with the arguments they have and the products they add.
 ADDED_PRODUCTS = {
@@ -61,9 +61,7 @@ def run_first(canonizer, call, function, kind, **settings):
     '''Run a function that returns several tensors, of which the first has the rule and the others are constants.'''
     with torch.no_grad():
         _, *others = function()
-    func = function.func
-    first = function._replace(func=lambda *args, **kwargs: func(*args, **kwargs)[0])
-    return (canonizer.run(call, kind, first, **settings), *others)
+    return (canonizer.run(call, kind, function.part(0), **settings), *others)
 
 
 def multiply(canonizer, call, function):
@@ -90,7 +88,7 @@ def multiply(canonizer, call, function):
     if signal is not None:
         # a softmax
         function = function.renamed('softmax')
-        output = run_on(canonizer, call, Gate, function, (left, right)[signal])
+        output = run_on(canonizer, call, Gate, function, signal)
         canonizer.note_softmax(call, 'softmax', output, is_passed=True)
         return output
     signal = 0 if is_division else find_signal([left, right])
@@ -105,34 +103,39 @@ def multiply(canonizer, call, function):
 
 
 def _exponentials(left, right, is_division):
-    '''Index of the factor that has exponentials, if the other normalizes them by their sum, as a softmax does.'''
-    pairs = [(0, left, right)] if is_division else [(0, left, right), (1, right, left)]
-    for index, signal, other in pairs:
+    '''The factor that has exponentials, if the other normalizes them by their sum, as a softmax does.'''
+    for signal, other in [(left, right)] if is_division else [(left, right), (right, left)]:
         if is_sum(other.grad_fn, not is_division):
             with torch.no_grad():
                 values = signal / other if is_division else signal * other
             # those of some classes do not sum to one
             if are_probabilities(values) or is_exponential(signal.grad_fn) and bool((values <= 1).all()):
-                return index
+                return signal
     return None
 
 
 # -- products over dimensions ------------------------------------------------------------------------------------------
 
-def _pick(canonizer, call, function):
-    '''The call with one factor that carries relevance and the others as constants, or what it returns as it is refused.
+def _run_product(canonizer, call, function, run, is_sum=True):
+    '''Run a product by ``run(function, signal, constants)``, in which one factor is a signal and the others constants.
 
-    Also the factors that are constants although they are computed from the input, as are weights of a pooling.
+    If several carry relevance, it is weighted with non-negative values, or a product of two signals, or refused.
     '''
-    if len(function.active) == 1:
-        return function, []
-    signal = _find_value(canonizer, function.active)
-    if signal is not None:
-        return function.keep(function.active[signal]), function.active[:signal] + function.active[signal + 1:]
+    index, gates = 0, []
+    if len(function.active) > 1:
+        index = _find_value(canonizer, function.active)
+        gates = [elem for num, elem in enumerate(function.active) if num != index]
+    if index is not None:
+        signal = function.active[index]
+        function = function.keep(signal)
+        constants = [elem for elem in function.tensors() if elem is not signal]
+        if is_sum and gates and _are_non_negative(constants, gates):
+            return canonizer.run(call, NonNegativeMap, function, examples=None)
+        return run(function, signal, constants)
     if len(function.active) == 2:
-        return None, canonizer.run(call, MatrixProduct, function.distinct())
+        return canonizer.run(call, MatrixProduct, function.distinct())
     shapes = ', '.join(str(tuple(elem.shape)) for elem in function.active)
-    return None, canonizer.refuse(call, function, f'it is a product of more than two that do (shapes {shapes})')
+    return canonizer.refuse(call, function, f'it is a product of more than two that do (shapes {shapes})')
 
 
 def _find_value(canonizer, factors):
@@ -155,22 +158,17 @@ def _are_non_negative(constants, gates):
 
 def contract(canonizer, call, function):
     '''A product of two tensors over dimensions, which is linear in the one that is no constant.'''
-    function, gates = _pick(canonizer, call, function)
-    if function is None:
-        return gates
-    signal, = function.active
-    constant, = (elem for elem in function.tensors() if elem is not signal)
-    if gates and _are_non_negative([constant], gates):
-        return canonizer.run(call, NonNegativeMap, function, examples=None)
-    is_left = next(elem for elem in function.tensors()) is signal
-    if constant.ndim == 2 and is_left and function.name in ('matmul', '__matmul__', 'mm', 'linalg_matmul') and (
-        constant.layout is torch.strided
-    ):
-        func = function.func
-        return fully_connected(canonizer, call, function.name, signal, (
-            lambda input, weight, bias: func(input, weight.T)
-        ), constant.T, None)
-    return linear_map(canonizer, call, function, function.rebind(signal, constant), constant)
+    def run(function, signal, constants):
+        constant, = constants
+        is_layer = function.name in ('matmul', '__matmul__', 'mm', 'linalg_matmul') and constant.ndim == 2
+        if is_layer and function.tensors()[0] is signal and constant.layout is torch.strided:
+            func = function.func
+            return fully_connected(canonizer, call, function.name, signal, (
+                lambda input, weight, bias: func(input, weight.T)
+            ), constant.T, None)
+        return linear_map(canonizer, call, function, function.rebind(signal, constant), constant)
+
+    return _run_product(canonizer, call, function, run)
 
 
 def fully_connected(canonizer, call, name, input, func, weight, bias):
@@ -249,12 +247,6 @@ def einsum(canonizer, call, function):
 
 def _multiply_aligned(canonizer, call, function, inputs, output, operands):
     '''A product of elements, without a sum, of tensors of which the dimensions have letters.'''
-    picked, refused = _pick(canonizer, call, function)
-    if picked is None:
-        return refused
-    signal, = picked.active
-    index = next(num for num, elem in enumerate(operands) if elem is signal)
-
     def aligned(key, elem):
         if not set(key) <= set(output):
             elem = elem[tuple(slice(None) if letter in output else 0 for letter in key)]
@@ -265,14 +257,16 @@ def _multiply_aligned(canonizer, call, function, inputs, output, operands):
             elem = elem if letter in key else elem.unsqueeze(num)
         return elem
 
-    def twin():
-        product = aligned(inputs[index], signal)
-        for num, (key, elem) in enumerate(zip(inputs, operands)):
-            if num != index:
-                product = product * aligned(key, elem.detach())
-        return product
+    def run(picked, signal, constants):
+        def twin():
+            product = aligned(next(key for key, elem in zip(inputs, operands) if elem is signal), signal)
+            for key, elem in zip(inputs, operands):
+                product = product if elem is signal else product * aligned(key, elem.detach())
+            return product
 
-    return write_out(canonizer, function, twin)
+        return write_out(canonizer, function, twin)
+
+    return _run_product(canonizer, call, function, run, is_sum=False)
 
 
 def _subscripts(equation, operands):
@@ -312,22 +306,18 @@ def multi_dot(canonizer, call, function):
 
 def _contract_many(canonizer, call, function, inputs, output, operands):
     '''A sum of products of two or more tensors, given the letters of the dimensions of each and of the output.'''
-    pooled, gates = _pick(canonizer, call, function)
-    if pooled is None:
-        return gates
-    signal, = pooled.active
-    index = next(num for num, elem in enumerate(operands) if elem is signal)
-    constants = [elem.detach() for num, elem in enumerate(operands) if num != index]
-    if gates and _are_non_negative(constants, gates):
-        return canonizer.run(call, NonNegativeMap, pooled, examples=None)
-    others = [key for num, key in enumerate(inputs) if num != index]
-    kept, = others if len(others) == 1 else (''.join(
-        key for key in sorted(set(''.join(others))) if key in inputs[index] + output
-    ),)
-    # constants multiply each other to the weight of one layer
-    weight = constants[0] if len(constants) == 1 else torch.einsum(f'{",".join(others)}->{kept}', *constants)
-    equation = f'{inputs[index]},{kept}->{output}'
-    return linear_map(canonizer, call, pooled, lambda input, weight: torch.einsum(equation, input, weight), weight)
+    def run(function, signal, constants):
+        own = next(key for key, elem in zip(inputs, operands) if elem is signal)
+        others = [key for key, elem in zip(inputs, operands) if elem is not signal]
+        kept, weight = others[0], constants[0]
+        if len(constants) > 1:
+            # they multiply each other to the weight of one layer
+            kept = ''.join(key for key in sorted(set(''.join(others))) if key in own + output)
+            weight = torch.einsum(f'{",".join(others)}->{kept}', *constants)
+        equation = f'{own},{kept}->{output}'
+        return linear_map(canonizer, call, function, lambda *factors: torch.einsum(equation, *factors), weight)
+
+    return _run_product(canonizer, call, function, run)
 
 
 def bilinear(canonizer, call, function):
@@ -357,86 +347,84 @@ def deformable(canonizer, call, function):
     return linear_map(canonizer, call, function, product, weight)
 
 
-def affine_grid(canonizer, call, function):
-    '''Places of an affine transformation, which are a product with fixed places.'''
-    given = function.bind('theta', 'size', 'align_corners')
-    theta = given['theta']
-    unit = torch.eye(theta.shape[1], theta.shape[2]).to(theta)[None]
-    places = F.affine_grid(unit, [1, *given['size'][1:]], given.get('align_corners') or False)[0]
-    places = torch.cat([places, torch.ones_like(places[..., :1])], -1)
-    return write_out(canonizer, function, lambda: torch.einsum('...k,bjk->b...j', places, theta) + 0)
-
-
 # -- functions that can be written with sums and products --------------------------------------------------------------
 
 @out_of_place
-def lerp(canonizer, call, function):
+def written_out(canonizer, call, function, kind):
+    '''Run a function with the rules of a twin: a function of the same arguments that is written with others.'''
+    kwargs = {ALIASES.get(key, key): elem for key, elem in function.kwargs.items()}
+    return write_out(canonizer, function, lambda: kind(*function.args, **kwargs))
+
+
+def lerp(input, end, weight):
     '''A weighted mean, as a sum of two products.'''
-    given = function.bind('input', 'end', 'weight')
-    start, end, weight = (given[key] for key in ('input', 'end', 'weight'))
-    return write_out(canonizer, function, lambda: torch.add(start * (1 - weight), end * weight))
+    return torch.add(input * (1 - weight), end * weight)
 
 
-@out_of_place
-def addcmul(canonizer, call, function):
-    '''A sum of a tensor and a product or quotient.'''
-    given = function.bind('input', 'tensor1', 'tensor2')
-    value, operate = given.get('value', 1), torch.div if function.name == 'addcdiv' else torch.mul
-    return write_out(canonizer, function, lambda: torch.add(
-        given['input'], operate(given['tensor1'], given['tensor2']), alpha=value
-    ))
+def addcmul(input, tensor1, tensor2, value=1):
+    '''A sum of a tensor and a product.'''
+    return torch.add(input, torch.mul(tensor1, tensor2), alpha=value)
 
 
-def lp_pool(canonizer, call, function):
-    '''A mean of powers over windows, of which relevance passes the powers.'''
-    given = function.bind('input', 'norm_type', 'kernel_size', 'stride', 'ceil_mode')
-    pool = getattr(F, f'avg_pool{function.name[-2:]}')
-    power, stride = float(given['norm_type']), given.get('stride')
-    return write_out(canonizer, function, lambda: pool(
-        given['input'].pow(power), given['kernel_size'], stride, 0, given.get('ceil_mode', False)
-    ).pow(1 / power))
+def addcdiv(input, tensor1, tensor2, value=1):
+    '''A sum of a tensor and a quotient.'''
+    return torch.add(input, torch.div(tensor1, tensor2), alpha=value)
 
 
-def distance(canonizer, call, function):
+def lp_pool(input, norm_type, kernel_size, stride=None, ceil_mode=False, *, num):
+    '''A mean of powers over windows of some dimensions, of which relevance passes the powers.'''
+    pool, power = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[num - 1], float(norm_type)
+    return pool(input.pow(power), kernel_size, stride, 0, ceil_mode).pow(1 / power)
+
+
+def dist(input, other, p=2):
     '''A norm of a difference.'''
-    names = {
-        'dist': ('input', 'other', 'p'), 'cdist': ('x1', 'x2', 'p'), 'pairwise_distance': ('x1', 'x2', 'p', 'eps'),
-    }[function.name]
-    given = function.bind(*names)
-    left, right = given[names[0]], given[names[1]]
-    if function.name == 'cdist':
-        left, right = left.unsqueeze(-2), right.unsqueeze(-3)
-    shift = given.get('eps', 1e-6) if 'eps' in names else 0.
-    return write_out(canonizer, function, lambda: torch.linalg.vector_norm(
-        left - right + shift, float(given.get('p', 2)), None if function.name == 'dist' else -1
-    ))
+    return torch.linalg.vector_norm(input - other + 0., float(p))
 
 
-def cosine_similarity(canonizer, call, function):
+def cdist(x1, x2, p=2, compute_mode=None):
+    '''Norms of differences of all pairs of vectors.'''
+    return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3) + 0., float(p), -1)
+
+
+def pairwise_distance(x1, x2, p=2, eps=1e-6, keepdim=False):
+    '''Norms of differences of vectors.'''
+    return torch.linalg.vector_norm(x1 - x2 + eps, float(p), -1)
+
+
+def cosine_similarity(x1, x2, dim=1, eps=1e-8):
     '''A product of normalized tensors, of which relevance passes the normalization.'''
-    given = function.bind('x1', 'x2', 'dim')
-    left, right, dim = given['x1'], given['x2'], given.get('dim', 1)
-    return write_out(canonizer, function, lambda: torch.sum(
-        F.normalize(left, dim=dim) * F.normalize(right, dim=dim), dim
-    ))
+    return torch.sum(F.normalize(x1, dim=dim) * F.normalize(x2, dim=dim), dim)
 
 
-def diff(canonizer, call, function):
+def diff(input, n=1, dim=-1, prepend=None, append=None):
     '''Differences of neighbours.'''
-    given = function.bind('input', 'n', 'dim', 'prepend', 'append')
-    parts = [given.get('prepend'), given['input'], given.get('append')]
-    parts, num, dim = [elem for elem in parts if elem is not None], given.get('n', 1), given.get('dim', -1)
-    if not num:
-        return function()
+    if not n:
+        return input.clone()
+    parts = [elem for elem in (prepend, input, append) if elem is not None]
+    output = torch.cat(parts, dim) if len(parts) > 1 else input
+    for _ in range(n):
+        length = output.shape[dim] - 1
+        output = output.narrow(dim, 1, length) - output.narrow(dim, 0, length)
+    return output
 
-    def twin():
-        output = torch.cat(parts, dim) if len(parts) > 1 else parts[0]
-        for _ in range(num):
-            length = output.shape[dim] - 1
-            output = output.narrow(dim, 1, length) - output.narrow(dim, 0, length)
-        return output
 
-    return write_out(canonizer, function, twin)
+def affine_grid(theta, size, align_corners=None):
+    '''Places of an affine transformation, which are a product with fixed places.'''
+    unit = torch.eye(theta.shape[1], theta.shape[2]).to(theta)[None]
+    places = F.affine_grid(unit, [1, *size[1:]], align_corners or False)[0]
+    places = torch.cat([places, torch.ones_like(places[..., :1])], -1)
+    return torch.einsum('...k,bjk->b...j', places, theta) + 0
+
+
+def nansum(input, dim=None, keepdim=False, dtype=None):
+    '''A sum of elements, of which some are NaN, which receive nothing.'''
+    return torch.where(input.isnan(), 0., input).sum(dim, keepdim)
+
+
+def nanmean(input, dim=None, keepdim=False, dtype=None):
+    '''A mean of elements likewise.'''
+    return nansum(input, dim, keepdim) / (~input.isnan()).sum(dim, keepdim)
 
 
 # -- interpolation -----------------------------------------------------------------------------------------------------

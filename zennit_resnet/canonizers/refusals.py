@@ -235,12 +235,6 @@ class Refusing:
             tensor.register_hook(check)
         return output
 
-    def pass_at_end(self, call, function):
-        '''Run a softmax, which passes relevance to its logits if it is the output of the network.'''
-        output = self.run_known(function, function.active)
-        self.note_softmax(call, function.name, output)
-        return output
-
     def note_softmax(self, call, name, output, is_passed=False, has_rule=False):
         '''Note what a softmax returned, whether a rule passes its relevance, or has one of its own for it.'''
         with DisableTorchFunction():
