@@ -194,18 +194,12 @@ def module_around(frame):
 
 
 def is_running(frame):
-    '''Whether a frame is among those that are executed, and not one that an interrupt has left without running hooks.
-
-    PyTorch runs no hooks for exceptions that are not errors, such as a KeyboardInterrupt.
-    '''
+    '''Whether a frame is executed, and not one that an interrupt has left, for which PyTorch runs no hooks.'''
     return any(elem is frame for elem in _from(sys._getframe(1)))
 
 
 def registering_composite():
-    '''The composite of Zennit that is being registered, None if there is none.
-
-    Composites of Zennit do not tell their canonizers who they are, but operations found later need their rules.
-    '''
+    '''The composite of Zennit that is being registered, None if there is none. It does not tell its canonizers.'''
     frames = _from(sys._getframe(1))
     return next((elem.f_locals['self'] for elem in frames if elem.f_code is Composite.register.__code__), None)
 

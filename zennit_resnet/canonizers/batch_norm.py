@@ -115,8 +115,6 @@ class BatchNormMerge:
 
     def note(self, found, input, output, scale=None, shift=None):
         '''Note that a constant was multiplied or added, as in a normalization that is written out, or as a bias.'''
-        if found is None:
-            return
         produced, moves = found
         with DisableTorchFunction():
             if not isinstance(output, torch.Tensor) or output.shape != input.shape or output.grad_fn is None:
@@ -396,7 +394,7 @@ def fold_batch_norm(linear, batch_norm, axis=0, order=None):
             shape = (linear.groups, weight.shape[0] // linear.groups, *weight.shape[1:])
             weight = (weight.view(shape) * scale.view(linear.groups, 1, -1, *(1,) * (weight.ndim - 2))).view_as(weight)
         else:
-            weight = weight * scale.view(-1, *(1,) * (weight.ndim - 1 - (axis or 0)))
+            weight = weight * scale.view(-1, *(1,) * (weight.ndim - 1 - axis))
         bias = (-mean if linear.bias is None else linear.bias - mean) * scale
         if getattr(batch_norm, 'bias', None) is not None:
             bias = bias + pick(batch_norm.bias)

@@ -10,8 +10,6 @@ from .operations import OPERATIONS
 PRODUCTS = frozenset('matmul __matmul__ mm linalg_matmul addmm'.split())
 # Functions that compare or multiply all entries of tensors, which may be images.
 PAIRS = frozenset('cdist tensordot mv inner outer ger kron vdot dot'.split())
-# Functions of regions of interest.
-REGIONS = 'roi'
 TRANSPOSED = frozenset('transpose permute swapaxes swapdims movedim moveaxis t adjoint'.split())
 # Functions over dimensions, with the position and the default of the argument that names these.
 OVER = {name: entry.reduces or entry.takes for name, entry in OPERATIONS.items() if entry.reduces or entry.takes}
@@ -22,8 +20,8 @@ class Images:
     '''The images of the arguments of a forward pass, and which of its functions may mix them.'''
     def __init__(self, given=()):
         self.given, self.number = given, batch_size(given)
-        # module and name of the first function over the dimension of images, and the name of the first that moves it
-        self.mixing, self.moved, self.is_checking = None, '', False
+        # modules and names of the first function over the dimension of images, and of the first that moves it
+        self.mixing, self.moved, self.is_checking = None, None, False
 
     def look(self, module, name, args, kwargs):
         '''Look at a function that a module is about to call.'''
@@ -32,8 +30,8 @@ class Images:
             return
         if self.mixing is None and name in WATCHED and may_mix(name, args, kwargs, self.number):
             self.mixing = module, name
-        if not self.moved:
-            self.moved = REGIONS if 'roi' in name else name if changes_first(name, args, self.number) else ''
+        if self.moved is None and ('roi' in name or changes_first(name, args, self.number)):
+            self.moved = module, name
 
     def find_mixing(self, root, output, independent):
         '''A module, the name of a function that makes images depend on each other, and whether it is known to do so.
@@ -42,21 +40,22 @@ class Images:
         '''
         given, self.given = self.given, ()
         # regions belong to images by their numbers, which are no longer theirs
-        if self.mixing is None and self.moved in ('', REGIONS):
+        has_regions = self.moved is not None and 'roi' in self.moved[1]
+        if self.mixing is None and (self.moved is None or has_regions):
             return None
         shapes = tuple(elem.shape for elem in tensors_of(given))
         if shapes in independent:
             return None
         self.is_checking = True
         try:
-            is_dependent = None if self.moved == REGIONS else depends_on_batch(root, given, output)
+            is_dependent = None if has_regions else depends_on_batch(root, given, output)
         finally:
             self.is_checking = False
         if is_dependent is False:
             # of further batches of this shape as well
             independent.add(shapes)
             return None
-        return (*(self.mixing or (root, self.moved)), bool(is_dependent))
+        return (*(self.mixing or self.moved), bool(is_dependent))
 
 
 def may_mix(name, args, kwargs, size):

@@ -164,25 +164,13 @@ def check_output(root, args, output, active):
             )
 
 
-def check_parameters(names):
-    '''Raise a RuntimeError if a rule of Zennit modifies weights that are no parameters, which it would not find.'''
-    for module, name in names.items():
-        if isinstance(module, Linear) and 'weight' not in module._parameters:
-            _check_rule(f'{name} ({type(module).__name__})', module)
-
-
 def check_weight(label, module, args, kwargs):
-    '''The same for a weight that the forward of a layer computes, given the arguments of the function that uses it.'''
+    '''Raise a RuntimeError if a rule of Zennit modifies parameters of a layer that does not compute with these.'''
     weight = kwargs['weight'] if 'weight' in kwargs else args[1]
     # Zennit 1.0.0 leaves attributes that hide parameters
     own = *module._parameters.values(), vars(module).get('weight')
-    if isinstance(module, Linear) and all(weight is not elem for elem in own):
-        _check_rule(label, module)
-
-
-def _check_rule(label, module):
-    '''Raise a RuntimeError if a layer that computes its weight has a rule of Zennit that modifies parameters.'''
-    for rule in rules_of(module):
+    is_known = 'weight' in module._parameters and any(weight is elem for elem in own)
+    for rule in rules_of(module) if isinstance(module, Linear) and not is_known else ():
         if rule.active and not all(isinstance(elem, NoMod) for elem in getattr(rule, 'param_modifiers', ())):
             raise RuntimeError(
                 f'{label} computes its weight (parametrization, weight norm, pruning, or in its forward). Zennit\'s '

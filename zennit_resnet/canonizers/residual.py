@@ -21,7 +21,7 @@ from .calls import ForwardPass, ModuleCall, is_opaque, keep_stored, single_pass
 from .eager import Eager, check_evaluation, is_active
 from .functions import FunctionCall
 from .operations import DEFAULT_RULES, TRAINING, TRANSPARENT, handle, is_training
-from .refusals import Refusing, check_output, check_parameters, check_rules, check_weight, in_use, undo
+from .refusals import Refusing, check_output, check_rules, check_weight, in_use, undo
 from .sinks import Sinks
 from .weight_log import WeightLog
 
@@ -296,7 +296,7 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
         self._detach()
         self.eager.pause_compiler()
         if self.paused is None:
-            self.weights.clear()
+            self.weights = WeightLog()
         if torch.is_grad_enabled():
             check_evaluation(self.root)
             check_rules(self.names, self._composite())
@@ -312,7 +312,6 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
                     composite.module_map(self.context, name, module)
             self.leaves = {module: single_pass(module) for module in self.names
                            if module is not self.root and not module._modules}
-            check_parameters(self.names)
             for module in self.names:
                 self.handles.extend(keep_stored(module))
 

@@ -89,10 +89,8 @@ def _name(canonizer, call, function, constant):
 
 
 def _by_example(relevance, batch):
-    '''Sums over each example, which may be divided into windows, or be along the second dimension.
-
-    If it is not known how many there are, it is the sum of all.
-    '''
+    '''Sums over each example, which may be divided into windows, or be along the second dimension.'''
+    # if it is not known how many there are, all of them are one
     batch, relevance = batch or 1, relevance.detach()
     # which has no double precision
     relevance = (relevance.cpu() if relevance.device.type == 'mps' else relevance).double()

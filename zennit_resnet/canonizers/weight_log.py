@@ -21,10 +21,6 @@ class WeightLog:
         # weights of the last forward pass, in which a module may be called several times, and those that rules read
         self.used, self.read = {}, {}
 
-    def clear(self):
-        '''Begin a forward pass.'''
-        self.used, self.read = {}, {}
-
     def note(self, module, is_active, is_again):
         '''Note the weights of a module that is called, or compare them if checkpointing runs it again.'''
         if not is_active or not module._parameters and not module._buffers:
@@ -46,8 +42,7 @@ class WeightLog:
         module = weights.module
         if not is_gradient and not (is_opaque and isinstance(module, Linear)):
             return
-        rules = rules_of(module)
-        if any(rule.active and not isinstance(rule, (SinglePass, BlockEpsilon)) for rule in rules):
+        if any(rule.active and not isinstance(rule, (SinglePass, BlockEpsilon)) for rule in rules_of(module)):
             # those of the call, as a hook of the user may have put others back by now
             weights = self.read[module] = copy.copy(weights)
             for node in nodes_of(outputs):
