@@ -165,26 +165,20 @@ def is_first(input):
 
 def is_non_negative(tensor):
     '''Whether a tensor has no negative values by its graph: what is averaged, moved or added up comes from ReLUs.'''
-    queue, seen = [tensor.grad_fn], set()
-    while queue:
-        node = queue.pop()
-        if node is None:
-            return False
-        if node in seen:
-            continue
-        seen.add(node)
+    def is_relu(node):
+        return type(module_of(node)) in RELU_MODULES or getattr(module_of(node), 'name', stem_of(node)) in RELUS
+
+    def keeps_signs(node):
         module, stem = module_of(node), stem_of(node)
-        if type(module) in RELU_MODULES or getattr(module, 'name', stem) in RELUS:
-            continue
-        lower = [parent for parent, _ in node.next_functions]
-        is_sum = isinstance(module, Addition) and min(module.factors or (1,)) >= 0
-        is_pooled = isinstance(module, (AvgPool, MaxPool)) and not isinstance(module, Signed)
-        if not lower or None in lower or not (is_sum or is_pooled or module is None and (
-            'Pool' in stem or 'Mean' in stem or is_move(node) or stem.startswith(REORDERS)
-        )):
-            return False
-        queue.extend(lower)
-    return True
+        if isinstance(module, Addition):
+            return min(module.factors or (1,)) >= 0
+        if module is None:
+            return 'Pool' in stem or 'Mean' in stem or reorders(node)
+        return isinstance(module, (AvgPool, MaxPool)) and not isinstance(module, Signed)
+
+    return tensor.grad_fn is not None and all(is_relu(node) or (
+        keeps_signs(node) and 0 < len(parents_of(node)) == len(node.next_functions)
+    ) for node in walk([tensor.grad_fn], ends=is_relu))
 
 
 def is_layer(node):

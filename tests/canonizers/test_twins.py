@@ -209,6 +209,11 @@ TWINS = {
         lambda h, net: torch.einsum('bchw,->bchw', h, net.weight.mean()),
         lambda h, net: torch.einsum('bchw,c->bchw', h, net.weight.mean().expand(h.shape[1])),
     ),
+    'padding': (
+        lambda h, net: F.pad(h, (1, 1, 1, 1)),
+        lambda h, net: torch.constant_pad_nd(h, (1, 1, 1, 1), 0.),
+        lambda h, net: torch.ops.aten.constant_pad_nd.default(h, [1, 1, 1, 1], 0.),
+    ),
     'norm': (
         lambda h, net: h.norm(dim=1),
         lambda h, net: torch.linalg.norm(h, dim=1),

@@ -5,14 +5,11 @@ Handlers run a function, given the canonizer, the call of the module, and the ca
 import torch
 import torch.nn.functional as F
 
-from .._compat import OpOverload
 from .._gates import are_probabilities, is_log_sum, is_shift, is_weighting
 from ..layer import (
-    LINEAR,
     Activation,
     Addition,
     Concatenation,
-    FullyConnected,
     Gate,
     MaxPool,
     Normalization,
@@ -259,21 +256,17 @@ def linear(canonizer, call, function):
             'its weights require a gradient, but are no parameters of the network that was given' if is_hidden
             else 'its weights do'
         ))
-    surrogate = canonizer.surrogate_for(call, LINEAR.get(function.name, FullyConnected), function.name)
+    func, names = function.func, frozenset(given)
+
+    def with_given(*args, **kwargs):
+        # overloads take lists where others take numbers, as the defaults are
+        return func(*args, **{key: elem for key, elem in kwargs.items() if key in names})
+
     defaults = {'stride': 1, 'padding': 0, 'output_padding': 0, 'dilation': 1, 'groups': 1}
-    surrogate.padding_mode = 'zeros'
-    surrogate.set_call(
-        _with_settings(function.func, tuple(given)), given['weight'], given.get('bias'),
+    return products.run_layer(
+        canonizer, call, function.name, given['input'], with_given, given['weight'], given.get('bias'),
         **{key: given.get(key, defaults[key]) for key in settings},
     )
-    return canonizer.run_known(lambda: surrogate(given['input']), [given['input']])
-
-
-def _with_settings(func, names):
-    '''A function which is only given some settings: overloads take lists where others take numbers.'''
-    if not isinstance(func, OpOverload):
-        return func
-    return lambda *args, **kwargs: func(*args, **{key: elem for key, elem in kwargs.items() if key in names})
 
 
 def convolution(canonizer, call, function):

@@ -118,8 +118,8 @@ def _add_to(canonizer, call, function, target, source, alpha):
     return with_values(output + 0, exact)
 
 
-def sample(canonizer, call, function):
-    '''Samples of an image at places, which count as constants.'''
+def sample(canonizer, call, function, kind):
+    '''Samples of an image at places or in regions, which count as constants.'''
     given = function.bind('input', 'rois' if 'roi' in function.name else 'grid', 'mode')
     input = given['input']
     if not input.requires_grad:
@@ -132,19 +132,9 @@ def sample(canonizer, call, function):
     function = function.keep(input)
     # regions name the example that they are of
     examples = given['rois'][:, 0].long() if 'roi' in function.name else None
-    if not function.name.startswith('ps_'):
-        return canonizer.run(call, NonNegativeMap, function, examples=examples)
-    return products.run_first(canonizer, call, function, NonNegativeMap, examples=examples)
-
-
-def pool_regions(canonizer, call, function):
-    '''The largest elements of regions, with zeros for regions without any.'''
-    given = function.bind('input', 'rois')
-    if not given['input'].requires_grad:
-        return canonizer.refuse(call, function, 'only the places do, at which it takes elements')
-    return products.run_first(
-        canonizer, call, function.keep(given['input']), Filling, examples=given['rois'][:, 0].long()
-    )
+    if function.name in ('ps_roi_align', 'roi_pool'):
+        return products.run_first(canonizer, call, function, kind, examples=examples)
+    return canonizer.run(call, kind, function, examples=examples)
 
 
 # -- over dimensions ---------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from ..layer import (
     Gate,
     MatrixProduct,
     MaxPool,
+    NonNegativeMap,
     Normalization,
     Padding,
     Product,
@@ -189,8 +190,11 @@ TABLE = (
     _entry('chain_matmul linalg_multi_dot', products.multi_dot),
     _entry('deform_conv2d', products.deformable),
     _entry('affine_grid affine_grid_generator', products.written_out, products.affine_grid),
-    _entry('roi_align ps_roi_align ps_roi_pool grid_sample grid_sampler grid_sampler_2d grid_sampler_3d', moves.sample),
-    _entry('roi_pool', moves.pool_regions),
+    _entry('''
+        roi_align ps_roi_align ps_roi_pool grid_sample grid_sampler grid_sampler_2d grid_sampler_3d
+    ''', moves.sample, NonNegativeMap),
+    # the largest elements, with zeros for regions without any
+    _entry('roi_pool', moves.sample, Filling),
     # elements among others
     _entry('cat concat concatenate stack hstack vstack dstack column_stack row_stack', layers.concatenate),
     _entry('pad constant_pad_nd', layers.pad),

@@ -9,6 +9,7 @@ from .._autograd import is_non_negative
 from .._compat import is_recorded
 from .._gates import are_probabilities, is_exponential, is_gate, is_one_more, is_sum, is_weighting
 from ..layer import (
+    LINEAR,
     Activation,
     AveragePool,
     FullyConnected,
@@ -163,7 +164,7 @@ def contract(canonizer, call, function):
         is_layer = function.name in ('matmul', '__matmul__', 'mm', 'linalg_matmul') and constant.ndim == 2
         if is_layer and function.tensors()[0] is signal and constant.layout is torch.strided:
             func = function.func
-            return fully_connected(canonizer, call, function.name, signal, (
+            return run_layer(canonizer, call, function.name, signal, (
                 lambda input, weight, bias: func(input, weight.T)
             ), constant.T, None)
         return linear_map(canonizer, call, function, function.rebind(signal, constant), constant)
@@ -171,10 +172,13 @@ def contract(canonizer, call, function):
     return _run_product(canonizer, call, function, run)
 
 
-def fully_connected(canonizer, call, name, input, func, weight, bias):
-    '''Run a function of an input, a weight of shape (outputs, inputs) and a bias as a fully connected layer.'''
-    surrogate = canonizer.surrogate_for(call, FullyConnected, name)
-    surrogate.set_call(func, weight, bias)
+def run_layer(canonizer, call, name, input, func, weight, bias, **settings):
+    '''Run a function ``(input, weight, bias, **settings) -> output`` as the layer of its name, by default a linear one.
+
+    The weight has the shape that it has in this layer.
+    '''
+    surrogate = canonizer.surrogate_for(call, LINEAR.get(name, FullyConnected), name)
+    surrogate.set_call(func, weight, bias, **settings)
     return canonizer.run_known(lambda: surrogate(input), [input])
 
 
@@ -200,7 +204,7 @@ def add_product(canonizer, call, function):
     is_layer = function.name == 'addmm' and (alpha, beta) == (1, 1) and added.ndim == 1
     if is_layer and not added.requires_grad and factors[0] is left and not right.requires_grad:
         func = function.func
-        return fully_connected(canonizer, call, function.name, left, (
+        return run_layer(canonizer, call, function.name, left, (
             lambda input, weight, bias: func(bias, input, weight.T)
         ), right.T, added)
     if alpha != 1 and len(factors) == 1:

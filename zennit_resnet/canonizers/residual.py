@@ -1,8 +1,8 @@
 '''Canonizers which make the operations of residual networks visible to rules.'''
 import gc
-import threading
 import weakref
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from zennit.canonizers import Canonizer
@@ -30,18 +30,17 @@ REGISTERED = []
 # Composites of Zennit that were registered while they were in use.
 REPLACED = weakref.WeakSet()
 # The composite of this package that is being registered. Those of Zennit do not tell their canonizers who they are.
-_REGISTERING = threading.local()
+_REGISTERING = ContextVar('composite', default=None)
 
 
 @contextmanager
 def registering(composite):
     '''Have canonizers that are applied in this context ask a composite for the rules of operations.'''
-    outer = getattr(_REGISTERING, 'composite', None)
-    _REGISTERING.composite = composite
+    token = _REGISTERING.set(composite)
     try:
         yield
     finally:
-        _REGISTERING.composite = outer
+        _REGISTERING.reset(token)
 
 
 class ResidualCanonizer(Refusing, Described, Canonizer):
@@ -102,7 +101,7 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
 
         A RuntimeError is raised if no composite is being registered, or if it is in use for another network.
         '''
-        composite = getattr(_REGISTERING, 'composite', None) or registering_composite()
+        composite = _REGISTERING.get() or registering_composite()
         if composite is None:
             raise RuntimeError(
                 f'{type(self).__name__} has no composite to ask for rules: give it to a composite, as '
