@@ -101,8 +101,6 @@ def _indexes_first(index):
 
 def _contracts_first(args):
     '''Whether a sum of products is over the first dimension of a tensor.'''
-    if not isinstance(args[0], str):
-        return True
     inputs, arrow, output = args[0].replace(' ', '').partition('->')
     return not arrow or any(elem[:1] not in output for elem in inputs.split(','))
 

@@ -15,7 +15,6 @@ from ..layer import Operation
 from ..rules.base import SinglePass
 from ..rules.block import BlockEpsilon
 from .batches import Images
-from .refusals import Softmaxes
 
 # Modules of which the composite was asked already, and of which the gradient is the rule if it has none.
 COVERED = (
@@ -44,7 +43,8 @@ class ForwardPass(Local):
         self.is_grad_enabled = torch.is_grad_enabled()
         # numbers of operations by their module, nodes that were guarded, and those that need not be
         self.counts, self.seen, self.known = {}, set(), set()
-        self.softmaxes = Softmaxes()
+        # nodes of softmaxes, with hooks that refuse relevance, if any, and whether they pass it anyway
+        self.softmaxes = {}
 
 
 class ModuleCall(NamedTuple):

@@ -8,6 +8,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._compat import DisableTorchFunction, base_of
+from .._inplace import is_inplace
 from .._nested import active_tensors, tensors_of
 from . import layers, moves
 from .functions import FunctionCall
@@ -63,13 +64,11 @@ def note(name, args, kwargs, output):
         if source is None and active_tensors(given):
             source = 'data' if name == '__get__' else name
         # views of parameters are no other constants than these, only what is changed in place is
-        in_place = name == '__setitem__' or name.endswith('_') and not name.endswith('__')
+        in_place = name == '__setitem__' or is_inplace(name, kwargs)
         for elem in outputs if source is not None else ():
-            found = {id(elem): elem}
-            if in_place and base_of(elem) is not None:
-                found[id(base_of(elem))] = base_of(elem)
-            for each in found.values():
-                _sources.names[each] = source
+            for each in (elem, base_of(elem) if in_place else None):
+                if each is not None:
+                    _sources.names[each] = source
 
 
 def marks_of(func, name, args, kwargs):

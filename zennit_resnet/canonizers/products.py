@@ -221,17 +221,8 @@ def add_product(canonizer, call, function):
 
 def einsum(canonizer, call, function):
     '''A sum of products in Einstein's notation.'''
+    # numbers in the place of letters are none by now
     equation, *operands = function.args
-    if isinstance(equation, torch.Tensor):
-        # pairs of an operand and its dimensions, perhaps followed by the dimensions of the output
-        letters = string.ascii_letters
-        values = [equation, *operands]
-
-        def subscript(dims):
-            return ''.join('...' if elem is Ellipsis else letters[elem] for elem in dims)
-
-        operands, inputs = values[:len(values) // 2 * 2:2], [subscript(elem) for elem in values[1::2]]
-        equation = ','.join(inputs) + ('->' + subscript(values[-1]) if len(values) % 2 else '')
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = list(operands[0])
     inputs, output = _subscripts(equation, operands)
@@ -295,17 +286,12 @@ def _subscripts(equation, operands):
 def multi_dot(canonizer, call, function):
     '''A product of several matrices, of which the first and last may be vectors.'''
     operands = function.tensors()
-    letters = iter(string.ascii_lowercase)
-    before, inputs, output = next(letters), [], ''
-    for num, elem in enumerate(operands):
-        if num == 0 and elem.ndim == 1:
-            inputs.append(before)
-            continue
-        after = next(letters) if elem.ndim == 2 else ''
-        inputs.append(before + after)
-        output += before if num == 0 else ''
-        before = after
-    return _contract_many(canonizer, call, function, inputs, output + before, operands)
+    inputs = [string.ascii_letters[num:num + 2] for num in range(len(operands))]
+    if operands[0].ndim == 1:
+        inputs[0] = inputs[0][1:]
+    if operands[-1].ndim == 1:
+        inputs[-1] = inputs[-1][:1]
+    return _contract_many(canonizer, call, function, inputs, inputs[0][:-1] + inputs[-1][1:], operands)
 
 
 def _contract_many(canonizer, call, function, inputs, output, operands):

@@ -77,73 +77,6 @@ def changes_shares(node, is_folded):
     return isinstance(module, (Addition, AveragePool)) or is_passed
 
 
-# pylint: disable=too-many-arguments
-def refusal(label, module, name, reason, strict, remedy=None):
-    '''Create a backward hook which raises an error, or warns, if there is any relevance.'''
-    where = f'{label} uses \'{name}\' on tensors that carry relevance'
-    remedy = next((text for key, text in REMEDIES.items() if key in name), remedy)
-    if remedy is not None:
-        message = f'{where}: {remedy}.'
-    else:
-        advice = 'Put it in a module and give that a rule in the layer map of the composite'
-        if not module._modules and not module._parameters and not label.startswith('The model'):
-            advice = (
-                f'If it is an activation, layer_map=[({type(module).__name__}, PassThrough())] passes relevance. '
-                'Otherwise give it another rule there'
-            )
-        message = (
-            f'{where}, and {reason}. {advice}, or use ResidualCanonizer(strict=False) to have its gradient instead.'
-        )
-
-    def check(relevance):
-        relevance = relevance if isinstance(relevance, tuple) else (relevance,)
-        if any(elem is not None and bool((elem != 0).any()) for elem in relevance):
-            if strict:
-                raise UnsupportedOperation(message)
-            warnings.warn(message, stacklevel=2)
-
-    return check
-
-
-class Softmaxes:
-    '''The softmaxes of a forward pass: relevance passes those which are the output of the network.'''
-    def __init__(self):
-        self.checks = {}
-
-    def add(self, node, check, is_passed=False):
-        '''Note the node of a softmax, with a hook that refuses relevance, if any, and whether it passes it anyway.'''
-        self.checks[node] = check, is_passed
-
-    def follow(self, outputs, is_gradient, create_check):
-        '''Add hooks after a forward pass.'''
-        at_end = {end_of(node) for node in nodes_of(outputs)} if self.checks else set()
-        for node, (check, is_passed) in self.checks.items():
-            if node not in at_end:
-                if check is not None:
-                    node.register_prehook(check)
-                continue
-            node.register_prehook(_explain_logits)
-            if not is_passed:
-                node.register_hook(lambda lower, relevance: (relevance[0], *lower[1:]))
-        if at_end.isdisjoint(self.checks):
-            self._check_end(outputs, is_gradient, create_check)
-        self.checks = {}
-
-    @staticmethod
-    def _check_end(outputs, is_gradient, create_check):
-        '''Refuse relevance of softmaxes at the end that are not known, or of which all gradients sum to zero.'''
-        softmaxes, is_only, names = softmaxes_before(outputs)
-        if softmaxes and is_gradient:
-            shapes = {elem.shape for elem in outputs}
-            for node in softmaxes:
-                if is_only or any(torch.Size(elem.shape) in shapes for elem in metadata_of(node)):
-                    node.register_prehook(create_check())
-        if softmaxes or not names.isdisjoint(SOFT):
-            for output in outputs:
-                if output.grad_fn is not None and are_probabilities(output):
-                    output.grad_fn.register_prehook(create_check())
-
-
 def _explain_logits(relevance):
     '''Say what is explained.'''
     warnings.warn(
@@ -228,11 +161,61 @@ class Refusing:
         with DisableTorchFunction():
             if output.requires_grad:
                 check = None if has_rule else self._check(call.module, name, 'it is not the output')
-                self.local.softmaxes.add(output.grad_fn, check, is_passed)
+                self.local.softmaxes[output.grad_fn] = check, is_passed
 
-    def _check(self, module, name, reason):
+    def _follow_softmaxes(self, outputs):
+        '''Have relevance pass the softmaxes that are the output of the network, and refused by the others.'''
+        softmaxes, self.local.softmaxes = self.local.softmaxes, {}
+        at_end = {end_of(node) for node in nodes_of(outputs)} if softmaxes else set()
+        for node, (check, is_passed) in softmaxes.items():
+            if node not in at_end:
+                if check is not None:
+                    node.register_prehook(check)
+                continue
+            node.register_prehook(_explain_logits)
+            if not is_passed:
+                node.register_hook(lambda lower, relevance: (relevance[0], *lower[1:]))
+        if at_end.isdisjoint(softmaxes):
+            self._check_end(outputs)
+
+    def _check_end(self, outputs):
+        '''Refuse relevance of softmaxes at the end that are not known, or of which all gradients sum to zero.'''
+        softmaxes, is_only, names = softmaxes_before(outputs)
+        refused = []
+        if self.is_gradient:
+            shapes = {elem.shape for elem in outputs}
+            refused += [node for node in softmaxes if is_only or any(
+                torch.Size(elem.shape) in shapes for elem in metadata_of(node)
+            )]
+        if softmaxes or not names.isdisjoint(SOFT):
+            refused += [elem.grad_fn for elem in outputs if elem.grad_fn is not None and are_probabilities(elem)]
+        for node in refused:
+            node.register_prehook(self._check(self.root, 'softmax', 'it is not the output'))
+
+    def _check(self, module, name, reason='', remedy=None):
         '''A backward hook which raises or warns if there is any relevance.'''
-        return refusal(self._label(module), module, name, reason, self.strict)
+        label, strict = self._label(module), self.strict
+        message = f'{label} uses \'{name}\' on tensors that carry relevance'
+        remedy = next((text for key, text in REMEDIES.items() if key in name), remedy)
+        if remedy is not None:
+            message += f': {remedy}.'
+        else:
+            advice = 'Put it in a module and give that a rule in the layer map of the composite'
+            if not module._modules and not module._parameters and not label.startswith('The model'):
+                advice = (
+                    f'If it is an activation, layer_map=[({type(module).__name__}, PassThrough())] passes relevance. '
+                    'Otherwise give it another rule there'
+                )
+            message += f', and {reason}. {advice}, or use ResidualCanonizer(strict=False) to have its gradient instead.'
+
+        def check(relevance):
+            relevance = relevance if isinstance(relevance, tuple) else (relevance,)
+            if any(elem is not None and bool((elem != 0).any()) for elem in relevance):
+                if strict:
+                    raise UnsupportedOperation(message)
+                warnings.warn(message, stacklevel=2)
+
+        return check
 
     def _check_batch(self, output):
         '''Raise a RuntimeError if functions that may compute something from several images do.'''
@@ -274,8 +257,7 @@ class Refusing:
         '''Have relevance of some elements refused, which have no gradient, unless a rule covers the module.'''
         stack = self._stack()
         if stack and (self.is_gradient or not stack[-1].opaque) and output.requires_grad:
-            module, remedy = stack[-1].module, derived.REMEDY.format(source)
-            check = refusal(self._label(module), module, name, '', self.strict, remedy)
+            check = self._check(stack[-1].module, name, remedy=derived.REMEDY.format(source))
             output.register_hook(lambda relevance: check(select(relevance)))
 
     def _mark_last(self, tensor):
@@ -290,10 +272,7 @@ class Refusing:
         is_folded = all(node.context is not nullcontext for node, _ in layers)
         for node in after_last_layers(tensor) if layers else ():
             if changes_shares(node, is_folded):
-                node.register_prehook(self._refuse_tail(node))
-
-    def _refuse_tail(self, node):
-        '''Relevance that was shared out after the last layer is not in proportion to its outputs any more.'''
-        module, name = module_of(node), function_of(node)
-        name = name if module is None else getattr(module, 'name', type(module).__name__)
-        return refusal(self._label(self.root), self.root, name, '', self.strict, TAIL)
+                # it is not in proportion to the outputs of the layers any more
+                module, name = module_of(node), function_of(node)
+                name = name if module is None else getattr(module, 'name', type(module).__name__)
+                node.register_prehook(self._check(self.root, name, remedy=TAIL))

@@ -263,9 +263,7 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
             active = active or active_tensors(vars(output) if hasattr(output, '__dict__') else ())
             self._check_batch(output)
             check_output(self.root, args, output, active)
-            self.local.softmaxes.follow(active, self.is_gradient, lambda: self._check(
-                self.root, 'softmax', 'it is not the output'
-            ))
+            self._follow_softmaxes(active)
             if self.is_gradient:
                 self.weights.finish(active)
         if self.local.is_active:
