@@ -177,8 +177,9 @@ class Watch(TorchFunctionMode):
         # before what it changes is copied for those that keep it
         self.canonizer.look(func, name, args, kwargs)
         target = _changed(name, args, kwargs)
-        is_clipping = self.canonizer.is_gradient and name in CLIPPING
-        clipped = _use(target, name, args, kwargs, is_clipping) if _STATE.kept else ()
+        is_gradient, clipped = self.canonizer.is_gradient, ()
+        if _STATE.kept and (target is not None or is_gradient or name.startswith('_foreach')):
+            clipped = _use(target, name, args, kwargs, is_gradient and name in CLIPPING)
         try:
             output = self.canonizer.follow(func, name, args, kwargs)
         except TypeError as error:
