@@ -523,6 +523,7 @@ TRAINED = {
     'dropout': lambda x: F.dropout(x),
     'dropout by keyword': lambda x: F.dropout(x, training=True, p=.1),
     'torch.dropout': lambda x: torch.dropout(x, .5, True),
+    'torch.dropout_': lambda x: torch.dropout_(x.clone(), .5, True),
     'dropout2d': F.dropout2d,
     'alpha_dropout': lambda x: F.alpha_dropout(x, .5, True),
     'rrelu': lambda x: F.rrelu(x, training=True),
