@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
+from captum_adapters._light import check_choice, positive_integer
 from captum_adapters.evaluation.labels import find_class, match_labels
 from captum_adapters.evaluation.layouts import (
     READERS,
     Box,
     Sample,
     find_annotations,
-    is_relative,
+    flaw_of,
     read_annotation,
     recognize,
 )
@@ -97,21 +98,16 @@ def read_samples(
                   `Annotations/CLS-LOC/val`, if it is there.
                 - `"cub"`: CUB-200-2011, with boxes and segmentations if they are there.
 
-                Default: `None`
         split (str, optional): Part of the data: `"train"` or `"test"` of CUB-200-2011,
                 which is `"test"` by default; the name of a folder in `path`, or a value
                 in the column `split` of a CSV file.
-                Default: `None`
         labels (str, optional): `"given"`, `"order"` if the labels in sorted order are
                 the network's classes whatever their names, or `"ignore"` to have none.
-                Default: `"given"`
         limit (int, optional): Draw this many images, if there are more, from those
                 without a problem, unless all have one, and with as many of each label
                 as possible. A larger limit adds images to those of a smaller.
-                Default: `None`
         seed (int, optional): Seed of the choice, which depends on nothing else but the
                 names and labels of the images.
-                Default: `0`
 
     Returns:
         Samples: The samples in the order of their names.
@@ -136,14 +132,12 @@ def read_samples(
         [('sea_lion/1.png', 1, None),
          ('unicorn/1.png', None, "label 'unicorn' is not a class of the network")]
     """
-    if layout is not None and layout not in LAYOUTS:
-        raise ValueError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
-    if labels not in LABELS:
-        raise ValueError(f"labels={labels!r} is not one of {', '.join(LABELS)}")
+    check_choice("layout", layout, (None, *LAYOUTS))
+    check_choice("labels", labels, LABELS)
     if labels != "ignore" and not classes:
         raise ValueError("there are no names of classes, which labels need")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit} is not at least 1")
+    if limit is not None:
+        positive_integer("limit", limit)
     # not resolved, as names are those that the user sees
     root = Path(os.path.abspath(path))
     if not root.exists():
@@ -159,11 +153,12 @@ def read_samples(
     if not listing.samples:
         part = "" if split is None else f" with split {split!r}"
         raise ValueError(f"there are no images in {path}{part}")
-    messages = [] if labels == "ignore" else [*listing.messages]
+    messages: list[str] = []
+    found: dict[Any, tuple[list[int], str]] = {}
     if labels == "ignore":
         samples = [item._replace(label=None, problem=None) for item in listing.samples]
-        found: dict[Any, tuple[list[int], str]] = {}
     else:
+        messages += listing.messages
         found = match_labels(listing, classes, messages, labels == "order")
         samples = [find_class(sample, found) for sample in listing.samples]
     samples.sort(key=lambda sample: sample.name)
@@ -349,16 +344,11 @@ class Images(torch.utils.data.Dataset[Loaded]):
 def _check_boxes(boxes: Sequence[Box], size: tuple[int, int]) -> None:
     """Refuse boxes that are not of this image, but for a pixel by another counting."""
     for box in boxes:
-        what = f"the box ({', '.join(f'{number:g}' for number in box)}) is"
-        if box[2] <= box[0] or box[3] <= box[1]:
-            raise ValueError(f"{what} not of left, top, right and bottom")
-        if is_relative(box) and max(size) > 1:
-            raise ValueError(f"{what} relative, or of one pixel: give pixels from 0 on")
-        low, high = min(box[:2]), (box[2] - size[0], box[3] - size[1])
-        if low < -1 or max(high) > 1:
-            raise ValueError(
-                f"{what} outside of the image as stored, {size[0]} x {size[1]} pixels"
-            )
+        flaw = flaw_of(box)
+        if min(box[:2]) < -1 or box[2] > size[0] + 1 or box[3] > size[1] + 1:
+            flaw = f"is outside of the image as stored, {size[0]} x {size[1]} pixels"
+        if flaw:
+            raise ValueError(f"the box {box} {flaw}")
 
 
 def _read_mask(path: Path) -> NDArray[np.bool_]:
