@@ -33,12 +33,8 @@ class Computation:
     """The network, methods and metrics of an evaluation, ready on a device."""
 
     def __init__(
-        self,
-        evaluation: Evaluation,
-        classifier: Classifier,
-        methods: Sequence[Method],
-        device: torch.device,
-        grids: Optional[Grids] = None,
+        self, evaluation: Evaluation, classifier: Classifier, methods: Sequence[Method],
+        device: torch.device, grids: Optional[Grids] = None,
     ) -> None:
         self.evaluation = evaluation
         self.grids = grids
@@ -62,19 +58,18 @@ class Computation:
             for name, explainer in self.explainers.items()
             if explainer.network is not None
         }
-        black = classifier.bounds()[0].to(device)
-        fill = black if evaluation.fill == "black" else torch.zeros_like(black)
         others = {}
         names = [text.partition("=")[0] for text in evaluation.cross]
         for text in evaluation.cross:
             name, other = load_other(text)
             # there may be several with other weights
             key = text if names.count(name) > 1 else name
-            forward = self._forward(other.model.to(device))
-            others[key] = (forward, adapt(classifier, other))
-        step, percents = evaluation.step, evaluation.percents
+            others[key] = (self._forward(other.model.to(device)), adapt(classifier, other))
+        black = classifier.bounds()[0].to(device)
         self.metric_settings = MetricSettings(
-            step, percents, evaluation.rank_by, fill, chunk, others=others
+            evaluation.step, evaluation.percents, evaluation.rank_by,
+            black if evaluation.fill == "black" else torch.zeros_like(black),
+            chunk, others=others,
         )
 
     def _forward(self, model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
@@ -117,30 +112,30 @@ class Computation:
         with torch.no_grad():
             output = self.classifier.model(images)
         prediction = output.argmax(1)
-        labels = [-1 if sample.label is None else sample.label for sample in samples]
-        given = torch.tensor(labels, device=self.device)
-        known = given
-        given = given.where(given >= 0, prediction)
+        labels = torch.tensor(
+            [-1 if sample.label is None else sample.label for sample in samples],
+            device=self.device,
+        )
+        given = labels.where(labels >= 0, prediction)
         options = self.evaluation
         targets = given if options.explain_class == "label" else prediction
         empty = torch.zeros(images.shape[2:], dtype=torch.bool)
         masks = [empty if item.mask is None else item.mask for item in items]
         names = [sample.name for sample in samples]
-        mosaics = images.new_empty(len(images), 0)
-        cells = known.new_empty(len(images), 0)
+        mosaics, cells = images.new_empty(len(images), 0), labels.new_empty(len(images), 0)
         if self.grids is not None:
-            mosaics, cells = self.grids.make(names, images, known, output)
+            mosaics, cells = self.grids.make(names, images, labels, output)
         return Batch(
-            names,
-            images,
-            output,
-            targets,
-            given if options.score == "label" else targets,
-            given if options.published == "label" else targets,
-            torch.stack(masks).to(self.device),
-            known,
-            mosaics,
-            cells,
+            names=names,
+            images=images,
+            output=output,
+            targets=targets,
+            scored=given if options.score == "label" else targets,
+            published=given if options.published == "label" else targets,
+            masks=torch.stack(masks).to(self.device),
+            labels=labels,
+            mosaics=mosaics,
+            cells=cells,
         )
 
     def describe(self, batch: Batch, row: int, picture: bool) -> dict[str, Any]:
@@ -192,8 +187,7 @@ class Computation:
         self.worked.add(method.text)
         self.synchronize()
         middle = time.perf_counter()
-        finite = maps.flatten(1).isfinite().all(1)
-        kept = finite.nonzero()[:, 0].tolist()
+        kept = maps.flatten(1).isfinite().all(1).nonzero()[:, 0].tolist()
         values: dict[str, np.ndarray] = {}
         curves: dict[str, np.ndarray] = {}
         if kept:
@@ -281,11 +275,10 @@ def failure(method: Method, batch: Batch, error: Exception) -> RunError:
 
 def _thumbnail(heatmap: Tensor) -> np.ndarray:
     """A small map in 8 bit, in which zero stays zero."""
-    values = heatmap[None, None].detach().float()
     # magnitudes at the limit of the range would overflow when they are averaged
-    values = _normalize(values)
-    size = (min(PICTURE, heatmap.shape[0]), min(PICTURE, heatmap.shape[1]))
-    values = _normalize(F.adaptive_avg_pool2d(values, size)[0, 0])
+    values = _normalize(heatmap.detach().float())[None]
+    size = [min(PICTURE, side) for side in heatmap.shape]
+    values = _normalize(F.adaptive_avg_pool2d(values, size)[0])
     return (values * 127).round().to(torch.int8).cpu().numpy()
 
 

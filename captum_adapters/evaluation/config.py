@@ -14,16 +14,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-from captum_adapters._light import PERCENTS
-from captum_adapters.evaluation.columns import (
-    DEFAULT,
-    MASKED,
-    METRICS,
-    RISE_STEP,
-    TOP,
-)
+from captum_adapters._light import PERCENTS, check_choice
+from captum_adapters.evaluation.columns import DEFAULT, MASKED, METRICS, RISE_STEP, TOP
 from captum_adapters.evaluation.names import CONTROLS, LABELS, LAYOUTS
-from captum_adapters.evaluation.presets import find_preset
+from captum_adapters.evaluation.presets import PRESETS
 
 if TYPE_CHECKING:
     from captum_adapters.evaluation.data import Samples
@@ -34,6 +28,9 @@ COMPUTATION = "batch_size forward_batch channels_last compile".split()
 # What a run grows by
 GROWING = ("manifest", "samples", "methods", "files")
 PACKAGES = ("zennit-resnet", "torch", "torchvision", "zennit", "captum", "numpy")
+SCORED = ("explained", "label")
+# Options that choose a class, which may be the label
+CLASSES = ("explain_class", "score", "published")
 # Options that records depend on, besides methods and metrics
 IDENTICAL = "explain_class score published initial step rank_by fill amp".split()
 
@@ -54,9 +51,7 @@ class Evaluation:
     """
 
     data: str = _option(dataclasses.MISSING, "Folder or CSV file of images.")
-    out: str = _option(
-        dataclasses.MISSING, "Folder of the run. The same command goes on with it."
-    )
+    out: str = _option(dataclasses.MISSING, "Folder of the run. The same command continues it.")
     methods: tuple[str, ...] = _option(
         ("resnet_lrp_ratio",),
         "Names separated by commas, such as resnet_lrp_ratio+quantize8,grad_cam. See"
@@ -68,13 +63,9 @@ class Evaluation:
         "Methods and protocol of a paper's table or figure; may be repeated. What is"
         " given besides replaces that, except that --methods +NAME adds methods.",
     )
-    model: Optional[str] = _option(
-        None, "Model of torchvision  [default: embedded ResNet-50]"
-    )
+    model: Optional[str] = _option(None, "Model of torchvision  [default: embedded ResNet-50]")
     weights: Optional[str] = _option(None, "Name of weights in torchvision, or a file.")
-    size: Optional[int] = _option(
-        None, "Side of the images, for weights from a file.", least=1
-    )
+    size: Optional[int] = _option(None, "Side of the images, for weights from a file.", least=1)
     layout: Optional[str] = _option(
         None, f"Layout of the data, if it is not recognized: {', '.join(LAYOUTS)}."
     )
@@ -85,38 +76,26 @@ class Evaluation:
         " network's classes; or use none.",
         choices=LABELS,
     )
-    limit: Optional[int] = _option(
-        None, "Largest number of images, chosen at random.", least=1
-    )
+    limit: Optional[int] = _option(None, "Largest number of images, chosen at random.", least=1)
     seed: int = _option(0, "Seed of this choice.")
     explain_class: str = _option(
         "prediction", "Class that is explained.", choices=("prediction", "label")
     )
-    score: str = _option(
-        "explained",
-        "Class whose probability is measured.",
-        choices=("explained", "label"),
-    )
+    score: str = _option("explained", "Class whose probability is measured.", choices=SCORED)
     published: str = _option(
-        "explained",
-        "The same for published protocols of insertion and deletion.",
-        choices=("explained", "label"),
+        "explained", "The same for published protocols of insertion and deletion.", choices=SCORED
     )
     initial: str = _option(
         "softmax", "What relevance starts from.", choices=("softmax", "logit", "one")
     )
     step: int = _option(500, "Pixels between two points of curves.", least=1)
-    percents: tuple[float, ...] = _option(
-        PERCENTS, "Percentages of the most relevant pixels."
-    )
+    percents: tuple[float, ...] = _option(PERCENTS, "Percentages of the most relevant pixels.")
     rank_by: str = _option(
         "magnitude",
         "What is most relevant, for accuracy, pointing and distance.",
         choices=("value", "magnitude"),
     )
-    fill: str = _option(
-        "black", "What replaces deleted pixels.", choices=("black", "mean")
-    )
+    fill: str = _option("black", "What replaces deleted pixels.", choices=("black", "mean"))
     cross: tuple[str, ...] = _option(
         (),
         "Another network NAME=WEIGHTS for the metric cross, such as vgg16=DEFAULT; may be"
@@ -131,9 +110,7 @@ class Evaluation:
         "Half precision for the forward passes of metrics, RISE and Score-CAM.",
         choices=(None, "bfloat16", "float16"),
     )
-    pictures: int = _option(
-        1000, "Images of which pictures are kept for the report.", least=0
-    )
+    pictures: int = _option(1000, "Images of which pictures are kept for the report.", least=0)
     channels_last: bool = _option(
         True, "Memory format of images.", flag="--channels-last/--channels-first"
     )
@@ -141,9 +118,7 @@ class Evaluation:
         False, "Compile the network for metrics, and trace attributions.", flag="--compile"
     )
     controls: bool = _option(
-        True,
-        f"Add {', '.join(CONTROLS)} maps.",
-        flag="--controls/--no-controls",
+        True, f"Add {', '.join(CONTROLS)} maps.", flag="--controls/--no-controls"
     )
 
     def __post_init__(self) -> None:
@@ -166,31 +141,25 @@ def check(evaluation: Evaluation) -> None:
     """Check what can be checked without data and network."""
     for item in FIELDS:
         value, least = getattr(evaluation, item.name), item.metadata.get("least")
-        choices = item.metadata.get("choices", (value,))
-        if value not in choices:
-            known = ", ".join(map(repr, choices))
-            raise ValueError(f"{item.name}={value!r} is not one of {known}")
+        check_choice(item.name, value, item.metadata.get("choices", (value,)))
         if least is None or (value is None and item.default is None):
             continue
         if not _is_number(value, int) or value < least:
             raise ValueError(f"{item.name}={value!r} is not an integer from {least} on")
+    for name in ("methods", "metrics", "percents"):
+        if not getattr(evaluation, name):
+            raise ValueError(f"{name}={getattr(evaluation, name)!r}: choose at least one")
     for name in ("methods", "metrics", "cross"):
         values = getattr(evaluation, name)
-        if not values and name != "cross":
-            raise ValueError(f"there are no {name}: choose at least one")
-        twice = next((value for value in values if values.count(value) > 1), None)
-        if twice is not None:
-            raise ValueError(f"{name}={values} has {twice!r} twice")
+        if len({*values}) < len(values):
+            raise ValueError(f"{name}={values} has one twice")
     for name in evaluation.metrics:
         if name not in METRICS:
-            known = ", ".join(METRICS)
-            raise ValueError(f"unknown metric {name!r}: choose one of {known}")
+            raise ValueError(f"unknown metric {name!r}: choose one of {', '.join(METRICS)}")
     percents = evaluation.percents
-    if not isinstance(percents, (tuple, list)) or not percents:
-        raise ValueError(f"percents={percents!r} are no numbers, such as (1, 5)")
-    for percent in percents:
+    for percent in percents if isinstance(percents, (tuple, list)) else [percents]:
         if not _is_number(percent, int, float) or not 0 < percent <= 100:
-            raise ValueError(f"percents are above 0 and up to 100, unlike {percent!r}")
+            raise ValueError(f"percents are numbers above 0 and up to 100, unlike {percent!r}")
     if ("cross" in evaluation.metrics) != bool(evaluation.cross):
         raise ValueError(
             "the metric 'cross' and other networks belong together: name them as"
@@ -204,17 +173,14 @@ def check_pixels(evaluation: Evaluation, size: Sequence[int]) -> None:
     """Check steps and percentages for images of this height and width."""
     pixels = math.prod(size)
     images = f"images of {size[0]} x {size[1]} = {pixels} pixels"
-    step = evaluation.step
-    steps = {"insertion_deletion": step, "c3": step, "rise": RISE_STEP}
-    steps["contrastive"] = step
+    steps = dict.fromkeys(("insertion_deletion", "c3", "contrastive"), evaluation.step)
+    steps["rise"] = RISE_STEP
     for name in evaluation.metrics:
         if steps.get(name, 0) > pixels:
             raise ValueError(f"step={steps[name]} of {name} is too large for {images}")
     for percent in evaluation.percents if {*TOP} & {*evaluation.metrics} else ():
         if Fraction(str(percent)) * pixels < 100:
-            raise ValueError(
-                f"percents contain {percent:g}, which is no pixel of {images}"
-            )
+            raise ValueError(f"percents contain {percent:g}, which is no pixel of {images}")
 
 
 def check_masks(evaluation: Evaluation, data: "Samples") -> Optional[str]:
@@ -230,11 +196,7 @@ def check_masks(evaluation: Evaluation, data: "Samples") -> Optional[str]:
 
 def check_labels(evaluation: Evaluation, data: "Samples") -> None:
     """Refuse numbers on labels of which the classes are a guess."""
-    asked = [
-        name
-        for name in ("explain_class", "score", "published")
-        if getattr(evaluation, name) == "label"
-    ]
+    asked = [key for key in CLASSES if getattr(evaluation, key) == "label"]
     if asked and data.matched_by == "order":
         label, name = min(data.classes.items())
         raise ValueError(
@@ -254,7 +216,9 @@ def make_evaluation(given: dict[str, Any]) -> Evaluation:
     given = {name: value for name, value in given.items() if value not in (None, ())}
     fields: dict[str, Any] = {}
     for name in given.get("preset", ()):
-        preset = find_preset(name)
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}: choose among {', '.join(PRESETS)}")
+        preset = PRESETS[name]
         # abn is nothing without a file
         rows = [method for method in preset.rows if method != "abn"]
         names = {
@@ -315,9 +279,7 @@ def describe(
         "methods": list(evaluation.methods),
         "metrics": list(evaluation.metrics),
         "cross": list(evaluation.cross),
-        "files": {
-            name: _hash(Path(name).read_bytes()) for name in files if Path(name).is_file()
-        },
+        "files": {name: _hash(Path(name).read_bytes()) for name in files if Path(name).is_file()},
         "options": options,
         "labels": evaluation.labels,
         "computation": {name: given[name] for name in COMPUTATION},
@@ -374,18 +336,14 @@ def _describe_transform(classifier: "Classifier") -> str:
     return " ".join(repr(transform).split())
 
 
-def _hash(*parts: Any) -> str:
-    """Hash of bytes, one after the other."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()[:16]
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _hash_manifest(data: "Samples") -> str:
     """Hash of names, labels and boxes, wherever the data is."""
-    rows = []
-    for name, _, label, mask, boxes, problem in data.samples:
-        row = (name, label, mask is None, boxes, problem)
-        rows.append(f"{row}\n".encode())
-    return _hash(*rows)
+    rows = [
+        (name, label, mask is None, boxes, problem)
+        for name, _, label, mask, boxes, problem in data.samples
+    ]
+    return _hash("".join(f"{row}\n" for row in rows).encode())

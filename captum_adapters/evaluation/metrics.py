@@ -77,11 +77,6 @@ class MetricSettings(NamedTuple):
     # networks by name, with the function that makes their inputs
     others: Mapping[str, tuple[Forward, Callable[[Tensor], Tensor]]] = {}
 
-    @property
-    def absolute(self) -> bool:
-        """Whether the top pixels are those of the largest magnitude."""
-        return self.rank_by == "magnitude"
-
     def kept(self) -> dict[str, Any]:
         """How images with only the top pixels are made, and go through a network."""
         return {
@@ -90,32 +85,33 @@ class MetricSettings(NamedTuple):
             "max_examples_per_batch": self.forward_batch,
         }
 
+    @property
+    def absolute(self) -> bool:
+        """Whether the top pixels are those of the largest magnitude."""
+        return self.rank_by == "magnitude"
+
 
 # -- insertion and deletion ------------------------------------------------------------
 
 
 def _area_scores(result: Any, suffix: str = "") -> dict[str, Tensor]:
-    """The columns of :func:`_areas`."""
-    return {
-        f"insertion{suffix}": result.insertion,
-        f"deletion{suffix}": result.deletion,
-        f"id{suffix}": result.id_score,
-    }
+    names = {"insertion": "insertion", "deletion": "deletion", "id": "id_score"}
+    return {f"{name}{suffix}": getattr(result, field) for name, field in names.items()}
 
 
 def _insertion_deletion(
     forward: Forward, batch: Batch, maps: Tensor, settings: MetricSettings
 ) -> Scores:
     """Insertion and deletion by our protocol and the ratio paper's code, at once."""
-    curves = partial(
-        insertion_deletion,
-        forward,
-        baselines=settings.fill,
-        protocol="keio",
-        step=settings.step,
-        max_examples_per_batch=settings.forward_batch,
+    options: Any = {
+        "baselines": settings.fill,
+        "protocol": "keio",
+        "step": settings.step,
+        "max_examples_per_batch": settings.forward_batch,
+    }
+    result = insertion_deletion(
+        forward, batch.images, maps, target=batch.scored, ties="nearest", **options
     )
-    result = curves(batch.images, maps, target=batch.scored, ties="nearest")
     published = keio_areas(result)
     # numbers of pixels at the points of the published code
     pixels, step = maps[0].numel(), settings.step
@@ -124,22 +120,24 @@ def _insertion_deletion(
     # the same images, unless ties move points or another class is scored
     other = (result.selected[:, 1:] != grid).any(1) | (batch.published != batch.scored)
     if bool(other.any()):
-        again = curves(batch.images[other], maps[other], target=batch.published[other])
+        target = batch.published[other]
+        again = insertion_deletion(
+            forward, batch.images[other], maps[other], target=target, **options
+        )
         for area, name in zip(published, ("insertion", "deletion", "id_score")):
             area[other] = getattr(again, name)
     kept = ("tied_share", "distinct_levels", "score_full", "score_blank")
-    return (
-        {
-            **_area_scores(result),
-            **_area_scores(published, "_keio"),
-            **{name: getattr(result, name) for name in kept},
-        },
-        {
-            "fractions": result.fractions,
-            "insertion": result.insertion_curve,
-            "deletion": result.deletion_curve,
-        },
-    )
+    scores = {
+        **_area_scores(result),
+        **_area_scores(published, "_keio"),
+        **{name: getattr(result, name) for name in kept},
+    }
+    curves = {
+        "fractions": result.fractions,
+        "insertion": result.insertion_curve,
+        "deletion": result.deletion_curve,
+    }
+    return scores, curves
 
 
 def _published(
@@ -164,77 +162,63 @@ def _published(
 
 
 def _top(
-    settings: MetricSettings,
-    tied_share: Tensor,
-    scores: dict[str, Tensor],
-    curves: dict[str, Tensor],
+    settings: MetricSettings, result: Any, scores: dict[str, Tensor], curves: dict[str, Tensor]
 ) -> Scores:
     """Add the percentages, and the share of ties in what pixels are ranked by."""
-    suffix = "_magnitude" if settings.absolute else ""
+    ties = f"tied_share{'_magnitude' * settings.absolute}"
     percents = torch.tensor(settings.percents, dtype=torch.float64)
-    return (
-        {**scores, f"tied_share{suffix}": tied_share},
-        {"percents": percents.expand(len(tied_share), -1), **curves},
-    )
+    percents = percents.expand(len(result.tied_share), -1)
+    return {**scores, ties: result.tied_share}, {"percents": percents, **curves}
 
 
 def _accuracy(
     forward: Forward, batch: Batch, maps: Tensor, settings: MetricSettings
 ) -> Scores:
     """Accuracy with the top p % of pixels."""
-    images, percents = batch.images, settings.percents
     result = pixel_accuracy(
-        forward, images, maps, percents, batch.scored, **settings.kept()
+        forward, batch.images, maps, settings.percents, batch.scored, **settings.kept()
     )
     accuracy = result.accuracy
-    scores = {"accuracy": accuracy.mean(1)}
-    return _top(settings, result.tied_share, scores, {"accuracy": accuracy})
+    return _top(settings, result, {"accuracy": accuracy.mean(1)}, {"accuracy": accuracy})
 
 
 def _cross(forward: Forward, batch: Batch, maps: Tensor, settings: MetricSettings) -> Scores:
     """Accuracy of other networks with the top p % of pixels."""
+    options: Any = {"reference": "prediction", **settings.kept()}
     curves: dict[str, Tensor] = {}
     for name, (other, transform) in settings.others.items():
         result = cross_model_accuracy(
-            other,
-            batch.images,
-            maps,
-            settings.percents,
-            reference="prediction",
-            transform=transform,
-            **settings.kept(),
+            other, batch.images, maps, settings.percents, transform=transform, **options
         )
         curves[f"cross_accuracy:{name}"] = result.accuracy
     scores = {"cross_accuracy": torch.stack([*curves.values()]).mean((0, 2))}
-    return _top(settings, result.tied_share, scores, curves)
+    return _top(settings, result, scores, curves)
 
 
 def _pointing(
     forward: Forward, batch: Batch, maps: Tensor, settings: MetricSettings
 ) -> Scores:
     """Share of the top p % of pixels in the mask."""
-    result = mask_pointing(
-        maps, batch.masks, settings.percents, absolute=settings.absolute
-    )
+    percents, absolute = settings.percents, settings.absolute
+    result = mask_pointing(maps, batch.masks, percents, absolute=absolute)
     scores = {
         "pointing": result.share.mean(1),
         "pointing_chance": result.chance.where(~result.empty, math.nan),
     }
     ceiling = result.ceiling.masked_fill(result.empty[:, None], math.nan)
-    curves = {"pointing": result.share, "pointing_ceiling": ceiling}
-    return _top(settings, result.tied_share, scores, curves)
+    return _top(
+        settings, result, scores, {"pointing": result.share, "pointing_ceiling": ceiling}
+    )
 
 
 def _distance(
     forward: Forward, batch: Batch, maps: Tensor, settings: MetricSettings
 ) -> Scores:
     """Mean distance of the top p % of pixels to the mask."""
-    result = mask_distance(
-        maps, batch.masks, settings.percents, absolute=settings.absolute
-    )
-    distance = result.distance
-    scores = {"distance": distance.mean(1), "distance_chance": result.chance}
-    return _top(settings, result.tied_share, scores, {"distance": distance})
+    percents, absolute = settings.percents, settings.absolute
+    result = mask_distance(maps, batch.masks, percents, absolute=absolute)
+    scores = {"distance": result.distance.mean(1), "distance_chance": result.chance}
+    return _top(settings, result, scores, {"distance": result.distance})
 
 
 def _attention(
@@ -257,15 +241,8 @@ def _contrastive(
 ) -> Scores:
     """Insertion and deletion of a class minus the runner-up."""
     result = contrastive_insertion_deletion(
-        forward,
-        batch.images,
-        maps,
-        settings.fill,
-        batch.scored,
-        protocol="keio",
-        step=settings.step,
-        ties="nearest",
-        max_examples_per_batch=settings.forward_batch,
+        forward, batch.images, maps, settings.fill, batch.scored, protocol="keio",
+        step=settings.step, ties="nearest", max_examples_per_batch=settings.forward_batch,
     )
     return {"contrastive_id": result.id_score}, {}
 
@@ -296,19 +273,15 @@ def _sensitivity(
 
 def _grid(forward: Forward, batch: Batch, maps: Tensor, settings: MetricSettings) -> Scores:
     """Positive relevance in the own cell of a mosaic."""
-    names = ("grid_pointing", "grid_pointing_chance")
-    scores = {
-        name: batch.output.new_full((len(maps),), math.nan, dtype=torch.float64)
-        for name in names
-    }
+    share, chance = batch.output.new_full((2, len(maps)), math.nan, dtype=torch.float64)
     fit = (batch.cells.flatten(1) >= 0).all(1).nonzero()[:, 0].tolist()
     if fit:
         part = batch.take(fit)
         found, finite = _explain(settings, part.mosaics, part.labels, part)
         result = grid_pointing(found, part.cells, part.labels)
-        for name, values in zip(names, (result.share, result.chance)):
-            scores[name][fit] = values.where(finite, math.nan)
-    return scores, {}
+        share[fit] = result.share.where(finite, math.nan)
+        chance[fit] = result.chance.where(finite, math.nan)
+    return {"grid_pointing": share, "grid_pointing_chance": chance}, {}
 
 
 def _randomized(
@@ -316,11 +289,11 @@ def _randomized(
 ) -> Scores:
     """Similarity with maps of the network with a random last layer."""
     assert settings.model is not None
-    names = [
+    *_, last = (
         name
         for name, module in settings.model.named_modules()
         if next(module.parameters(recurse=False), None) is not None
-    ]
+    )
     failed = []
 
     def explain(model: torch.nn.Module) -> Tensor:
@@ -328,7 +301,7 @@ def _randomized(
         failed.append(~finite)
         return found
 
-    result = randomization(settings.model, explain, names[-1:])
+    result = randomization(settings.model, explain, [last])
     ssim = result.ssim[:, 0].masked_fill(torch.stack(failed).any(0), math.nan)
     return {"random_ssim": ssim}, {}
 
@@ -362,7 +335,8 @@ def measure(
 
     `relevance` of shape (batch,) is the sum of relevance before any post-processing, and
     `initial` of shape (batch, classes) what it started from, for methods that conserve
-    it. Returned are arrays of shape (batch,) by column, and of shape (batch, points) by the name of a curve.
+    it. Returned are arrays of shape (batch,) by column, and of shape (batch, points) by
+    the name of a curve.
     """
     values: dict[str, Tensor] = {}
     curves: dict[str, Tensor] = {}
@@ -400,13 +374,11 @@ def load_other(text: str) -> tuple[str, Classifier]:
     Raises:
         ValueError: If it can not be loaded.
     """
-    name, _, weights = text.partition("=")
     if text == "embedded":
         return text, load_classifier()
+    name, _, weights = text.partition("=")
     if not weights:
-        raise ValueError(
-            f"{text!r} is not of the form NAME=WEIGHTS, such as vgg16=DEFAULT"
-        )
+        raise ValueError(f"{text!r} is not of the form NAME=WEIGHTS, such as vgg16=DEFAULT")
     return name, load_classifier(name, weights)
 
 

@@ -187,14 +187,3 @@ PRESETS: dict[str, Preset] = {
         ("distance",),
     ),
 }
-
-
-def find_preset(name: str) -> Preset:
-    """Find a preset.
-
-    Raises:
-        ValueError: If there is none of this name.
-    """
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}: choose among {', '.join(PRESETS)}")
-    return PRESETS[name]

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from captum_adapters.evaluation.computation import Computation
 from captum_adapters.evaluation.config import (
+    CLASSES,
     Evaluation,
     check,
     check_labels,
@@ -31,6 +32,7 @@ from captum_adapters.evaluation.config import (
 from captum_adapters.evaluation.data import (
     Images,
     Loaded,
+    Sample,
     content_of,
     read_samples,
     stamp_of,
@@ -110,12 +112,9 @@ def evaluate(
         evaluation (Evaluation): What is evaluated.
         process (Process, optional): This process among others. By default, what the
                 environment says.
-                Default: None
         quiet (bool, optional): Whether to print nothing but errors.
-                Default: False
         dry_run (bool, optional): Whether only to find out what is left to do. Nothing
                 is written then.
-                Default: False
 
     Returns:
         Progress: What remains to be done, which is nothing after an evaluation by a
@@ -176,38 +175,33 @@ class Loop:
         self.process = process
         self.quiet = quiet or process.rank > 0
         check(evaluation)
-        names = list(evaluation.methods)
-        if evaluation.controls:
-            names += [name for name in CONTROLS if name not in names]
+        controls = [name for name in CONTROLS if name not in evaluation.methods]
+        names = [*evaluation.methods, *(controls if evaluation.controls else ())]
         self.methods = [Method(name) for name in names]
-        evaluation = replace(
-            evaluation, methods=tuple(method.text for method in self.methods)
-        )
-        self.evaluation = evaluation
+        methods = tuple(method.text for method in self.methods)
+        self.evaluation = evaluation = replace(evaluation, methods=methods)
         self.device = _device(evaluation.device, process)
         self.classifier = load_classifier(
             evaluation.model, evaluation.weights, evaluation.size
         )
         size = input_size(self.classifier)
         check_pixels(evaluation, size)
-        data = read_samples(
-            evaluation.data,
-            self.classifier.classes,
-            layout=evaluation.layout,
-            split=evaluation.split,
-            labels=evaluation.labels,
-            limit=evaluation.limit,
-            seed=evaluation.seed,
-        )
-        self.samples = data.samples
+        keys = ("layout", "split", "labels", "limit", "seed")
+        options: Any = {key: getattr(evaluation, key) for key in keys}
+        data = read_samples(evaluation.data, self.classifier.classes, **options)
         check_labels(evaluation, data)
         for message in (*data.messages, check_masks(evaluation, data)):
             if message is not None:
                 self.say(message)
-        self.images = Images(data.samples, self.classifier.transform)
+        self._use(data.samples)
         self.settings = describe(
             evaluation, self.classifier, data, size, self.device.type
         )
+
+    def _use(self, samples: Sequence[Sample]) -> None:
+        """Take samples in this order."""
+        self.samples = samples
+        self.images = Images(samples, self.classifier.transform)
 
     def say(self, text: str) -> None:
         """Print a line beside the progress bar."""
@@ -230,12 +224,10 @@ class Loop:
 
     def _open(self, write: bool) -> None:
         """Open the folder, and put samples in the order of its batches."""
-        out, names = Path(self.evaluation.out), [sample.name for sample in self.samples]
-        self.store = Store(out, self.settings, names, write)
-        by_name = dict(zip(names, self.samples))
-        self.samples = tuple(by_name[name] for name in chain(*self.store.batches))
-        self.images = Images(self.samples, self.classifier.transform)
-        numbers = iter(range(len(names)))
+        by_name = {sample.name: sample for sample in self.samples}
+        self.store = Store(Path(self.evaluation.out), self.settings, [*by_name], write)
+        self._use([by_name[name] for name in chain(*self.store.batches)])
+        numbers = iter(range(len(by_name)))
         self.batches = [[*islice(numbers, len(batch))] for batch in self.store.batches]
 
     def _look(self, batch: int, files: bool = False) -> _State:
@@ -303,17 +295,17 @@ class Loop:
             )
             states.append(None if again else state)
             count = len(self.batches[batch]) - (0 if again else state.left_out)
-            for method in rest if again else state.missing:
+            for method in self.methods if again else state.missing:
                 rest[method] += count
-        left = [method for method in rest if rest[method]]
+        left = [method for method in self.methods if rest[method]]
         known = {method: self.store.read_times(method.text) for method in left}
         untimed = [method for method in left if known[method] is None]
         if untimed:
             self.say(f"timing {len(untimed)} methods on one image")
             known.update(self._time(untimed))
+        seconds = 0.0
         # attributions that are computed once for several methods count once
         groups: dict[str, list[tuple[int, float]]] = defaultdict(list)
-        seconds = 0.0
         for method in left:
             first, second = known[method] or (0.0, 0.0)
             seconds += rest[method] * (first + second)
@@ -327,13 +319,12 @@ class Loop:
         """Seconds of methods and metrics for the first image that can be read."""
         simple = replace(self.evaluation, compile=False)
         computation = Computation(simple, self.classifier, methods, self.device)
-        items = ((sample, self.images[row]) for row, sample in enumerate(self.samples))
-        found = next((pair for pair in items if pair[1].image is not None), None)
-        if found is None:
-            return {}
-        batch = computation.prepare([found[0]], [found[1]])
-        estimate = Estimate(computation, batch)
-        return {method: estimate.method(method) for method in methods}
+        for row, sample in enumerate(self.samples):
+            loaded = self.images[row]
+            if loaded.image is not None:
+                estimate = Estimate(computation, computation.prepare([sample], [loaded]))
+                return {method: estimate.method(method) for method in methods}
+        return {}
 
     def run(self) -> Progress:
         """Compute all records of this process that are not there yet."""
@@ -346,27 +337,26 @@ class Loop:
         mine = batches[self.process.rank :: self.process.world]
         states = self._look_at_all(mine)
         todo = [batch for batch, state in states.items() if state.todo]
-        if not todo:
-            return self._count(map(self._look, batches))
-        computation = computation or self.prepare()
-        for method in self.methods:
-            if any(self.store.has(batch, method.text) for batch in batches):
-                computation.worked.add(method.text)
-        loader: Any = DataLoader(
-            _Items(self.images),
-            batch_sampler=[self.batches[batch] for batch in todo],
-            num_workers=self.evaluation.workers,
-            collate_fn=list,
-        )
-        done = sum(
-            len(self.batches[batch]) * (len(self.methods) - len(state.missing))
-            for batch, state in states.items()
-            if state.known and not state.changed and not state.unread
-        )
-        with self._bar(sum(len(self.batches[batch]) for batch in mine), done) as bar:
-            for batch, items in zip(todo, loader):
-                self.process.check()
-                self._evaluate(computation, batch, items, bar)
+        if todo:
+            computation = computation or self.prepare()
+            for method in self.methods:
+                if any(self.store.has(batch, method.text) for batch in batches):
+                    computation.worked.add(method.text)
+            done = sum(
+                len(self.batches[batch]) * (len(self.methods) - len(state.missing))
+                for batch, state in states.items()
+                if state.known and not state.changed and not state.unread
+            )
+            loader: Any = DataLoader(
+                _Items(self.images),
+                batch_sampler=[self.batches[batch] for batch in todo],
+                num_workers=self.evaluation.workers,
+                collate_fn=list,
+            )
+            with self._bar(sum(len(self.batches[batch]) for batch in mine), done) as bar:
+                for batch, items in zip(todo, loader):
+                    self.process.check()
+                    self._evaluate(computation, batch, items, bar)
         return self._count(map(self._look, batches))
 
     def _bar(self, images: int, done: int) -> "tqdm[Any]":
@@ -386,21 +376,16 @@ class Loop:
         )
 
     def _evaluate(
-        self,
-        computation: Computation,
-        batch: int,
-        items: Sequence[_Item],
-        bar: "tqdm[Any]",
+        self, computation: Computation, batch: int, items: Sequence[_Item], bar: "tqdm[Any]"
     ) -> None:
         """Compute what is missing of a batch, and all of it if other images are read."""
         store, numbers = self.store, self.batches[batch]
-        read = [row for row, item in enumerate(items) if item.content is not None]
-        images = None
-        if read:
-            images = computation.prepare(
-                [self.samples[numbers[row]] for row in read],
-                [items[row].loaded for row in read],
-            )
+        pairs = [
+            (self.samples[number], item.loaded)
+            for number, item in zip(numbers, items)
+            if item.content is not None
+        ]
+        images = computation.prepare(*zip(*pairs)) if pairs else None
         stamps = [item.stamp for item in items]
         samples = self._describe(computation, numbers, items, images)
         known = store.read_samples(batch)
@@ -437,7 +422,7 @@ class Loop:
     ) -> list[SampleRecord]:
         """What is known about the samples of a batch."""
         options = self.evaluation
-        labelled = "label" in (options.explain_class, options.score, options.published)
+        labelled = "label" in (getattr(options, key) for key in CLASSES)
         rows = iter(range(len(items)))
         samples = []
         for number, item in zip(numbers, items):

@@ -40,6 +40,7 @@ from captum_adapters.evaluation.records import (
 from zennit_resnet._files import whole
 
 BATCHES = "batches.json"
+NOW = ", now "
 # files that the mean time of a method is taken from
 TIMED = 50
 
@@ -57,16 +58,21 @@ def _write(path: Path, data: bytes) -> None:
         ) from error
 
 
-def differences(first: dict[str, Any], second: dict[str, Any], sign: str = "; ") -> str:
-    """What differs between settings, for messages."""
+def differences(
+    first: dict[str, Any],
+    second: dict[str, Any],
+    keys: Optional[Sequence[str]] = None,
+    sign: str = "; ",
+) -> str:
+    """What differs between settings, of all or some keys, for messages."""
     found = []
-    for key in {**first, **second}:
+    for key in union([first, second]) if keys is None else keys:
         old: Any = first.get(key)
         new: Any = second.get(key)
         if old == new:
             continue
         if isinstance(old, dict) and isinstance(new, dict):
-            found.append(differences(old, new, sign))
+            found.append(differences(old, new, sign=sign))
             continue
         if isinstance(old, list) and isinstance(new, list) and sorted(old) != sorted(new):
             gone = [elem for elem in old if elem not in new]
@@ -247,42 +253,32 @@ def _refuse_other(
 ) -> None:
     """Refuse settings that are not those of a run, or with more methods and samples."""
     first, second = old["identity"], new["identity"]
-    what = {key for key in {**first, **second} if first.get(key) != second.get(key)}
-    what -= {"manifest", "samples"}
+    # what the new settings have of that which a run may grow by
+    part = {**second, "files": {name: second["files"].get(name) for name in first["files"]}}
     if {*first["methods"]} <= {*second["methods"]}:
-        what -= {"methods"}
-    files = second.get("files", {})
-    if all(files.get(name) == value for name, value in first.get("files", {}).items()):
-        what -= {"files"}
-    text = _differing(first, second, sorted(what))
-    batches = [] if what else _read_batches(folder / new["fingerprint"])
+        part["methods"] = first["methods"]
+    keys = [key for key in union([first, part]) if key not in ("manifest", "samples")]
+    text = differences(first, part, keys, NOW)
+    batches = [] if text else _read_batches(folder / new["fingerprint"])
     known = {name for batch in batches for name in batch}
     gone = sorted(known - {*names})
     if gone:
-        what |= {"samples"}
         chosen = [
-            {"samples": count, **each.get("evaluation", {})}
+            {**each.get("evaluation", {}), "samples": count}
             for each, count in ((old, len(known)), (new, len(names)))
         ]
-        text = _differing(chosen[0], chosen[1], ["limit", "seed", "split", "layout", "samples"])
+        text = differences(*chosen, ["limit", "seed", "split", "layout", "samples"], NOW)
         text = f"{text and text + ', '}{len(gone)} samples (now none), such as {gone[0]}"
-    elif len(names) > len(known) and "grid_pointing" in first.get("metrics", ()):
-        what |= {"samples"}
+    elif known and len(names) > len(known) and "grid_pointing" in first.get("metrics", ()):
         text = (
             f"samples ({len(known)}, now {len(names)}), which mosaics of grid_pointing"
             " are made of"
         )
-    if what:
+    if text:
         raise RunError(
             f"{folder} holds another run, which differs in {text}: choose another"
             " folder with --out, or repeat the command of that run to go on"
         )
-
-
-def _differing(first: dict[str, Any], second: dict[str, Any], keys: Sequence[str]) -> str:
-    """What differs in some settings."""
-    pair = [{key: each.get(key) for key in keys} for each in (first, second)]
-    return differences(pair[0], pair[1], ", now ")
 
 
 def _stack(arrays: Sequence[Optional[np.ndarray]], blank: float) -> np.ndarray:

@@ -254,7 +254,7 @@ def test_differences():
     '''Differences are named in one line.'''
     text = differences(
         {'a': 1, 'b': ['1', '2'], 'c': {'d': 1, 'e': 2}, 'gone': 'x' * 100},
-        {'a': 2, 'b': ['2', '1'], 'c': {'d': 1, 'e': 3}, 'new': 0}, ', now ',
+        {'a': 2, 'b': ['2', '1'], 'c': {'d': 1, 'e': 3}, 'new': 0}, sign=', now ',
     )
     parts = ['a (1, now 2)', 'b (1, 2, now 2, 1)', 'e (2, now 3)', f"gone ({'x' * 59}…, now None)"]
     assert text == ', '.join([*parts, 'new (None, now 0)'])

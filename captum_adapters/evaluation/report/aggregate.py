@@ -3,7 +3,7 @@
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -54,19 +54,25 @@ class Row(NamedTuple):
     @property
     def seconds(self) -> float:
         """Mean time of the attribution of an example."""
-        times = self.scores["seconds"]
-        return math.fsum(times) / len(times) if len(times) else math.nan
+        return mean_of(self.scores["seconds"])
 
     @property
     def top_ties(self) -> float:
         """Share of tied pixels in what the top p % are ranked by."""
-        share = self.mean("tied_share_magnitude")
-        return self.mean("tied_share") if math.isnan(share) else share
+        magnitude = "tied_share_magnitude"
+        return self.mean(magnitude if self.has(magnitude) else "tied_share")
+
+    def has(self, score: str) -> bool:
+        """Whether there is a mean of a score."""
+        return score in self.statistics.index
 
     def mean(self, score: str) -> float:
         """Mean of a score, NaN if there is none."""
-        known = score in self.statistics.index
-        return float(self.statistics.at[score, "mean"]) if known else math.nan
+        return float(self.statistics.at[score, "mean"]) if self.has(score) else math.nan
+
+    def quality(self, score: str) -> float:
+        """Mean of a score, of which more is better."""
+        return sign_of(score) * self.mean(score)
 
     def of(self, score: str) -> "pd.Series[float]":
         """A score of the samples that have it."""
@@ -99,20 +105,15 @@ class Group(NamedTuple):
     folders: tuple[str, ...]  # names of the runs
     samples: dict[str, SampleRecord]
 
-    def clusters(
-        self, names: Sequence[str], clusters: Optional[str]
-    ) -> Optional[np.ndarray]:
+    def clusters(self, names: Sequence[str], clusters: Optional[str]) -> Optional[np.ndarray]:
         """Class of each sample, or one of its own if it is not known."""
         if clusters is None:
             return None
         known = {name: sample.label for name, sample in self.samples.items()}
-        labels = [known.get(name) for name in names]
-        return np.array(
-            [
-                f"sample {name}" if label is None else f"class {label}"
-                for name, label in zip(names, labels)
-            ]
-        )
+        labels = zip(names, map(known.get, names))
+        return np.array([
+            f"sample {name}" if label is None else f"class {label}" for name, label in labels
+        ])
 
     def class_name(self, label: Optional[int]) -> str:
         """Name of a class, empty if there is no label."""
@@ -178,6 +179,22 @@ def unfinished(run: Run) -> str:
     return f"{done} of {total} images, run not complete." if done < total else ""
 
 
+def members_of(rows: Sequence[Row], group: int) -> list[Row]:
+    """Rows of a group, by its number."""
+    return [row for row in rows if row.group == group]
+
+
+def mean_of(values: Sequence[float]) -> float:
+    """Mean, NaN of nothing. It is not rounded in between, so it is the same in any order."""
+    return math.fsum(values) / len(values) if len(values) else math.nan
+
+
+def span(counts: Iterable[int]) -> str:
+    """The least and the largest number, or one if they are equal."""
+    counts = [*counts]
+    return " to ".join(map(str, sorted({min(counts), max(counts)})))
+
+
 def list_some(items: Sequence[str]) -> str:
     """The first items, and how many others there are."""
     more = f" and {len(items) - NAMED} more" if len(items) > NAMED else ""
@@ -186,10 +203,7 @@ def list_some(items: Sequence[str]) -> str:
 
 def _differences(first: Run, second: Run, keys: Sequence[str]) -> str:
     """Which settings differ, and how."""
-    old, new = (
-        {key: settings_of(run).get(key) for key in keys} for run in (first, second)
-    )
-    return differences(old, new)
+    return differences(settings_of(first), settings_of(second), keys)
 
 
 def _folder_names(runs: Sequence[Run]) -> list[str]:
@@ -232,12 +246,14 @@ def group_runs(
     """Put comparable runs together."""
     found: list[list[Run]] = []
     for run in runs:
-        for members in found:
-            if not _differences(members[0], run, COMPARABLE) and any(
-                _same_data(member, run) for member in members
-            ):
-                members.append(run)
-                break
+        fitting = [
+            members
+            for members in found
+            if not _differences(members[0], run, COMPARABLE)
+            and any(_same_data(member, run) for member in members)
+        ]
+        if fitting:
+            fitting[0].append(run)
         else:
             found.append([run])
     names = dict(zip(map(id, runs), _folder_names(runs)))
@@ -302,8 +318,7 @@ def _statistics(
         labels = None if clusters is None else clusters[valid]
         interval = bootstrap_interval(values, labels, **options)
         for name, column, low, high in zip(names, values.T, interval.low, interval.high):
-            # this sum is not rounded in between, so it is the same in any order
-            found[name] = (math.fsum(column) / len(column), low, high, len(column))
+            found[name] = (mean_of(column), low, high, len(column))
             if name == "gap":
                 found["gap_largest"] = (column.max(), math.nan, math.nan, len(column))
     return pd.DataFrame.from_dict(found, orient="index", columns=STATISTICS)
@@ -327,10 +342,7 @@ def _tell_apart(groups: Sequence[Group]) -> list[str]:
 
 
 def build_rows(
-    groups: Sequence[Group],
-    clusters: Optional[str],
-    messages: list[str],
-    **options: Any,
+    groups: Sequence[Group], clusters: Optional[str], messages: list[str], **options: Any
 ) -> list[Row]:
     """Rows of all groups, each with its controls last."""
     found: dict[tuple[int, str], list[Run]] = defaultdict(list)

@@ -13,6 +13,7 @@ from captum_adapters.evaluation.report.aggregate import (
     column_of,
     counterpart_of,
     list_some,
+    members_of,
     protocol_of,
     settings_of,
     sign_of,
@@ -47,19 +48,20 @@ def introduce(groups: Sequence[Group]) -> Iterator[str]:
 def _introduce(group: Group) -> str:
     """A sentence on the network of a group, and on its labels."""
     settings = settings_of(group.runs[0])
-    names = [settings.get(key) for key in ("model", "weights_name")]
-    network = " with ".join(map(str, filter(None, names)))
+    network = " with ".join(
+        str(settings[key]) for key in ("model", "weights_name") if settings.get(key)
+    )
     # what is known of a run is known of a group, too
     right, total = accuracy(group.runs[0]._replace(samples=group.samples))
     if not total:
         return f"{network}: no image has a label, so its accuracy is not known."
-    share = f"{right} of {total} images ({100 * right / total:.1f} %)"
     how = (settings.get("labels") or {}).get("matched_by")
     matched = f"Labels were matched to its classes by {how}"
-    matched = {
-        None: "How labels were matched to its classes was not kept",
-        "order": f"{matched}, which is a guess: check it if the accuracy is low",
-    }.get(how, matched)
+    if how is None:
+        matched = "How labels were matched to its classes was not kept"
+    elif how == "order":
+        matched += ", which is a guess: check it if the accuracy is low"
+    share = f"{right} of {total} images ({100 * right / total:.1f} %)"
     return f"{network} classifies {share} as their labels say. {matched}."
 
 
@@ -81,7 +83,7 @@ def find_gaps(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
                 f"{left_out} of {len(group.samples)} samples of {group.name} are left out,"
                 " for the reasons under Problems."
             )
-        members = [row for row in rows if row.group == index]
+        members = members_of(rows, index)
         if any(not row.scores.index.equals(members[0].scores.index) for row in members):
             counts = {row.name: len(row.scores) for row in members}
             most = max(counts.values())
@@ -108,11 +110,20 @@ def find_warnings(
     # published protocols first
     names.sort(key=lambda name: counterpart_of(name) is None)
     for index in range(len(groups)):
-        members = [row for row in rows if row.group == index]
+        members = members_of(rows, index)
         for name in names:
             yield from ((table_of(name), text) for text in _warn_score(members, name, names))
-        top = next((table_of(name) for name in TOP if name in names), "")
-        yield from ((top, text) for text in _warn_top_ties(members))
+        for row in members:
+            listed = [name for name in TOP if row.has(name)]
+            if listed and row.top_ties > TIED_SHARE:
+                titles = ", ".join(column_of(name).title for name in listed)
+                yield (
+                    table_of(listed[0]),
+                    f"{row.name}: {100 * row.top_ties:.1f} % of pixels are tied with others,"
+                    f" and have no order among these: {titles}"
+                    f" {'are means' if len(listed) > 1 else 'is the mean'} over their orders,"
+                    " and partly chance.",
+                )
         for row in members:
             if row.mean("negative") > 0:
                 share = 100 * row.mean("negative")
@@ -155,20 +166,19 @@ def _warn_samples(group: Group) -> Iterator[str]:
 
 def _ranking(rows: Sequence[Row], name: str) -> list[Row]:
     """Methods that have a score, from best to worst."""
-    methods = [row for row in rows if not row.control and not math.isnan(row.mean(name))]
-    return sorted(methods, key=lambda row: (-sign_of(name) * row.mean(name), row.name))
+    methods = [row for row in rows if not row.control and row.has(name)]
+    return sorted(methods, key=lambda row: (-row.quality(name), row.name))
 
 
 def _warn_controls(rows: Sequence[Row], name: str) -> Iterator[str]:
     """Where maps that do not explain anything are better than methods."""
-    sign, methods, parts = sign_of(name), _ranking(rows, name), []
+    methods, parts = _ranking(rows, name), []
     for control in rows:
-        mean = control.mean(name)
-        beaten = [row for row in methods if sign * mean > sign * row.mean(name)]
+        beaten = [row for row in methods if control.quality(name) > row.quality(name)]
         if control.control and beaten:
             parts.append(
-                f"{control.name} ({format_number(mean)}) is better than {len(beaten)} of"
-                f" {len(methods)} methods, up to {beaten[0].name}"
+                f"{control.name} ({format_number(control.mean(name))}) is better than"
+                f" {len(beaten)} of {len(methods)} methods, up to {beaten[0].name}"
                 f" ({format_number(beaten[0].mean(name))})"
             )
     if parts:
@@ -190,22 +200,9 @@ def _warn_ties(rows: Sequence[Row], published: str, ours: str) -> Iterator[str]:
             )
 
 
-def _warn_top_ties(rows: Sequence[Row]) -> Iterator[str]:
-    """Where the top p % of pixels are partly a matter of chance."""
-    for row in rows:
-        listed = [column_of(name).title for name in TOP if name in row.statistics.index]
-        if listed and row.top_ties > TIED_SHARE:
-            yield (
-                f"{row.name}: {100 * row.top_ties:.1f} % of pixels are tied with others, and have"
-                f" no order among these: {', '.join(listed)}"
-                f" {'are means' if len(listed) > 1 else 'is the mean'} over their orders,"
-                " and partly chance."
-            )
-
-
 def _warn_ranks(rows: Sequence[Row], published: str, ours: str) -> Iterator[str]:
     """Where methods change their order by the protocol."""
-    after = [row.name for row in _ranking(rows, published) if ours in row.statistics.index]
+    after = [row.name for row in _ranking(rows, published) if row.has(ours)]
     before = [row.name for row in _ranking(rows, ours) if row.name in after]
     moves = [(before.index(name) + 1, after.index(name) + 1, name) for name in after]
     moves = [move for move in moves if move[0] != move[1]]
@@ -221,13 +218,10 @@ def _warn_ranks(rows: Sequence[Row], published: str, ours: str) -> Iterator[str]
 
 def _warn_suffixes(rows: Sequence[Row], published: str, ours: str) -> Iterator[str]:
     """Where post-processing gains by a published protocol only."""
-    for row in rows:
-        for other in rows:
-            if not row.method.startswith(f"{other.method}+"):
-                continue
-            means = [
-                item.mean(name) for name in (published, ours) for item in (row, other)
-            ]
+    pairs = ((row, other) for row in rows for other in rows)
+    for row, other in pairs:
+        if row.method.startswith(f"{other.method}+"):
+            means = [item.mean(name) for name in (published, ours) for item in (row, other)]
             if means[0] > means[1] and means[2] <= means[3]:
                 new, old, own, former = map(format_number, means)
                 yield (

@@ -24,8 +24,10 @@ from captum_adapters.evaluation.report.aggregate import (
     Group,
     Row,
     column_of,
+    members_of,
     protocol_of,
     sign_of,
+    span,
 )
 from captum_adapters.evaluation.report.tables import format_number, scale_of, wrap
 
@@ -68,9 +70,7 @@ PANELS = {
         "id",
         "fractions",
     ),
-    "accuracy": Panel(
-        "Accuracy with the top p %", {"accuracy": "Accuracy"}, KEPT, "accuracy"
-    ),
+    "accuracy": Panel("Accuracy with the top p %", {"accuracy": "Accuracy"}, KEPT, "accuracy"),
     "pointing": Panel(
         "Share of the top p % inside of the mask",
         {"pointing": "Share inside of the mask"},
@@ -98,16 +98,11 @@ class Picture(NamedTuple):
 
 
 def _collect(row: Row, key: str, where: str) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Names of samples with finite curves, the curves and positions, (n, points) each.
-
-    Curves of another number of points than most are left out.
-    """
+    """Names of samples with finite curves, the curves and positions, (n, points) each."""
     curves, positions = row.curve(key), row.curve(where)
     curves = curves[curves.index.isin(positions.index)]
     if not len(curves):
         return [], np.empty((0, 0)), np.empty((0, 0))
-    sizes = curves.map(len)
-    curves = curves[sizes == sizes.value_counts().idxmax()]
     y, x = np.stack([*curves]), np.stack([*positions[curves.index]])
     finite = (np.isfinite(y) & np.isfinite(x)).all(1)
     return curves.index[finite].tolist(), y[finite], x[finite]
@@ -115,25 +110,22 @@ def _collect(row: Row, key: str, where: str) -> tuple[list[str], np.ndarray, np.
 
 def _draw(report: "Report", members: Sequence[Row], panel: Panel) -> Optional[Picture]:
     """Mean curves of methods, with bands."""
-    means = {row.name: row.mean(panel.score) for row in members}
     shown = [row for row in members if any(len(row.curve(key)) for key in panel.curves)]
-    methods = [row.name for row in shown if not row.control]
-    sign = sign_of(panel.score)
+    methods = [row for row in shown if not row.control]
     # those without a mean come last
     ranked = sorted(
-        methods, key=lambda name: (math.isnan(means[name]), -sign * means[name])
+        methods, key=lambda row: -row.quality(panel.score) if row.has(panel.score) else math.inf
     )
-    best = [name for name in methods if name in ranked[:CURVES]]
+    best = [row.name for row in methods if row in ranked[:CURVES]]
     shown = [row for row in shown if row.control or row.name in best]
     if not shown:
         return None
-    width = 3.4 + 4.2 * len(panel.curves)
-    canvas = Figure(figsize=(width, 4.6), layout="constrained")
+    titles = panel.curves
+    canvas = Figure(figsize=(3.4 + 4.2 * len(titles), 4.6), layout="constrained")
     lines: dict[str, Line2D] = {}
     counts: set[int] = set()
-    for axes, (key, title) in zip(
-        canvas.subplots(1, len(panel.curves), squeeze=False)[0], panel.curves.items()
-    ):
+    panels = canvas.subplots(1, len(titles), squeeze=False)[0]
+    for axes, (key, title) in zip(panels, titles.items()):
         first: set[str] = set()
         for row in shown:
             names, curves, positions = _collect(row, key, panel.positions)
@@ -165,11 +157,13 @@ def _draw(report: "Report", members: Sequence[Row], panel: Panel) -> Optional[Pi
         lines.update(_draw_chance(axes, shown[0], key, panel.positions, first))
     if not counts:
         return None
+    means = {row.name: row.mean(panel.score) for row in shown if row.has(panel.score)}
     texts = []
     for name in lines:
-        mean = means.get(name, math.nan)
-        score = "" if math.isnan(mean) else f" ({format_number(mean, scale_of(mean, *means.values()))})"
-        texts.append(wrap(name, 30) + score)
+        text = wrap(name, 30)
+        if name in means:
+            text += f" ({format_number(means[name], scale_of(means[name], *means.values()))})"
+        texts.append(text)
     # the legend must not be cut off
     height = 0.6 + 0.17 * sum(text.count("\n") + 1 for text in texts)
     canvas.set_figheight(max(canvas.get_figheight(), height))
@@ -182,30 +176,25 @@ def _draw(report: "Report", members: Sequence[Row], panel: Panel) -> Optional[Pi
         fontsize="small",
         frameon=False,
     )
-    span = " to ".join(map(str, sorted({min(counts), max(counts)})))
-    about = f"Means over {span} images, with {100 * report.confidence:g} % bands."
+    about = f"Means over {span(counts)} images, with {100 * report.confidence:g} % bands."
     if panel.score:
         about += f" The mean {column_of(panel.score).title} is in brackets."
     if len(best) < len(methods):
         about += f" The {len(best)} best of {len(methods)} methods are drawn."
-    return Picture(panel.title, _save(canvas), about)
+    return Picture(panel.title, _png(canvas), about)
 
 
 def _draw_chance(
     axes: Axes, row: Row, key: str, where: str, drawn: set[str]
 ) -> dict[str, Line2D]:
     """What is to be had without any explanation, and at most, for these samples."""
-    lines = {}
-    chance = row.mean(f"{key}_chance")
-    if not math.isnan(chance):
-        lines["chance"] = axes.axhline(
-            chance, color="black", linewidth=0.8, linestyle=":"
-        )
+    lines, style = {}, {"color": "black", "linewidth": 0.8}
+    if row.has(f"{key}_chance"):
+        lines["chance"] = axes.axhline(row.mean(f"{key}_chance"), linestyle=":", **style)
     names, curves, positions = _collect(row, f"{key}_ceiling", where)
     kept = [number for number, name in enumerate(names) if name in drawn]
     if kept:
-        mean = curves[kept].mean(0)
-        lines["ceiling"] = axes.plot(positions[0], mean, color="black", linewidth=0.8)[0]
+        lines["ceiling"] = axes.plot(positions[0], curves[kept].mean(0), **style)[0]
     return lines
 
 
@@ -219,9 +208,8 @@ def draw_curves(report: "Report") -> dict[str, Picture]:
             if key.startswith("cross_accuracy:"):
                 title = f"Accuracy of {key.partition(':')[2]} with the top p %"
                 panels[key] = Panel(title, {key: title}, KEPT, "")
-        members = [row for row in report.rows if row.group == index]
         for key, panel in panels.items():
-            picture = _draw(report, members, panel)
+            picture = _draw(report, members_of(report.rows, index), panel)
             if picture is not None:
                 name = re.sub(r"[^\w.-]+", "_", key) + f"_{index + 1}" * several
                 title = panel.title + f" ({group.name})" * several
@@ -261,16 +249,10 @@ class Montage(NamedTuple):
 
 def make_montages(report: "Report") -> list[Montage]:
     """For each group, images from best to worst with the maps of at most 8 methods."""
-    if report.primary is None:
-        return []
     found = []
-    for index, group in enumerate(report.groups):
+    for index, group in enumerate(report.groups if report.primary else ()):
         title = f"Examples of {group.name}" if len(report.groups) > 1 else ""
-        scored = [
-            row
-            for row in report.rows
-            if row.group == index and report.primary in row.statistics.index
-        ]
+        scored = [row for row in members_of(report.rows, index) if row.has(report.primary)]
         rows = [row for row in scored if not row.control] or scored
         if rows:
             found.append(_make_montage(group, rows, report.primary, title))
@@ -281,8 +263,8 @@ def _make_montage(
     group: Group, methods: Sequence[Row], primary: str, title: str
 ) -> Montage:
     """The images that most methods have in common, evenly from best to worst."""
-    sign, score = sign_of(primary), column_of(primary).title
-    best = sorted(methods, key=lambda row: -sign * row.mean(primary))[:MONTAGE]
+    score = column_of(primary).title
+    best = sorted(methods, key=lambda row: -row.quality(primary))[:MONTAGE]
     rows = [row for row in methods if row in best]
     scores = [row.of(primary) for row in rows]
     heatmaps = [row.heatmaps() for row in rows]
@@ -293,6 +275,7 @@ def _make_montage(
                 known.setdefault(str(name), []).append(float(value))
     most = max(map(len, known.values()), default=0)
     means = {name: math.fsum(each) for name, each in known.items() if len(each) == most}
+    sign = sign_of(primary)
     order = sorted(means, key=lambda name: (-sign * means[name], name))
     note = ""
     if len(rows) < len(methods):
@@ -373,10 +356,10 @@ def draw_montage(montage: Montage) -> bytes:
     canvas.suptitle(about, fontsize="small")
     for axes, title in zip(panels[0], titles):
         axes.set_title(wrap(title, 22), fontsize="x-small")
-    return _save(canvas)
+    return _png(canvas)
 
 
-def _save(canvas: Figure) -> bytes:
+def _png(canvas: Figure) -> bytes:
     """A figure as PNG."""
     buffer = io.BytesIO()
     canvas.savefig(buffer, format="png", dpi=100, pil_kwargs={"optimize": True})
@@ -414,7 +397,9 @@ def make_page(
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters.update(uri=_uri, jpeg=_jpeg, number=format_number, breaks=_breaks, options=_options)
+    environment.filters.update(
+        uri=_uri, jpeg=_jpeg, number=format_number, breaks=_breaks, options=_options
+    )
     results = report.results()
     # those that are shown beside their table are not repeated
     beside = {
@@ -428,11 +413,7 @@ def make_page(
         beside=beside,
         warnings=[text for text in report.warnings if text not in shown],
         commands=[run.settings.get("command") or "" for run in report.runs],
-        columns=[
-            (column_of(name), protocol_of(name))
-            for name in report.columns
-            if column_of(name).about
-        ],
+        columns=[(column_of(name), protocol_of(name)) for name in report.columns],
         curves=curves.values(),
         montages=montages,
     )

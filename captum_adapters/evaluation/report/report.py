@@ -7,6 +7,7 @@ from typing import NamedTuple, Optional
 
 import pandas as pd
 
+from captum_adapters._light import check_choice
 from captum_adapters.evaluation.columns import COLUMNS
 from captum_adapters.evaluation.names import stands_for
 from captum_adapters.evaluation.presets import PRESETS, Preset
@@ -21,6 +22,7 @@ from captum_adapters.evaluation.report.aggregate import (
     group_runs,
     settings_of,
     sign_of,
+    span,
     table_of,
     title_of,
 )
@@ -89,11 +91,9 @@ class Report(NamedTuple):
     def frame(self) -> pd.DataFrame:
         """All means with their intervals and numbers of examples, a row for a method."""
         wanted = [f"{name} {what}" for name in self.columns for what in STATISTICS]
-        counts = [name for name in wanted if name.endswith(" examples")]
         lines = []
         for row in self.rows:
-            means = row.statistics.stack()
-            means.index = [f"{name} {what}" for name, what in means.index]
+            means = row.statistics.reindex(self.columns).fillna({"examples": 0})
             line = {
                 "run": self.groups[row.group].name,
                 "method": row.name,
@@ -102,9 +102,9 @@ class Report(NamedTuple):
                 "problems": len(row.problems),
                 "seconds": row.seconds,
             }
-            lines.append({**line, **means.reindex(wanted)})
-        frame = pd.DataFrame(lines).fillna(dict.fromkeys(counts, 0))
-        return frame.astype(dict.fromkeys(counts if lines else (), int))
+            lines.append({**line, **dict(zip(wanted, means.to_numpy().ravel()))})
+        counts = [name for name in wanted if name.endswith(" examples")]
+        return pd.DataFrame(lines).astype(dict.fromkeys(counts if lines else (), int))
 
     def introduction(self) -> list[str]:
         """What to know first: whether the network is right, and what its labels are."""
@@ -138,11 +138,11 @@ class Report(NamedTuple):
         found = []
         for topic, names in topics.items():
             cells = [cells_of(row, names) for row in self.rows]
-            notes = [
+            note = (
                 f"Means{interval * any(map(sign_of, names))} over the number of images in"
                 f" the last column{missing * bool(left_out)}."
-            ]
-            table = self._table(topic, cells, " ".join(notes + self._counts(names)))
+            )
+            table = self._table(topic, cells, " ".join([note, *self._counts(names)]))
             found.append(table._replace(marks=self._marks(table, names)))
         cells = [
             {
@@ -158,15 +158,15 @@ class Report(NamedTuple):
         """Which means are the best of all methods, or of controls that are as good."""
         marks = pd.DataFrame("", table.frame.index, table.frame.columns)
         rows = {row.name: row for row in self.rows}
-        for place, text in enumerate(table.frame["Method"]):
-            row = rows[text]
-            others = [
-                each for each in self.rows if each.group == row.group and not each.control
-            ]
-            for name in filter(sign_of, names):
-                means = [sign_of(name) * other.mean(name) for other in others]
-                best = max((mean for mean in means if not math.isnan(mean)), default=math.nan)
-                if sign_of(name) * row.mean(name) >= best:
+        for name in filter(sign_of, names):
+            best: dict[int, float] = {}
+            for row in self.rows:
+                value = row.quality(name)
+                if not row.control and not math.isnan(value):
+                    best[row.group] = max(value, best.get(row.group, value))
+            for place, text in enumerate(table.frame["Method"]):
+                row = rows[text]
+                if row.quality(name) >= best.get(row.group, math.nan):
                     marks.loc[place, title_of(name)] = "above" if row.control else "best"
         return marks
 
@@ -174,13 +174,12 @@ class Report(NamedTuple):
         """Sentences on scores that are not defined for some of the examples."""
         sentences = []
         for name in names:
-            rows = [row for row in self.rows if name in row.statistics.index]
+            rows = [row for row in self.rows if row.has(name)]
             counts = [int(row.statistics.at[name, "examples"]) for row in rows]
             sizes = [len(row.scores) for row in rows]
             if counts != sizes:
-                span = " to ".join(map(str, sorted({min(counts), max(counts)})))
                 title = column_of(name).title
-                sentences.append(f"{title} is defined for {span} of {max(sizes)} images.")
+                sentences.append(f"{title} is defined for {span(counts)} of {max(sizes)} images.")
         return sentences
 
     def comparisons(self) -> list[Table]:
@@ -188,22 +187,17 @@ class Report(NamedTuple):
         found = []
         for item in self.significance:
             where = f" ({self.groups[item.group].name})" if len(self.groups) > 1 else ""
-            lines = [
-                {
+            lines = []
+            for result in item.results:
+                like = scale_of(result.mean, result.baseline_mean)
+                small = result.p_holm < 0.001
+                lines.append({
                     "Method": result.method,
                     "Images": str(result.num_examples),
-                    "Mean": format_number(
-                        result.mean, scale_of(result.mean, result.baseline_mean)
-                    ),
-                    "Difference": format_interval(
-                        result.difference, result.low, result.high
-                    ),
-                    "p (Holm)": "< 0.001"
-                    if result.p_holm < 0.001
-                    else format_number(result.p_holm),
-                }
-                for result in item.results
-            ]
+                    "Mean": format_number(result.mean, like),
+                    "Difference": format_interval(result.difference, result.low, result.high),
+                    "p (Holm)": "< 0.001" if small else format_number(result.p_holm),
+                })
             baseline = next(row for row in self.rows if row.name == item.baseline)
             title = f"{column_of(item.column).title} compared with {item.baseline}{where}"
             note = (
@@ -226,21 +220,17 @@ class Report(NamedTuple):
         lines = []
         for method, title in preset.rows.items():
             figures = preset.printed.get(method, {})
-            rows: list[Optional[Row]] = [
-                row for row in self.rows if stands_for(row.method, method)
-            ]
+            rows = [row for row in self.rows if stands_for(row.method, method)]
             for row in rows or [None]:
                 values = {}
                 for name in preset.columns:
                     score, ours = title_of(name), counterpart_of(name)
+                    means = row.statistics["mean"] if row else pd.Series(dtype=float)
                     if name in known:
                         values[f"{score} printed"] = figures.get(name, math.nan)
-                    here = {"our protocol": name}
                     if ours is not None:
-                        here = {"as published": name, "our protocol": ours}
-                    for protocol, column in here.items():
-                        mean = math.nan if row is None else row.mean(column)
-                        values[f"{score} here, {protocol}"] = mean
+                        values[f"{score} here, as published"] = means.get(name, math.nan)
+                    values[f"{score} here, our protocol"] = means.get(ours or name, math.nan)
                 line = {key: format_number(value) for key, value in values.items()}
                 line["Images"] = "–" if row is None else str(len(row.scores))
                 name = method if row is None else row.name
@@ -261,15 +251,14 @@ class Report(NamedTuple):
         if not found:
             return []
         frame = pd.DataFrame(found, columns=["What", "Reason", "Such as"]).map(one_line)
-        groups = frame.groupby(["What", "Reason"])["Such as"]
-        frame = groups.agg([_name_some, "size"]).reset_index()
-        frame = frame.sort_values("size", ascending=False, kind="stable")
+        names = frame.groupby(["What", "Reason"])["Such as"]
+        frame = names.agg([_name_some, "size"]).reset_index()
+        frame = frame.sort_values("size", ascending=False, kind="stable", ignore_index=True)
         frame.columns = ["What", "Reason", "Such as", "Number"]
-        others = frame.iloc[REASONS:]
-        frame = frame.iloc[:REASONS].reset_index(drop=True)
+        others = frame["Number"].iloc[REASONS:]
         if len(others):
-            reasons = f"{len(others)} other reasons"
-            frame.loc[REASONS] = ["others", reasons, "", others["Number"].sum()]
+            last = ["others", f"{len(others)} other reasons", "", others.sum()]
+            frame = pd.concat([frame.iloc[:REASONS], pd.DataFrame([last], columns=frame.columns)])
         return [Table("Problems and notes", frame.astype(str), texts=3)]
 
     def settings(self) -> Table:
@@ -295,7 +284,6 @@ class Report(NamedTuple):
 
             format (str, optional): `"terminal"`, `"markdown"`, `"latex"` for the package
                     booktabs, or `"csv"`: one table with all columns and digits.
-                    Default: `"terminal"`
 
         Returns:
             str: The tables.
@@ -303,11 +291,9 @@ class Report(NamedTuple):
         Raises:
             ValueError: If the format is unknown.
         """
+        check_choice("format", format, (*RENDERERS, "csv"))
         if format == "csv":
             return self.frame().to_csv(index=False)
-        if format not in RENDERERS:
-            known = ", ".join([*RENDERERS, "csv"])
-            raise ValueError(f"format={format!r} is not one of {known}.")
         if not self.rows:
             return f"{'% ' if format == 'latex' else ''}There are no records to report.\n"
         shown = self.results() + self.printed()
@@ -316,16 +302,9 @@ class Report(NamedTuple):
     def text(self, format: str = "terminal") -> str:
         """All that the report says: tables, warnings, messages, comparisons, problems.
 
-        Args:
-
-            format (str, optional): `"terminal"` or `"markdown"`.
-                    Default: `"terminal"`
-
-        Raises:
-            ValueError: If the format is another one.
+        The format is `"terminal"` or `"markdown"`. It is a `ValueError` if it is another.
         """
-        if format not in ("terminal", "markdown"):
-            raise ValueError(f"format={format!r} is not one of terminal, markdown.")
+        check_choice("format", format, ("terminal", "markdown"))
         parts = [render_list("Network and labels", self.introduction(), format)]
         parts.append(self.table(format))
         for title, lines in (("Warnings", self.warnings), ("Messages", self.messages)):
@@ -412,23 +391,18 @@ def summarize(
         baseline (str, optional): Name of the method that others are compared with. By
                 default, it is the best one by the primary score that is neither ours nor
                 a control, of those with at least half as many examples as any other.
-                Default: None
         primary (str, optional): Name of the score by which methods are compared. If
                 there is no `"id"`, it is the first one there is.
-                Default: `"id"`
         confidence (float, optional): Level of confidence of intervals.
-                Default: 0.95
         clusters (str, optional): `"class"` to resample whole classes instead of
-                examples, for intervals that hold for other classes too.
-                Default: None
+                examples, for intervals that hold for other classes too. `"none"` is the
+                default.
         presets (sequence of Preset, optional): What papers have printed, to be shown
                 beside the scores, see :data:`captum_adapters.evaluation.PRESETS`. By
                 default, the presets that the runs name.
-                Default: None
         n_resamples (int, optional): Number of resamples of intervals and tests. By
                 default, it is 9999 for up to 10,000 examples, and less for more, where
                 intervals vary little, but not less than 1999.
-                Default: None
 
     Returns:
         Report: The means, comparisons and warnings, to be shown or written.
@@ -438,8 +412,7 @@ def summarize(
     """
     if not runs:
         raise ValueError("There are no runs: give the folder of one or more.")
-    if clusters not in (None, "none", "class"):
-        raise ValueError(f"clusters={clusters!r} is not one of 'class' and 'none'.")
+    check_choice("clusters", clusters, (None, "none", "class"))
     clusters = None if clusters == "none" else clusters
     warnings: list[str] = []
     messages: list[str] = []
@@ -474,15 +447,15 @@ def summarize(
         if unknown:
             messages.append(f"There are no printed figures of the preset {unknown}.")
     return Report(
-        tuple(groups),
-        tuple(rows),
-        tuple(names),
-        chosen,
-        confidence,
-        clusters,
-        tuple(significance),
-        tuple(dict.fromkeys(warnings)),
-        tuple(dict.fromkeys(messages)),
-        tuple(presets),
-        tuple(beside),
+        groups=tuple(groups),
+        rows=tuple(rows),
+        columns=tuple(names),
+        primary=chosen,
+        confidence=confidence,
+        clusters=clusters,
+        significance=tuple(significance),
+        warnings=tuple(dict.fromkeys(warnings)),
+        messages=tuple(dict.fromkeys(messages)),
+        presets=tuple(presets),
+        beside=tuple(beside),
     )

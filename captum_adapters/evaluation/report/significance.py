@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 
 from captum_adapters.evaluation.columns import COLUMNS
-from captum_adapters.evaluation.report.aggregate import Group, Row, sign_of
+from captum_adapters.evaluation.report.aggregate import Group, Row, members_of, sign_of
 from captum_adapters.statistics import Comparison, compare
 
 
@@ -23,7 +23,7 @@ def choose_primary(
     rows: Sequence[Row], primary: str, messages: list[str]
 ) -> Optional[str]:
     """The score by which methods are compared."""
-    known = [name for name in COLUMNS if any(name in row.statistics.index for row in rows)]
+    known = [name for name in COLUMNS if any(row.has(name) for row in rows)]
     directed = [name for name in known if sign_of(name)]
     if primary in directed:
         return primary
@@ -58,13 +58,9 @@ def _choose_baseline(
                 " the best control. Choose another one with --baseline."
             )
     # the best one of few examples may be so by chance
-    counts = {row.name: row.statistics.at[primary, "examples"] for row in candidates}
-    most = max(counts.values(), default=0)
-    return max(
-        (row for row in candidates if 2 * counts[row.name] >= most),
-        key=lambda row: sign_of(primary) * row.mean(primary),
-        default=None,
-    )
+    counts = [row.statistics.at[primary, "examples"] for row in candidates]
+    enough = [row for row, count in zip(candidates, counts) if 2 * count >= max(counts)]
+    return max(enough, key=lambda row: row.quality(primary), default=None)
 
 
 def compare_rows(
@@ -87,9 +83,7 @@ def compare_rows(
         )
     found = []
     for index, group in enumerate(groups):
-        members = [
-            row for row in rows if row.group == index and primary in row.statistics.index
-        ]
+        members = [row for row in members_of(rows, index) if row.has(primary)]
         other = _choose_baseline(members, primary, baseline, messages)
         if len(members) < 2 or other is None:
             if members:

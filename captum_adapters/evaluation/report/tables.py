@@ -86,28 +86,22 @@ def format_interval(mean: float, low: float, high: float) -> str:
 
 def cells_of(row: Row, names: Sequence[str]) -> dict[str, str]:
     """Cells of a method in a table of means, none if it has none of the scores."""
-    known = [name for name in names if name in row.statistics.index]
+    known = [name for name in names if row.has(name)]
     if not known:
         return {}
     cells = {title_of(name): _cell(row, name) for name in names}
-    tied = _tied_share(row, names)
-    if not math.isnan(tied):
+    # where scores depend on how ties are treated
+    published = any(map(counterpart_of, names))
+    tied = row.mean("tied_share") if published else row.top_ties
+    if (published or {*TOP} & {*names}) and not math.isnan(tied):
         cells["Ties"] = f"{100 * tied:.0f} %"
     most = max(row.statistics.loc[known, "examples"])
     return {**cells, "Images": f"{most:.0f}"}
 
 
-def _tied_share(row: Row, names: Sequence[str]) -> float:
-    """Share of tied pixels, if scores depend on how these are treated."""
-    published = any(counterpart_of(name) for name in names)
-    if not published and not {*TOP} & {*names}:
-        return math.nan
-    return row.mean("tied_share") if published else row.top_ties
-
-
 def _cell(row: Row, name: str) -> str:
     """A mean, with its interval unless it is for information only."""
-    if name not in row.statistics.index:
+    if not row.has(name):
         return ""
     mean, low, high, _ = row.statistics.loc[name]
     return format_interval(mean, low, high) if sign_of(name) else format_number(mean)
@@ -139,7 +133,7 @@ def to_text(table: Table) -> str:
         for name in frame
     ]
     keys = [*range(table.texts)]
-    parts: list[list[int]] = [[*keys]]
+    parts = [[*keys]]
     for number in range(table.texts, len(widths)):
         if sum(widths[each] for each in (*parts[-1], number)) > WIDTH and parts[-1] != keys:
             parts.append([*keys])
