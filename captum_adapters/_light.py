@@ -20,7 +20,7 @@ def positive_integer(name: str, value: Any, more: str = "") -> int:
     return number
 
 
-def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+def check_choice(name: str, value: Any, choices: Collection[object]) -> None:
     """Raise an error which names the argument, its value and the choices."""
     if value not in choices:
         raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}.")

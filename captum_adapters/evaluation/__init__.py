@@ -8,20 +8,23 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from captum_adapters.evaluation.columns import COLUMNS
-    from captum_adapters.evaluation.config import Evaluation, make_evaluation
-    from captum_adapters.evaluation.data import Sample, Samples, read_samples
-    from captum_adapters.evaluation.methods import Method
-    from captum_adapters.evaluation.presets import PRESETS
-    from captum_adapters.evaluation.records import (
-        Run,
-        RunError,
-        SampleRecord,
-        accuracy,
-        read_run,
-    )
-    from captum_adapters.evaluation.report import Report, summarize
-    from captum_adapters.evaluation.runner import Process, evaluate
+    from captum_adapters.evaluation.columns import COLUMNS as COLUMNS
+    from captum_adapters.evaluation.config import Evaluation as Evaluation
+    from captum_adapters.evaluation.config import make_evaluation as make_evaluation
+    from captum_adapters.evaluation.data import Sample as Sample
+    from captum_adapters.evaluation.data import Samples as Samples
+    from captum_adapters.evaluation.data import read_samples as read_samples
+    from captum_adapters.evaluation.methods import Method as Method
+    from captum_adapters.evaluation.presets import PRESETS as PRESETS
+    from captum_adapters.evaluation.records import Run as Run
+    from captum_adapters.evaluation.records import RunError as RunError
+    from captum_adapters.evaluation.records import SampleRecord as SampleRecord
+    from captum_adapters.evaluation.records import accuracy as accuracy
+    from captum_adapters.evaluation.records import read_run as read_run
+    from captum_adapters.evaluation.report import Report as Report
+    from captum_adapters.evaluation.report import summarize as summarize
+    from captum_adapters.evaluation.runner import Process as Process
+    from captum_adapters.evaluation.runner import evaluate as evaluate
 
 for _package in ("jinja2", "pandas", "tabulate"):
     if find_spec(_package) is None:
@@ -30,36 +33,17 @@ for _package in ("jinja2", "pandas", "tabulate"):
             " pip install 'zennit-resnet[evaluation]'"
         )
 
-__all__ = [
-    "COLUMNS",
-    "Evaluation",
-    "Method",
-    "PRESETS",
-    "Process",
-    "Report",
-    "Run",
-    "RunError",
-    "Sample",
-    "SampleRecord",
-    "Samples",
-    "accuracy",
-    "evaluate",
-    "make_evaluation",
-    "read_run",
-    "read_samples",
-    "summarize",
-]
-
 _MODULES = {
     "columns": ("COLUMNS",),
     "config": ("Evaluation", "make_evaluation"),
     "data": ("Sample", "Samples", "read_samples"),
     "methods": ("Method",),
     "presets": ("PRESETS",),
+    "records": ("Run", "RunError", "SampleRecord", "accuracy", "read_run"),
     "report": ("Report", "summarize"),
     "runner": ("Process", "evaluate"),
-    "records": ("Run", "RunError", "SampleRecord", "accuracy", "read_run"),
 }
+__all__ = sorted(name for names in _MODULES.values() for name in names)
 
 
 def __getattr__(name: str) -> Any:

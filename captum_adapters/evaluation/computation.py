@@ -277,7 +277,7 @@ def _thumbnail(heatmap: Tensor) -> np.ndarray:
     """A small map in 8 bit, in which zero stays zero."""
     # magnitudes at the limit of the range would overflow when they are averaged
     values = _normalize(heatmap.detach().float())[None]
-    size = [min(PICTURE, side) for side in heatmap.shape]
+    size = (min(PICTURE, heatmap.shape[0]), min(PICTURE, heatmap.shape[1]))
     values = _normalize(F.adaptive_avg_pool2d(values, size)[0])
     return (values * 127).round().to(torch.int8).cpu().numpy()
 

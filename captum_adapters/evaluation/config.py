@@ -248,10 +248,7 @@ def make_evaluation(given: dict[str, Any]) -> Evaluation:
 
 
 def describe(
-    evaluation: Evaluation,
-    classifier: "Classifier",
-    data: "Samples",
-    size: Sequence[int],
+    evaluation: Evaluation, classifier: "Classifier", data: "Samples", size: Sequence[int],
     device: str,
 ) -> dict[str, Any]:
     """What is written to `settings.json`, with a fingerprint of what determines records."""

@@ -59,12 +59,8 @@ class Samples(NamedTuple):
 
 
 def read_samples(
-    path: Union[str, Path],
-    classes: Sequence[str],
-    layout: Optional[str] = None,
-    split: Optional[str] = None,
-    labels: str = "given",
-    limit: Optional[int] = None,
+    path: Union[str, Path], classes: Sequence[str], layout: Optional[str] = None,
+    split: Optional[str] = None, labels: str = "given", limit: Optional[int] = None,
     seed: int = 0,
 ) -> Samples:
     """Find the images of a data set, with their labels, masks and boxes.
@@ -280,7 +276,6 @@ class Images(torch.utils.data.Dataset[Loaded]):
     ) -> None:
         self.samples = samples
         self.transform = transform
-        self._levels: Optional[tuple[Tensor, Tensor]] = None
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -291,15 +286,13 @@ class Images(torch.utils.data.Dataset[Loaded]):
         sample = self.samples[index]
         if sample.problem is not None:
             return Loaded(problem=sample.problem)
-        step = "unusable"
         try:
             photo = read_image(sample.path)
-            step = "not fit for preprocessing"
             image = self.transform(photo)
         except FileNotFoundError:
             return Loaded(problem="the image is missing")
         except Exception as error:  # damaged files, and very long ones, raise anything
-            return Loaded(problem=f"the image is {step}: {one_line(error)}")
+            return Loaded(problem=f"the image is unusable: {one_line(error)}")
         if sample.mask is None and not sample.boxes:
             return Loaded(image)
         try:
@@ -329,16 +322,14 @@ class Images(torch.utils.data.Dataset[Loaded]):
         mask = Image.fromarray(inside.astype(np.uint8) * 255).convert("RGB")
         mask.getexif()[ExifTags.Base.Orientation] = orientation
         mask = ImageOps.exif_transpose(mask)
-        if self._levels is None:
-            # in the middle, so that padding does not matter
-            black, white = (
-                values[:, values.shape[1] // 2, values.shape[2] // 2, None, None]
-                for color in ("black", "white")
-                for values in [self.transform(Image.new("RGB", (64, 64), color))]
-            )
-            self._levels = (black + white) / 2, white - black
-        middle, contrast = self._levels
-        return ((self.transform(mask) - middle) * contrast).sum(0) > 0
+        black, white = map(self._center, ("black", "white"))
+        difference = self.transform(mask) - (black + white) / 2
+        return (difference * (white - black)).sum(0) > 0
+
+    def _center(self, color: str) -> Tensor:
+        """Values of a color, in the middle, where padding does not matter."""
+        values = self.transform(Image.new("RGB", (64, 64), color))
+        return values[:, values.shape[1] // 2, values.shape[2] // 2, None, None]
 
 
 def _check_boxes(boxes: Sequence[Box], size: tuple[int, int]) -> None:
@@ -370,12 +361,10 @@ def _read_mask(path: Path) -> NDArray[np.bool_]:
             return np.any(values, axis=2)
         values = values.max(2)
     largest: Any = values.max()
-    if np.count_nonzero((values > 0) & (values < largest)) == 0:
+    if not ((values > 0) & (values < largest)).any():
         return values > 0
     # these modes do not say how bright white is
-    limit = 255.0
-    if kind.startswith("I;16") or largest > 255:
-        limit = 65535.0
-    elif kind == "F" and largest <= 1:
+    limit = 65535.0 if kind.startswith("I;16") or largest > 255 else 255.0
+    if kind == "F" and largest <= 1:
         limit = 1.0
     return values > limit / 2

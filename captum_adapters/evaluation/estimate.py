@@ -89,13 +89,12 @@ class Estimate:
             fill = None if settings.fill is None else settings.fill[:, :1]
             settings = settings._replace(fill=fill)
         counters = {name: _Counter(batch.output) for name in self.others}
-        settings = settings._replace(
-            others={name: (counters[name], self.others[name][0]) for name in counters}
-        )
+        others = {name: (counters[name], adapt) for name, (adapt, _) in self.others.items()}
+        settings = settings._replace(others=others)
         with torch.no_grad():
             rest = self._seconds(
                 lambda: measure(names, network, batch, maps, settings, *sums)
             )
         counted = network.count * self.passes
-        counted += sum(counters[name].count * self.others[name][1] for name in counters)
+        counted += sum(counters[name].count * cost for name, (_, cost) in self.others.items())
         return seconds, further + rest + counted

@@ -6,9 +6,9 @@ data set, so a mosaic is the same whichever process makes it.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from random import Random
-from typing import Callable
 
 import torch
 from torch import Tensor
@@ -36,28 +36,24 @@ class Grids:
     """Makes a mosaic of each image. The network looks at images until they suffice."""
 
     def __init__(
-        self,
-        samples: Sequence[Sample],
-        images: "Dataset[Loaded]",
-        model: Callable[[Tensor], Tensor],
-        device: torch.device,
+        self, samples: Sequence[Sample], images: "Dataset[Loaded]",
+        model: Callable[[Tensor], Tensor], device: torch.device,
     ) -> None:
-        self.device = device
         self.images: list[Tensor] = []
         self.labels: list[int] = []
         order = [row for row, sample in enumerate(samples) if sample.label is not None]
         order.sort(key=lambda row: hashlib.sha256(samples[row].name.encode()).digest())
-        turns: dict[object, int] = {}
+        turns: Counter[int] = Counter()
         ranks = {}
         for row in order:
             label = samples[row].label
-            ranks[row] = turns[label] = turns.get(label, -1) + 1
+            ranks[row] = turns[label]
+            turns[label] += 1
         # classes take turns
         for row in sorted(order, key=ranks.__getitem__)[:LARGEST_SEARCH]:
-            image = images[row].image
+            image, label = images[row].image, samples[row].label
             if image is None:
                 continue
-            label = int(samples[row].label)  # type: ignore[arg-type]
             with torch.no_grad():
                 output = model(image[None].to(device))
             if bool(confident(output, torch.tensor([label], device=device))):

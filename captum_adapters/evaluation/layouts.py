@@ -253,7 +253,6 @@ def _merge(first: Sample, other: Sample) -> Sample:
 
 
 def _read_imagenet(root: Path, split: Optional[str], classes: Sequence[str]) -> Listing:
-    """Validation images of ImageNet."""
     images = _imagenet_images(root)
     if images is None or split not in (None, "val"):
         part = "" if split is None else f" with split {split!r}"
@@ -385,7 +384,6 @@ def _cub_root(root: Path) -> Path:
 
 
 def _read_cub(root: Path, split: Optional[str], classes: Sequence[str]) -> Listing:
-    """CUB-200-2011 in its official layout."""
     if split not in (None, "train", "test"):
         raise ValueError(f"CUB-200-2011 has no split {split!r}: choose train or test")
     base = _cub_root(root)
@@ -421,10 +419,7 @@ def _read_cub(root: Path, split: Optional[str], classes: Sequence[str]) -> Listi
 
 def _pairs(file: Path) -> dict[str, str]:
     """Lines of a number and anything else."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not text in UTF-8 ({error})") from error
+    lines = file.read_text(encoding="utf-8").splitlines()
     pairs = (line.strip().partition(" ") for line in lines if line.strip())
     return {key: value.strip() for key, _, value in pairs}
 

@@ -41,6 +41,11 @@ class Context(NamedTuple):
     # whether attributions by composites are recorded as a graph
     traced: bool = False
 
+    def photo(self) -> Tensor:
+        """A black input of the network, of shape (1, 3, height, width)."""
+        photo = self.classifier.transform(Image.new("RGB", (256, 256)))
+        return photo[None].to(self.device)
+
 
 class Attributed(NamedTuple):
     """Maps of a batch before post-processing."""
@@ -60,9 +65,9 @@ Function = Callable[[Tensor, Tensor, Sequence[str]], Tensor]
 # -- methods of others -----------------------------------------------------------------
 
 
-def _captum(context: Context, name: str, **options: Any) -> Function:
-    """A method of Captum's that needs nothing but the network."""
-    method = getattr(captum.attr, name)(context.classifier.model)
+def _captum(context: Context, name: str, *args: Any, **options: Any) -> Function:
+    """A method of Captum's that needs nothing but the network, or a layer of it."""
+    method = getattr(captum.attr, name)(context.classifier.model, *args)
     return lambda images, targets, names: method.attribute(
         images.clone().requires_grad_(), target=targets, **options
     )
@@ -93,7 +98,7 @@ def _last_layer(context: Context) -> tuple[Module, int]:
     handles = [module.register_forward_hook(watch) for module in model.children()]
     try:
         with torch.no_grad():
-            model(_photo(context))
+            model(context.photo())
     finally:
         for handle in handles:
             handle.remove()
@@ -102,33 +107,12 @@ def _last_layer(context: Context) -> tuple[Module, int]:
     return found[-1]
 
 
-def _divides(composite: Any, context: Context) -> bool:
-    """Whether the last layer's rule turns maps of negative logits over, if not from these.
-
-    So does `block_lrp`, whose start is that of its paper.
-    """
-    if getattr(composite, "classifier", None) == "epsilon":
-        return True
-    model = context.classifier.model
-    return bool(grammar.turns_sign(composite, model, _photo(context)))
-
-
-def _photo(context: Context) -> Tensor:
-    """A black input of the network, of shape (1, 3, height, width)."""
-    photo = context.classifier.transform(Image.new("RGB", (256, 256)))
-    return photo[None].to(context.device)
-
-
 def _grad_cam(context: Context, relu: bool = True) -> Function:
-    """Grad-CAM at the last map of features."""
-    method = captum.attr.LayerGradCam(context.classifier.model, _last_layer(context)[0])
-    return lambda images, targets, names: method.attribute(
-        images.clone().requires_grad_(), targets, relu_attributions=relu
-    )
+    layer = _last_layer(context)[0]
+    return _captum(context, "LayerGradCam", layer, relu_attributions=relu)
 
 
 def _score_cam(context: Context) -> Function:
-    """Score-CAM at the last map of features."""
     method = ScoreCAM(context.classifier.model, _last_layer(context)[0])
     size = context.forward_batch
 
@@ -142,10 +126,8 @@ def _score_cam(context: Context) -> Function:
 def _rise(context: Context, **options: Any) -> Function:
     """RISE with the masks of its paper for a ResNet-50."""
     method = RISE(context.forward or context.classifier.model)
-    options = {"n_masks": 8000, **options}
-    return lambda images, targets, names: method.attribute(
-        images, targets, perturbations_per_eval=context.forward_batch, **options
-    )
+    options = {"n_masks": 8000, "perturbations_per_eval": context.forward_batch, **options}
+    return lambda images, targets, names: method.attribute(images, targets, **options)
 
 
 def _abn(
@@ -246,16 +228,13 @@ CONTROLS: dict[str, Callable[..., Tensor]] = {
 
 def find_entries() -> dict[str, grammar.Entry]:
     """All methods by name. Of those that Zennit has as well, Captum's are taken."""
-    found = grammar.find_entries()
-    for name in OTHERS:
-        found.pop(name, None)
-    found.update(
-        (name, grammar.Entry("baseline", other.options)) for name, other in OTHERS.items()
-    )
-    for name, function in CONTROLS.items():
-        options = tuple(inspect.signature(function).parameters)[3:]
-        found[name] = grammar.Entry("control", options)
-    return found
+    others = {name: grammar.Entry("baseline", other.options) for name, other in OTHERS.items()}
+    found = {name: entry for name, entry in grammar.find_entries().items() if name not in others}
+    controls = {
+        name: grammar.Entry("control", tuple(inspect.signature(function).parameters)[3:])
+        for name, function in CONTROLS.items()
+    }
+    return {**found, **others, **controls}
 
 
 # values of options that are True and False: records have one name, however they are spelled
@@ -273,8 +252,8 @@ class Method(grammar.Method):
     def __init__(self, text: str) -> None:
         super().__init__(SWITCH.sub(lambda found: found[0].capitalize(), text))
         for key in SWITCHES & {*self.options} if self.name in OTHERS else ():
-            if not isinstance(self.options[key], bool):
-                value = self.options[key]
+            value = self.options[key]
+            if not isinstance(value, bool):
                 raise ValueError(f"{self.text}: {key}={value!r} is neither True nor False")
 
     @staticmethod
@@ -318,7 +297,13 @@ class Explainer:
             initial, contrast = method.initial, method.contrast
             composite = method.composite(classifier)
             if initial is None and contrast is None:
-                initial = "logit" if _divides(composite, context) else context.initial
+                # from the probability, maps of negative logits would be turned over by
+                # rules that divide by the logit
+                divides = getattr(composite, "classifier", None) == "epsilon"
+                turns = divides or grammar.turns_sign(
+                    composite, classifier.model, context.photo()
+                )
+                initial = "logit" if turns else context.initial
             lrp = CompositeAttribution(
                 classifier.model, composite, initial, contrast=contrast,
                 contrast_weight=method.contrast_weight, traced=context.traced,
@@ -326,9 +311,7 @@ class Explainer:
             # gradients are no relevance
             if lrp.multiplies_by_inputs:
                 self._relevance = lrp
-            self._function = lambda images, targets, names: lrp.attribute(
-                images, targets
-            )
+            self._function = lambda images, targets, names: lrp.attribute(images, targets)
 
     def __call__(
         self, images: Tensor, targets: Tensor, output: Tensor, names: Sequence[str]
@@ -361,10 +344,9 @@ class Explainer:
             total = attributions.double().flatten(1).sum(1)
             initial = initial.double()
         maps = attributions.sum(1) if attributions.ndim == 4 else attributions
-        if maps.shape[1:] != images.shape[2:]:
-            maps = F.interpolate(
-                maps[:, None], images.shape[2:], mode="bilinear", align_corners=False
-            )[:, 0]
+        size = images.shape[2:]
+        if maps.shape[1:] != size:
+            maps = F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
         return Attributed(maps, total, initial)
 
     def process(self, maps: Tensor) -> Tensor:

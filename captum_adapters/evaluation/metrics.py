@@ -323,12 +323,8 @@ METRICS: dict[str, Callable[[Forward, Batch, Tensor, MetricSettings], Scores]] =
 
 
 def measure(
-    names: Sequence[str],
-    forward: Forward,
-    batch: Batch,
-    maps: Tensor,
-    settings: MetricSettings,
-    relevance: Optional[Tensor] = None,
+    names: Sequence[str], forward: Forward, batch: Batch, maps: Tensor,
+    settings: MetricSettings, relevance: Optional[Tensor] = None,
     initial: Optional[Tensor] = None,
 ) -> tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.float32]]]:
     """Measure finite maps of shape (batch, height, width).

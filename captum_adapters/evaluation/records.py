@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import zlib
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -77,11 +76,8 @@ class Run(NamedTuple):
     Attributes:
 
         folder (Path): The folder.
-        settings (dict): What was evaluated. `settings["labels"]` says how labels became
-                classes of the network: `matched_by` is `"name"`, `"index"`, `"wnid"`,
-                several of these, `"order"` if that is only a guess, `"order, as asked
-                for"`, or `"none"` without labels; `classes` is the name of the class by
-                label.
+        settings (dict): What was evaluated. `settings["labels"]` has `matched_by` and
+                `classes` of :class:`captum_adapters.evaluation.Samples`.
         samples (dict): :class:`SampleRecord` by name, in order.
         records (DataFrame): `problem` (why nothing was measured), `seconds`,
                 `metric_seconds` and scores, indexed by `sample` and `method`, in
@@ -235,7 +231,7 @@ def read_run(folder: Path) -> Run:
     samples: dict[str, SampleRecord] = {}
     tables: list[tuple[str, Table]] = []
     messages = []
-    for name in sorted(filter(re.compile("[0-9]").match, os.listdir(records))):
+    for name in sorted(name for name in os.listdir(records) if name[0].isdigit()):
         key, _, kind = name.partition("-")[2].partition(".")
         try:
             if name.endswith(".json"):

@@ -11,12 +11,13 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from itertools import chain, islice
+from functools import partial
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from captum_adapters.evaluation.computation import Computation
@@ -137,20 +138,17 @@ class _Item(NamedTuple):
     content: Optional[str]
 
 
-class _Items(Dataset[_Item]):
-    """Reads samples and what identifies their files."""
-
-    def __init__(self, images: Images) -> None:
-        self.images = images
-
-    def __getitem__(self, index: int) -> _Item:
-        """Read a sample. The stamp is taken before, so that a later change is found."""
-        sample = self.images.samples[index]
-        stamp, loaded = stamp_of(sample), self.images[index]
+def _read(images: Images, rows: Sequence[int]) -> list[_Item]:
+    """Read samples. Stamps are taken before, so that a later change is found."""
+    items = []
+    for row in rows:
+        sample = images.samples[row]
+        stamp, loaded = stamp_of(sample), images[row]
         content = None if loaded.image is None else content_of(sample)
         if content is None and loaded.image is not None:
             loaded = Loaded(problem="the image is missing")
-        return _Item(loaded, stamp, content)
+        items.append(_Item(loaded, stamp, content))
+    return items
 
 
 class _State(NamedTuple):
@@ -181,9 +179,7 @@ class Loop:
         methods = tuple(method.text for method in self.methods)
         self.evaluation = evaluation = replace(evaluation, methods=methods)
         self.device = _device(evaluation.device, process)
-        self.classifier = load_classifier(
-            evaluation.model, evaluation.weights, evaluation.size
-        )
+        self.classifier = load_classifier(evaluation.model, evaluation.weights, evaluation.size)
         size = input_size(self.classifier)
         check_pixels(evaluation, size)
         keys = ("layout", "split", "labels", "limit", "seed")
@@ -194,12 +190,9 @@ class Loop:
             if message is not None:
                 self.say(message)
         self._use(data.samples)
-        self.settings = describe(
-            evaluation, self.classifier, data, size, self.device.type
-        )
+        self.settings = describe(evaluation, self.classifier, data, size, self.device.type)
 
     def _use(self, samples: Sequence[Sample]) -> None:
-        """Take samples in this order."""
         self.samples = samples
         self.images = Images(samples, self.classifier.transform)
 
@@ -218,9 +211,7 @@ class Loop:
                 raise ValueError(grids.problem)
             if grids.problem:
                 self.say(f"{grids.problem}: it is left out")
-        return Computation(
-            self.evaluation, self.classifier, self.methods, self.device, grids
-        )
+        return Computation(self.evaluation, self.classifier, self.methods, self.device, grids)
 
     def _open(self, write: bool) -> None:
         """Open the folder, and put samples in the order of its batches."""
@@ -271,9 +262,7 @@ class Loop:
             self.say(f"{text}: their batches are computed again")
         return states
 
-    def _count(
-        self, states: Iterable[Optional[_State]], seconds: float = 0.0
-    ) -> Progress:
+    def _count(self, states: Iterable[Optional[_State]], seconds: float = 0.0) -> Progress:
         """What remains of the whole run, where batches without state are computed again."""
         done = skipped = 0
         for numbers, state in zip(self.batches, states):
@@ -294,9 +283,9 @@ class Loop:
                 self.images[number].problem is None for number in state.unread
             )
             states.append(None if again else state)
-            count = len(self.batches[batch]) - (0 if again else state.left_out)
+            images = len(self.batches[batch]) - (0 if again else state.left_out)
             for method in self.methods if again else state.missing:
-                rest[method] += count
+                rest[method] += images
         left = [method for method in self.methods if rest[method]]
         known = {method: self.store.read_times(method.text) for method in left}
         untimed = [method for method in left if known[method] is None]
@@ -348,10 +337,10 @@ class Loop:
                 if state.known and not state.changed and not state.unread
             )
             loader: Any = DataLoader(
-                _Items(self.images),
+                range(len(self.samples)),  # type: ignore[arg-type]
                 batch_sampler=[self.batches[batch] for batch in todo],
                 num_workers=self.evaluation.workers,
-                collate_fn=list,
+                collate_fn=partial(_read, self.images),
             )
             with self._bar(sum(len(self.batches[batch]) for batch in mine), done) as bar:
                 for batch, items in zip(todo, loader):
@@ -414,16 +403,13 @@ class Loop:
         computation.shared.clear()
 
     def _describe(
-        self,
-        computation: Computation,
-        numbers: Sequence[int],
-        items: Sequence[_Item],
+        self, computation: Computation, numbers: Sequence[int], items: Sequence[_Item],
         images: Optional[Batch],
     ) -> list[SampleRecord]:
         """What is known about the samples of a batch."""
         options = self.evaluation
         labelled = "label" in (getattr(options, key) for key in CLASSES)
-        rows = iter(range(len(items)))
+        rows = count()
         samples = []
         for number, item in zip(numbers, items):
             sample, loaded = self.samples[number], item.loaded
@@ -448,7 +434,6 @@ class _Lines(tqdm):  # type: ignore[type-arg]
 
 
 def _device(name: Optional[str], process: Process) -> torch.device:
-    """The device of a process."""
     if name is None:
         name = "cpu"
         if torch.cuda.is_available():

@@ -17,8 +17,9 @@ import base64
 import json
 import math
 import zlib
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, Optional
 
@@ -101,11 +102,7 @@ class Store:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        settings: dict[str, Any],
-        names: Sequence[str],
-        write: bool = True,
+        self, folder: Path, settings: dict[str, Any], names: Sequence[str], write: bool = True
     ) -> None:
         self.folder = Path(folder)
         self.records = self.folder / settings["fingerprint"]
@@ -113,34 +110,36 @@ class Store:
         self.batches: list[list[str]] = []
         self.messages: list[str] = []
         self._sound: set[tuple[int, str]] = set()
-        path, old = self.folder / SETTINGS, None
-        if path.exists():
-            old = read_settings(self.folder)
-            # one that has failed from the start may be left out
-            had = self.folder / old["fingerprint"]
-            methods, new = (each["identity"]["methods"] for each in (old, settings))
-            kept = [
-                text
-                for text in methods
-                if text in new or any(had.glob(f"*-{key_of(text)}.zlib"))
-            ]
-            if kept != methods:
-                left = ", ".join(text for text in methods if text not in kept)
-                self.messages.append(f"the run has nothing of {left}, which is left out")
-            old["identity"]["methods"] = kept
+        path = self.folder / SETTINGS
+        is_new = not path.exists()
+        if not is_new:
+            old = self._read_old(settings["identity"]["methods"])
             _refuse_other(self.folder, old, settings, names)
             self.batches = _read_batches(self.records)
             self._grow(old["identity"], len(names))
-        known = {name for batch in self.batches for name in batch}
+        known = {*chain.from_iterable(self.batches)}
         more = [name for name in names if name not in known]
         size = settings["batch_size"]
         self.batches += [more[row : row + size] for row in range(0, len(more), size)]
-        if not write:
-            return
-        if old is None or self.messages:
+        if write and (is_new or self.messages):
             # first, as there is a run when there are settings
             _write(self.records / BATCHES, json.dumps(self.batches).encode())
             _write(path, (json.dumps(self.settings, indent=1) + "\n").encode())
+
+    def _read_old(self, new: Sequence[str]) -> dict[str, Any]:
+        """Settings of the run, but for methods that have failed from the start."""
+        old = read_settings(self.folder)
+        records, identity = self.folder / old["fingerprint"], old["identity"]
+        left_out = [
+            text
+            for text in identity["methods"]
+            if text not in new and not any(records.glob(f"*-{key_of(text)}.zlib"))
+        ]
+        if left_out:
+            names = ", ".join(left_out)
+            self.messages.append(f"the run has nothing of {names}, which is left out")
+        identity["methods"] = [text for text in identity["methods"] if text not in left_out]
+        return old
 
     def _grow(self, old: dict[str, Any], count: int) -> None:
         """Add what the run has to the settings, and say what is new."""
@@ -166,35 +165,33 @@ class Store:
         """Whether there are sound records of a method on a batch."""
         if (batch, method) not in self._sound:
             path = self._records(batch, method)
-            try:
+            with self._reporting(path):
                 if not {*read_table(path).samples} <= {*self.batches[batch]}:
                     raise ValueError("it is of other samples")
                 self._sound.add((batch, method))
-            except FileNotFoundError:
-                return False
-            except ValueError as error:
-                self._report(path, error)
         return (batch, method) in self._sound
-
-    def _report(self, path: Path, error: Exception) -> None:
-        """Remember a damaged file."""
-        text = f"{path.name} is damaged ({reason_of(error)}), and computed again"
-        if text not in self.messages:
-            self.messages.append(text)
 
     def read_samples(self, batch: int) -> Optional[tuple[list[SampleRecord], list[str]]]:
         """Samples of a batch and their stamps, `None` if there are no sound ones."""
         path = self._samples(batch)
-        try:
+        with self._reporting(path):
             samples, stamps = read_batch(path)
             if [sample.sample for sample in samples] != self.batches[batch]:
                 raise ValueError("it is of other samples")
             return samples, stamps
+        return None
+
+    @contextmanager
+    def _reporting(self, path: Path) -> Iterator[None]:
+        """Remember a damaged file, and take one that is not there for nothing."""
+        try:
+            yield
         except FileNotFoundError:
-            return None
+            pass
         except ValueError as error:
-            self._report(path, error)
-            return None
+            text = f"{path.name} is damaged ({reason_of(error)}), and computed again"
+            if text not in self.messages:
+                self.messages.append(text)
 
     def read_times(self, method: str) -> Optional[tuple[float, float]]:
         """Mean seconds of a method's attributions and of their metrics, if known."""
@@ -260,14 +257,14 @@ def _refuse_other(
     keys = [key for key in union([first, part]) if key not in ("manifest", "samples")]
     text = differences(first, part, keys, NOW)
     batches = [] if text else _read_batches(folder / new["fingerprint"])
-    known = {name for batch in batches for name in batch}
+    known = {*chain.from_iterable(batches)}
     gone = sorted(known - {*names})
     if gone:
-        chosen = [
+        had, has = (
             {**each.get("evaluation", {}), "samples": count}
             for each, count in ((old, len(known)), (new, len(names)))
-        ]
-        text = differences(*chosen, ["limit", "seed", "split", "layout", "samples"], NOW)
+        )
+        text = differences(had, has, ["limit", "seed", "split", "layout", "samples"], NOW)
         text = f"{text and text + ', '}{len(gone)} samples (now none), such as {gone[0]}"
     elif known and len(names) > len(known) and "grid_pointing" in first.get("metrics", ()):
         text = (

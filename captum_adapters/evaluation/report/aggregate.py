@@ -117,10 +117,7 @@ class Group(NamedTuple):
 
     def class_name(self, label: Optional[int]) -> str:
         """Name of a class, empty if there is no label."""
-        classes = self.runs[0].settings.get("classes") or ()
-        if label is None:
-            return ""
-        return str(classes[label]) if label < len(classes) else f"class {label}"
+        return "" if label is None else str(self.runs[0].settings["classes"][label])
 
 
 # -- columns ---------------------------------------------------------------------------
@@ -165,9 +162,7 @@ def counterpart_of(name: str) -> Optional[str]:
 
 def settings_of(run: Run) -> dict[str, Any]:
     """Settings of a run, with those of its identity."""
-    settings = {**run.settings.get("identity", {}), **run.settings}
-    settings.pop("identity", None)
-    return settings
+    return {**run.settings["identity"], **run.settings}
 
 
 def unfinished(run: Run) -> str:
@@ -220,10 +215,8 @@ def _folder_names(runs: Sequence[Run]) -> list[str]:
 def _same_data(first: Run, second: Run) -> bool:
     """Whether samples are of the same data, wherever it is, or further ones of it."""
     old, new = settings_of(first), settings_of(second)
-    if old.get("manifest") is not None and old["manifest"] == new.get("manifest"):
-        return True
-    places = [os.path.normpath(values.get("data") or "") for values in (old, new)]
-    return places[0] == places[1] and old.get("layout") == new.get("layout")
+    places = [(os.path.normpath(each["data"]), each["layout"]) for each in (old, new)]
+    return old["manifest"] == new["manifest"] or places[0] == places[1]
 
 
 def _merge_samples(runs: Sequence[Run]) -> dict[str, SampleRecord]:
@@ -289,9 +282,8 @@ def _merge_records(
     problems = table["problem"][~sound & ~table.index.isin(table.index[sound])]
     # another run may have measured something else
     scores = table[sound].drop(columns="problem")
-    repeated = scores[scores.index.duplicated(keep=False)].groupby(level=0)
-    several = repeated.nunique().drop(columns=TIMES) > 1
-    conflicts = int(several.any(axis=1).sum())
+    repeated = scores[scores.index.duplicated(keep=False)].drop(columns=TIMES)
+    conflicts = int((repeated.groupby(level=0).nunique() > 1).any(axis=1).sum())
     if conflicts:
         messages.append(
             f"{method}: {conflicts} examples have other scores in a further run; those of"

@@ -5,7 +5,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import jinja2
 import markupsafe
@@ -62,6 +62,12 @@ class Panel(NamedTuple):
 
 
 KEPT = "Kept, in the order of relevance (%)"
+# Curves of the top p % of pixels
+TOP_CURVES = {
+    "accuracy": ("Accuracy with the top p %", KEPT),
+    "pointing": ("Share of the top p % inside of the mask", "Top p %"),
+    "distance": ("Distance of the top p % to the mask", "Top p %"),
+}
 PANELS = {
     "insertion_deletion": Panel(
         "Insertion and deletion",
@@ -70,19 +76,7 @@ PANELS = {
         "id",
         "fractions",
     ),
-    "accuracy": Panel("Accuracy with the top p %", {"accuracy": "Accuracy"}, KEPT, "accuracy"),
-    "pointing": Panel(
-        "Share of the top p % inside of the mask",
-        {"pointing": "Share inside of the mask"},
-        "Top p %",
-        "pointing",
-    ),
-    "distance": Panel(
-        "Distance of the top p % to the mask",
-        {"distance": "Distance to the mask"},
-        "Top p %",
-        "distance",
-    ),
+    **{key: Panel(each[0], {key: each[0]}, each[1], key) for key, each in TOP_CURVES.items()},
 }
 
 
@@ -188,7 +182,8 @@ def _draw_chance(
     axes: Axes, row: Row, key: str, where: str, drawn: set[str]
 ) -> dict[str, Line2D]:
     """What is to be had without any explanation, and at most, for these samples."""
-    lines, style = {}, {"color": "black", "linewidth": 0.8}
+    lines: dict[str, Line2D] = {}
+    style: Any = {"color": "black", "linewidth": 0.8}
     if row.has(f"{key}_chance"):
         lines["chance"] = axes.axhline(row.mean(f"{key}_chance"), linestyle=":", **style)
     names, curves, positions = _collect(row, f"{key}_ceiling", where)
@@ -250,12 +245,13 @@ class Montage(NamedTuple):
 def make_montages(report: "Report") -> list[Montage]:
     """For each group, images from best to worst with the maps of at most 8 methods."""
     found = []
-    for index, group in enumerate(report.groups if report.primary else ()):
+    for index, group in enumerate(report.groups):
         title = f"Examples of {group.name}" if len(report.groups) > 1 else ""
-        scored = [row for row in members_of(report.rows, index) if row.has(report.primary)]
+        primary = report.primary or ""
+        scored = [row for row in members_of(report.rows, index) if row.has(primary)]
         rows = [row for row in scored if not row.control] or scored
         if rows:
-            found.append(_make_montage(group, rows, report.primary, title))
+            found.append(_make_montage(group, rows, primary, title))
     return found
 
 
@@ -332,7 +328,6 @@ def _draw_overlay(picture: Image.Image, heatmap: np.ndarray) -> Image.Image:
 
 
 def _jpeg(picture: Image.Image) -> str:
-    """A small photograph as an address."""
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=85)
     return _uri(buffer.getvalue(), "jpeg")
@@ -360,7 +355,6 @@ def draw_montage(montage: Montage) -> bytes:
 
 
 def _png(canvas: Figure) -> bytes:
-    """A figure as PNG."""
     buffer = io.BytesIO()
     canvas.savefig(buffer, format="png", dpi=100, pil_kwargs={"optimize": True})
     return buffer.getvalue()
@@ -380,12 +374,6 @@ def _breaks(text: str) -> markupsafe.Markup:
     return markupsafe.Markup(re.sub(r"([_+:,/=])", r"\1<wbr>", escaped))
 
 
-def _options(command: str) -> markupsafe.Markup:
-    """A command whose options are not broken at their hyphens."""
-    escaped = str(markupsafe.escape(command))
-    return markupsafe.Markup(re.sub(r"(?<= )(--[\w-]+)", r"<span>\1</span>", escaped))
-
-
 def make_page(
     report: "Report", curves: dict[str, Picture], montages: Sequence[Montage]
 ) -> str:
@@ -397,9 +385,7 @@ def make_page(
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters.update(
-        uri=_uri, jpeg=_jpeg, number=format_number, breaks=_breaks, options=_options
-    )
+    environment.filters.update(uri=_uri, jpeg=_jpeg, number=format_number, breaks=_breaks)
     results = report.results()
     # those that are shown beside their table are not repeated
     beside = {

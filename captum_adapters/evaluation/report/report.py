@@ -215,12 +215,13 @@ class Report(NamedTuple):
         return [self._printed(preset) for preset in self.presets if self.rows]
 
     def _printed(self, preset: Preset) -> Table:
-        """The table of a paper."""
         known = {name for figures in preset.printed.values() for name in figures}
         lines = []
         for method, title in preset.rows.items():
             figures = preset.printed.get(method, {})
-            rows = [row for row in self.rows if stands_for(row.method, method)]
+            rows: Sequence[Optional[Row]] = [
+                row for row in self.rows if stands_for(row.method, method)
+            ]
             for row in rows or [None]:
                 values = {}
                 for name in preset.columns:
@@ -269,7 +270,7 @@ class Report(NamedTuple):
             [key, *(brief(values.get(key), 2000) for values in settings)]
             for key in keys
             # shown apart, and a repetition
-            if key not in ("command", "evaluation", "format")
+            if key not in ("command", "evaluation", "format", "identity")
         ]
         folders = [folder for group in self.groups for folder in group.folders]
         frame = pd.DataFrame(lines, columns=["Setting", *folders])
@@ -364,7 +365,6 @@ class Report(NamedTuple):
 
 
 def _name_some(names: "pd.Series[str]") -> str:
-    """The first names."""
     return ", ".join(names[:EXAMPLES]) + ", …" * (len(names) > EXAMPLES)
 
 

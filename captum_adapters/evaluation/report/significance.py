@@ -35,9 +35,7 @@ def choose_primary(
             f" lower. There are {', '.join(directed) or 'none'}."
         )
     if not directed:
-        messages.append(
-            "No score is better when higher or lower, so nothing is compared."
-        )
+        messages.append("No score is better when higher or lower, so nothing is compared.")
         return None
     messages.append(f"There is no score id, so methods are compared by {directed[0]}.")
     return directed[0]
@@ -64,13 +62,8 @@ def _choose_baseline(
 
 
 def compare_rows(
-    groups: Sequence[Group],
-    rows: Sequence[Row],
-    primary: Optional[str],
-    baseline: Optional[str],
-    clusters: Optional[str],
-    messages: list[str],
-    **options: Any,
+    groups: Sequence[Group], rows: Sequence[Row], primary: Optional[str],
+    baseline: Optional[str], clusters: Optional[str], messages: list[str], **options: Any,
 ) -> list[Significance]:
     """Compare the methods of each group with the best baseline."""
     if primary is None:
@@ -92,15 +85,12 @@ def compare_rows(
                 )
             continue
         samples = other.of(primary).index
-        scores = {}
-        for row in members:
-            values = row.of(primary).reindex(samples).to_numpy()
-            if np.isnan(values).all():
-                messages.append(
-                    f"{row.name} has {primary} of no example that {other.name} has it of."
-                )
-                continue
-            scores[row.name] = values
+        scores = {row.name: row.of(primary).reindex(samples).to_numpy() for row in members}
+        for name in [name for name, values in scores.items() if np.isnan(values).all()]:
+            messages.append(
+                f"{name} has {primary} of no example that {other.name} has it of."
+            )
+            del scores[name]
         if len(scores) < 2:
             continue
         labels = group.clusters(samples.tolist(), clusters)
