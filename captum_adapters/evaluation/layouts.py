@@ -338,7 +338,7 @@ def _numbers(root: Path, classes: Sequence[str], labels: Iterable[str]) -> dict[
     wnids = {*filter(WNID.fullmatch, labels)}
     if len(classes) != 1000 or not wnids:
         return {}
-    if len(wnids) < 1000:
+    if len(wnids) != 1000:
         wnids = {*_meta(root).values()}
         file = _near(root, "LOC_synset_mapping.txt", "synset_words.txt")
         if not wnids and file is not None:

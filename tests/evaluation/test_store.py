@@ -205,6 +205,18 @@ def test_other_run(store):
     assert sorted(store.folder.rglob('*')) == before
 
 
+def test_other_run_with_mosaics(tmp_path):
+    '''Mosaics forbid further samples, and do not hide which settings differ.'''
+    identity = {**IDENTITY, 'metrics': ['grid_pointing']}
+    settings = {**SETTINGS, 'identity': identity}
+    Store(tmp_path / 'run', settings, NAMES)
+    with pytest.raises(RunError, match=r'samples \(7, now 8\), which mosaics'):
+        Store(tmp_path / 'run', settings, [*NAMES, 'more'])
+    other = {'fingerprint': 'g', 'identity': {**identity, 'options': {'step': 100}}}
+    with pytest.raises(RunError, match=r'differs in step \(500, now 100\): choose'):
+        Store(tmp_path / 'run', {**SETTINGS, **other}, NAMES)
+
+
 def test_growth(store):
     '''Methods and samples are added, in batches of their own; files of a method are its own in any order.'''
     assert store.batches == [['x.png', 'y.png'], ['ä.png', 'a'], ['b', 'c'], ['d']]
