@@ -32,11 +32,7 @@ ScoreFunction = Union[str, Callable[[Tensor], Tensor]]
 DEFAULT_CHUNK = 32
 # Rounding to bfloat16 changes a sum of probabilities by less
 SUM_TOLERANCE = 5e-3
-# Modes of torch.nn.functional.interpolate, and those that depend on the dimensions
-INTERPOLATIONS = (
-    None, "bilinear", "bicubic", "area", "nearest-exact", "nearest", "linear",
-    "trilinear",
-)
+# Modes of torch.nn.functional.interpolate that depend on the number of dimensions
 LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 # Numbers of spatial dimensions of signals, images, and volumes or videos
 DIMS = (1, 2, 3)
@@ -150,28 +146,31 @@ def by_pixels(size: Sequence[int]) -> str:
 
 def pixel_maps(
     attributions: Any, images: Tensor, reduce: str = "sum",
-    interpolate: Optional[str] = None,
+    interpolate: Optional[str] = None, frame: str = "inputs",
 ) -> Tensor:
     """One value per pixel, by which pixels are ranked, of shape (batch, height, width).
 
     The sum over channels, or with `reduce="abs_sum"` its magnitude, on the device of
-    the images, in at least single precision. Images may also be signals or volumes.
+    the images, in at least single precision. Images may also be signals or volumes, or
+    masks (`frame="masks"`), which have no channels to fit.
     """
     check_choice("reduce", reduce, ("sum", "abs_sum"))
-    check_choice("interpolate", interpolate, INTERPOLATIONS)
     batch, channels, *size = images.shape
+    of_images = frame == "inputs"
     dims = len(size)
     maps = as_batch(to_tensor(attributions, "attributions"), batch, dims).detach()
     shape = tuple(maps.shape)
     if maps.ndim == dims + 1:
         maps = maps[:, None]
-    if maps.ndim != dims + 2 or len(maps) != batch or maps.shape[1] not in (1, channels):
+    fits = maps.ndim == dims + 2 and len(maps) == batch
+    if not fits or of_images and maps.shape[1] not in (1, channels):
+        expected = tuple(images.shape) if of_images else (batch, *size)
         message = (
-            f"attributions of shape {shape} do not fit inputs of shape"
-            f" {tuple(images.shape)}: they must be of shape"
+            f"attributions of shape {shape} do not fit {frame} of shape {expected}: they"
+            " must be of shape"
             f" {map_shape(dims, 'batch', 'channels or 1')} or {map_shape(dims, 'batch')}."
         )
-        if dims == 1:
+        if dims == 1 and of_images:
             message += (
                 " If these are images, inputs must be of shape (batch, channels, height,"
                 f" width), but are of shape {tuple(images.shape)}."
@@ -184,18 +183,17 @@ def pixel_maps(
     maps = maps.to(images.device).sum(1)
     if reduce == "abs_sum":
         maps = maps.abs()
+    modes = LINEAR[dims], *["bicubic"] * (dims == 2), "area", "nearest-exact", "nearest"
+    check_choice("interpolate", interpolate, (None, *modes))
     if list(maps.shape[1:]) != size:
         if interpolate is None:
-            raise ValueError(
-                f"attributions are of {by_pixels(maps.shape[1:])} pixels, but inputs of"
-                f" {by_pixels(size)}: resize them, for instance with"
-                f" interpolate={LINEAR[dims]!r}."
+            remedy = "resize them" if of_images else (
+                "resize and crop the masks as the images were, or resize attributions"
             )
-        fits = {LINEAR[dims], "area", "nearest-exact", "nearest"}
-        if interpolate not in fits and (interpolate, dims) != ("bicubic", 2):
             raise ValueError(
-                f"interpolate={interpolate!r} does not fit inputs of shape"
-                f" {tuple(images.shape)}: choose {LINEAR[dims]!r}."
+                f"attributions are of {by_pixels(maps.shape[1:])} pixels, but {frame} of"
+                f" {by_pixels(size)}: {remedy}, for instance with"
+                f" interpolate={LINEAR[dims]!r}."
             )
         maps = F.interpolate(maps[:, None], size, mode=interpolate)[:, 0]
     wrong = examples_where(~maps.isfinite())

@@ -8,25 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_adapters._validation import positive_integer
-from captum_adapters.metrics._ranking import (
-    SampleIds,
-    check_ids,
-    random_orders,
-    sort_scores,
-)
-
-
-def rank_pixels(
-    values: Tensor, ties: str, images: Tensor, seed: int, sample_ids: SampleIds
-) -> tuple[Tensor, Tensor]:
-    """Pixels in descending order, and their values."""
-    if ties != "random":
-        ordered, order = sort_scores(values)
-        return order, ordered
-    ids = check_ids(sample_ids, len(images))
-    shuffled = random_orders(images, seed, ids, values.shape[1])
-    ordered, order = sort_scores(values.gather(1, shuffled))
-    return shuffled.gather(1, order), ordered
 
 
 def group_ends(equal: Tensor) -> Tensor:
@@ -67,21 +48,19 @@ def count_grid(
         raise ValueError(f"Give n_steps={n_steps} or step={step}, but not both.")
     name, value = ("n_steps", n_steps) if step is None else ("step", step)
     value = positive_integer(name, value, f" (images have {n_pixels} pixels)")
-    if step is not None:
-        step = value
-        if step > n_pixels:
-            # the curves would be the same for any map
-            raise ValueError(
-                f"step={step}{origin} is more than the {n_pixels} pixels of an image:"
-                " give a smaller step, or n_steps."
-            )
+    if step is not None and value > n_pixels:
+        # the curves would be the same for any map
+        raise ValueError(
+            f"step={step}{origin} is more than the {n_pixels} pixels of an image: give"
+            " a smaller step, or n_steps."
+        )
     if not ends:
-        step = math.ceil(n_pixels / value) if step is None else step
+        width = math.ceil(n_pixels / value) if step is None else value
         # the published code looks up the value at these ranks, which start at 0
-        ranks = step * torch.arange(1, math.ceil(n_pixels / step) + 1)
+        ranks = width * torch.arange(1, math.ceil(n_pixels / width) + 1)
         return ranks.clamp(max=n_pixels - 1) + 1
     if step is not None:
-        return torch.cat([torch.arange(0, n_pixels, step), torch.tensor([n_pixels])])
+        return torch.cat([torch.arange(0, n_pixels, value), torch.tensor([n_pixels])])
     value = min(value, n_pixels)
     half = torch.arange(value // 2 + 1) * n_pixels
     half = (2 * half + value) // (2 * value)

@@ -23,10 +23,18 @@ Percents = Union[Percent, Sequence[Percent]]
 SampleIds = Union[None, Tensor, Sequence[object]]
 
 
-def sort_scores(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores in descending order and where they are, (batch, N), equal ones as found."""
+def sort_scores(
+    scores: Tensor, first: Optional[Tensor] = None
+) -> tuple[Tensor, Tensor]:
+    """Scores in descending order and where they are, both of shape (batch, N).
+
+    Equal ones are as they come, or as in a `first` order.
+    """
     # adding zero turns -0 into 0, which are equal but need not be to a radix sort
-    return (scores.flatten(1) + 0).sort(stable=True, dim=1, descending=True)
+    scores = scores.flatten(1) + 0
+    scores = scores if first is None else scores.gather(1, first)
+    ordered, order = scores.sort(stable=True, dim=1, descending=True)
+    return ordered, order if first is None else first.gather(1, order)
 
 
 def tied_pixels(ordered: Tensor) -> Tensor:
@@ -46,9 +54,10 @@ def check_ids(sample_ids: SampleIds, batch: int) -> Optional[list[object]]:
 
 
 def random_orders(
-    images: Tensor, name: object, ids: Optional[list[object]], size: int
+    images: Tensor, name: object, sample_ids: SampleIds, size: int
 ) -> Tensor:
     """A random order of elements for each image, whatever the rest of the batch."""
+    ids = check_ids(sample_ids, len(images))
     if ids is None:
         content = [image.flatten().cpu().view(torch.uint8).numpy() for image in images]
         ids = [zlib.crc32(array.tobytes()) for array in content]
@@ -238,8 +247,7 @@ def rank_ties(
             else:
                 # ties that come last in one order come first in the next
                 shuffled = shuffled.flip(1)
-            _, order = sort_scores(flat.gather(1, shuffled))
-            further.append(ranks_of(shuffled.gather(1, order)))
+            further.append(ranks_of(sort_scores(flat, shuffled)[1]))
         ranks[rows] = further[0]
     share = tied_pixels(ordered).to(double_dtype(scores.device)).mean(1)
     ranks = torch.cat([ranks, *further[1:]]).view(-1, *scores.shape[1:])

@@ -37,11 +37,13 @@ from captum_adapters.metrics._perturbation import (
     count_grid,
     group_ends,
     nearest_ends,
-    rank_pixels,
 )
-from captum_adapters.metrics._ranking import SampleIds, tied_pixels
-
-Pair = tuple[Tensor, Tensor]
+from captum_adapters.metrics._ranking import (
+    SampleIds,
+    random_orders,
+    sort_scores,
+    tied_pixels,
+)
 
 
 class Protocol(NamedTuple):
@@ -260,7 +262,10 @@ def insertion_deletion(
     elif protocol == "rise":
         inserted = blur(images)
 
-    order, values = rank_pixels(maps.flatten(1), ties, images, seed, sample_ids)
+    shuffled = None
+    if ties == "random":
+        shuffled = random_orders(images, seed, sample_ids, n_pixels)
+    values, order = sort_scores(maps, shuffled)
     equal = values[:, 1:] == values[:, :-1]
     selected = counts.expand(batch, -1)
     if ties == "nearest":
@@ -271,21 +276,21 @@ def insertion_deletion(
     alone = not any(split_args(additional_forward_args, batch)[1])
     perturbed = PerturbedImages(images, deleted, inserted, order, selected, alone)
     examples = perturbed.examples
-    first: list[Tensor] = []
+    blank: list[Tensor] = []
     judged: list[Tensor] = []
 
-    def choose(scores: Tensor, logits: Tensor, index: Optional[Tensor]) -> Pair:
+    def choose(scores: Tensor, logits: Tensor, index: Optional[Tensor]) -> tuple[Tensor, Tensor]:
         """The target's scores, and the predicted classes."""
-        chosen = select_target(scores, index, validate=False)
-        return chosen, predicted_class(logits, index)
+        return select_target(scores, index, False), predicted_class(logits, index)
 
-    def collect(result: Tensor, part: slice) -> Pair:
+    def collect(result: Tensor, part: slice) -> tuple[Tensor, Tensor]:
         scores = to_scores(result, output, judged)
         # where there are several positions, the class at the target's is meant
         logits = result if result.ndim <= 2 else scores
         if part.start == 0:
             check_range(scores, index)
-            first.extend(choose(_repeat(scores, batch), _repeat(logits, batch), index))
+            first = (value[:1].expand(batch, *value.shape[1:]) for value in (scores, logits))
+            blank.extend(choose(*first, index))
         return choose(scores, logits, None if index is None else index[examples[part]])
 
     scores, classes = forward_in_chunks(
@@ -296,8 +301,10 @@ def insertion_deletion(
     scores, classes = scores[perturbed.inverse], classes[perturbed.inverse]
     if perturbed.shared is not None:
         # the first image is blank, and has a score for the target of each example
-        scores = first[0][:, None].where(perturbed.shared, scores)
-        classes = first[1][:, None].where(perturbed.shared, classes)
+        scores, classes = (
+            own[:, None].where(perturbed.shared, values)
+            for own, values in zip(blank, (scores, classes))
+        )
     n_points = len(counts)
     insertion_curve, deletion_curve = scores[:, :n_points], scores[:, -n_points:]
     full, deletion_blank = insertion_curve[:, -1], deletion_curve[:, -1]
@@ -364,11 +371,6 @@ def _equal_steps(curves: Tensor) -> Tensor:
     n_points = curves.shape[1]
     fractions = torch.arange(n_points).to(curves) / max(1, n_points - 1)
     return fractions.expand_as(curves)
-
-
-def _repeat(output: Tensor, batch: int) -> Tensor:
-    """The first row, for each example."""
-    return output[:1].expand(batch, *output.shape[1:])
 
 
 def _area(curve: Tensor, fractions: Tensor) -> Tensor:

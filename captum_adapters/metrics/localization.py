@@ -8,10 +8,8 @@ from torch import Tensor
 
 from captum_adapters._light import PERCENTS
 from captum_adapters._validation import (
-    LINEAR,
     Maps,
     as_batch,
-    by_pixels,
     check_choice,
     double_dtype,
     pixel_maps,
@@ -81,8 +79,6 @@ def _rank(
     interpolate: Optional[str], dims: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Scores and masks of shape (batch, height, width), counts and percentages."""
-    single = map_shape(dims)
-    plain, channels = map_shape(dims, "batch"), map_shape(dims, "batch", "channels")
     maps = to_tensor(attributions, "attributions").detach()
     masks = to_tensor(masks, "masks").detach().to(maps.device)
     shape = tuple(masks.shape)
@@ -94,10 +90,10 @@ def _rank(
         masks = masks[:, 0]
     if masks.ndim != dims + 1 or masks.numel() == 0:
         raise ValueError(
-            f"masks must be of shape {plain} or {map_shape(dims, 'batch', '1')}, or"
-            f" {single} for a single image, and not empty, but are of shape {shape}, and"
-            f" attributions of shape {tuple(maps.shape)}. For signals give dims=1, for"
-            " volumes or videos dims=3."
+            f"masks must be of shape {map_shape(dims, 'batch')} or"
+            f" {map_shape(dims, 'batch', '1')}, or {map_shape(dims)} for a single image,"
+            f" and not empty, but are of shape {shape}, and attributions of shape"
+            f" {tuple(maps.shape)}. For signals give dims=1, for volumes or videos dims=3."
         )
     inside = masks.bool()
     if bool((masks != inside).any()):
@@ -106,27 +102,12 @@ def _rank(
             f" {float(masks.min()):g} to {float(masks.max()):g}: compare them with a"
             " threshold first."
         )
-    if maps.ndim not in (dims + 1, dims + 2) or len(maps) != len(masks):
-        raise ValueError(
-            f"attributions of shape {tuple(maps.shape)} do not fit masks of shape"
-            f" {shape}: they must be of shape {channels} or {plain} with a batch of"
-            f" {len(masks)}."
-        )
-    if interpolate is None and maps.shape[-dims:] != masks.shape[-dims:]:
-        raise ValueError(
-            f"attributions are of {by_pixels(maps.shape[-dims:])} pixels, but masks of"
-            f" {by_pixels(masks.shape[-dims:])}: resize and crop the masks as the images"
-            " were, or choose how to resize the attributions, for instance with"
-            f" interpolate={LINEAR[dims]!r}."
-        )
-    counts, values = percent_tensors(percents, inside[0].numel(), maps.device)
-    size = inside.shape[1:]
-    frame = inside[:, None].expand(-1, maps.shape[1] if maps.ndim > dims + 1 else 1, *size)
-    scores = pixel_maps(maps, frame, "abs_sum" if absolute else "sum", interpolate)
+    reduce = "abs_sum" if absolute else "sum"
+    scores = pixel_maps(maps, inside[:, None], reduce, interpolate, "masks")
     if not absolute:
         # attributed to the caller of the public function
         warn_negative_maps(scores, stacklevel=4)
-    return scores, inside, counts, values
+    return scores, inside, *percent_tensors(percents, inside[0].numel(), maps.device)
 
 
 def mask_pointing(

@@ -393,20 +393,19 @@ def cross_model_accuracy(
         tensor([[3, 3]])
     """
     images = check_images(inputs, DIMS)
-    maps = to_tensor(attributions, "attributions")
-    maps = as_batch(maps, len(images), images.ndim - 2)
     dims = images.ndim - 2
+    maps = as_batch(to_tensor(attributions, "attributions"), len(images), dims)
     frame, size = images, maps.shape[-dims:]
-    if resize_selection and maps.ndim in (dims + 1, dims + 2):
+    # others are refused, by their shape
+    if maps.ndim in (dims + 1, dims + 2) and size != images.shape[2:]:
+        if not resize_selection:
+            raise ValueError(
+                f"attributions are of {by_pixels(size)} pixels, but inputs of"
+                f" {by_pixels(images.shape[2:])}: give A's inputs and a transform to B's,"
+                " or set resize_selection=True."
+            )
         # images of the attributions' size
-        frame = images.flatten(2)[..., 0].view(*images.shape[:2], *[1] * dims)
-        frame = frame.expand(-1, -1, *size)
-    elif maps.ndim in (dims + 1, dims + 2) and size != images.shape[2:]:
-        raise ValueError(
-            f"attributions are of {by_pixels(size)} pixels, but inputs of"
-            f" {by_pixels(images.shape[2:])}: give A's inputs and a transform to B's, or"
-            " set resize_selection=True."
-        )
+        frame = images.new_empty(()).expand(*images.shape[:2], *size)
     scores = _unit_scores(maps, frame, unit, absolute)
     return _accuracy(
         forward_func, images, scores, transform, percents, target,

@@ -499,6 +499,11 @@ def test_few_points():
     assert abs(result.insertion - (1 - 5 / 1600)) < 1e-12 and abs(result.deletion - 5 / 1600) < 1e-12
 
 
+def random_order(input, heat):
+    '''Pixels in descending order, tied ones at random.'''
+    return _ranking.sort_scores(heat, _ranking.random_orders(input, 0, None, HEIGHT * WIDTH))[1]
+
+
 def test_random_ties():
     '''Random orders depend on the seed and the sample only, and are orders of the map.'''
     model, input, heat = network(), images(2), maps(2, 2)
@@ -510,12 +515,12 @@ def test_random_ties():
     for ids, equal in ((None, True), ([7, 7], True), ([7, 8], False), (torch.tensor([7, 8]), False), ('ab', False)):
         curves = insertion_deletion(model, twice, heats, target=0, ties='random', sample_ids=ids).insertion_curve
         assert torch.equal(curves[0], curves[1]) == equal
-    values, order = heat.flatten(1), _perturbation.rank_pixels(heat.flatten(1), 'random', input, 0, None)[0]
+    values, order = heat.flatten(1), random_order(input, heat)
     assert torch.equal(values.gather(1, order), values.sort(1, descending=True).values)
     assert torch.equal(order.sort(1).values, torch.arange(HEIGHT * WIDTH).expand(2, -1))
     # another default device changes nothing
     with torch.device('meta'):
-        assert torch.equal(_perturbation.rank_pixels(heat.flatten(1), 'random', input, 0, None)[0], order)
+        assert torch.equal(random_order(input, heat), order)
     with pytest.raises(ValueError, match='3 sample_ids for 2 examples'):
         insertion_deletion(model, input, heat, target=0, ties='random', sample_ids=[1, 2, 3])
 
