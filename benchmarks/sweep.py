@@ -9,21 +9,19 @@ With the package expecttest, samples of PyTorch's own tests run as well, one ima
 import argparse
 import collections
 import fnmatch
-import linecache
 import re
 import sys
 import time
-import traceback
 import warnings
 from pathlib import Path
 
 import torch
 from torch import nn
-from zennit.attribution import Gradient
 
-from zennit_resnet import BlockLRP, RelativeLRP, ResNetLRP, UnsupportedOperation, initial_relevance
+from zennit_resnet import BlockLRP, RelativeLRP, ResNetLRP
 
 sys.path.insert(0, str(Path(__file__).parent))
+from explained import SEED, TOLERANCE, Explained, describe, differ  # noqa: E402
 from sweep_networks import Network, database  # noqa: E402
 from sweep_specs import FUNCTIONS, LAYERS, TWINS, parse  # noqa: E402
 
@@ -37,123 +35,49 @@ TITLES = {'ratio': 'ResNetLRP', 'merge': "`batch_norm='merge'`", 'block': 'Block
 FAULTS = (
     'crash', 'silent', 'output changed', 'network changed', 'depends on the batch', 'not deterministic', 'twins differ',
 )
-TOLERANCE = 1e-9
 SAMPLES = 'samples of PyTorch\'s own tests'
 
 
-def snapshot(model):
-    '''What must be the same after an explanation.'''
-    hooks = [
-        (name, len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks),
-         len(module._backward_pre_hooks), module.training, sorted(module.__dict__), list(module._modules))
-        for name, module in model.named_modules()
-    ]
-    tensors = [(name, id(param), param.requires_grad, param.grad is None) for name, param in model.named_parameters()]
-    return hooks, tensors
-
-
-def describe(error):
-    '''Outcome of an exception: a refusal if this package has raised it, a crash otherwise, and its first sentence.'''
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    line = linecache.getline(last.filename, last.lineno).strip()
-    is_ours = 'zennit_resnet' in Path(last.filename).parts and line.startswith('raise')
-    text = ' '.join(str(error).split())
-    if isinstance(error, UnsupportedOperation) or is_ours:
-        sentence = re.split(r'(?<=[.!])\s', text)[0]
-        return 'refuses', sentence
-    return 'crash', f'{type(error).__name__} ({Path(last.filename).name}:{last.lineno}): {text[:160]}'
-
-
-def differ(one, other, tolerance=TOLERANCE):
-    '''Largest difference of relevance, relative to the largest magnitude, if it is beyond a tolerance.'''
-    difference = float((one - other).abs().max() / one.abs().max().clamp(min=1e-300))
-    return 0. if difference <= tolerance else difference
-
-
-class Probe:
+class Probe(Explained):
     '''A network with its images, explained by one composite after the other.'''
     def __init__(self, network):
-        self.network = network
         self.size = 2 if network.code is not None else 1
         torch.manual_seed(1)
-        self.images = torch.randn(self.size, 3, 6, 6, dtype=torch.double)
-        self.images[1:] *= 2
-        self.targets = [1, 2][:self.size]
-        self.start = torch.eye(5, dtype=torch.double)[self.targets]
-        images = self.images.clone().requires_grad_()
-        torch.manual_seed(2)
-        output = network(images)
-        if not output.isfinite().all() or not network.head.in_features:
+        images = torch.randn(self.size, 3, 6, 6, dtype=torch.double)
+        images[1:] *= 2
+        super().__init__(network, images, [1, 2][:self.size])
+        if not self.plain.isfinite().all() or not network.head.in_features:
             raise ValueError('not finite, or empty')
-        self.plain = output.detach()
-        # some kernels depend on whether parameters need a gradient
-        trainable = [param.requires_grad_(False) for param in network.parameters() if param.requires_grad]
-        torch.manual_seed(2)
-        self.frozen = network(images).detach()
-        for param in trainable:
-            param.requires_grad_(True)
-        self.gradient, = torch.autograd.grad(output, images, self.start)
-
-    def explain(self, composite, images, targets):
-        '''Output and relevance.'''
-        torch.manual_seed(2)
-        with Gradient(model=self.network, composite=composite) as attributor:
-            output, relevance = attributor(images.clone(), initial_relevance(targets, 'one'))
-        return output.detach(), relevance.detach()
+        images = images.clone().requires_grad_()
+        torch.manual_seed(SEED)
+        start = torch.eye(5, dtype=torch.double)[self.targets]
+        self.gradient, = torch.autograd.grad(network(images), images, start)
 
     def check(self, label, full=True):
         '''Outcome of an explanation, with a note.'''
-        before, state = snapshot(self.network), {key: value.clone() for key, value in self.network.state_dict().items()}
-        try:
-            output, relevance = self.explain(COMPOSITES[label](), self.images, self.targets)
-            failed = None
-        except Exception as error:
-            failed = describe(error)
-        after = self.network.state_dict()
-        if before != snapshot(self.network) or any(not torch.equal(after[key], value) for key, value in state.items()):
-            return 'network changed', 'state, hooks or flags'
-        if failed:
-            return failed
-        if not torch.equal(output, self.plain) and not torch.equal(output, self.frozen):
-            return 'output changed', f'by {float((output - self.plain).abs().max()):.1e}'
-        if not relevance.isfinite().all():
-            return 'silent', 'relevance is not finite'
+        composite, tapped = COMPOSITES[label](), {}
+        relevance, fault = self.run(composite)
+        if fault:
+            return fault
         if full:
             for num in range(self.size if self.size > 1 else 0):
-                try:
-                    alone = self.alone(label, num)
-                except Exception as error:
-                    return describe(error)[0], f'image {num} alone: {describe(error)[1]}'
-                if isinstance(alone, str):
-                    continue
-                if label == 'relative':
-                    # which is rescaled for each example
-                    alone = alone * relevance[num].abs().sum() / alone.abs().sum().clamp(min=1e-300)
-                if difference := differ(relevance[num], alone[0], 1e-6 if label == 'block' else TOLERANCE):
-                    return 'depends on the batch', f'image {num} alone differs by {difference:.1e}'
-            self.network.tapped = {}
+                if fault := self.alone(composite, relevance, num, 1e-6 if label == 'block' else TOLERANCE):
+                    return fault
             try:
-                again = self.explain(COMPOSITES[label](), self.images, self.targets)[1]
-                tapped = self.network.tapped
+                again, tapped = self.tap(COMPOSITES[label]())
             except Exception as error:
                 return describe(error)[0], f'with hooks of tensors: {describe(error)[1]}'
-            finally:
-                self.network.tapped = None
             if not torch.equal(again, relevance):
                 return 'not deterministic', f'differs by {float((again - relevance).abs().max()):.1e}'
-        return getattr(self, f'_{label}')(relevance, tapped if full else {})
+        return getattr(self, f'_{label}')(relevance, tapped)
 
-    def alone(self, label, num):
-        '''Relevance of an image alone, a text if the network does not take it.'''
-        image = self.images[num:num + 1]
+    def tap(self, composite):
+        '''Relevance of the input, and what is recorded before and after the function.'''
+        self.network.tapped = {}
         try:
-            with torch.no_grad():
-                alone = self.network(image)
-        except Exception:
-            return 'takes two images only'
-        if alone.shape != (1, 5):
-            return 'takes two images only'
-        return self.explain(COMPOSITES[label](), image, self.targets[num:num + 1])[1]
+            return self.explain(composite)[1], self.network.tapped
+        finally:
+            self.network.tapped = None
 
     def _block(self, relevance, tapped):
         head, layer = self.network.head, self.network.layer
@@ -184,7 +108,7 @@ class Probe:
                 return 'silent', note
             if not end:
                 return 'absorbs', 'nothing that the input determines'
-            torch.manual_seed(2)
+            torch.manual_seed(SEED)
             with torch.no_grad():
                 output = function(**{key: value.clone() for key, value in values.items()})
                 depends = torch.zeros_like(output, dtype=torch.bool)
@@ -200,7 +124,7 @@ class Probe:
         if start is None or len(values) != 1:
             return 'conserves', ''
         value, end = values['h'], tapped.get('h')
-        torch.manual_seed(2)
+        torch.manual_seed(SEED)
         with torch.no_grad():
             output = function(value.clone())
         before, after, start, end = (elem.flatten() for elem in (value, output, start, value if end is None else end))
@@ -232,7 +156,7 @@ class Probe:
         value = active['h']
 
         def function(tensor):
-            torch.manual_seed(2)
+            torch.manual_seed(SEED)
             return network.evaluate(tensor * 1)
 
         noise, other = 3 * torch.randn_like(value), 3 * torch.randn_like(value)
@@ -240,13 +164,7 @@ class Probe:
             first, second, both, none = (function(value + elem) for elem in (noise, other, noise + other, 0 * noise))
         if first.shape != none.shape or not torch.allclose(first + second, both + none, rtol=0, atol=1e-9):
             return ''
-        network.tapped = {}
-        try:
-            rule = ResNetLRP(projection='literal') if label == 'ratio' else COMPOSITES[label]()
-            self.explain(rule, self.images, self.targets)
-            tapped = network.tapped
-        finally:
-            network.tapped = None
+        _, tapped = self.tap(ResNetLRP(projection='literal') if label == 'ratio' else COMPOSITES[label]())
         if 'output' not in tapped or 'h' not in tapped:
             return ''
         rows = torch.autograd.functional.jacobian(function, value).reshape(none.numel(), value.numel())
@@ -331,7 +249,7 @@ def compare_twins(names=None):
             for form in forms:
                 try:
                     probe = Probe(Network(form, True))
-                    relevance = probe.explain(composites[label](), probe.images, probe.targets)[1]
+                    relevance = probe.explain(composites[label]())[1]
                     if label == 'relative':
                         relevance = relevance / relevance.abs().sum((1, 2, 3), keepdim=True)
                     maps[form] = relevance

@@ -11,6 +11,7 @@ from zennit_resnet import ResNetLRP, with_splitting
 from zennit_resnet.layer import Convolution2d
 
 sys.path.insert(0, str(Path(__file__).parents[2] / 'benchmarks'))
+import explained  # noqa: E402
 import sweep  # noqa: E402
 import sweep_networks  # noqa: E402
 
@@ -95,7 +96,7 @@ def test_crash(monkeypatch):
     def fail(*args):
         return [][0]
 
-    monkeypatch.setattr(sweep, 'initial_relevance', fail)
+    monkeypatch.setattr(explained, 'initial_relevance', fail)
     assert set(outcomes('h.clone()').values()) == {'crash'}
 
 

@@ -1,4 +1,4 @@
-'''Networks of benchmarks/zoo.py: what is installed, with random weights. Nothing is downloaded.
+'''Networks of benchmarks/networks.py: what is installed, with random weights. Nothing is downloaded.
 
 Each package has a function that yields names with functions that build a network, and the shape of an input without the batch.
 '''
@@ -14,22 +14,27 @@ os.environ.update(HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1', YOLO_OFFLINE='tr
 IMAGE, SMALL, VOLUME, VIDEO = (3, 64, 64), (3, 32, 32), (1, 32, 32, 32), (3, 8, 64, 64)
 
 
+def parameters(build):
+    '''Number of parameters, infinite for what cannot be built without memory.'''
+    try:
+        with torch.device('meta'):
+            return sum(param.numel() for param in build().parameters())
+    except Exception:
+        return float('inf')
+
+
 def smallest(names, build, limit=15e6, key=lambda name: re.match(r'[a-z]+', name)[0]):
     '''The smallest network of each family of names, by its number of parameters.'''
     found = {}
     for name in names:
-        try:
-            with torch.device('meta'):
-                size = sum(param.numel() for param in build(name).parameters())
-        except Exception:
-            continue
+        size = parameters(lambda name=name: build(name))
         if size < found.get(key(name), (limit,))[0]:
             found[key(name)] = size, name
     return [name for _, name in found.values()]
 
 
-def timm():
-    '''The smallest network of each family of timm, and some that are written in their own way.'''
+def timm(choose=list):
+    '''All networks of timm.'''
     import timm as package
 
     def build(name):
@@ -38,8 +43,14 @@ def timm():
     def size(name):
         return package.models.get_pretrained_cfg(name).input_size[-1] if package.is_model_pretrained(name) else 224
 
-    for name in smallest(package.list_models(), build, 8e6):
+    for name in choose(package.list_models()):
         yield name, lambda name=name: build(name), [IMAGE, (3, 96, 96), (3, size(name), size(name)), (3, 256, 256)]
+
+
+def timm_families():
+    '''The smallest network of each family of timm.'''
+    builds = {name: build for name, build, _ in timm()}
+    yield from timm(lambda names: smallest(names, lambda name: builds[name](), 8e6))
 
 
 def torchvision():
@@ -436,5 +447,5 @@ def pytorchvideo():
 
 PACKAGES = {
     name: value for name, value in list(globals().items())
-    if callable(value) and getattr(value, '__module__', '') == __name__ and not isinstance(value, type) and name != 'smallest'
+    if callable(value) and getattr(value, '__module__', '') == __name__ and not isinstance(value, type) and name not in ('smallest', 'parameters')
 }
