@@ -204,7 +204,10 @@ def pixel_maps(
     return maps
 
 
-def warn_negative_maps(maps: Tensor, stacklevel: int = 3) -> None:
+def warn_negative_maps(
+    maps: Tensor, stacklevel: int = 3,
+    effect: str = "and they are ranked last. Rank by magnitude (reduce='abs_sum'), or",
+) -> None:
     """Warn the caller of the caller of maps that vary, but nowhere above zero."""
     highest = maps.flatten(1).amax(1, keepdim=True)
     negative = examples_where((highest <= 0) & (maps.flatten(1) < highest))
@@ -212,9 +215,8 @@ def warn_negative_maps(maps: Tensor, stacklevel: int = 3) -> None:
         warnings.warn(
             f"The maps of the examples {negative} have no positive value. If relevance"
             " started from a negative logit, then rules such as z+ give the most"
-            " relevant pixels the lowest values, and they are ranked last. Rank by"
-            " magnitude (reduce='abs_sum'), or start from the probability ('softmax')"
-            " or from one ('one').",
+            f" relevant pixels the lowest values, {effect} start from the"
+            " probability ('softmax') or from one ('one').",
             NegativeMapWarning,
             stacklevel=stacklevel,
         )

@@ -18,15 +18,13 @@ from torch import Tensor
 
 import captum_adapters.attr
 from captum_adapters._validation import (
+    LINEAR,
     check_choice,
     positive_integer,
     suggest,
     warn_negative_maps,
 )
 from captum_adapters.attr import LayerRelevance
-
-# Linear interpolation by the number of all dimensions
-_LINEAR = {3: "linear", 4: "bilinear", 5: "trilinear"}
 
 Method = Union[str, Callable[..., Attribution], Attribution]
 
@@ -111,9 +109,8 @@ def explain(
             f" are of shape {tuple(images.shape)}."
         )
     target = _to_target(targets, len(images))
-    size = len(images)
-    if batch_size is not None:
-        size = positive_integer("batch_size", batch_size)
+    size = len(images) if batch_size is None else batch_size
+    size = positive_integer("batch_size", size)
     attribution = _create(method, model, init_kwargs)
     kwargs = dict(attribute_kwargs or {})
     for key, value in kwargs.items():
@@ -135,15 +132,12 @@ def explain(
     return result.numpy()
 
 
-def explainer(
-    method: Method, *, batch_size: Optional[int] = None, reduce: Optional[str] = "sum",
-    attribute_kwargs: Optional[Mapping[str, Any]] = None, **init_kwargs: Any,
-) -> Callable[..., NDArray[Any]]:
+def explainer(method: Method, **settings: Any) -> Callable[..., NDArray[Any]]:
     r"""Create an `explain_func` for Quantus from a method and its settings.
 
     Args:
 
-        method, batch_size, reduce, attribute_kwargs, init_kwargs: See :func:`explain`.
+        method, **settings: See :func:`explain`.
 
     Returns:
         Callable: A function `(model, inputs, targets, device=None, **kwargs)` which
@@ -163,13 +157,6 @@ def explainer(
         >>> maps.shape, maps.dtype
         ((2, 1, 4, 4), dtype('float32'))
     """
-    settings = {
-        "batch_size": batch_size,
-        "reduce": reduce,
-        "attribute_kwargs": attribute_kwargs,
-        **init_kwargs,
-    }
-
     def explain_func(model: Any, inputs: Any, targets: Any, **kwargs: Any) -> Any:
         """Attributions of a batch of arrays."""
         kwargs.pop("method", None)
@@ -284,7 +271,6 @@ def _fit(
     if reduce == "abs_sum":
         values = values.abs()
     if values.shape[2:] != inputs.shape[2:]:
-        values = F.interpolate(
-            values, inputs.shape[2:], mode=_LINEAR[inputs.ndim], align_corners=False
-        )
+        mode = LINEAR[inputs.ndim - 2]
+        values = F.interpolate(values, inputs.shape[2:], mode=mode)
     return values.cpu()

@@ -145,19 +145,20 @@ def _interval(
     sizes = _cluster_sums(np.ones(len(values)), index)
     groups, *shape = sums.shape
     if groups < 2:
-        nan = np.full(shape, math.nan)
-        return nan, nan.copy()
+        return np.full(shape, math.nan), np.full(shape, math.nan)
     columns = sums.reshape(groups, -1)
     mean = columns.sum(0) / sizes.sum()
     # the same examples in another order differ by rounding
     rounding = 1e-12 * np.abs(columns).sum(0) / sizes.sum()
+    # methods are resampled alike, so draws are kept unless they take too much memory
+    draw = _kept_draws if groups * n_resamples <= KEPT else _draw
     drawn = np.concatenate([
         (counts @ columns) / (counts @ sizes)[:, None]
-        for counts in _draw(groups, n_resamples, seed)
+        for counts in (each.astype(float) for each in draw(groups, n_resamples, seed))
     ])
     drawn = np.where(np.abs(drawn - mean) <= rounding, mean, drawn)
-    levels = np.full((2, len(mean)), (1 - confidence) / 2)
-    levels[1] = 1 - levels[1]
+    below = (1 - confidence) / 2
+    levels = np.array([[below], [1 - below]]).repeat(len(mean), 1)
     if method == "bca":
         corrected = _correct(levels, drawn, mean, columns, sizes)
         # without any variation there is nothing to correct
@@ -169,32 +170,17 @@ def _interval(
     return low.reshape(shape)[()], high.reshape(shape)[()]
 
 
-def _draw(
-    groups: int, n_resamples: int, seed: int
-) -> Iterator[NDArray[np.float64]]:
+@lru_cache(1)
+def _kept_draws(groups: int, n_resamples: int, seed: int) -> list[NDArray[np.uint8]]:
+    """All draws in little memory, as no cluster is ever drawn more than 255 times."""
+    return [each.astype(np.uint8) for each in _draw(groups, n_resamples, seed)]
+
+
+def _draw(groups: int, n_resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:
     """How often each cluster is drawn in some resamples, of shape (resamples, clusters).
 
-    These are kept, as methods are resampled alike, unless they take too much memory.
+    They are drawn with replacement, as :func:`scipy.stats.bootstrap` does.
     """
-    if groups * n_resamples > KEPT:
-        yield from _new_draws(groups, n_resamples, seed)
-        return
-    for counts in _kept_draws(groups, n_resamples, seed):
-        yield counts.astype(np.float64)
-
-
-@lru_cache(1)
-def _kept_draws(
-    groups: int, n_resamples: int, seed: int
-) -> list[NDArray[np.uint8]]:
-    """All draws in little memory, as no cluster is ever drawn more than 255 times."""
-    return [each.astype(np.uint8) for each in _new_draws(groups, n_resamples, seed)]
-
-
-def _new_draws(
-    groups: int, n_resamples: int, seed: int
-) -> Iterator[NDArray[np.float64]]:
-    """Draw clusters with replacement, as :func:`scipy.stats.bootstrap` does."""
     generator, block = np.random.default_rng(seed), max(1, BLOCK // groups)
     for begin in range(0, n_resamples, block):
         count = min(block, n_resamples - begin)
@@ -202,7 +188,7 @@ def _new_draws(
         # counts instead of a copy of all values
         rows += groups * np.arange(count)[:, None]
         counts = np.bincount(rows.ravel(), minlength=count * groups)
-        yield counts.reshape(count, groups).astype(np.float64)
+        yield counts.reshape(count, groups)
 
 
 def _correct(
@@ -457,15 +443,9 @@ def compare(
             p_value = _sign_flip_test(sums, n_resamples, seed)
         results.append(
             Comparison(
-                method=method,
-                baseline=other,
-                num_examples=len(differences),
-                num_nan=len(valid) - len(differences),
-                num_clusters=len(np.unique(groups)),
-                low=float(low),
-                high=float(high),
-                p_value=p_value,
-                p_holm=math.nan,
+                method, other, len(differences), len(valid) - len(differences),
+                len(np.unique(groups)), low=float(low), high=float(high),
+                p_value=p_value, p_holm=math.nan,
                 **_describe(arrays[method][valid], arrays[other][valid]),
             )
         )

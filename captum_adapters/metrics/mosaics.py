@@ -1,6 +1,5 @@
 """Whether relevance is on the image of the asked class: mosaics of several images."""
 
-import warnings
 from random import Random
 from typing import NamedTuple, Optional
 
@@ -11,7 +10,6 @@ from torch import Tensor
 from captum_adapters._validation import (
     Inputs,
     Maps,
-    NegativeMapWarning,
     TargetType,
     as_batch,
     check_images,
@@ -19,6 +17,7 @@ from captum_adapters._validation import (
     double_dtype,
     positive_integer,
     to_tensor,
+    warn_negative_maps,
 )
 from captum_adapters.metrics.sensitivity import summed_maps
 
@@ -316,15 +315,7 @@ def grid_pointing(
         )
     highest, lowest = maps.amax((1, 2)), maps.amin((1, 2))
     empty, constant = highest <= 0, highest == lowest
-    if bool((empty & ~constant).any()):
-        warnings.warn(
-            f"The maps of the examples {(empty & ~constant).nonzero()[:, 0].tolist()}"
-            " have no positive value, and get the level of chance. If relevance started"
-            " from a negative logit, start from the probability ('softmax') or from one"
-            " ('one').",
-            NegativeMapWarning,
-            stacklevel=2,
-        )
+    warn_negative_maps(maps, effect="and the share is that of chance:")
     dtype = double_dtype(maps.device)
     # relative to the highest, whose sum cannot overflow
     positive = maps.clamp(min=0).to(dtype) / highest.where(~empty, 1)[:, None, None]

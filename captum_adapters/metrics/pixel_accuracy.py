@@ -95,10 +95,11 @@ def _unit_scores(
 
 def _accuracy(
     forward_func: Callable[..., Any], images: Tensor, scores: Tensor,
-    transform: Optional[Callable[[Tensor], Tensor]], percents: Percents,
-    target: TargetType, additional_forward_args: object, reference: str,
-    baselines: BaselineType, max_examples_per_batch: Optional[int], show_progress: bool,
-    ties: str, n_orders: int, seed: int, sample_ids: SampleIds,
+    percents: Percents, target: TargetType, additional_forward_args: object,
+    transform: Optional[Callable[[Tensor], Tensor]] = None, *, reference: str = "label",
+    baselines: BaselineType = 0, max_examples_per_batch: Optional[int] = None,
+    show_progress: bool = False, ties: str = "random", n_orders: int = 4, seed: int = 0,
+    sample_ids: SampleIds = None,
 ) -> PixelAccuracy:
     """Predictions for images that keep only the highest scores."""
     batch, total = len(images), scores[0].numel()
@@ -325,9 +326,10 @@ def pixel_accuracy(
     images = check_images(inputs, DIMS)
     scores = _unit_scores(attributions, images, unit, absolute, interpolate)
     return _accuracy(
-        forward_func, images, scores, None, percents, target,
-        additional_forward_args, reference, baselines, max_examples_per_batch,
-        show_progress, ties, n_orders, seed, sample_ids,
+        forward_func, images, scores, percents, target, additional_forward_args,
+        reference=reference, baselines=baselines, show_progress=show_progress,
+        max_examples_per_batch=max_examples_per_batch, ties=ties, n_orders=n_orders,
+        seed=seed, sample_ids=sample_ids,
     )
 
 
@@ -341,16 +343,9 @@ def cross_model_accuracy(
     *,
     unit: str = "pixel",
     absolute: bool = True,
-    reference: str = "label",
-    baselines: BaselineType = 0,
     transform: Optional[Callable[[Tensor], Tensor]] = None,
     resize_selection: bool = False,
-    max_examples_per_batch: Optional[int] = None,
-    show_progress: bool = False,
-    ties: str = "random",
-    n_orders: int = 4,
-    seed: int = 0,
-    sample_ids: SampleIds = None,
+    **options: Any,
 ) -> PixelAccuracy:
     r"""Accuracy of one network on the pixels that are relevant to another one.
 
@@ -365,16 +360,18 @@ def cross_model_accuracy(
 
     Args:
 
-        forward_func, inputs, attributions, percents, target, ...: See
-                :func:`pixel_accuracy`. `target` need not be the label: with the classes
-                that A predicts for the whole images, the result is how often B makes
-                A's decision. With `reference="prediction"`, it is B's own class of the
-                whole image. The paper does not say which of them it used.
+        forward_func, inputs, attributions, percents, unit, absolute, ...: See
+                :func:`pixel_accuracy`.
+        target (int, Tensor or list, optional): It need not be the label: with the
+                classes that A predicts for the whole images, the result is how often B
+                makes A's decision. With `reference="prediction"`, B's own class of the
+                whole image is correct. The paper does not say what it used.
         transform (callable, optional): A function from a batch of masked images to
                 B's inputs, for instance resizing and another normalization.
         resize_selection (bool, optional): Whether attributions may have another height
                 and width than inputs. The share of B's pixels that is kept may differ
                 from that of A's by rounding.
+        **options: Further arguments of :func:`pixel_accuracy`.
 
     Returns:
         PixelAccuracy: As :func:`pixel_accuracy`, with counts of A's pixels or inputs.
@@ -408,7 +405,6 @@ def cross_model_accuracy(
         frame = images.new_empty(()).expand(*images.shape[:2], *size)
     scores = _unit_scores(maps, frame, unit, absolute)
     return _accuracy(
-        forward_func, images, scores, transform, percents, target,
-        additional_forward_args, reference, baselines, max_examples_per_batch,
-        show_progress, ties, n_orders, seed, sample_ids,
+        forward_func, images, scores, percents, target, additional_forward_args,
+        transform, **options,
     )

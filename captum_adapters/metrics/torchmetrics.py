@@ -8,13 +8,14 @@ has repeated to give all processes the same number are counted once.
 
 import inspect
 import zlib
+from types import SimpleNamespace
 from typing import Any, Callable, ClassVar, Generic, Optional, Sequence, TypeVar, Union
 
 import torch
 from torch import Tensor
 
 from captum_adapters._validation import TargetType, positive_integer
-from captum_adapters.metrics._ranking import percent_list, top_counts
+from captum_adapters.metrics._ranking import check_ids, percent_list, top_counts
 from captum_adapters.metrics.conservation import conservation_gap
 from captum_adapters.metrics.insertion_deletion import (
     InsertionDeletion,
@@ -45,7 +46,7 @@ TensorOrTuple = Union[Tensor, tuple[Tensor, ...]]
 SHARED = ("counts", "percents")
 
 
-class Accumulated(Generic[Result]):
+class Accumulated(SimpleNamespace, Generic[Result]):
     """Results of all examples, in the order of their identities.
 
     Attributes:
@@ -57,13 +58,8 @@ class Accumulated(Generic[Result]):
     """
 
     # torchmetrics would turn rows of a single example into numbers in a named tuple
-
-    def __init__(self, sample_ids: Tensor, scores: Result) -> None:
-        self.sample_ids = sample_ids
-        self.scores = scores
-
-    def __repr__(self) -> str:
-        return f"Accumulated(sample_ids={self.sample_ids}, scores={self.scores})"
+    sample_ids: Tensor
+    scores: Result
 
 
 def _gather(tensor: Tensor, group: Optional[Any] = None) -> list[Tensor]:
@@ -134,9 +130,7 @@ class _PerExample(Metric, Generic[Result]):
             )
         result = type(self).function(*args, **kwargs, **self.options)
         rows = (result,) if isinstance(result, Tensor) else result
-        batch = len(rows[0])
-        if len(ids) != batch:
-            raise ValueError(f"There are {len(ids)} sample_ids for {batch} examples.")
+        batch = len(check_ids(ids, len(rows[0])) or ())
         values = dict(zip(self.fields, rows))
         for name, value in values.items():
             if name in SHARED:
@@ -165,7 +159,7 @@ class _PerExample(Metric, Generic[Result]):
             values.append(value)
         is_tensor = self.result_type is Tensor
         scores: Any = values[0] if is_tensor else self.result_type(*values)
-        return Accumulated(ids[first], scores)
+        return Accumulated(sample_ids=ids[first], scores=scores)
 
 
 class _OfNetwork(_PerExample[Result]):

@@ -4,12 +4,11 @@ The feature extractor, up to the third stage, stays as it is, including the stat
 its features are computed once, for each image and its mirror image, and kept in memory in half precision. On these,
 the attention branch, the last stage and the last layer are trained, with the sum of both branches' cross-entropies.
 
-Images are in a folder of folders, one for each class, or in a CSV file (or a folder with labels.csv or manifest.csv)
-with the columns file or image, relative to the CSV file, and class_index. Folders which are not named as the network's
-classes are these classes in alphabetical order.
+Images are in one of the layouts of the evaluator (docs/evaluation.md): a folder of folders, one for each class, or a
+CSV file (or a folder with labels.csv or manifest.csv) with the columns file or image, relative to the CSV file, and
+label or class_index. Folders which are not named as the network's classes are these classes in alphabetical order.
 '''
 import argparse
-import csv
 from pathlib import Path
 
 import torch
@@ -17,10 +16,9 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from captum_adapters.attr.abn import AttentionBranchNetwork, save_abn
+from captum_adapters.evaluation.data import read_samples
 from zennit_resnet.image import read_image
 from zennit_resnet.models import SUFFIXES, load_classifier
-
-IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp')
 
 
 def main():
@@ -189,48 +187,13 @@ def shuffle(items):
 
 def read_items(path, classifier):
     '''Paths and class indices of the images of a folder or CSV file.'''
-    manifests = [path] if path.is_file() else [
-        path / name for name in ('labels.csv', 'manifest.csv') if (path / name).is_file()
-    ]
-    items = read_manifest(manifests[0]) if manifests else read_folders(path, classifier)
-    if not items:
-        raise ValueError(f'there are no images in {path}')
-    n_classes = len(classifier.classes)
-    wrong = [(image, label) for image, label in items if not 0 <= label < n_classes]
-    if wrong:
-        raise ValueError(f'{wrong[0][0]} is of class {wrong[0][1]}, but the network has classes 0 to {n_classes - 1}')
-    return items
-
-
-def read_manifest(path):
-    '''Paths and class indices of the images in a CSV file.'''
-    with open(path, encoding='utf-8', newline='') as file:
-        reader = csv.DictReader(file)
-        column = next((name for name in ('image', 'file') if name in (reader.fieldnames or ())), None)
-        if column is None or 'class_index' not in reader.fieldnames:
-            raise ValueError(f'{path} needs the columns file or image, and class_index, but has {reader.fieldnames}')
-        try:
-            return [(path.parent / row[column], int(row['class_index'])) for row in reader]
-        except (TypeError, ValueError) as error:
-            raise ValueError(f'{path}, line {reader.line_num}: class_index is not an integer') from error
-
-
-def read_folders(path, classifier):
-    '''Paths and class indices of the images in a folder of folders.'''
-    if not path.is_dir():
-        raise ValueError(f'there is no file or folder {path}')
-    folders = sorted(elem for elem in path.iterdir() if elem.is_dir())
-    classes, names = classifier.classes, [elem.name for elem in folders]
-    if not set(names) <= set(classes):
-        if len(names) != len(classes):
-            raise ValueError(
-                f'{path} has {len(names)} folders, which are not named as the {len(classes)} classes of the network'
-            )
-        classes = names
-    return [
-        (image, classes.index(folder.name)) for folder in folders for image in sorted(folder.glob('**/*'))
-        if image.suffix.lower() in IMAGES
-    ]
+    found = read_samples(path, classifier.classes)
+    for message in found.messages:
+        print(message)
+    for sample in found.samples:
+        if sample.label is None or sample.problem:
+            raise ValueError(f'{sample.path}: {sample.problem or "it has no label"}')
+    return [(sample.path, sample.label) for sample in found.samples]
 
 
 if __name__ == '__main__':

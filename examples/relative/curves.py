@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from common import (
+    DEFAULT,
     add_options,
     attribute,
     check_methods,
@@ -34,13 +35,11 @@ from tqdm import tqdm
 
 from captum_adapters.evaluation.metrics import adapt
 from captum_adapters.metrics import cross_model_accuracy, pixel_accuracy
-from zennit_resnet.classic import SETTINGS
 
 VARIANTS = {
     f'{unit}-{kind}': {'unit': unit, 'absolute': kind == 'absolute'}
     for unit in ('pixel', 'input') for kind in ('absolute', 'signed')
 }
-DEFAULT = ('relative_lrp', 'relative_lrp_per_position', *SETTINGS, 'resnet_lrp_ratio', 'input_x_gradient', 'random')
 SHOWN = ('lrp_gamma_0.25', 'lrp_alpha_beta_0.5_0.5', 'lrp_alpha_beta_2_-1', 'relative_lrp')
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import (
+    DEFAULT,
     PERCENTS,
     SHARED,
     add_options,
@@ -32,10 +33,8 @@ from common import (
 from PIL import Image
 
 from captum_adapters.metrics import mask_distance, mask_pointing
-from zennit_resnet.classic import SETTINGS
 from zennit_resnet.image import read_image
 
-DEFAULT = ('relative_lrp', 'relative_lrp_per_position', *SETTINGS, 'resnet_lrp_ratio', 'input_x_gradient', 'random')
 SHOWN = ('lrp_alpha_beta_0.5_0.5', 'relative_lrp')
 
 

@@ -420,13 +420,13 @@ def test_train_errors(train, data, capsys):
     (data / 'broken.csv').write_text('file,class_index\ndata/red/0.png,5\n')
     (data / 'text.csv').write_text('file,class_index\ndata/red/0.png,red\n')
     (data / 'columns.csv').write_text('file,label\ndata/red/0.png,red\n')
-    (data / 'unreadable.csv').write_text('image,class_index\nclassifier.pt,0\nclassifier.pt,1\n')
+    (data / 'unreadable.csv').write_text('image,class_index\nclassifier.pt,2\n')
     for arguments, message in [
         (['--data', data / 'missing'], 'there is no file or folder'),
-        (['--data', data / 'data' / 'red'], 'there are no images'),
-        (['--data', data / 'broken.csv'], 'is of class 5, but the network has classes 0 to 2'),
-        (['--data', data / 'text.csv'], 'line 2: class_index is not an integer'),
-        (['--data', data / 'columns.csv'], 'needs the columns'),
+        (['--data', data / 'data' / 'red'], '0.png: it has no label'),
+        (['--data', data / 'broken.csv'], "0.png: label 'class_index 5' is not a class"),
+        (['--data', data / 'text.csv'], "0.png: label 'class_index red' is not a class"),
+        (['--data', data / 'columns.csv'], "0.png: label 'red' is not a class"),
         (['--data', data / 'unreadable.csv'], 'too few images'),
         (['--data', data, '--validation', data / 'unreadable.csv'], 'classifier.pt: '),
         (['--data', data, '--epochs', 0], '--epochs must be positive'),
