@@ -144,18 +144,6 @@ def explainer(method: Method, **settings: Any) -> Callable[..., NDArray[Any]]:
         returns an array. Keyword arguments, Quantus' `explain_func_kwargs`, replace the
         settings. Only `method` is ignored, as `quantus.evaluate` passes the name under
         which results are listed.
-
-    Examples::
-
-        >>> import numpy as np, torch
-        >>> from captum_adapters.quantus import explainer
-        >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 5))
-        >>> images = np.ones((2, 3, 4, 4), dtype=np.float32)
-        >>> explain_func = explainer(
-        ...     "IntegratedGradients", attribute_kwargs={"n_steps": 8})
-        >>> maps = explain_func(model=net, inputs=images, targets=np.array([1, 4]))
-        >>> maps.shape, maps.dtype
-        ((2, 1, 4, 4), dtype('float32'))
     """
     def explain_func(model: Any, inputs: Any, targets: Any, **kwargs: Any) -> Any:
         """Attributions of a batch of arrays."""

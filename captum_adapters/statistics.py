@@ -315,12 +315,6 @@ def holm(p_values: Scores) -> NDArray[np.float64]:
 
     Raises:
         ValueError: If the p-values are not of shape (n,) or not between 0 and 1.
-
-    Examples::
-
-        >>> from captum_adapters.metrics import holm
-        >>> [round(float(value), 3) for value in holm([0.01, 0.04, 0.03])]
-        [0.03, 0.06, 0.06]
     """
     values = _check_values(p_values, "p_values")
     if values.ndim != 1 or ((values < 0) | (values > 1)).any():

@@ -346,16 +346,6 @@ def keio_areas(result: InsertionDeletion) -> Areas:
 
     Raises:
         ValueError: If there is no other point but the end.
-
-    Examples::
-
-        >>> import torch
-        >>> from captum_adapters.metrics import insertion_deletion, keio_areas
-        >>> images, flat = torch.rand(1, 1, 40, 40), torch.zeros(1, 40, 40)
-        >>> mean = lambda x: x.mean((1, 2, 3))
-        >>> both = insertion_deletion(mean, images, flat, protocol="keio", ties="group")
-        >>> torch.allclose(keio_areas(both).id_score, mean(images))
-        True
     """
     if result.insertion_curve.shape[1] < 2:
         raise ValueError("The curves have a single point, and no area.")

@@ -59,8 +59,7 @@ class MaskDistance(NamedTuple):
     Attributes:
 
         distance (Tensor): Mean distance of the top p % to the mask, (batch, percents).
-                Lower is better, and zero if the mask covers the image. NaN if the mask
-                is empty, or the percentage selects no pixel.
+                Lower is better, and zero if the mask covers the image. NaN as a share.
         chance (Tensor): Mean distance of all pixels, which is the expected distance of
                 a random map, (batch,).
         empty, counts, percents, tied_share (Tensor): See :class:`MaskPointing`.
@@ -223,15 +222,6 @@ def mask_distance(
                 - `None`: nothing, the unit is a pixel.
 
         attributions, masks, percents, ...: See :func:`mask_pointing`, as for errors.
-
-    Examples::
-
-        >>> import torch
-        >>> from captum_adapters.metrics import mask_distance
-        >>> maps = torch.tensor([[[0.1, 0.0, 0.2, 0.9]]])
-        >>> masks = torch.tensor([[[True, False, False, False]]])
-        >>> mask_distance(maps, masks, (25, 50), normalization=None).distance.tolist()
-        [[3.0, 2.5]]
     """
     check_choice("normalization", normalization, ("diagonal", "max", "mean", None))
     scores, inside, counts, values = _rank(

@@ -285,14 +285,6 @@ def grid_pointing(
 
     Warns:
         NegativeMapWarning: If a map varies, but has no positive value.
-
-    Examples::
-
-        >>> import torch
-        >>> from captum_adapters.metrics import grid_pointing
-        >>> maps = torch.tensor([[[3.0, 1.0], [0.0, -5.0]]])
-        >>> grid_pointing(maps, torch.tensor([[[7, 2], [4, 1]]]), target=7).share
-        tensor([0.7500], dtype=torch.float64)
     """
     maps = summed_maps(attributions)
     batch = len(maps)

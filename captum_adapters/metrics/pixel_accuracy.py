@@ -227,16 +227,6 @@ def keep_top(
 
     Raises:
         ValueError: As :func:`pixel_accuracy`.
-
-    Examples::
-
-        >>> import torch
-        >>> from captum_adapters.metrics import keep_top
-        >>> images = torch.arange(1.0, 5.0).view(1, 1, 2, 2)
-        >>> maps = torch.tensor([[[0.1, -0.9], [0.3, 0.2]]])
-        >>> keep_top(images, maps, 50)
-        tensor([[[[0., 2.],
-                  [3., 0.]]]])
     """
     images = check_images(inputs, DIMS)
     scores = _unit_scores(attributions, images, unit, absolute, interpolate)
@@ -375,19 +365,6 @@ def cross_model_accuracy(
 
     Returns:
         PixelAccuracy: As :func:`pixel_accuracy`, with counts of A's pixels or inputs.
-
-    Examples::
-
-        >>> import torch
-        >>> from captum_adapters.metrics import cross_model_accuracy
-        >>> # network B takes smaller images than network A
-        >>> model_b = lambda images: images.flatten(1)
-        >>> resize = lambda images: torch.nn.functional.avg_pool2d(images, 2)
-        >>> images = torch.arange(16.0).view(1, 1, 4, 4)
-        >>> result = cross_model_accuracy(
-        ...     model_b, images, -images[:, 0], (50, 100), 1, transform=resize)
-        >>> result.predictions
-        tensor([[3, 3]])
     """
     images = check_images(inputs, DIMS)
     dims = images.ndim - 2

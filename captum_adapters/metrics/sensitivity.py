@@ -224,27 +224,22 @@ def _to_randomize(
     """Parameters of modules, in the order in which they are randomized."""
     modules = dict(model.named_modules())
     if layers is None:
-        found = {
-            name: list(module.parameters(recurse=False))
-            for name, module in reversed(modules.items())
-        }
-        found = {name: parameters for name, parameters in found.items() if parameters}
+        own = ((name, [*modules[name].parameters(recurse=False)]) for name in modules)
+        found = {name: parameters for name, parameters in own if parameters}
+        found = dict(reversed(found.items()))
     else:
-        layers = [layers] if isinstance(layers, str) else list(layers)
-        for name in layers:
+        found = {}
+        for name in [layers] if isinstance(layers, str) else layers:
             if name not in modules:
                 raise ValueError(
                     f"layers contain {name!r}, but the model has no such module"
                     f"{suggest(name, filter(None, modules))}"
                 )
-        found = {name: list(modules[name].parameters()) for name in layers}
+            found[name] = [*modules[name].parameters()]
     empty = [name for name, parameters in found.items() if not parameters]
     if empty or not found:
-        raise ValueError(
-            f"There are no parameters to randomize in {empty[0]!r}."
-            if empty
-            else "There are no parameters to randomize in any of the layers."
-        )
+        where = repr(empty[0]) if empty else "any of the layers"
+        raise ValueError(f"There are no parameters to randomize in {where}.")
     return found
 
 
@@ -296,18 +291,6 @@ def randomization(
         ValueError: If there is no such layer, one has no parameters, or maps do not fit,
                 or have NaN or infinity.
         TypeError: If the model is no module.
-
-    Examples::
-
-        >>> import torch
-        >>> from captum_adapters.metrics import randomization
-        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Linear(9, 2))
-        >>> images = torch.rand(3, 4, 6)
-        >>> result = randomization(model, lambda model: model[0](images))
-        >>> result.layers, result.pearson.shape
-        (('1', '0'), torch.Size([3, 2]))
-        >>> torch.allclose(result.pearson[:, 0], torch.ones(3).double())
-        True
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model={model!r} is not a torch.nn.Module.")
@@ -386,17 +369,6 @@ def contrastive_insertion_deletion(
     Raises:
         ValueError: As :func:`insertion_deletion`, or if there is no target, or the rival
                 is the target.
-
-    Examples::
-
-        >>> import torch
-        >>> from captum_adapters.metrics import contrastive_insertion_deletion
-        >>> images = torch.tensor([4.0, 3.0, 2.0, 1.0]).view(1, 1, 2, 2)
-        >>> model = lambda x: torch.cat([x.amax((2, 3)), x.mean((2, 3))], 1)
-        >>> result = contrastive_insertion_deletion(
-        ...     model, images, images, target=0, output="identity")
-        >>> result.insertion_curve
-        tensor([[0.0000, 3.0000, 2.2500, 1.7500, 1.5000]])
     """
     check_score(output)
     check_evaluation(forward_func)
