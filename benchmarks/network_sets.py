@@ -206,41 +206,6 @@ def monai():
     yield 'FullyConnectedNet', lambda: nets.FullyConnectedNet(20, 3, [16, 8]), [(20,)]
 
 
-def pytorchcv():
-    '''The smallest networks of each family, and those for CIFAR-10.'''
-    from pytorchcv.model_provider import _models as table
-
-    settings = {'fastscnn_cityscapes': {'in_size': (128, 128)}, 'bisenet_resnet18_celebamaskhq': {'in_size': (128, 128)}}
-
-    def build(name):
-        return table[name](pretrained=False, **settings.get(name, {}))
-
-    skipped = ('56_cifar', '16x64d', '1001', '1202', '542', '272', '250', '190', '236', '200', '164', '110', 'wrn16_10', 'wrn28', 'wrn40', 'a270')
-    names = [name for name in table if re.search(r'cifar10$', name) and not any(part in name for part in skipped)]
-    for name in names:
-        yield name, lambda name=name: build(name), [SMALL]
-    families = {}
-    for name in table:
-        if not re.search(r'cifar|svhn|cub|raft|propainter|jasper|quartznet|voca|nvpatt|visemenet', name):
-            families.setdefault(re.match(r'[a-z]+', name)[0], []).append(name)
-    first = [member for members in families.values() for member in members[:2]]
-    for name in smallest(first, build, 30e6):
-        shape = {'pfpcnet': [(1, 320, 240)], **dict.fromkeys(settings, [(3, 128, 128)])}.get(
-            name, [IMAGE, *((3, size, size) for size in (128, 224, 256, 299, 480))])
-        yield name, lambda name=name: build(name), shape
-
-
-def torchreid():
-    '''Networks for persons.'''
-    from torchreid.reid import models as package
-    for name in ('resnet18', 'resnet50_fc512', 'se_resnet50', 'densenet121', 'resnet50_ibn_a', 'resnet50_ibn_b',
-                 'mobilenetv2_x1_0', 'shufflenet', 'squeezenet1_0', 'squeezenet1_0_fc512', 'shufflenet_v2_x1_0', 'mudeep',
-                 'resnet50mid', 'hacnn', 'pcb_p6', 'mlfn', 'osnet_x0_25', 'osnet_x0_5', 'osnet_ibn_x1_0', 'osnet_ain_x0_25',
-                 'xception', 'nasnsetmobile'):
-        shape = (3, 160, 64) if name == 'hacnn' else (3, 256, 128) if name == 'mudeep' else (3, 128, 64)
-        yield name, lambda name=name: package.build_model(name, 7, pretrained=False, use_gpu=False), [shape, (3, 256, 128)]
-
-
 def braindecode():
     '''Networks for signals.'''
     import mne
@@ -345,15 +310,6 @@ def ultralytics():
                 str(folder / f'{name}.yaml'), verbose=False), [IMAGE]
 
 
-def effdet():
-    '''Class logits of EfficientDet.'''
-    import effdet as package
-    for name in ('tf_efficientdet_lite0', 'efficientdet_d0', 'efficientdetv2_dt', 'cspresdet50', 'resdet50', 'mixdet_m',
-                 'mobiledetv3_large', 'mobiledetv2_110d', 'efficientdet_q0'):
-        yield name, lambda name=name: package.create_model(
-            name, pretrained=False, pretrained_backbone=False, num_classes=5, image_size=(128, 128)), [(3, 128, 128)]
-
-
 def speechbrain():
     '''Networks for speakers, of spectrograms.'''
     from speechbrain.lobes.models import ECAPA_TDNN, ResNet, Xvector
@@ -372,37 +328,6 @@ def speechbrain():
         yield kind, lambda package=package, kind=kind, settings=settings: getattr(package, kind)(**settings), [(50, 20)]
 
 
-def pytorch_tcn():
-    '''Temporal convolutions.'''
-    from pytorch_tcn import TCN
-    for name, settings in {
-        'TCN': {}, 'TCN, batch_norm': dict(use_norm='batch_norm'), 'TCN, gate': dict(use_gate=True),
-        'TCN, skips': dict(use_skip_connections=True), 'TCN, not causal': dict(causal=False),
-        'TCN, layer_norm': dict(use_norm='layer_norm'), 'TCN, weight_norm': dict(use_norm='weight_norm'),
-    }.items():
-        yield name, lambda settings=settings: TCN(3, [8, 8, 8], output_projection=5, **settings), [(3, 40)]
-
-
-def efficientnet_pytorch():
-    '''Two sizes.'''
-    from efficientnet_pytorch import EfficientNet
-    for name in ('efficientnet-b0', 'efficientnet-b1'):
-        yield name, lambda name=name: EfficientNet.from_name(name, num_classes=7), [IMAGE]
-
-
-def pretrainedmodels():
-    '''Networks of Cadene's collection.'''
-    import pretrainedmodels as package
-    sizes = {'nasnetamobile': 224, 'inceptionv3': 299, 'inceptionv4': 299, 'inceptionresnetv2': 299, 'polynet': 299,
-             'bninception': 224, 'xception': 128, 'dpn68': 224, 'squeezenet1_1': 224, 'vgg11_bn': 224, 'alexnet': 224,
-             'se_resnet50': 224, 'senet154': 224, 'se_resnext50_32x4d': 224, 'cafferesnet101': 224}
-    for name in ('alexnet', 'bninception', 'densenet121', 'dpn68', 'inceptionv4', 'nasnetamobile', 'resnet18', 'se_resnet50',
-                 'se_resnext50_32x4d', 'squeezenet1_1', 'vgg11_bn', 'xception', 'cafferesnet101', 'inceptionresnetv2',
-                 'fbresnet152', 'resnext101_32x4d'):
-        size = sizes.get(name, 224)
-        yield name, lambda name=name: getattr(package, name)(num_classes=1000, pretrained=None), [(3, size, size)]
-
-
 def torchaudio():
     '''Networks for sound.'''
     from torchaudio import models
@@ -418,31 +343,6 @@ def torchaudio():
     }
     for name, (build, shape) in table.items():
         yield name, build, [shape]
-
-
-def pytorchvideo():
-    '''Networks for videos.'''
-    from pytorchvideo.models import csn, r2plus1d, resnet, slowfast, x3d
-    settings = dict(model_num_class=5, head_pool_kernel_size=(1, 1, 1), head_output_with_global_average=True)
-    video = [VIDEO, (3, 8, 128, 128)]
-    yield 'slow resnet', lambda: resnet.create_resnet(
-        model_depth=50, stem_dim_out=8, model_num_class=5, head_pool_kernel_size=(4, 2, 2)), video
-    yield 'x3d', lambda: x3d.create_x3d(input_clip_length=4, input_crop_size=64, model_num_class=5), [(3, 4, 64, 64)]
-    yield 'csn', lambda: csn.create_csn(model_depth=50, stem_dim_out=8, **settings), video
-    yield 'r2plus1d', lambda: r2plus1d.create_r2plus1d(model_depth=50, stem_dim_out=8, **settings), video
-
-    class SlowFast(nn.Module):
-        '''Both pathways of one video.'''
-        def __init__(self):
-            super().__init__()
-            self.model = slowfast.create_slowfast(
-                slowfast_channel_reduction_ratio=(4,), stem_dim_outs=(16, 4), model_num_class=5, model_depth=50,
-                head_pool_kernel_sizes=((2, 2, 2), (8, 2, 2)))
-
-        def forward(self, x):
-            return self.model([x[:, :, ::4], x])
-
-    yield 'slowfast', SlowFast, video
 
 
 PACKAGES = {

@@ -11,14 +11,10 @@ from pathlib import Path
 
 import torch
 import torchvision
+from cost import COMPOSITES, memory_status
 from zennit.attribution import Gradient
 
-from zennit_resnet import BlockLRP, RelativeLRP, ResNetLRP
 from zennit_resnet.tracing import trace
-
-COMPOSITES = {
-    'ratio': ResNetLRP, 'symmetric': lambda: ResNetLRP('symmetric'), 'relative': RelativeLRP, 'block': BlockLRP,
-}
 
 
 def variants(model, name, input, start, args):
@@ -54,13 +50,9 @@ def peak(function):
     # give back what was freed, and forget the peak so far
     ctypes.CDLL('libc.so.6').malloc_trim(0)
     Path('/proc/self/clear_refs').write_text('5')
-    before = _status('VmRSS')
+    before = memory_status('VmRSS')
     function()
-    return (_status('VmHWM') - before) / 1024
-
-
-def _status(key):
-    return int(Path('/proc/self/status').read_text().partition(f'{key}:')[2].split()[0])
+    return (memory_status('VmHWM') - before) / 1024
 
 
 def main():
@@ -69,7 +61,7 @@ def main():
     parser.add_argument('--model', default='resnet50')
     parser.add_argument('--sizes', type=int, nargs='+', default=[32, 64, 224])
     parser.add_argument('--batches', type=int, nargs='+', default=[1])
-    parser.add_argument('--names', nargs='+', default=['ratio', 'relative', 'block'], choices=COMPOSITES)
+    parser.add_argument('--names', nargs='+', default=['ratio', 'relative', 'block'], choices=('ratio', 'symmetric', 'relative', 'block'))
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--rounds', type=int, default=15)
     parser.add_argument('--compile', action='store_true', help='takes minutes')
