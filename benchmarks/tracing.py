@@ -16,6 +16,8 @@ from zennit.attribution import Gradient
 
 from zennit_resnet.tracing import trace
 
+NAMES = ('ratio', 'symmetric', 'relative', 'block')
+
 
 def variants(model, name, input, start, args):
     '''Functions to time, by name.'''
@@ -61,7 +63,7 @@ def main():
     parser.add_argument('--model', default='resnet50')
     parser.add_argument('--sizes', type=int, nargs='+', default=[32, 64, 224])
     parser.add_argument('--batches', type=int, nargs='+', default=[1])
-    parser.add_argument('--names', nargs='+', default=['ratio', 'relative', 'block'], choices=('ratio', 'symmetric', 'relative', 'block'))
+    parser.add_argument('--names', nargs='+', default=['ratio', 'relative', 'block'], choices=NAMES)
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--rounds', type=int, default=15)
     parser.add_argument('--compile', action='store_true', help='takes minutes')

@@ -44,12 +44,10 @@ def explain(
     r"""Attributions of a batch of arrays, as an `explain_func` of Quantus.
 
     A method is created for the given model in each call, since the randomization
-    metrics of Quantus compare explanations of several models. The network is used as it
-    is: put it into evaluation mode before.
-
-    Let relevance start from `initial_relevance="one"` with the LRP methods of this
-    package. From a negative logit, as of most classes but the predicted one, z+ has
-    negative maps, in which the most relevant pixels rank last.
+    metrics of Quantus compare explanations of several models. Put the network into
+    evaluation mode before. Let relevance start from `initial_relevance="one"` with the
+    LRP methods of this package: from a negative logit, z+ ranks what is most relevant
+    last.
 
     Args:
 

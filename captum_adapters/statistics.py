@@ -214,9 +214,8 @@ def bootstrap_interval(
 ) -> Interval:
     """Confidence interval of a mean over examples, by the bootstrap.
 
-    Examples are drawn with replacement as often as there are. With `clusters`, whole
-    clusters are drawn instead: examples of a class resemble each other, so that they
-    tell less than their number suggests, and the interval is for other classes too. It
+    Examples are drawn with replacement, or whole `clusters`: examples of a class
+    resemble each other, so that they tell less than their number suggests. The interval
     is too narrow for few clusters: of intervals of 95 %, 93 % contained the mean with
     20 or 40 normally distributed clusters, 90 % with 10, and 84 % with 5.
 

@@ -70,8 +70,8 @@ class InsertionDeletion(NamedTuple):
 
     Attributes:
 
-        insertion (Tensor): Area under the insertion curve, (batch,). Higher is better.
-        deletion (Tensor): Area under the deletion curve, (batch,). Lower is better.
+        insertion, deletion (Tensor): Areas under both curves, (batch,). Insertion is
+                better if it is higher, deletion if it is lower.
         id_score (Tensor): Insertion minus deletion, (batch,).
         insertion_normalized, deletion_normalized (Tensor): Areas on a scale where the
                 score of the blank image is 0, and that of the whole image is 1,
@@ -83,8 +83,8 @@ class InsertionDeletion(NamedTuple):
                 point, (batch, points).
         insertion_curve, deletion_curve (Tensor): Scores, (batch, points).
         insertion_classes, deletion_classes (Tensor): Predicted classes, (batch, points).
-        score_full (Tensor): Score of the whole image, (batch,).
-        score_blank (Tensor): Score after all pixels are deleted, (batch,).
+        score_full, score_blank (Tensor): Scores of the whole image, and after all pixels
+                are deleted, (batch,).
         tied_share (Tensor): Share of pixels whose value is not theirs alone, (batch,).
         distinct_levels (Tensor): Number of distinct values of the map, (batch,).
     """
@@ -136,14 +136,10 @@ def insertion_deletion(
     curves are by Petsiuk et al. 2018, RISE). The areas under both curves are integrated
     by the trapezoidal rule, and the ID score is their difference.
 
-    By default, both curves have the same baseline and both ends, and each pixel counts
-    on the x-axis. Pixels of equal value are never divided. Then the insertion area of a
-    map is the deletion area of its negative, random maps have an expected ID score of
-    0, and so does a constant map.
-
-    The published protocols are presets, see `docs/metrics.md` for what they reward:
-    `"c3"` is the text of C³-LRP, `"keio"` the published code of Otsuki et al. 2024, and
-    `"rise"` that of RISE. What the caller chooses replaces what they prescribe.
+    By default, both curves have the same baseline and both ends, each pixel counts on
+    the x-axis, and pixels of equal value are never divided. Then the insertion area of
+    a map is the deletion area of its negative, and random and constant maps have an
+    (expected) ID score of 0.
 
     Args:
 
@@ -155,14 +151,13 @@ def insertion_deletion(
                 the latter, the shapes below change likewise, and a pixel is a sample of
                 the signal, or a voxel.
         attributions (Tensor, numpy.ndarray or tuple[Tensor]): Attributions of shape
-                (batch, channels, height, width), (batch, 1, height, width) or (batch,
-                height, width), or (height, width) for a single image.
+                (batch, channels or 1, height, width) or (batch, height, width), or
+                (height, width) for a single image.
         baselines (scalar, Tensor, tuple of scalar, or Tensor, optional): What pixels
                 are without their content: a number, or a tensor that can be broadcast
-                to the inputs, such as one of shape (1, channels, 1, 1). `None` is 0 in
-                the space of the inputs: the mean colour if these are normalized. Black
-                is `-mean / std` then, which must be given for `protocol="keio"`, as
-                only the caller knows it.
+                to the inputs, such as one of shape (1, channels, 1, 1). `None` is 0,
+                the mean colour if inputs are normalized. Black is `-mean / std` then,
+                which must be given for `protocol="keio"`.
         target (int, tuple, Tensor, or list, optional): Index of the class whose score
                 is measured, as in Captum. `None` is for networks with a single
                 output only.
@@ -192,7 +187,10 @@ def insertion_deletion(
         max_examples_per_batch (int, optional): The largest number of images to evaluate
                 at a time.
                 Default: None, for 32 or the batch size if that is larger
-        protocol (str, optional): `"keio"`, `"rise"` or `"c3"`, see above.
+        protocol (str, optional): A preset, which other arguments replace: `"c3"` for
+                the text of C³-LRP, `"keio"` for the published code of Otsuki et al.
+                2024, or `"rise"` for that of RISE. `docs/metrics.md` says what they
+                reward.
         show_progress (bool, optional): Whether to show a progress bar.
         step (int, optional): Number of pixels between two points, instead of `n_steps`.
         insertion_baselines (scalar, Tensor, tuple of scalar, or Tensor, optional): What

@@ -120,9 +120,8 @@ def mask_pointing(
 
     with the top pixels :math:`T_p` and the mask :math:`M`: the pointing game of R-LRP
     by Nyiri & Gibaru (section 6.1, figures 24 and 25). The larger the mask, the higher
-    the share of any map; it is to be compared with that of a random map, and with the
-    largest possible one. The pointing game in which the single highest pixel counts is
-    the percentage `Fraction(100, N)`.
+    the share of any map: compare it with `chance` and `ceiling`. The pointing game in
+    which the single highest pixel counts is the percentage `Fraction(100, N)`.
 
     If the top p % divide pixels with equal attributions, then the share is the expected
     one over all their orders: the pixels above, and of the tied ones the fraction that
@@ -131,9 +130,8 @@ def mask_pointing(
 
     Args:
 
-        attributions (Tensor, numpy.ndarray or tuple[Tensor]): Attributions of shape
-                (batch, channels, height, width) or (batch, height, width). Channels are
-                summed. A single map may be of shape (height, width).
+        attributions (Tensor, numpy.ndarray or tuple[Tensor]): See
+                :func:`insertion_deletion`. Channels are summed.
         masks (Tensor or numpy.ndarray): Masks of shape (batch, height, width) or
                 (batch, 1, height, width), 1 or True inside of the object. A single one
                 may be of shape (height, width). For boxes, see :func:`boxes_to_masks`.

@@ -172,14 +172,8 @@ def mosaics(
     In a mosaic it is known where the evidence for a class is. The grid pointing game
     (Böhle et al. 2021, CoDA-Nets) asks for the class of each cell in turn. Focus
     mosaics (Arias-Duart et al. 2021) have two cells of one class, which is asked for,
-    and two of others.
-
-    As published, the game takes only images that are classified correctly and with
-    confidence, the most confident of each class first. Give `scores` for this, and:
-
-    - `model(images).sigmoid()` and a threshold of 0.5 for Böhle et al. (2021; 3 x 3),
-    - `model(images).softmax(1)` and 0.99 for Rao et al. (2022), 0.95 for Gairola et al.
-      (2025, How to Probe).
+    and two of others. As published, the game takes only images that are classified
+    correctly and with confidence: give `scores`, see `docs/metrics.md` for which.
 
     Args:
 
@@ -194,7 +188,8 @@ def mosaics(
                 used again, and mosaics are not independent of each other.
                 Default: None, for as many as there are classes with unused images for
         scores (Tensor, optional): Scores of the classes of each image, of shape (batch,
-                classes).
+                classes). Images of each class are used from the most confident on, if
+                they are classified correctly.
                 Default: None, for all images in random order
         threshold (float, optional): Lowest score of the class of an image.
         rescale (bool, optional): Whether to shrink mosaics to the size of an image, for

@@ -201,8 +201,8 @@ def keep_top(
 ) -> Tensor:
     r"""Images with only their most relevant p % kept.
 
-    These are the pictures, and the inputs of the networks, of the evaluation of R-LRP
-    by Nyiri & Gibaru (sections 4.2 to 5).
+    These are the inputs of the evaluation of R-LRP by Nyiri & Gibaru (sections 4.2
+    to 5).
 
     Args:
 
@@ -263,10 +263,9 @@ def pixel_accuracy(
     figures 9 to 21): of each image, the p % with the largest attributions are kept (see
     :func:`keep_top`), the rest is replaced, and the network predicts a class again.
 
-    Pixels with equal attributions have no order. Where a percentage divides them, which
-    of them are kept is left to chance: there are several random orders, the same in
-    each run, and `accuracy` is the mean over these. Images that keep the same number of
-    pixels are evaluated once.
+    Where a percentage divides pixels with equal attributions, which of them are kept is
+    left to chance: there are several random orders, the same in each run, and
+    `accuracy` is the mean over these.
 
     Args:
 
@@ -285,9 +284,8 @@ def pixel_accuracy(
                 as the paper does on ImageNet.
         additional_forward_args, max_examples_per_batch, show_progress: See
                 :func:`insertion_deletion`.
-        n_orders (int, optional): Number of random orders over which `accuracy` is
-                averaged where a percentage divides ties, and for which as many images
-                are evaluated. Every second one is the reverse of the one before.
+        n_orders (int, optional): Number of these orders, for which as many images are
+                evaluated. Every second one is the reverse of the one before.
 
     Returns:
         PixelAccuracy: A named tuple of tensors on the device of the inputs.

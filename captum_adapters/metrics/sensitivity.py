@@ -189,9 +189,8 @@ def class_sensitivity(
     Args:
 
         attributions, other_attributions (Tensor, numpy.ndarray or tuple[Tensor]):
-                Attributions of shape (batch, channels, height, width) or (batch,
-                height, width), or (height, width) for a single image, of the same
-                height and width. Channels are summed.
+                Attributions of the same height and width, see
+                :func:`insertion_deletion`. Channels are summed.
         dims (int, optional): 1 for signals, with attributions of shape (batch,
                 channels, length) or (batch, length), 3 for volumes or videos. Windows
                 of SSIM have as many dimensions.
@@ -264,9 +263,8 @@ def randomization(
     that is constant stays as it is. Afterwards, also after an error, the model's
     parameters and buffers are what they were, bit for bit.
 
-    Relevance that starts from a logit changes its sign if the logit does: start from the
-    probability, or from one. Choose the class beforehand, not by the prediction of the
-    randomized network.
+    Start relevance from the probability or from one, as logits change their sign, and
+    choose the class beforehand, not by the prediction of the randomized network.
 
     Args:
 
@@ -352,14 +350,11 @@ def contrastive_insertion_deletion(
 
     Args:
 
-        forward_func, inputs, attributions, baselines, additional_forward_args: See
-                :func:`insertion_deletion`. The output must be of shape (batch,
-                classes).
         target (int, Tensor, or list): Index of the class that is explained.
         rival (int, Tensor, or list, optional): Index of the class it is compared with.
                 Default: None, for the highest other class of the whole image
-        output, max_examples_per_batch: See :func:`insertion_deletion`.
-        **options: Further arguments of :func:`insertion_deletion`.
+        forward_func, inputs, attributions, output, ...: See :func:`insertion_deletion`,
+                as for `**options`. The output must be of shape (batch, classes).
 
     Returns:
         InsertionDeletion: A named tuple of tensors with a row for each example. All
