@@ -10,39 +10,30 @@ import copy
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
 
 CONVOLUTIONAL, TRANSFORMER = 'convolutional', 'transformer'
 CNN, ALL = frozenset((CONVOLUTIONAL,)), frozenset((CONVOLUTIONAL, TRANSFORMER))
-PATCHES = 'patches classes of torch.nn, and with gamma of Zennit, for the whole process; taken back here'
 ZENNIT = metadata.version('zennit')
-TITLES = {
-    'zennit': 'Zennit', 'captum': 'Captum', 'grad-cam': 'pytorch-grad-cam', 'torchcam': 'torch-cam', 'lxt': 'LXT',
-    'zennit-resnet': 'this project',
-}
 
 
-@dataclass(frozen=True)
-class Peer:
+class Peer(NamedTuple):
     '''A method of a library.
 
     Attributes
     ----------
-    package: str
-        Name of the distribution that it is in.
     create: callable
         From a model, which the method may change, and a classifier to ``explain``: a function of normalized images of
         shape (N, 3, height, width) and classes of shape (N,) that returns relevance of shape (N, 3, height, width), or
         (N, height, width) from methods with one value per pixel. The classifier has ``bounds()`` (normalized black and
-        white), ``cam_layer`` (a module of the model) and optionally ``forward_batch``.
+        white), ``cam_layer`` (a module of the model) and ``forward_batch``.
     sums_to: str, optional
         What the relevance of an image is supposed to sum to: ``'logit'``, ``'one'``, or ``'difference to baseline'``
         (of the logit, to that of zeros).
@@ -50,28 +41,15 @@ class Peer:
         The module that has to be there.
     kinds: frozenset[str]
         Networks that it is made for.
-    note: str
-        What a user has to do or to know.
     '''
-    package: str
     create: Callable
     sums_to: Optional[str]
     needs: str
     kinds: frozenset
-    note: str = ''
-
-    @property
-    def library(self):
-        '''Title and version.'''
-        try:
-            version = metadata.version(self.package)
-        except metadata.PackageNotFoundError:
-            version = ''
-        return f'{TITLES.get(self.package, self.package)} {version}'.strip()
 
 
-def available(names, kind=None):
-    '''Methods whose modules are installed, and which are made for that kind of network if it is given, by name.
+def available(names, kind):
+    '''Methods whose modules are installed, and which are made for that kind of network, by name.
 
     What is missing is said on stderr. A ValueError is raised if there is no such method.
     '''
@@ -82,7 +60,7 @@ def available(names, kind=None):
         peer = METHODS[name]
         if find_spec(peer.needs) is None:
             print(f'{name}: left out, as the module {peer.needs} is not installed', file=sys.stderr)
-        elif kind is None or kind in peer.kinds:
+        elif kind in peer.kinds:
             found[name] = peer
     return found
 
@@ -122,7 +100,7 @@ def _captum(model, classifier, name, **options):
 
 def _integrated_gradients(model, classifier, n_steps=20):
     '''Integrated gradients from zeros, the default of Captum.'''
-    size = getattr(classifier, 'forward_batch', 32)
+    size = classifier.forward_batch
     return lambda images, targets: import_module('captum.attr').IntegratedGradients(model).attribute(
         images, target=targets, n_steps=n_steps, internal_batch_size=max(size, len(images))
     )
@@ -197,7 +175,7 @@ def _finer_cam(model, classifier, alpha=1., count=3):
 def _score_cam(model, classifier):
     '''Score-CAM of torch-cam.'''
     from torchcam.methods import ScoreCAM
-    size = getattr(classifier, 'forward_batch', 32)
+    size = classifier.forward_batch
 
     def explain(images, targets):
         with torch.no_grad(), ScoreCAM(model, classifier.cam_layer, batch_size=size) as cam:
@@ -213,15 +191,10 @@ def _score_cam(model, classifier):
 def _rise(model, classifier, count=1000):
     '''RISE of this project.'''
     from captum_adapters.attr import RISE
-    size = getattr(classifier, 'forward_batch', 32)
+    size = classifier.forward_batch
     return lambda images, targets: RISE(model).attribute(
         images, targets, n_masks=count, perturbations_per_eval=size
     )[:, 0]
-
-
-def rise(count):
-    '''RISE with a number of masks.'''
-    return Peer('zennit-resnet', partial(_rise, count=count), None, 'captum_adapters', ALL, f'{count} masks')
 
 
 @contextmanager
@@ -281,10 +254,7 @@ def add_dynamic_lrp(path):
     if not (folder / 'lrp_engine' / 'lrp.py').is_file():
         raise ValueError(f'{path} is no checkout of DynamicLRP: there is no src/lrp_engine/lrp.py')
     sys.path.append(str(folder))
-    METHODS['DynamicLRP'] = Peer(
-        'dynamicLRP', _dynamic_lrp, 'logit', 'lrp_engine', ALL,
-        'batch normalization is merged before; gamma 125 for convolutions',
-    )
+    METHODS['DynamicLRP'] = Peer(_dynamic_lrp, 'logit', 'lrp_engine', ALL)
 
 
 def _dynamic_lrp(model, classifier):
@@ -314,32 +284,26 @@ def _dynamic_lrp(model, classifier):
 
 METHODS = {
     **{
-        f'Zennit {ZENNIT} {name}': Peer('zennit', partial(_zennit, composite=name), 'logit', 'zennit', CNN)
+        f'Zennit {ZENNIT} {name}': Peer(partial(_zennit, composite=name), 'logit', 'zennit', CNN)
         for name in ('EpsilonPlus', 'EpsilonPlusFlat', 'EpsilonGammaBox')
     },
-    'Captum LRP': Peer('captum', partial(_captum, name='LRP'), 'logit', 'captum', ALL),
-    'Captum Input x Gradient': Peer('captum', partial(_captum, name='InputXGradient'), None, 'captum', ALL),
-    'Captum Integrated Gradients': Peer(
-        'captum', _integrated_gradients, 'difference to baseline', 'captum', ALL, '20 steps from zeros',
-    ),
-    'Captum Guided Backprop': Peer('captum', partial(_captum, name='GuidedBackprop'), None, 'captum', CNN),
-    'Captum Guided Grad-CAM': Peer('captum', _guided_grad_cam, None, 'captum', CNN),
-    'Captum DeepLift': Peer(
-        'captum', partial(_captum, name='DeepLift'), 'difference to baseline', 'captum', ALL, 'the network as it is',
-    ),
-    'Captum DeepLift, ReLUs apart': Peer(
-        'captum', _deep_lift, 'difference to baseline', 'captum', CNN, 'a copy, where each call of a ReLU is a module',
-    ),
+    'Captum LRP': Peer(partial(_captum, name='LRP'), 'logit', 'captum', ALL),
+    'Captum Input x Gradient': Peer(partial(_captum, name='InputXGradient'), None, 'captum', ALL),
+    'Captum Integrated Gradients': Peer(_integrated_gradients, 'difference to baseline', 'captum', ALL),
+    'Captum Guided Backprop': Peer(partial(_captum, name='GuidedBackprop'), None, 'captum', CNN),
+    'Captum Guided Grad-CAM': Peer(_guided_grad_cam, None, 'captum', CNN),
+    'Captum DeepLift': Peer(partial(_captum, name='DeepLift'), 'difference to baseline', 'captum', ALL),
+    'Captum DeepLift, ReLUs apart': Peer(_deep_lift, 'difference to baseline', 'captum', CNN),
     **{
-        f'grad-cam {name}': Peer('grad-cam', partial(_grad_cam, name=name), None, 'pytorch_grad_cam', CNN)
+        f'grad-cam {name}': Peer(partial(_grad_cam, name=name), None, 'pytorch_grad_cam', CNN)
         for name in ('GradCAM', 'GradCAMPlusPlus', 'LayerCAM')
     },
-    'grad-cam FinerCAM': Peer('grad-cam', _finer_cam, None, 'pytorch_grad_cam', CNN),
-    'grad-cam EigenCAM': Peer(
-        'grad-cam', partial(_grad_cam, name='EigenCAM'), None, 'pytorch_grad_cam', CNN, 'the same for all classes',
-    ),
-    'torch-cam ScoreCAM': Peer('torchcam', _score_cam, None, 'torchcam', CNN),
-    'RISE': rise(1000),
-    'LXT': Peer('lxt', _lxt, 'logit', 'lxt', frozenset((TRANSFORMER,)), PATCHES),
-    'LXT, gamma': Peer('lxt', partial(_lxt, gamma=(.25, .05)), 'logit', 'lxt', frozenset((TRANSFORMER,)), PATCHES),
+    'grad-cam FinerCAM': Peer(_finer_cam, None, 'pytorch_grad_cam', CNN),
+    # the same for all classes
+    'grad-cam EigenCAM': Peer(partial(_grad_cam, name='EigenCAM'), None, 'pytorch_grad_cam', CNN),
+    'torch-cam ScoreCAM': Peer(_score_cam, None, 'torchcam', CNN),
+    'RISE': Peer(_rise, None, 'captum_adapters', ALL),
+    # patches classes of torch.nn, and with gamma of Zennit, for the whole process; taken back here
+    'LXT': Peer(_lxt, 'logit', 'lxt', frozenset((TRANSFORMER,))),
+    'LXT, gamma': Peer(partial(_lxt, gamma=(.25, .05)), 'logit', 'lxt', frozenset((TRANSFORMER,))),
 }

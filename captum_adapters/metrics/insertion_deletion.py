@@ -287,8 +287,8 @@ def insertion_deletion(
         logits = result if result.ndim <= 2 else scores
         if part.start == 0:
             check_range(scores, index)
-            same = [batch, *[-1] * (scores.ndim - 1)]
-            blank.extend(choose(scores[:1].expand(same), logits[:1].expand(same), index))
+            first = [0] * batch
+            blank.extend(choose(scores[first], logits[first], index))
         return choose(scores, logits, None if index is None else index[examples[part]])
 
     scores, classes = forward_in_chunks(
