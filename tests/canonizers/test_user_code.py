@@ -260,6 +260,22 @@ def test_computed_weights(create, how):
     torch.testing.assert_close(model.conv.weight, expected.conv.weight)
 
 
+@pytest.mark.parametrize('create', [EpsilonPlus, lambda: EpsilonPlus(zero_params='bias')])
+@pytest.mark.parametrize('layer', ['stem', 'head'])
+def test_computed_bias(create, layer):
+    '''Zennit's rules neither clamp nor remove a bias that is no parameter, which is an error. Others need not.'''
+    model = network()
+    model.stem = nn.Conv2d(3, 4, 3, padding=1)
+    expected = explain(model, ResNetLRP())
+    prune.identity(getattr(model, layer), 'bias')
+    check(explain(model, ResNetLRP()), expected)
+    if layer == 'stem' or create is not EpsilonPlus:
+        with pytest.raises(RuntimeError, match=f'{layer} .* computes its bias'):
+            explain(model, with_splitting(create()))
+    else:
+        explain(model, with_splitting(create()))
+
+
 def test_weights_of_earlier_call():
     '''Functional convolutions have the weights of their own forward pass, whatever was run since.'''
     class Bank(nn.Module):
