@@ -87,11 +87,12 @@ def trace(model, composite, input, output=None, rule_dtype=None):
 
 
 def state_of(model):
-    '''What changes if the weights or the mode of a network change, so that it has to be traced again.'''
-    tensors = [*model.parameters(), *model.buffers()]
-    return [(id(elem), elem.data_ptr(), version_of(elem)) for elem in tensors], [
-        module.training for module in model.modules()
-    ]
+    '''What changes if weights, modules, hooks or settings of a network change, so that it has to be traced again.'''
+    tensors, kinds = [*model.parameters(), *model.buffers()], (bool, int, float, str, tuple, type(None))
+    return [(id(elem), elem.data_ptr(), version_of(elem)) for elem in tensors], [(
+        id(module), list(module._modules), list(module._forward_pre_hooks), list(module._forward_hooks),
+        {key: elem for key, elem in vars(module).items() if isinstance(elem, kinds) or key == 'forward'},
+    ) for module in model.modules()]
 
 
 class TracedAttribution(torch.nn.Module):

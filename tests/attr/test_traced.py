@@ -1,6 +1,7 @@
 """Attributions that are recorded as a graph are those that are not."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -79,6 +80,33 @@ def test_other_weights(net, images):
     assert not torch.equal(copy.deepcopy(lrp).attribute(images, 3), before)
     with pytest.raises(RuntimeError, match="eval"):
         ResNetLRP(net.train(), traced=True).attribute(images, 3)
+
+
+def change_output(net):
+    """Change a network by a hook."""
+    net.bn1.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def change_setting(net):
+    """Change a setting of a module."""
+    net.bn1.eps = 1.0
+
+
+def change_forward(net):
+    """Change what a module computes."""
+    net.bn1.forward = types.MethodType(lambda self, x: x + self.bias[:, None, None], net.bn1)
+
+
+@pytest.mark.parametrize("change", [change_output, change_setting, change_forward])
+def test_other_settings(net, images, change):
+    """So is one whose hooks, settings or functions have changed."""
+    net = copy.deepcopy(net)
+    lrp = ResNetLRP(net, traced=True)
+    before = lrp.attribute(images, 3)
+    change(net)
+    expected = ResNetLRP(net).attribute(images, 3)
+    assert torch.allclose(lrp.attribute(images, 3), expected, atol=1e-12)
+    assert not torch.allclose(before, expected)
 
 
 def test_noise_tunnel(net, images):
