@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from zennit.core import Composite
 
 from ._autograd import divides_by_output
-from ._compat import is_recorded, module_around, origin_of_call, version_of
+from ._compat import hooks_of, is_recorded, module_around, origin_of_call, pre_hooks_of, version_of
 from ._graphs import fold, is_constant, lower_precision, record, simplify, write_in_place
 from .arguments import check_choice, check_module, check_rule, describe
 from .attribution import check_key, select_output
@@ -90,7 +90,7 @@ def state_of(model):
     '''What changes if weights, modules, hooks or settings of a network change, so that it has to be traced again.'''
     tensors, kinds = [*model.parameters(), *model.buffers()], (bool, int, float, str, tuple, type(None))
     return [(id(elem), elem.data_ptr(), version_of(elem)) for elem in tensors], [(
-        id(module), list(module._modules), list(module._forward_pre_hooks), list(module._forward_hooks),
+        id(module), list(module._modules), list(pre_hooks_of(module)), list(hooks_of(module)),
         {key: elem for key, elem in vars(module).items() if isinstance(elem, kinds) or key == 'forward'},
     ) for module in model.modules()]
 
