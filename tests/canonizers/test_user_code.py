@@ -544,6 +544,8 @@ TRAINED = {
     'alpha_dropout': lambda x: F.alpha_dropout(x, .5, True),
     'rrelu': lambda x: F.rrelu(x, training=True),
     'batch_norm': lambda x: F.batch_norm(x, *STATISTICS, training=True),
+    'attention': lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=.1),
+    'attention by position': lambda x: F.scaled_dot_product_attention(x, x, x, None, .1),
 }
 NOT_TRAINED = {
     'dropout': lambda x: F.dropout(x, training=False),
@@ -551,6 +553,7 @@ NOT_TRAINED = {
     'alpha_dropout': F.alpha_dropout,
     'rrelu': F.rrelu,
     'batch_norm': lambda x: F.batch_norm(x, *STATISTICS),
+    'attention': lambda x: F.scaled_dot_product_attention(x, x, x, None, 0.),
     'normalization of another kind': (
         lambda x: F.batch_norm(x.flatten(0, 1)[None], None, None, training=True)[0].view_as(x)
     ),
@@ -582,6 +585,25 @@ def test_module_in_training(create, module):
         explain(model, create())
     model.act.eval()
     explain(model, create())
+
+
+class Attention(nn.MultiheadAttention):
+    '''Attention of a sequence to itself.'''
+    def forward(self, x):
+        '''Attend.'''
+        return super().forward(x, x, x, need_weights=False)[0]
+
+
+@pytest.mark.parametrize('create', [ResNetLRP, BlockLRP])
+def test_attention_in_training(create):
+    '''Attention has a dropout of its own, which is no module.'''
+    model, input = nn.Sequential(Attention(4, 2, dropout=.5, batch_first=True), nn.Linear(4, 3)), torch.rand(2, 3, 4)
+    input.requires_grad_()
+    with create().context(model), pytest.raises(RuntimeError, match=r'0 \(Attention\) is in training mode'):
+        model(input)
+    model[0].dropout = 0.
+    with create().context(model):
+        model(input)
 
 
 @torch.jit.script

@@ -21,6 +21,7 @@ def varies(module):
     # frozen modules of torch.jit have no mode
     return getattr(module, 'training', False) and (
         isinstance(module, kinds) or type(module).__name__.startswith(('Drop', 'StochasticDepth'))
+        or isinstance(module, torch.nn.MultiheadAttention) and module.dropout > 0
     )
 
 

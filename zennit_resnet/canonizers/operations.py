@@ -144,7 +144,7 @@ TABLE = (
     _entry('softmax log_softmax special_softmax special_log_softmax', attention.softmax, reduces=(1, None)),
     _entry('_softmax _log_softmax', attention.softmax),
     # attention
-    _entry('scaled_dot_product_attention', attention.scaled_dot_product),
+    _entry('scaled_dot_product_attention', attention.scaled_dot_product, training=(4, 0.)),
     _entry('multi_head_attention_forward', attention.multi_head),
     # averages, maxima and other functions over positions or dimensions
     _entry('''
@@ -225,7 +225,8 @@ def is_training(func, name, args, kwargs):
     '''Whether a function for training has an output for a sample that depends on chance or on the other samples.'''
     position, default = TRAINING[name]
     given = dict(enumerate(args))
-    if not given.get(position, kwargs.get('training', kwargs.get('train', default))):
+    flags = (kwargs[key] for key in ('training', 'train', 'dropout_p') if key in kwargs)
+    if not given.get(position, next(flags, default)):
         return False
     if 'dropout' in name:
         return given.get(1, kwargs.get('p', .5)) > 0
