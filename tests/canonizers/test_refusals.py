@@ -1,4 +1,5 @@
 '''What cannot be explained as it is: errors that say what to do, or a map of what was meant, and a warning.'''
+import copy
 import types
 import warnings
 
@@ -351,6 +352,40 @@ def test_quantized():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), quantized.Conv2d(4, 4, 3))
     with pytest.raises(TypeError, match=r'1 \(Conv2d\).*quantized'):
         Gradient(model, ResNetLRP())(images(torch.float), initial_relevance(1))
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_modules_for_functions():
+    '''Networks that may be quantized later call modules for functions, which are float until then.'''
+    functional = pytest.importorskip('torch.ao.nn.quantized').FloatFunctional
+
+    class Quantizable(nn.Module):
+        '''A residual block.'''
+        def __init__(self, add):
+            super().__init__()
+            self.conv, self.add = nn.Conv2d(3, 3, 3, padding=1), add
+
+        def forward(self, x):
+            '''The sum of both branches.'''
+            return self.add(x, self.conv(x)).relu().mean((2, 3))
+
+    model, add = Quantizable(torch.add).eval(), functional()
+    expected = explain(model, ResNetLRP())
+    model.functional, model.add = add, add.add
+    torch.testing.assert_close(explain(model, ResNetLRP()), expected)
+
+
+@pytest.mark.parametrize('create', [ResNetLRP, BlockLRP])
+def test_made_in_inference_mode(create):
+    '''Weights that were made in inference mode have no gradient. A copy has, and nothing is left changed.'''
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(3)).eval()
+        model(torch.rand(1, 3, 8, 8))
+    with pytest.raises(TypeError, match=r"0 \(Conv2d\) has 'weight', which was created in torch.inference_mode.*deepcopy"):
+        create().register(model)
+    assert not model[0]._forward_pre_hooks and model[0].weight.requires_grad
+    with create().context(copy.deepcopy(model)) as network:
+        network(torch.rand(1, 3, 8, 8, requires_grad=True)).sum().backward()
 
 
 def test_sharded():

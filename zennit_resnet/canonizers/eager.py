@@ -78,6 +78,12 @@ def _obstacle(module):
     '''What keeps rules from being attached to a module, None if nothing does.'''
     if isinstance(module, torch.jit.ScriptModule):
         return 'is a ScriptModule, to which no rules can be attached: use the module it was made from'
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None and tensor.is_inference():
+            return (
+                f'has {name!r}, which was created in torch.inference_mode(), and there is no gradient by such tensors: '
+                'explain copy.deepcopy(model), which is made outside of it'
+            )
     if isinstance(module, torch.nn.DataParallel) and len(module.device_ids) > 1:
         return (
             'runs replicas of its module on several devices, to which no rules are attached: use the module inside, '
@@ -88,7 +94,9 @@ def _obstacle(module):
             'is sharded among processes, and rules need whole weights: explain the network before fully_shard or '
             'FullyShardedDataParallel'
         )
-    if 'quantized' in type(module).__module__.split('.'):
+    # modules for functions, of networks that may be quantized later, are float
+    is_float = type(module).__name__ in ('FloatFunctional', 'FXFloatFunctional')
+    if 'quantized' in type(module).__module__.split('.') and not is_float:
         return 'is quantized, and rules need floating point numbers: explain the network before it is converted'
     return None
 
