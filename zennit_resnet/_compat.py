@@ -15,7 +15,7 @@ import torch
 # pylint: disable=unused-import
 from torch._C import DisableTorchFunction  # noqa: F401
 from torch._C import _set_grad_enabled as set_grad_enabled  # noqa: F401
-from torch._ops import OpOverload  # noqa: F401
+from torch._ops import OpOverload, OpOverloadPacket  # noqa: F401
 from torch._subclasses.fake_tensor import is_fake  # noqa: F401
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter as keep_version  # noqa: F401
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
