@@ -9,7 +9,7 @@ import types
 import torch
 from zennit.types import AvgPool, Convolution, Linear, MaxPool
 
-from ._compat import DisableTorchFunction
+from ._compat import DisableTorchFunction, OpOverload, OpOverloadPacket
 from .layer import Addition, Signed
 
 # Functions, and modules in place of them, of which the output has no negative values.
@@ -18,6 +18,8 @@ RELU_MODULES = tuple(
     getattr(torch.nn, name) for name in 'ReLU ReLU6 Sigmoid Hardsigmoid Softmax Softplus'.split()
 )
 COPIES = ('Clone', 'ToCopy')
+# Packages and namespaces of which functions are known by their names.
+PACKAGES = frozenset('torch aten prims torchvision'.split())
 # Functions that move elements along the dimensions they name.
 REORDERS = (
     'Stack', 'Cat', 'Unbind', 'Select', 'Slice', 'Split', 'Transpose', 'Permute', 'Flip', 'Roll', 'Index', 'TBackward',
@@ -41,9 +43,21 @@ ARITHMETIC = PRODUCTS | frozenset('Add Sub Rsub Mul Div Addcmul Addcdiv Lerp Whe
 
 
 def name_of(function):
-    '''Name of a function, without that of an overload, which those of exported networks have (``add.Tensor``).'''
+    '''Name of a function, without that of an overload, which those of exported networks have (``add.Tensor``).
+
+    Those of other packages, which may compute anything by names that PyTorch has, have that of the package before it.
+    '''
     name = getattr(function, '__name__', None)
-    return str(function) if name is None else name.partition('.')[0]
+    if name is None:
+        return str(function)
+    name = name.partition('.')[0]
+    if isinstance(function, (OpOverload, OpOverloadPacket)):
+        package = str(function).partition('.')[0]
+    elif isinstance(function, types.FunctionType):
+        package = str(function.__module__).partition('.')[0]
+    else:
+        return name
+    return name if package in PACKAGES else f'{package}.{name}'
 
 
 def nodes_of(tensors):

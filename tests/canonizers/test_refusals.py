@@ -336,6 +336,28 @@ def test_functions_that_run_modules_again(create, kept, with_parameters):
         explain(outer, create())
 
 
+@torch.overrides.wrap_torch_function(lambda x, y: (x, y))
+def add(x, y):
+    '''Not what its name is in PyTorch.'''
+    return x - 3 * y
+
+
+def test_functions_of_other_packages():
+    '''Functions of other packages may have the name of one of PyTorch, and compute anything.'''
+    with pytest.raises(UnsupportedOperation, match=r'\'\w+\.add\''):
+        explain(Net(lambda x: add(x, x.sigmoid())), ResNetLRP())
+    if hasattr(torch.library, 'custom_op'):
+        operator = torch.library.custom_op('zennit_resnet_tests::relu', mutates_args=())(negative)
+        operator.register_autograd(lambda ctx, gradient: -gradient)
+        with pytest.raises(UnsupportedOperation, match=r'\'zennit_resnet_tests\.relu\''):
+            explain(Net(torch.ops.zennit_resnet_tests.relu), ResNetLRP())
+
+
+def negative(x: torch.Tensor) -> torch.Tensor:
+    '''The negative.'''
+    return -x
+
+
 def test_functions_that_run_no_modules():
     '''If the gradient is the rule, that of such a function is as good as any.'''
     relevance = explain(Net(Doubled.apply), BlockLRP())
