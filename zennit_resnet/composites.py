@@ -5,6 +5,7 @@ import torch
 from torch.nn.utils.parametrize import type_before_parametrizations
 from zennit.composites import LayerMapComposite, register_composite
 from zennit.core import Composite
+from zennit.rules import Pass
 from zennit.torchvision import ResNetCanonizer
 from zennit.types import Activation, AvgPool, BatchNorm, Convolution, MaxPool
 
@@ -239,7 +240,9 @@ class SplittingComposite(_Transaction, Composite):
         '''The splitting rule for additions, and the hook of the other composite for anything else.'''
         if isinstance(module, Addition):
             return self.rule
-        return self.composite.module_map(ctx, name, module)
+        hook = self.composite.module_map(ctx, name, module)
+        # one of Zennit's activations, of which three inputs cannot pass relevance: what it computes has rules
+        return None if isinstance(module, torch.nn.MultiheadAttention) and isinstance(hook, Pass) else hook
 
 
 def with_splitting(composite, rule=None):

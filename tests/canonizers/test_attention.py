@@ -7,10 +7,19 @@ from helpers.state import Snapshot
 from torch import nn
 from torchvision.models import swin_transformer as swin
 from zennit.attribution import Gradient
+from zennit.composites import EpsilonPlus, EpsilonPlusFlat
 
 from captum_adapters.attr import LayerRelevance
 from captum_adapters.attr import ResNetLRP as CaptumResNetLRP
-from zennit_resnet import BlockLRP, RelativeLRP, ResNetLRP, UnsupportedOperation, initial_relevance
+from zennit_resnet import (
+    BlockLRP,
+    RelativeLRP,
+    ResidualCanonizer,
+    ResNetLRP,
+    UnsupportedOperation,
+    initial_relevance,
+    with_splitting,
+)
 from zennit_resnet.conservation import assert_conserved, conservation_ledger
 from zennit_resnet.methods import Method
 
@@ -107,6 +116,19 @@ def test_relative(name):
     else:
         with pytest.raises(ValueError, match='one at a time'):
             explain(model, x, RelativeLRP())
+
+
+@pytest.mark.parametrize('create', [EpsilonPlus, EpsilonPlusFlat])
+def test_composites_of_zennit(create):
+    '''Zennit has a rule for attention as an activation, which is left out: that of a single input has no three.'''
+    model, images = vit().double().eval(), torch.rand(2, 3, 32, 32).double()
+    nn.init.normal_(model.heads.head.weight)
+    with Gradient(model=model, composite=with_splitting(create(epsilon=1e-9, zero_params='bias'))) as attributor:
+        _, relevance = attributor(images, initial_relevance([1, 2], 'one'))
+    assert bool(relevance.isfinite().all()) and bool(relevance.any())
+    composite = create(canonizers=[ResidualCanonizer()])
+    with composite.context(model), pytest.raises(RuntimeError, match=r'self_attention.*Pass only knows of one tensor'):
+        model(images.requires_grad_())
 
 
 def test_values_without_input():

@@ -213,6 +213,38 @@ def test_forward_of_instance(create):
         check(explain(model, create()), explain(expected, create()))
 
 
+class ByKeyword(Net):
+    '''The same network, which gives layers their input by its name.'''
+    def forward(self, x):
+        '''Logits.'''
+        x = F.relu(self.bn1(input=self.stem(input=x)))
+        x = F.relu(x + self.act(self.bn2(input=self.conv(input=x))))
+        return self.head(input=x.mean((2, 3)))
+
+
+@all_composites
+def test_called_by_keyword(create):
+    '''Layers may be given their input by its name.'''
+    model, expected = network(), explain(network(), create())
+    model.__class__ = ByKeyword
+    check(explain(model, create()), expected)
+
+
+def test_further_arguments():
+    '''Rules of Zennit would run a layer again without further arguments, those of this package do not.'''
+    class Upsampled(Net):
+        '''A transposed convolution to a given size.'''
+        def forward(self, x):
+            '''Logits.'''
+            return super().forward(self.up(x, output_size=[16, 16]))
+
+    model = network()
+    model.__class__, model.up = Upsampled, nn.ConvTranspose2d(3, 3, 3, 2, 1)
+    explain(model, ResNetLRP())
+    with pytest.raises(RuntimeError, match=r'up \(ConvTranspose2d\) is called with 2 arguments.*output_padding'):
+        explain(model, with_splitting(EpsilonPlus()))
+
+
 def test_checkpointed_function():
     '''Functions that checkpointing runs again can not be followed, which is an error instead of other relevance.'''
     class Checkpointed(Net):

@@ -3,7 +3,8 @@ import warnings
 from contextlib import nullcontext
 
 import torch
-from zennit.rules import NoMod
+from zennit.core import BasicHook
+from zennit.rules import NoMod, Pass
 from zennit.types import Linear
 
 from .._autograd import (
@@ -119,6 +120,27 @@ def _check_rules(label, module, param):
                 f'{type(rule).__name__} only modifies parameters: make the {param} one (for instance with '
                 'torch.nn.utils.parametrize.remove_parametrizations), or use a composite of this package.'
             )
+
+
+def as_positional(label, module, args, kwargs):
+    '''Arguments of a module as rules of Zennit know them: a single tensor, by position. None if nothing changes.
+
+    A RuntimeError is raised if there are others, without which its rules would run the layer again.
+    '''
+    given, ours = (*args, *kwargs.values()), (SinglePass, BlockEpsilon)
+    rule = next((rule for rule in rules_of(module) if rule.active and not isinstance(rule, ours)), None)
+    if rule is None or not active_tensors(given):
+        return None
+    if len(given) == 1:
+        return given, {}
+    is_run_again, is_passed = isinstance(rule, BasicHook), isinstance(rule, Pass)
+    if is_run_again or not args or is_passed and len(active_tensors(args)) > 1:
+        raise RuntimeError(
+            f'{label} is called with {len(given)} arguments, but Zennit\'s {type(rule).__name__} only knows of one '
+            'tensor. Make the others settings of the module (such as output_padding in place of output_size), give it '
+            'another rule in a layer map, or use a composite of this package.'
+        )
+    return None
 
 
 def check_rules(names, composite):

@@ -21,7 +21,7 @@ from .calls import ForwardPass, ModuleCall, is_opaque, keep_stored, single_pass
 from .eager import Eager, check_evaluation, is_active
 from .functions import FunctionCall
 from .operations import DEFAULT_RULES, TRAINING, TRANSPARENT, handle, is_training
-from .refusals import Refusing, check_output, check_rules, check_weight, in_use, undo
+from .refusals import Refusing, as_positional, check_output, check_rules, check_weight, in_use, undo
 from .sinks import Sinks
 from .weight_log import WeightLog
 
@@ -154,7 +154,7 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
             param.requires_grad_(False)
         self.handles.append(root_module.register_forward_pre_hook(self._note_arguments, with_kwargs=True))
         for module in self.names:
-            self.handles.append(module.register_forward_pre_hook(self._enter))
+            self.handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             self.handles.append(module.register_forward_hook(self._leave, always_call=True))
 
     def remove(self):
@@ -191,16 +191,16 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
         if not self._stack() and not self.local.images.is_checking:
             self.local.images = Images((args, kwargs))
 
-    def _enter(self, module, args):
-        rule = self.leaves.get(module)
+    def _enter(self, module, args, kwargs):
+        rule, given = self.leaves.get(module), (*args, *kwargs.values())
         if rule is not None and rule.active and self.local.stack:
             # it runs without gradients, so that nothing inside is an operation on relevance
             self.local.leaf = module
-            settle(args)
+            settle(given)
             self.weights.note(module, self.local.is_active, self.paused is not None)
-            return
+            return None
         if self.local.images.is_checking:
-            return
+            return None
         stack = self._stack()
         if not stack:
             self.local.begin()
@@ -209,17 +209,20 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
             composite = self._composite()
             self.local.is_active = composite is None or is_active(composite)
             forget()
-            self._start(args)
+            self._start(given)
             self.interception.enter()
-        settle(args)
+        settle(given)
         weights = self.weights.note(module, self.local.is_active, self.paused is not None)
         # what is inside of a module with a rule must have its own gradient, also if the rule runs it again
         opaque = is_opaque(module) or (stack[-1].opaque if stack else self._is_inside_opaque(module))
-        changes = args[0] if args and getattr(module, 'inplace', False) is True else None
-        active = active_tensors(args) if opaque and stack and not stack[-1].opaque else ()
+        changes = given[0] if given and getattr(module, 'inplace', False) is True else None
+        active = active_tensors(given) if opaque and stack and not stack[-1].opaque else ()
         begin = nodes_of(active) if active else None
         counts = self.local.counts.setdefault(module, {})
         stack.append(ModuleCall(module, opaque, counts, changes, begin, weights, caller()))
+        if kwargs or len(args) != 1:
+            return as_positional(self._label(module), module, args, kwargs)
+        return None
 
     def _recover(self):
         '''Forget a forward pass that was interrupted by an exception for which PyTorch runs no hooks.'''
