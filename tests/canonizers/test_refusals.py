@@ -403,7 +403,7 @@ def test_made_in_inference_mode(create):
     with torch.inference_mode():
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(3)).eval()
         model(torch.rand(1, 3, 8, 8))
-    with pytest.raises(TypeError, match=r"0 \(Conv2d\) has 'weight', which was created in torch.inference_mode.*deepcopy"):
+    with pytest.raises(TypeError, match=r"0 \(Conv2d\) has 'weight'.*inference_mode.*deepcopy"):
         create().register(model)
     assert not model[0]._forward_pre_hooks and model[0].weight.requires_grad
     with create().context(copy.deepcopy(model)) as network:
