@@ -14,7 +14,6 @@ from zennit.core import Hook, Stabilizer
 
 def check_number(name, value, minimum=-math.inf, maximum=math.inf, finite=True):
     '''Raise an error which names an argument and its value, unless it is a number within a range.'''
-    # pylint: disable=too-many-arguments
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f'{name}={value!r} is not a number!')
     if math.isnan(value) or finite and math.isinf(value):
@@ -55,7 +54,6 @@ def as_stabilizer(name, value):
 
 
 def _stabilize(epsilon, denominator):
-    '''Stabilized denominators, as by Zennit's ``Stabilizer``.'''
     return torch.add(denominator, signs(denominator), alpha=epsilon)
 
 
@@ -182,7 +180,6 @@ def check_bounds(low, high):
 
 
 def spread_bound(name, value, input, dim):
-    '''Broadcast a bound to an input.'''
     bound = value.to(input)
     if bound.ndim == 1 and len(bound) > 1:
         bound = bound.view(-1, *(1,) * ((-1 - dim) % input.ndim))
@@ -225,7 +222,6 @@ def takes_maps(*names, single=True):
     ``dims`` of the function is the number of axes of a single map.
     '''
     def decorate(function):
-        '''Decorate a function.'''
         signature = inspect.signature(function)
 
         @functools.wraps(function)
@@ -281,7 +277,6 @@ def _restore(value, is_single, is_array):
 # -- what is shown -----------------------------------------------------------------------------------------------------
 
 def show(value):
-    '''Text for the value of an option, of one line.'''
     if isinstance(value, torch.Tensor):
         text = repr(value.tolist()) if value.numel() <= 8 else f'tensor of shape {tuple(value.shape)}'
     elif isinstance(value, Stabilizer):

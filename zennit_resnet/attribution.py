@@ -126,11 +126,9 @@ class SelectOutput(torch.nn.Module):
         self.training = model.training
 
     def forward(self, *args, **kwargs):
-        '''Run the network, and pick the tensor.'''
         return select_output(self.model(*args, **kwargs), self.output)
 
     def extra_repr(self):
-        '''What is picked.'''
         return f'output={show(self.output)}'
 
 
@@ -194,7 +192,6 @@ def initial_relevance(target, value=None, output=None, contrast=None, contrast_w
     _check_function(target, contrast)
 
     def attr_output(result):
-        '''Compute the relevance at the output.'''
         # the caller takes the gradient of all that the network has returned, after this
         is_zennit = not torch.compiler.is_compiling() and caller().f_globals.get('__name__') == 'zennit.attribution'
         if output is not None and is_zennit and not isinstance(result, torch.Tensor):

@@ -15,12 +15,12 @@ except for the alpha-beta rule of any sign. Where Zennit's rules differ from the
 '''
 import torch
 from zennit.rules import AlphaBeta, Epsilon, Gamma, Norm, WSquare, ZPlus
-from zennit.types import Activation, AvgPool, Convolution
+from zennit.types import AvgPool, Convolution
 
 from .arguments import check_choice, check_flag, check_number, check_stabilizer
-from .composites import NORMALIZATION_LAYERS, SPLITTING, _LayerMap, _with_canonizer
-from .layer import Addition, Gate, Padding
-from .rules import Duplicate, LinearSum, PassThrough, SignalTakesAll, SignedAlphaBeta, Uncrop
+from .composites import NORMALIZATION_LAYERS, PASSING, SPLITTING, _LayerMap
+from .layer import Addition
+from .rules import Duplicate, LinearSum, PassThrough, SignedAlphaBeta
 
 RULES = ('lrp0', 'epsilon', 'gamma', 'alpha_beta', 'zplus', 'wsquare')
 ADDITION = ('rule', *SPLITTING, 'duplicate')
@@ -84,15 +84,9 @@ class ClassicLRP(_LayerMap):
     layer_map, canonizers:
         See :py:class:`~zennit_resnet.composites.ResNetLRP`.
 
-    Raises
-    ------
-    ValueError
-        If an argument is not one of its choices, if a number is out of range or not finite, or if alpha and beta do
-        not sum to one.
-    TypeError
-        If an argument is of another type.
+    A ValueError is raised if an argument is not one of its choices, if a number is out of range or not finite, or if
+    alpha and beta do not sum to one, and a TypeError if an argument is of another type.
     '''
-    # pylint: disable=too-many-arguments
     def __init__(
         self, rule='epsilon', epsilon=0.01, gamma=0.25, alpha=2., beta=-1., with_bias=False, addition='rule',
         batch_norm='merge', stabilizer=drop_zero, layer_map=None, canonizers=None,
@@ -118,16 +112,14 @@ class ClassicLRP(_LayerMap):
                 'wsquare': lambda: WSquare(**stabilized),
             }[rule]()
         split = {'rule': lambda: LinearSum(linear), 'duplicate': Duplicate, **SPLITTING}[addition]()
-        layer_map = self.keep(
+        super().__init__(
+            [
+                (Addition, split),
+                *PASSING,
+                (NORMALIZATION_LAYERS, PassThrough()),
+                (AvgPool, Norm(stabilizer)),
+                ((Convolution, torch.nn.Linear), linear),
+            ],
             layer_map, canonizers, rule=rule, epsilon=epsilon, gamma=gamma, alpha=alpha, beta=beta, with_bias=with_bias,
             addition=addition, batch_norm=batch_norm, stabilizer=stabilizer,
-        ) + [
-            (Addition, split),
-            (Gate, SignalTakesAll()),
-            (Padding, Uncrop()),
-            (torch.nn.MultiheadAttention, None),
-            ((Activation, *NORMALIZATION_LAYERS), PassThrough()),
-            (AvgPool, Norm(stabilizer)),
-            ((Convolution, torch.nn.Linear), linear),
-        ]
-        super().__init__(layer_map=layer_map, canonizers=_with_canonizer(canonizers, batch_norm))
+        )

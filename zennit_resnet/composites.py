@@ -1,5 +1,6 @@
 '''Composites for residual networks, registered by name in Zennit's ``COMPOSITES``.'''
 import weakref
+from operator import attrgetter
 
 import torch
 from torch.nn.utils.parametrize import type_before_parametrizations
@@ -9,38 +10,21 @@ from zennit.rules import Pass
 from zennit.torchvision import ResNetCanonizer
 from zennit.types import Activation, AvgPool, BatchNorm, Convolution, MaxPool
 
+from . import arguments
 from ._nested import active_tensors
 from ._weights import is_plain
-from .arguments import (
-    Described,
-    check_canonizers,
-    check_choice,
-    check_flag,
-    check_layer_map,
-    check_module,
-    check_rule,
-    describe,
-)
+from .arguments import Described, check_choice, check_flag, check_module, check_rule
 from .canonizers import BlockCanonizer, ResidualCanonizer
 from .canonizers.eager import is_active
 from .canonizers.refusals import in_use
 from .canonizers.residual import registering
 from .layer import Addition, Filling, Gate, Padding, Subsampling
-from .rules import (
-    BlockEpsilon,
-    Contributions,
-    GradientTimesInput,
-    NoRule,
-    PassThrough,
-    RatioSplit,
-    Relative,
-    RelativeMaxPool,
-    ResidualOnly,
-    SignalTakesAll,
-    SymmetricSplit,
-    Uncrop,
-    ZPlus,
-)
+from .rules.block import BlockEpsilon, GradientTimesInput
+from .rules.branch_scaling import Contributions
+from .rules.passing import NoRule, PassThrough, SignalTakesAll, Uncrop
+from .rules.relative import Relative, RelativeMaxPool
+from .rules.splitting import RatioSplit, ResidualOnly, SymmetricSplit
+from .rules.zplus import ZPlus
 
 SPLITTING = {'ratio': RatioSplit, 'symmetric': SymmetricSplit}
 
@@ -51,10 +35,18 @@ NORMALIZATION_LAYERS = (
     torch.nn.CrossMapLRN2d,
 )
 
+# What layers that are not linear have in all composites with a rule for each of them.
+PASSING = [
+    (Gate, SignalTakesAll()),
+    (Padding, Uncrop()),
+    (torch.nn.MultiheadAttention, None),
+    (Activation, PassThrough()),
+]
+
 
 def _with_canonizer(canonizers, batch_norm='pass', **options):
     '''Add our own canonizer to a list of canonizers, unless it is there already.'''
-    canonizers = check_canonizers(canonizers)
+    canonizers = arguments.check_canonizers(canonizers)
     # it would take the additions of torchvision's blocks away from ours, so ours replaces it
     if any(isinstance(elem, ResNetCanonizer) for elem in canonizers):
         batch_norm = 'merge'
@@ -97,24 +89,25 @@ class _LayerMap(_Transaction, LayerMapComposite):
     Rules of the composite itself are for modules that compute what their type in torch.nn does. Rules that are given
     are for all modules of their types.
     '''
-    def __repr__(self):
-        return describe(self, given=self.given)
+    # adds the composite's own canonizer to those that are given
+    complete = staticmethod(_with_canonizer)
 
-    def keep(self, layer_map, canonizers, **options):
-        '''Keep the constructor's arguments as attributes, and get the layer map of the user as a list.'''
+    def __init__(self, rules, layer_map, canonizers, **options):
+        '''Rules come after those of the user. Options are kept as attributes, some are those of the canonizer.'''
         vars(self).update(options)
+        layer_map = arguments.check_layer_map(layer_map)
         # the attributes of these names have what the composite adds as well
-        self.given = {'layer_map': check_layer_map(layer_map), 'canonizers': check_canonizers(canonizers)}
-        self.given = {name: value or None for name, value in self.given.items()}
-        return self.given['layer_map'] or []
+        self.given = {'layer_map': layer_map or None, 'canonizers': arguments.check_canonizers(canonizers) or None}
+        settings = {key: options[key] for key in ('batch_norm', 'attention', 'parameters') if key in options}
+        super().__init__(layer_map=layer_map + rules, canonizers=self.complete(canonizers, **settings))
+
+    def __repr__(self):
+        return arguments.describe(self, given=self.given)
 
     def mapping(self, ctx, name, module):
-        '''The rule for a module of a name, None if there is none. The context keeps what was found.'''
-        kind = type(module), is_plain(module)
-        if kind not in ctx:
-            layer_map = self.layer_map if kind[1] else self.given['layer_map'] or []
-            ctx[kind] = next((rule for types, rule in layer_map if isinstance(module, types)), None)
-        return ctx[kind]
+        '''The rule for a module of a name, None if there is none.'''
+        layer_map = self.layer_map if is_plain(module) else self.given['layer_map'] or []
+        return next((rule for types, rule in layer_map if isinstance(module, types)), None)
 
 
 class ResNetLRP(_LayerMap):
@@ -164,53 +157,31 @@ class ResNetLRP(_LayerMap):
     TypeError
         If an argument is of another type.
     '''
-    # pylint: disable=too-many-arguments
     def __init__(
-        self,
-        splitting='ratio',
-        identity_skip=True,
-        batch_norm='pass',
-        first_layer='zplus',
-        projection='spread',
-        dead_units='spread',
-        maxpool='winner',
-        stabilizer=0.,
-        layer_map=None,
-        canonizers=None,
-        low=None,
-        high=None,
-        coverage=None,
-        classifier='zplus',
-        attention='value',
-        parameters='pass',
+        self, splitting='ratio', identity_skip=True, batch_norm='pass', first_layer='zplus', projection='spread',
+        dead_units='spread', maxpool='winner', stabilizer=0., layer_map=None, canonizers=None, low=None, high=None,
+        coverage=None, classifier='zplus', attention='value', parameters='pass',
     ):
         check_choice('splitting', splitting, tuple(SPLITTING))
         check_flag('identity_skip', identity_skip)
-        rule = SPLITTING[splitting]()
-        zplus = ZPlus(
-            stabilizer=stabilizer, first_layer=first_layer, low=low, high=high, projection=projection,
-            dead_units=dead_units, maxpool=maxpool,
-            coverage={'spread': 'even'}.get(projection, 'literal') if coverage is None else coverage,
-            classifier=classifier,
-        )
-        layer_map = self.keep(
+        if coverage is None:
+            coverage = 'even' if projection == 'spread' else 'literal'
+        options = {
+            'first_layer': first_layer, 'low': low, 'high': high, 'projection': projection, 'dead_units': dead_units,
+            'maxpool': maxpool, 'stabilizer': stabilizer, 'coverage': coverage, 'classifier': classifier,
+        }
+        rule, zplus = SPLITTING[splitting](), ZPlus(**options)
+        super().__init__(
+            [
+                (Addition, rule if identity_skip else ResidualOnly(rule)),
+                *PASSING,
+                (NORMALIZATION_LAYERS, PassThrough()),
+                ((Convolution, torch.nn.Linear, AvgPool, MaxPool), zplus),
+                *([(Subsampling, zplus)] if projection == 'spread' else []),
+            ],
             layer_map, canonizers, splitting=splitting, identity_skip=identity_skip, batch_norm=batch_norm,
-            first_layer=first_layer, low=low, high=high, projection=projection, dead_units=dead_units, maxpool=maxpool,
-            coverage=zplus.coverage, stabilizer=stabilizer, classifier=classifier, attention=attention,
-            parameters=parameters,
-        ) + [
-            (Addition, rule if identity_skip else ResidualOnly(rule)),
-            (Gate, SignalTakesAll()),
-            (Padding, Uncrop()),
-            (torch.nn.MultiheadAttention, None),
-            ((Activation, *NORMALIZATION_LAYERS), PassThrough()),
-            ((Convolution, torch.nn.Linear, AvgPool, MaxPool), zplus),
-        ]
-        if projection == 'spread':
-            layer_map.append((Subsampling, zplus))
-        super().__init__(layer_map=layer_map, canonizers=_with_canonizer(
-            canonizers, batch_norm, attention=attention, parameters=parameters
-        ))
+            attention=attention, parameters=parameters, **options,
+        )
 
 
 @register_composite('resnet_lrp_ratio')
@@ -261,10 +232,8 @@ def with_splitting(composite, rule=None):
     :py:obj:`SplittingComposite`
         A new composite.
 
-    Raises
-    ------
-    TypeError
-        If ``composite`` is not a composite (but for instance the class of one), or ``rule`` is not a hook.
+    A TypeError is raised if ``composite`` is not a composite (but for instance the class of one), or ``rule`` is not a
+    hook.
     '''
     return SplittingComposite(composite, RatioSplit() if rule is None else rule)
 
@@ -307,29 +276,22 @@ class RelativeLRP(_LayerMap):
         self, cardinality='constant', normalization='signed', batch_norm='merge', layer_map=None, canonizers=None
     ):
         self.contributions = Contributions(normalization)
-        layer_map = self.keep(
+        super().__init__(
+            [
+                (Addition, SymmetricSplit()),
+                # what is added by padding has no contribution, the gradient removes it
+                ((Padding, Filling), NoRule()),
+                *PASSING,
+                (NORMALIZATION_LAYERS, PassThrough()),
+                (MaxPool, RelativeMaxPool(cardinality)),
+                ((Convolution, torch.nn.Linear, AvgPool), Relative(cardinality)),
+            ],
             layer_map, canonizers, cardinality=cardinality, normalization=normalization, batch_norm=batch_norm,
-        ) + [
-            (Addition, SymmetricSplit()),
-            (Gate, SignalTakesAll()),
-            # what is added by padding has no contribution, the gradient removes it
-            ((Padding, Filling), NoRule()),
-            (torch.nn.MultiheadAttention, None),
-            ((Activation, *NORMALIZATION_LAYERS), PassThrough()),
-            (MaxPool, RelativeMaxPool(cardinality)),
-            ((Convolution, torch.nn.Linear, AvgPool), Relative(cardinality)),
-        ]
-        super().__init__(layer_map=layer_map, canonizers=_with_canonizer(canonizers, batch_norm))
+        )
 
-    @property
-    def log_scale(self):
-        '''See the attributes of the class.'''
-        return self.contributions.log_scale
-
-    @property
-    def num_replaced(self):
-        '''See the attributes of the class.'''
-        return self.contributions.num_replaced
+    # see the attributes of the class
+    log_scale = property(attrgetter('contributions.log_scale'))
+    num_replaced = property(attrgetter('contributions.num_replaced'))
 
     def register(self, module):
         '''Apply all canonizers, register all hooks to a module and its children, and follow its forward passes.'''
@@ -337,7 +299,6 @@ class RelativeLRP(_LayerMap):
         follow = weakref.WeakMethod(self._follow)
 
         def hook(*args):
-            '''Does not keep the composite.'''
             if follow() is not None:
                 follow()(*args)
 
@@ -376,14 +337,11 @@ class BlockLRP(_LayerMap):
     layer_map, canonizers:
         See :py:class:`ResNetLRP`.
 
-    Raises
-    ------
-    TypeError
-        If ``blocks`` is none of the above.
-    ValueError
-        When it is registered, if the network has no module of a name in ``blocks``.
+    A TypeError is raised if ``blocks`` is none of the above, and a ValueError when it is registered, if the network has
+    no module of a name in ``blocks``.
     '''
     propagates = 'gradient'
+    complete = staticmethod(lambda canonizers: [*arguments.check_canonizers(canonizers), BlockCanonizer()])
 
     def __init__(self, epsilon=1e-6, mode='sign', blocks=None, layer_map=None, canonizers=None):
         is_types = all(isinstance(elem, type) for elem in (blocks if isinstance(blocks, tuple) else (blocks,)))
@@ -400,11 +358,13 @@ class BlockLRP(_LayerMap):
         settings = {'epsilon': epsilon, 'mode': mode, 'form': 'gradient'}
         self.block_rule = BlockEpsilon(**settings)
         self.any_rule = BlockEpsilon(**settings, is_block=None)
-        layer_map = self.keep(layer_map, canonizers, epsilon=epsilon, mode=mode) + [
-            (torch.nn.Linear, BlockEpsilon(**settings, with_bias=False)),
-            ((Convolution, BatchNorm, AvgPool, MaxPool), self.block_rule),
-        ]
-        super().__init__(layer_map=layer_map, canonizers=[*check_canonizers(canonizers), BlockCanonizer()])
+        super().__init__(
+            [
+                (torch.nn.Linear, BlockEpsilon(**settings, with_bias=False)),
+                ((Convolution, BatchNorm, AvgPool, MaxPool), self.block_rule),
+            ],
+            layer_map, canonizers, epsilon=epsilon, mode=mode,
+        )
 
     def register(self, module):
         '''Apply all canonizers and register all hooks to a module and its children.
@@ -422,7 +382,6 @@ class BlockLRP(_LayerMap):
                 )
         super().register(module)
 
-    # pylint: disable=unused-argument
     def mapping(self, ctx, name, module):
         '''The rule of a block or layer, None if there is none.'''
         if not name:

@@ -91,7 +91,6 @@ def export(
     >>> outputs['heatmap'].shape
     (1, 32, 32)
     '''
-    # pylint: disable=too-many-arguments
     path = Path(path)
     check_rule('traced', traced, TracedAttribution)
     if path.suffix == '.onnx' and traced.rule_dtype is not None:
@@ -183,7 +182,6 @@ class _Explanation(torch.nn.Module):
         return value.view(1, -1, *(1,) * (input.ndim - 2))
 
     def forward(self, image, target):
-        '''Logits, heatmap, and relevance.'''
         if self.mean is not None:
             image = (image - self.mean) / self.std
         output, relevance, *_ = self.attribution(image, lambda output: self.start(output, target))
@@ -237,13 +235,10 @@ def _standalone(module, decompositions):
 # -- files -------------------------------------------------------------------------------------------------------------
 
 def _write_program(program, path, names, metadata, traced):
-    '''Write a program of torch.export.'''
-    # pylint: disable=unused-argument
     torch.export.save(program, path, extra_files={METADATA: json.dumps(metadata)})
 
 
 def _write_onnx(program, path, names, metadata, traced):
-    '''Write a model of ONNX.'''
     size = sum(value.nbytes for value in (*program.state_dict.values(), *program.constants.values()))
     if size > LARGEST:
         raise ValueError(
@@ -290,7 +285,6 @@ def _layers_with(traced, name):
     labels, found = {module: label for label, module in network.named_modules()}, {}
 
     class Search(TorchDispatchMode):
-        '''Looks at each operation.'''
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if _stem(func.__name__.partition('.')[0]) == name:
                 module = module_around(caller())

@@ -1,12 +1,12 @@
 '''A composite with the gamma rule, for networks of which single units matter less than what adds up to them.'''
 import torch
 from zennit.composites import register_composite
-from zennit.types import Activation, AvgPool, Convolution, MaxPool
+from zennit.types import AvgPool, Convolution, MaxPool
 
 from .arguments import check_choice, check_number
-from .composites import NORMALIZATION_LAYERS, SPLITTING, _LayerMap, _with_canonizer
-from .layer import Addition, Gate, MatrixProduct, Padding, Subsampling
-from .rules import EpsilonNormalization, EpsilonSplit, GeneralizedGamma, HalfEach, PassThrough, SignalTakesAll, Uncrop
+from .composites import NORMALIZATION_LAYERS, PASSING, SPLITTING, _LayerMap
+from .layer import Addition, MatrixProduct, Subsampling
+from .rules import EpsilonNormalization, EpsilonSplit, GeneralizedGamma, HalfEach
 
 ADDITION = {'epsilon': EpsilonSplit, **SPLITTING}
 
@@ -54,17 +54,12 @@ class GammaLRP(_LayerMap):
     layer_map, canonizers:
         See :py:class:`~zennit_resnet.composites.ResNetLRP`.
 
-    Raises
-    ------
-    ValueError
-        If an argument is not one of its choices, or a number is negative or not finite.
-    TypeError
-        If an argument is of another type.
+    A ValueError is raised if an argument is not one of its choices, or a number is negative or not finite, and a
+    TypeError if an argument is of another type.
     '''
     # by which the evaluator knows what to start from
     classifier = 'epsilon'
 
-    # pylint: disable=too-many-arguments
     def __init__(
         self, conv_gamma=0.25, linear_gamma=0.05, addition='epsilon', first_layer='gamma', low=None, high=None,
         epsilon=1e-6, batch_norm='pass', attention='value', parameters='pass', layer_map=None, canonizers=None,
@@ -75,21 +70,15 @@ class GammaLRP(_LayerMap):
         if not callable(epsilon) and epsilon == 0:
             raise ValueError(f'epsilon={epsilon!r}: relevance of outputs of zero would be NaN, choose a small one!')
         options = {'epsilon': epsilon, 'first_layer': first_layer, 'low': low, 'high': high}
-        layer_map = self.keep(
+        super().__init__(
+            [
+                (Addition, EpsilonSplit(epsilon) if addition == 'epsilon' else SPLITTING[addition]()),
+                *PASSING,
+                (MatrixProduct, HalfEach(epsilon)),
+                (NORMALIZATION_LAYERS, EpsilonNormalization(epsilon)),
+                ((Convolution, AvgPool, MaxPool, Subsampling), GeneralizedGamma(conv_gamma, **options)),
+                (torch.nn.Linear, GeneralizedGamma(linear_gamma, **options)),
+            ],
             layer_map, canonizers, conv_gamma=conv_gamma, linear_gamma=linear_gamma, addition=addition,
-            first_layer=first_layer, low=low, high=high, epsilon=epsilon, batch_norm=batch_norm, attention=attention,
-            parameters=parameters,
-        ) + [
-            (Addition, EpsilonSplit(epsilon) if addition == 'epsilon' else SPLITTING[addition]()),
-            (Gate, SignalTakesAll()),
-            (Padding, Uncrop()),
-            (MatrixProduct, HalfEach(epsilon)),
-            (torch.nn.MultiheadAttention, None),
-            (Activation, PassThrough()),
-            (NORMALIZATION_LAYERS, EpsilonNormalization(epsilon)),
-            ((Convolution, AvgPool, MaxPool, Subsampling), GeneralizedGamma(conv_gamma, **options)),
-            (torch.nn.Linear, GeneralizedGamma(linear_gamma, **options)),
-        ]
-        super().__init__(layer_map=layer_map, canonizers=_with_canonizer(
-            canonizers, batch_norm, attention=attention, parameters=parameters
-        ))
+            batch_norm=batch_norm, attention=attention, parameters=parameters, **options,
+        )

@@ -189,7 +189,6 @@ class TracedAttribution(torch.nn.Module):
         return module
 
     def _run(self, input, layout):
-        '''The output of the network in a memory format.'''
         network, _, key = self.source
         network.to(memory_format=layout)
         return select_output(network(input.contiguous(memory_format=layout)), key)
@@ -277,7 +276,6 @@ class _ValueGuard(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def refuse(self, name, module):
-        '''Raise an error that names the module which reads a value.'''
         label = next((key for key, each in self.network.named_modules() if each is module), '') or 'The network'
         raise TypeError(
             f'{label} ({type(module).__name__}) cannot be traced: it reads a value of a tensor by \'{name}\', by which '

@@ -111,7 +111,6 @@ class Ledger:
         return torch.where(deviation.isfinite() & (self._not_finite() == 0), deviation, math.inf)
 
     def _not_finite(self):
-        '''Number of values that are NaN or infinite in each example.'''
         bad = ~self.relevance.detach().cpu().reshape(len(self.initial), -1).isfinite()
         return bad.sum(1) + sum((row.nan + row.inf for row in self.rows), torch.zeros_like(self.initial))
 
@@ -339,7 +338,6 @@ def conservation_ledger(model, input, composite=None, attr_output=None, target=N
     >>> print(f'gap {ledger.gap.item():.2f}, lost by biases {ledger.lost_by["bias"].item():.2f}')
     gap -0.40, lost by biases 4.00
     '''
-    # pylint: disable=too-many-arguments
     check_module(model)
     if not isinstance(input, torch.Tensor) or not input.numel():
         raise TypeError(f'The input must be a tensor of floating point numbers and not empty, but is {_shape(input)}!')
@@ -401,7 +399,6 @@ def assert_conserved(
     >>> bool((ledger.gap.abs() < 1e-4).all())
     True
     '''
-    # pylint: disable=too-many-arguments
     ledger = conservation_ledger(model, input, composite, attr_output, target, value)
     ledger.assert_conserved(tolerance, layers)
     return ledger

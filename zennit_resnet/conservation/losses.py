@@ -70,7 +70,6 @@ class LossProbe:
         self.replaced = {}
 
     def watch(self, hook, module):
-        '''Watch a rule.'''
         if hook in self.replaced:
             return
         if isinstance(hook, (ZPlus, EpsilonNormalization)):
@@ -85,7 +84,6 @@ class LossProbe:
         vars(hook).update(methods)
 
     def leave(self):
-        '''Leave all rules as they were found.'''
         for hook, methods in self.replaced.items():
             for key, value in methods.items():
                 if value is None:
@@ -95,7 +93,6 @@ class LossProbe:
         self.replaced = {}
 
     def take(self):
-        '''Get the notes since the last call.'''
         notes, self.notes = self.notes, []
         return notes
 
@@ -139,7 +136,6 @@ class LossProbe:
         biases = {}
 
         def watch_output(index, modifier):
-            '''Run the module without input while its parameters are modified.'''
             def modify(output):
                 if is_affine(module):
                     input, = hook.stored_tensors['input'][:1]
@@ -166,7 +162,6 @@ class LossProbe:
         }
 
     def _zplus(self, hook):
-        '''Our own z+, which has no bias but in the last layer.'''
         def share_out(relevance, divisor):
             share, dead = type(hook)._share(hook, relevance, divisor)
             self._note(hook, relevance, [(1., share, divisor.denominator)])
@@ -189,7 +184,6 @@ class LossProbe:
         return {'_share': share_out, '_spread': spread, '_keep': keep}
 
     def _block(self, hook, module):
-        '''A block as one layer, which propagates either relevance or gradients.'''
         def divide(relevance, output):
             share = type(hook).divide(hook, relevance, output)
             self._note(hook, relevance, [(1., share, output)])
@@ -209,7 +203,6 @@ def is_affine(module):
 
 
 def intercept(module, zeros):
-    '''Output of an affine module without input.'''
     with torch.no_grad():
         return module.forward(zeros).detach()
 

@@ -52,7 +52,6 @@ class Row:
     nan, inf: :py:obj:`torch.Tensor`
         Number of NaN and of infinite values among what leaves.
     '''
-    # pylint: disable=too-many-instance-attributes
     name: str
     call: int
     kind: str
@@ -74,7 +73,6 @@ class Row:
 
     @property
     def label(self):
-        '''Name with the number of the call, or with the function.'''
         name = self.name or 'the network'
         return f'{self.type} in {name}' if self.kind == 'function' else f'{name} #{self.call}' if self.call else name
 
@@ -94,7 +92,6 @@ class Row:
         ])
 
     def example(self, index):
-        '''The row of a single example.'''
         def pick(values):
             return {key: value[index:][:1] for key, value in values.items() if isinstance(value, torch.Tensor)}
 
@@ -111,7 +108,6 @@ class RecordedCall:
             parent.is_container = True
 
     def chain(self):
-        '''The call itself, and all calls around it.'''
         call = self
         while call is not None:
             yield call
@@ -142,7 +138,6 @@ class Recorder:
     Where it is not known, because it is neither input nor output of a module, operations are not told apart. Nor are
     those between which a tensor has no first dimension of examples.
     '''
-    # pylint: disable=too-many-instance-attributes
     def __init__(self, model, composite, batch_size):
         self.model, self.composite, self.batch_size = model, composite, batch_size
         self.is_gradient = getattr(composite, 'propagates', 'relevance') == 'gradient'
@@ -159,7 +154,6 @@ class Recorder:
 
     @contextmanager
     def watch(self):
-        '''Context in which the network is run.'''
         register, note = torch_module.register_module_forward_hook, self._note_bias
         if 'with_kwargs' in inspect.signature(register).parameters:
             note = register(note, with_kwargs=True)
@@ -253,7 +247,6 @@ class Recorder:
         return torch.zeros_like(input) if relevance is None else relevance
 
     def _note_sinks(self):
-        '''Note what constants have kept.'''
         kept = getattr(getattr(self.composite, 'sinks', None), 'nodes', {})
         for index, node in enumerate(self.nodes):
             if sequence_of(node) in kept:
@@ -261,7 +254,6 @@ class Recorder:
                 self.notes.setdefault(index, []).append(note)
 
     def _record(self, index, grad_inputs, grad_outputs):
-        '''Measure what an operation passes on.'''
         node = self.nodes[index]
         for (parent, number), relevance in zip(node.next_functions, grad_inputs):
             # some operations compute what nothing needs, such as gradients of parameters
@@ -344,8 +336,6 @@ class Recorder:
 
     @staticmethod
     def _row(kind, name, call, type_name, rule, flow, notes):
-        '''Find out by which causes relevance is lost.'''
-        # pylint: disable=too-many-arguments
         (arrives, arrives_magnitude, _, _), (leaves, leaves_magnitude, nan, inf) = (elem.cpu() for elem in flow)
         lost_by = {key: torch.zeros_like(arrives) for key in CAUSES}
         smallest = [note.smallest.cpu() for note in notes if note.smallest is not None]
@@ -359,7 +349,6 @@ class Recorder:
         )
 
     def _owner(self, index):
-        '''The call during which an operation ran.'''
         position = bisect_right(self.starts, sequence_of(self.nodes[index])) - 1
         return (self.owners[position] if position >= 0 else None) or self.calls[0]
 
@@ -434,6 +423,5 @@ def _type_name(value):
 
 
 def _join(names):
-    '''Join different names.'''
     names = list(dict.fromkeys(names))
     return ' + '.join(names if len(names) < 4 else [*names[:3], '...'])

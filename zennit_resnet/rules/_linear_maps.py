@@ -46,7 +46,6 @@ def convolve(module, input, weight, shape, spread=False):
         return CONV_TRANSPOSE[num](input, weight, None, stride, pads, output_padding, module.groups, dilation)
     padding = module.padding if isinstance(module.padding, str) else as_tuple(module.padding, num)
     if module.padding_mode != 'zeros':
-        # pylint: disable=protected-access
         input = F.pad(input, padding_of(module), mode=module.padding_mode)
         padding = (0,) * num
     kernel = tuple(weight.shape[2:])
@@ -84,7 +83,6 @@ def is_sparse(module):
 
 
 def pool_cells(input, cells):
-    '''Average over cells, including incomplete ones at the border.'''
     # in three dimensions, PyTorch has no pooling with a window beyond the input
     cells = tuple(min(cell, length) for cell, length in zip(cells, input.shape[2:]))
     if all(cell == 1 for cell in cells):
@@ -215,7 +213,6 @@ def is_pointwise(module, weight, output):
     return set(sizes) == {1} and not has_padding and has_values(output) and output.is_contiguous()
 
 
-# pylint: disable=too-many-arguments
 def _gradient(output, input, weight, stride, padding, dilation, groups):
     '''Gradient of a convolution by its input, of which the values are not used.'''
     return torch.ops.aten.convolution_backward(

@@ -26,7 +26,6 @@ class HalfEach(SinglePass):
         self._stabilize = None if epsilon is None else as_stabilizer('epsilon', epsilon)
 
     def store(self, module, *inputs):
-        '''Keep both factors.'''
         if len(inputs) != 2:
             raise ValueError(f'{type(self).__name__} is for products of two signals, not of {len(inputs)}!')
         return inputs
@@ -67,7 +66,6 @@ class SoftmaxTaylor(SinglePass):
     reads_layer = False
 
     def store(self, module, *inputs):
-        '''Keep the logits.'''
         return inputs
 
     def propagate(self, module, stored, relevance):

@@ -22,7 +22,6 @@ _NUM_SETTINGS = 6
 
 class _Propagate(torch.autograd.Function):
     '''Give the output of a layer a backward function which is the layer's rule.'''
-    # pylint: disable=abstract-method,arguments-differ,too-many-arguments
     @staticmethod
     def forward(ctx, rule, module, weights, stored, output, inplace, *inputs):
         '''Return the output, which comes in a list, because a tensor argument would be returned as a view.'''
@@ -51,13 +50,11 @@ class _Propagate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, relevance):
-        '''Let the rule distribute the relevance, of which there is no derivative.'''
         # only asked for where a derivative may be, as it takes longer than many rules
         return _once(ctx, relevance) if torch.is_grad_enabled() else _propagate(ctx, relevance)
 
 
 def _propagate(ctx, relevance):
-    '''Let the rule of a node distribute relevance.'''
     if relevance is None:
         # the output is used for something that receives no relevance, such as a gate
         return (None,) * (_NUM_SETTINGS + len(ctx.shapes))
@@ -94,7 +91,6 @@ def _propagate(ctx, relevance):
 
 
 def _load(ctx, dtype):
-    '''What the rule of a node has stored, in a precision.'''
     try:
         tensors = iter(ctx.saved_tensors[:-1])
     except CheckpointError as error:
@@ -130,7 +126,6 @@ class _Pending:
         self.stored = self.used = None
 
     def finish(self):
-        '''The layer has run, or an error came before that.'''
         if self.used is not None:
             self.used.finish(self.module)
 
@@ -195,7 +190,6 @@ class SinglePass(Described, Hook):
         raise NotImplementedError()
 
     def copy(self):
-        '''Return a copy of this hook.'''
         duplicate = copy.copy(self)
         SinglePass.__init__(duplicate)
         return duplicate
@@ -249,7 +243,6 @@ class SinglePass(Described, Hook):
                 raise
 
     def _post_forward(self, module, args, kwargs, output):
-        '''Attach the output to the inputs by the rule.'''
         pending = self._pending.pop(threading.get_ident(), None)
         if pending is None:
             return None

@@ -51,7 +51,6 @@ class _BlockCall:
         return given
 
     def leave(self, tensor):
-        '''Attach the rule to an output.'''
         return self.rule.attach(self, tensor) if self.is_layer and tensor.requires_grad else tensor
 
     def decide(self):
@@ -63,15 +62,12 @@ class _BlockCall:
                 inner.deactivate()
 
     def deactivate(self):
-        '''This is part of another layer.'''
         self.is_layer = False
         for elem in self.kept:
             elem.clear()
 
 
 class _Change(torch.autograd.Function):
-    '''Change relevance in the backward pass, if the call has turned out to be a layer.'''
-    # pylint: disable=abstract-method,arguments-differ
     @staticmethod
     def forward(ctx, call, alias, tensor, change):
         '''Return an alias of the tensor, which comes in a list, because a tensor would be returned as a view.'''
@@ -82,7 +78,6 @@ class _Change(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, relevance):
-        '''Change relevance.'''
         return None, None, ctx.change(relevance) if ctx.call.is_layer else relevance, None
 
 
@@ -128,13 +123,11 @@ class BlockEpsilon(Described, Hook):
         self.mode, self.with_bias, self.form, self.is_block = mode, with_bias, form, is_block
 
     def copy(self):
-        '''Return a copy of this hook.'''
         duplicate = copy.copy(self)
         Hook.__init__(duplicate)
         return duplicate
 
     def register(self, module):
-        '''Register this instance to the supplied module.'''
         return RemovableHandleList([
             RemovableHandle(self),
             module.register_forward_pre_hook(self._pre_forward, with_kwargs=True),
@@ -186,7 +179,6 @@ class BlockEpsilon(Described, Hook):
                 return None
             return map_tensors(call.enter, (args, kwargs))
 
-    # pylint: disable=unused-argument
     def _post_forward(self, module, args, output):
         stack = _CALLS.stack
         if not stack or stack[-1].module is not module:
@@ -211,7 +203,6 @@ class BlockEpsilon(Described, Hook):
         return result
 
     def attach(self, call, output):
-        '''Attach the rule to the output of a call.'''
         kept, bias, without = call.keep(output), getattr(call.module, 'bias', None), None
         if not self.with_bias and isinstance(bias, torch.Tensor):
             dims = 0 if isinstance(call.module, torch.nn.Linear) else output.ndim - 2

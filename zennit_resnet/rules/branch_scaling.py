@@ -255,7 +255,6 @@ class Contributions:
             self.sums[begin] = self._sum(grad_inputs[index:index + 1])
 
     def _rescale(self, state, following, relevance):
-        '''Rescale what a layer propagates.'''
         examples = self._examples(relevance)
         dims = tuple(range(1, examples.ndim))
         exponent = _excess(torch.maximum(examples.amax(dims), -examples.amin(dims)).double())
@@ -297,7 +296,6 @@ class Contributions:
         return total, magnitude
 
     def _multiply(self, tensor, factor, inplace=False):
-        '''Multiply each example with a factor.'''
         if tensor is None:
             return None
         examples = self._examples(tensor)
@@ -327,7 +325,6 @@ def _norms(tensor):
 
 
 def _act(actions, grad_inputs, grad_outputs):
-    '''Change what a node propagates.'''
     result = list(grad_inputs)
     for index, action in actions.items():
         if result[index] is not None:
@@ -345,6 +342,5 @@ def _excess(magnitude):
 
 
 def _is_identity(node):
-    '''Whether contributions remain as they are.'''
     rule = rule_of(node)
     return isinstance(rule, (PassThrough, SignalTakesAll)) or is_move(node)

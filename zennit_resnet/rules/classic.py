@@ -58,7 +58,6 @@ class LinearSum(SinglePass):
         self.rule = rule
 
     def store(self, module, *inputs):
-        '''Keep the addends and their factors.'''
         addends = torch.stack(torch.broadcast_tensors(*inputs), -1)
         factors = module.factors or (1,) * len(inputs)
         return addends, torch.tensor([factors], dtype=torch.float64).to(addends.device, non_blocking=True)
@@ -77,9 +76,7 @@ class LinearSum(SinglePass):
 class Duplicate(SinglePass):
     '''All addends receive all of the relevance, as the gradient would have it. It is doubled by each residual block.'''
     def store(self, module, *inputs):
-        '''Keep the number of addends.'''
         return (torch.tensor(len(inputs)),)
 
     def propagate(self, module, stored, relevance):
-        '''Pass relevance on to each addend.'''
         return (relevance,) * int(stored[0])

@@ -51,14 +51,9 @@ class GeneralizedGamma(ZPlus):
     low, high: optional
         Bounds of the input for ``'zbox'``, see there.
 
-    Raises
-    ------
-    ValueError
-        If an argument is not one of its choices, or a number is negative or not finite.
-    TypeError
-        If an argument is of another type.
+    A ValueError is raised if an argument is not one of its choices, or a number is negative or not finite, and a
+    TypeError if an argument is of another type.
     '''
-    # pylint: disable=too-many-arguments
     def __init__(self, gamma=0.25, epsilon=1e-6, first_layer='gamma', low=None, high=None):
         check_number('gamma', gamma, 0)
         check_choice('first_layer', first_layer, FIRST_LAYER)
@@ -80,7 +75,6 @@ class GeneralizedGamma(ZPlus):
         return (*stored[:-1], Output.of(module, output))
 
     def prepare(self, module, stored, shape):
-        '''Compute the denominators.'''
         input, first, *rest = stored
         first = first and self.first_layer != 'gamma'
         if isinstance(module, (MaxPool, Subsampling)) or first:
@@ -107,7 +101,6 @@ class GeneralizedGamma(ZPlus):
         return _Prepared(input, gamma, transpose, transpose_magnitudes, sign, divisor, constants)
 
     def propagate(self, module, stored, relevance):
-        '''Share relevance by the enlarged contributions.'''
         if not isinstance(stored, _Prepared):
             return super().propagate(module, stored, relevance)
         input, gamma = stored.input, stored.gamma

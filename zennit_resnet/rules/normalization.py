@@ -26,7 +26,6 @@ class EpsilonNormalization(SinglePass):
         self._stabilize = as_stabilizer('epsilon', epsilon)
 
     def store(self, module, *inputs):
-        '''Keep the input.'''
         input, = inputs
         if isinstance(module, _InstanceNorm):
             check_batch(self, module, input)
@@ -55,7 +54,6 @@ class EpsilonNormalization(SinglePass):
         share = (share if weight is None else share * weight).reshape(shape)
         return (input * ((share - share.mean(-1, keepdim=True)) * scale).view_as(input),)
 
-    # pylint: disable-next=no-self-use
     def _share(self, relevance, divisor):
         '''Compute R / y. As for z+, the ledger watches it.'''
         return relevance / divisor.stabilized, None

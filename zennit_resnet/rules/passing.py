@@ -20,7 +20,6 @@ class PassThrough(SinglePass):
         return ()
 
     def propagate(self, module, stored, relevance):
-        '''Pass relevance on.'''
         return (relevance,)
 
 
@@ -29,7 +28,6 @@ class SignalTakesAll(SinglePass):
     reads_layer = False
 
     def propagate(self, module, stored, relevance):
-        '''Pass relevance on to the signal only.'''
         return (relevance,)
 
 
@@ -45,7 +43,6 @@ class Uncrop(SinglePass):
         return ([(dim, *amounts) for dim, amounts in module.amounts.items()],)
 
     def propagate(self, module, stored, relevance):
-        '''Fold relevance back.'''
         for dim, before, after in stored[0]:
             length = relevance.shape[dim] - max(before, 0) - max(after, 0)
             inner = relevance.narrow(dim, max(before, 0), length).clone()
@@ -102,12 +99,10 @@ class Proportional(SinglePass):
     If no element adds anything, all receive equal parts.
     '''
     def store(self, module, *inputs):
-        '''Keep the input.'''
         input, = inputs
         return (input,)
 
     def propagate(self, module, stored, relevance):
-        '''Share relevance by the amounts.'''
         amounts = module.amounts(stored[0])
         total = amounts.sum(module.dims, keepdim=True)
         shares = torch.where(total == 0, total.numel() / amounts.numel(), amounts / total)
@@ -132,5 +127,4 @@ def share_evenly(lost, kept, examples=None):
 class NoRule(Described, Hook):
     '''Leaves the gradient as it is, where the composite of a canonizer has to name a rule.'''
     def register(self, module):
-        '''Register nothing to the supplied module.'''
         return RemovableHandleList([RemovableHandle(self)])

@@ -47,7 +47,6 @@ class Relative(SinglePass):
         return super().register(module) if is_plain(module) else RemovableHandleList([RemovableHandle(self)])
 
     def store(self, module, *inputs):
-        '''Keep the input.'''
         input, = inputs
         maps.check_batch(self, module, input)
         if not len(input):
@@ -55,7 +54,6 @@ class Relative(SinglePass):
         return (input,)
 
     def propagate(self, module, stored, relevance):
-        '''Compute Eq. (8) or (12).'''
         input, = stored
         if isinstance(module, (LinearMap, NonNegativeMap)) and len(input) > 1:
             _check_examples(module, input)
@@ -109,7 +107,6 @@ class Relative(SinglePass):
 
     @staticmethod
     def _transposed(module, input, relevance):
-        '''The layer's transposed linear map.'''
         if isinstance(module, torch.nn.Linear) and not isinstance(module, LinearMap):
             return relevance @ module.weight.detach().to(relevance.dtype)
         if not isinstance(module, Convolution):
@@ -127,7 +124,6 @@ class RelativeMaxPool(Relative):
     '''
     @staticmethod
     def _transposed(module, input, relevance):
-        '''Give each maximum of a window the relevance of the output.'''
         if getattr(module, 'kernel_size', None) is not None:
             return by_example(functools.partial(_credit_windows, module), input, relevance)
         if getattr(module, 'output_size', None) is not None:
@@ -138,7 +134,6 @@ class RelativeMaxPool(Relative):
 
 
 def _largest(tensor):
-    '''The largest element of each example.'''
     return tensor.amax(tuple(range(1, tensor.ndim)), keepdim=True) if tensor.ndim > 1 else tensor
 
 
@@ -156,7 +151,6 @@ def _check_examples(module, input):
 
 
 def _credit_windows(module, input, relevance):
-    '''Give each maximum of the windows of a max pooling the relevance of the output.'''
     num, shape = input.ndim - 2, relevance.shape[2:]
     kernel, stride, dilation, pads = maps.settings(module, num)
     # with ceil_mode, windows may reach beyond the padding
@@ -184,7 +178,6 @@ def _credit_windows(module, input, relevance):
 
 
 def _credit_adaptive(input, relevance):
-    '''Give each maximum of the windows of an adaptive max pooling the relevance of the output.'''
     lower, shape = torch.zeros_like(input), relevance.shape[2:]
     bounds = [maps.adaptive_bounds(*lengths) for lengths in zip(input.shape[2:], shape)]
     dims = tuple(range(2, input.ndim))

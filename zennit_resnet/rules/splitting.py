@@ -43,7 +43,6 @@ class Split(SinglePass):
                      for share in self.shares(*inputs))
 
     def propagate(self, module, stored, relevance):
-        '''Split relevance by the shares.'''
         return self._divide(relevance, stored)
 
 
@@ -53,14 +52,12 @@ class RatioSplit(Split):
     Where all addends are zero, they receive equal parts.
     '''
     def shares(self, *addends):
-        '''Share of the magnitudes.'''
         addends = [elem if elem.dtype == torch.float64 else elem.float() for elem in addends]
         return [by_example(self._share, addends[num], *addends[:num], *addends[num + 1:])
                 for num in range(len(addends) - 1)]
 
     @staticmethod
     def _share(*addends):
-        '''Share of the first addend.'''
         share, total, *others = (elem.abs() for elem in torch.broadcast_tensors(*addends))
         for elem in (*others, share):
             total.add_(elem)
@@ -70,7 +67,6 @@ class RatioSplit(Split):
 class SymmetricSplit(Split):
     '''Symmetric relevance splitting, Eq. (5): each of n addends receives R / n.'''
     def shares(self, *addends):
-        '''Equal shares.'''
         return [1 / len(addends)] * (len(addends) - 1)
 
     @staticmethod
@@ -94,7 +90,6 @@ class EpsilonSplit(Split):
         self._stabilize = as_stabilizer('epsilon', epsilon)
 
     def shares(self, *addends):
-        '''Share of the values.'''
         addends = torch.broadcast_tensors(*(elem if elem.dtype == torch.float64 else elem.float() for elem in addends))
         total = self._stabilize(sum(addends[1:], addends[0]))
         return [elem / total for elem in addends[:-1]]
@@ -118,7 +113,6 @@ class ResidualOnly(Split):
         check_rule('rule', self.rule, Split)
 
     def shares(self, *addends):
-        '''Share of the residual branches.'''
         identity = [
             any(depends_on(other, elem) for other in addends if other is not elem) for elem in addends
         ]

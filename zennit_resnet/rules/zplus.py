@@ -87,7 +87,6 @@ class ZPlus(SinglePass):
     and ``high`` are missing for ``'zbox'`` or given without it, or ``low`` is above ``high``, and a TypeError if one of
     these is not of numbers.
     '''
-    # pylint: disable=too-many-arguments
     def __init__(
         self, stabilizer=0., first_layer='zplus', low=None, high=None, projection='spread', dead_units='spread',
         maxpool='winner', coverage='literal', classifier='zplus',
@@ -133,7 +132,6 @@ class ZPlus(SinglePass):
         return handles
 
     def _smooth(self, module, args, kwargs):
-        '''Smooth the relevance of the input.'''
         input = args[0] if args else kwargs['input']
         maps.check_batch(self, module, input)
         stride = maps.overlapping_stride(module, input.ndim - 2)
@@ -182,7 +180,6 @@ class ZPlus(SinglePass):
         return super().distribute(module, stored, relevance)
 
     def prepare(self, module, stored, shape):
-        '''Compute the denominators of Eq. (2).'''
         input, first, is_positive, output = stored
         is_winner = isinstance(module, MaxPool) and self.maxpool == 'winner'
         is_epsilon = self.classifier == 'epsilon' and 'is_last' in vars(module)
@@ -214,7 +211,6 @@ class ZPlus(SinglePass):
         )
 
     def propagate(self, module, stored, relevance):
-        '''Compute Eq. (2).'''
         input, lower = stored.input, None
         share, dead = self._share(relevance, stored.divisor)
         if stored.constants is not None:
@@ -266,7 +262,6 @@ class ZPlus(SinglePass):
         return bias.detach().to(linear).view(-1, *(1,) * dims)
 
     def _constants(self, module, linear):
-        '''What is added to the linear map in the last layer.'''
         if module.is_last is not None:
             return module.is_last.to(linear) - linear
         bias = self._bias(module, linear)
@@ -276,7 +271,6 @@ class ZPlus(SinglePass):
         '''Relevance that biases keep, which is lost, as a function without arguments.'''
 
     def _divisor(self, denominator, is_signed):
-        '''Find dead units, and add the stabilizer.'''
         dims = tuple(range(1, denominator.ndim))
         magnitude = denominator.abs() if is_signed else denominator
         # without dimensions, these would be the mean and minimum of all examples
@@ -339,7 +333,6 @@ class ZPlus(SinglePass):
         return [(torch.ones_like(input), part)]
 
     def _bound(self, name, module, input):
-        '''A bound which can be broadcast to the input.'''
         dim = 1
         if isinstance(module, torch.nn.Linear):
             dim = -1
@@ -388,7 +381,6 @@ class ZPlus(SinglePass):
         return module.forward(input)
 
     def _spread(self, module, input, relevance):
-        '''Share the relevance of dead units evenly over their inputs.'''
         if is_fully_connected(module):
             return relevance.sum(-1, keepdim=True) / input.shape[-1]
         ones, weight, shape, in_channels = torch.ones_like(input), None, relevance.shape[2:], 1
@@ -446,12 +438,10 @@ class Rows:
             self.weights, self.part = (part(weight),), torch.Tensor.contiguous
 
     def map(self, input):
-        '''The linear map.'''
         outputs = [F.linear(input, self.part(elem)) for elem in self.weights]
         return torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
 
     def transpose(self, output):
-        '''The transposed linear map.'''
         parts = output.split([len(elem) for elem in self.weights], -1)
         lower = parts[0] @ self.part(self.weights[0])
         for part, weight in zip(parts[1:], self.weights[1:]):
