@@ -11,8 +11,7 @@ ROOT = Path(__file__).parents[1]
 # From the ground up. A name stands for the module or the package.
 FLOORS = [
     ('zennit_resnet._compat', 'zennit_resnet.arguments', 'zennit_resnet.layer', 'zennit_resnet._text',
-     'zennit_resnet._choices', 'zennit_resnet._files'),
-    ('zennit_resnet._nested',),
+     'zennit_resnet._choices', 'zennit_resnet._files', 'zennit_resnet._nested'),
     ('zennit_resnet._autograd', 'zennit_resnet._gates', 'zennit_resnet._inplace', 'zennit_resnet._weights'),
     ('zennit_resnet.rules',),
     ('zennit_resnet.canonizers',),

@@ -11,6 +11,8 @@ import torch
 from zennit.canonizers import Canonizer
 from zennit.core import Hook, Stabilizer
 
+from ._nested import map_tensors
+
 
 def check_number(name, value, minimum=-math.inf, maximum=math.inf, finite=True):
     '''Raise an error which names an argument and its value, unless it is a number within a range.'''
@@ -37,9 +39,9 @@ def check_flag(name, value):
 
 def check_stabilizer(name, value):
     '''Get a stabilizer, which must be a finite number that is not negative, or a function of denominators.'''
-    if isinstance(value, Stabilizer):
-        check_number(f'{name}.epsilon', value.epsilon, 0)
     if callable(value) and not isinstance(value, type):
+        if isinstance(value, Stabilizer):
+            check_number(f'{name}.epsilon', value.epsilon, 0)
         return value
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f'{name}={value!r} is neither a number nor a function of denominators!')
@@ -96,24 +98,16 @@ def check_precision(model, *inputs):
 
 def check_layer_map(layer_map):
     '''Get a layer map as a list.'''
-    if layer_map is None:
-        return []
-    if isinstance(layer_map, (str, dict)) or not hasattr(layer_map, '__iter__'):
-        raise TypeError(f'layer_map={layer_map!r} is not a list of pairs (type, hook)!')
-    layer_map = list(layer_map)
+    layer_map = _as_list('layer_map', layer_map, 'pairs (type, hook)')
     for num, entry in enumerate(layer_map):
-        label = f'layer_map[{num}]={entry!r}'
-        if not isinstance(entry, (tuple, list)) or len(entry) != 2:
-            raise TypeError(f'{label} is not a pair (type, hook), or (tuple of types, hook)!')
-        types, hook = entry
-        if not _are_types(types):
+        if not isinstance(entry, (tuple, list)) or len(entry) != 2 or not _are_types(entry[0]):
             raise TypeError(
-                f'{label} must begin with a type of modules or a tuple of types, such as torch.nn.Conv2d, but begins '
-                f'with {types!r}!' + (' Rules by the name of modules are for zennit.composites.NameMapComposite.'
-                                      if isinstance(types, str) else '')
+                f'layer_map[{num}]={entry!r} is not a pair (type, hook), or (tuple of types, hook), with types of '
+                'modules such as torch.nn.Conv2d! Rules by the name of modules are for '
+                'zennit.composites.NameMapComposite.'
             )
-        if hook is not None:
-            check_rule(f'layer_map[{num}][1]', hook)
+        if entry[1] is not None:
+            check_rule(f'layer_map[{num}][1]', entry[1])
     return layer_map
 
 
@@ -123,17 +117,18 @@ def _are_types(value):
 
 
 def check_canonizers(canonizers):
-    '''Get canonizers as a list, empty for None, or raise a TypeError which names what is not an instance of one.'''
-    if canonizers is None:
-        return []
-    if isinstance(canonizers, str) or not hasattr(canonizers, '__iter__'):
-        raise TypeError(f'canonizers={canonizers!r} is not a list of canonizers!')
-    canonizers = list(canonizers)
+    '''Get canonizers as a list, or raise a TypeError which names what is not an instance of one.'''
+    canonizers = _as_list('canonizers', canonizers, 'canonizers')
     for num, canonizer in enumerate(canonizers):
-        if not isinstance(canonizer, Canonizer):
-            remedy = f': give an instance, {canonizer.__name__}()' if isinstance(canonizer, type) else ''
-            raise TypeError(f'canonizers[{num}]={canonizer!r} is not an instance of a canonizer{remedy}!')
+        check_rule(f'canonizers[{num}]', canonizer, Canonizer)
     return canonizers
+
+
+def _as_list(name, value, kind):
+    '''Get an argument as a list, which is empty for None.'''
+    if isinstance(value, (str, dict)) or value is not None and not hasattr(value, '__iter__'):
+        raise TypeError(f'{name}={value!r} is not a list of {kind}!')
+    return list(value or [])
 
 
 # -- input bounds ------------------------------------------------------------------------------------------------------
@@ -145,12 +140,10 @@ MARGIN = 1e-3
 def as_bound(name, value):
     '''Get the bound of an input as a tensor.'''
     if not isinstance(value, torch.Tensor):
-        if not isinstance(value, (list, tuple, np.ndarray)):
-            if isinstance(value, bool) or not isinstance(value, Real):
-                raise TypeError(f'{name}={value!r} is neither a number nor numbers!')
         try:
             # python's numbers in the precision of python
-            value = torch.as_tensor(np.asarray(value, dtype=getattr(value, 'dtype', np.float64)))
+            dtype = bool if isinstance(value, bool) else getattr(value, 'dtype', np.float64)
+            value = torch.as_tensor(np.asarray(value, dtype))
         except (TypeError, ValueError) as error:
             raise TypeError(f'{name}={value!r} is not made of numbers!') from error
     if value.is_complex() or value.dtype == torch.bool:
@@ -235,7 +228,10 @@ def takes_maps(*names, single=True):
                 (name, elem[None] if single and elem.ndim == dims else elem) for name, elem in zip(names, maps)
             )
             result = function(*bound.args, **bound.kwargs)
-            return _restore(result, is_single, any(isinstance(elem, np.ndarray) for elem in given))
+            # of the kind of the arguments, also in named tuples and dicts
+            result = map_tensors(lambda tensor: tensor[0], result) if is_single else result
+            is_array = any(isinstance(elem, np.ndarray) for elem in given)
+            return map_tensors(torch.Tensor.numpy, result) if is_array else result
 
         return wrapper
 
@@ -259,19 +255,6 @@ def as_map(name, value):
         return torch.from_numpy(value.copy())
     except TypeError as error:
         raise TypeError(f'{name} must be an array of numbers, but is of type {value.dtype}!') from error
-
-
-def _restore(value, is_single, is_array):
-    '''Results of the kind of the arguments, also in named tuples and dicts.'''
-    if isinstance(value, torch.Tensor):
-        value = value[0] if is_single else value
-        return value.numpy() if is_array else value
-    if isinstance(value, tuple):
-        parts = [_restore(elem, is_single, is_array) for elem in value]
-        return type(value)(*parts) if hasattr(value, '_fields') else tuple(parts)
-    if isinstance(value, dict):
-        return {key: _restore(elem, is_single, is_array) for key, elem in value.items()}
-    return value
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------------

@@ -42,17 +42,12 @@ def select_output(output, key=None, remedy='SelectOutput(model, {}) in place of 
     output: object
         A tensor, or a dict, tuple, list, namedtuple, dataclass, ``ModelOutput`` or any object with attributes.
     key: str, int or callable, optional
-        The key, index or name of the tensor, or a function ``(output) -> tensor``. Not for a network that returns a
-        tensor, unless it is a function.
+        The key, index or name of the tensor unless the output is one, or a function ``(output) -> tensor``.
     remedy: str, optional
         What to do if there is no key, for the message: a format string for the key and ``access`` to it.
 
-    Raises
-    ------
-    TypeError
-        If it is not a tensor. The message names the keys that there are.
-    ValueError
-        If there is no such key.
+    A TypeError, which names the keys that there are, is raised if it is no tensor, and a ValueError if there is no such
+    key.
     '''
     parts = {} if isinstance(output, torch.Tensor) else parts_of(output)
     names = ', '.join(map(repr, parts))
@@ -202,21 +197,25 @@ def initial_relevance(target, value=None, output=None, contrast=None, contrast_w
         if is_zennit:
             check_gradients()
         result = select_output(result, output)
-        # relevance is kept in at least single precision
-        logits = result.detach()
-        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        if not callable(target) and result.ndim not in (1, 2):
-            raise ValueError(
-                f'The output must be of shape (batch, classes) or (batch,), but is {tuple(result.shape)}. Of a map of '
-                'logits, explain for instance SelectOutput(model, lambda output: output.mean((2, 3))), or give a '
-                'function as a target.'
-            )
-        outputs = logits if callable(target) else logits.reshape(len(result), -1)
-        index = target if callable(target) else _index(target, outputs)
+        outputs, index = at_least_single(result.detach()), target
+        if not callable(target):
+            if result.ndim not in (1, 2):
+                raise ValueError(
+                    f'The output must be of shape (batch, classes) or (batch,), but is {tuple(result.shape)}. Of a map '
+                    'of logits, explain for instance SelectOutput(model, lambda output: output.mean((2, 3))), or give '
+                    'a function as a target.'
+                )
+            outputs = outputs.reshape(len(result), -1)
+            index = _index(target, outputs)
         chosen = value or default_value(result, is_signed=callable(target) or contrast is not None)
         return weigh(output_weights(outputs, index, contrast, contrast_weight), outputs, chosen).reshape(result.shape)
 
     return attr_output
+
+
+def at_least_single(tensor):
+    '''A tensor in at least single precision, in which relevance is kept.'''
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def check_gradients():
@@ -384,7 +383,7 @@ def _index(target, logits):
         if classes != 1:
             raise ValueError(f'target=None is for a single output, but there are {classes} classes: choose one!')
         target = torch.zeros((), dtype=torch.long)
-    index = target.to(logits.device, torch.long)
+    index = target.to(logits.device)
     if index.ndim == 1 and len(index) != num:
         raise ValueError(f'There are {len(index)} targets for a batch of {num}!')
     lowest = 0 if index.ndim else -classes

@@ -15,14 +15,11 @@ class ManyTargets(Gradient):
 
     Parameters
     ----------
-    model: :py:obj:`torch.nn.Module`
-        The network. It has to return a tensor, see :py:class:`~zennit_resnet.attribution.SelectOutput`.
-    composite: :py:obj:`zennit.core.Composite`, optional
-        The composite.
+    model, composite, create_graph, retain_graph: optional
+        As of :py:class:`zennit.attribution.Gradient`. The network has to return a tensor, see
+        :py:class:`~zennit_resnet.attribution.SelectOutput`. The graph is retained between the questions in any case.
     attr_output: sequence or callable, optional
         The questions, unless they are given in the call.
-    create_graph, retain_graph: bool, optional
-        As of :py:class:`zennit.attribution.Gradient`. The graph is retained between the questions in any case.
 
     Examples
     --------
@@ -36,19 +33,11 @@ class ManyTargets(Gradient):
     def forward(self, input, attr_output_fn):
         '''Compute the relevance of the input for all questions. It is called by ``attributor(input, questions)``.
 
-        Parameters
-        ----------
-        input: :py:obj:`torch.Tensor`
-            Input of the network, of shape (batch, ...).
-        attr_output_fn: callable
-            Function of the output that returns the questions: a list of functions, such as
-            :py:func:`~zennit_resnet.attribution.initial_relevance` returns, and of tensors of the output's shape, or a
-            tensor with one more dimension in front. ``attributor(input, questions)`` also takes these themselves.
+        The input is of shape (batch, ...). The function of the output returns the questions: a list of functions, such
+        as :py:func:`~zennit_resnet.attribution.initial_relevance` returns, and of tensors of the output's shape, or a
+        tensor with one more dimension in front. ``attributor(input, questions)`` also takes these themselves.
 
-        Returns
-        -------
-        tuple of :py:obj:`torch.Tensor`
-            Output, and relevance of the input for each question, of shape (questions, batch, ...).
+        Returns the output, and relevance of the input for each question, of shape (questions, batch, ...).
 
         Raises
         ------

@@ -46,14 +46,12 @@ PASSING = [
 
 def _with_canonizer(canonizers, batch_norm='pass', **options):
     '''Add our own canonizer to a list of canonizers, unless it is there already.'''
-    canonizers = arguments.check_canonizers(canonizers)
     # it would take the additions of torchvision's blocks away from ours, so ours replaces it
-    if any(isinstance(elem, ResNetCanonizer) for elem in canonizers):
-        batch_norm = 'merge'
-        canonizers = [elem for elem in canonizers if not isinstance(elem, ResNetCanonizer)]
-    if not any(isinstance(elem, ResidualCanonizer) for elem in canonizers):
-        canonizers.append(ResidualCanonizer(batch_norm=batch_norm, **options))
-    return canonizers
+    others = [elem for elem in canonizers if not isinstance(elem, ResNetCanonizer)]
+    if not any(isinstance(elem, ResidualCanonizer) for elem in others):
+        batch_norm = batch_norm if len(others) == len(canonizers) else 'merge'
+        others.append(ResidualCanonizer(batch_norm=batch_norm, **options))
+    return others
 
 
 class _Transaction(Described):
@@ -96,8 +94,9 @@ class _LayerMap(_Transaction, LayerMapComposite):
         '''Rules come after those of the user. Options are kept as attributes, some are those of the canonizer.'''
         vars(self).update(options)
         layer_map = arguments.check_layer_map(layer_map)
+        canonizers = arguments.check_canonizers(canonizers)
         # the attributes of these names have what the composite adds as well
-        self.given = {'layer_map': layer_map or None, 'canonizers': arguments.check_canonizers(canonizers) or None}
+        self.given = {'layer_map': layer_map or None, 'canonizers': canonizers or None}
         settings = {key: options[key] for key in ('batch_norm', 'attention', 'parameters') if key in options}
         super().__init__(layer_map=layer_map + rules, canonizers=self.complete(canonizers, **settings))
 
@@ -114,13 +113,8 @@ class ResNetLRP(_LayerMap):
     '''LRP for ResNet (Otsuki et al. 2024): relevance splitting at skip connections, and the z+ rule everywhere else.
 
     Relevance is conserved: the input relevance sums to the initial relevance, whatever the network, together with what
-    constants keep that are concatenated (``sinks``).
-
-    Attributes
-    ----------
-    sinks: dict
-        Relevance that constants kept in the last backward pass, by name, each of shape (batch,), see
-        :py:class:`~zennit_resnet.canonizers.ResidualCanonizer`.
+    constants keep that are concatenated. What these kept in the last backward pass is the attribute ``sinks``, a dict
+    of tensors of shape (batch,) by name, see :py:class:`~zennit_resnet.canonizers.ResidualCanonizer`.
 
     Parameters
     ----------
@@ -145,17 +139,12 @@ class ResNetLRP(_LayerMap):
     attention, parameters: str, optional
         See :py:class:`~zennit_resnet.canonizers.ResidualCanonizer`.
     layer_map: list[tuple[tuple[torch.nn.Module, ...], Hook]], optional
-        A mapping as a list of tuples, with a tuple of applicable module types and a Hook. This will be prepended to
-        the ``layer_map`` defined by the composite.
+        Rules by types of modules, which come before those of the composite.
     canonizers: list[:py:class:`zennit.canonizers.Canonizer`], optional
-        List of canonizer instances to be applied before applying hooks. The composite adds its own.
+        Canonizers to apply first. The composite adds its own.
 
-    Raises
-    ------
-    ValueError
-        If an argument is not one of its choices. In the forward pass, if an input is outside of ``low`` and ``high``.
-    TypeError
-        If an argument is of another type.
+    A ValueError is raised if an argument is not one of its choices, and in the forward pass if an input is outside of
+    ``low`` and ``high``, and a TypeError if an argument is of another type.
     '''
     def __init__(
         self, splitting='ratio', identity_skip=True, batch_norm='pass', first_layer='zplus', projection='spread',
@@ -200,11 +189,10 @@ class ResNetLRPSymmetric(ResNetLRP):
 
 class SplittingComposite(_Transaction, Composite):
     '''Another composite, with a rule for the additions that end residual blocks, see :py:func:`with_splitting`.'''
-    def __init__(self, composite, rule):
+    def __init__(self, composite, rule=None):
+        self.composite, self.rule = composite, RatioSplit() if rule is None else rule
         check_rule('composite', composite, Composite)
-        check_rule('rule', rule)
-        self.composite = composite
-        self.rule = rule
+        check_rule('rule', self.rule)
         super().__init__(module_map=self.mapping, canonizers=_with_canonizer(composite.canonizers))
 
     def mapping(self, ctx, name, module):
@@ -227,15 +215,10 @@ def with_splitting(composite, rule=None):
     rule: :py:obj:`zennit_resnet.rules.Split`, optional
         The rule for additions, :py:class:`~zennit_resnet.rules.RatioSplit` by default.
 
-    Returns
-    -------
-    :py:obj:`SplittingComposite`
-        A new composite.
-
     A TypeError is raised if ``composite`` is not a composite (but for instance the class of one), or ``rule`` is not a
     hook.
     '''
-    return SplittingComposite(composite, RatioSplit() if rule is None else rule)
+    return SplittingComposite(composite, rule)
 
 
 @register_composite('relative_lrp')
@@ -341,19 +324,16 @@ class BlockLRP(_LayerMap):
     no module of a name in ``blocks``.
     '''
     propagates = 'gradient'
-    complete = staticmethod(lambda canonizers: [*arguments.check_canonizers(canonizers), BlockCanonizer()])
+    complete = staticmethod(lambda canonizers: [*canonizers, BlockCanonizer()])
 
     def __init__(self, epsilon=1e-6, mode='sign', blocks=None, layer_map=None, canonizers=None):
-        is_types = all(isinstance(elem, type) for elem in (blocks if isinstance(blocks, tuple) else (blocks,)))
-        is_names = isinstance(blocks, (list, set))
-        if blocks is not None and not is_types and not is_names and not callable(blocks):
+        self.blocks = self.find_block = blocks
+        if all(isinstance(elem, type) for elem in (blocks if isinstance(blocks, tuple) else (blocks,))):
+            self.find_block = lambda name, module: isinstance(module, blocks)
+        elif isinstance(blocks, (list, set)):
+            self.find_block = lambda name, module: name in blocks
+        elif blocks is not None and not callable(blocks):
             raise TypeError(f'blocks={blocks!r} is not a type, a tuple of types, a list of names or a predicate!')
-        self.blocks = blocks
-        self.find_block = (
-            (lambda name, module: isinstance(module, blocks)) if is_types
-            else (lambda name, module: name in blocks) if is_names
-            else blocks
-        )
         # layers between network and blocks which are functions have no rule, so it is R / z that is propagated
         settings = {'epsilon': epsilon, 'mode': mode, 'form': 'gradient'}
         self.block_rule = BlockEpsilon(**settings)
@@ -388,8 +368,6 @@ class BlockLRP(_LayerMap):
             return GradientTimesInput()
         if self.find_block is not None and self.find_block(name, module):
             return self.block_rule
-        hook = super().mapping(ctx, name, module)
-        kind = type_before_parametrizations(module)
-        if hook is None and self.find_block is None and not kind.__module__.startswith('torch.nn.'):
-            return self.any_rule
-        return hook
+        is_own = not type_before_parametrizations(module).__module__.startswith('torch.nn.')
+        any_rule = self.any_rule if is_own and self.find_block is None else None
+        return super().mapping(ctx, name, module) or any_rule

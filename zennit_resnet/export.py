@@ -14,7 +14,7 @@ from ._files import check_free, whole
 from ._graphs import fold, record
 from ._pooling import DECOMPOSITIONS
 from .arguments import check_choice, check_flag, check_rule
-from .attribution import VALUES, as_contrast, check_contrast_weight, default_value, rival_shares, weigh
+from .attribution import VALUES, as_contrast, at_least_single, check_contrast_weight, default_value, rival_shares, weigh
 from .tracing import TracedAttribution, layout_for
 
 FORMATS = ('.onnx', '.pt2')
@@ -31,12 +31,8 @@ def export(
 ):
     '''Write a file that maps an input and a target to logits and a heatmap.
 
-    Inputs of the file are
-
-    - ``image`` of the shape and type of ``input``, so that the size of the batch is fixed,
-    - ``target`` of shape (batch,) and type int64: the class to explain of each example. A negative one is the class
-      that is predicted.
-
+    Inputs of the file are ``image``, of the shape (with its batch) and type of ``input``, and ``target`` of shape
+    (batch,) and type int64: the class to explain of each example, where a negative one is that which is predicted.
     Its outputs are ``logits`` of shape (batch, classes), ``heatmap``, the sum over channels of shape (batch, height,
     width), and with ``relevance=True`` the ``relevance`` of the input's shape.
 
@@ -51,15 +47,12 @@ def export(
         ``export`` of this package, and PyTorch from 2.6.
     value, contrast, contrast_weight: optional
         What relevance starts from, see :py:func:`~zennit_resnet.attribution.initial_relevance`.
-    relevance: bool, optional
-        Whether the relevance of each channel is an output, too. Default is ``False``.
+    relevance, overwrite: bool, optional
+        Whether the relevance of each channel is an output, too, and whether to replace a file that exists.
     normalization: tuple[sequence of float, sequence of float], optional
-        Mean and standard deviation of each channel, by which the file is to normalize. It then takes images as they
-        were before. By default, it takes what the network takes.
+        Mean and standard deviation of each channel, by which the file is to normalize images.
     metadata: dict, optional
         What else to write into the file's metadata, by key. What is no string is written as JSON.
-    overwrite: bool, optional
-        Whether to replace a file that exists. Default is ``False``.
 
     Returns
     -------
@@ -133,9 +126,11 @@ def export(
     }
     entries = {**own, **(metadata or {})}
     texts = {key: entry if isinstance(entry, str) else json.dumps(entry) for key, entry in entries.items()}
-    write = _write_onnx if path.suffix == '.onnx' else _write_program
     with whole(path, overwrite) as file:
-        write(program, file, names, texts, traced)
+        if path.suffix == '.onnx':
+            _write_onnx(program, file, names, texts, traced)
+        else:
+            torch.export.save(program, file, extra_files={METADATA: json.dumps(texts)})
     return texts
 
 
@@ -202,8 +197,7 @@ def _record_start(graph, input, value, contrast, contrast_weight):
         chosen = value or default_value(output, is_signed=contrast is not None)
 
         def start(output, target):
-            logits = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
-            logits = logits.reshape(len(output), -1)
+            logits = at_least_single(output).reshape(len(output), -1)
             index = torch.where(target < 0, logits.argmax(1), target)[:, None]
             # no class is an error, which a remainder would hide
             weights = torch.zeros_like(logits).scatter(1, index, 1.)
@@ -233,10 +227,6 @@ def _standalone(module, decompositions):
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
-
-def _write_program(program, path, names, metadata, traced):
-    torch.export.save(program, path, extra_files={METADATA: json.dumps(metadata)})
-
 
 def _write_onnx(program, path, names, metadata, traced):
     size = sum(value.nbytes for value in (*program.state_dict.values(), *program.constants.values()))

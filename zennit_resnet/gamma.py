@@ -24,13 +24,8 @@ class GammaLRP(_LayerMap):
     initial relevance, but not the same. Constants that a network adds by itself keep nothing.
     :py:func:`~zennit_resnet.conservation.conservation_ledger` tells what is kept.
 
-    Attributes
-    ----------
-    classifier: str
-        ``'epsilon'``, the rule of the last layer.
-    sinks: dict
-        Relevance that constants kept in the last backward pass, see
-        :py:class:`~zennit_resnet.canonizers.ResidualCanonizer`.
+    ``classifier`` is ``'epsilon'``, the rule of the last layer, and ``sinks`` are those of
+    :py:class:`~zennit_resnet.composites.ResNetLRP`.
 
     Parameters
     ----------

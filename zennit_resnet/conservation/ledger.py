@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from zennit.core import Composite
 
+from .._nested import map_tensors
 from ..arguments import check_flag, check_module, check_number, check_precision, check_rule, show
 from ..attribution import initial_relevance, select_output
 from ..canonizers.eager import check_evaluation
@@ -65,11 +66,9 @@ class Ledger:
         return iter(self.rows)
 
     def __repr__(self):
-        gaps = self.gap.tolist()
-        more = f', ... ({len(gaps)} examples)' if len(gaps) > 4 else ''
-        gap = ', '.join(f'{value:+.1e}' for value in gaps[:4]) + more
-        return (f'{type(self).__name__}(composite={self.composite}, {len(self.rows)} rows, {len(self.blocks)} blocks, '
-                f'gap [{gap}])')
+        gaps = ', '.join(f'{value:+.1e}' for value in self.gap[:4].tolist())
+        more = f', ... ({len(self.gap)} examples)' if len(self.gap) > 4 else ''
+        return f'Ledger(composite={self.composite}, {len(self)} rows, {len(self.blocks)} blocks, gap [{gaps}{more}])'
 
     def __len__(self):
         return len(self.rows)
@@ -95,10 +94,7 @@ class Ledger:
     def example(self, index=None):
         '''The ledger of an example, by default of that with the largest deviation, or an IndexError, as below.'''
         index = self._index(index)
-        rows, blocks = ([row.example(index) for row in rows] for rows in (self.rows, self.blocks))
-        return Ledger(rows, blocks, *(
-            elem[index:][:1] for elem in (self.initial, self.scale, self.final, self.output, self.relevance)
-        ), self.composite, {name: elem[index:][:1] for name, elem in self.sinks.items()})
+        return map_tensors(lambda tensor: tensor[index:][:1], self)
 
     def deviation(self, layers=True):
         '''Largest deviation from conservation, relative to the initial relevance, of shape (batch,).
@@ -168,22 +164,21 @@ class Ledger:
             '', 'layer', 'type', 'rule', 'arrives', 'leaves', 'factor', 'lost/initial', 'sum |R|', 'min |z|', 'cause'
         )]
         for row in self.blocks if blocks else self.visible(index, threshold):
-            if only_losses and not self._is_bad(row, index, threshold):
+            is_bad = self._is_bad(row, index, threshold)
+            if only_losses and not is_bad:
                 continue
             arrives, leaves = float(row.arrives[index]), float(row.leaves[index])
             smallest = math.inf if row.smallest is None else float(row.smallest[index])
             lines.append((
-                '!' if self._is_bad(row, index, threshold) else '',
-                f'{row.name or "(network)"}{f" #{row.call}" if row.call else ""}', row.type, row.rule or '-',
-                f'{arrives:.5g}', f'{leaves:.5g}', f'{leaves / arrives:.5g}' if arrives else '-',
-                f'{(arrives - leaves) / scale:.1e}' if scale else '-',
-                f'{float(row.leaves_magnitude[index]):.3g}',
+                '!' if is_bad else '', f'{row.name or "(network)"}{f" #{row.call}" if row.call else ""}', row.type,
+                row.rule or '-', f'{arrives:.5g}', f'{leaves:.5g}', f'{leaves / arrives:.5g}' if arrives else '-',
+                f'{(arrives - leaves) / scale:.1e}' if scale else '-', f'{float(row.leaves_magnitude[index]):.3g}',
                 '' if smallest == math.inf else f'{smallest:.1e}', row.causes(index, threshold),
             ))
         widths = [max(map(len, column)) for column in zip(*lines)]
+        # numbers are aligned at the right
         text = ['  '.join(
-            cell.rjust(width) if 4 <= num <= 9 else cell.ljust(width)
-            for num, (cell, width) in enumerate(zip(line, widths))
+            f'{cell:{">" if 4 <= num <= 9 else "<"}{width}}' for num, (cell, width) in enumerate(zip(line, widths))
         ).rstrip() for line in lines]
         text.insert(1, '-' * max(map(len, text)))
         if only_losses and len(lines) == 1:
@@ -249,19 +244,14 @@ class Ledger:
     def records(self):
         '''All rows and blocks of each example as dicts: :py:class:`Row`, and what is lost relative to the initial.'''
         records = []
-        for index, scale in enumerate(self.scale.tolist()):
+        for index, scale in enumerate(self.scale):
             for order, row in enumerate((*self.rows, *self.blocks)):
-                lost = float(row.lost[index])
+                values = map_tensors(lambda tensor, index=index: tensor[index].item(), vars(row))
+                lost_by, lost = values.pop('lost_by'), row.lost[index]
                 records.append({
-                    'example': index, 'order': order, 'kind': row.kind, 'name': row.name, 'call': row.call,
-                    'type': row.type, 'rule': row.rule, 'arrives': float(row.arrives[index]),
-                    'leaves': float(row.leaves[index]), 'lost': lost,
-                    'lost_relative': lost / scale if scale else math.copysign(math.inf, lost) if lost else 0.,
-                    **{f'lost_by_{key}': float(value[index]) for key, value in row.lost_by.items()},
-                    'arrives_magnitude': float(row.arrives_magnitude[index]),
-                    'leaves_magnitude': float(row.leaves_magnitude[index]),
-                    'smallest': None if row.smallest is None else float(row.smallest[index]),
-                    'nan': int(row.nan[index]), 'inf': int(row.inf[index]),
+                    'example': index, 'order': order, **values, 'lost': lost.item(),
+                    'lost_relative': float(lost / scale) if lost else 0.,
+                    **{f'lost_by_{key}': value for key, value in lost_by.items()},
                 })
         return records
 
@@ -339,24 +329,21 @@ def conservation_ledger(model, input, composite=None, attr_output=None, target=N
     gap -0.40, lost by biases 4.00
     '''
     check_module(model)
-    if not isinstance(input, torch.Tensor) or not input.numel():
-        raise TypeError(f'The input must be a tensor of floating point numbers and not empty, but is {_shape(input)}!')
-    if not input.is_floating_point():
+    if not isinstance(input, torch.Tensor) or not input.numel() or not input.is_floating_point():
+        given = f'of {input.dtype} and {_shape(input)}' if isinstance(input, torch.Tensor) else repr(input)
         raise TypeError(
-            f'The input is of {input.dtype}, and integers have no relevance: convert images with input.float(), or '
-            'follow the network from its embedding on, given the output of that.'
+            f'The input must be a tensor of floating point numbers and not empty, but is {given}: convert images with '
+            'input.float(), or follow the network from its embedding on, given the output of that.'
         )
     name = 'input times gradient' if composite is None else show(composite)
     if composite is None:
         composite = Composite(module_map=lambda ctx, name, module: None if name else GradientTimesInput())
         composite.propagates = 'gradient'
     check_rule('composite', composite, Composite)
-    if target is None:
-        attr_output = torch.Tensor.detach if attr_output is None else attr_output
-    else:
-        if attr_output is not None:
-            raise ValueError('attr_output and target exclude each other: choose one')
-        attr_output = initial_relevance(target, value)
+    if target is not None and attr_output is not None:
+        raise ValueError('attr_output and target exclude each other: choose one')
+    if attr_output is None:
+        attr_output = torch.Tensor.detach if target is None else initial_relevance(target, value)
     check_evaluation(model)
     # a composite that is registered already remains so
     with nullcontext() if composite.handles else registered(composite, model), torch.enable_grad():

@@ -5,8 +5,8 @@ import inspect
 import re
 import threading
 from bisect import bisect_right
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch.autograd.graph import get_gradient_edge
@@ -91,12 +91,6 @@ class Row:
             *(key.replace('_', ' ') for key in keys), *(f'{count} {name}' for name, count in counts.items() if count)
         ])
 
-    def example(self, index):
-        def pick(values):
-            return {key: value[index:][:1] for key, value in values.items() if isinstance(value, torch.Tensor)}
-
-        return replace(self, lost_by=pick(self.lost_by), **pick(vars(self)))
-
 
 class RecordedCall:
     '''A call of a module with rules during the forward pass, within that of its parent.'''
@@ -104,21 +98,16 @@ class RecordedCall:
         self.module, self.parent, self.rules = module, parent, rules
         # whether it called other modules
         self.is_container = False
+        # itself, and all calls around it
+        self.chain = [self]
         if parent is not None:
             parent.is_container = True
-
-    def chain(self):
-        call = self
-        while call is not None:
-            yield call
-            call = call.parent
+            self.chain += parent.chain
 
     def layer(self):
         '''The outermost call with a rule for all that it contains, else itself, or None if it called other modules.'''
-        covering = [call for call in self.chain() if any(map(_covers, call.rules))]
-        if covering:
-            return covering[-1]
-        return None if self.is_container else self
+        own = [] if self.is_container else [self]
+        return ([None, *own] + [call for call in self.chain if any(map(_covers, call.rules))])[-1]
 
 
 def _covers(hook):
@@ -154,19 +143,16 @@ class Recorder:
 
     @contextmanager
     def watch(self):
-        register, note = torch_module.register_module_forward_hook, self._note_bias
-        if 'with_kwargs' in inspect.signature(register).parameters:
-            note = register(note, with_kwargs=True)
-        else:
-            # PyTorch 2.4 does not give these to hooks for all modules
-            note = register(lambda module, args, output: self._note_bias(module, args, {}, output))
-        handles = [torch_module.register_module_forward_pre_hook(self._enter), note]
-        try:
+        register = torch_module.register_module_forward_hook
+        with ExitStack() as undo:
+            undo.callback(lambda: [handle.remove() for handle in self.handles.values()])
+            undo.enter_context(torch_module.register_module_forward_pre_hook(self._enter))
+            if 'with_kwargs' in inspect.signature(register).parameters:
+                undo.enter_context(register(self._note_bias, with_kwargs=True))
+            else:
+                # PyTorch 2.4 does not give these to hooks for all modules
+                undo.enter_context(register(lambda module, args, output: self._note_bias(module, args, {}, output)))
             yield
-        finally:
-            for handle in (*handles, *self.handles.values()):
-                handle.remove()
-            self.handles = {}
 
     def _enter(self, module, args):
         '''Called before all other hooks of a module.'''
@@ -319,11 +305,11 @@ class Recorder:
                 flows[label], notes,
             )
 
-        blocks, chains = [], [list(call.chain()) for call in calls]
-        for call in dict.fromkeys(call for index in order for call in reversed(chains[index])):
+        blocks = []
+        for call in dict.fromkeys(call for index in order for call in reversed(calls[index].chain)):
             if not call.is_container or call.parent is None or call.layer() is not None:
                 continue
-            inside = [call in chain for chain in chains]
+            inside = [call in elem.chain for elem in calls]
             chosen = dict.fromkeys(label for label, elem in zip(labels, inside) if elem and label in rows)
             if chosen and not any(label in chosen for label, elem in zip(labels, inside) if not elem):
                 notes = [Note(None, rows[label].lost_by, rows[label].smallest) for label in chosen]

@@ -25,12 +25,17 @@ def as_tuple(value, num):
     return value * num if len(value) == 1 else value
 
 
-def with_adjoint(function, input):
-    '''Output of a function, and its gradient as a function from that of the output to that of the input.'''
+def with_adjoint(function, *inputs):
+    '''Output of a function, and its gradient by the input (by each of several) as a function of that of the output.'''
     with torch.enable_grad():
-        leaf = input.detach().requires_grad_()
-        output = function(leaf)
-    return output.detach(), lambda upper: torch.autograd.grad(output, leaf, upper, retain_graph=True)[0]
+        leaves = [elem.detach().requires_grad_() for elem in inputs]
+        output = function(*leaves)
+
+    def transpose(upper):
+        gradients = torch.autograd.grad(output, leaves, upper, retain_graph=True)
+        return gradients if len(leaves) > 1 else gradients[0]
+
+    return output.detach(), transpose
 
 
 def convolve(module, input, weight, shape, spread=False):

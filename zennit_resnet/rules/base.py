@@ -9,7 +9,7 @@ from zennit.core import Hook, RemovableHandle, RemovableHandleList
 
 from .._autograd import class_of, nodes_of, walk
 from .._compat import DisableTorchFunction, is_view, keep_version, rules_of, set_grad_enabled, version_of
-from .._weights import UsedModule
+from .._weights import UsedModule, is_plain
 from ..arguments import Described
 from ..layer import Operation
 
@@ -138,6 +138,9 @@ class SinglePass(Described, Hook):
     '''
     # whether the rule reads weights of the layer, or runs it again
     reads_layer = True
+    # whether the rule is only for modules that compute what their class in torch.nn does. A forward of its own may
+    # compute anything from its weights, the canonizer looks inside of it and finds functions.
+    for_plain = False
 
     def __init__(self):
         super().__init__()
@@ -209,6 +212,8 @@ class SinglePass(Described, Hook):
 
     def register(self, module):
         '''Register this instance to a module, which must not have a rule of Zennit already (RuntimeError).'''
+        if self.for_plain and not is_plain(module):
+            return RemovableHandleList([RemovableHandle(self)])
         for rule in rules_of(module):
             if not isinstance(rule, SinglePass) and not type(rule).__module__.startswith(PACKAGE):
                 raise RuntimeError(
@@ -280,8 +285,6 @@ class SinglePass(Described, Hook):
             stored = pending.stored if inplace is not None else self.complete(module, pending.stored, first)
             # what the layer has changed in place was counted already
             with nullcontext() if inplace is None else keep_version(first):
-                first = _Propagate.apply(
-                    self, module, pending.used, stored, [first], inplace, *active
-                )
+                first = _Propagate.apply(self, module, pending.used, stored, [first], inplace, *active)
         # functions such as the maximum along a dimension return tuples with names
         return type(output)((first, *output[1:])) if isinstance(output, tuple) else first

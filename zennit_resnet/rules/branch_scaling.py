@@ -28,22 +28,20 @@ def branch_factor(begin, end, normalization='signed', tolerance=TOLERANCE):
 
     Parameters
     ----------
-    begin: tuple of :py:obj:`torch.Tensor`
-        Sum and sum of magnitudes of the branch's contributions at the block's begin, of shape (batch,) each.
-    end: tuple of :py:obj:`torch.Tensor`
-        The same of the contributions with which the branch started at the block's end.
+    begin, end: tuple of :py:obj:`torch.Tensor`
+        Sum and sum of magnitudes, of shape (batch,) each, of the branch's contributions at the block's begin, and of
+        those with which the branch started at the block's end.
     normalization: str, optional
         ``'signed'`` (default) for the ratio of the sums, which may be negative, ``'l1'`` for that of the sums of
         magnitudes.
     tolerance: float, optional
-        Sums of either end smaller than this share of their magnitudes count as zero, and the ratio of the sums of
-        magnitudes is used in their place. Default is 1e-6, the resolution of sums in single precision.
+        Sums smaller than this share of their magnitudes count as zero, and the ratio of the sums of magnitudes is used
+        in their place. Default is 1e-6, the resolution of sums in single precision.
 
     Returns
     -------
     tuple of :py:obj:`torch.Tensor`
-        The factor, zero for a branch without contributions, and where the ratio of the sums of magnitudes took the
-        place of that of the sums, both of shape (batch,).
+        The factor, zero for a branch without contributions, and where the sums were replaced, both of shape (batch,).
 
     A ValueError is raised if ``normalization`` is unknown, or ``tolerance`` is negative or not finite.
     '''

@@ -2,15 +2,14 @@
 import math
 
 import torch
-from zennit.core import BasicHook
-from zennit.rules import ClampMod, zero_bias
+from zennit.rules import AlphaBeta
 
 from ..arguments import Described, as_stabilizer, check_number, check_rule
 from ._linear_maps import with_adjoint
 from .base import SinglePass
 
 
-class SignedAlphaBeta(Described, BasicHook):
+class SignedAlphaBeta(Described, AlphaBeta):
     '''The alpha-beta rule of Eq. (5), for alpha + beta = 1 with any signs, such as alpha = beta = 0.5.
 
     R'_i = sum_j (alpha (w_ij x_i)+ / sum_k (w_kj x_k)+ + beta (w_ij x_i)- / sum_k (w_kj x_k)-) R_j. Relevance is
@@ -27,23 +26,15 @@ class SignedAlphaBeta(Described, BasicHook):
         check_number('beta', beta)
         if not math.isclose(alpha + beta, 1., abs_tol=1e-9):
             raise ValueError(f'alpha={alpha} and beta={beta} do not sum to one!')
+        # negative and positive contributions are those of Zennit's rule
+        super().__init__(1., 0., zero_params=zero_params)
         self.alpha, self.beta, self.stabilizer, self.zero_params = alpha, beta, stabilizer, zero_params
-        stabilizer_fn = as_stabilizer('stabilizer', stabilizer)
-        first, second = {'zero_params': zero_params}, {'zero_params': zero_bias(zero_params)}
-        super().__init__(
-            # positive inputs times positive weights, negative times negative, positive times negative, ...
-            input_modifiers=[lambda input: input.clamp(min=0), lambda input: input.clamp(max=0)] * 2,
-            param_modifiers=[
-                ClampMod(min=0., **first), ClampMod(max=0., **second),
-                ClampMod(max=0., **first), ClampMod(min=0., **second),
-            ],
-            output_modifiers=[lambda output: output] * 4,
-            gradient_mapper=(lambda out_grad, outputs: [
-                factor * out_grad / stabilizer_fn(denominator)
-                for factor, denominator in ((alpha, sum(outputs[:2])), (beta, sum(outputs[2:]))) for _ in range(2)
-            ]),
-            reducer=lambda inputs, gradients: sum(input * gradient for input, gradient in zip(inputs, gradients)),
-        )
+        stabilize = as_stabilizer('stabilizer', stabilizer)
+        self.gradient_mapper = lambda relevance, outputs: [
+            factor * relevance / stabilize(denominator)
+            for factor, denominator in ((alpha, sum(outputs[:2])), (beta, sum(outputs[2:]))) for _ in range(2)
+        ]
+        self.reducer = lambda inputs, gradients: sum(input * gradient for input, gradient in zip(inputs, gradients))
 
 
 class LinearSum(SinglePass):

@@ -4,12 +4,10 @@ from typing import NamedTuple
 import torch
 from zennit.types import Convolution, MaxPool
 
-from ..arguments import as_stabilizer, check_choice, check_number, signs
+from ..arguments import as_stabilizer, check_number, signs
 from ..layer import Signed, Subsampling
 from . import _linear_maps as maps
 from .zplus import Divisor, Output, ZPlus, is_fully_connected, is_plain_convolution
-
-FIRST_LAYER = ('gamma', 'zplus', 'zbox', 'wsquare', 'flat')
 
 
 class _Prepared(NamedTuple):
@@ -54,16 +52,12 @@ class GeneralizedGamma(ZPlus):
     A ValueError is raised if an argument is not one of its choices, or a number is negative or not finite, and a
     TypeError if an argument is of another type.
     '''
+    first_layers = 'gamma', 'zplus', 'zbox', 'wsquare', 'flat'
+
     def __init__(self, gamma=0.25, epsilon=1e-6, first_layer='gamma', low=None, high=None):
         check_number('gamma', gamma, 0)
-        check_choice('first_layer', first_layer, FIRST_LAYER)
-        is_own = first_layer == 'gamma'
-        if is_own and not (low is None and high is None):
-            raise ValueError(f'low={low!r} and high={high!r} are for first_layer=\'zbox\', but first_layer=\'gamma\'!')
-        super().__init__(
-            first_layer='zplus' if is_own else first_layer, low=low, high=high, coverage='even', classifier='epsilon',
-        )
-        self.first_layer, self.gamma, self.epsilon = first_layer, gamma, epsilon
+        super().__init__(first_layer=first_layer, low=low, high=high, coverage='even', classifier='epsilon')
+        self.gamma, self.epsilon = gamma, epsilon
         self._stabilize = as_stabilizer('epsilon', epsilon)
 
     def complete(self, module, stored, output):

@@ -10,10 +10,8 @@ import math
 
 import torch
 import torch.nn.functional as F
-from zennit.core import RemovableHandle, RemovableHandleList
 from zennit.types import Convolution, ConvolutionTranspose
 
-from .._weights import is_plain
 from ..arguments import check_choice
 from ..layer import LinearMap, NonNegativeMap
 from . import _linear_maps as maps
@@ -36,15 +34,12 @@ class Relative(SinglePass):
         smaller at the border, and under strides it depends on the position's parity, which has nothing to do with the
         image. A ValueError is raised for others.
     '''
+    for_plain = True
+
     def __init__(self, cardinality='constant'):
         super().__init__()
         check_choice('cardinality', cardinality, ('constant', 'per_position'))
         self.cardinality = cardinality
-
-    def register(self, module):
-        '''Register this instance to the supplied module, unless its forward is not that of its class in torch.nn.'''
-        # the canonizer looks inside for the functional convolution
-        return super().register(module) if is_plain(module) else RemovableHandleList([RemovableHandle(self)])
 
     def store(self, module, *inputs):
         input, = inputs

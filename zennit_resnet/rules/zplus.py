@@ -47,8 +47,8 @@ class ZPlus(SinglePass):
     ----------
     stabilizer: callable or float, optional
         What is added to each denominator with its sign, or a function ``(denominator) -> stabilized denominator``.
-        Relevance is lost by it. The default 0 loses none, because units with a denominator that is zero up to rounding
-        (less than the machine precision times the mean of the layer and sample) are treated by ``dead_units`` anyway.
+        Relevance is lost by it. The default 0 loses none: ``dead_units`` covers denominators that are zero up to
+        rounding (less than the machine precision times the mean of the layer and sample).
     first_layer: str, optional
         Contributions to the first layer, i.e. to layers that no convolution or linear layer with a rule of this package
         precedes. With weights w, and w+ and w- their positive and negative parts: ``'zplus'`` (default) (w h)+;
@@ -56,10 +56,9 @@ class ZPlus(SinglePass):
         the input is replaced by ones); ``'zbox'`` w h - w+ low - w- high = w+ (h - low) + w- (h - high); ``'wsquare'``
         w^2; ``'flat'`` 1.
     low, high: :py:obj:`torch.Tensor`, sequence of float or float, optional
-        Lowest and highest possible input values for ``'zbox'``, and only for this: one for all, one for each channel (a
-        sequence or a tensor with one dimension; for linear layers the last dimension of the input has the channels), or
-        a tensor that can be broadcast to the input. It is an error if an input of the first layer is outside of them by
-        more than rounding (a thousandth of the range between them).
+        Lowest and highest possible input values for ``'zbox'``: one for all, one for each channel (of linear layers the
+        last dimension), or a tensor that can be broadcast to the input. It is an error if an input of the first layer
+        is outside of them by more than rounding (a thousandth of the range between them).
     projection: str, optional
         Convolutions whose stride exceeds their kernel, such as the 1 x 1 projections of stride 2 in skip connections,
         read only some of the positions. ``'literal'`` propagates to these only, which leaves a lattice of dots in the
@@ -87,31 +86,29 @@ class ZPlus(SinglePass):
     and ``high`` are missing for ``'zbox'`` or given without it, or ``low`` is above ``high``, and a TypeError if one of
     these is not of numbers.
     '''
+    for_plain = True
+    first_layers = 'zplus', 'literal', 'ones', 'zbox', 'wsquare', 'flat'
+
     def __init__(
         self, stabilizer=0., first_layer='zplus', low=None, high=None, projection='spread', dead_units='spread',
         maxpool='winner', coverage='literal', classifier='zplus',
     ):
         super().__init__()
-        check_choice('first_layer', first_layer, ('zplus', 'literal', 'ones', 'zbox', 'wsquare', 'flat'))
+        check_choice('first_layer', first_layer, self.first_layers)
         check_choice('projection', projection, ('spread', 'literal'))
         check_choice('dead_units', dead_units, ('spread', 'drop'))
         check_choice('maxpool', maxpool, ('winner', 'average', 'avg2x2'))
         check_choice('coverage', coverage, ('literal', 'even'))
         check_choice('classifier', classifier, ('zplus', 'epsilon'))
-        if first_layer == 'zbox' and (low is None or high is None):
+        if (low is not None, high is not None) != (first_layer == 'zbox',) * 2:
             raise ValueError(
-                'first_layer=\'zbox\' needs the lowest and highest possible input values, low and high: for an input '
-                'normalized with mean and std, low=(0 - mean) / std and high=(1 - mean) / std.'
-            )
-        if first_layer != 'zbox' and not (low is None and high is None):
-            raise ValueError(
-                f'low={low!r} and high={high!r} are for first_layer=\'zbox\', but first_layer={first_layer!r}: leave '
-                'them out, or choose \'zbox\'.'
+                f'low={low!r} and high={high!r} are for first_layer=\'zbox\', which needs both, but '
+                f'first_layer={first_layer!r}. For an input normalized with mean and std, low=(0 - mean) / std and '
+                'high=(1 - mean) / std are the lowest and highest possible input.'
             )
         stabilizer = check_stabilizer('stabilizer', stabilizer)
         self.stabilizer = None if stabilizer == 0 else Stabilizer.ensure(stabilizer)
-        self.first_layer = first_layer
-        self.low, self.high = low, high
+        self.first_layer, self.low, self.high = first_layer, low, high
         if first_layer == 'zbox':
             self._low, self._high = as_bound('low', low), as_bound('high', high)
             check_bounds(self._low, self._high)
@@ -120,14 +117,10 @@ class ZPlus(SinglePass):
 
     def register(self, module):
         '''Register this instance to the supplied module, unless its own gradient is the rule already.'''
-        # a subclass with a forward of its own (same-padding, standardized weights) may compute anything from its
-        # weights. The canonizer looks inside and finds the functional convolution.
-        handles = RemovableHandleList([RemovableHandle(self)])
-        if not is_plain(module):
-            return handles
         if not isinstance(module, MaxPool) or (self.maxpool, self.dead_units) != ('winner', 'spread'):
             return super().register(module)
-        if self.coverage == 'even':
+        handles = RemovableHandleList([RemovableHandle(self)])
+        if self.coverage == 'even' and is_plain(module):
             handles.append(module.register_forward_pre_hook(self._smooth, with_kwargs=True))
         return handles
 
@@ -275,11 +268,9 @@ class ZPlus(SinglePass):
         magnitude = denominator.abs() if is_signed else denominator
         # without dimensions, these would be the mean and minimum of all examples
         resolution = (magnitude.mean(dims, keepdim=True) if dims else magnitude) * torch.finfo(denominator.dtype).eps
-        dead = None
-        if not has_values(denominator) or bool((
-            (magnitude.amin(dims, keepdim=True) if dims else magnitude) <= resolution
-        ).any()):
-            dead = magnitude <= resolution
+        dead = magnitude <= resolution
+        if has_values(denominator) and not bool(dead.any()):
+            dead = None
         stabilized = denominator if self.stabilizer is None else self.stabilizer(denominator)
         return Divisor(denominator, stabilized, dead)
 
@@ -296,13 +287,11 @@ class ZPlus(SinglePass):
 
     def _contributions(self, module, input, variant, is_negative):
         '''Pairs of inputs and weights (None for poolings) of which the products are the contributions.'''
-        pairs = self._pairs(module, input, variant, is_negative)
-        if isinstance(module, Signed) or not isinstance(module, (Convolution, torch.nn.Linear)):
+        pairs = [
+            (elem, self._part(module, input, part)) for elem, part in self._pairs(module, input, variant, is_negative)
+        ]
+        if not isinstance(module, Convolution):
             return pairs
-        weight = module.weight.detach().to(input.dtype)
-        if isinstance(module, torch.nn.Linear):
-            return [(elem, Rows(weight, part)) for elem, part in pairs]
-        pairs = [(elem, part(weight)) for elem, part in pairs]
         if self.coverage == 'even':
             # each pair by itself, so that a sample does not depend on whether others in its batch have negative values
             pairs = [(elem, maps.even_weight(module, weight)) for elem, weight in pairs]
@@ -314,23 +303,19 @@ class ZPlus(SinglePass):
 
     def _pairs(self, module, input, variant, is_negative):
         '''Pairs of inputs and the parts of the weight, as functions of it, that they are multiplied with.'''
-        if not isinstance(module, (Convolution, torch.nn.Linear, Signed)):
-            if variant == 'zplus':
-                return [(input.clamp(min=0) if is_negative else input, None)]
-            if variant == 'literal':
-                return [(input, None)]
-            return [(input - self._bound('low', module, input) if variant == 'zbox' else torch.ones_like(input), None)]
-
         positive, negative = functools.partial(torch.clamp, min=0), functools.partial(torch.clamp, max=0)
         if variant == 'zplus' and is_negative:
-            return [(input.clamp(min=0), positive), (input.clamp(max=0), negative)]
-        if variant in ('zplus', 'literal'):
-            return [(input, positive)]
-        if variant == 'zbox':
+            pairs = [(input.clamp(min=0), positive), (input.clamp(max=0), negative)]
+        elif variant == 'zbox':
             low, high = (self._bound(name, module, input) for name in ('low', 'high'))
-            return [(input - low, positive), (input - high, negative)]
-        part = {'ones': positive, 'wsquare': torch.square, 'flat': torch.ones_like}[variant]
-        return [(torch.ones_like(input), part)]
+            pairs = [(input - low, positive), (input - high, negative)]
+        elif variant in ('zplus', 'literal'):
+            pairs = [(input, positive)]
+        else:
+            part = {'ones': positive, 'wsquare': torch.square, 'flat': torch.ones_like}[variant]
+            pairs = [(torch.ones_like(input), part)]
+        # poolings have no negative weights
+        return pairs if isinstance(module, (Convolution, torch.nn.Linear, Signed)) else pairs[:1]
 
     def _bound(self, name, module, input):
         dim = 1
