@@ -167,10 +167,10 @@ def initial_relevance(target, value=None, output=None, contrast=None, contrast_w
     -------
     callable
         A function ``(output: (batch, classes)) -> (batch, classes)``, or ``(batch,) -> (batch,)`` for a single output,
-        or of any other shape if the target is a function. It raises a ValueError if the number of targets is not the
-        batch size, an IndexError for a class outside the classes, a ValueError for a contrast of a single class, for a
-        softmax of probabilities, or if it is not known what to start from, and a TypeError if it is not given a tensor,
-        which names the outputs that there are.
+        or of any other shape if the target is a function. It raises a ValueError for another number of targets than
+        examples, a contrast of a single class, a softmax of probabilities, or if it is not known what to start from, an
+        IndexError for a class outside the classes, and a TypeError, which names the outputs that there are, for what is
+        no tensor.
 
     Raises
     ------

@@ -138,10 +138,9 @@ class ResNetLRP(_LayerMap):
         the biases of the last layer.
     attention, parameters: str, optional
         See :py:class:`~zennit_resnet.canonizers.ResidualCanonizer`.
-    layer_map: list[tuple[tuple[torch.nn.Module, ...], Hook]], optional
-        Rules by types of modules, which come before those of the composite.
-    canonizers: list[:py:class:`zennit.canonizers.Canonizer`], optional
-        Canonizers to apply first. The composite adds its own.
+    layer_map, canonizers: list, optional
+        Pairs of types of modules and a rule, which come before those of the composite, and canonizers, to which the
+        composite adds its own.
 
     A ValueError is raised if an argument is not one of its choices, and in the forward pass if an input is outside of
     ``low`` and ``high``, and a TypeError if an argument is of another type.
@@ -234,19 +233,16 @@ class RelativeLRP(_LayerMap):
     Attributes
     ----------
     log_scale: :py:obj:`torch.Tensor`
-        Natural logarithm of the factor by which the input's contributions have to be multiplied, of shape (batch,), for
-        the last backward pass. In residual networks, blocks are not counted (a factor of two each).
+        Natural logarithm of the factor by which the input's contributions of the last backward pass have to be
+        multiplied, of shape (batch,). In residual networks, blocks are not counted (a factor of two each).
     num_replaced: :py:obj:`torch.Tensor`
-        In the last backward pass, the number of branches of which contributions summed to zero up to rounding, so that
-        their sum of magnitudes was used, of shape (batch,).
+        Number of branches, of shape (batch,), whose contributions summed to zero up to rounding in the last backward
+        pass, so that their sum of magnitudes was used.
 
     Parameters
     ----------
-    cardinality: str, optional
-        ``'constant'`` (default) or ``'per_position'``, see :py:class:`~zennit_resnet.rules.Relative`.
-    normalization: str, optional
-        Branches of residual blocks are rescaled by their sums with ``'signed'`` (default), as Proposition 14 has it, or
-        by their sums of magnitudes with ``'l1'``.
+    cardinality, normalization: str, optional
+        See :py:class:`~zennit_resnet.rules.Relative` and :py:func:`~zennit_resnet.rules.branch_factor`.
     batch_norm: str, optional
         Batch normalization is folded into the linear layer before it with ``'merge'`` (default). With ``'pass'``,
         contributions pass it unchanged.
@@ -299,16 +295,10 @@ class RelativeLRP(_LayerMap):
 class BlockLRP(_LayerMap):
     '''Propagation of C3-LRP (Doublet et al.): residual blocks, and layers outside of them, as one layer each, Eq. (1).
 
-    In the backward pass, gradients are relevance divided by the activation, until the network's input is reached.
-
     This amounts to Gradient x Input times R_k / (y_k - b_k), with logit y_k of the target, its bias b_k and its initial
     relevance R_k, up to the effect of ``epsilon``. What makes C3-LRP more than that is its post-processing, see
-    :py:func:`~zennit_resnet.postprocess.c3`.
-
-    Attributes
-    ----------
-    propagates: str
-        ``'gradient'``: what is propagated becomes relevance by multiplication with the tensor it is the gradient of.
+    :py:func:`~zennit_resnet.postprocess.c3`. As ``propagates`` says, it is the gradient that is propagated: relevance
+    divided by the activation, until the network's input is reached.
 
     Parameters
     ----------
@@ -347,10 +337,7 @@ class BlockLRP(_LayerMap):
         )
 
     def register(self, module):
-        '''Apply all canonizers and register all hooks to a module and its children.
-
-        A ValueError is raised if it has no children of the names that were given as ``blocks``.
-        '''
+        '''Apply all canonizers and register all hooks to a module and its children, if it has the named blocks.'''
         check_module(module)
         if isinstance(self.blocks, (list, set)):
             names = dict(module.named_modules())

@@ -56,12 +56,8 @@ def trace(model, composite, input, output=None, rule_dtype=None):
     TypeError
         If an argument is of another type, or the network reads values of what it computes from the input, by which it
         may do something else for another input.
-    ValueError
-        If ``rule_dtype`` is another type.
-    RuntimeError
-        If the network is in training mode.
-    UnsupportedOperation
-        If there is no rule for an operation of the network.
+    ValueError, RuntimeError, UnsupportedOperation
+        If ``rule_dtype`` is another type, the network is in training mode, or one of its operations has no rule.
 
     Examples
     --------
@@ -147,14 +143,13 @@ class TracedAttribution(torch.nn.Module):
         '''Record the graph for an input, with tensors in a memory format.'''
         network, composite, key = self.source
         check_evaluation(network)
-        if layout is None:
-            layout = layout_for(input)
-            if layout is not torch.contiguous_format:
-                try:
-                    return self.record(input, layout)
-                except (RuntimeError, ValueError):
-                    # views and weights of five dimensions need contiguous memory
-                    layout = torch.contiguous_format
+        if layout is None and layout_for(input) is not torch.contiguous_format:
+            try:
+                return self.record(input, layout_for(input))
+            except (RuntimeError, ValueError):
+                # views and weights of five dimensions need contiguous memory
+                pass
+        layout = layout or torch.contiguous_format
         divides = None
 
         def attribute(image, start):
@@ -272,12 +267,11 @@ class _ValueGuard(TorchFunctionMode):
         if name in READS and any(map(is_recorded, args)):
             frame = origin_of_call(func)
             if frame.f_globals['__name__'].partition('.')[0] not in OWN:
-                self.refuse(name, module_around(frame))
+                module = module_around(frame)
+                label = next((key for key, each in self.network.named_modules() if each is module), '') or 'The network'
+                raise TypeError(
+                    f'{label} ({type(module).__name__}) cannot be traced: it reads a value of a tensor by \'{name}\', '
+                    'by which it may do something else for another input. Have it use torch.where, or explain it '
+                    'without tracing.'
+                )
         return func(*args, **(kwargs or {}))
-
-    def refuse(self, name, module):
-        label = next((key for key, each in self.network.named_modules() if each is module), '') or 'The network'
-        raise TypeError(
-            f'{label} ({type(module).__name__}) cannot be traced: it reads a value of a tensor by \'{name}\', by which '
-            'it may do something else for another input. Have it use torch.where, or explain it without tracing.'
-        )

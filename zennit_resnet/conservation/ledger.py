@@ -143,16 +143,9 @@ class Ledger:
         Functions which pass on all relevance are left out. A mark ``!`` is before rows that lose or gain more than the
         tolerance, or have NaN or infinite values.
 
-        Parameters
-        ----------
-        example: int, optional
-            Index in the batch. By default, the one with the largest deviation.
-        tolerance: float, optional
-            Relative to the initial relevance. Default is 1e-4.
-        blocks: bool, optional
-            Whether blocks are shown in the place of layers and functions. Default is ``False``.
-        only_losses: bool, optional
-            Whether only rows with a mark are shown. Default is ``False``.
+        The example is an index in the batch, by default of the one with the largest deviation, and the tolerance is
+        relative to the initial relevance. With ``blocks``, these are shown in the place of layers and functions, and
+        with ``only_losses`` only rows with a mark.
         '''
         check_number('tolerance', tolerance, 0, finite=False)
         check_flag('blocks', blocks)
@@ -289,8 +282,7 @@ def conservation_ledger(model, input, composite=None, attr_output=None, target=N
     input: :py:obj:`torch.Tensor`
         Input of shape (batch, ...).
     composite: :py:obj:`zennit.core.Composite`, optional
-        The composite, any of Zennit or of this package. If it is registered already, it remains so. Default is None for
-        input times gradient, which biases take from.
+        Any composite, which remains registered if it is. Default is None for input times gradient.
     attr_output: :py:obj:`torch.Tensor` or callable, optional
         Initial relevance of the shape of the output, or a function that computes it from the output, as for attributors
         of Zennit. Default is the output itself.
@@ -307,8 +299,8 @@ def conservation_ledger(model, input, composite=None, attr_output=None, target=N
     TypeError
         If ``model``, ``input`` or ``composite`` is none, or the output is no tensor.
     ValueError
-        If ``attr_output`` and ``target`` are both given, if the initial relevance has not the shape of the output, if
-        the output has not the input's number of examples, or if it does not depend on the input.
+        If ``attr_output`` and ``target`` are both given, or shapes of initial relevance, output and input do not fit,
+        or if the output does not depend on the input.
     RuntimeError
         If batch normalization, dropout or stochastic depth is in training mode.
 

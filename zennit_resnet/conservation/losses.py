@@ -75,7 +75,7 @@ class LossProbe:
         if isinstance(hook, (ZPlus, EpsilonNormalization)):
             methods = self._zplus(hook)
         elif isinstance(hook, BlockEpsilon):
-            methods = self._block(hook, module)
+            methods = self._block(hook)
         elif type(hook) in DENOMINATORS:
             methods = self._basic(hook, module)
         else:
@@ -183,7 +183,7 @@ class LossProbe:
 
         return {'_share': share_out, '_spread': spread, '_keep': keep}
 
-    def _block(self, hook, module):
+    def _block(self, hook):
         def divide(relevance, output):
             share = type(hook).divide(hook, relevance, output)
             self._note(hook, relevance, [(1., share, output)])

@@ -13,7 +13,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.modules import module as torch_module
 from zennit.core import Hook
 
-from .._autograd import function_of, is_leaf, next_sequence, sequence_of, walk
+from .._autograd import function_of, is_leaf, next_sequence, parents_of, sequence_of, walk
 from .._compat import DisableTorchFunction, rules_of
 from .._nested import active_tensors
 from ..rules.base import SinglePass
@@ -26,43 +26,30 @@ class Row:
     '''Relevance of a layer, of a function call that is in no layer, or of a block.
 
     All tensors are of shape (batch,), and of type float64 but for the numbers of values.
-
-    Attributes
-    ----------
-    name: str
-        Path of the module, for functions of the module in which they were called. Empty for the network itself.
-    call: int
-        Number of the call if the module was called several times, else 0.
-    kind: str
-        ``'layer'``, ``'function'`` or ``'block'``.
-    type: str
-        Class of the module, or name of the function.
-    rule: str or None
-        Class of the rule, None where the gradient takes its place.
-    arrives, leaves: :py:obj:`torch.Tensor`
-        Sum of the relevance that arrives at the output, and of that which leaves to the inputs.
-    arrives_magnitude, leaves_magnitude: :py:obj:`torch.Tensor`
-        Sum of the magnitudes of what arrives from each consumer of the output, and of what leaves to each input.
-    lost_by: dict[str, :py:obj:`torch.Tensor`]
-        What is lost by ``'sink'`` (constants that keep it), ``'bias'``, ``'stabilizer'``, ``'dead_units'``,
-        ``'no_rule'`` and ``'unexplained'``. They sum to ``lost``. Negative values are gains.
-    smallest: :py:obj:`torch.Tensor` or None
-        The smallest magnitude of a denominator, before it is stabilized, among units to which relevance arrives. None
-        if the rule has no denominator, or is unknown.
-    nan, inf: :py:obj:`torch.Tensor`
-        Number of NaN and of infinite values among what leaves.
     '''
+    #: path of the module, for functions of the module in which they were called, empty for the network itself
     name: str
+    #: number of the call if the module was called several times, else 0
     call: int
+    #: 'layer', 'function' or 'block'
     kind: str
+    #: class of the module, or name of the function
     type: str
-    rule: str
+    #: class of the rule, None where the gradient takes its place
+    rule: str | None
+    #: sum of the relevance that arrives at the output, and of that which leaves to the inputs
     arrives: torch.Tensor
     leaves: torch.Tensor
+    #: sum of the magnitudes of what arrives from each consumer of the output, and of what leaves to each input
     arrives_magnitude: torch.Tensor
     leaves_magnitude: torch.Tensor
-    lost_by: dict
-    smallest: torch.Tensor
+    #: what is lost by 'sink' (constants that keep it), 'bias', 'stabilizer', 'dead_units', 'no_rule' and 'unexplained',
+    #: which sum to what is lost; negative values are gains
+    lost_by: dict[str, torch.Tensor]
+    #: smallest magnitude of a denominator, before it is stabilized, among units to which relevance arrives, None if the
+    #: rule has no denominator, or is unknown
+    smallest: torch.Tensor | None
+    #: number of NaN and of infinite values among what leaves
     nan: torch.Tensor
     inf: torch.Tensor
 
@@ -134,7 +121,7 @@ class Recorder:
         self.thread = threading.get_ident()
         self.calls, self.stack, self.starts, self.owners = [], [], [], []
         self.handles, self.values, self.biased = {}, {}, {}
-        self.nodes, self.indices, self.flows, self.notes = [], {}, [], {}
+        self.nodes, self.flows, self.notes = [], [], collections.defaultdict(list)
         self.input = self.output = self.seed = None
         # nodes from which there is a path to the input
         self.leading = set()
@@ -215,37 +202,33 @@ class Recorder:
         '''Propagate initial relevance of the shape of the output to the input, a leaf.'''
         edge = get_gradient_edge(input)
         self.input = edge.node, edge.output_nr
-        nodes = list(walk([output.grad_fn]))
-        self.nodes = [node for node in nodes if not is_leaf(node)]
-        self.leading = _leading(nodes, edge.node)
-        self.indices = {node: index for index, node in enumerate(self.nodes)}
+        # in the order of the backward pass
+        nodes = (node for node in walk([output.grad_fn]) if not is_leaf(node))
+        self.nodes = sorted(nodes, key=sequence_of, reverse=True)
+        self.leading = {edge.node}
+        for node in reversed(self.nodes):
+            if not self.leading.isdisjoint(parents_of(node)):
+                self.leading.add(node)
         self.output, self.seed = output.grad_fn, self._measure(seed)
         # registered after those of rules, so what they change is changed by now
-        handles = [
-            node.register_hook(functools.partial(self._record, index)) for index, node in enumerate(self.nodes)
-        ]
+        handles = [node.register_hook(functools.partial(self._record, node)) for node in self.nodes]
         try:
             relevance, = torch.autograd.grad(output, input, seed, allow_unused=True)
         finally:
             for handle in handles:
                 handle.remove()
-        self._note_sinks()
+        kept = getattr(getattr(self.composite, 'sinks', None), 'nodes', {})
+        for node in self.nodes:
+            if sequence_of(node) in kept:
+                self.notes[node].append(Note(None, {'sink': kept[sequence_of(node)]}, None))
         return torch.zeros_like(input) if relevance is None else relevance
 
-    def _note_sinks(self):
-        kept = getattr(getattr(self.composite, 'sinks', None), 'nodes', {})
-        for index, node in enumerate(self.nodes):
-            if sequence_of(node) in kept:
-                note = Note(None, {'sink': kept[sequence_of(node)]}, None)
-                self.notes.setdefault(index, []).append(note)
-
-    def _record(self, index, grad_inputs, grad_outputs):
-        node = self.nodes[index]
+    def _record(self, node, grad_inputs, grad_outputs):
         for (parent, number), relevance in zip(node.next_functions, grad_inputs):
             # some operations compute what nothing needs, such as gradients of parameters
             if relevance is not None and parent in self.leading:
-                self.flows.append((index, self.indices.get(parent), self._measure_edge(relevance, (parent, number))))
-        notes, layer = self.probe.take(), self._owner(index).layer()
+                self.flows.append((node, parent, self._measure_edge(relevance, (parent, number))))
+        notes, layer = self.probe.take(), self._owner(node).layer()
         if layer is not None:
             # rules of Zennit for containers run what is inside once more, with its rules
             notes = [note for note in notes if note.rule in layer.rules]
@@ -256,8 +239,7 @@ class Recorder:
             is_left_out = rule in self.probe.heard and not rule.with_bias
             if share is not None and len(share) == self.batch_size and not is_left_out:
                 notes.append(Note(None, {'bias': self.probe.bias(module, share, zeros)}, None))
-        if notes:
-            self.notes[index] = notes
+        self.notes[node] = notes
 
     def _measure_edge(self, relevance, edge):
         '''Sums of what is passed on along an edge, None if they are not known.'''
@@ -280,43 +262,42 @@ class Recorder:
     def summarize(self):
         '''Rows in the order of the backward pass, of layers and functions in no layer, and of modules with others.'''
         names, numbers = self._names()
-        order = sorted(range(len(self.nodes)), key=lambda index: -sequence_of(self.nodes[index]))
-        calls = [self._owner(index) for index in range(len(self.nodes))]
-        layers = [call.layer() for call in calls]
-        labels = self._merge([index if layer is None else layer for index, layer in enumerate(layers)])
-        flows, members = self._cross(labels), {}
-        for index in order:
-            if labels[index] in flows:
+        calls = {node: self._owner(node) for node in self.nodes}
+        # the layer that an operation is part of, or itself
+        parts = {node: call.layer() or node for node, call in calls.items()}
+        labels = self._merge(parts)
+        flows, members, rows = self._cross(labels), collections.defaultdict(list), {}
+        for node, label in labels.items():
+            if label in flows:
                 # otherwise nothing was propagated to it
-                members.setdefault(labels[index], []).append(index)
-        rows = {}
-        for label, indices in members.items():
-            parts = list(dict.fromkeys(index if layers[index] is None else layers[index] for index in indices))
-            called = [calls[part] if isinstance(part, int) else part for part in parts]
-            notes = [note for index in indices for note in self.notes.get(index, ())]
-            rules = [_type_name(hook) for part in parts if isinstance(part, RecordedCall) for hook in part.rules[:1]]
+                members[label].append(node)
+        for label, nodes in members.items():
+            inside = list(dict.fromkeys(parts[node] for node in nodes))
+            layers = [part for part in inside if isinstance(part, RecordedCall)]
+            called = [calls.get(part, part) for part in inside]
+            notes = [note for node in nodes for note in self.notes[node]]
+            rules = [_type_name(layer.rules[0]) for layer in layers if layer.rules]
             rows[label] = self._row(
-                'function' if all(isinstance(part, int) for part in parts) else 'layer',
+                'layer' if layers else 'function',
                 _join(names[call.module] for call in called),
-                numbers[called[0]] if len(parts) == 1 else 0,
-                _join(_function_name(self.nodes[part]) if isinstance(part, int) else _type_name(part.module)
-                      for part in parts),
+                numbers[called[0]] if len(called) == 1 else 0,
+                _join(_function_name(part) if part in calls else _type_name(part.module) for part in inside),
                 _join(rules or [_type_name(note.rule) for note in notes if note.rule]) or None,
                 flows[label], notes,
             )
 
         blocks = []
-        for call in dict.fromkeys(call for index in order for call in reversed(calls[index].chain)):
+        for call in dict.fromkeys(call for node in self.nodes for call in reversed(calls[node].chain)):
             if not call.is_container or call.parent is None or call.layer() is not None:
                 continue
-            inside = [call in elem.chain for elem in calls]
-            chosen = dict.fromkeys(label for label, elem in zip(labels, inside) if elem and label in rows)
-            if chosen and not any(label in chosen for label, elem in zip(labels, inside) if not elem):
+            is_inside = {node: call in calls[node].chain for node in self.nodes}
+            chosen = dict.fromkeys(labels[node] for node in self.nodes if is_inside[node] and labels[node] in rows)
+            if chosen and all(is_inside[node] or labels[node] not in chosen for node in self.nodes):
                 notes = [Note(None, rows[label].lost_by, rows[label].smallest) for label in chosen]
                 rule = next(map(_type_name, call.rules), None)
                 blocks.append(self._row(
                     'block', names[call.module], numbers[call], _type_name(call.module), rule,
-                    self._cross(inside)[True], notes,
+                    self._cross(is_inside)[True], notes,
                 ))
         return list(rows.values()), blocks
 
@@ -334,8 +315,8 @@ class Recorder:
             torch.stack(smallest).amin(0) if smallest else None, nan.long(), inf.long(),
         )
 
-    def _owner(self, index):
-        position = bisect_right(self.starts, sequence_of(self.nodes[index])) - 1
+    def _owner(self, node):
+        position = bisect_right(self.starts, sequence_of(node)) - 1
         return (self.owners[position] if position >= 0 else None) or self.calls[0]
 
     def _merge(self, labels):
@@ -348,54 +329,38 @@ class Recorder:
             return label
 
         for source, target, amounts in self.flows:
-            if amounts is None and target is not None:
+            if amounts is None and target in labels:
                 source, target = find(labels[source]), find(labels[target])
-                if source != target:
+                if source is not target:
                     merged[source] = target
-        return [find(label) for label in labels]
+        return {node: find(label) for node, label in labels.items()}
 
     def _cross(self, labels):
         '''What arrives at operations with the same label from outside, and leaves them, by label.'''
         flows = {}
 
-        def add(index, side, amounts):
-            flows.setdefault(labels[index], [torch.zeros_like(self.seed), torch.zeros_like(self.seed)])[side] += amounts
+        def add(node, side, amounts):
+            flows.setdefault(labels[node], [torch.zeros_like(self.seed), torch.zeros_like(self.seed)])[side] += amounts
 
-        add(self.indices[self.output], 0, self.seed)
+        add(self.output, 0, self.seed)
         for source, target, amounts in self.flows:
-            if target is None or labels[source] != labels[target]:
+            if labels[source] != labels.get(target):
                 add(source, 1, amounts)
-                if target is not None:
+                if target in labels:
                     add(target, 0, amounts)
         return flows
 
     def _names(self):
         '''Paths of modules, and numbers of calls for modules that were called several times.'''
         names = {module: name for name, module in self.model.named_modules()}
-        numbers, total = {}, collections.Counter(call.module for call in self.calls)
-        count = collections.Counter()
+        numbers, total, count = {}, collections.Counter(call.module for call in self.calls), collections.Counter()
         for call in self.calls:
             if call.module not in names:
                 # a module that is no attribute of another
-                prefix = names[call.parent.module]
-                names[call.module] = f'{prefix}.{type(call.module).__name__}' if prefix else type(call.module).__name__
+                names[call.module] = f'{names[call.parent.module]}.{_type_name(call.module)}'.lstrip('.')
             count[call.module] += 1
             numbers[call] = count[call.module] if total[call.module] > 1 else 0
         return names, numbers
-
-
-def _leading(nodes, target):
-    '''Nodes from which there is a path to another one, which is included.'''
-    children = collections.defaultdict(list)
-    for node in nodes:
-        for parent, _ in node.next_functions:
-            children[parent].append(node)
-    found, queue = {target}, [target]
-    while queue:
-        fresh = [node for node in children[queue.pop()] if node not in found]
-        found.update(fresh)
-        queue.extend(fresh)
-    return found
 
 
 def _function_name(node):

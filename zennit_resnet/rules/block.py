@@ -24,14 +24,10 @@ _CALLS = _Calls()
 class _BlockCall:
     '''A call of a module with a :py:class:`BlockEpsilon` rule, which is one layer unless it is part of another.'''
     def __init__(self, rule, module, frame=None):
-        self.rule = rule
-        self.module = module
-        self.frame = frame
-        self.is_layer = True
-        self.has_addition = False
-        self.inner = []
-        # inputs with what the module was given in their place and their versions, and all that is kept
-        self.inputs, self.kept = [], []
+        self.rule, self.module, self.frame = rule, module, frame
+        self.is_layer, self.has_addition = True, False
+        # calls inside, inputs with what the module was given in their place and their versions, and all that is kept
+        self.inner, self.inputs, self.kept = [], [], []
 
     def keep(self, tensor):
         '''Keep the values of a tensor for as long as this may be a layer.'''
@@ -59,12 +55,9 @@ class _BlockCall:
         self.is_layer = self.rule.active and (self.has_addition if is_block is None else is_block)
         if self.is_layer:
             for inner in self.inner:
-                inner.deactivate()
-
-    def deactivate(self):
-        self.is_layer = False
-        for elem in self.kept:
-            elem.clear()
+                inner.is_layer = False
+                for kept in inner.kept:
+                    kept.clear()
 
 
 class _Change(torch.autograd.Function):
@@ -98,13 +91,12 @@ class BlockEpsilon(Described, Hook):
     mode: str, optional
         ``'sign'`` (default) adds ``epsilon`` with the sign of each entry, ``'plus'`` adds it as the equation has it.
     with_bias: bool, optional
-        If ``False``, the module's bias is taken from the denominator, as Eq. (2) has it for linear layers. Default is
-        ``True``.
+        If ``False``, the module's bias is taken from the denominator, as Eq. (2) has it for linear layers.
     form: str, optional
-        With ``'relevance'`` (default), the rule takes and gives relevance R. With ``'gradient'``, it takes and gives
-        relevance divided by the activation, g = R / z, for which it only has to multiply with z' / stab(z') at the
-        output. What is between such modules then may be anything, and its gradient is the same equation without
-        stabilizer. :py:class:`GradientTimesInput` for the whole network makes relevance of it.
+        With ``'relevance'`` (default), the rule takes and gives relevance R, with ``'gradient'`` R / z, for which it
+        only has to multiply with z' / stab(z') at the output. What is between such modules then may be anything, its
+        gradient is the same equation without stabilizer. :py:class:`GradientTimesInput` for the whole network makes
+        relevance of it.
     is_block: bool or None, optional
         If ``None``, the module is one layer only if it adds tensors in its own forward, which
         :py:class:`~zennit_resnet.canonizers.BlockCanonizer` finds out while it runs. Default is ``True``.

@@ -43,11 +43,9 @@ class GeneralizedGamma(ZPlus):
         How much these contributions are enlarged, 0.25 by default.
     epsilon: callable or float, optional
         What is added to denominators with their sign.
-    first_layer: str, optional
+    first_layer, low, high: optional
         ``'gamma'`` (default) as for the others, or another rule for layers that no convolution or linear layer
         precedes: ``'zplus'``, ``'zbox'``, ``'wsquare'`` or ``'flat'``, see :py:class:`~zennit_resnet.rules.ZPlus`.
-    low, high: optional
-        Bounds of the input for ``'zbox'``, see there.
 
     A ValueError is raised if an argument is not one of its choices, or a number is negative or not finite, and a
     TypeError if an argument is of another type.

@@ -80,36 +80,35 @@ class Relative(SinglePass):
             )
         if isinstance(module, torch.nn.Linear):
             return module.weight.shape[1], module.weight.shape[0]
-        num, per_position = input.ndim - 2, self.cardinality == 'per_position'
+        # uses of an input by its windows if strides and borders are ignored, and outputs of each use
+        uses, factor = 1, 1
         if isinstance(module, Convolution):
-            kernel = module.weight.shape[2:]
+            factor, in_channels = module.weight.shape[0] // module.groups, module.weight.shape[1]
             if isinstance(module, ConvolutionTranspose):
-                in_channels, out_channels = module.weight.shape[0] // module.groups, module.weight.shape[1]
-            else:
-                in_channels, out_channels = module.weight.shape[1], module.weight.shape[0] // module.groups
-            counts = out_channels * math.prod(kernel)
-            if per_position:
-                counts = out_channels * maps.count_uses(module, input, relevance)
-            return in_channels * math.prod(kernel), counts
-        if getattr(module, 'kernel_size', None) is not None:
-            size = math.prod(maps.as_tuple(module.kernel_size, num))
-            return size, maps.count_uses(module, input, relevance) if per_position else size
-        if getattr(module, 'output_size', None) is not None:
-            sizes = maps.adaptive_sizes(input, relevance)
-            return sizes, maps.count_uses(module, input, relevance) if per_position else 1
-        # means over whole dimensions, of which each input has one output
-        return max(input.numel() / relevance.numel(), 1), 1
+                factor, in_channels = in_channels, factor
+            uses = math.prod(module.weight.shape[2:])
+            fan_in = in_channels * uses
+        elif getattr(module, 'kernel_size', None) is not None:
+            fan_in = uses = math.prod(maps.as_tuple(module.kernel_size, input.ndim - 2))
+        elif getattr(module, 'output_size', None) is not None:
+            fan_in = maps.adaptive_sizes(input, relevance)
+        else:
+            # means over whole dimensions, of which each input has one output
+            return max(input.numel() / relevance.numel(), 1), 1
+        if self.cardinality == 'per_position':
+            uses = maps.count_uses(module, input, relevance)
+        return fan_in, factor * uses
 
     @staticmethod
     def _transposed(module, input, relevance):
-        if isinstance(module, torch.nn.Linear) and not isinstance(module, LinearMap):
-            return relevance @ module.weight.detach().to(relevance.dtype)
-        if not isinstance(module, Convolution):
-            linear = module.forward
-            if isinstance(module, LinearMap):
-                linear = functools.partial(module.linear, part=torch.Tensor.clone)
-            return maps.with_adjoint(linear, input)[1](relevance)
-        return maps.convolve_transposed(module, input, module.weight.detach().to(relevance.dtype), relevance)
+        if isinstance(module, LinearMap):
+            return maps.with_adjoint(lambda leaf: module.linear(leaf, torch.Tensor.clone), input)[1](relevance)
+        if not isinstance(module, (Convolution, torch.nn.Linear)):
+            return maps.with_adjoint(module.forward, input)[1](relevance)
+        weight = module.weight.detach().to(relevance.dtype)
+        if isinstance(module, torch.nn.Linear):
+            return relevance @ weight
+        return maps.convolve_transposed(module, input, weight, relevance)
 
 
 class RelativeMaxPool(Relative):
