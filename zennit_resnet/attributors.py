@@ -39,14 +39,9 @@ class ManyTargets(Gradient):
 
         Returns the output, and relevance of the input for each question, of shape (questions, batch, ...).
 
-        Raises
-        ------
-        ValueError
-            If there is no question, or an initial relevance is not of the output's shape.
-        TypeError
-            If the questions are none of the above, or the network does not return a tensor.
-        RuntimeError
-            If gradients are disabled.
+        A ValueError is raised if there is no question, or an initial relevance is not of the output's shape, a
+        TypeError if the questions are none of the above, or the network does not return a tensor, and a RuntimeError if
+        gradients are disabled.
         '''
         check_gradients()
         input = input.view_as(input)
@@ -70,14 +65,13 @@ class ManyTargets(Gradient):
 
 def _as_starts(questions, output):
     '''Initial relevance of each question, as a list of tensors.'''
-    if isinstance(questions, torch.Tensor):
-        if questions.ndim != output.ndim + 1:
-            raise ValueError(
-                f'Several questions are of shape (questions, *{tuple(output.shape)}), but these are of shape '
-                f'{tuple(questions.shape)}: use Gradient for a single one, or give a list.'
-            )
-    elif not isinstance(questions, (list, tuple)):
+    if not isinstance(questions, (list, tuple, torch.Tensor)):
         raise TypeError(f'Questions have to be a list or a tensor, but are {type(questions).__name__}!')
+    if isinstance(questions, torch.Tensor) and questions.ndim != output.ndim + 1:
+        raise ValueError(
+            f'Several questions are of shape (questions, *{tuple(output.shape)}), but these are of shape '
+            f'{tuple(questions.shape)}: use Gradient for a single one, or give a list.'
+        )
     starts = [elem(output) if callable(elem) else elem for elem in questions]
     if not starts:
         raise ValueError('The list of questions is empty: give at least one.')

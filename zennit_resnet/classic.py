@@ -22,7 +22,6 @@ from .composites import NORMALIZATION_LAYERS, PASSING, SPLITTING, _LayerMap
 from .layer import Addition
 from .rules import Duplicate, LinearSum, PassThrough, SignedAlphaBeta
 
-RULES = ('lrp0', 'epsilon', 'gamma', 'alpha_beta', 'zplus', 'wsquare')
 ADDITION = ('rule', *SPLITTING, 'duplicate')
 
 # What the paper compares with, as arguments of ClassicLRP. In its figures, these are lrp0, lrp_eps01, lrp_eps001,
@@ -91,7 +90,6 @@ class ClassicLRP(_LayerMap):
         self, rule='epsilon', epsilon=0.01, gamma=0.25, alpha=2., beta=-1., with_bias=False, addition='rule',
         batch_norm='merge', stabilizer=drop_zero, layer_map=None, canonizers=None,
     ):
-        check_choice('rule', rule, RULES)
         check_choice('addition', addition, ADDITION)
         epsilon, stabilizer = check_stabilizer('epsilon', epsilon), check_stabilizer('stabilizer', stabilizer)
         check_number('gamma', gamma, 0)
@@ -100,17 +98,19 @@ class ClassicLRP(_LayerMap):
         check_flag('with_bias', with_bias)
         settings = {'zero_params': None if with_bias else 'bias'}
         stabilized = {'stabilizer': stabilizer, **settings}
-        if rule == 'alpha_beta' and alpha - (-beta) == 1. and alpha >= 0. >= beta:
-            linear = AlphaBeta(alpha, -beta, **stabilized)
-        else:
-            linear = {
-                'lrp0': lambda: Epsilon(stabilizer, **settings),
-                'epsilon': lambda: Epsilon(epsilon, **settings),
-                'gamma': lambda: Gamma(gamma, **stabilized),
-                'alpha_beta': lambda: SignedAlphaBeta(alpha, beta, **stabilized),
-                'zplus': lambda: ZPlus(**stabilized),
-                'wsquare': lambda: WSquare(**stabilized),
-            }[rule]()
+        rules = {
+            'lrp0': lambda: Epsilon(stabilizer, **settings),
+            'epsilon': lambda: Epsilon(epsilon, **settings),
+            'gamma': lambda: Gamma(gamma, **stabilized),
+            'alpha_beta': lambda: (
+                AlphaBeta(alpha, -beta, **stabilized) if alpha - (-beta) == 1. and alpha >= 0. >= beta
+                else SignedAlphaBeta(alpha, beta, **stabilized)
+            ),
+            'zplus': lambda: ZPlus(**stabilized),
+            'wsquare': lambda: WSquare(**stabilized),
+        }
+        check_choice('rule', rule, tuple(rules))
+        linear = rules[rule]()
         split = {'rule': lambda: LinearSum(linear), 'duplicate': Duplicate, **SPLITTING}[addition]()
         super().__init__(
             [

@@ -156,17 +156,16 @@ class Ledger:
         lines = [(
             '', 'layer', 'type', 'rule', 'arrives', 'leaves', 'factor', 'lost/initial', 'sum |R|', 'min |z|', 'cause'
         )]
-        for row in self.blocks if blocks else self.visible(index, threshold):
-            is_bad = self._is_bad(row, index, threshold)
+        for row in [row.at(index) for row in self.blocks] if blocks else self.visible(index, threshold):
+            is_bad = row.is_bad(threshold)
             if only_losses and not is_bad:
                 continue
-            arrives, leaves = float(row.arrives[index]), float(row.leaves[index])
-            smallest = math.inf if row.smallest is None else float(row.smallest[index])
             lines.append((
                 '!' if is_bad else '', f'{row.name or "(network)"}{f" #{row.call}" if row.call else ""}', row.type,
-                row.rule or '-', f'{arrives:.5g}', f'{leaves:.5g}', f'{leaves / arrives:.5g}' if arrives else '-',
-                f'{(arrives - leaves) / scale:.1e}' if scale else '-', f'{float(row.leaves_magnitude[index]):.3g}',
-                '' if smallest == math.inf else f'{smallest:.1e}', row.causes(index, threshold),
+                row.rule or '-', f'{row.arrives:.5g}', f'{row.leaves:.5g}',
+                f'{row.leaves / row.arrives:.5g}' if row.arrives else '-', f'{row.lost / scale:.1e}' if scale else '-',
+                f'{row.leaves_magnitude:.3g}', '' if row.smallest in (None, math.inf) else f'{row.smallest:.1e}',
+                row.causes(threshold),
             ))
         widths = [max(map(len, column)) for column in zip(*lines)]
         # numbers are aligned at the right
@@ -182,30 +181,29 @@ class Ledger:
 
     def _summary(self, index, tolerance):
         '''Totals, worst rows and what can be done about them, as lines.'''
-        threshold = tolerance * float(self.scale[index])
-        initial, final, gap = (float(elem[index]) for elem in (self.initial, self.final, self.gap))
+        initial, final, gap, scale = (elem[index].item() for elem in (self.initial, self.final, self.gap, self.scale))
+        threshold = tolerance * scale
         lines = [f'initial {initial:.6g}, at the input {final:.6g} (gap {gap:+.2e})']
         if self.sinks:
-            kept = (f'{name} {float(elem[index]):.3g}' for name, elem in self.sinks.items())
-            lines.append('kept by ' + ', '.join(kept))
-        lost = {key: float(value[index]) for key, value in self.lost_by.items()}
-        lines.append('lost by ' + ', '.join(f'{key.replace("_", " ")} {value:.3g}' for key, value in lost.items()))
-        worst = [row for row in self.worst(3, index) if self._is_bad(row, index, threshold)]
+            lines.append('kept by ' + ', '.join(f'{name} {elem[index]:.3g}' for name, elem in self.sinks.items()))
+        lost = (f'{key.replace("_", " ")} {value[index]:.3g}' for key, value in self.lost_by.items())
+        lines.append('lost by ' + ', '.join(lost))
+        worst = [row for row in (row.at(index) for row in self.worst(3, index)) if row.is_bad(threshold)]
         for row in worst:
             lines.append(
-                f'! {row.label} ({row.type}, {row.rule or "no rule"}): {float(row.arrives[index]):.5g} arrives, '
-                f'{float(row.leaves[index]):.5g} leaves ({row.causes(index, threshold)})'
+                f'! {row.label} ({row.type}, {row.rule or "no rule"}): {row.arrives:.5g} arrives, {row.leaves:.5g} '
+                f'leaves ({row.causes(threshold)})'
             )
-        causes = {key for row in worst for key, value in row.lost_by.items() if abs(float(value[index])) > threshold}
+        causes = {key for row in worst for key, value in row.lost_by.items() if abs(value) > threshold}
         lines += [f'  {key.replace("_", " ")}: {advice}' for key, (advice, _) in CAUSES.items() if key in causes]
-        scale, magnitude = float(self.scale[index]), float(precise(self.relevance[index]).abs().sum())
-        grown = [row for row in self.rows if float(row.arrives_magnitude[index]) > .01 * scale]
+        magnitude = float(precise(self.relevance[index]).abs().sum())
+        grown = [row for row in (row.at(index) for row in self.rows) if row.arrives_magnitude > .01 * scale]
         if magnitude > 10 * scale and grown:
-            row = max(grown, key=lambda row: float(row.leaves_magnitude[index] / row.arrives_magnitude[index]))
+            row = max(grown, key=lambda row: row.leaves_magnitude / row.arrives_magnitude)
             lines.append(
                 f'magnitudes sum to {magnitude:.3g} at the input, as terms cancel or are multiplied. They grow most in '
-                f'{row.label} ({row.type}, {row.rule or "no rule"}): {float(row.arrives_magnitude[index]):.3g} to '
-                f'{float(row.leaves_magnitude[index]):.3g}'
+                f'{row.label} ({row.type}, {row.rule or "no rule"}): {row.arrives_magnitude:.3g} to '
+                f'{row.leaves_magnitude:.3g}'
             )
         return lines
 
@@ -217,13 +215,9 @@ class Ledger:
             raise IndexError(f'Example {example} is not among the {len(self.initial)} of the batch!')
         return example
 
-    @staticmethod
-    def _is_bad(row, index, threshold):
-        return bool(row.nan[index] + row.inf[index]) or not abs(float(row.missing[index])) <= threshold
-
     def visible(self, index, threshold):
-        '''Rows without the functions which pass on all relevance of an example, but for a threshold.'''
-        return [row for row in self.rows if row.kind != 'function' or self._is_bad(row, index, threshold)]
+        '''Rows of an example, see :py:meth:`Row.at`, without the functions which pass on all relevance.'''
+        return [row for row in (row.at(index) for row in self.rows) if row.kind != 'function' or row.is_bad(threshold)]
 
     def plot(self, example=None, tolerance=1e-4):
         '''Plot what layers lose, and what is left of the initial relevance, for an example as in :py:meth:`table`.
@@ -239,7 +233,7 @@ class Ledger:
         records = []
         for index, scale in enumerate(self.scale):
             for order, row in enumerate((*self.rows, *self.blocks)):
-                values = map_tensors(lambda tensor, index=index: tensor[index].item(), vars(row))
+                values = vars(row.at(index))
                 lost_by, lost = values.pop('lost_by'), row.lost[index]
                 records.append({
                     'example': index, 'order': order, **values, 'lost': lost.item(),

@@ -12,9 +12,9 @@ def plot_ledger(ledger, example=0, tolerance=1e-4):
     rows = ledger.visible(example, tolerance * scale)
     positions = np.arange(len(rows))
     initial, final = float(ledger.initial[example]) / scale, float(ledger.final[example]) / scale
-    lost = {key: np.array([float(row.lost_by[key][example]) for row in rows]) / scale for key in CAUSES}
+    lost = {key: np.array([row.lost_by[key] for row in rows]) / scale for key in CAUSES}
     left = initial - np.cumsum(sum(lost.values()))
-    arrives = np.array([float(row.arrives[example]) for row in rows]) / scale
+    arrives = np.array([row.arrives for row in rows]) / scale
 
     figure = Figure(figsize=(min(max(7., .11 * len(rows)), 24.), 6.), layout='tight')
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))

@@ -15,7 +15,7 @@ from zennit.core import Hook
 
 from .._autograd import function_of, is_leaf, next_sequence, parents_of, sequence_of, walk
 from .._compat import DisableTorchFunction, rules_of
-from .._nested import active_tensors
+from .._nested import active_tensors, map_tensors
 from ..rules.base import SinglePass
 from ..rules.block import BlockEpsilon, GradientTimesInput
 from .losses import CAUSES, LossProbe, Note, is_affine, precise
@@ -68,12 +68,20 @@ class Row:
         '''What is lost but for what sinks keep, of shape (batch,).'''
         return self.lost - self.lost_by['sink']
 
-    def causes(self, index, threshold):
-        '''Describe what causes more than a threshold to be lost or gained in an example, and what is not finite.'''
-        lost = {key: abs(float(value[index])) for key, value in self.lost_by.items()}
+    def at(self, index):
+        '''The row of an example, with numbers in place of tensors.'''
+        return map_tensors(lambda tensor: tensor[index].item(), self)
+
+    def is_bad(self, threshold):
+        '''Whether the row of an example loses or gains more than a threshold, or has values that are not finite.'''
+        return bool(self.nan + self.inf) or not abs(self.missing) <= threshold
+
+    def causes(self, threshold):
+        '''What causes more than a threshold to be lost or gained in the row of an example, and what is not finite.'''
+        lost = {key: abs(value) for key, value in self.lost_by.items()}
         threshold = max(threshold, .01 * max(lost.values()))
         keys = [key for key in sorted(lost, key=lambda key: -lost[key]) if lost[key] > threshold]
-        counts = {'NaN': int(self.nan[index]), 'infinite': int(self.inf[index])}
+        counts = {'NaN': self.nan, 'infinite': self.inf}
         return ', '.join([
             *(key.replace('_', ' ') for key in keys), *(f'{count} {name}' for name, count in counts.items() if count)
         ])

@@ -175,20 +175,10 @@ class SinglePass(Described, Hook):
     def propagate(self, module, stored, relevance):
         '''Distribute the relevance of the layer's output over its inputs.
 
-        Parameters
-        ----------
-        module: :py:obj:`torch.nn.Module`
-            A copy of the layer, with the weights it had when it was called.
-        stored: list of :py:obj:`torch.Tensor`
-            What :py:meth:`store` returned, in the precision of ``relevance``, or what :py:meth:`prepare` made of it.
-        relevance: :py:obj:`torch.Tensor`
-            Upper relevance, of the shape of the output.
-
-        Returns
-        -------
-        tuple of :py:obj:`torch.Tensor` or None
-            Lower relevance for each input that receives any, of the shape of the input or that to which it is
-            broadcast.
+        The module is a copy of the layer, with the weights it had when it was called. What is stored is what
+        :py:meth:`store` returned, as a list and in the precision of the relevance, or what :py:meth:`prepare` made of
+        it. The relevance is of the shape of the output. A tuple is returned of the relevance of each input that
+        receives any, or None, of the shape of the input or that to which it is broadcast.
         '''
         raise NotImplementedError()
 

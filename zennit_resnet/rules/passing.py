@@ -113,11 +113,10 @@ def share_evenly(lost, kept, examples=None):
     '''Share relevance evenly among elements that are marked with one, of the same example if there is one for each.'''
     if examples is None and lost.ndim and kept.ndim and len(lost) == len(kept):
         examples = torch.arange(len(kept), device=kept.device)
-    if examples is None:
-        lost, kept, shape = lost.reshape(1, -1), kept.reshape(1, -1), kept.shape
+    shape, is_one = kept.shape, examples is None
+    if is_one:
         examples = torch.zeros(1, dtype=torch.long, device=kept.device)
-    else:
-        lost, kept, shape = lost.reshape(len(lost), -1), kept.reshape(len(kept), -1), kept.shape
+    lost, kept = (elem.reshape(1 if is_one else len(elem), -1) for elem in (lost, kept))
     counts = kept.sum(1, keepdim=True)
     kept = torch.where(counts == 0, 1., kept)
     total = lost.new_zeros(len(kept)).index_add(0, examples, lost.sum(1))

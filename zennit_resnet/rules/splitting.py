@@ -99,13 +99,8 @@ class ResidualOnly(Split):
     '''Identity skip connections receive no relevance (ablation, rows (i) and (iii) of Table 2).
 
     An addend is an identity skip connection if another addend was computed from it. Additions without one, such as the
-    end of a block whose skip connection is a projection, are left to another rule.
-
-    Parameters
-    ----------
-    rule: :py:obj:`Split`, optional
-        The rule for additions without identity skip connection, and among several residual branches. Default is
-        :py:class:`RatioSplit`. A TypeError is raised if it is something else.
+    end of a block whose skip connection is a projection, and several residual branches are left to another ``rule``,
+    :py:class:`RatioSplit` by default. A TypeError is raised if it is no :py:obj:`Split`.
     '''
     def __init__(self, rule=None):
         super().__init__()
@@ -113,9 +108,7 @@ class ResidualOnly(Split):
         check_rule('rule', self.rule, Split)
 
     def shares(self, *addends):
-        identity = [
-            any(depends_on(other, elem) for other in addends if other is not elem) for elem in addends
-        ]
+        identity = [any(depends_on(other, elem) for other in addends if other is not elem) for elem in addends]
         branches = [elem for elem, is_identity in zip(addends, identity) if not is_identity]
         if len(branches) in (0, len(addends)):
             return self.rule.shares(*addends)
