@@ -139,12 +139,11 @@ def initial_relevance(target, value=None, output=None, contrast=None, contrast_w
         shape (logits of a mask or box, an embedding), a function ``(output) -> (batch,)``: its gradient are the
         weights.
     value: str, optional
-        ``'logit'`` for the output y_k of a class, ``'softmax'`` for its probability, ``'one'`` for one. By default,
-        ``'logit'``, and for a contrast or function what the rule of the last layer needs, see ``contrast``.
+        ``'logit'`` (default) for the output y_k of a class, ``'softmax'`` for its probability, ``'one'`` for one. The
+        default for a contrast or function is what the rule of the last layer needs, see ``contrast``.
     output: str, int or callable, optional
-        For networks that return several outputs: which of them the relevance is that of, see :py:func:`select_output`.
-        Zennit's attributors take gradients of all that the network returns, so give them
-        :py:class:`SelectOutput` ``(model, output)`` as a network instead.
+        Which of several outputs of the network to explain, see :py:func:`select_output`. Not for Zennit's attributors,
+        which take gradients of all outputs: give them :py:class:`SelectOutput` ``(model, output)`` as a network.
     contrast: str, int, sequence of int or :py:obj:`torch.Tensor`, optional
         Why the target and not something else: what the weight -1 is shared among. ``'centred'`` all other classes
         evenly, -1 / (K - 1); ``'softmax'`` all others by their probabilities, -p_k / (1 - p_target), which is SGLRP
@@ -154,8 +153,7 @@ def initial_relevance(target, value=None, output=None, contrast=None, contrast_w
         A rule that divides by the output (``ResNetLRP(classifier='epsilon')``, ``BlockLRP``) has to start from
         ``'logit'``, and relevance sums to the contrast of logits sum_k c_k y_k (less biases of the last layer). Other
         rules (z+, R-LRP) have to start from ``'one'``: their shares do not depend on the size of a logit, whose sign
-        would turn them over. Relevance of z+ then sums to zero. With the epsilon rule and R-LRP, features receive
-        h_i sum_k c_k w_ki, so that maps are the same for weights W and W + 1 v^T.
+        would turn them over. Relevance of z+ then sums to zero.
     contrast_weight: float, optional
         How much rivals count: their weights sum to minus this. Below one, what the target has in common with them is
         not taken away completely, as in FinerCAM (Zhang et al. 2025).

@@ -275,13 +275,9 @@ class RelativeLRP(_LayerMap):
     def register(self, module):
         '''Apply all canonizers, register all hooks to a module and its children, and follow its forward passes.'''
         super().register(module)
+        # does not keep the composite
         follow = weakref.WeakMethod(self._follow)
-
-        def hook(*args):
-            if follow() is not None:
-                follow()(*args)
-
-        self.handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        self.handles.append(module.register_forward_hook(lambda *args: follow() and follow()(*args), with_kwargs=True))
 
     def _follow(self, module, args, kwargs, output):
         if torch.is_grad_enabled() and is_active(self):

@@ -80,16 +80,14 @@ class LossProbe:
             methods = self._basic(hook, module)
         else:
             return
-        self.replaced[hook] = {key: vars(hook).get(key) for key in methods}
+        self.replaced[hook] = methods, {key: vars(hook)[key] for key in methods if key in vars(hook)}
         vars(hook).update(methods)
 
     def leave(self):
-        for hook, methods in self.replaced.items():
-            for key, value in methods.items():
-                if value is None:
-                    del vars(hook)[key]
-                else:
-                    vars(hook)[key] = value
+        for hook, (methods, before) in self.replaced.items():
+            for key in methods:
+                del vars(hook)[key]
+            vars(hook).update(before)
         self.replaced = {}
 
     def take(self):

@@ -49,15 +49,15 @@ def convolve(module, input, weight, shape, spread=False):
             in zip(shape, input.shape[2:], stride, pads, weight.shape[2:], dilation)
         ]
         return CONV_TRANSPOSE[num](input, weight, None, stride, pads, output_padding, module.groups, dilation)
-    padding = module.padding if isinstance(module.padding, str) else as_tuple(module.padding, num)
+    padding = module.padding
     if module.padding_mode != 'zeros':
-        input = F.pad(input, padding_of(module), mode=module.padding_mode)
-        padding = (0,) * num
-    kernel = tuple(weight.shape[2:])
+        input, padding = F.pad(input, padding_of(module), mode=module.padding_mode), 0
     if not spread or not is_sparse(module):
         return _CONV[num](input, weight, None, stride, padding, dilation, module.groups)
+    padding = as_tuple(padding, num)
     if any(padding):
         input = F.pad(input, [value for value in reversed(padding) for _ in range(2)])
+    kernel = tuple(weight.shape[2:])
     cells = tuple(step if step > size == 1 else 1 for step, size in zip(stride, kernel))
     input = pool_cells(input, cells)
     stride = tuple(step // cell for step, cell in zip(stride, cells))
@@ -80,11 +80,8 @@ def convolve(module, input, weight, shape, spread=False):
 
 def is_sparse(module):
     '''Whether the stride of a convolution exceeds its kernel, such that it reads only some of the positions.'''
-    stride = as_tuple(module.stride, module.weight.ndim - 2)
-    # padding by name is for a stride of one only
-    return not isinstance(module, ConvolutionTranspose) and not isinstance(module.padding, str) and any(
-        step > size for step, size in zip(stride, module.weight.shape[2:])
-    )
+    strides = zip(as_tuple(module.stride, module.weight.ndim - 2), module.weight.shape[2:])
+    return not isinstance(module, ConvolutionTranspose) and any(step > size for step, size in strides)
 
 
 def pool_cells(input, cells):

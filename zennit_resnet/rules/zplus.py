@@ -61,26 +61,25 @@ class ZPlus(SinglePass):
         is outside of them by more than rounding (a thousandth of the range between them).
     projection: str, optional
         Convolutions whose stride exceeds their kernel, such as the 1 x 1 projections of stride 2 in skip connections,
-        read only some of the positions. ``'literal'`` propagates to these only, which leaves a lattice of dots in the
-        heatmap. ``'spread'`` (default) shares relevance over the whole stride cell in proportion to the activations:
+        read only some of the positions. ``'literal'`` propagates to these only, which leaves a lattice of dots.
+        ``'spread'`` (default) shares relevance over the whole stride cell in proportion to the activations:
         z = w+ * avgpool_s(h), R' = h avgpool_s^T(w+^T (R / z)), which conserves it as well.
     dead_units: str, optional
         What becomes of the relevance of units with no positive contribution, 0/0 in Eq. (2). ``'spread'`` (default)
         shares it evenly over the unit's inputs (those inside the image), ``'drop'`` loses it.
     maxpool: str, optional
         ``'winner'`` (default) lets the first maximum take all, ``'average'`` uses an average pooling with the kernel,
-        stride and padding of the max pooling, ``'avg2x2'`` an average over 2 x 2 with stride 2 for every max pooling
-        (the published code), which must halve its input.
+        stride and padding of the max pooling, ``'avg2x2'`` one over 2 x 2 with stride 2 (the published code).
     coverage: str, optional
-        Windows with a stride read some positions more often than others (a kernel of 3 with stride 2 every other one
-        twice), which leaves a fine lattice in the heatmap. ``'literal'`` (default) keeps it. ``'even'`` scales the
-        weights of each filter such that they sum to the same for all positions modulo the stride, and smoothes
-        relevance below a max pooling and below the first convolution with a binomial filter. Both conserve relevance.
+        Windows with a stride read some positions more often than others, which leaves a fine lattice. ``'literal'``
+        (default) keeps it. ``'even'`` scales the weights of each filter so that they sum to the same for all positions
+        modulo the stride, and smoothes relevance below a max pooling and the first convolution with a binomial filter.
+        Both conserve relevance.
     classifier: str, optional
-        Rule for the last linear layer or convolution before the network's output. ``'zplus'`` (default) as for the
-        others. ``'epsilon'`` LRP-epsilon with epsilon = ``stabilizer``: R'_i = h_i sum_j w_ji R_j / y_j, where y is the
-        output. Started from c_j y_j, features receive h_i sum_j w_ji c_j: evidence of both signs, the bias keeps its
-        part. It is for networks with a :py:class:`~zennit_resnet.canonizers.ResidualCanonizer`, which finds this layer.
+        Rule for the last linear layer or convolution before the output, which a
+        :py:class:`~zennit_resnet.canonizers.ResidualCanonizer` finds: ``'zplus'`` (default), or ``'epsilon'`` for
+        LRP-epsilon with epsilon = ``stabilizer``, R'_i = h_i sum_j w_ji R_j / y_j with the output y. Started from
+        c_j y_j, features receive h_i sum_j w_ji c_j: evidence of both signs, the bias keeps its part.
 
     A ValueError is raised if an argument is not one of its choices, ``stabilizer`` is negative or not finite, ``low``
     and ``high`` are missing for ``'zbox'`` or given without it, or ``low`` is above ``high``, and a TypeError if one of
