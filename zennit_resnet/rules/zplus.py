@@ -101,9 +101,9 @@ class ZPlus(SinglePass):
         check_choice('classifier', classifier, ('zplus', 'epsilon'))
         if (low is not None, high is not None) != (first_layer == 'zbox',) * 2:
             raise ValueError(
-                'first_layer=\'zbox\', and no other, needs the lowest and highest possible input values, but '
-                f'low={low!r} and high={high!r} are given for first_layer={first_layer!r}. Of an input normalized with '
-                'mean and std, they are low=(0 - mean) / std and high=(1 - mean) / std.'
+                'first_layer=\'zbox\', and no other, needs the lowest and highest possible input values, low and high, '
+                f'but low={low!r} and high={high!r} are given for first_layer={first_layer!r}. For an input normalized '
+                'with mean and std: low=(0 - mean) / std and high=(1 - mean) / std.'
             )
         stabilizer = check_stabilizer('stabilizer', stabilizer)
         self.stabilizer = None if stabilizer == 0 else Stabilizer.ensure(stabilizer)
