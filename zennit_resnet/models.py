@@ -135,6 +135,12 @@ class Classifier(NamedTuple):
         '''Normalized values of black and white, the lowest and highest input, of shape (1, 3, 1, 1) each.'''
         return (-self.mean / self.std)[None], ((1 - self.mean) / self.std)[None]
 
+    def normalization(self):
+        '''Mean and standard deviation as a dict of lists for JSON.'''
+        return {
+            name: [round(number, 6) for number in getattr(self, name).flatten().tolist()] for name in ('mean', 'std')
+        }
+
     def find_class(self, text):
         '''Find the index of a class by its name in upper or lower case, or by its index.
 

@@ -47,13 +47,13 @@ def export(
     from ..methods import Method
     from ..models import load_classifier
     from ..tracing import trace
-    from .session import writing
+    from .session import add_splitting, refuse, writing
     if out.exists() and not overwrite:
         raise click.ClickException(f'{out} exists already: choose another --out, or --overwrite it')
     try:
         with writing(out):
             check_path(out, overwrite)
-        chosen = Method(method if splitting == 'none' else f'{method}+{splitting}')
+        chosen = Method(add_splitting(method, splitting))
         if chosen.entry.composite is None:
             raise ValueError(f'{chosen.text} is no composite: choose a method of rules')
         if chosen.postprocess != 'none' or chosen.magnitude:
@@ -77,11 +77,7 @@ def export(
     except (ValueError, TypeError, IndexError, ImportError, UnsupportedOperation) as error:
         raise click.ClickException(one_line(error)) from error
     except RuntimeError as error:
-        if chosen.entry.kind == 'ours':
-            raise
-        raise click.ClickException(
-            f'{chosen.text} can not be used with this network ({one_line(error)}): choose another method'
-        ) from error
+        refuse(chosen, error)
     output, expected, *_ = chosen.attribute(classifier, input, None, metadata['value'], contrast)
     image = input * classifier.std + classifier.mean if normalize else input
     click.echo('\n'.join([
@@ -119,10 +115,7 @@ def describe_preprocessing(classifier, input, normalize):
         'crop': 'none' if resize is None else 'center',
         'channels': 'RGB',
         'range': [0, 1],
-        **({} if normalize else {
-            name: [round(number, 6) for number in value.flatten().tolist()]
-            for name, value in (('mean', classifier.mean), ('std', classifier.std))
-        }),
+        **({} if normalize else classifier.normalization()),
     }
 
 
@@ -136,11 +129,10 @@ def compare_file(path, image, target, output, heatmap):
     except ImportError:
         return 'not done, as onnxruntime is not installed'
     gaps = []
-    for name, expected in (('logits', output), ('heatmap', heatmap)):
-        expected = expected.numpy()
+    for name, expected in (('heatmap', heatmap.numpy()), ('logits', output.numpy())):
         largest = np.abs(expected).max()
-        gaps.append(float(np.abs(found[name] - expected).max() / largest) if largest else 0.)
-    text = f'the largest difference is {gaps[1]:.1e} of the largest value of the heatmap, and {gaps[0]:.1e} of logits'
+        gaps.append(np.abs(found[name] - expected).max() / largest if largest else 0.)
+    text = 'the largest difference is {:.1e} of the largest value of the heatmap, and {:.1e} of logits'.format(*gaps)
     if not all(gap <= TOLERANCE for gap in gaps):
         text += f', more than {TOLERANCE:g}: look at a few of your own images'
     return text

@@ -8,7 +8,7 @@ import click
 import torch
 from tqdm import tqdm
 
-from .._choices import CONTRASTS, INPUT_X_GRADIENT, LEVELS, MAX_LEVELS
+from .._choices import CONTRASTS, INPUT_X_GRADIENT, LEVELS
 from .._files import check_free, whole
 from .._text import one_line
 from ..canonizers import UnsupportedOperation
@@ -25,24 +25,21 @@ class Session:
 
     Anything that makes it useless to go on raises a :py:obj:`click.ClickException`.
     '''
-    def __init__(self, images, methods, folder, options):
+    def __init__(self, images, methods, folder, options, splitting='none'):
         self.value, self.batch_size, self.overwrite = (options[key] for key in ('value', 'batch_size', 'overwrite'))
         self.style = {key: options[key] for key in STYLE if options.get(key) is not None}
         self.folder, self.failed, self.conserved = Path(folder), False, True
-        postprocess, levels = options.get('postprocess', 'none'), options.get('quantize', 0)
-        if levels == 1 or levels > MAX_LEVELS:
-            raise click.ClickException(f'--quantize {levels}: choose from 2 to {MAX_LEVELS} levels, or 0 for none')
+        postprocess, levels = options.get('postprocess', 'none'), options.get('quantize')
         if levels and postprocess in ('c1c', 'c3'):
             raise click.ClickException(f'--quantize and --postprocess {postprocess} exclude each other: choose one')
-        if levels:
-            postprocess = 'quantize'
+        postprocess = 'quantize' if levels else postprocess
         try:
             # a photograph that is named twice is explained once
             found = {}
             for path in (path for each in images for path in photographs(each)):
                 found.setdefault(os.path.realpath(path), path)
             self.images = list(found.values())
-            methods = [Method(text, postprocess, levels or LEVELS) for text in methods]
+            methods = [Method(add_splitting(text, splitting), postprocess, levels or LEVELS) for text in methods]
             self.methods = list({method.text: method for method in methods}.values())
             Style(**self.style)
             self.classifier = load_classifier(*(
@@ -118,18 +115,27 @@ class Session:
                 raise
             raise click.ClickException(f'{method.text}: {one_line(error)}') from error
         except RuntimeError as error:
-            if method.name == INPUT_X_GRADIENT or method.entry.kind == 'ours':
-                raise
-            # rules of Zennit are not for all networks
-            raise click.ClickException(
-                f'{method.text} can not be used with this network ({one_line(error)}): choose another method'
-            ) from error
+            refuse(method, error)
 
     def finish(self):
         '''End the progress bar and the program, with a status that says what went wrong.'''
         self.bar.close()
         if self.failed or not self.conserved:
             sys.exit(2 if self.failed else 1)
+
+
+def add_splitting(text, splitting):
+    '''The name of a method with the splitting that was chosen.'''
+    return text if splitting == 'none' else f'{text}+{splitting}'
+
+
+def refuse(method, error):
+    '''End the program with a message after an error of rules of Zennit, which are not for all networks.'''
+    if method.name == INPUT_X_GRADIENT or method.entry.kind == 'ours':
+        raise error
+    raise click.ClickException(
+        f'{method.text} can not be used with this network ({one_line(error)}): choose another method'
+    ) from error
 
 
 def photographs(path):

@@ -109,7 +109,6 @@ def explain_each(
     is_each = isinstance(contrast, torch.Tensor) and contrast.ndim == 2
     if is_each and len(contrast) != len(items):
         raise ValueError(f'there are {len(contrast)} contrasts for {len(items)} images')
-    places = {}
     names = unique_names([item if isinstance(item, (str, os.PathLike)) else 'image' for item in items])
     settings = describe_settings(classifier)
     for start in range(0, len(items), batch_size):
@@ -117,7 +116,7 @@ def explain_each(
         results, groups = {}, {}
         for num in chunk:
             try:
-                photo, input, box = prepare(classifier, items[num], places)
+                photo, input, box = prepare(classifier, items[num])
                 groups.setdefault(tuple(input.shape), []).append((num, photo, input, box))
             except (FileNotFoundError, ValueError) as error:
                 results[num] = error
@@ -147,8 +146,11 @@ def _explain_batch(classifier, group, methods, targets, value, contrast, attribu
                 f'the network returns {found}, not logits of shape (batch, classes): have SelectOutput pick them'
             )
         classifier = with_names(classifier, output.shape[1])
-        index = [best if target is None else _find(classifier, target)
-                 for best, target in zip(output.argmax(1).tolist(), targets)]
+        index = [
+            best if target is None else classifier.find_class(
+                target if isinstance(target, str) else f'index:{target}'
+            ) for best, target in zip(output.argmax(1).tolist(), targets)
+        ]
         computed = {}
         for method in methods:
             # methods that differ in their post-processing only have the same relevance
@@ -196,15 +198,6 @@ def _forward(model, input):
         ) from error
 
 
-def _find(classifier, target):
-    '''Index of a class.'''
-    if isinstance(target, str):
-        return classifier.find_class(target)
-    if isinstance(target, bool) or int(target) != target or not 0 <= int(target) < len(classifier.classes):
-        raise ValueError(f'target={target!r} is not an index from 0 to {len(classifier.classes) - 1}')
-    return int(target)
-
-
 def with_names(classifier, number):
     '''A classifier with a name for each of a number of classes.'''
     classes = classifier.classes
@@ -221,10 +214,7 @@ def describe_settings(classifier):
     return {
         'network': type(classifier.model).__name__,
         'weights sha256': hash_weights(classifier.model),
-        'preprocessing': {
-            'mean': [round(number, 6) for number in classifier.mean.flatten().tolist()],
-            'std': [round(number, 6) for number in classifier.std.flatten().tolist()],
-        },
+        'preprocessing': classifier.normalization(),
         'versions': {
             'zennit-resnet': __version__, 'torch': torch.version.__version__,
             **{name: version(name) for name in ('torchvision', 'zennit')},

@@ -38,8 +38,20 @@ KINDS = ('heatmap', 'overlay')
 ENDINGS = ('heatmap.png', 'overlay.png', 'figure.png', 'relevance.npy', 'heatmap.npy', 'manifest.json')
 
 
+class Drawn:
+    '''What has a figure.'''
+    def show(self, **style):
+        '''Show the figure in the program for pictures.'''
+        self.figure(**style).show()
+
+    def _repr_png_(self):
+        file = io.BytesIO()
+        self.figure().save(file, 'PNG')
+        return file.getvalue()
+
+
 @dataclass(frozen=True, eq=False, repr=False)
-class Explanation:
+class Explanation(Drawn):
     '''Why a network sees a class in a photograph.
 
     Pictures and the heatmap are in the geometry of the photograph, and positive values are for the class. Options of
@@ -186,9 +198,7 @@ class Explanation:
         '''
         style = Style(**style)
         check_choice('kind', kind, KINDS)
-        photo = self.photo if size is None else np.asarray(
-            Image.fromarray(self.photo).resize(size, Image.Resampling.LANCZOS)
-        )
+        photo = self.photo if size is None else _resize(self.photo, size)
         heatmap = self._place(self._map(style.smooth)[0], photo.shape[1::-1])
         # ends of the color range do not depend on the size
         bound = self.color_range(style) * self._map(0.)[0].size / self._area(photo.shape[1::-1])
@@ -217,13 +227,6 @@ class Explanation:
     def figure(self, **style):
         '''Draw photograph, heatmap and overlay side by side with a legend, as an image of Pillow.'''
         return draw_table([[self]], KINDS, **style)
-
-    def show(self, **style):
-        '''Show the figure, in a notebook or the program for pictures.'''
-        _show(self.figure(**style))
-
-    def _repr_png_(self):
-        return _as_png(self.figure())
 
     @property
     def stem(self):
@@ -286,6 +289,10 @@ class Explanation:
         }
 
 
+def _resize(photo, size):
+    return np.asarray(Image.fromarray(photo).resize(size, Image.Resampling.LANCZOS))
+
+
 def _shared_range(explanations, style):
     '''End of the color range of several explanations.'''
     present = [each for each in explanations if each is not None]
@@ -305,18 +312,11 @@ def file_stem(name, method):
     return f'{name}_{re.sub("[^0-9A-Za-z_.=+-]+", "-", method.text)}'
 
 
-class Explanations(tuple):
+class Explanations(Drawn, tuple):
     '''Several explanations, see :py:class:`Explanation`.'''
     def figure(self, **style):
         '''Draw a row for each image.'''
         return draw_table([[each] for each in self], KINDS, **style)
-
-    def show(self, **style):
-        '''Show the figure, in a notebook or the program for pictures.'''
-        _show(self.figure(**style))
-
-    def _repr_png_(self):
-        return _as_png(self.figure())
 
     def save(self, folder, overwrite=False, **style):
         '''Write the files of each, and return their paths.'''
@@ -337,6 +337,7 @@ class Style:
 
     def __post_init__(self):
         check_number('smooth', self.smooth, 0)
+        check_number('percentile', self.percentile, 0, 100)
         check_cmap(self.cmap)
         if self.contours is not None:
             check_number('contours', self.contours, 0, 100)
@@ -358,11 +359,6 @@ def draw_table(rows, kinds=('heatmap',), scale='own', titles=None, **style):
         Titles of the columns of each method. Default are the names of methods, which of a single one is in captions.
     style:
         See :py:class:`Explanation`.
-
-    Raises
-    ------
-    ValueError
-        If there is nothing to draw, or an argument is out of range.
     '''
     found = Style(**style)
     known = [[each for each in row if each is not None] for row in rows]
@@ -383,7 +379,7 @@ def draw_table(rows, kinds=('heatmap',), scale='own', titles=None, **style):
         first, width = present[0], present[0].photo.shape[1]
         scale = np.clip(max(first.photo.shape[:2]), SMALLEST_TILE, LARGEST_TILE) / max(first.photo.shape[:2])
         size = max(round(width * scale), 1), max(round(len(first.photo) * scale), 1)
-        photo = np.asarray(Image.fromarray(first.photo).resize(size, Image.Resampling.LANCZOS))
+        photo = _resize(first.photo, size)
         tiles.append([photo] + [
             photo * 0 if each is None else each.draw(kind, size, **{**style, 'bound': bound})
             for each, bound in zip(row, bounds) for kind in kinds
@@ -417,24 +413,3 @@ def _as_json(value, **kwargs):
 def _encodable(text):
     '''Text in which bytes of file names that are no characters are escaped, also as JSON.'''
     return text.encode('utf-8', 'backslashreplace').decode()
-
-
-def _as_png(picture):
-    '''A picture as bytes of PNG.'''
-    file = io.BytesIO()
-    picture.save(file, 'PNG')
-    return file.getvalue()
-
-
-def _show(picture):
-    '''Show a picture in a notebook if this is one, and else in the program for pictures.'''
-    try:
-        from IPython import get_ipython
-        from IPython.display import display
-        is_notebook = get_ipython() is not None
-    except ImportError:
-        is_notebook = False
-    if is_notebook:
-        display(picture)
-    else:
-        picture.show()
