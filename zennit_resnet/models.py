@@ -1,8 +1,7 @@
 '''Classifiers for the command line: network, weights, class names and preprocessing in one.'''
 import hashlib
-import json
 import os
-from collections import OrderedDict
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from torchvision.models import get_model, get_model_weights, list_models
 from torchvision.transforms import functional
 
 from ._text import one_line, suggest
-from .checkpoints import AGAIN, SUFFIXES, check_state, read_state, strip_prefix
+from .checkpoints import AGAIN, SUFFIXES, check_state, load_state, parse_classes, read_state, strip_prefix
 
 EMBEDDED = Path('examples', 'assets', 'resnet50_imagenette.safetensors')
 DEFAULT_MODEL = 'resnet50'
@@ -82,23 +81,12 @@ class Classifier(NamedTuple):
         return (picture.numpy() * 255).round().astype(np.uint8)
 
     def place(self, size):
-        '''Find the part of a photograph that the network sees.
+        '''Find the part that the network sees of a photograph of a size (width, height).
 
-        Parameters
-        ----------
-        size: tuple[int, int]
-            Width and height of the photograph.
-
-        Returns
-        -------
-        tuple[float, float, float, float]
-            Left, top, right and bottom in pixels of the photograph, outside of it where the input is padded.
-
-        Raises
-        ------
-        ValueError
-            If the preprocessing does more than to resize, crop and pad, such as to mirror or rotate images, or
-            normalizes by another mean and standard deviation than the classifier's.
+        It is left, top, right and bottom in pixels of the photograph, outside of it where the input is padded. A
+        ValueError is raised if the preprocessing normalizes by another mean and standard deviation than the
+        classifier's, and an :py:obj:`Unfollowed` if it does more than to resize, crop and pad, such as to mirror or
+        rotate images.
         '''
         width, height = size
         # brightness tells the position, so that any preprocessing can be followed
@@ -154,10 +142,7 @@ class Classifier(NamedTuple):
         ]
         if len(named) > 1:
             raise ValueError(f'class {text!r} is ambiguous: choose its index, one of {", ".join(map(str, named))}')
-        try:
-            number = None if kind == 'name' else int(name)
-        except ValueError:
-            number = None
+        number = int(name) if kind != 'name' and re.fullmatch(r'\s*[+-]?[0-9]+\s*', name) else None
         if named and number not in (None, named[0]) and 0 <= number < len(self.classes):
             raise ValueError(
                 f'class {text!r} is ambiguous, the name of class {named[0]} and the index of {self.classes[number]!r}: '
@@ -182,7 +167,7 @@ def as_classifier(
     Parameters
     ----------
     model: :py:obj:`torch.nn.Module`
-        A network of images of shape (batch, 3, height, width). Its weights are not copied.
+        A network of images of shape (batch, 3, height, width). Its weights are not copied, and its mode is kept.
     classes: list[str] or path, optional
         Names of the classes, see :py:func:`read_classes`. Default are ImageNet's names for 1000, and else numbers,
         once the output is known.
@@ -195,11 +180,6 @@ def as_classifier(
         Resize the shorter side instead, for networks that take images of any shape.
     transform: callable, optional
         Preprocessing in the place of the last two, see :py:class:`Classifier`.
-
-    Returns
-    -------
-    :py:class:`Classifier`
-        In the mode of training or evaluation that the network is in.
 
     Raises
     ------
@@ -234,14 +214,9 @@ def read_classes(source):
     if not isinstance(source, (str, os.PathLike)):
         return _list_classes(source, 'classes')
     try:
-        text = Path(source).read_text(encoding='utf-8-sig')
+        return _list_classes(parse_classes(Path(source).read_text(encoding='utf-8-sig'), '\n'), source)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f'names of classes cannot be read from {source} ({one_line(error)})') from error
-    try:
-        classes = json.loads(text)
-    except ValueError:
-        classes = text.splitlines()
-    return _list_classes(classes, source)
 
 
 def default_classes(number):
@@ -282,7 +257,7 @@ def load_classifier(
 ):
     '''Load a classifier.
 
-    Without arguments, this is the ResNet-50 that comes with the project's examples.
+    Without arguments, this is the ResNet-50 that comes with the project's examples. It is on the CPU.
 
     Parameters
     ----------
@@ -298,11 +273,6 @@ def load_classifier(
     classes, mean, std, keep_aspect:
         See :py:func:`as_classifier`. With ``keep_aspect``, weights of torchvision get the whole photograph, resized to
         the usual height or width, instead of a square cut out of it.
-
-    Returns
-    -------
-    :py:obj:`Classifier`
-        The classifier on the CPU.
 
     Raises
     ------
@@ -399,42 +369,21 @@ def _load_local(name, path, size, names, settings):
         model = get_model(name, weights=None, **kwargs)
     state = strip_prefix(state, list(model.state_dict()), path)
     last = [key for key, module in model.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))][-1]
-    misfit = f'the weights {path} do not fit the model {name}: '
-    if state.get(f'{last}.weight', torch.empty(0)).ndim < 2:
-        raise ValueError(f'{misfit}the last layer\'s {last}.weight is missing; choose the right one with --model')
-    weight = state[f'{last}.weight']
-    n_classes = len(weight)
-    if not n_classes:
-        raise ValueError(f'{misfit}the last layer\'s {last}.weight is of shape {tuple(weight.shape)}')
-    model = get_model(name, weights=None, num_classes=n_classes, **kwargs)
-
-    # compared by hand, since load_state_dict lists every single difference
-    expected = model.state_dict()
-    problems = [
-        (f'{len(keys)} {what} such as {keys[0]}')
-        for what, keys in (
-            # counted since PyTorch 0.4.1 only, and never used in evaluation
-            ('missing', [key for key in expected if key not in state and not key.endswith('.num_batches_tracked')]),
-            ('unknown', [key for key in state if key not in expected]),
-            ('of other shape', [key for key in expected if key in state and expected[key].shape != state[key].shape]),
-        ) if keys
-    ]
-    if problems:
-        raise ValueError(f'{misfit}{", ".join(problems)}; choose the right one with --model')
-    state = OrderedDict(state)
-    # some modules ask for the version that saved them, which not every file format keeps
-    state._metadata = expected._metadata  # pylint: disable=protected-access
-    # this also casts to single precision
-    model.load_state_dict(state, strict=False)
+    misfit, remedy = f'the weights {path} do not fit the model {name}', '; choose the right one with --model'
+    weight = state.get(f'{last}.weight', torch.empty(0))
+    if weight.ndim < 2 or not len(weight):
+        raise ValueError(f'{misfit}: the last layer\'s {last}.weight is of shape {tuple(weight.shape)}{remedy}')
+    model = get_model(name, weights=None, num_classes=len(weight), **kwargs)
+    load_state(model, state, misfit, remedy)
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, size, size))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ValueError(f'{name} cannot process photographs of {size} x {size}: choose another --size') from error
 
-    classes = classes if names is None else names
-    classes = default_classes(n_classes) if classes is None else classes
-    return as_classifier(model, _check_classes(classes, n_classes, path), size=size, **settings)
+    if names is None:
+        names = default_classes(len(weight)) if classes is None else _list_classes(classes, path)
+    return as_classifier(model, _check_classes(names, len(weight), path), size=size, **settings)
 
 
 def _preprocess(photo, size, keep_aspect, mean, std):

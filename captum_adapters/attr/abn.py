@@ -4,7 +4,6 @@ import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from textwrap import shorten
 from typing import NamedTuple, Optional, Union
 
 import torch
@@ -27,7 +26,7 @@ from captum_adapters._validation import (
     split_args,
     suggest,
 )
-from zennit_resnet.models import SUFFIXES, read_state
+from zennit_resnet.checkpoints import SUFFIXES, load_state, read_state
 from zennit_resnet.registration import unwrap
 
 _TRUNK = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
@@ -358,11 +357,5 @@ def load_abn(
         raise ValueError(f"The weights {path} lack fc.weight, the last layer.")
     network = models.get_model(architecture, weights=None, num_classes=len(last))
     model = AttentionBranchNetwork(network)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        problems = [shorten(line, 120) for line in str(error).splitlines()[1:4]]
-        raise ValueError(
-            f"The weights {path} do not fit {architecture}: {' '.join(problems)}"
-        ) from None
+    load_state(model, state, f"The weights {path} do not fit {architecture}")
     return model.eval()

@@ -165,15 +165,11 @@ class CompositeAttribution(GradientAttribution):
         # what was traced, and for which weights
         self._recorded: Optional[tuple[Any, TracedAttribution]] = None
 
-    _shown: tuple[str, ...] = (
-        "model", "composite", "initial_relevance", "postprocess", "output", "contrast",
-        "contrast_weight", "traced",
-    )
     # whether inputs may be integers, as for embeddings
     _takes_integers = False
 
     def __repr__(self) -> str:
-        return describe(self, self._shown)
+        return describe(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
@@ -252,8 +248,8 @@ class CompositeAttribution(GradientAttribution):
             UnsupportedOperation: If there is no rule for an operation of the model.
         """
         check_flag("return_convergence_delta", return_convergence_delta)
-        (relevance, (kept,)), initial = self._explain(
-            inputs, target, additional_forward_args, internal_batch_size, run_to_inputs
+        [((relevance, (kept,)), initial)] = self._explain(
+            inputs, [target], additional_forward_args, internal_batch_size
         )
         relevance = tuple(map(self._postprocess, relevance))
         attributions = relevance if isinstance(inputs, tuple) else relevance[0]
@@ -282,8 +278,8 @@ class CompositeAttribution(GradientAttribution):
         """
         if not isinstance(targets, (list, tuple)) or not targets:
             raise ValueError(f"targets={targets!r} is not a list with a target in it.")
-        found = self._explain_targets(
-            inputs, targets, additional_forward_args, internal_batch_size, run_to_inputs
+        found = self._explain(
+            inputs, targets, additional_forward_args, internal_batch_size
         )
         maps = [map(self._postprocess, relevance) for (relevance, _), _ in found]
         attributions = tuple(map(torch.stack, zip(*maps)))
@@ -297,7 +293,7 @@ class CompositeAttribution(GradientAttribution):
         Both are of the shapes of the inputs and of the output. For the target and
         errors, see :meth:`attribute`.
         """
-        ((relevance,), _), initial = self._explain(inputs, target, None, None, run_to_inputs)
+        [(((relevance,), _), initial)] = self._explain(inputs, [target])
         return relevance, initial
 
     def attribute_future(self) -> None:
@@ -338,18 +334,10 @@ class CompositeAttribution(GradientAttribution):
         return delta.to(initial.dtype)
 
     def _explain(
-        self, inputs: Inputs, target: Union[TargetType, Function],
-        additional_forward_args: object,
-        internal_batch_size: Optional[int], run: Callable[..., Run],
-    ) -> Explained:
-        """Relevance at one or several layers, of constants, and at the output."""
-        return self._explain_targets(
-            inputs, (target,), additional_forward_args, internal_batch_size, run
-        )[0]
-
-    def _explain_targets(
-        self, inputs: Inputs, targets: Sequence[Any], additional_forward_args: object,
-        internal_batch_size: Optional[int], run: Callable[..., Run],
+        self, inputs: Inputs, targets: Sequence[Any],
+        additional_forward_args: object = None,
+        internal_batch_size: Optional[int] = None,
+        run: Callable[..., Run] = run_to_inputs,
     ) -> list[Explained]:
         """Relevance at layers, of constants that kept it, and at the output, by target."""
         tensors = check_inputs(inputs)

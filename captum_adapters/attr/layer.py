@@ -96,11 +96,6 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
             self, model, layer, getattr(model, "device_ids", None)
         )
 
-    _shown = (
-        "model", "layer", "composite", "initial_relevance", "output", "contrast",
-        "contrast_weight",
-    )
-
     _takes_integers = True
 
     @log_usage()
@@ -149,17 +144,15 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
         """
         check_flag("return_convergence_delta", return_convergence_delta)
         check_flag("attribute_to_layer_input", attribute_to_layer_input)
-        (*layers, _), initial = self._explain(
-            inputs, target, additional_forward_args, internal_batch_size,
+        [((*layers, _), initial)] = self._explain(
+            inputs, [target], additional_forward_args, internal_batch_size,
             partial(self._run_layers, attribute_to_layer_input),
         )
-        is_list = isinstance(self.layer, list)
-        found = [layer if len(layer) > 1 else layer[0] for layer in layers]
-        attributions = found if is_list else found[0]
-        if not return_convergence_delta:
-            return attributions
-        deltas = [self.compute_convergence_delta(layer, initial) for layer in layers]
-        return attributions, deltas if is_list else deltas[0]
+        found: Any = [layer if len(layer) > 1 else layer[0] for layer in layers]
+        deltas: Any = [self.compute_convergence_delta(each, initial) for each in layers]
+        if not isinstance(self.layer, list):
+            (found,), (deltas,) = found, deltas
+        return (found, deltas) if return_convergence_delta else found
 
     def attribute_targets(self, *args: Any, **kwargs: Any) -> Any:
         """Several targets are for the relevance of inputs, not of layers."""

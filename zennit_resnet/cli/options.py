@@ -109,8 +109,8 @@ heatmap_options = add_options([
         help=f'The same as --postprocess quantize, to this number of levels.  [default: {LEVELS}]'
     ),
     click.option(
-        '--smooth', type=click.FloatRange(min=0), default=0., help='Smooth heatmaps by a Gaussian of this standard deviation, '
-        'in pixels of the network\'s input.'
+        '--smooth', type=click.FloatRange(min=0), default=0.,
+        help='Smooth heatmaps by a Gaussian of this standard deviation, in pixels of the network\'s input.'
     ),
     click.option(
         '--percentile', type=click.FloatRange(0, 100, min_open=True), default=99.5, show_default=True,
