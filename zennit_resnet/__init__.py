@@ -5,25 +5,9 @@ from pathlib import Path as _Path
 __version__ = '0.2.0'
 
 __all__ = [
-    'BlockEpsilon',
-    'BlockLRP',
-    'Explanation',
-    'GammaLRP',
-    'ManyTargets',
-    'RatioSplit',
-    'Relative',
-    'RelativeLRP',
-    'RelativeMaxPool',
-    'ResNetLRP',
-    'ResidualCanonizer',
-    'ResidualOnly',
-    'SelectOutput',
-    'SymmetricSplit',
-    'UnsupportedOperation',
-    'ZPlus',
-    'explain',
-    'initial_relevance',
-    'with_splitting',
+    'BlockEpsilon', 'BlockLRP', 'Explanation', 'GammaLRP', 'ManyTargets', 'RatioSplit', 'Relative', 'RelativeLRP',
+    'RelativeMaxPool', 'ResNetLRP', 'ResidualCanonizer', 'ResidualOnly', 'SelectOutput', 'SymmetricSplit',
+    'UnsupportedOperation', 'ZPlus', 'explain', 'initial_relevance', 'with_splitting',
 ]
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image
+from scipy.stats import siegelslopes
 from torchvision.models import get_model, get_model_weights, list_models
 from torchvision.transforms import functional
 
@@ -34,42 +35,28 @@ class Unfollowed(ValueError):
 
 def _fit_line(values, chosen):
     '''The values that a line has at the ends of an array, or None if what is chosen is on no line that rises.'''
-    positions = np.arange(len(values)) + 0.5
     if chosen.sum() < 2:
         return None
-    first, last = np.flatnonzero(chosen)[[0, -1]]
-    quarter = (last - first) // 4
-    # what is reflected in padding is at the ends
-    kept = chosen & (positions > first + quarter) & (positions < last - quarter + 1)
-    kept = kept if kept.sum() > 1 else chosen
-    for _ in range(4):
-        slope, start = np.polyfit(positions[kept], values[kept], 1)
-        near = chosen & (np.abs(start + slope * positions - values) < 0.012)
-        if near.sum() < 2:
-            return None
-        kept = near
-    return (start, start + slope * len(values)) if slope > 0 and kept.sum() > 0.4 * chosen.sum() else None
+    positions = np.arange(len(values)) + 0.5
+    # medians do not see what is reflected in padding
+    slope, start = siegelslopes(values[chosen], positions[chosen])
+    near = chosen & (np.abs(start + slope * positions - values) < 0.012)
+    if near.sum() < max(2, 0.4 * chosen.sum()):
+        return None
+    slope, start = np.polyfit(positions[near], values[near], 1)
+    return (start, start + slope * len(values)) if slope > 0 else None
 
 
 class Classifier(NamedTuple):
     '''A trained network, and what is necessary to use it on photographs.
 
-    Attributes
-    ----------
-    model: :py:obj:`torch.nn.Module`
-        The network in evaluation mode.
-    classes: list[str]
-        Names of the classes.
-    transform: callable
-        Preprocessing, from a PIL image to the normalized input of shape (3, height, width): resizing, cropping and
-        padding in any order, but nothing random.
-    mean, std: :py:obj:`torch.Tensor`
-        Mean and standard deviation used in normalization, of shape (3, 1, 1).
+    The transform is the preprocessing, from an image of Pillow to the normalized input of shape (3, height, width):
+    resizing, cropping and padding in any order, but nothing random.
     '''
-    model: torch.nn.Module
-    classes: list
+    model: torch.nn.Module  # in evaluation mode
+    classes: list  # their names
     transform: Callable
-    mean: torch.Tensor
+    mean: torch.Tensor  # used in normalization, of shape (3, 1, 1)
     std: torch.Tensor
 
     def photo(self, input):

@@ -36,14 +36,9 @@ _PERCEPTION = ("layer4", "avgpool", "fc")
 class Branches(NamedTuple):
     """What an attention branch network computes for a batch of images.
 
-    Attributes:
-
-        attention_logits (Tensor): Class scores of the attention branch, of shape
-                (batch, classes).
-        logits (Tensor): Class scores of the perception branch, of shape (batch,
-                classes): the output of the network.
-        attention (Tensor): Attention maps with values from 0 to 1, of shape (batch, 1,
-                height, width), with height and width of the feature extractor.
+    Class scores of the attention branch and of the perception branch, the output of the
+    network, are of shape (batch, classes). Attention maps with values from 0 to 1 are
+    of shape (batch, 1, height, width), with the size of the features.
     """
 
     attention_logits: Tensor
@@ -221,7 +216,7 @@ class ABN(Attribution):
 
     @classmethod
     def get_name(cls) -> str:
-        """Name of the method, as shown in Captum Insights."""
+        """Name for users, as in Captum Insights."""
         return "Attention Branch Network"
 
     @log_usage()
@@ -237,12 +232,10 @@ class ABN(Attribution):
                     is only checked, and the network has no further arguments.
 
         Returns:
-            *Tensor* or *tuple[Tensor]* of **attributions**:
-            - **attributions** (*Tensor* or *tuple[Tensor]*):
-                    Attention, resized to the images with bilinear interpolation. The
-                    channels have equal parts, so that their sum is the map with values
-                    from 0 to 1. Of the inputs' shape, in at least single precision. A
-                    tuple is returned if inputs are a tuple.
+            *Tensor* or *tuple[Tensor]*: Attention, resized to the images with bilinear
+            interpolation. The channels have equal parts, so that their sum is the map
+            with values from 0 to 1. Of the inputs' shape, in at least single precision.
+            A tuple is returned if inputs are a tuple.
 
         Raises:
             ValueError: If there are several inputs or further arguments, inputs are not
@@ -281,16 +274,10 @@ def save_abn(
     model: AttentionBranchNetwork, path: Union[str, Path],
     classes: Optional[Sequence[str]] = None,
 ) -> None:
-    r"""Write the weights of an attention branch network.
+    """Write the weights of an attention branch network as a state dict.
 
-    Args:
-
-        model (AttentionBranchNetwork): The network.
-        path (str or Path): File to write: a state dict in the format of safetensors
-                (`.safetensors`, which needs this package) or of :func:`torch.save`
-                (`.pt`, `.pth`).
-        classes (sequence of str, optional): Names of the classes, for the metadata of
-                safetensors.
+    The file is one of safetensors (`.safetensors`, which needs this package, and has
+    the names of classes in its metadata) or of :func:`torch.save` (`.pt`, `.pth`).
 
     Raises:
         ValueError: If the suffix is unknown, safetensors is missing, or there are more
@@ -322,17 +309,10 @@ def save_abn(
 def load_abn(
     path: Union[str, Path], architecture: str = "resnet50"
 ) -> AttentionBranchNetwork:
-    r"""Read the weights of an attention branch network, as :func:`save_abn` writes them.
+    """Read the weights of an attention branch network, as :func:`save_abn` writes them.
 
-    Args:
-
-        path (str or Path): A state dict. The number of classes is the size of the last
-                layer.
-        architecture (str, optional): Name of the residual network in torchvision.
-
-    Returns:
-        AttentionBranchNetwork: The network on the CPU, in single precision and
-        evaluation mode.
+    The architecture is the name of the residual network in torchvision. The network is
+    on the CPU, in single precision and evaluation mode.
 
     Raises:
         ValueError: If there is no such residual network, the file cannot be read, or

@@ -75,8 +75,8 @@ class CompositeAttribution(GradientAttribution):
     propagated to the inputs, just as by :class:`zennit.attribution.Gradient`.
 
     Rules are attached for the duration of a call, and the model is left as it was
-    found, after errors as well. For threads, :class:`torch.nn.DataParallel` and
-    compiled models see `docs/captum.md`.
+    found, after errors as well. For threads, wrapped and compiled models see
+    `docs/captum.md`.
 
     Args:
 
@@ -85,12 +85,11 @@ class CompositeAttribution(GradientAttribution):
                 arguments, or a name under which one is registered in Zennit, such as
                 `"resnet_lrp_ratio"`, `"block_lrp"` or `"epsilon_plus_flat"`.
         initial_relevance (str or callable, optional): What the target starts with:
-                `"logit"` for the output itself, `"softmax"` for its probability among
-                the classes (dimension 1), `"one"` for 1, or a function from the output
-                to a tensor of the same shape: the target's value is taken, or
-                everything if there is no target. Default: None, for `"logit"`, and with
-                a contrast or a function as a target for what the last layer's rule
-                needs: `"logit"` if it divides by the output, `"one"` if not.
+                `"logit"`, `"softmax"` or `"one"`, see `value` of
+                :func:`zennit_resnet.attribution.initial_relevance`, or a function from
+                the output to a tensor of the same shape: the target's value is taken,
+                or everything if there is no target.
+                Default: None, for `"logit"`, or what a contrast or function needs
         postprocess (str or callable, optional): Post-processing of heatmaps: `"c3"`,
                 `"c1c"` or `"heat_quantization"` for those of
                 :mod:`zennit_resnet.postprocess`, or a function `(batch, height, width)
@@ -99,16 +98,11 @@ class CompositeAttribution(GradientAttribution):
                 attributions receive equal parts of what it returns. For images, and
                 quantization and functions also for signals and volumes.
         output (str, int or callable, optional): For models that return several outputs,
-                in a dict, tuple, dataclass and the like: the key, index or name of the
-                tensor to explain, or a function of what the model returns. Rules apply
-                to what the function does, such as a mean over positions.
+                see :class:`zennit_resnet.attribution.SelectOutput`.
                 Default: None, for models that return a tensor
         contrast (str, int, list or Tensor, optional): Why the target and not something
-                else: `"centred"` for all other classes evenly, `"softmax"` for all
-                others by their probabilities (SGLRP), `"runner_up"` for the most
-                probable other class, or classes: one, several for all examples, or a
-                tensor of shape (batch, classes). Rivals start with the opposite sign,
-                see :func:`zennit_resnet.attribution.initial_relevance`. Default: None
+                else: `"centred"`, `"softmax"`, `"runner_up"`, or classes, see
+                :func:`zennit_resnet.attribution.initial_relevance`. Default: None
         contrast_weight (float, optional): How much rivals count. Default: 1
         traced (bool, optional): Whether to record the attribution as a graph, in the
                 first call for each shape of the input, and to run that afterwards, see
@@ -262,19 +256,11 @@ class CompositeAttribution(GradientAttribution):
         self, inputs: Any, targets: Sequence[Any], additional_forward_args: object = None,
         internal_batch_size: Optional[int] = None,
     ) -> Any:
-        r"""Attributions of several targets by one forward pass.
+        """Attributions of several targets by one forward pass.
 
-        They are those of :meth:`attribute` for one target after the other.
-
-        Args:
-
-            targets (list or tuple): Targets, each as of :meth:`attribute`: `[3, 5]` are
-                    two targets for all examples, `[[3, 5]]` is one target of two.
-            inputs, additional_forward_args, internal_batch_size: See
-                    :meth:`attribute`, as for errors.
-
-        Returns:
-            *Tensor* or *tuple[Tensor]*: Attributions of shape (targets, batch, ...).
+        They are those of :meth:`attribute` for one target after the other, stacked to
+        shape (targets, batch, ...): `[3, 5]` are two targets for all examples, `[[3,
+        5]]` is one target of two.
         """
         if not isinstance(targets, (list, tuple)) or not targets:
             raise ValueError(f"targets={targets!r} is not a list with a target in it.")
@@ -307,15 +293,9 @@ class CompositeAttribution(GradientAttribution):
     ) -> Tensor:
         """Initial relevance minus the sum of attributions: zero if it is conserved.
 
-        Args:
-
-            attributions (Tensor or tuple[Tensor]): Attributions of shape (batch, ...).
-            output (Tensor): Initial relevance, that is, the output to explain unless
-                    there is another `initial_relevance`, of shape (batch,), or (batch,
-                    ...) for several outputs.
-
-        Returns:
-            Tensor: The difference, of shape (batch,).
+        Attributions are of shape (batch, ...). Initial relevance, the output to explain
+        unless there is another `initial_relevance`, is of shape (batch,), or (batch,
+        ...) for several outputs, and the difference of shape (batch,).
         """
         initial = output.detach()
         initial = initial.reshape(len(initial) if initial.ndim else 1, -1)
@@ -499,10 +479,10 @@ def create_composite(composite: Any) -> Composite:
     """Get an instance of a composite."""
     factory = composite
     if isinstance(composite, str):
-        if composite not in COMPOSITES:
+        factory = COMPOSITES.get(composite)
+        if factory is None:
             hint = suggest(composite, COMPOSITES)
             raise ValueError(f"composite={composite!r} is not registered{hint}")
-        factory = COMPOSITES[composite]
     if isinstance(factory, type) and issubclass(factory, Composite):
         try:
             return factory()

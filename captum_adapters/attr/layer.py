@@ -121,18 +121,17 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
                     their outputs.
 
         Returns:
-            **attributions**, or 2-element tuple of **attributions**, **delta**:
+            **attributions**, or 2-element tuple of **attributions**, **delta**, each a
+            list with one entry for each layer if layers are in a list:
 
-            - **attributions** (*Tensor*, *tuple[Tensor]* or *list*):
+            - **attributions** (*Tensor* or *tuple[Tensor]*):
                     Relevance of the shape of the layer's output (or input), or a tuple
                     if it has several. It is zero where none arrives, as for the inner
-                    layers of a gate. A list with one entry for each layer is returned
-                    if layers are in a list.
-            - **delta** (*Tensor* or *list[Tensor]*, returned if
-                    return_convergence_delta=True):
-                    Initial relevance minus the sum of relevance, of shape (batch,), for
-                    each layer. It is near zero for layers through which all relevance
-                    passes, if the composite conserves it.
+                    layers of a gate.
+            - **delta** (*Tensor*, returned if return_convergence_delta=True):
+                    Initial relevance minus the sum of relevance, of shape (batch,). It
+                    is near zero for layers through which all relevance passes, if the
+                    composite conserves it.
 
         Raises:
             ValueError: As :meth:`CompositeAttribution.attribute`, as the others, or if
@@ -155,7 +154,7 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
         return (found, deltas) if return_convergence_delta else found
 
     def attribute_targets(self, *args: Any, **kwargs: Any) -> Any:
-        """Several targets are for the relevance of inputs, not of layers."""
+        """Not for layers."""
         raise NotImplementedError(
             f"{type(self).__name__} explains one target at a time: use attribute."
         )
@@ -223,7 +222,7 @@ class _Recorder:
         match = re.fullmatch(r"(.*?) *#([1-9][0-9]*)", layer)
         name, call = (match[1], int(match[2])) if match else (layer, 0)
         # other names may belong to operations that are found in the forward pass
-        return (self.names[name] if name in self.names else name), layer, call
+        return self.names.get(name, name), layer, call
 
     @contextmanager
     def watch(self) -> Iterator[None]:

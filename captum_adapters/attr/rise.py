@@ -79,7 +79,7 @@ class RISE(PerturbationAttribution):
 
     @classmethod
     def get_name(cls) -> str:
-        """Name of the method, as shown with progress and in Captum Insights."""
+        """Name for users, as in Captum Insights."""
         return "RISE"
 
     @log_usage()
@@ -117,8 +117,7 @@ class RISE(PerturbationAttribution):
                     between 0 and 1 (exclusive).
             seed (int, optional): Seed of the masks.
             output (str or callable, optional): What the score is, see
-                    :func:`captum_adapters.metrics.insertion_deletion`. The paper's is
-                    the probability.
+                    :func:`captum_adapters.metrics.insertion_deletion`.
             normalization (str, optional): What sums are divided by: `"coverage"` for
                     the sum of the masks at the pixel, so that the result is the mean
                     score of the masks that show it, or `"expected"` for the paper's
@@ -129,11 +128,9 @@ class RISE(PerturbationAttribution):
             show_progress (bool, optional): Whether to show a progress bar.
 
         Returns:
-            *Tensor* or *tuple[Tensor]* of **attributions**:
-            - **attributions** (*Tensor* or *tuple[Tensor]*):
-                    Importance in units of the score, of the shape and type of the
-                    inputs. All channels are the same: `attributions[:, :1]` is the
-                    paper's map. A tuple is returned if inputs are a tuple.
+            *Tensor* or *tuple[Tensor]*: Importance in units of the score, of the shape
+            and type of the inputs. All channels are the same: `attributions[:, :1]` is
+            the paper's map. A tuple is returned if inputs are a tuple.
 
         Raises:
             ValueError: If a shape does not fit, an argument is out of range or missing,

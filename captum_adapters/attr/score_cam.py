@@ -83,7 +83,7 @@ class ScoreCAM(LayerAttribution):
 
     @classmethod
     def get_name(cls) -> str:
-        """Name of the method, as shown in Captum Insights."""
+        """Name for users, as in Captum Insights."""
         return "Score-CAM"
 
     @log_usage()
@@ -102,11 +102,9 @@ class ScoreCAM(LayerAttribution):
                     at once.
 
         Returns:
-            *Tensor* of **attributions**:
-            - **attributions** (*Tensor*):
-                    Non-negative maps of the layer's height and width, of shape (batch,
-                    1, height, width), in units of the layer's activations. Resize them
-                    to the image with :meth:`LayerAttribution.interpolate`.
+            *Tensor*: Non-negative maps of the layer's height and width, of shape
+            (batch, 1, height, width), in units of the layer's activations. Resize them
+            to the image with :meth:`LayerAttribution.interpolate`.
 
         Raises:
             ValueError: If a shape does not fit, the layer has no part in the network,

@@ -1,5 +1,6 @@
 '''One call from a network and photographs to heatmaps, pictures and files.'''
 import os
+from functools import cache
 from importlib.metadata import version
 
 import numpy as np
@@ -110,13 +111,13 @@ def explain_each(
     if is_each and len(contrast) != len(items):
         raise ValueError(f'there are {len(contrast)} contrasts for {len(items)} images')
     names = unique_names([item if isinstance(item, (str, os.PathLike)) else 'image' for item in items])
-    settings = describe_settings(classifier)
+    settings, place = describe_settings(classifier), cache(classifier.place)
     for start in range(0, len(items), batch_size):
         chunk = range(start, min(start + batch_size, len(items)))
         results, groups = {}, {}
         for num in chunk:
             try:
-                photo, input, box = prepare(classifier, items[num])
+                photo, input, box = prepare(classifier, items[num], place)
                 groups.setdefault(tuple(input.shape), []).append((num, photo, input, box))
             except (FileNotFoundError, ValueError) as error:
                 results[num] = error

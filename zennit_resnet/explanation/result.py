@@ -58,50 +58,22 @@ class Explanation(Drawn):
     pictures are ``percentile``, ``cmap`` (also ``'safe'``, for any kind of color vision) and ``bound``, see
     :py:func:`zennit_resnet.image.draw_heatmap`; ``smooth``, the standard deviation of a Gaussian in pixels of the
     network's input; and ``contours``, the percentage of most relevant pixels to outline in overlays.
-
-    Attributes
-    ----------
-    relevance: :py:obj:`numpy.ndarray`
-        Relevance of the network's input, of shape (channels, height, width).
-    output: :py:obj:`numpy.ndarray`
-        Logits of shape (classes,).
-    target: int
-        Index of the class explained.
-    classes: list[str]
-        Names of the classes.
-    photo: :py:obj:`numpy.ndarray`
-        The photograph, of shape (height, width, 3) and type uint8.
-    box: tuple[float, float, float, float]
-        Left, top, right and bottom of what the network sees of it, in its pixels.
-    method: :py:class:`~zennit_resnet.methods.Method`
-        How relevance was computed.
-    initial, sinks: float
-        The sum of what relevance starts from, and what parameters such as a class token keep of it.
-    value, contrast: str or None
-        What relevance starts from, and what the target is compared with.
-    sign: int
-        1, or -1 where positive relevance is against the class, see :py:class:`~zennit_resnet.methods.Attributed`.
-        Pictures and :py:attr:`heatmap` are turned.
-    name, source: str
-        What files are named, and where the image is from.
-    settings: dict
-        Network, preprocessing, hash of the weights, versions.
     '''
-    relevance: np.ndarray
-    output: np.ndarray
-    target: int
-    classes: list
-    photo: np.ndarray
-    box: tuple
-    method: Method
-    initial: float
-    sinks: float = 0.
-    value: str = 'one'
-    contrast: object = None
-    sign: int = 1
-    name: str = 'image'
-    source: str = ''
-    settings: dict = field(default_factory=dict)
+    relevance: np.ndarray  # of the network's input, of shape (channels, height, width)
+    output: np.ndarray  # logits of shape (classes,)
+    target: int  # index of the class explained
+    classes: list  # names of the classes
+    photo: np.ndarray  # of shape (height, width, 3) and type uint8
+    box: tuple  # left, top, right and bottom of what the network sees of the photograph, in its pixels
+    method: Method  # how relevance was computed
+    initial: float  # sum of what relevance starts from
+    sinks: float = 0.  # what parameters such as a class token keep of it
+    value: str = 'one'  # what relevance starts from
+    contrast: object = None  # what the target is compared with
+    sign: int = 1  # -1 where positive relevance is against the class: pictures and the heatmap are turned
+    name: str = 'image'  # what files are named
+    source: str = ''  # where the image is from
+    settings: dict = field(default_factory=dict)  # network, preprocessing, hash of the weights, versions
 
     def __repr__(self):
         return (
@@ -154,20 +126,17 @@ class Explanation(Drawn):
     def notes(self):
         '''What is unusual about the heatmap.'''
         notes = [*self._map(0.)[1]]
+        left, top, right, bottom = self.box
+        is_padded = left < -1 or top < -1 or right > self.photo.shape[1] + 1 or bottom > self.photo.shape[0] + 1
         seen = float(np.abs(self.heatmap).sum(dtype=np.float64)) / max(float(np.abs(self._map(0.)[0]).sum()), 1e-30)
         if not self.relevance.any() and not notes:
             notes.append('empty, as relevance is zero everywhere')
-        elif seen < 0.95 and self.method.postprocess == 'none' and self._is_padded:
+        elif seen < 0.95 and self.method.postprocess == 'none' and is_padded:
             notes.append(f'{1 - seen:.0%} of the relevance is on padding, outside of the photograph')
         is_plain = self.contrast is None and self.method.contrast is None and self.sign > 0
         if self.value == 'logit' and is_plain and self.output[self.target] < 0:
             notes.append('the logit is negative: there is more against the class than for it')
         return notes
-
-    @property
-    def _is_padded(self):
-        left, top, right, bottom = self.box
-        return left < -1 or top < -1 or right > self.photo.shape[1] + 1 or bottom > self.photo.shape[0] + 1
 
     def _map(self, smooth):
         '''The heatmap in the geometry of the network, and notes, each computed once.'''
@@ -247,10 +216,10 @@ class Explanation(Drawn):
             check_free(path, overwrite)
         info = PngImagePlugin.PngInfo()
         for key, entry in self.describe().items():
-            info.add_itxt(key, _encodable(entry if isinstance(entry, str) else _as_json(entry)))
+            info.add_itxt(key, _as_text(entry))
         manifest = {**self.describe(), 'style': style, 'files': [path.name for path in paths[:-1]]}
         contents = [Image.fromarray(self.draw(kind, **style)) for kind in KINDS] + [self.figure(**style)]
-        contents += [self.relevance, self.heatmap, _encodable(_as_json(manifest, indent=2))]
+        contents += [self.relevance, self.heatmap, _as_text(manifest, indent=2)]
         # of an earlier explanation
         paths[-1].unlink(missing_ok=True)
         for path, content in zip(paths, contents):
@@ -320,9 +289,8 @@ class Explanations(Drawn, tuple):
 
     def save(self, folder, overwrite=False, **style):
         '''Write the files of each, and return their paths.'''
-        for each in self:
-            for ending in ENDINGS:
-                check_free(Path(folder, f'{each.stem}_{ending}'), overwrite)
+        for each, ending in product(self, ENDINGS):
+            check_free(Path(folder, f'{each.stem}_{ending}'), overwrite)
         return [path for each in self for path in each.save(folder, overwrite, **style)]
 
 
@@ -402,14 +370,11 @@ def draw_table(rows, kinds=('heatmap',), scale='own', titles=None, **style):
     return Image.fromarray(draw_comparison([*tiles, legend], titles, [*captions, '']))
 
 
-def _as_json(value, **kwargs):
-    '''JSON, with what it does not know as text.'''
+def _as_text(value, **kwargs):
+    '''Text or JSON, in which bytes of file names that are no characters are escaped.'''
     def convert(each):
         return each.tolist() if hasattr(each, 'tolist') else str(each)
 
-    return json.dumps(value, ensure_ascii=False, default=convert, **kwargs)
-
-
-def _encodable(text):
-    '''Text in which bytes of file names that are no characters are escaped, also as JSON.'''
-    return text.encode('utf-8', 'backslashreplace').decode()
+    if not isinstance(value, str):
+        value = json.dumps(value, ensure_ascii=False, default=convert, **kwargs)
+    return value.encode('utf-8', 'backslashreplace').decode()
