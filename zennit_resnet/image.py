@@ -205,19 +205,10 @@ def draw_overlay(photo, heatmap, percentile=99.5, opacity=0.9, cmap=OVERLAY_CMAP
 
     The photograph turns gray, and color covers it in proportion to the magnitude of relevance: from red to yellow for
     positive, and from blue to cyan for negative relevance. The robust end of the color range prevents that the most
-    relevant pixels alone are colored.
-
-    Parameters
-    ----------
-    photo: :py:obj:`numpy.ndarray`
-        Photograph of shape (height, width, 3) and type uint8.
-    heatmap, percentile, cmap, bound:
-        See :py:func:`draw_heatmap`, also for what is raised.
-    opacity: float, optional
-        Opacity at the end of the color range, from 0 to 1. Default is 0.9.
+    relevant pixels alone are colored. The opacity at this end is from 0 to 1. The photograph is of shape (height,
+    width, 3) and type uint8. For all else, see :py:func:`draw_heatmap`.
     '''
-    photo = _check_picture(photo, 'A photograph')
-    heatmap = _check_heatmap(heatmap)
+    photo, heatmap = _check_picture(photo, 'A photograph'), _check_heatmap(heatmap)
     if photo.shape[:2] != heatmap.shape:
         raise ValueError(
             f'Photograph and heatmap must be of the same height and width, but are of shape {photo.shape} and '
@@ -252,22 +243,14 @@ def _cover(gray, scaled, opacity, cmap):
 def draw_signal(signal, heatmap, size=(640, 160), percentile=99.5, opacity=1., cmap=CURVE_CMAP):
     '''Draw a signal as a curve colored by its relevance, as an array of shape (height, width, 3) and type uint8.
 
-    Each channel has a panel of its own, one above the other, on a scale from its lowest to its highest value. The curve
-    is gray where there is no relevance. A piece between two samples has the color of the one with the larger relevance.
-    Of long signals, several samples share a pixel, which shows the most relevant one.
+    The signal is of shape (length,) or (channels, length), with at least two samples, and its relevance of the same
+    shape, or of shape (length,) for all channels. Each channel has a panel of a ``size`` (width and height in pixels),
+    one above the other, on a scale from its lowest to its highest value, but one and the same color range. The curve is
+    gray where there is no relevance. A piece between two samples has the color of the one with the larger relevance. Of
+    long signals, several samples share a pixel, which shows the most relevant one.
 
-    Parameters
-    ----------
-    signal: :py:obj:`numpy.ndarray` or :py:obj:`torch.Tensor`
-        Signal of shape (length,) or (channels, length), with at least two samples.
-    heatmap: :py:obj:`numpy.ndarray` or :py:obj:`torch.Tensor`
-        Relevance of shape (length,), for all channels, or of the shape of the signal. Channels have the same color
-        range.
-    size: tuple[int, int], optional
-        Width and height of a panel in pixels. Default is (640, 160).
-    percentile, opacity, cmap:
-        See :py:func:`draw_overlay`, also for what is raised. By default, positive relevance is orange to dark red,
-        and negative relevance is light to dark blue.
+    For other arguments, and what is raised, see :py:func:`draw_overlay`. By default, positive relevance is orange to
+    dark red, and negative relevance is light to dark blue.
     '''
     values, heatmap = _as_numbers(signal, 'A signal'), _as_numbers(heatmap, 'A heatmap')
     if values.ndim not in (1, 2) or values.size == 0 or values.shape[-1] < 2:
@@ -307,22 +290,14 @@ def _draw_curve(values, scaled, width, height, opacity, cmap):
 
 
 def draw_strip(heatmap, frames=None, count=8, percentile=99.5, opacity=0.9, cmap=None):
-    '''Draw slices of a volume or frames of a video side by side, as an array of shape (height, width, 3).
+    '''Draw slices of a volume or frames of a video side by side, as an array of shape (height, width, 3), type uint8.
 
-    All of them, also those that are not drawn, have the same color range, so that it is seen in which there is most
-    relevance. The type is uint8.
-
-    Parameters
-    ----------
-    heatmap: :py:obj:`numpy.ndarray` or :py:obj:`torch.Tensor`
-        Heatmap of shape (depth, height, width), or with further axes of size one before. None for the frames alone.
-    frames: :py:obj:`numpy.ndarray`, optional
-        What the heatmap explains, of shape (depth, height, width, 3) and type uint8, to be covered as by
-        :py:func:`draw_overlay`. Without it, the heatmap is drawn as by :py:func:`draw_heatmap`.
-    count: int, optional
-        Number of slices, evenly chosen from the first to the last. Default is 8, or all if there are fewer.
-    percentile, opacity, cmap:
-        See :py:func:`draw_overlay` and :py:func:`draw_heatmap`, also for color maps by default and what is raised.
+    The heatmap is of shape (depth, height, width), or has further axes of size one before. What it explains, frames of
+    shape (depth, height, width, 3) and type uint8, is covered as by :py:func:`draw_overlay`, which see for other
+    arguments and what is raised. Without frames, the heatmap is drawn as by :py:func:`draw_heatmap`, and without a
+    heatmap (None), frames are drawn alone. So many slices (all if there are fewer) are chosen evenly from the first to
+    the last. All of them, also those that are not drawn, have the same color range, so that it is seen in which there
+    is most relevance.
     '''
     check_number('count', count, 1)
     if heatmap is None and frames is None:

@@ -16,6 +16,7 @@ from scipy.stats import siegelslopes
 from torchvision.models import get_model, get_model_weights, list_models
 from torchvision.transforms import functional
 
+from ._choices import CONTRASTS
 from ._text import one_line, suggest
 from .checkpoints import AGAIN, SUFFIXES, check_state, load_state, parse_classes, read_state, strip_prefix
 
@@ -122,6 +123,8 @@ class Classifier(NamedTuple):
         ``'name:5'`` and ``'index:5'`` say which one is meant where ``'5'`` may be both. A ValueError is raised if there
         is no such class, if several have this name, or if it may be a name and an index.
         '''
+        if self.classes is None:
+            raise ValueError(f'classes have no names here: name them, or give an index in the place of {text!r}')
         kind, _, rest = str(text).partition(':')
         kind, name = (kind, rest) if kind in ('name', 'index') else (None, str(text))
         named = [] if kind == 'index' else [
@@ -144,6 +147,11 @@ class Classifier(NamedTuple):
         if not 0 <= number < len(self.classes):
             raise ValueError(f'class {number} does not exist: choose an index from 0 to {len(self.classes) - 1}')
         return number
+
+    def find_contrast(self, contrast):
+        '''Find the class that is compared with, unless it is the name of a contrast, an index or None.'''
+        is_class = isinstance(contrast, str) and contrast not in CONTRASTS
+        return self.find_class(contrast) if is_class else contrast
 
 
 def as_classifier(

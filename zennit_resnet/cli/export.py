@@ -3,7 +3,6 @@ from pathlib import Path
 
 import click
 
-from .._choices import CONTRASTS
 from .._text import one_line
 from .commands import main
 from .options import NETWORK_OPTIONS, OVERWRITE, START_OPTIONS, add_options, method_options
@@ -61,10 +60,7 @@ def export(
         if chosen.splitting == 'zennit':
             raise ValueError(f'{chosen.text} cannot be exported: choose +ratio or +symmetric')
         classifier = load_classifier(model, weights, size, classes, mean, std)
-        if contrast is not None and contrast not in CONTRASTS:
-            contrast = classifier.find_class(contrast)
-        if chosen.contrast is not None:
-            contrast = chosen.contrast
+        contrast = classifier.find_contrast(contrast) if chosen.contrast is None else chosen.contrast
         input, target = draw_input(classifier, batch_size), torch.full((batch_size,), -1)
         explain = trace(classifier.model, chosen.composite(classifier), input)
         with writing(out):

@@ -8,8 +8,8 @@ import click
 import torch
 from tqdm import tqdm
 
-from .._choices import CONTRASTS, INPUT_X_GRADIENT, LEVELS
-from .._files import check_free, whole
+from .._choices import INPUT_X_GRADIENT, LEVELS
+from .._files import is_free, whole
 from .._text import one_line
 from ..canonizers import UnsupportedOperation
 from ..explanation import explain_each, list_images
@@ -46,9 +46,7 @@ class Session:
                 options[key] for key in ('model', 'weights', 'size', 'classes', 'mean', 'std', 'keep_aspect')
             ))
             self.target = None if options['target'] is None else self.classifier.find_class(options['target'])
-            self.contrast = options['contrast']
-            if self.contrast is not None and self.contrast not in CONTRASTS:
-                self.contrast = self.classifier.find_class(self.contrast)
+            self.contrast = self.classifier.find_contrast(options['contrast'])
         except (ValueError, TypeError, OSError) as error:
             raise click.ClickException(one_line(error)) from error
         device = options['device'] or ('cuda' if torch.cuda.is_available() else 'cpu')
@@ -60,27 +58,16 @@ class Session:
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             # which one it is depends on the device and on how PyTorch was built
             raise click.ClickException(f'device {device!r} cannot be used: try --device cpu') from error
-        try:
+        with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            reason = error.strerror or type(error).__name__
-            raise click.ClickException(
-                f'cannot make the folder {self.folder} ({reason}): choose another --out'
-            ) from error
         self.bar = tqdm(
             total=len(self.images), unit='image', disable=len(self.images) == 1 or not sys.stderr.isatty()
         )
 
     def check_free(self, paths):
         '''Refuse to overwrite what is there, before anything is computed.'''
-        taken = []
-        for path in paths:
-            try:
-                check_free(path, self.overwrite)
-            except FileExistsError:
-                taken.append(path)
-            except OSError as error:
-                raise click.ClickException(f'cannot write {path}: {error.strerror or error}') from error
+        with writing(self.folder):
+            taken = [path for path in paths if not is_free(path, self.overwrite)]
         if taken:
             more = f' and {len(taken) - 1} other files exist' if len(taken) > 1 else ' exists'
             raise click.ClickException(f'{taken[0]}{more} already: choose another --out, or --overwrite')
@@ -158,7 +145,7 @@ def writing(path):
     try:
         yield
     except OSError as error:
-        raise click.ClickException(f'cannot write {path}: {error.strerror or error}') from error
+        raise click.ClickException(f'cannot write {path} ({error.strerror or error}): choose another --out') from error
 
 
 def save_picture(picture, path, overwrite=True):

@@ -9,7 +9,7 @@ import torch
 from .. import __version__
 from .._compat import COMPILED_MODULE
 from ..arguments import check_module, check_number
-from ..attribution import CONTRASTS, as_contrast
+from ..attribution import as_contrast
 from ..canonizers.eager import evaluating
 from ..methods import Method
 from ..models import Classifier, as_classifier, default_classes, hash_weights
@@ -53,10 +53,6 @@ def explain(
     ------
     ValueError
         If an image cannot be read, its output or relevance is not finite, or an argument does not fit.
-    TypeError
-        If an argument is of another type.
-    FileNotFoundError
-        If there is no such file.
     UnsupportedOperation
         If the network does something that cannot be followed.
 
@@ -104,9 +100,7 @@ def explain_each(
     targets = list(target) if isinstance(target, (list, tuple)) else [target] * len(items)
     if len(targets) != len(items):
         raise ValueError(f'there are {len(targets)} targets for {len(items)} images')
-    if isinstance(contrast, str) and contrast not in CONTRASTS:
-        contrast = with_names(classifier, None).find_class(contrast)
-    contrast = as_contrast(contrast)
+    contrast = as_contrast(classifier.find_contrast(contrast))
     is_each = isinstance(contrast, torch.Tensor) and contrast.ndim == 2
     if is_each and len(contrast) != len(items):
         raise ValueError(f'there are {len(contrast)} contrasts for {len(items)} images')
@@ -201,11 +195,8 @@ def _forward(model, input):
 
 def with_names(classifier, number):
     '''A classifier with a name for each of a number of classes.'''
-    classes = classifier.classes
-    if classes is None and number is None:
-        raise ValueError('classes have no names here: name them, or give an index')
-    classes = default_classes(number) if classes is None else classes
-    if number is not None and len(classes) != number:
+    classes = default_classes(number) if classifier.classes is None else classifier.classes
+    if len(classes) != number:
         raise ValueError(f'there are {len(classes)} names of classes, but {number} outputs')
     return classifier._replace(classes=list(classes))
 

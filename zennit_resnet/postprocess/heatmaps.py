@@ -120,13 +120,10 @@ def c1c(
     For all else, see :py:func:`c3`, where ``threshold`` is that of the component. A constant map has nothing above its
     mean, so nothing of it is left with ``select='area'``.
 
-    Parameters
-    ----------
-    select: str, optional
-        With ``'area'`` (default, as the paper describes it), it is the component with the most pixels. With
-        ``'max_value'`` (as in code of the same group), it is the one that holds the largest value, or the whole map if
-        nothing is above the threshold. That code also triples the values inside, which has no effect on pictures or
-        rankings, and is left out.
+    With ``select='area'`` (default, as the paper describes it), it is the component with the most pixels. With
+    ``'max_value'`` (as in code of the same group), it is the one that holds the largest value, or the whole map if
+    nothing is above the threshold. That code also triples the values inside, which has no effect on pictures or
+    rankings, and is left out.
     '''
     check_choice('select', select, ('area', 'max_value'))
     reduced = reduce_heatmap(to_double(heatmap), size)
@@ -213,13 +210,10 @@ def _keep(heatmap, reduced, contour, component, expand, outside, return_masks):
 def mask_cases(contour, component):
     '''Find out how often the two masks of :py:func:`c3` agree, of shape (batch, height, width).
 
-    Returns
-    -------
-    dict[str, float]
-        The fraction of the batch in each of these cases, of which exactly one holds for each pair of masks:
-        ``'coincide'`` if they are equal, ``'contained'`` if the component is a proper part of the contour's interior,
-        ``'overlap'`` if they have pixels in common, and the component others as well, ``'disjoint'`` if they have none
-        in common, and ``'blank'`` if one has no pixels at all. In the last two cases, the result of C³ is empty.
+    The result is a dict of the fraction of the batch in each of these cases, of which exactly one holds for each pair
+    of masks: ``'coincide'`` if they are equal, ``'contained'`` if the component is a proper part of the contour's
+    interior, ``'overlap'`` if they have pixels in common, and the component others as well, ``'disjoint'`` if they have
+    none in common, and ``'blank'`` if one has no pixels at all. In the last two cases, the result of C³ is empty.
     '''
     if contour.shape != component.shape or contour.ndim != 3 or len(contour) == 0:
         raise ValueError(
@@ -242,15 +236,10 @@ def mask_cases(contour, component):
 def ablation(heatmap, **options):
     '''Post-process heatmaps as in the ablation of Doublet et al. 2024, Table 2, which leaves out C³ or replaces it.
 
-    Arguments are those of :py:func:`c3`. Those that :py:func:`c1c` has as well are used for both, where the threshold
-    of C1C is that of the component.
-
-    Returns
-    -------
-    tuple[dict[str, :py:obj:`torch.Tensor`], dict[str, float]]
-        Heatmaps of shape (batch, height, width): ``'none'``, which is ``heatmap`` itself, ``'c1c'`` and ``'c3'``. Then
-        fractions of the batch, see :py:func:`mask_cases`. If both thresholds are equal, ``'c1c'`` and ``'c3'`` are
-        equal but for maps in ``'disjoint'``.
+    Arguments are those of :py:func:`c3`, and C1C keeps its component. The result is a dict of heatmaps of shape (batch,
+    height, width), ``'none'``, which is ``heatmap`` itself, ``'c1c'`` and ``'c3'``, and fractions of the batch, see
+    :py:func:`mask_cases`. If both thresholds are equal, ``'c1c'`` and ``'c3'`` are equal but for maps in
+    ``'disjoint'``.
     '''
     chosen = c3(heatmap, **options, return_masks=True)
     common = {key: value for key, value in options.items() if key in ('size', 'connectivity', 'expand', 'outside')}
@@ -270,16 +259,8 @@ def attention_errors(heatmap, mask, threshold='mean', coverage=0.5, precision=0.
     what is attended on the object (precision), it is correct; with too little coverage insufficient, with too little
     precision over, with too little of both wrong. Where nothing is attended at all, it is insufficient.
 
-    Parameters
-    ----------
-    heatmap: :py:obj:`torch.Tensor`
-        Heatmaps of shape (batch, height, width), for instance by :py:func:`c3`.
-    mask: :py:obj:`torch.Tensor`
-        Masks of shape (batch, height, width), where all but zero belongs to the object.
-    threshold: str, float or callable, optional
-        What is above it is attended, see :py:func:`~zennit_resnet.postprocess.binarize`.
-    coverage, precision: float, optional
-        Shares that are enough. Default is 0.5.
+    Heatmaps, for instance by :py:func:`c3`, and masks are of shape (batch, height, width). For the threshold, see
+    :py:func:`~zennit_resnet.postprocess.binarize`. Coverage and precision are shares that are enough.
     '''
     for name, value in (('coverage', coverage), ('precision', precision)):
         check_number(name, value, 0, 1)
