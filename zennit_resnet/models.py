@@ -263,11 +263,9 @@ def load_classifier(
         or the path of a state dict (``.pt``, ``.pth`` or ``.safetensors``). The number of classes of a state dict is
         the size of the last layer's weight. Names of classes are taken from ``classes`` in the metadata of safetensors
         (separated by commas, or a list in JSON); without it, 1000 classes are assumed to be ImageNet's.
-    size: int, optional
-        For state dicts, photographs are resized to a square of this side, 224 by default.
-    classes, mean, std, keep_aspect:
-        See :py:func:`as_classifier`. With ``keep_aspect``, weights of torchvision get the whole photograph, resized to
-        the usual height or width, instead of a square cut out of it.
+    size, classes, mean, std, keep_aspect:
+        See :py:func:`as_classifier`. The size is for state dicts. With ``keep_aspect``, weights of torchvision get the
+        whole photograph, resized to the usual height or width, instead of a square cut out of it.
 
     Raises
     ------
@@ -283,12 +281,10 @@ def load_classifier(
         )
     model = DEFAULT_MODEL if model is None else model
     weights = str(find_embedded()) if weights is None else weights
-    path = Path(weights)
     classes = None if classes is None else read_classes(classes)
     settings = {'mean': mean, 'std': std, 'keep_aspect': keep_aspect}
-    if path.suffix.lower() in SUFFIXES or os.path.isfile(path):
-        return _load_local(model, path, DEFAULT_SIZE if size is None else size, classes, settings)
-    return _load_named(model, weights, size, classes, settings)
+    is_local = Path(weights).suffix.lower() in SUFFIXES or os.path.isfile(weights)
+    return (_load_local if is_local else _load_named)(model, weights, size, classes, settings)
 
 
 def find_embedded():
@@ -355,6 +351,7 @@ def _check_classes(classes, number, path):
 
 def _load_local(name, path, size, names, settings):
     '''Load the weights of a model from a state dict.'''
+    size = DEFAULT_SIZE if size is None else size
     state, classes = read_state(path)
     kwargs = {}
     if name in AUXILIARY:

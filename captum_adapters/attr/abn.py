@@ -98,16 +98,11 @@ class AttentionBranchNetwork(Module):
     has been trained, see `examples/abn/train.py`, the attention means little. All
     parameters and buffers are copies, and the branches share none.
 
-    Args:
-
-        model (torch.nn.Module): A classifier with the modules of torchvision's
-                :class:`~torchvision.models.ResNet`: `conv1`, `bn1`, `relu`, `maxpool`,
-                `layer1` to `layer4`, `avgpool` and `fc`. The attention branch has its
-                device, type, and training mode, and requires gradients in any case.
-
-    Raises:
-        TypeError: If `model` is not a module.
-        ValueError: If it lacks any of these modules, or `fc` is not a linear layer.
+    The model is a classifier with the modules of torchvision's
+    :class:`~torchvision.models.ResNet`: `conv1`, `bn1`, `relu`, `maxpool`, `layer1` to
+    `layer4`, `avgpool` and `fc`, a linear layer. The attention branch has its device,
+    type, and training mode, and requires gradients in any case. A ValueError is raised
+    if it lacks any of these modules.
 
     Examples::
 
@@ -151,12 +146,7 @@ class AttentionBranchNetwork(Module):
         return input
 
     def classify_features(self, features: Tensor) -> Branches:
-        """Compute both branches of features.
-
-        Raises:
-            ValueError: If `layer4` changes the size of features by other means than
-                    the stride of convolutions.
-        """
+        """Compute both branches of features."""
         attention_logits, attention = self.attention_branch(features)
         if attention.shape[2:] != features.shape[2:]:
             raise ValueError(
@@ -184,14 +174,9 @@ class ABN(Attribution):
     Fukui et al. 2019. The map is part of the network's forward pass, and there is one
     for each image: it does **not** depend on the target.
 
-    Args:
-
-        model (AttentionBranchNetwork): The network, in evaluation mode. It may be
-                within :class:`torch.nn.DataParallel`,
-                :class:`torch.nn.parallel.DistributedDataParallel` or a compiled model.
-
-    Raises:
-        TypeError: If `model` is another network.
+    The network is in evaluation mode. It may be compiled, or within
+    :class:`torch.nn.DataParallel` or :class:`torch.nn.parallel.DistributedDataParallel`.
+    A TypeError is raised if it is none.
 
     Examples::
 
@@ -280,8 +265,8 @@ def save_abn(
     the names of classes in its metadata) or of :func:`torch.save` (`.pt`, `.pth`).
 
     Raises:
-        ValueError: If the suffix is unknown, safetensors is missing, or there are more
-                or fewer names than classes.
+        ValueError: If the suffix is unknown, or there are more or fewer names than
+                classes.
         OSError: If the file cannot be written.
     """
     path = Path(path)
@@ -296,12 +281,8 @@ def save_abn(
         with open(path, "wb") as file:
             torch.save(state, file)
         return
-    try:
-        from safetensors.torch import save
-    except ImportError as error:
-        raise ValueError(
-            f"writing {path} needs another package: pip install safetensors"
-        ) from error
+    from safetensors.torch import save
+
     metadata = None if classes is None else {"classes": json.dumps(list(classes))}
     path.write_bytes(save(state, metadata))
 

@@ -5,6 +5,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Callable, Optional, Union
 
@@ -39,8 +40,7 @@ Layer = Union[Module, str]
 class LayerRelevance(CompositeAttribution, LayerAttribution):
     r"""Relevance at the inputs or outputs of layers and blocks.
 
-    For heatmaps of lower resolution than the input's (sum over channels), and for the
-    relevance of single channels. The relevance of a layer's output is all that arrives
+    The relevance of a layer's output is all that arrives
     there: for a residual block, what both branches of the next block propagate. The
     relevance of a layer's input is what this layer propagates to it, and not what
     others do that use the same tensor: for an addition, the shares of skip connection
@@ -134,9 +134,9 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
                     composite conserves it.
 
         Raises:
-            ValueError: As :meth:`CompositeAttribution.attribute`, as the others, or if
-                    a layer is not part of the model, did not run, has been called
-                    several times and no call is chosen, or has no row for each example.
+            ValueError: If a layer is not part of the model, did not run, has been
+                    called several times and no call is chosen, or has no row for each
+                    example.
             TypeError: If a layer does not give floating point tensors.
             RuntimeError: If a layer is inside of a module with a rule for all that it
                     contains.
@@ -174,12 +174,13 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
         return output, recorder.result(output)
 
 
+@dataclass
 class _LayerCall:
     """A call of a layer, with the numbers of the first operation in and after it."""
 
-    def __init__(self, begin: int) -> None:
-        self.begin = self.end = begin
-        self.read_outs: tuple[ReadOut, ...] = ()
+    begin: int
+    end: int = 0
+    read_outs: tuple[ReadOut, ...] = ()
 
 
 class _Recorder:
@@ -197,8 +198,7 @@ class _Recorder:
         self.batch = len(inputs[0])
         self.is_gradient = getattr(composite, "propagates", "relevance") == "gradient"
         self.thread = threading.get_ident()
-        # where inputs of integers are, which cannot require gradients: the graph then
-        # begins at the output of modules that take them
+        # inputs that cannot require gradients: the graph begins at modules that take them
         self.integers = set(map(_memory, _integers(inputs)))
         self.has_begun = False
         # a module may have several names

@@ -53,8 +53,8 @@ def reduce_heatmap(heatmap, size=28):
     '''Reduce heatmaps by area averaging to shape ``(batch, *size)``.
 
     Each cell becomes the mean of the area that it covers, with pixels on its border counted in part. So the map's mean
-    stays what it was. A map that is smaller than ``size`` is enlarged by the same definition. The size is height and
-    width, or one integer for both. Default is 28 as in the paper.
+    stays what it was, also of a map that is smaller and is enlarged. The size is height and width, or one integer for
+    both. Default is 28 as in the paper.
     '''
     height, width = (index(side) for side in (size if isinstance(size, (tuple, list)) else (size, size)))
     if min(height, width) < 1:
