@@ -2,6 +2,7 @@
 import os
 from functools import cache
 from importlib.metadata import version
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +18,18 @@ from .photos import list_images, prepare, unique_names
 from .result import Explanation, Explanations
 
 
+class Item(NamedTuple):
+    '''An image, and what is asked about it.'''
+    photo: np.ndarray
+    input: torch.Tensor
+    box: tuple
+    target: object
+    contrast: object
+    origin: dict  # name, source and settings of its explanations
+
+
 def explain(
-    model, images, target=None, method='resnet_lrp_ratio', *, classes=None, mean=None, std=None, size=None,
-    keep_aspect=False, transform=None, value=None, contrast=None, batch_size=8
+    model, images, target=None, method='resnet_lrp_ratio', *, value=None, contrast=None, batch_size=8, **preprocessing
 ):
     '''Explain what a classifier sees in photographs.
 
@@ -37,12 +47,12 @@ def explain(
         Index or name of the class to explain, one for all or one for each. Default is the predicted class.
     method: str, :py:obj:`zennit.core.Composite`, optional
         See :py:class:`zennit_resnet.methods.Method`, or a composite.
-    classes, mean, std, size, keep_aspect, transform:
-        See :py:func:`zennit_resnet.models.as_classifier`.
     value, contrast:
         What relevance starts from, see :py:meth:`zennit_resnet.methods.Method.attribute`.
     batch_size: int, optional
         How many images are explained at once.
+    classes, mean, std, size, keep_aspect, transform:
+        See :py:func:`zennit_resnet.models.as_classifier`.
 
     Returns
     -------
@@ -66,16 +76,13 @@ def explain(
     ((48, 64), (3, 32, 32))
     '''
     if isinstance(model, Classifier):
-        given = {'classes': classes, 'mean': mean, 'std': std, 'size': size, 'transform': transform}
-        given = [name for name, each in given.items() if each is not None] + ['keep_aspect'] * bool(keep_aspect)
-        if given:
-            raise TypeError(f'{", ".join(given)}: a Classifier has its own, leave it out or give the network.')
+        if preprocessing:
+            raise TypeError(f'{", ".join(preprocessing)}: a Classifier has its own, leave it out or give the network.')
         classifier = model
     else:
         check_module(model)
         # as hooks need
-        model = getattr(model, COMPILED_MODULE, model)
-        classifier = as_classifier(model, classes, mean, std, size, keep_aspect, transform)
+        classifier = as_classifier(getattr(model, COMPILED_MODULE, model), **preprocessing)
     items, is_single = list_images(images)
     found = []
     for item, result in explain_each(classifier, items, [Method.of(method)], target, value, contrast, batch_size):
@@ -101,36 +108,38 @@ def explain_each(
     if len(targets) != len(items):
         raise ValueError(f'there are {len(targets)} targets for {len(items)} images')
     contrast = as_contrast(classifier.find_contrast(contrast))
-    is_each = isinstance(contrast, torch.Tensor) and contrast.ndim == 2
-    if is_each and len(contrast) != len(items):
-        raise ValueError(f'there are {len(contrast)} contrasts for {len(items)} images')
-    names = unique_names([item if isinstance(item, (str, os.PathLike)) else 'image' for item in items])
+    contrasts = [contrast] * len(items)
+    if isinstance(contrast, torch.Tensor):
+        if contrast.ndim == 2 and len(contrast) != len(items):
+            raise ValueError(f'there are {len(contrast)} contrasts for {len(items)} images')
+        contrasts = list(contrast.expand(len(items), contrast.shape[-1]))
+    sources = [str(item) if isinstance(item, (str, os.PathLike)) else '' for item in items]
+    names = unique_names([source or 'image' for source in sources])
     settings, place = describe_settings(classifier), cache(classifier.place)
     for start in range(0, len(items), batch_size):
         chunk = range(start, min(start + batch_size, len(items)))
         results, groups = {}, {}
         for num in chunk:
+            origin = {'name': names[num], 'source': sources[num], 'settings': settings}
             try:
-                photo, input, box = prepare(classifier, items[num], place)
-                groups.setdefault(tuple(input.shape), []).append((num, photo, input, box))
+                item = Item(*prepare(classifier, items[num], place), targets[num], contrasts[num], origin)
+                groups.setdefault(tuple(item.input.shape), {})[num] = item
             except (FileNotFoundError, ValueError) as error:
                 results[num] = error
         for group in groups.values():
-            nums = [num for num, *_ in group]
-            results.update(_explain_batch(
-                classifier, group, methods, [targets[num] for num in nums], value,
-                contrast[nums] if is_each else contrast, attribute,
-                [(names[num], items[num], settings) for num in nums],
-            ))
+            found = _explain_batch(classifier, [*group.values()], methods, value, attribute)
+            results.update(zip(group, found))
         for num in chunk:
             yield items[num], results[num]
 
 
-def _explain_batch(classifier, group, methods, targets, value, contrast, attribute, origins):
-    '''Explanations, or an error, of images of the same shape by their numbers.'''
-    # pylint: disable=too-many-arguments
+def _explain_batch(classifier, items, methods, value, attribute):
+    '''Explanations, or an error, of each of some images of the same shape.'''
     weight = next((tensor for tensor in classifier.model.parameters() if tensor.is_floating_point()), torch.zeros(()))
-    input = torch.stack([each[2] for each in group]).to(weight.device, weight.dtype)
+    input = torch.stack([item.input for item in items]).to(weight.device, weight.dtype)
+    contrast = items[0].contrast
+    if isinstance(contrast, torch.Tensor):
+        contrast = torch.stack([item.contrast for item in items])
     with evaluating(classifier.model), torch.inference_mode(False), torch.enable_grad():
         # tensors of inference mode have no gradients
         input = input.clone()
@@ -142,24 +151,21 @@ def _explain_batch(classifier, group, methods, targets, value, contrast, attribu
             )
         classifier = with_names(classifier, output.shape[1])
         index = [
-            best if target is None else classifier.find_class(
-                target if isinstance(target, str) else f'index:{target}'
-            ) for best, target in zip(output.argmax(1).tolist(), targets)
+            best if item.target is None else classifier.find_class(
+                item.target if isinstance(item.target, str) else f'index:{item.target}'
+            ) for best, item in zip(output.argmax(1).tolist(), items)
         ]
+        # methods that differ in their post-processing only have the same relevance
         computed = {}
         for method in methods:
-            # methods that differ in their post-processing only have the same relevance
             if method.attribution not in computed:
                 computed[method.attribution] = attribute(
                     method, classifier, input, torch.tensor(index), value, contrast
                 )
-    results = {}
-    for place, (num, photo, _, box) in enumerate(group):
+    for place, item in enumerate(items):
         if not output[place].isfinite().all():
-            results[num] = ValueError('the output of the network is not finite, check image and weights')
+            yield ValueError('the output of the network is not finite, check image and weights')
             continue
-        name, item, settings = origins[place]
-        source = str(item) if isinstance(item, (str, os.PathLike)) else ''
         found = []
         for method in methods:
             result = computed[method.attribution]
@@ -168,14 +174,11 @@ def _explain_batch(classifier, group, methods, targets, value, contrast, attribu
                 for each in (result.output, result.relevance)
             )
             found.append(Explanation(
-                relevance, logits, index[place], classifier.classes, photo,
-                box, method, result.initial[place], result.sinks[place], result.value,
-                contrast[place] if getattr(contrast, 'ndim', 1) == 2 else contrast, result.signs[place],
-                name, source, settings,
+                relevance, logits, index[place], classifier.classes, item.photo, item.box, method,
+                result.initial[place], result.sinks[place], result.value, item.contrast, result.signs[place],
+                **item.origin,
             ) if np.isfinite(relevance).all() else None)
-        is_lost = not any(found)
-        results[num] = ValueError(f'the relevance by {methods[0].text} is not finite') if is_lost else found
-    return results
+        yield found if any(found) else ValueError(f'the relevance by {methods[0].text} is not finite')
 
 
 def _forward(model, input):
