@@ -310,8 +310,8 @@ class Method:
                 targets, chosen, contrast=contrast, contrast_weight=self.contrast_weight
             )(output)
             # started from one where the rule divides by the logit, or the other way round, maps have its sign
-            signs = output.detach().gather(1, targets.to(output.device)[:, None])[:, 0].sign().tolist()
-            found['signs'] = [int(sign) or 1 if is_turned and contrast is None else 1 for sign in signs]
+            is_against = output.detach().gather(1, targets.to(output.device)[:, None])[:, 0] < 0
+            found['signs'] = [-1 if each and is_turned and contrast is None else 1 for each in is_against.tolist()]
             return found['start']
 
         return attr_output, found
@@ -374,7 +374,7 @@ def turns_sign(composite, model, input):
     layer = torch.nn.Linear(2, 1, bias=False, device='meta').to_empty(device='cpu')
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[1., -3.]]))
-    rule.register(layer)
+    rule.copy().register(layer)
     with torch.enable_grad():
         trial = torch.ones(1, 2, requires_grad=True)
         relevance, = torch.autograd.grad(layer(trial).sum(), trial)

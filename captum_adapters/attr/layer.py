@@ -222,7 +222,7 @@ class _Recorder:
         match = re.fullmatch(r"(.*?) *#([1-9][0-9]*)", layer)
         name, call = (match[1], int(match[2])) if match else (layer, 0)
         # other names may belong to operations that are found in the forward pass
-        return self.names.get(name, name), layer, call
+        return (self.names[name] if name in self.names else name), layer, call
 
     @contextmanager
     def watch(self) -> Iterator[None]:
