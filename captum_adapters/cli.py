@@ -90,8 +90,7 @@ def evaluate_command(dry_run: bool, quiet: bool, **given: Any) -> None:
         text += f" ({progress.skipped} images left out, see the report)"
     if dry_run:
         text += f", {left} left, about {duration(progress.seconds / process.world)}"
-        if process.world > 1:
-            text += f" by {process.world} processes"
+        text += f" by {process.world} processes" if process.world > 1 else ""
     click.echo(text)
     if not dry_run and not left:
         out = one_line(shlex.quote(evaluation.out))

@@ -28,16 +28,12 @@ TOLERANCE = 1e-4
     '--out', type=click.Path(path_type=Path), default='explain.onnx', show_default=True,
     help='File to write: .onnx, or .pt2 for torch.export.load.'
 )
-def export(
-    model, weights, size, classes, mean, std, value, contrast, method, splitting, batch_size, normalize, relevance,
-    overwrite, out
-):
+def export(value, contrast, method, splitting, batch_size, normalize, relevance, overwrite, out, **network):
     '''Write one file that maps an image and a target class to logits and a heatmap, without this package.
 
     Inputs are image and target, the index of a class for each image, or -1 for the predicted one. ONNX needs the
     packages onnx and onnxscript, and the comparison that is printed onnxruntime.
     '''
-    # pylint: disable=too-many-arguments
     import torch
 
     from ..canonizers import UnsupportedOperation
@@ -53,13 +49,10 @@ def export(
         with writing(out):
             check_path(out, overwrite)
         chosen = Method(add_splitting(method, splitting))
-        if chosen.entry.composite is None:
-            raise ValueError(f'{chosen.text} is no composite: choose a method of rules')
-        if chosen.postprocess != 'none' or chosen.magnitude:
-            raise ValueError(f'{chosen.text}: a file returns the heatmap as it is, leave what is done to it out')
-        if chosen.splitting == 'zennit':
-            raise ValueError(f'{chosen.text} cannot be exported: choose +ratio or +symmetric')
-        classifier = load_classifier(model, weights, size, classes, mean, std)
+        is_plain = chosen.postprocess == 'none' and not chosen.magnitude and chosen.splitting != 'zennit'
+        if chosen.entry.composite is None or not is_plain:
+            raise ValueError(f'{chosen.text} cannot be exported: choose a composite, with +ratio or +symmetric at most')
+        classifier = load_classifier(**network)
         contrast = classifier.find_contrast(contrast) if chosen.contrast is None else chosen.contrast
         input, target = draw_input(classifier, batch_size), torch.full((batch_size,), -1)
         explain = trace(classifier.model, chosen.composite(classifier), input)
