@@ -286,7 +286,7 @@ def test_single_output(target, shape):
 Named = collections.namedtuple('Named', 'other, logits')
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Data:
     '''Output of a network.'''
     other: object

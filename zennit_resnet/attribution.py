@@ -1,4 +1,5 @@
 '''What relevance starts from.'''
+import dataclasses
 from collections.abc import Mapping
 
 import torch
@@ -18,6 +19,9 @@ def parts_of(output):
         return dict(output)
     if isinstance(output, (tuple, list)):
         return dict(zip(getattr(output, '_fields', range(len(output))), output))
+    if dataclasses.is_dataclass(output):
+        # those with slots have no dict
+        return {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
     return {key: value for key, value in getattr(output, '__dict__', {}).items() if not key.startswith('_')}
 
 

@@ -84,11 +84,18 @@ def trace(model, composite, input, output=None, rule_dtype=None):
 
 def state_of(model):
     '''What changes if weights, modules, hooks or settings of a network change, so that it has to be traced again.'''
-    tensors, kinds = [*model.parameters(), *model.buffers()], (bool, int, float, str, tuple, type(None))
+    tensors = [*model.parameters(), *model.buffers()]
     return [(id(elem), elem.data_ptr(), version_of(elem)) for elem in tensors], [(
         id(module), list(module._modules), list(pre_hooks_of(module)), list(hooks_of(module)),
-        {key: elem for key, elem in vars(module).items() if isinstance(elem, kinds) or key == 'forward'},
+        {key: elem for key, elem in vars(module).items() if _is_setting(elem) or key == 'forward'},
     ) for module in model.modules()]
+
+
+def _is_setting(value):
+    '''Whether a value of a module can be compared.'''
+    return all(map(_is_setting, value)) if isinstance(value, tuple) else isinstance(
+        value, (bool, int, float, str, type(None))
+    )
 
 
 class TracedAttribution(torch.nn.Module):

@@ -173,12 +173,12 @@ class CompositeAttribution(GradientAttribution):
 
     def __copy__(self) -> "CompositeAttribution":
         duplicate = type(self).__new__(type(self))
-        vars(duplicate).update(vars(self))
+        duplicate.__dict__.update(vars(self))
         return duplicate
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompositeAttribution":
         duplicate = memo[id(self)] = copy.copy(self)
-        vars(duplicate).update(copy.deepcopy({**vars(self), "_recorded": None}, memo))
+        duplicate.__dict__.update(copy.deepcopy({**vars(self), "_recorded": None}, memo))
         return duplicate
 
     @classmethod

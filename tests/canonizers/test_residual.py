@@ -1,5 +1,6 @@
 '''Networks of torchvision, timm and users, and the operations that they are made of.'''
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from zennit.composites import EpsilonAlpha2Beta1, EpsilonGammaBox, EpsilonPlus, 
 from zennit.rules import Epsilon
 
 from zennit_resnet import (
+    GammaLRP,
     RatioSplit,
     ResidualCanonizer,
     ResNetLRP,
@@ -1001,3 +1003,39 @@ def test_name_map():
     for handle in handles:
         handle.remove()
     assert close(captured['x'], captured['sum'])
+
+
+@pytest.mark.parametrize('create', [GammaLRP, ResNetLRP])
+def test_part_in_another_thread(create):
+    '''A branch that runs in another thread is a part of the network, and not one of its own.'''
+    class Branches(torch.nn.Module):
+        '''A residual block, of which the branch may have a thread of its own.'''
+        def __init__(self, run):
+            super().__init__()
+            self.run = run
+            self.conv, self.branch = torch.nn.Conv2d(3, 8, 3), torch.nn.Sequential(
+                torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.BatchNorm2d(8)
+            )
+            self.fc = torch.nn.Linear(8, 5)
+
+        def forward(self, x):
+            '''Logits.'''
+            h = self.conv(x).relu()
+            return self.fc((h + self.run(self.branch, h)).relu().mean((2, 3)))
+
+    def in_thread(module, h):
+        with ThreadPoolExecutor(1) as executor:
+            return executor.submit(module, h).result()
+
+    model, x = prepare(Branches(lambda module, h: module(h))), images(8).double()
+    twin = Branches(in_thread).double().eval()
+    twin.load_state_dict(model.state_dict())
+    results = []
+    for network in (model, twin):
+        with Gradient(model=network, composite=create()) as attributor:
+            results += [attributor(x, initial_relevance(1))[1] for _ in range(2)]
+    for result in results[1:]:
+        assert torch.equal(result, results[0])
+    with pytest.raises(RuntimeError, match=r"branch \(Sequential\).*another thread.*batch_norm='pass'"):
+        Gradient(model=twin, composite=ResNetLRP(batch_norm='merge'))(x, initial_relevance(1))
+    assert torch.equal(twin(x), model(x))

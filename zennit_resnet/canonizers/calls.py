@@ -40,6 +40,8 @@ class ForwardPass(Local):
         '''Begin a forward pass.'''
         # whether rules count, and a module that runs without gradients by its rule
         self.is_active, self.leaf = False, None
+        # whether it is only a part of one that runs in another thread
+        self.is_part = False
         self.is_grad_enabled = torch.is_grad_enabled()
         # numbers of operations by their module, nodes that were guarded, and those that need not be
         self.counts, self.seen, self.known = {}, set(), set()

@@ -1,5 +1,6 @@
 '''Canonizers which make the operations of residual networks visible to rules.'''
 import gc
+import threading
 import weakref
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -144,7 +145,7 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
         self.surrogates, self.leaves, self.weights = {}, {}, WeightLog()
         # shapes of inputs for which images were found not to depend on each other
         self.independent = set()
-        self.local = ForwardPass()
+        self.local, self.running = ForwardPass(), set()
         self.interception = Watch(self)
         # zennit 1.0.0 replaces parameters of layers with new objects when its rules run
         self.originals = {module: dict(module._parameters) for module in self.names}
@@ -209,7 +210,18 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
             composite = self._composite()
             self.local.is_active = composite is None or is_active(composite)
             forget()
-            self._start(given)
+            # a thread of a forward pass that runs in another one
+            self.local.is_part = bool(self.running) and module is not self.root
+            if not self.local.is_part:
+                self._start(given)
+            elif self.batch_norm == 'merge':
+                raise RuntimeError(
+                    f'{self._label(module)} runs in another thread than the {type(self.root).__name__} it is a part '
+                    'of, where batch normalization is not found to fold it: choose batch_norm=\'pass\', or run it in '
+                    'the same thread.'
+                )
+            if module is self.root:
+                self.running.add(threading.get_ident())
             self.interception.enter()
         settle(given)
         weights = self.weights.note(module, self.local.is_active, self.paused is not None)
@@ -229,6 +241,7 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
         stack = self.local.stack
         if stack:
             stack.clear()
+            self.running.discard(threading.get_ident())
             forget()
             torch.set_grad_enabled(self.local.is_grad_enabled)
 
@@ -259,6 +272,7 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
             settle(output)
             forget()
             # before anything raises
+            self.running.discard(threading.get_ident())
             self.interception.leave()
         active = active_tensors((output,))
         if not stack and self.local.is_active and self.local.is_grad_enabled:
@@ -279,7 +293,8 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
         if not stack:
             # nodes keep the tensors of the forward pass
             self.local.seen, self.local.known = set(), set()
-            self._finish(active)
+            if not self.local.is_part:
+                self._finish(active)
 
     def _start(self, args):
         if self not in REGISTERED:
