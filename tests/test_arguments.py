@@ -143,9 +143,10 @@ def test_methods_of_command_line(text):
     assert f'{key}=' in str(info.value) and value in str(info.value)
 
 
-def test_tolerance_of_command_line():
+def test_tolerance_of_command_line(tmp_path):
     '''NaN is no tolerance, although it is no less than the smallest.'''
-    result = CliRunner().invoke(main, ['ledger', 'photo.png', '--tolerance', 'nan'])
+    (tmp_path / 'photo.png').touch()
+    result = CliRunner().invoke(main, ['ledger', str(tmp_path / 'photo.png'), '--tolerance', 'nan'])
     assert result.exit_code == 2 and 'nan' in result.output
 
 

@@ -58,6 +58,10 @@ def read_image(path):
         raise ValueError(
             f'it has more than {Image.MAX_IMAGE_PIXELS} pixels and is refused, make it smaller first'
         ) from error
+    except IsADirectoryError as error:
+        raise ValueError('it is a folder, name the photographs in it') from error
+    except Image.UnidentifiedImageError as error:
+        raise ValueError('it is not an image in a format that Pillow reads') from error
     except Exception as error:  # decoders raise anything for damaged files
         raise ValueError(f'it cannot be decoded ({" ".join(str(error).split()) or type(error).__name__})') from error
 

@@ -74,30 +74,32 @@ class _Compiler:
 _COMPILER = _Compiler()
 
 
-def _obstacle(module):
+def _obstacle(label, module):
     '''What keeps rules from being attached to a module, None if nothing does.'''
     if isinstance(module, torch.jit.ScriptModule):
-        return 'is a ScriptModule, to which no rules can be attached: use the module it was made from'
+        return f'{label} is a ScriptModule, to which no rules can be attached: use the module it was made from.'
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is not None and tensor.is_inference():
             return (
-                f'has {name!r}, which was created in torch.inference_mode(), and there is no gradient by such tensors: '
-                'explain copy.deepcopy(model), which is made outside of it'
+                f'{label} has {name!r}, which was created in torch.inference_mode(), and there is no gradient by such '
+                'tensors: explain copy.deepcopy(model), which is made outside of it.'
             )
     if isinstance(module, torch.nn.DataParallel) and len(module.device_ids) > 1:
         return (
-            'runs replicas of its module on several devices, to which no rules are attached: use the module inside, '
-            'which is its attribute \'module\''
+            f'{label} runs replicas of its module on several devices, to which no rules are attached: use the module '
+            'inside, which is its attribute \'module\'.'
         )
     if any('FSDP' in base.__name__ or 'FullySharded' in base.__name__ for base in type(module).__mro__):
         return (
-            'is sharded among processes, and rules need whole weights: explain the network before fully_shard or '
-            'FullyShardedDataParallel'
+            f'{label} is sharded among processes, and rules need whole weights: explain the network before fully_shard '
+            'or FullyShardedDataParallel.'
         )
     # modules for functions, of networks that may be quantized later, are float
     is_float = type(module).__name__ in ('FloatFunctional', 'FXFloatFunctional')
     if 'quantized' in type(module).__module__.split('.') and not is_float:
-        return 'is quantized, and rules need floating point numbers: explain the network before it is converted'
+        return (
+            f'{label} is quantized, and rules need floating point numbers: explain the network before it is converted.'
+        )
     return None
 
 
@@ -114,9 +116,9 @@ class Eager:
                 'There is no relevance within torch.inference_mode(): leave it, torch.enable_grad() is not enough.'
             )
         for name, module in root_module.named_modules():
-            obstacle = _obstacle(module)
+            obstacle = _obstacle(f'{name or "The model"} ({type(module).__name__})', module)
             if obstacle is not None:
-                raise TypeError(f'{name or "The model"} ({type(module).__name__}) {obstacle}.')
+                raise TypeError(obstacle)
         for module in root_module.modules():
             original = module._modules.get(COMPILED_MODULE)
             if original is not None and 'forward' in vars(module):

@@ -9,7 +9,7 @@ from .. import __version__
 from .._choices import INPUT_X_GRADIENT, SCALES
 from .._text import one_line
 from .group import Commands
-from .options import SPLITTING_OPTION, common_options, heatmap_options, method_options, methods_option
+from .options import SPLITTING_OPTION, Range, common_options, heatmap_options, method_options, methods_option
 
 # Formats to write a comparison in
 PICTURES = ('.png', '.jpg', '.jpeg', '.webp', '.tif', '.tiff', '.bmp', '.gif', '.pdf')
@@ -150,7 +150,7 @@ def compare(images, methods, show, scale, out, **options):
 @common_options
 @method_options
 @click.option(
-    '--tolerance', type=click.FloatRange(min=0), default=1e-4, show_default=True,
+    '--tolerance', type=Range(min=0), default=1e-4, show_default=True,
     help='Largest part of the initial relevance that a layer, or the whole network, may lose or gain.'
 )
 @click.option('--blocks', is_flag=True, help='List blocks in the place of layers.')

@@ -1,10 +1,18 @@
 '''Options that commands share. Nothing here loads PyTorch, so that ``--help`` is quick.'''
 import importlib
+import math
 from pathlib import Path
 
 import click
 
 from .._choices import INPUT_X_GRADIENT, LEVELS, MAX_LEVELS, POSTPROCESSING, SPLITTING, VALUES, split_names
+
+
+class Range(click.FloatRange):
+    '''Numbers in a range, which nan is not.'''
+    def convert(self, value, param, ctx):
+        number = super().convert(value, param, ctx)
+        return self.fail(f'{value} is not a number', param, ctx) if math.isnan(number) else number
 
 
 class Several(click.ParamType):
@@ -109,15 +117,15 @@ heatmap_options = add_options([
         help=f'The same as --postprocess quantize, to this number of levels.  [default: {LEVELS}]'
     ),
     click.option(
-        '--smooth', type=click.FloatRange(min=0), default=0.,
+        '--smooth', type=Range(min=0), default=0.,
         help='Smooth heatmaps by a Gaussian of this standard deviation, in pixels of the network\'s input.'
     ),
     click.option(
-        '--percentile', type=click.FloatRange(0, 100, min_open=True), default=99.5, show_default=True,
+        '--percentile', type=Range(0, 100, min_open=True), default=99.5, show_default=True,
         help='Where the color range ends, so that a few bright pixels do not make all others vanish.'
     ),
     click.option(
-        '--contours', type=click.FloatRange(0, 100), metavar='PERCENT',
+        '--contours', type=Range(0, 100), metavar='PERCENT',
         help='Outline so many of the most relevant pixels in overlays.'
     ),
     click.option(
