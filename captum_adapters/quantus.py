@@ -135,7 +135,8 @@ def explainer(method: Method, **settings: Any) -> Callable[..., NDArray[Any]]:
 
     Args:
 
-        method, **settings: See :func:`explain`.
+        method (str or callable): See :func:`explain`.
+        settings: Its other arguments.
 
     Returns:
         Callable: A function `(model, inputs, targets, device=None, **kwargs)` which
