@@ -226,7 +226,7 @@ def test_bad_bounds(create, kwargs):
         create(first_layer='zbox', **kwargs)
 
 
-@pytest.mark.parametrize('value', ['black', [0., 'x'], object, True, 1j, torch.tensor(1j)], ids=str)
+@pytest.mark.parametrize('value', ['black', '1', [0., 'x'], object, True, 1j, torch.tensor(1j)], ids=str)
 def test_types_of_bounds(value):
     '''Bounds are numbers.'''
     for kwargs in ({'low': value, 'high': 1.}, {'low': 0., 'high': value}):

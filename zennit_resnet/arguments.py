@@ -142,7 +142,7 @@ def as_bound(name, value):
     if not isinstance(value, torch.Tensor):
         try:
             # python's numbers in the precision of python
-            dtype = bool if isinstance(value, bool) else getattr(value, 'dtype', np.float64)
+            dtype = type(value) if isinstance(value, (bool, str)) else getattr(value, 'dtype', np.float64)
             value = torch.as_tensor(np.asarray(value, dtype))
         except (TypeError, ValueError) as error:
             raise TypeError(f'{name}={value!r} is not made of numbers!') from error

@@ -86,6 +86,27 @@ def test_mixing(how, name):
         explain(build(lambda: Net(MIXING[how])), images(), COMPOSITES[name]())
 
 
+@pytest.mark.parametrize('function', [
+    lambda h: h.T.cumsum(1).T, lambda h: F.layer_norm(h.T, (4,)).T, lambda h: torch.einsum('ab->ba', h).cumsum(1),
+])
+def test_as_many_images_as_channels(function):
+    '''That the dimension of images was moved is not only found out by its size.'''
+    model = build(lambda: nn.Sequential(nn.Linear(5, 4), Apply(function), nn.Linear(4, 3)))
+    with pytest.raises(RuntimeError, match='4 images'):
+        explain(model, images(5), ResNetLRP())
+
+
+class Apply(nn.Module):
+    '''A function.'''
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        '''What it returns.'''
+        return self.function(x.relu())
+
+
 def test_hooks_and_errors_hide_nothing():
     '''A hook or a network that fails for a part of the batch does not let the others through.'''
     model = build(lambda: Net(MIXING['mean']))

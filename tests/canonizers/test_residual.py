@@ -26,6 +26,7 @@ from zennit.rules import Epsilon
 from zennit_resnet import (
     GammaLRP,
     RatioSplit,
+    RelativeLRP,
     ResidualCanonizer,
     ResNetLRP,
     SymmetricSplit,
@@ -33,6 +34,7 @@ from zennit_resnet import (
     initial_relevance,
     with_splitting,
 )
+from zennit_resnet.conservation import assert_conserved
 from zennit_resnet.layer import Addition, Concatenation, Gate, Operation, Product, Subsampling
 from zennit_resnet.rules import SignalTakesAll, Split
 
@@ -1036,6 +1038,16 @@ def test_part_in_another_thread(create):
             results += [attributor(x, initial_relevance(1))[1] for _ in range(2)]
     for result in results[1:]:
         assert torch.equal(result, results[0])
+    if create is ResNetLRP:
+        assert_conserved(twin, x, create(), target=1)
     with pytest.raises(RuntimeError, match=r"branch \(Sequential\).*another thread.*batch_norm='pass'"):
         Gradient(model=twin, composite=ResNetLRP(batch_norm='merge'))(x, initial_relevance(1))
     assert torch.equal(twin(x), model(x))
+    # without a normalization, there is nothing to fold
+    for network in (model, twin):
+        network.branch = torch.nn.Conv2d(8, 8, 1).double().requires_grad_(False)
+        torch.nn.init.constant_(network.branch.weight, .1)
+        torch.nn.init.constant_(network.branch.bias, .1)
+    first, second = (Gradient(model=network, composite=RelativeLRP())(x, initial_relevance(1))[1]
+                     for network in (model, twin))
+    assert torch.equal(first, second)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
+from zennit.attribution import Gradient
 from zennit.composites import EpsilonPlus, EpsilonPlusFlat, LayerMapComposite
 from zennit.rules import Epsilon
 
@@ -228,6 +229,22 @@ def test_called_by_keyword(create):
     model, expected = network(), explain(network(), create())
     model.__class__ = ByKeyword
     check(explain(model, create()), expected)
+
+
+def test_none_by_keyword():
+    '''What is None may as well be left out, also for rules of Zennit.'''
+    class Scaled(nn.Linear):
+        '''A layer with a further argument.'''
+        def forward(self, x, scale=None):
+            '''Outputs, maybe scaled.'''
+            return super().forward(x) if scale is None else super().forward(x) * scale
+
+    model, layer, x = nn.Sequential(Scaled(4, 3)), Scaled(4, 3).double(), torch.rand(2, 4).double()
+    model[0] = layer
+    expected = Gradient(model=model, composite=with_splitting(EpsilonPlus()))(x, torch.ones(2, 3).double())[1]
+    layer.register_forward_pre_hook(lambda module, args, kwargs: (args, {'scale': None}), with_kwargs=True)
+    found = Gradient(model=model, composite=with_splitting(EpsilonPlus()))(x, torch.ones(2, 3).double())[1]
+    assert torch.equal(found, expected)
 
 
 def test_further_arguments():

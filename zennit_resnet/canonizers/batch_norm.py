@@ -68,7 +68,7 @@ class BatchNormMerge:
         '''Watch a module, after its rules were registered, such that tensors are seen as other modules see them.'''
         if isinstance(module, Linear):
             self.handles.append(module.register_forward_hook(self._note_output))
-        elif isinstance(module, Normalization) or _has_statistics(module):
+        elif isinstance(module, Normalization) or has_statistics(module):
             self.handles.append(module.register_forward_pre_hook(self._note_input, with_kwargs=True, prepend=True))
             self.handles.append(module.register_forward_hook(self._note_result))
 
@@ -152,7 +152,7 @@ class BatchNormMerge:
 
     def _note_input(self, module, args, kwargs):
         self.local.pairs.pop(module, None)
-        if not _has_statistics(module):
+        if not has_statistics(module):
             return
         settle((args, kwargs))
         for input in (*args, *kwargs.values()):
@@ -313,7 +313,7 @@ def _axis_of_map(linear, given, dim, size):
     return None
 
 
-def _has_statistics(module):
+def has_statistics(module):
     '''Whether a module has running statistics, as batch normalization and its frozen variants do.'''
     return all(isinstance(getattr(module, key, None), torch.Tensor) for key in ('running_mean', 'running_var'))
 

@@ -1,6 +1,7 @@
 '''Whether what a network returns for an image depends on the other images of the batch.'''
 import torch
 
+from .._autograd import moves_first
 from .._compat import DisableTorchFunction, is_out_of_memory, without_hooks
 from .._nested import active_tensors, map_tensors, tensors_of
 from .._weights import is_plain
@@ -109,7 +110,8 @@ def changes_first(name, args, size):
     '''Whether images are no longer the first dimension of a tensor that a function is given, or after it.'''
     with DisableTorchFunction():
         tensors = [elem for elem in args[:2] if isinstance(elem, torch.Tensor) and elem.requires_grad]
-        if any(not elem.ndim or len(elem) != size for elem in tensors):
+        # attributes such as h.T are no functions with arguments
+        if any(not elem.ndim or len(elem) != size or elem.grad_fn and moves_first(elem.grad_fn) for elem in tensors):
             return True
         if not tensors or name not in TRANSPOSED:
             return False

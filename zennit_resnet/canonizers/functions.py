@@ -54,10 +54,12 @@ class FunctionCall(NamedTuple):
         args, kwargs = map_tensors(alias, (self.args, self.kwargs))
         return self._replace(args=args, kwargs=kwargs, active=seen)
 
-    def part(self, num):
-        '''The call as one that returns a single one of its tensors, with a node of its own in the graph.'''
+    def part(self, num, is_copied=True):
+        '''The call as one that returns a single one of its tensors, as a copy with a node of its own in the graph.'''
         func = self.func
-        return self._replace(func=lambda *args, **kwargs: func(*args, **kwargs)[num].clone())
+        return self._replace(func=lambda *args, **kwargs: (
+            func(*args, **kwargs)[num].clone() if is_copied else func(*args, **kwargs)[num]
+        ))
 
     def renamed(self, name):
         '''The call as one of another function, with the form in place if this one is.'''

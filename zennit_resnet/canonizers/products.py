@@ -62,7 +62,7 @@ def run_first(canonizer, call, function, kind, **settings):
     '''Run a function that returns several tensors, of which the first has the rule and the others are constants.'''
     with torch.no_grad():
         _, *others = function()
-    return (canonizer.run(call, kind, function.part(0), **settings), *others)
+    return (canonizer.run(call, kind, function.part(0, is_copied=False), **settings), *others)
 
 
 def multiply(canonizer, call, function):

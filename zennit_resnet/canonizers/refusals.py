@@ -127,6 +127,8 @@ def as_positional(label, module, args, kwargs):
 
     A RuntimeError is raised if there are others, without which its rules would run the layer again.
     '''
+    # what is None may be left out
+    kwargs = {key: elem for key, elem in kwargs.items() if elem is not None}
     given, ours = (*args, *kwargs.values()), (SinglePass, BlockEpsilon)
     rule = next((rule for rule in rules_of(module) if rule.active and not isinstance(rule, ours)), None)
     if rule is None or not active_tensors(given):

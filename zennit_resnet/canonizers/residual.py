@@ -16,7 +16,7 @@ from .._nested import active_tensors
 from ..arguments import Described, check_choice, check_flag
 from ..layer import LINEAR
 from . import derived
-from .batch_norm import BatchNormMerge
+from .batch_norm import BatchNormMerge, has_statistics
 from .batches import Images
 from .calls import ForwardPass, ModuleCall, is_opaque, keep_stored, single_pass
 from .eager import Eager, check_evaluation, is_active
@@ -214,7 +214,7 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
             self.local.is_part = bool(self.running) and module is not self.root
             if not self.local.is_part:
                 self._start(given)
-            elif self.batch_norm == 'merge':
+            elif self.batch_norm == 'merge' and any(map(has_statistics, self.names)):
                 raise RuntimeError(
                     f'{self._label(module)} runs in another thread than the {type(self.root).__name__} it is a part '
                     'of, where batch normalization is not found to fold it: choose batch_norm=\'pass\', or run it in '
@@ -374,8 +374,8 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
             raise RuntimeError(
                 f'{self._label(module)} calls \'{func.__name__}\' for training or without running statistics, by which '
                 'the output for one sample depends on chance or on the other samples of the batch. Have it called with '
-                'training=self.training and call model.eval() first, or explain one sample at a time if it has no '
-                'running statistics.'
+                'training=self.training (attention with dropout_p=0.) and call model.eval() first, or explain one '
+                'sample at a time if it has no running statistics.'
             )
 
     def intercept(self, func, name, args, kwargs):

@@ -26,30 +26,44 @@ class Row:
     '''Relevance of a layer, of a function call that is in no layer, or of a block.
 
     All tensors are of shape (batch,), and of type float64 but for the numbers of values.
-    '''
-    #: path of the module, for functions of the module in which they were called, empty for the network itself
+
+    Attributes
+    ----------
     name: str
-    #: number of the call if the module was called several times, else 0
+        Path of the module, for functions of the module in which they were called. Empty for the network itself.
     call: int
-    #: 'layer', 'function' or 'block'
+        Number of the call if the module was called several times, else 0.
     kind: str
-    #: class of the module, or name of the function
+        ``'layer'``, ``'function'`` or ``'block'``.
     type: str
-    #: class of the rule, None where the gradient takes its place
-    rule: str | None
-    #: sum of the relevance that arrives at the output, and of that which leaves to the inputs
+        Class of the module, or name of the function.
+    rule: str or None
+        Class of the rule, None where the gradient takes its place.
+    arrives, leaves: :py:obj:`torch.Tensor`
+        Sum of the relevance that arrives at the output, and of that which leaves to the inputs.
+    arrives_magnitude, leaves_magnitude: :py:obj:`torch.Tensor`
+        Sum of the magnitudes of what arrives from each consumer of the output, and of what leaves to each input.
+    lost_by: dict[str, :py:obj:`torch.Tensor`]
+        What is lost by ``'sink'`` (constants that keep it), ``'bias'``, ``'stabilizer'``, ``'dead_units'``,
+        ``'no_rule'`` and ``'unexplained'``. They sum to ``lost``. Negative values are gains.
+    smallest: :py:obj:`torch.Tensor` or None
+        The smallest magnitude of a denominator, before it is stabilized, among units to which relevance arrives. None
+        if the rule has no denominator, or is unknown.
+    nan, inf: :py:obj:`torch.Tensor`
+        Number of NaN and of infinite values among what leaves.
+    '''
+    # pylint: disable=too-many-instance-attributes
+    name: str
+    call: int
+    kind: str
+    type: str
+    rule: str
     arrives: torch.Tensor
     leaves: torch.Tensor
-    #: sum of the magnitudes of what arrives from each consumer of the output, and of what leaves to each input
     arrives_magnitude: torch.Tensor
     leaves_magnitude: torch.Tensor
-    #: what is lost by 'sink' (constants that keep it), 'bias', 'stabilizer', 'dead_units', 'no_rule' and 'unexplained',
-    #: which sum to what is lost; negative values are gains
-    lost_by: dict[str, torch.Tensor]
-    #: smallest magnitude of a denominator, before it is stabilized, among units to which relevance arrives, None if the
-    #: rule has no denominator, or is unknown
-    smallest: torch.Tensor | None
-    #: number of NaN and of infinite values among what leaves
+    lost_by: dict
+    smallest: torch.Tensor
     nan: torch.Tensor
     inf: torch.Tensor
 
@@ -213,10 +227,7 @@ class Recorder:
         # in the order of the backward pass
         nodes = (node for node in walk([output.grad_fn]) if not is_leaf(node))
         self.nodes = sorted(nodes, key=sequence_of, reverse=True)
-        self.leading = {edge.node}
-        for node in reversed(self.nodes):
-            if not self.leading.isdisjoint(parents_of(node)):
-                self.leading.add(node)
+        self.leading = _leading(self.nodes, edge.node)
         self.output, self.seed = output.grad_fn, self._measure(seed)
         # registered after those of rules, so what they change is changed by now
         handles = [node.register_hook(functools.partial(self._record, node)) for node in self.nodes]
@@ -369,6 +380,21 @@ class Recorder:
             count[call.module] += 1
             numbers[call] = count[call.module] if total[call.module] > 1 else 0
         return names, numbers
+
+
+def _leading(nodes, target):
+    '''Nodes from which there is a path to another one, which is included.'''
+    # not in the order of sequence numbers, which each thread has of its own
+    children = collections.defaultdict(list)
+    for node in nodes:
+        for parent in parents_of(node):
+            children[parent].append(node)
+    found, queue = {target}, [target]
+    while queue:
+        fresh = [node for node in children[queue.pop()] if node not in found]
+        found.update(fresh)
+        queue.extend(fresh)
+    return found
 
 
 def _function_name(node):
