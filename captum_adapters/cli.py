@@ -14,7 +14,7 @@ from captum_adapters.evaluation.presets import PRESETS
 from zennit_resnet import __version__
 from zennit_resnet._text import one_line, printable
 from zennit_resnet.cli.group import Commands
-from zennit_resnet.cli.options import Several, list_option
+from zennit_resnet.cli.options import Several
 
 # Commands import what they need, so that help is there at once, and reports need no PyTorch
 if TYPE_CHECKING:
@@ -57,13 +57,29 @@ def _evaluation_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def _list_methods(context: click.Context, _: Any, value: bool) -> None:
+    """Print names of methods."""
+    if value and not context.resilient_parsing:
+        from captum_adapters.evaluation.methods import find_entries
+
+        click.echo("\n".join(find_entries()))
+        context.exit()
+
+
 @main.command("evaluate")
 @_evaluation_options
 @click.option(
     "--dry-run", is_flag=True, help="Say what is left, and how long it takes."
 )
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
-@list_option("captum_adapters.evaluation.methods")
+@click.option(
+    "--list",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_list_methods,
+    help="List names of methods, and exit.",
+)
 def evaluate_command(dry_run: bool, quiet: bool, **given: Any) -> None:
     """Evaluate methods on images, and keep a record of each image and method.
 
@@ -90,7 +106,8 @@ def evaluate_command(dry_run: bool, quiet: bool, **given: Any) -> None:
         text += f" ({progress.skipped} images left out, see the report)"
     if dry_run:
         text += f", {left} left, about {duration(progress.seconds / process.world)}"
-        text += f" by {process.world} processes" if process.world > 1 else ""
+        if process.world > 1:
+            text += f" by {process.world} processes"
     click.echo(text)
     if not dry_run and not left:
         out = one_line(shlex.quote(evaluation.out))

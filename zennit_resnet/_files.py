@@ -30,12 +30,7 @@ def whole(path, overwrite=True):
         Path(name).unlink(missing_ok=True)
 
 
-def is_free(path, overwrite=False):
-    '''Whether a path does not exist, or is a file that may be overwritten.'''
-    return not path.exists() or overwrite and path.is_file()
-
-
 def check_free(path, overwrite=False):
-    '''Raise a FileExistsError unless a path is free.'''
-    if not is_free(path, overwrite):
+    '''Raise a FileExistsError if a path exists, unless it is a file that may be overwritten.'''
+    if path.exists() and not (overwrite and path.is_file()):
         raise FileExistsError(f'{path} exists already: choose another name, or overwrite it.')

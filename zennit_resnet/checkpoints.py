@@ -1,7 +1,6 @@
 '''State dicts from files: read safely, and without what training scripts put around them.'''
 import json
 import os
-from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -29,8 +28,8 @@ def read_state(path):
     -------
     state: dict[str, :py:obj:`torch.Tensor`]
         Parameters and buffers of any precision on the CPU. The prefix of :py:obj:`torch.nn.DataParallel` is removed.
-    classes: list or None
-        Names of the classes, if the metadata of safetensors has them, separated by commas or in JSON.
+    classes: list[str] or None
+        Names of the classes, if the metadata of safetensors has them.
 
     Raises
     ------
@@ -50,8 +49,7 @@ def read_state(path):
             with safe_open(path, 'pt') as file:
                 keys = file.keys()
                 state = {key: file.get_tensor(key) for key in keys}
-                classes = (file.metadata() or {}).get('classes')
-                classes = parse_classes(classes, ',') if classes else None
+                classes = _parse_classes((file.metadata() or {}).get('classes'))
         except (OSError, SafetensorError) as error:
             raise ValueError(f'the weights {path} are not a safetensors file ({one_line(error)})') from error
     else:
@@ -88,30 +86,17 @@ def check_state(path, state, advice):
             raise ValueError(f'the weights {path} are broken: {key} holds NaN')
 
 
-def parse_classes(text, separator):
-    '''Get names of classes, a list or dict in JSON, or names with something between them.'''
+def _parse_classes(text):
+    '''Get names of classes which are separated by commas, or a list in JSON.'''
+    if not text:
+        return None
     try:
-        return json.loads(text)
+        classes = json.loads(text)
     except ValueError:
-        return text.split(separator)
-
-
-def load_state(model, state, misfit, remedy=''):
-    '''Load a state dict, or raise a ValueError that begins and ends with these texts and names what does not fit.'''
-    state = OrderedDict(state)
-    # some modules ask for the version that saved them, which not every file format keeps
-    state._metadata = model.state_dict()._metadata  # pylint: disable=protected-access
-    try:
-        # this also casts to single precision
-        missing, unknown = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        # the first of what may be hundreds of lines
-        raise ValueError(f'{misfit}: {str(error).splitlines()[1].strip()}{remedy}') from error
-    # counted since PyTorch 0.4.1 only, and never used in evaluation
-    missing = [key for key in missing if not key.endswith('.num_batches_tracked')]
-    for what, keys in (('missing', missing), ('unknown', unknown)):
-        if keys:
-            raise ValueError(f'{misfit}: {len(keys)} {what} such as {keys[0]}{remedy}')
+        classes = None
+    if not isinstance(classes, list):
+        classes = text.split(',')
+    return [' '.join(str(name).split()) for name in classes]
 
 
 def strip_prefix(state, expected, path):

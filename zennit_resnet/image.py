@@ -19,7 +19,7 @@ CURVE_CMAP = '00a,00f,7f:4080ff,80:ff8040,f00,a00'
 
 MARGIN = 8
 SMALLEST_LEGEND = 80
-# Number of pixels that are drawn at once, so that little memory is necessary
+# Number of pixels above which pictures are drawn in strips
 LARGE = 2 ** 20
 FONT_SIZE = 16
 
@@ -39,13 +39,15 @@ def read_image(path):
     used. A FileNotFoundError is raised if there is no such file, a ValueError if it is not an image that can be
     decoded, or has so many pixels that decoding it might exhaust the memory (``PIL.Image.MAX_IMAGE_PIXELS``).
     '''
-    if isinstance(path, (str, os.PathLike)) and os.path.exists(path) and not os.path.isfile(path):
-        # reading a pipe may wait forever
-        raise ValueError('it is a folder, pipe or device: name photographs in files')
+    is_path = isinstance(path, (str, os.PathLike))
+    if is_path and os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        # reading one may wait forever
+        raise ValueError('it is a pipe or device: save the photograph to a file first')
     try:
         with warnings.catch_warnings():
-            # what is wrong with a file is raised, and Pillow itself only refuses twice as many pixels
+            # what is wrong with a file is raised, and names the file, which warnings of decoders do not
             warnings.simplefilter('ignore')
+            # Pillow itself only refuses twice as many pixels
             warnings.simplefilter('error', Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 if image.format == 'EPS':
@@ -54,12 +56,12 @@ def read_image(path):
                 return to_rgb(image)
     except FileNotFoundError:
         raise
+    except IsADirectoryError as error:
+        raise ValueError('it is a folder, name the photographs in it') from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ValueError(
             f'it has more than {Image.MAX_IMAGE_PIXELS} pixels and is refused, make it smaller first'
         ) from error
-    except IsADirectoryError as error:
-        raise ValueError('it is a folder, name the photographs in it') from error
     except Image.UnidentifiedImageError as error:
         raise ValueError('it is not an image in a format that Pillow reads') from error
     except Exception as error:  # decoders raise anything for damaged files
@@ -89,10 +91,6 @@ def to_rgb(image):
     return image.convert('RGB')
 
 
-def _as_array(value):
-    return np.asarray(value.detach().cpu() if isinstance(value, torch.Tensor) else value)
-
-
 def _as_numbers(values, name):
     '''Get an array or tensor as a float64 array, or raise a TypeError if it is not of real numbers.'''
     # numpy has no bfloat16
@@ -114,6 +112,10 @@ def _check_heatmap(heatmap, dims=2):
     if not np.isfinite(heatmap).all():
         raise ValueError('The heatmap contains NaN or infinite values!')
     return heatmap
+
+
+def _as_array(value):
+    return np.asarray(value.detach().cpu() if isinstance(value, torch.Tensor) else value)
 
 
 def _check_picture(picture, name='A picture'):
@@ -141,8 +143,10 @@ def color_range(heatmap, percentile=99.5):
 
 def _scale(heatmap, percentile, bound=None):
     '''Divide by the end of the color range, and clip to [-1, 1].'''
-    found = color_range(heatmap, percentile) if bound is None else bound
-    check_number('bound', found, 0)
+    found = color_range(heatmap, percentile)
+    if bound is not None:
+        check_number('bound', bound, 0)
+        found = bound
     return np.zeros_like(heatmap) if found == 0 else (heatmap / found).clip(-1, 1)
 
 
@@ -156,8 +160,12 @@ def _color(scaled, cmap):
     if not isinstance(cmap, (str, ColorMap)):
         raise TypeError(f'cmap={cmap!r} is neither the name of a color map of Zennit nor one of its color maps!')
     try:
-        # instead of zennit.image.imgify, whose palettes recent versions of Pillow reject
-        return get_cmap(cmap)((scaled + 1) / 2)
+        colors = get_cmap(cmap)
+        if scaled.size <= LARGE:
+            return colors((scaled + 1) / 2)
+        # a table is faster, and finer than 8 bit
+        table = colors(np.linspace(0, 1, 4097)[None])[0]
+        return table[((scaled + 1) * 2048).round().astype(np.int16)]
     except (RuntimeError, IndexError) as error:
         raise ValueError(
             f'cmap={cmap!r} is no color map of Zennit: choose one of {", ".join(map(repr, CMAPS))}, or colors in '
@@ -201,6 +209,7 @@ def draw_heatmap(heatmap, percentile=99.5, cmap=HEATMAP_CMAP, bound=None):
     '''
     scaled = _scale(_check_heatmap(heatmap), percentile, bound)
     cmap = SAFE['heatmap'] if cmap == 'safe' else cmap
+    # the color map is called instead of using zennit.image.imgify, whose palettes recent versions of Pillow reject
     return _in_strips(lambda part: _to_uint8(_color(part, cmap)), scaled)
 
 
@@ -209,10 +218,19 @@ def draw_overlay(photo, heatmap, percentile=99.5, opacity=0.9, cmap=OVERLAY_CMAP
 
     The photograph turns gray, and color covers it in proportion to the magnitude of relevance: from red to yellow for
     positive, and from blue to cyan for negative relevance. The robust end of the color range prevents that the most
-    relevant pixels alone are colored. The opacity at this end is from 0 to 1. The photograph is of shape (height,
-    width, 3) and type uint8. For all else, see :py:func:`draw_heatmap`.
+    relevant pixels alone are colored.
+
+    Parameters
+    ----------
+    photo: :py:obj:`numpy.ndarray`
+        Photograph of shape (height, width, 3) and type uint8.
+    heatmap, percentile, cmap, bound:
+        See :py:func:`draw_heatmap`, also for what is raised.
+    opacity: float, optional
+        Opacity at the end of the color range, from 0 to 1. Default is 0.9.
     '''
-    photo, heatmap = _check_picture(photo, 'A photograph'), _check_heatmap(heatmap)
+    photo = _check_picture(photo, 'A photograph')
+    heatmap = _check_heatmap(heatmap)
     if photo.shape[:2] != heatmap.shape:
         raise ValueError(
             f'Photograph and heatmap must be of the same height and width, but are of shape {photo.shape} and '
@@ -226,7 +244,7 @@ def draw_overlay(photo, heatmap, percentile=99.5, opacity=0.9, cmap=OVERLAY_CMAP
 
 
 def _in_strips(draw, *arrays):
-    '''Draw arrays of some height a few lines at a time.'''
+    '''Draw arrays of some height a few lines at a time, so that little memory is necessary.'''
     lines = max(LARGE // max(arrays[-1].shape[1], 1), 1)
     return np.concatenate([
         draw(*(array[start:start + lines] for array in arrays)) for start in range(0, len(arrays[-1]), lines)
@@ -247,14 +265,23 @@ def _cover(gray, scaled, opacity, cmap):
 def draw_signal(signal, heatmap, size=(640, 160), percentile=99.5, opacity=1., cmap=CURVE_CMAP):
     '''Draw a signal as a curve colored by its relevance, as an array of shape (height, width, 3) and type uint8.
 
-    The signal is of shape (length,) or (channels, length), with at least two samples, and its relevance of the same
-    shape, or of shape (length,) for all channels. Each channel has a panel of a ``size`` (width and height in pixels),
-    one above the other, on a scale from its lowest to its highest value, but one and the same color range. The curve is
-    gray where there is no relevance. A piece between two samples has the color of the one with the larger relevance. Of
-    long signals, several samples share a pixel, which shows the most relevant one.
+    Each channel has a panel of its own, one above the other, on a scale from its lowest to its highest value. The curve
+    is gray where there is no relevance, and color covers it in proportion to the magnitude of relevance, as in
+    :py:func:`draw_overlay`. A piece between two samples has the color of the one with the larger relevance. Of long
+    signals, several samples share a pixel, which shows the most relevant one.
 
-    For other arguments, and what is raised, see :py:func:`draw_overlay`. By default, positive relevance is orange to
-    dark red, and negative relevance is light to dark blue.
+    Parameters
+    ----------
+    signal: :py:obj:`numpy.ndarray` or :py:obj:`torch.Tensor`
+        Signal of shape (length,) or (channels, length), with at least two samples.
+    heatmap: :py:obj:`numpy.ndarray` or :py:obj:`torch.Tensor`
+        Relevance of shape (length,), for all channels, or of the shape of the signal. Channels have the same color
+        range.
+    size: tuple[int, int], optional
+        Width and height of a panel in pixels. Default is (640, 160).
+    percentile, opacity, cmap:
+        See :py:func:`draw_overlay`, also for what is raised. By default, positive relevance is orange to dark red,
+        and negative relevance is light to dark blue.
     '''
     values, heatmap = _as_numbers(signal, 'A signal'), _as_numbers(heatmap, 'A heatmap')
     if values.ndim not in (1, 2) or values.size == 0 or values.shape[-1] < 2:
@@ -294,44 +321,69 @@ def _draw_curve(values, scaled, width, height, opacity, cmap):
 
 
 def draw_strip(heatmap, frames=None, count=8, percentile=99.5, opacity=0.9, cmap=None):
-    '''Draw slices of a volume or frames of a video side by side, as an array of shape (height, width, 3), type uint8.
+    '''Draw slices of a volume or frames of a video side by side, as an array of shape (height, width, 3).
 
-    The heatmap is of shape (depth, height, width), or has further axes of size one before. What it explains, frames of
-    shape (depth, height, width, 3) and type uint8, is covered as by :py:func:`draw_overlay`, which see for other
-    arguments and what is raised. Without frames, the heatmap is drawn as by :py:func:`draw_heatmap`, and without a
-    heatmap (None), frames are drawn alone. So many slices (all if there are fewer) are chosen evenly from the first to
-    the last. All of them, also those that are not drawn, have the same color range, so that it is seen in which there
-    is most relevance.
+    All of them, also those that are not drawn, have the same color range, so that it is seen in which there is most
+    relevance. The type is uint8.
+
+    Parameters
+    ----------
+    heatmap: :py:obj:`numpy.ndarray` or :py:obj:`torch.Tensor`
+        Heatmap of shape (depth, height, width), or with further axes of size one before. None for the frames alone.
+    frames: :py:obj:`numpy.ndarray`, optional
+        What the heatmap explains, of shape (depth, height, width, 3) and type uint8, to be covered as by
+        :py:func:`draw_overlay`. Without it, the heatmap is drawn as by :py:func:`draw_heatmap`.
+    count: int, optional
+        Number of slices, evenly chosen from the first to the last. Default is 8, or all if there are fewer.
+    percentile, opacity, cmap:
+        See :py:func:`draw_overlay` and :py:func:`draw_heatmap`, also for color maps by default and what is raised.
     '''
     check_number('count', count, 1)
+    check_number('opacity', opacity, 0, 1)
     if heatmap is None and frames is None:
         raise ValueError('There is nothing to draw: give heatmap=None only with frames!')
-    heatmap = None if heatmap is None else _check_heatmap(heatmap, 3)
-    bound = None if heatmap is None else color_range(heatmap, percentile)
-    frames = None if frames is None else _as_array(frames)
-    if frames is not None and (frames.ndim != 4 or heatmap is not None and frames.shape[:3] != heatmap.shape):
-        fits = '' if heatmap is None else f' and fit the heatmap of shape {heatmap.shape}'
-        raise ValueError(f'Frames of shape {frames.shape} must be of shape (depth, height, width, 3){fits}!')
-    depth = len(frames if heatmap is None else heatmap)
+    scaled = None if heatmap is None else _scale(_check_heatmap(heatmap, 3), percentile)
+    if frames is not None:
+        frames = _as_array(frames)
+        if frames.ndim != 4:
+            raise ValueError(f'Frames must be of shape (depth, height, width, 3), but are {frames.shape}!')
+        if scaled is not None and frames.shape[:3] != scaled.shape:
+            raise ValueError(
+                f'Frames and heatmap must be of the same depth, height and width, but are of shape {frames.shape} and '
+                f'{scaled.shape}!'
+            )
+    depth = len(frames if scaled is None else scaled)
     tiles = []
     for num in np.unique(np.linspace(0, depth - 1, min(int(count), depth)).round().astype(int)):
-        if heatmap is None:
-            tile = _check_picture(frames[num], 'A frame')
-        elif frames is None:
-            tile = draw_heatmap(heatmap[num], percentile, cmap or HEATMAP_CMAP, bound)
-        else:
-            tile = draw_overlay(frames[num], heatmap[num], percentile, opacity, cmap or OVERLAY_CMAP, bound)
-        tiles += [np.full_like(tile[:, :MARGIN // 4], 255), tile]
-    return np.concatenate(tiles[1:], 1)
+        tile = None if frames is None else _check_picture(frames[num], 'A frame')
+        if scaled is not None and tile is None:
+            tile = _to_uint8(_color(scaled[num], HEATMAP_CMAP if cmap is None else cmap))
+        elif scaled is not None:
+            tile = _cover(_gray(tile), scaled[num], opacity, OVERLAY_CMAP if cmap is None else cmap)
+        if tiles:
+            tiles.append(np.full_like(tile[:, :MARGIN // 4], 255))
+        tiles.append(tile)
+    return np.concatenate(tiles, 1)
 
 
 def draw_comparison(rows, titles, captions=None, scale=1):
     '''Draw pictures in a table, for instance a photograph and its heatmaps by several methods in each row.
 
-    All pictures, also the one returned, are arrays of shape (height, width, 3) and type uint8. They may be of different
-    size, and are enlarged by the integer ``scale``, each pixel to a square. Each column has one of the ``titles``, and
-    each row has one of the ``captions`` above it. A ValueError is raised if there are no pictures, or their numbers do
-    not fit.
+    All pictures, also the one returned, are arrays of shape (height, width, 3) and type uint8, and may be of different
+    size.
+
+    Parameters
+    ----------
+    rows: list[list[:py:obj:`numpy.ndarray`]]
+        Rows of the same number of pictures.
+    titles: list[str]
+        Titles of the columns.
+    captions: list[str], optional
+        Captions above each row.
+    scale: int, optional
+        Pictures are enlarged by this factor, each pixel to a square. Default is 1.
+
+    A ValueError is raised if there are no pictures, or a picture or the numbers of these do not fit.
     '''
     if not rows or not titles:
         raise ValueError('There is nothing to draw: a comparison needs at least one row and one column!')
@@ -341,6 +393,9 @@ def draw_comparison(rows, titles, captions=None, scale=1):
     if captions is not None and len(captions) != len(rows):
         raise ValueError(f'There are {len(captions)} captions for {len(rows)} rows!')
     check_number('scale', scale, 1)
+    if int(scale) != scale:
+        raise ValueError(f'scale={scale} is not an integer!')
+    scale = int(scale)
     rows = [
         [_check_picture(tile, f'Picture {col} of row {num}').repeat(scale, 0).repeat(scale, 1)
          for col, tile in enumerate(row)]
@@ -373,12 +428,23 @@ def draw_comparison(rows, titles, captions=None, scale=1):
 
 
 def draw_contours(picture, heatmap, percent=10.):
-    '''Outline the most relevant pixels of a picture of shape (height, width, 3) and type uint8, in white on black.
+    '''Outline the most relevant pixels in white on black, as an array like the picture.
 
-    Inside are so many percent of the pixels of a heatmap of shape (height, width), those of the highest positive
-    values. Smooth heatmaps have simple outlines.
+    Parameters
+    ----------
+    picture: :py:obj:`numpy.ndarray`
+        Picture of shape (height, width, 3) and type uint8.
+    heatmap: :py:obj:`numpy.ndarray`
+        Heatmap of shape (height, width). Smooth ones have simple outlines.
+    percent: float, optional
+        How many pixels, of the highest positive values, are inside. Default is 10. A ValueError is raised if it is not
+        between 0 and 100, or if shapes do not match.
     '''
     import cv2
+    picture, heatmap = _check_picture(picture), _check_heatmap(heatmap)
+    check_number('percent', percent, 0, 100)
+    if picture.shape[:2] != heatmap.shape:
+        raise ValueError(f'Picture and heatmap are of shape {picture.shape} and {heatmap.shape}!')
     mask = (heatmap >= np.percentile(heatmap, 100 - percent)) & (heatmap > 0)
     outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
     # many small ones would hide the picture
@@ -394,21 +460,32 @@ def draw_contours(picture, heatmap, percent=10.):
 def draw_legend(width, cmap=HEATMAP_CMAP, bound=None, transparent=False, labels=('against', 'for')):
     '''Draw a color bar from minus to plus the end of the color range, as an array of shape (height, width, 3).
 
-    It is at least 80 pixels wide. The end of the color range, if it is given, and what negative and positive relevance
-    mean is written below. Weak relevance may be transparent, as in :py:func:`draw_overlay`.
+    Parameters
+    ----------
+    width: int
+        Width in pixels, of at least 80.
+    cmap: str or :py:obj:`zennit.cmap.ColorMap`, optional
+        See :py:func:`draw_heatmap`.
+    bound: float, optional
+        End of the color range, to be written at the ends.
+    transparent: bool, optional
+        Weak relevance is transparent, as in :py:func:`draw_overlay`.
+    labels: tuple[str, str], optional
+        What negative and positive relevance mean.
     '''
     width = max(width, SMALLEST_LEGEND)
     cmap = SAFE['overlay' if transparent else 'heatmap'] if cmap == 'safe' else cmap
     ramp = np.linspace(-1, 1, width - 2)[None].repeat(FONT_SIZE - 4, 0)
     bar = _cover(np.full((*ramp.shape, 1), 0.5), ramp, 0.9, cmap) if transparent else _to_uint8(_color(ramp, cmap))
-    canvas = Image.new('RGB', (width, len(bar) + 4 + FONT_SIZE), 'white')
+    line = FONT_SIZE
+    canvas = Image.new('RGB', (width, len(bar) + 4 + line), 'white')
     draw = ImageDraw.Draw(canvas)
     draw.rectangle((0, 1, width - 1, len(bar) + 2), outline='#808080')
     canvas.paste(Image.fromarray(bar), (1, 2))
     texts = labels if bound is None else (f'-{bound:.2g} {labels[0]}', f'{labels[1]} {bound:.2g}')
     for text, left, anchor in ((texts[0], 0, 'lm'), (texts[1], width - 1, 'rm')):
         text, font = _fit(text, width // 2 - MARGIN, FONT_SIZE - 4)
-        draw.text((left, canvas.height - FONT_SIZE / 2), text, fill='black', font=font, anchor=anchor)
+        draw.text((left, canvas.height - line / 2), text, fill='black', font=font, anchor=anchor)
     return np.asarray(canvas)
 
 

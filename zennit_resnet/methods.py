@@ -25,7 +25,6 @@ from zennit.types import Convolution
 
 from ._autograd import divides_by_output
 from ._choices import INPUT_X_GRADIENT, LEVELS, MAX_LEVELS, POSTPROCESSING, SPLITTING, VALUES
-from .arguments import check_choice
 from .attribution import as_contrast, check_contrast_weight, initial_relevance
 from .classic import SETTINGS, ClassicLRP
 from .composites import BlockLRP, RelativeLRP, ResNetLRP, with_splitting
@@ -37,11 +36,6 @@ from .rules import RatioSplit, SymmetricSplit
 CLASSIC_OPTIONS = ('addition', 'batch_norm', 'stabilizer', 'with_bias')
 # what composites are given by the network, or by the grammar
 NO_OPTIONS = {'canonizers', 'layer_map', 'first_map', 'low', 'high'}
-# Patterns of suffixes by their kind
-SUFFIXES = {
-    'splitting': '|'.join(SPLITTING), 'magnitude': 'abs',
-    'post-processing': '|'.join(('none', *POSTPROCESSING, 'quantize[0-9]+')),
-}
 
 
 class Entry(NamedTuple):
@@ -90,13 +84,13 @@ def _parameters(name):
     }
 
 
-def parse_options(options):
+def parse_options(text, options):
     '''Parse options ``key=value,…`` of a method, where values are numbers, words, or true and false.'''
     parsed = {}
     for part in filter(None, options.split(',')):
         key, sign, value = part.partition('=')
         if not sign or not key.isidentifier() or key in parsed:
-            raise ValueError(f'option {part!r} is not of the form key=value, or repeated')
+            raise ValueError(f'option {part!r} of {text} is not of the form key=value, or repeated')
         try:
             parsed[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -124,9 +118,12 @@ class Method:
 
     Attributes
     ----------
-    text, name, attribution: str
-        The name with all that belongs to it, without options and suffixes, and without post-processing alone. Methods
-        for which the last is the same have their attributions in common.
+    text: str
+        The name with all that belongs to it.
+    name: str
+        The name without options and suffixes.
+    attribution: str
+        The name without post-processing. Methods for which it is the same have their attributions in common.
 
     Raises
     ------
@@ -143,24 +140,15 @@ class Method:
                 f'unknown method {self.name or self.text!r}: choose one of {", ".join(sorted(entries))}'
             )
         self.entry = entries[self.name]
-        found = {}
-        for suffix in suffixes:
-            kind = next((kind for kind, pattern in SUFFIXES.items() if re.fullmatch(pattern, suffix)), None)
-            if kind is None:
-                choices = ', '.join(f'+{choice}' for choice in (*SPLITTING, 'abs', *POSTPROCESSING))
-                raise ValueError(f"unknown suffix '+{suffix}' of {self.name}: choose one of {choices}")
-            if kind in found:
+        self.splitting, self.magnitude, self.postprocess, self.levels = 'none', False, postprocess, levels
+        kinds = [self._add_suffix(suffix) for suffix in suffixes]
+        for kind in kinds:
+            if kinds.count(kind) > 1:
                 raise ValueError(f'{self.text} has more than one {kind}: choose one')
-            found[kind] = suffix
-        self.splitting, self.magnitude = found.get('splitting', 'none'), 'magnitude' in found
-        chosen = found.get('post-processing')
-        if chosen is None and postprocess != 'none':
-            chosen = f'quantize{levels}' if postprocess == 'quantize' else postprocess
-            self.text += f'+{chosen}'
-        number = re.fullmatch('quantize([0-9]+)', chosen or '')
-        self.postprocess, self.levels = ('quantize', int(number[1])) if number else (chosen or 'none', levels)
         if not 2 <= self.levels <= MAX_LEVELS:
             raise ValueError(f'{self.text} has {self.levels} levels: choose from 2 to {MAX_LEVELS}')
+        if postprocess != 'none' and 'post-processing' not in kinds:
+            self.text += f'+{postprocess}' + (str(levels) if postprocess == 'quantize' else '')
         if self.splitting != 'none' and not self.entry.splits:
             raise ValueError(
                 f'splitting {self.splitting!r} cannot be added to {self.name}: it is for composites of Zennit and '
@@ -169,12 +157,24 @@ class Method:
         if self.splitting == 'zennit' and self.name in SETTINGS:
             raise ValueError(f'{self.text}: classic rules find additions by themselves, choose +ratio or +symmetric')
         self.attribution = head if self.splitting == 'none' else f'{head}+{self.splitting}'
-        self.initial, self.contrast, self.contrast_weight, self.needs_bounds = None, None, 1., False
-        try:
-            self.options = parse_options(options)
-            self._check_options()
-        except (TypeError, ValueError) as error:
-            raise ValueError(f'{self.text}: {" ".join(str(error).split())}') from error
+        self.options = parse_options(self.text, options)
+        self.initial, self.contrast, self.contrast_weight = None, None, 1.
+        if self.entry.composite is not None:
+            self.initial = self.options.pop('initial', None)
+            if self.initial not in (None, *VALUES):
+                raise ValueError(f'{self.text}: initial={self.initial} is not one of {", ".join(VALUES)}')
+            try:
+                self.contrast = as_contrast(self.options.pop('contrast', None))
+                self.contrast_weight = self.options.pop('contrast_weight', 1.)
+                check_contrast_weight(self.contrast, self.contrast_weight)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f'{self.text}: {" ".join(str(error).split())}') from error
+        for key in self.options:
+            if key not in self.entry.options:
+                known = ', '.join(self.entry.options) or 'none'
+                raise ValueError(f'{self.text}: {self.name} has no option {key!r}, but {known}')
+        if self.entry.composite is not None:
+            self._check_composite()
 
     @classmethod
     def of(cls, method):
@@ -198,30 +198,38 @@ class Method:
         '''``'ours'``, ``'baseline'`` or ``'control'``. A composite of others is ours with our splitting.'''
         return 'ours' if self.splitting in ('ratio', 'symmetric') else self.entry.kind
 
-    def _check_options(self):
-        '''Check options, as far as that is possible without a network.'''
-        is_composite = self.entry.composite is not None
-        if is_composite:
-            self.initial = self.options.pop('initial', None)
-            check_choice('initial', self.initial, (None, *VALUES))
-            self.contrast = as_contrast(self.options.pop('contrast', None))
-            self.contrast_weight = self.options.pop('contrast_weight', 1.)
-            check_contrast_weight(self.contrast, self.contrast_weight)
-        for key in self.options:
-            if key not in self.entry.options:
-                known = ', '.join(self.entry.options) or 'none'
-                raise ValueError(f'{self.name} has no option {key!r}, but {known}')
-        if not is_composite:
-            return
+    def _add_suffix(self, suffix):
+        '''Understand a suffix, and return its kind.'''
+        quantize = re.fullmatch('quantize([0-9]+)', suffix)
+        if suffix in SPLITTING:
+            self.splitting = suffix
+            return 'splitting'
+        if suffix == 'abs':
+            self.magnitude = True
+            return 'magnitude'
+        if quantize:
+            self.postprocess, self.levels = 'quantize', int(quantize[1])
+        elif suffix in ('none', *POSTPROCESSING):
+            self.postprocess = suffix
+        else:
+            choices = ', '.join(f'+{choice}' for choice in (*SPLITTING, 'abs', *POSTPROCESSING))
+            raise ValueError(f"unknown suffix '+{suffix}' of {self.name}: choose one of {choices}")
+        return 'post-processing'
+
+    def _check_composite(self):
+        '''Check values of options, as far as that is possible without a network.'''
         required = [
             key for key, param in (() if self.name in SETTINGS else _parameters(self.name).items())
             if param.default is param.empty and key not in self.options
         ]
         self.needs_bounds = set(required) == {'low', 'high'} or self.options.get('first_layer') == 'zbox'
         if required and not self.needs_bounds:
-            raise ValueError(f'it cannot be used here, since it needs {", ".join(required)}')
+            raise ValueError(f'method {self.name!r} cannot be used here, since it needs {", ".join(required)}')
         bounds = {'low': torch.zeros(()), 'high': torch.ones(())} if self.needs_bounds else {}
-        self.entry.composite(**self.options, **bounds)
+        try:
+            self.entry.composite(**self.options, **bounds)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f'{self.text}: {" ".join(str(error).split())}') from error
 
     def composite(self, classifier):
         '''Create the composite for a :py:class:`~zennit_resnet.models.Classifier`, or None for the gradient.'''
@@ -255,11 +263,21 @@ class Method:
     def attribute(self, classifier, input, target=None, value=None, contrast=None):
         '''Compute relevance of a classifier's normalized input, as :py:class:`Attributed`.
 
-        The input is of shape (batch, channels, height, width). The target is the index of a class, or one for each
-        sample, by default the predicted class of each. For value and contrast, see
-        :py:func:`zennit_resnet.attribution.initial_relevance`, unless they are options of the method. By default,
-        relevance starts from what makes it positive where it supports the target: the logit where the rule of the last
-        layer divides by it, and one elsewhere. Input times gradient always explains the logit.
+        Parameters
+        ----------
+        classifier: :py:obj:`zennit_resnet.models.Classifier`
+            The classifier to explain.
+        input: :py:obj:`torch.Tensor`
+            Input of shape (batch, channels, height, width).
+        target: int or :py:obj:`torch.Tensor`, optional
+            Index of the class to explain, or one for each sample. Default is None, the predicted class of each sample.
+        value: str, optional
+            What relevance starts from, see :py:func:`zennit_resnet.attribution.initial_relevance`, unless ``initial``
+            is an option of the method. By default, it is what makes relevance that supports the target positive: the
+            logit where the rule of the last layer divides by it, and one elsewhere. Input times gradient always
+            explains the logit.
+        contrast: str, int, sequence of int or :py:obj:`torch.Tensor`, optional
+            What the target is compared with, see there, unless ``contrast`` is an option of the method.
         '''
         is_gradient = self.entry.composite is None
         attr_output, found = self._start(classifier, input, target, 'one' if is_gradient else value, contrast)
@@ -310,8 +328,8 @@ class Method:
                 targets, chosen, contrast=contrast, contrast_weight=self.contrast_weight
             )(output)
             # started from one where the rule divides by the logit, or the other way round, maps have its sign
-            is_against = output.detach().gather(1, targets.to(output.device)[:, None])[:, 0] < 0
-            found['signs'] = [-1 if each and is_turned and contrast is None else 1 for each in is_against.tolist()]
+            signs = output.detach().gather(1, targets.to(output.device)[:, None])[:, 0].sign().tolist()
+            found['signs'] = [int(sign) or 1 if is_turned and contrast is None else 1 for sign in signs]
             return found['start']
 
         return attr_output, found
@@ -319,9 +337,15 @@ class Method:
     def heatmap(self, relevance, sign=1, smooth=0.):
         '''The heatmap to draw, an array of shape (height, width), and notes of what is unusual about it.
 
-        Relevance of one image, of shape (channels, height, width), is multiplied with a sign, see
-        :py:class:`Attributed`, and summed over channels. Before it is post-processed, it is smoothed by a Gaussian of a
-        standard deviation in pixels of the network's input, which does not change its sum.
+        Parameters
+        ----------
+        relevance: :py:obj:`torch.Tensor` or :py:obj:`numpy.ndarray`
+            Relevance of one image, of shape (channels, height, width).
+        sign: int, optional
+            What it is multiplied with, see :py:class:`Attributed`.
+        smooth: float, optional
+            Standard deviation, in pixels of the network's input, of a Gaussian that the sum over channels is smoothed
+            with before it is post-processed. Its sum does not change.
         '''
         heatmap, notes = sign * sum_channels(torch.as_tensor(relevance)[None]).cpu(), []
         if smooth:
@@ -336,14 +360,28 @@ class Method:
 
 
 class Attributed(NamedTuple):
-    '''What a method has computed for a batch.'''
-    output: torch.Tensor  # of the model, of shape (batch, classes)
-    relevance: torch.Tensor  # of the shape of the input
-    targets: list  # the class explained of each example
-    initial: list  # the sum of what relevance of each example starts from
-    sinks: list  # how much of it sinks keep, see ResNetLRP.sinks
-    value: str  # what it starts from, 'logit', 'softmax' or 'one'
-    signs: list  # 1, or -1 where positive relevance is against the target, whose logit is negative
+    '''What a method has computed for a batch.
+
+    Attributes
+    ----------
+    output, relevance: :py:obj:`torch.Tensor`
+        Output of the model of shape (batch, classes), and relevance of the shape of the input.
+    targets: list[int]
+        The class explained of each example.
+    initial, sinks: list[float]
+        The sum of what relevance starts from, and how much of it sinks keep (:py:attr:`ResNetLRP.sinks`).
+    value: str
+        What it starts from, ``'logit'``, ``'softmax'`` or ``'one'``.
+    signs: list[int]
+        1, or -1 where positive relevance is against the target, as its logit is negative and relevance has its sign.
+    '''
+    output: torch.Tensor
+    relevance: torch.Tensor
+    targets: list
+    initial: list
+    sinks: list
+    value: str
+    signs: list
 
 
 def turns_sign(composite, model, input):
@@ -355,7 +393,7 @@ def turns_sign(composite, model, input):
     '''
     if composite is None or isinstance(composite, (ResNetLRP, GammaLRP, RelativeLRP, BlockLRP)):
         return None
-    called, context = [], {}
+    called, context, rules = [], {}, {}
     handles = [
         module.register_forward_hook(lambda module, args, output: called.append(module))
         for module in model.modules() if isinstance(module, (torch.nn.Linear, Convolution))
@@ -366,7 +404,8 @@ def turns_sign(composite, model, input):
     finally:
         for handle in handles:
             handle.remove()
-    rules = {module: composite.module_map(context, name, module) for name, module in model.named_modules()}
+    for name, module in model.named_modules():
+        rules[module] = composite.module_map(context, name, module)
     rule = rules.get(called[-1]) if called else None
     if rule is None:
         return False
@@ -374,8 +413,11 @@ def turns_sign(composite, model, input):
     layer = torch.nn.Linear(2, 1, bias=False, device='meta').to_empty(device='cpu')
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[1., -3.]]))
-    rule.copy().register(layer)
-    with torch.enable_grad():
-        trial = torch.ones(1, 2, requires_grad=True)
-        relevance, = torch.autograd.grad(layer(trial).sum(), trial)
+    handles = rule.register(layer)
+    try:
+        with torch.enable_grad():
+            trial = torch.ones(1, 2, requires_grad=True)
+            relevance, = torch.autograd.grad(layer(trial).sum(), trial)
+    finally:
+        handles.remove()
     return bool((relevance * layer.weight < 0).all())

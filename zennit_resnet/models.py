@@ -1,7 +1,8 @@
 '''Classifiers for the command line: network, weights, class names and preprocessing in one.'''
 import hashlib
+import json
 import os
-import re
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,13 +13,11 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image
-from scipy.stats import siegelslopes
 from torchvision.models import get_model, get_model_weights, list_models
 from torchvision.transforms import functional
 
-from ._choices import CONTRASTS
 from ._text import one_line, suggest
-from .checkpoints import AGAIN, SUFFIXES, check_state, load_state, parse_classes, read_state, strip_prefix
+from .checkpoints import AGAIN, SUFFIXES, check_state, read_state, strip_prefix
 
 EMBEDDED = Path('examples', 'assets', 'resnet50_imagenette.safetensors')
 DEFAULT_MODEL = 'resnet50'
@@ -36,28 +35,42 @@ class Unfollowed(ValueError):
 
 def _fit_line(values, chosen):
     '''The values that a line has at the ends of an array, or None if what is chosen is on no line that rises.'''
+    positions = np.arange(len(values)) + 0.5
     if chosen.sum() < 2:
         return None
-    positions = np.arange(len(values)) + 0.5
-    # medians do not see what is reflected in padding
-    slope, start = siegelslopes(values[chosen], positions[chosen])
-    near = chosen & (np.abs(start + slope * positions - values) < 0.012)
-    if near.sum() < max(2, 0.4 * chosen.sum()):
-        return None
-    slope, start = np.polyfit(positions[near], values[near], 1)
-    return (start, start + slope * len(values)) if slope > 0 else None
+    first, last = np.flatnonzero(chosen)[[0, -1]]
+    quarter = (last - first) // 4
+    # what is reflected in padding is at the ends
+    kept = chosen & (positions > first + quarter) & (positions < last - quarter + 1)
+    kept = kept if kept.sum() > 1 else chosen
+    for _ in range(4):
+        slope, start = np.polyfit(positions[kept], values[kept], 1)
+        near = chosen & (np.abs(start + slope * positions - values) < 0.012)
+        if near.sum() < 2:
+            return None
+        kept = near
+    return (start, start + slope * len(values)) if slope > 0 and kept.sum() > 0.4 * chosen.sum() else None
 
 
 class Classifier(NamedTuple):
     '''A trained network, and what is necessary to use it on photographs.
 
-    The transform is the preprocessing, from an image of Pillow to the normalized input of shape (3, height, width):
-    resizing, cropping and padding in any order, but nothing random.
+    Attributes
+    ----------
+    model: :py:obj:`torch.nn.Module`
+        The network in evaluation mode.
+    classes: list[str]
+        Names of the classes.
+    transform: callable
+        Preprocessing, from a PIL image to the normalized input of shape (3, height, width): resizing, cropping and
+        padding in any order, but nothing random.
+    mean, std: :py:obj:`torch.Tensor`
+        Mean and standard deviation used in normalization, of shape (3, 1, 1).
     '''
-    model: torch.nn.Module  # in evaluation mode
-    classes: list  # their names
+    model: torch.nn.Module
+    classes: list
     transform: Callable
-    mean: torch.Tensor  # used in normalization, of shape (3, 1, 1)
+    mean: torch.Tensor
     std: torch.Tensor
 
     def photo(self, input):
@@ -69,12 +82,23 @@ class Classifier(NamedTuple):
         return (picture.numpy() * 255).round().astype(np.uint8)
 
     def place(self, size):
-        '''Find the part that the network sees of a photograph of a size (width, height).
+        '''Find the part of a photograph that the network sees.
 
-        It is left, top, right and bottom in pixels of the photograph, outside of it where the input is padded. A
-        ValueError is raised if the preprocessing normalizes by another mean and standard deviation than the
-        classifier's, and an :py:obj:`Unfollowed` if it does more than to resize, crop and pad, such as to mirror or
-        rotate images.
+        Parameters
+        ----------
+        size: tuple[int, int]
+            Width and height of the photograph.
+
+        Returns
+        -------
+        tuple[float, float, float, float]
+            Left, top, right and bottom in pixels of the photograph, outside of it where the input is padded.
+
+        Raises
+        ------
+        ValueError
+            If the preprocessing does more than to resize, crop and pad, such as to mirror or rotate images, or
+            normalizes by another mean and standard deviation than the classifier's.
         '''
         width, height = size
         # brightness tells the position, so that any preprocessing can be followed
@@ -111,20 +135,12 @@ class Classifier(NamedTuple):
         '''Normalized values of black and white, the lowest and highest input, of shape (1, 3, 1, 1) each.'''
         return (-self.mean / self.std)[None], ((1 - self.mean) / self.std)[None]
 
-    def normalization(self):
-        '''Mean and standard deviation as a dict of lists for JSON.'''
-        return {
-            name: [round(number, 6) for number in getattr(self, name).flatten().tolist()] for name in ('mean', 'std')
-        }
-
     def find_class(self, text):
         '''Find the index of a class by its name in upper or lower case, or by its index.
 
         ``'name:5'`` and ``'index:5'`` say which one is meant where ``'5'`` may be both. A ValueError is raised if there
         is no such class, if several have this name, or if it may be a name and an index.
         '''
-        if self.classes is None:
-            raise ValueError(f'classes have no names here: name them, or give an index in the place of {text!r}')
         kind, _, rest = str(text).partition(':')
         kind, name = (kind, rest) if kind in ('name', 'index') else (None, str(text))
         named = [] if kind == 'index' else [
@@ -132,7 +148,10 @@ class Classifier(NamedTuple):
         ]
         if len(named) > 1:
             raise ValueError(f'class {text!r} is ambiguous: choose its index, one of {", ".join(map(str, named))}')
-        number = int(name) if kind != 'name' and re.fullmatch(r'\s*[+-]?[0-9]+\s*', name) else None
+        try:
+            number = None if kind == 'name' else int(name)
+        except ValueError:
+            number = None
         if named and number not in (None, named[0]) and 0 <= number < len(self.classes):
             raise ValueError(
                 f'class {text!r} is ambiguous, the name of class {named[0]} and the index of {self.classes[number]!r}: '
@@ -148,11 +167,6 @@ class Classifier(NamedTuple):
             raise ValueError(f'class {number} does not exist: choose an index from 0 to {len(self.classes) - 1}')
         return number
 
-    def find_contrast(self, contrast):
-        '''Find the class that is compared with, unless it is the name of a contrast, an index or None.'''
-        is_class = isinstance(contrast, str) and contrast not in CONTRASTS
-        return self.find_class(contrast) if is_class else contrast
-
 
 def as_classifier(
     model, classes=None, mean=None, std=None, size=None, keep_aspect=False, transform=None
@@ -162,7 +176,7 @@ def as_classifier(
     Parameters
     ----------
     model: :py:obj:`torch.nn.Module`
-        A network of images of shape (batch, 3, height, width). Its weights are not copied, and its mode is kept.
+        A network of images of shape (batch, 3, height, width). Its weights are not copied.
     classes: list[str] or path, optional
         Names of the classes, see :py:func:`read_classes`. Default are ImageNet's names for 1000, and else numbers,
         once the output is known.
@@ -175,6 +189,11 @@ def as_classifier(
         Resize the shorter side instead, for networks that take images of any shape.
     transform: callable, optional
         Preprocessing in the place of the last two, see :py:class:`Classifier`.
+
+    Returns
+    -------
+    :py:class:`Classifier`
+        In the mode of training or evaluation that the network is in.
 
     Raises
     ------
@@ -209,9 +228,14 @@ def read_classes(source):
     if not isinstance(source, (str, os.PathLike)):
         return _list_classes(source, 'classes')
     try:
-        return _list_classes(parse_classes(Path(source).read_text(encoding='utf-8-sig'), '\n'), source)
+        text = Path(source).read_text(encoding='utf-8-sig')
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f'names of classes cannot be read from {source} ({one_line(error)})') from error
+    try:
+        classes = json.loads(text)
+    except ValueError:
+        classes = text.splitlines()
+    return _list_classes(classes, source)
 
 
 def default_classes(number):
@@ -252,7 +276,7 @@ def load_classifier(
 ):
     '''Load a classifier.
 
-    Without arguments, this is the ResNet-50 that comes with the project's examples. It is on the CPU.
+    Without arguments, this is the ResNet-50 that comes with the project's examples.
 
     Parameters
     ----------
@@ -263,9 +287,16 @@ def load_classifier(
         or the path of a state dict (``.pt``, ``.pth`` or ``.safetensors``). The number of classes of a state dict is
         the size of the last layer's weight. Names of classes are taken from ``classes`` in the metadata of safetensors
         (separated by commas, or a list in JSON); without it, 1000 classes are assumed to be ImageNet's.
-    size, classes, mean, std, keep_aspect:
-        See :py:func:`as_classifier`. The size is for state dicts. With ``keep_aspect``, weights of torchvision get the
-        whole photograph, resized to the usual height or width, instead of a square cut out of it.
+    size: int, optional
+        For state dicts, photographs are resized to a square of this side, 224 by default.
+    classes, mean, std, keep_aspect:
+        See :py:func:`as_classifier`. With ``keep_aspect``, weights of torchvision get the whole photograph, resized to
+        the usual height or width, instead of a square cut out of it.
+
+    Returns
+    -------
+    :py:obj:`Classifier`
+        The classifier on the CPU.
 
     Raises
     ------
@@ -281,10 +312,12 @@ def load_classifier(
         )
     model = DEFAULT_MODEL if model is None else model
     weights = str(find_embedded()) if weights is None else weights
+    path = Path(weights)
     classes = None if classes is None else read_classes(classes)
     settings = {'mean': mean, 'std': std, 'keep_aspect': keep_aspect}
-    is_local = Path(weights).suffix.lower() in SUFFIXES or os.path.isfile(weights)
-    return (_load_local if is_local else _load_named)(model, weights, size, classes, settings)
+    if path.suffix.lower() in SUFFIXES or os.path.isfile(path):
+        return _load_local(model, path, DEFAULT_SIZE if size is None else size, classes, settings)
+    return _load_named(model, weights, size, classes, settings)
 
 
 def find_embedded():
@@ -351,7 +384,6 @@ def _check_classes(classes, number, path):
 
 def _load_local(name, path, size, names, settings):
     '''Load the weights of a model from a state dict.'''
-    size = DEFAULT_SIZE if size is None else size
     state, classes = read_state(path)
     kwargs = {}
     if name in AUXILIARY:
@@ -361,21 +393,42 @@ def _load_local(name, path, size, names, settings):
         model = get_model(name, weights=None, **kwargs)
     state = strip_prefix(state, list(model.state_dict()), path)
     last = [key for key, module in model.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))][-1]
-    misfit, remedy = f'the weights {path} do not fit the model {name}', '; choose the right one with --model'
-    weight = state.get(f'{last}.weight', torch.empty(0))
-    if weight.ndim < 2 or not len(weight):
-        raise ValueError(f'{misfit}: the last layer\'s {last}.weight is of shape {tuple(weight.shape)}{remedy}')
-    model = get_model(name, weights=None, num_classes=len(weight), **kwargs)
-    load_state(model, state, misfit, remedy)
+    misfit = f'the weights {path} do not fit the model {name}: '
+    if state.get(f'{last}.weight', torch.empty(0)).ndim < 2:
+        raise ValueError(f'{misfit}the last layer\'s {last}.weight is missing; choose the right one with --model')
+    weight = state[f'{last}.weight']
+    n_classes = len(weight)
+    if not n_classes:
+        raise ValueError(f'{misfit}the last layer\'s {last}.weight is of shape {tuple(weight.shape)}')
+    model = get_model(name, weights=None, num_classes=n_classes, **kwargs)
+
+    # compared by hand, since load_state_dict lists every single difference
+    expected = model.state_dict()
+    problems = [
+        (f'{len(keys)} {what} such as {keys[0]}')
+        for what, keys in (
+            # counted since PyTorch 0.4.1 only, and never used in evaluation
+            ('missing', [key for key in expected if key not in state and not key.endswith('.num_batches_tracked')]),
+            ('unknown', [key for key in state if key not in expected]),
+            ('of other shape', [key for key in expected if key in state and expected[key].shape != state[key].shape]),
+        ) if keys
+    ]
+    if problems:
+        raise ValueError(f'{misfit}{", ".join(problems)}; choose the right one with --model')
+    state = OrderedDict(state)
+    # some modules ask for the version that saved them, which not every file format keeps
+    state._metadata = expected._metadata  # pylint: disable=protected-access
+    # this also casts to single precision
+    model.load_state_dict(state, strict=False)
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, size, size))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ValueError(f'{name} cannot process photographs of {size} x {size}: choose another --size') from error
 
-    if names is None:
-        names = default_classes(len(weight)) if classes is None else _list_classes(classes, path)
-    return as_classifier(model, _check_classes(names, len(weight), path), size=size, **settings)
+    classes = classes if names is None else names
+    classes = default_classes(n_classes) if classes is None else classes
+    return as_classifier(model, _check_classes(classes, n_classes, path), size=size, **settings)
 
 
 def _preprocess(photo, size, keep_aspect, mean, std):

@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import NamedTuple, Optional, Union
 
 import torch
@@ -26,7 +27,7 @@ from captum_adapters._validation import (
     split_args,
     suggest,
 )
-from zennit_resnet.checkpoints import SUFFIXES, load_state, read_state
+from zennit_resnet.models import SUFFIXES, read_state
 from zennit_resnet.registration import unwrap
 
 _TRUNK = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
@@ -36,9 +37,14 @@ _PERCEPTION = ("layer4", "avgpool", "fc")
 class Branches(NamedTuple):
     """What an attention branch network computes for a batch of images.
 
-    Class scores of the attention branch and of the perception branch, the output of the
-    network, are of shape (batch, classes). Attention maps with values from 0 to 1 are
-    of shape (batch, 1, height, width), with the size of the features.
+    Attributes:
+
+        attention_logits (Tensor): Class scores of the attention branch, of shape
+                (batch, classes).
+        logits (Tensor): Class scores of the perception branch, of shape (batch,
+                classes): the output of the network.
+        attention (Tensor): Attention maps with values from 0 to 1, of shape (batch, 1,
+                height, width), with height and width of the feature extractor.
     """
 
     attention_logits: Tensor
@@ -98,11 +104,16 @@ class AttentionBranchNetwork(Module):
     has been trained, see `examples/abn/train.py`, the attention means little. All
     parameters and buffers are copies, and the branches share none.
 
-    The model is a classifier with the modules of torchvision's
-    :class:`~torchvision.models.ResNet`: `conv1`, `bn1`, `relu`, `maxpool`, `layer1` to
-    `layer4`, `avgpool` and `fc`, a linear layer. The attention branch has its device,
-    type, and training mode, and requires gradients in any case. A ValueError is raised
-    if it lacks any of these modules.
+    Args:
+
+        model (torch.nn.Module): A classifier with the modules of torchvision's
+                :class:`~torchvision.models.ResNet`: `conv1`, `bn1`, `relu`, `maxpool`,
+                `layer1` to `layer4`, `avgpool` and `fc`. The attention branch has its
+                device, type, and training mode, and requires gradients in any case.
+
+    Raises:
+        TypeError: If `model` is not a module.
+        ValueError: If it lacks any of these modules, or `fc` is not a linear layer.
 
     Examples::
 
@@ -146,7 +157,12 @@ class AttentionBranchNetwork(Module):
         return input
 
     def classify_features(self, features: Tensor) -> Branches:
-        """Compute both branches of features."""
+        """Compute both branches of features.
+
+        Raises:
+            ValueError: If `layer4` changes the size of features by other means than
+                    the stride of convolutions.
+        """
         attention_logits, attention = self.attention_branch(features)
         if attention.shape[2:] != features.shape[2:]:
             raise ValueError(
@@ -174,9 +190,14 @@ class ABN(Attribution):
     Fukui et al. 2019. The map is part of the network's forward pass, and there is one
     for each image: it does **not** depend on the target.
 
-    The network is in evaluation mode. It may be compiled, or within
-    :class:`torch.nn.DataParallel` or :class:`torch.nn.parallel.DistributedDataParallel`.
-    A TypeError is raised if it is none.
+    Args:
+
+        model (AttentionBranchNetwork): The network, in evaluation mode. It may be
+                within :class:`torch.nn.DataParallel`,
+                :class:`torch.nn.parallel.DistributedDataParallel` or a compiled model.
+
+    Raises:
+        TypeError: If `model` is another network.
 
     Examples::
 
@@ -201,7 +222,7 @@ class ABN(Attribution):
 
     @classmethod
     def get_name(cls) -> str:
-        """Name for users, as in Captum Insights."""
+        """Name of the method, as shown in Captum Insights."""
         return "Attention Branch Network"
 
     @log_usage()
@@ -217,10 +238,12 @@ class ABN(Attribution):
                     is only checked, and the network has no further arguments.
 
         Returns:
-            *Tensor* or *tuple[Tensor]*: Attention, resized to the images with bilinear
-            interpolation. The channels have equal parts, so that their sum is the map
-            with values from 0 to 1. Of the inputs' shape, in at least single precision.
-            A tuple is returned if inputs are a tuple.
+            *Tensor* or *tuple[Tensor]* of **attributions**:
+            - **attributions** (*Tensor* or *tuple[Tensor]*):
+                    Attention, resized to the images with bilinear interpolation. The
+                    channels have equal parts, so that their sum is the map with values
+                    from 0 to 1. Of the inputs' shape, in at least single precision. A
+                    tuple is returned if inputs are a tuple.
 
         Raises:
             ValueError: If there are several inputs or further arguments, inputs are not
@@ -259,14 +282,20 @@ def save_abn(
     model: AttentionBranchNetwork, path: Union[str, Path],
     classes: Optional[Sequence[str]] = None,
 ) -> None:
-    """Write the weights of an attention branch network as a state dict.
+    r"""Write the weights of an attention branch network.
 
-    The file is one of safetensors (`.safetensors`, which needs this package, and has
-    the names of classes in its metadata) or of :func:`torch.save` (`.pt`, `.pth`).
+    Args:
+
+        model (AttentionBranchNetwork): The network.
+        path (str or Path): File to write: a state dict in the format of safetensors
+                (`.safetensors`, which needs this package) or of :func:`torch.save`
+                (`.pt`, `.pth`).
+        classes (sequence of str, optional): Names of the classes, for the metadata of
+                safetensors.
 
     Raises:
-        ValueError: If the suffix is unknown, or there are more or fewer names than
-                classes.
+        ValueError: If the suffix is unknown, safetensors is missing, or there are more
+                or fewer names than classes.
         OSError: If the file cannot be written.
     """
     path = Path(path)
@@ -281,8 +310,12 @@ def save_abn(
         with open(path, "wb") as file:
             torch.save(state, file)
         return
-    from safetensors.torch import save
-
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise ValueError(
+            f"writing {path} needs another package: pip install safetensors"
+        ) from error
     metadata = None if classes is None else {"classes": json.dumps(list(classes))}
     path.write_bytes(save(state, metadata))
 
@@ -290,10 +323,17 @@ def save_abn(
 def load_abn(
     path: Union[str, Path], architecture: str = "resnet50"
 ) -> AttentionBranchNetwork:
-    """Read the weights of an attention branch network, as :func:`save_abn` writes them.
+    r"""Read the weights of an attention branch network, as :func:`save_abn` writes them.
 
-    The architecture is the name of the residual network in torchvision. The network is
-    on the CPU, in single precision and evaluation mode.
+    Args:
+
+        path (str or Path): A state dict. The number of classes is the size of the last
+                layer.
+        architecture (str, optional): Name of the residual network in torchvision.
+
+    Returns:
+        AttentionBranchNetwork: The network on the CPU, in single precision and
+        evaluation mode.
 
     Raises:
         ValueError: If there is no such residual network, the file cannot be read, or
@@ -318,5 +358,11 @@ def load_abn(
         raise ValueError(f"The weights {path} lack fc.weight, the last layer.")
     network = models.get_model(architecture, weights=None, num_classes=len(last))
     model = AttentionBranchNetwork(network)
-    load_state(model, state, f"The weights {path} do not fit {architecture}")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        problems = [shorten(line, 120) for line in str(error).splitlines()[1:4]]
+        raise ValueError(
+            f"The weights {path} do not fit {architecture}: {' '.join(problems)}"
+        ) from None
     return model.eval()

@@ -7,7 +7,13 @@ from torch import Tensor
 from torch.nn import Module
 
 import zennit_resnet.composites as composites
-from captum_adapters.attr.composite import CompositeAttribution, Postprocess
+from captum_adapters.attr.composite import (
+    CompositeAttribution,
+    Contrast,
+    InitialRelevance,
+    Output,
+    Postprocess,
+)
 
 Stabilizer = Union[float, Callable[[Tensor], Tensor]]
 LayerMap = list[tuple[Any, Any]]
@@ -64,14 +70,22 @@ class ResNetLRP(CompositeAttribution):
         classifier: str = "zplus",
         attention: str = "value",
         parameters: str = "pass",
-        **settings: Any,
+        *,
+        initial_relevance: InitialRelevance = None,
+        postprocess: Postprocess = None,
+        output: Output = None,
+        contrast: Contrast = None, contrast_weight: float = 1.0,
+        traced: bool = False,
     ) -> None:
         composite = composites.ResNetLRP(
             splitting, identity_skip, batch_norm, first_layer, projection, dead_units,
             maxpool, stabilizer, layer_map, canonizers, low, high, coverage,
             classifier, attention, parameters,
         )
-        super().__init__(model, composite, **settings)
+        super().__init__(
+            model, composite, initial_relevance, postprocess, output, contrast,
+            contrast_weight, traced,
+        )
 
 
 class RelativeLRP(CompositeAttribution):
@@ -106,13 +120,18 @@ class RelativeLRP(CompositeAttribution):
     def __init__(
         self, model: Module, cardinality: str = "constant",
         normalization: str = "signed", batch_norm: str = "merge",
-        layer_map: Optional[LayerMap] = None, canonizers: Optional[list[Any]] = None,
-        **settings: Any,
+        layer_map: Optional[LayerMap] = None, canonizers: Optional[list[Any]] = None, *,
+        initial_relevance: InitialRelevance = None, postprocess: Postprocess = None,
+        output: Output = None, contrast: Contrast = None, contrast_weight: float = 1.0,
+        traced: bool = False,
     ) -> None:
         composite = composites.RelativeLRP(
             cardinality, normalization, batch_norm, layer_map, canonizers
         )
-        super().__init__(model, composite, **settings)
+        super().__init__(
+            model, composite, initial_relevance, postprocess, output, contrast,
+            contrast_weight, traced,
+        )
 
 
 class C3LRP(CompositeAttribution):
@@ -148,7 +167,12 @@ class C3LRP(CompositeAttribution):
         self, model: Module, epsilon: Stabilizer = 1e-6, mode: str = "sign",
         blocks: Any = None, layer_map: Optional[LayerMap] = None,
         canonizers: Optional[list[Any]] = None, *, postprocess: Postprocess = "c3",
-        **settings: Any,
+        initial_relevance: InitialRelevance = None, output: Output = None,
+        contrast: Contrast = None, contrast_weight: float = 1.0,
+        traced: bool = False,
     ) -> None:
         composite = composites.BlockLRP(epsilon, mode, blocks, layer_map, canonizers)
-        super().__init__(model, composite, postprocess=postprocess, **settings)
+        super().__init__(
+            model, composite, initial_relevance, postprocess, output, contrast,
+            contrast_weight, traced,
+        )

@@ -9,7 +9,7 @@ from .. import __version__
 from .._choices import INPUT_X_GRADIENT, SCALES
 from .._text import one_line
 from .group import Commands
-from .options import SPLITTING_OPTION, Range, common_options, heatmap_options, method_options, methods_option
+from .options import SPLITTING_OPTION, Tolerance, common_options, heatmap_options, method_options, methods_option
 
 # Formats to write a comparison in
 PICTURES = ('.png', '.jpg', '.jpeg', '.webp', '.tif', '.tiff', '.bmp', '.gif', '.pdf')
@@ -50,7 +50,8 @@ def explain(images, methods, splitting, out, **options):
     from ..explanation import file_stem, unique_names
     from ..explanation.result import ENDINGS
     from .session import Session, writing
-    session = Session(images, methods, out, options, splitting)
+    names = [text if splitting == 'none' else f'{text}+{splitting}' for text in methods]
+    session = Session(images, names, out, options)
     stems = [file_stem(name, method) for name in unique_names(session.images) for method in session.methods]
     session.check_free([out / f'{stem}_{ending}' for stem in stems for ending in ENDINGS])
     for path, explanations in session.explanations():
@@ -150,7 +151,7 @@ def compare(images, methods, show, scale, out, **options):
 @common_options
 @method_options
 @click.option(
-    '--tolerance', type=Range(min=0), default=1e-4, show_default=True,
+    '--tolerance', type=Tolerance(min=0), default=1e-4, show_default=True,
     help='Largest part of the initial relevance that a layer, or the whole network, may lose or gain.'
 )
 @click.option('--blocks', is_flag=True, help='List blocks in the place of layers.')
@@ -169,7 +170,7 @@ def ledger(images, method, splitting, tolerance, blocks, only_losses, out, **opt
     from ..explanation import file_stem, unique_names
     from ..explanation.photos import prepare
     from .session import Session, reason_of, writing
-    session = Session(images, [method], out, options, splitting)
+    session = Session(images, [method if splitting == 'none' else f'{method}+{splitting}'], out, options)
     chosen, classes = session.methods[0], session.classifier.classes
     stems = [file_stem(name, chosen) for name in unique_names(session.images)]
     endings = ('ledger.png', 'ledger.csv', 'ledger.json')

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import click
 
+from .._choices import CONTRASTS
 from .._text import one_line
 from .commands import main
 from .options import NETWORK_OPTIONS, OVERWRITE, START_OPTIONS, add_options, method_options
@@ -28,12 +29,16 @@ TOLERANCE = 1e-4
     '--out', type=click.Path(path_type=Path), default='explain.onnx', show_default=True,
     help='File to write: .onnx, or .pt2 for torch.export.load.'
 )
-def export(value, contrast, method, splitting, batch_size, normalize, relevance, overwrite, out, **network):
+def export(
+    model, weights, size, classes, mean, std, value, contrast, method, splitting, batch_size, normalize, relevance,
+    overwrite, out
+):
     '''Write one file that maps an image and a target class to logits and a heatmap, without this package.
 
     Inputs are image and target, the index of a class for each image, or -1 for the predicted one. ONNX needs the
     packages onnx and onnxscript, and the comparison that is printed onnxruntime.
     '''
+    # pylint: disable=too-many-arguments
     import torch
 
     from ..canonizers import UnsupportedOperation
@@ -42,18 +47,24 @@ def export(value, contrast, method, splitting, batch_size, normalize, relevance,
     from ..methods import Method
     from ..models import load_classifier
     from ..tracing import trace
-    from .session import add_splitting, refuse, writing
+    from .session import writing
     if out.exists() and not overwrite:
         raise click.ClickException(f'{out} exists already: choose another --out, or --overwrite it')
     try:
         with writing(out):
             check_path(out, overwrite)
-        chosen = Method(add_splitting(method, splitting))
-        is_plain = chosen.postprocess == 'none' and not chosen.magnitude and chosen.splitting != 'zennit'
-        if chosen.entry.composite is None or not is_plain:
-            raise ValueError(f'{chosen.text} cannot be exported: choose a composite, with +ratio or +symmetric at most')
-        classifier = load_classifier(**network)
-        contrast = classifier.find_contrast(contrast) if chosen.contrast is None else chosen.contrast
+        chosen = Method(method if splitting == 'none' else f'{method}+{splitting}')
+        if chosen.entry.composite is None:
+            raise ValueError(f'{chosen.text} is no composite: choose a method of rules')
+        if chosen.postprocess != 'none' or chosen.magnitude:
+            raise ValueError(f'{chosen.text}: a file returns the heatmap as it is, leave what is done to it out')
+        if chosen.splitting == 'zennit':
+            raise ValueError(f'{chosen.text} cannot be exported: choose +ratio or +symmetric')
+        classifier = load_classifier(model, weights, size, classes, mean, std)
+        if contrast is not None and contrast not in CONTRASTS:
+            contrast = classifier.find_class(contrast)
+        if chosen.contrast is not None:
+            contrast = chosen.contrast
         input, target = draw_input(classifier, batch_size), torch.full((batch_size,), -1)
         explain = trace(classifier.model, chosen.composite(classifier), input)
         with writing(out):
@@ -66,7 +77,11 @@ def export(value, contrast, method, splitting, batch_size, normalize, relevance,
     except (ValueError, TypeError, IndexError, ImportError, UnsupportedOperation) as error:
         raise click.ClickException(one_line(error)) from error
     except RuntimeError as error:
-        refuse(chosen, error)
+        if chosen.entry.kind == 'ours':
+            raise
+        raise click.ClickException(
+            f'{chosen.text} can not be used with this network ({one_line(error)}): choose another method'
+        ) from error
     output, expected, *_ = chosen.attribute(classifier, input, None, metadata['value'], contrast)
     image = input * classifier.std + classifier.mean if normalize else input
     click.echo('\n'.join([
@@ -104,7 +119,10 @@ def describe_preprocessing(classifier, input, normalize):
         'crop': 'none' if resize is None else 'center',
         'channels': 'RGB',
         'range': [0, 1],
-        **({} if normalize else classifier.normalization()),
+        **({} if normalize else {
+            name: [round(number, 6) for number in value.flatten().tolist()]
+            for name, value in (('mean', classifier.mean), ('std', classifier.std))
+        }),
     }
 
 
@@ -118,10 +136,11 @@ def compare_file(path, image, target, output, heatmap):
     except ImportError:
         return 'not done, as onnxruntime is not installed'
     gaps = []
-    for name, expected in (('heatmap', heatmap.numpy()), ('logits', output.numpy())):
+    for name, expected in (('logits', output), ('heatmap', heatmap)):
+        expected = expected.numpy()
         largest = np.abs(expected).max()
-        gaps.append(np.abs(found[name] - expected).max() / largest if largest else 0.)
-    text = 'the largest difference is {:.1e} of the largest value of the heatmap, and {:.1e} of logits'.format(*gaps)
+        gaps.append(float(np.abs(found[name] - expected).max() / largest) if largest else 0.)
+    text = f'the largest difference is {gaps[1]:.1e} of the largest value of the heatmap, and {gaps[0]:.1e} of logits'
     if not all(gap <= TOLERANCE for gap in gaps):
         text += f', more than {TOLERANCE:g}: look at a few of your own images'
     return text

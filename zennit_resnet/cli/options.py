@@ -1,18 +1,20 @@
 '''Options that commands share. Nothing here loads PyTorch, so that ``--help`` is quick.'''
-import importlib
 import math
 from pathlib import Path
 
 import click
 
-from .._choices import INPUT_X_GRADIENT, LEVELS, MAX_LEVELS, POSTPROCESSING, SPLITTING, VALUES, split_names
+from .._choices import INPUT_X_GRADIENT, LEVELS, POSTPROCESSING, SPLITTING, VALUES, split_names
 
 
-class Range(click.FloatRange):
-    '''Numbers in a range, which nan is not.'''
+class Tolerance(click.FloatRange):
+    '''A number in a range, which nan is not for Python.'''
     def convert(self, value, param, ctx):
+        '''Parse the number.'''
         number = super().convert(value, param, ctx)
-        return self.fail(f'{value} is not a number', param, ctx) if math.isnan(number) else number
+        if math.isnan(number):
+            self.fail(f'{value} is not a number', param, ctx)
+        return number
 
 
 class Several(click.ParamType):
@@ -34,22 +36,18 @@ class Several(click.ParamType):
         return found or self.fail(f'there are no {self.name} in {value!r}', param, ctx)
 
 
-def list_option(module):
-    '''An option that lists the methods of a module, which is loaded only then.'''
-    def list_methods(context, _, is_given):
-        if is_given and not context.resilient_parsing:
-            click.echo('\n'.join(importlib.import_module(module).find_entries()))
-            context.exit()
-
-    return click.option(
-        '--list', is_flag=True, is_eager=True, expose_value=False, callback=list_methods,
-        help='List names of methods, and exit.'
-    )
+def _list_methods(context, _, is_given):
+    '''Print names of methods.'''
+    if is_given and not context.resilient_parsing:
+        from ..methods import find_entries
+        click.echo('\n'.join(find_entries()))
+        context.exit()
 
 
 def add_options(options):
     '''Create a function that adds options to a command, listed in their order.'''
     def decorate(command):
+        '''Add them.'''
         for option in reversed(options):
             command = option(command)
         return command
@@ -88,14 +86,15 @@ START_OPTIONS = [
         'most probable other class, or a class.'
     ),
 ]
+KEEP_ASPECT = click.option(
+    '--keep-aspect', is_flag=True,
+    help='Resize the shorter side instead, and give the network the whole photograph.'
+)
 OVERWRITE = click.option('--overwrite', is_flag=True, help='Replace files that are there.')
 common_options = add_options([
     click.argument('images', metavar='IMAGE|FOLDER...', nargs=-1, required=True, type=click.Path(path_type=Path)),
     *NETWORK_OPTIONS,
-    click.option(
-        '--keep-aspect', is_flag=True,
-        help='Resize the shorter side instead, and give the network the whole photograph.'
-    ),
+    KEEP_ASPECT,
     click.option(
         '--target', metavar='NUMBER|NAME',
         help='The class to explain, also as index:5 or name:5.  [default: the predicted class]'
@@ -104,7 +103,10 @@ common_options = add_options([
     click.option('--device', help='Device of PyTorch.  [default: cuda if available, else cpu]'),
     click.option('--batch-size', type=click.IntRange(min=1), default=8, show_default=True),
     OVERWRITE,
-    list_option('zennit_resnet.methods'),
+    click.option(
+        '--list', is_flag=True, is_eager=True, expose_value=False, callback=_list_methods,
+        help='List names of methods, and exit.'
+    ),
 ])
 heatmap_options = add_options([
     click.option(
@@ -113,19 +115,19 @@ heatmap_options = add_options([
         '(C1C), or what it and the largest contour have in common (C3).'
     ),
     click.option(
-        '--quantize', metavar='LEVELS', type=click.IntRange(2, MAX_LEVELS),
+        '--quantize', metavar='LEVELS', type=click.IntRange(min=0), default=0,
         help=f'The same as --postprocess quantize, to this number of levels.  [default: {LEVELS}]'
     ),
     click.option(
-        '--smooth', type=Range(min=0), default=0.,
-        help='Smooth heatmaps by a Gaussian of this standard deviation, in pixels of the network\'s input.'
+        '--smooth', type=Tolerance(min=0), default=0., help='Smooth heatmaps by a Gaussian of this standard deviation, '
+        'in pixels of the network\'s input.'
     ),
     click.option(
-        '--percentile', type=Range(0, 100, min_open=True), default=99.5, show_default=True,
+        '--percentile', type=Tolerance(0, 100, min_open=True), default=99.5, show_default=True,
         help='Where the color range ends, so that a few bright pixels do not make all others vanish.'
     ),
     click.option(
-        '--contours', type=Range(0, 100), metavar='PERCENT',
+        '--contours', type=Tolerance(0, 100), metavar='PERCENT',
         help='Outline so many of the most relevant pixels in overlays.'
     ),
     click.option(

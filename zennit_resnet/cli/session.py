@@ -8,8 +8,8 @@ import click
 import torch
 from tqdm import tqdm
 
-from .._choices import INPUT_X_GRADIENT, LEVELS
-from .._files import is_free, whole
+from .._choices import CONTRASTS, INPUT_X_GRADIENT, LEVELS, MAX_LEVELS
+from .._files import check_free, whole
 from .._text import one_line
 from ..canonizers import UnsupportedOperation
 from ..explanation import explain_each, list_images
@@ -25,28 +25,33 @@ class Session:
 
     Anything that makes it useless to go on raises a :py:obj:`click.ClickException`.
     '''
-    def __init__(self, images, methods, folder, options, splitting='none'):
+    def __init__(self, images, methods, folder, options):
         self.value, self.batch_size, self.overwrite = (options[key] for key in ('value', 'batch_size', 'overwrite'))
         self.style = {key: options[key] for key in STYLE if options.get(key) is not None}
         self.folder, self.failed, self.conserved = Path(folder), False, True
-        postprocess, levels = options.get('postprocess', 'none'), options.get('quantize')
+        postprocess, levels = options.get('postprocess', 'none'), options.get('quantize', 0)
+        if levels == 1 or levels > MAX_LEVELS:
+            raise click.ClickException(f'--quantize {levels}: choose from 2 to {MAX_LEVELS} levels, or 0 for none')
         if levels and postprocess in ('c1c', 'c3'):
             raise click.ClickException(f'--quantize and --postprocess {postprocess} exclude each other: choose one')
-        postprocess = 'quantize' if levels else postprocess
+        if levels:
+            postprocess = 'quantize'
         try:
             # a photograph that is named twice is explained once
             found = {}
             for path in (path for each in images for path in photographs(each)):
                 found.setdefault(os.path.realpath(path), path)
             self.images = list(found.values())
-            methods = [Method(add_splitting(text, splitting), postprocess, levels or LEVELS) for text in methods]
+            methods = [Method(text, postprocess, levels or LEVELS) for text in methods]
             self.methods = list({method.text: method for method in methods}.values())
             Style(**self.style)
             self.classifier = load_classifier(*(
                 options[key] for key in ('model', 'weights', 'size', 'classes', 'mean', 'std', 'keep_aspect')
             ))
             self.target = None if options['target'] is None else self.classifier.find_class(options['target'])
-            self.contrast = self.classifier.find_contrast(options['contrast'])
+            self.contrast = options['contrast']
+            if self.contrast is not None and self.contrast not in CONTRASTS:
+                self.contrast = self.classifier.find_class(self.contrast)
         except (ValueError, TypeError, OSError) as error:
             raise click.ClickException(one_line(error)) from error
         device = options['device'] or ('cuda' if torch.cuda.is_available() else 'cpu')
@@ -58,16 +63,27 @@ class Session:
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             # which one it is depends on the device and on how PyTorch was built
             raise click.ClickException(f'device {device!r} cannot be used: try --device cpu') from error
-        with writing(self.folder):
+        try:
             self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise click.ClickException(
+                f'cannot make the folder {self.folder} ({reason}): choose another --out'
+            ) from error
         self.bar = tqdm(
             total=len(self.images), unit='image', disable=len(self.images) == 1 or not sys.stderr.isatty()
         )
 
     def check_free(self, paths):
         '''Refuse to overwrite what is there, before anything is computed.'''
-        with writing(self.folder):
-            taken = [path for path in paths if not is_free(path, self.overwrite)]
+        taken = []
+        for path in paths:
+            try:
+                check_free(path, self.overwrite)
+            except FileExistsError:
+                taken.append(path)
+            except OSError as error:
+                raise click.ClickException(f'cannot write {path}: {error.strerror or error}') from error
         if taken:
             more = f' and {len(taken) - 1} other files exist' if len(taken) > 1 else ' exists'
             raise click.ClickException(f'{taken[0]}{more} already: choose another --out, or --overwrite')
@@ -102,27 +118,18 @@ class Session:
                 raise
             raise click.ClickException(f'{method.text}: {one_line(error)}') from error
         except RuntimeError as error:
-            refuse(method, error)
+            if method.name == INPUT_X_GRADIENT or method.entry.kind == 'ours':
+                raise
+            # rules of Zennit are not for all networks
+            raise click.ClickException(
+                f'{method.text} can not be used with this network ({one_line(error)}): choose another method'
+            ) from error
 
     def finish(self):
         '''End the progress bar and the program, with a status that says what went wrong.'''
         self.bar.close()
         if self.failed or not self.conserved:
             sys.exit(2 if self.failed else 1)
-
-
-def add_splitting(text, splitting):
-    '''The name of a method with the splitting that was chosen.'''
-    return text if splitting == 'none' else f'{text}+{splitting}'
-
-
-def refuse(method, error):
-    '''End the program with a message after an error of rules of Zennit, which are not for all networks.'''
-    if method.name == INPUT_X_GRADIENT or method.entry.kind == 'ours':
-        raise error
-    raise click.ClickException(
-        f'{method.text} can not be used with this network ({one_line(error)}): choose another method'
-    ) from error
 
 
 def photographs(path):
@@ -145,7 +152,7 @@ def writing(path):
     try:
         yield
     except OSError as error:
-        raise click.ClickException(f'cannot write {path} ({error.strerror or error}): choose another --out') from error
+        raise click.ClickException(f'cannot write {path}: {error.strerror or error}') from error
 
 
 def save_picture(picture, path, overwrite=True):

@@ -1,8 +1,6 @@
 '''One call from a network and photographs to heatmaps, pictures and files.'''
 import os
-from functools import cache
 from importlib.metadata import version
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,7 +8,7 @@ import torch
 from .. import __version__
 from .._compat import COMPILED_MODULE
 from ..arguments import check_module, check_number
-from ..attribution import as_contrast
+from ..attribution import CONTRASTS, as_contrast
 from ..canonizers.eager import evaluating
 from ..methods import Method
 from ..models import Classifier, as_classifier, default_classes, hash_weights
@@ -18,18 +16,9 @@ from .photos import list_images, prepare, unique_names
 from .result import Explanation, Explanations
 
 
-class Item(NamedTuple):
-    '''An image, and what is asked about it.'''
-    photo: np.ndarray
-    input: torch.Tensor
-    box: tuple
-    target: object
-    contrast: object
-    origin: dict  # name, source and settings of its explanations
-
-
 def explain(
-    model, images, target=None, method='resnet_lrp_ratio', *, value=None, contrast=None, batch_size=8, **preprocessing
+    model, images, target=None, method='resnet_lrp_ratio', *, classes=None, mean=None, std=None, size=None,
+    keep_aspect=False, transform=None, value=None, contrast=None, batch_size=8
 ):
     '''Explain what a classifier sees in photographs.
 
@@ -47,12 +36,12 @@ def explain(
         Index or name of the class to explain, one for all or one for each. Default is the predicted class.
     method: str, :py:obj:`zennit.core.Composite`, optional
         See :py:class:`zennit_resnet.methods.Method`, or a composite.
+    classes, mean, std, size, keep_aspect, transform:
+        See :py:func:`zennit_resnet.models.as_classifier`.
     value, contrast:
         What relevance starts from, see :py:meth:`zennit_resnet.methods.Method.attribute`.
     batch_size: int, optional
         How many images are explained at once.
-    classes, mean, std, size, keep_aspect, transform:
-        See :py:func:`zennit_resnet.models.as_classifier`.
 
     Returns
     -------
@@ -63,6 +52,10 @@ def explain(
     ------
     ValueError
         If an image cannot be read, its output or relevance is not finite, or an argument does not fit.
+    TypeError
+        If an argument is of another type.
+    FileNotFoundError
+        If there is no such file.
     UnsupportedOperation
         If the network does something that cannot be followed.
 
@@ -76,13 +69,16 @@ def explain(
     ((48, 64), (3, 32, 32))
     '''
     if isinstance(model, Classifier):
-        if preprocessing:
-            raise TypeError(f'{", ".join(preprocessing)}: a Classifier has its own, leave it out or give the network.')
+        given = {'classes': classes, 'mean': mean, 'std': std, 'size': size, 'transform': transform}
+        given = [name for name, each in given.items() if each is not None] + ['keep_aspect'] * bool(keep_aspect)
+        if given:
+            raise TypeError(f'{", ".join(given)}: a Classifier has its own, leave it out or give the network.')
         classifier = model
     else:
         check_module(model)
         # as hooks need
-        classifier = as_classifier(getattr(model, COMPILED_MODULE, model), **preprocessing)
+        model = getattr(model, COMPILED_MODULE, model)
+        classifier = as_classifier(model, classes, mean, std, size, keep_aspect, transform)
     items, is_single = list_images(images)
     found = []
     for item, result in explain_each(classifier, items, [Method.of(method)], target, value, contrast, batch_size):
@@ -107,39 +103,40 @@ def explain_each(
     targets = list(target) if isinstance(target, (list, tuple)) else [target] * len(items)
     if len(targets) != len(items):
         raise ValueError(f'there are {len(targets)} targets for {len(items)} images')
-    contrast = as_contrast(classifier.find_contrast(contrast))
-    contrasts = [contrast] * len(items)
-    if isinstance(contrast, torch.Tensor):
-        if contrast.ndim == 2 and len(contrast) != len(items):
-            raise ValueError(f'there are {len(contrast)} contrasts for {len(items)} images')
-        contrasts = list(contrast.expand(len(items), contrast.shape[-1]))
-    sources = [str(item) if isinstance(item, (str, os.PathLike)) else '' for item in items]
-    names = unique_names([source or 'image' for source in sources])
-    settings, place = describe_settings(classifier), cache(classifier.place)
+    if isinstance(contrast, str) and contrast not in CONTRASTS:
+        contrast = with_names(classifier, None).find_class(contrast)
+    contrast = as_contrast(contrast)
+    is_each = isinstance(contrast, torch.Tensor) and contrast.ndim == 2
+    if is_each and len(contrast) != len(items):
+        raise ValueError(f'there are {len(contrast)} contrasts for {len(items)} images')
+    places = {}
+    names = unique_names([item if isinstance(item, (str, os.PathLike)) else 'image' for item in items])
+    settings = describe_settings(classifier)
     for start in range(0, len(items), batch_size):
         chunk = range(start, min(start + batch_size, len(items)))
         results, groups = {}, {}
         for num in chunk:
-            origin = {'name': names[num], 'source': sources[num], 'settings': settings}
             try:
-                item = Item(*prepare(classifier, items[num], place), targets[num], contrasts[num], origin)
-                groups.setdefault(tuple(item.input.shape), {})[num] = item
+                photo, input, box = prepare(classifier, items[num], places)
+                groups.setdefault(tuple(input.shape), []).append((num, photo, input, box))
             except (FileNotFoundError, ValueError) as error:
                 results[num] = error
         for group in groups.values():
-            found = _explain_batch(classifier, [*group.values()], methods, value, attribute)
-            results.update(zip(group, found))
+            nums = [num for num, *_ in group]
+            results.update(_explain_batch(
+                classifier, group, methods, [targets[num] for num in nums], value,
+                contrast[nums] if is_each else contrast, attribute,
+                [(names[num], items[num], settings) for num in nums],
+            ))
         for num in chunk:
             yield items[num], results[num]
 
 
-def _explain_batch(classifier, items, methods, value, attribute):
-    '''Explanations, or an error, of each of some images of the same shape.'''
+def _explain_batch(classifier, group, methods, targets, value, contrast, attribute, origins):
+    '''Explanations, or an error, of images of the same shape by their numbers.'''
+    # pylint: disable=too-many-arguments
     weight = next((tensor for tensor in classifier.model.parameters() if tensor.is_floating_point()), torch.zeros(()))
-    input = torch.stack([item.input for item in items]).to(weight.device, weight.dtype)
-    contrast = items[0].contrast
-    if isinstance(contrast, torch.Tensor):
-        contrast = torch.stack([item.contrast for item in items])
+    input = torch.stack([each[2] for each in group]).to(weight.device, weight.dtype)
     with evaluating(classifier.model), torch.inference_mode(False), torch.enable_grad():
         # tensors of inference mode have no gradients
         input = input.clone()
@@ -150,22 +147,22 @@ def _explain_batch(classifier, items, methods, value, attribute):
                 f'the network returns {found}, not logits of shape (batch, classes): have SelectOutput pick them'
             )
         classifier = with_names(classifier, output.shape[1])
-        index = [
-            best if item.target is None else classifier.find_class(
-                item.target if isinstance(item.target, str) else f'index:{item.target}'
-            ) for best, item in zip(output.argmax(1).tolist(), items)
-        ]
-        # methods that differ in their post-processing only have the same relevance
+        index = [best if target is None else _find(classifier, target)
+                 for best, target in zip(output.argmax(1).tolist(), targets)]
         computed = {}
         for method in methods:
+            # methods that differ in their post-processing only have the same relevance
             if method.attribution not in computed:
                 computed[method.attribution] = attribute(
                     method, classifier, input, torch.tensor(index), value, contrast
                 )
-    for place, item in enumerate(items):
+    results = {}
+    for place, (num, photo, _, box) in enumerate(group):
         if not output[place].isfinite().all():
-            yield ValueError('the output of the network is not finite, check image and weights')
+            results[num] = ValueError('the output of the network is not finite, check image and weights')
             continue
+        name, item, settings = origins[place]
+        source = str(item) if isinstance(item, (str, os.PathLike)) else ''
         found = []
         for method in methods:
             result = computed[method.attribution]
@@ -174,11 +171,14 @@ def _explain_batch(classifier, items, methods, value, attribute):
                 for each in (result.output, result.relevance)
             )
             found.append(Explanation(
-                relevance, logits, index[place], classifier.classes, item.photo, item.box, method,
-                result.initial[place], result.sinks[place], result.value, item.contrast, result.signs[place],
-                **item.origin,
+                relevance, logits, index[place], classifier.classes, photo,
+                box, method, result.initial[place], result.sinks[place], result.value,
+                contrast[place] if getattr(contrast, 'ndim', 1) == 2 else contrast, result.signs[place],
+                name, source, settings,
             ) if np.isfinite(relevance).all() else None)
-        yield found if any(found) else ValueError(f'the relevance by {methods[0].text} is not finite')
+        is_lost = not any(found)
+        results[num] = ValueError(f'the relevance by {methods[0].text} is not finite') if is_lost else found
+    return results
 
 
 def _forward(model, input):
@@ -196,10 +196,22 @@ def _forward(model, input):
         ) from error
 
 
+def _find(classifier, target):
+    '''Index of a class.'''
+    if isinstance(target, str):
+        return classifier.find_class(target)
+    if isinstance(target, bool) or int(target) != target or not 0 <= int(target) < len(classifier.classes):
+        raise ValueError(f'target={target!r} is not an index from 0 to {len(classifier.classes) - 1}')
+    return int(target)
+
+
 def with_names(classifier, number):
     '''A classifier with a name for each of a number of classes.'''
-    classes = default_classes(number) if classifier.classes is None else classifier.classes
-    if len(classes) != number:
+    classes = classifier.classes
+    if classes is None and number is None:
+        raise ValueError('classes have no names here: name them, or give an index')
+    classes = default_classes(number) if classes is None else classes
+    if number is not None and len(classes) != number:
         raise ValueError(f'there are {len(classes)} names of classes, but {number} outputs')
     return classifier._replace(classes=list(classes))
 
@@ -209,7 +221,10 @@ def describe_settings(classifier):
     return {
         'network': type(classifier.model).__name__,
         'weights sha256': hash_weights(classifier.model),
-        'preprocessing': classifier.normalization(),
+        'preprocessing': {
+            'mean': [round(number, 6) for number in classifier.mean.flatten().tolist()],
+            'std': [round(number, 6) for number in classifier.std.flatten().tolist()],
+        },
         'versions': {
             'zennit-resnet': __version__, 'torch': torch.version.__version__,
             **{name: version(name) for name in ('torchvision', 'zennit')},

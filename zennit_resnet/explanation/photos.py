@@ -39,8 +39,12 @@ def list_images(images):
     return [item for each in images for item in list_images(each)[0]], False
 
 
-def prepare(classifier, item, place=None):
-    '''Get photograph, input of the network and the box of what it sees, see :py:class:`Explanation`.'''
+def prepare(classifier, item, places=None):
+    '''Get photograph, input of the network and the box of what it sees, see :py:class:`Explanation`.
+
+    Boxes of photographs of a size are kept in the dict ``places``.
+    '''
+    places = {} if places is None else places
     if isinstance(item, torch.Tensor) and item.is_floating_point():
         if item.ndim != 3 or len(item) != len(classifier.mean) or not item.numel():
             raise ValueError(f'an input is of shape {tuple(item.shape)}, not ({len(classifier.mean)}, height, width)')
@@ -54,7 +58,9 @@ def prepare(classifier, item, place=None):
     photo = as_photo(item)
     input = classifier.transform(photo)
     try:
-        box = (place or classifier.place)(photo.size)
+        if photo.size not in places:
+            places[photo.size] = classifier.place(photo.size)
+        box = places[photo.size]
     except Unfollowed:
         # drawn on what the network sees
         photo = Image.fromarray(classifier.photo(input))

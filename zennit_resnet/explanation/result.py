@@ -38,42 +38,58 @@ KINDS = ('heatmap', 'overlay')
 ENDINGS = ('heatmap.png', 'overlay.png', 'figure.png', 'relevance.npy', 'heatmap.npy', 'manifest.json')
 
 
-class Drawn:
-    '''What has a figure.'''
-    def show(self, **style):
-        '''Show the figure in the program for pictures.'''
-        self.figure(**style).show()
-
-    def _repr_png_(self):
-        file = io.BytesIO()
-        self.figure().save(file, 'PNG')
-        return file.getvalue()
-
-
 @dataclass(frozen=True, eq=False, repr=False)
-class Explanation(Drawn):
+class Explanation:
     '''Why a network sees a class in a photograph.
 
     Pictures and the heatmap are in the geometry of the photograph, and positive values are for the class. Options of
     pictures are ``percentile``, ``cmap`` (also ``'safe'``, for any kind of color vision) and ``bound``, see
     :py:func:`zennit_resnet.image.draw_heatmap`; ``smooth``, the standard deviation of a Gaussian in pixels of the
     network's input; and ``contours``, the percentage of most relevant pixels to outline in overlays.
+
+    Attributes
+    ----------
+    relevance: :py:obj:`numpy.ndarray`
+        Relevance of the network's input, of shape (channels, height, width).
+    output: :py:obj:`numpy.ndarray`
+        Logits of shape (classes,).
+    target: int
+        Index of the class explained.
+    classes: list[str]
+        Names of the classes.
+    photo: :py:obj:`numpy.ndarray`
+        The photograph, of shape (height, width, 3) and type uint8.
+    box: tuple[float, float, float, float]
+        Left, top, right and bottom of what the network sees of it, in its pixels.
+    method: :py:class:`~zennit_resnet.methods.Method`
+        How relevance was computed.
+    initial, sinks: float
+        The sum of what relevance starts from, and what parameters such as a class token keep of it.
+    value, contrast: str or None
+        What relevance starts from, and what the target is compared with.
+    sign: int
+        1, or -1 where positive relevance is against the class, see :py:class:`~zennit_resnet.methods.Attributed`.
+        Pictures and :py:attr:`heatmap` are turned.
+    name, source: str
+        What files are named, and where the image is from.
+    settings: dict
+        Network, preprocessing, hash of the weights, versions.
     '''
-    relevance: np.ndarray  # of the network's input, of shape (channels, height, width)
-    output: np.ndarray  # logits of shape (classes,)
-    target: int  # index of the class explained
-    classes: list  # names of the classes
-    photo: np.ndarray  # of shape (height, width, 3) and type uint8
-    box: tuple  # left, top, right and bottom of what the network sees of the photograph, in its pixels
-    method: Method  # how relevance was computed
-    initial: float  # sum of what relevance starts from
-    sinks: float = 0.  # what parameters such as a class token keep of it
-    value: str = 'one'  # what relevance starts from
-    contrast: object = None  # what the target is compared with
-    sign: int = 1  # -1 where positive relevance is against the class: pictures and the heatmap are turned
-    name: str = 'image'  # what files are named
-    source: str = ''  # where the image is from
-    settings: dict = field(default_factory=dict)  # network, preprocessing, hash of the weights, versions
+    relevance: np.ndarray
+    output: np.ndarray
+    target: int
+    classes: list
+    photo: np.ndarray
+    box: tuple
+    method: Method
+    initial: float
+    sinks: float = 0.
+    value: str = 'one'
+    contrast: object = None
+    sign: int = 1
+    name: str = 'image'
+    source: str = ''
+    settings: dict = field(default_factory=dict)
 
     def __repr__(self):
         return (
@@ -126,17 +142,20 @@ class Explanation(Drawn):
     def notes(self):
         '''What is unusual about the heatmap.'''
         notes = [*self._map(0.)[1]]
-        left, top, right, bottom = self.box
-        is_padded = left < -1 or top < -1 or right > self.photo.shape[1] + 1 or bottom > self.photo.shape[0] + 1
         seen = float(np.abs(self.heatmap).sum(dtype=np.float64)) / max(float(np.abs(self._map(0.)[0]).sum()), 1e-30)
         if not self.relevance.any() and not notes:
             notes.append('empty, as relevance is zero everywhere')
-        elif seen < 0.95 and self.method.postprocess == 'none' and is_padded:
+        elif seen < 0.95 and self.method.postprocess == 'none' and self._is_padded:
             notes.append(f'{1 - seen:.0%} of the relevance is on padding, outside of the photograph')
         is_plain = self.contrast is None and self.method.contrast is None and self.sign > 0
         if self.value == 'logit' and is_plain and self.output[self.target] < 0:
             notes.append('the logit is negative: there is more against the class than for it')
         return notes
+
+    @property
+    def _is_padded(self):
+        left, top, right, bottom = self.box
+        return left < -1 or top < -1 or right > self.photo.shape[1] + 1 or bottom > self.photo.shape[0] + 1
 
     def _map(self, smooth):
         '''The heatmap in the geometry of the network, and notes, each computed once.'''
@@ -167,7 +186,9 @@ class Explanation(Drawn):
         '''
         style = Style(**style)
         check_choice('kind', kind, KINDS)
-        photo = self.photo if size is None else _resize(self.photo, size)
+        photo = self.photo if size is None else np.asarray(
+            Image.fromarray(self.photo).resize(size, Image.Resampling.LANCZOS)
+        )
         heatmap = self._place(self._map(style.smooth)[0], photo.shape[1::-1])
         # ends of the color range do not depend on the size
         bound = self.color_range(style) * self._map(0.)[0].size / self._area(photo.shape[1::-1])
@@ -197,6 +218,13 @@ class Explanation(Drawn):
         '''Draw photograph, heatmap and overlay side by side with a legend, as an image of Pillow.'''
         return draw_table([[self]], KINDS, **style)
 
+    def show(self, **style):
+        '''Show the figure, in a notebook or the program for pictures.'''
+        _show(self.figure(**style))
+
+    def _repr_png_(self):
+        return _as_png(self.figure())
+
     @property
     def stem(self):
         '''What names of files begin with: that of the image and the method.'''
@@ -216,10 +244,10 @@ class Explanation(Drawn):
             check_free(path, overwrite)
         info = PngImagePlugin.PngInfo()
         for key, entry in self.describe().items():
-            info.add_itxt(key, _as_text(entry))
+            info.add_itxt(key, _encodable(entry if isinstance(entry, str) else _as_json(entry)))
         manifest = {**self.describe(), 'style': style, 'files': [path.name for path in paths[:-1]]}
         contents = [Image.fromarray(self.draw(kind, **style)) for kind in KINDS] + [self.figure(**style)]
-        contents += [self.relevance, self.heatmap, _as_text(manifest, indent=2)]
+        contents += [self.relevance, self.heatmap, _encodable(_as_json(manifest, indent=2))]
         # of an earlier explanation
         paths[-1].unlink(missing_ok=True)
         for path, content in zip(paths, contents):
@@ -258,10 +286,6 @@ class Explanation(Drawn):
         }
 
 
-def _resize(photo, size):
-    return np.asarray(Image.fromarray(photo).resize(size, Image.Resampling.LANCZOS))
-
-
 def _shared_range(explanations, style):
     '''End of the color range of several explanations.'''
     present = [each for each in explanations if each is not None]
@@ -281,16 +305,24 @@ def file_stem(name, method):
     return f'{name}_{re.sub("[^0-9A-Za-z_.=+-]+", "-", method.text)}'
 
 
-class Explanations(Drawn, tuple):
+class Explanations(tuple):
     '''Several explanations, see :py:class:`Explanation`.'''
     def figure(self, **style):
         '''Draw a row for each image.'''
         return draw_table([[each] for each in self], KINDS, **style)
 
+    def show(self, **style):
+        '''Show the figure, in a notebook or the program for pictures.'''
+        _show(self.figure(**style))
+
+    def _repr_png_(self):
+        return _as_png(self.figure())
+
     def save(self, folder, overwrite=False, **style):
         '''Write the files of each, and return their paths.'''
-        for each, ending in product(self, ENDINGS):
-            check_free(Path(folder, f'{each.stem}_{ending}'), overwrite)
+        for each in self:
+            for ending in ENDINGS:
+                check_free(Path(folder, f'{each.stem}_{ending}'), overwrite)
         return [path for each in self for path in each.save(folder, overwrite, **style)]
 
 
@@ -305,7 +337,6 @@ class Style:
 
     def __post_init__(self):
         check_number('smooth', self.smooth, 0)
-        check_number('percentile', self.percentile, 0, 100)
         check_cmap(self.cmap)
         if self.contours is not None:
             check_number('contours', self.contours, 0, 100)
@@ -327,6 +358,11 @@ def draw_table(rows, kinds=('heatmap',), scale='own', titles=None, **style):
         Titles of the columns of each method. Default are the names of methods, which of a single one is in captions.
     style:
         See :py:class:`Explanation`.
+
+    Raises
+    ------
+    ValueError
+        If there is nothing to draw, or an argument is out of range.
     '''
     found = Style(**style)
     known = [[each for each in row if each is not None] for row in rows]
@@ -347,7 +383,7 @@ def draw_table(rows, kinds=('heatmap',), scale='own', titles=None, **style):
         first, width = present[0], present[0].photo.shape[1]
         scale = np.clip(max(first.photo.shape[:2]), SMALLEST_TILE, LARGEST_TILE) / max(first.photo.shape[:2])
         size = max(round(width * scale), 1), max(round(len(first.photo) * scale), 1)
-        photo = _resize(first.photo, size)
+        photo = np.asarray(Image.fromarray(first.photo).resize(size, Image.Resampling.LANCZOS))
         tiles.append([photo] + [
             photo * 0 if each is None else each.draw(kind, size, **{**style, 'bound': bound})
             for each, bound in zip(row, bounds) for kind in kinds
@@ -370,11 +406,35 @@ def draw_table(rows, kinds=('heatmap',), scale='own', titles=None, **style):
     return Image.fromarray(draw_comparison([*tiles, legend], titles, [*captions, '']))
 
 
-def _as_text(value, **kwargs):
-    '''Text or JSON, in which bytes of file names that are no characters are escaped.'''
+def _as_json(value, **kwargs):
+    '''JSON, with what it does not know as text.'''
     def convert(each):
         return each.tolist() if hasattr(each, 'tolist') else str(each)
 
-    if not isinstance(value, str):
-        value = json.dumps(value, ensure_ascii=False, default=convert, **kwargs)
-    return value.encode('utf-8', 'backslashreplace').decode()
+    return json.dumps(value, ensure_ascii=False, default=convert, **kwargs)
+
+
+def _encodable(text):
+    '''Text in which bytes of file names that are no characters are escaped, also as JSON.'''
+    return text.encode('utf-8', 'backslashreplace').decode()
+
+
+def _as_png(picture):
+    '''A picture as bytes of PNG.'''
+    file = io.BytesIO()
+    picture.save(file, 'PNG')
+    return file.getvalue()
+
+
+def _show(picture):
+    '''Show a picture in a notebook if this is one, and else in the program for pictures.'''
+    try:
+        from IPython import get_ipython
+        from IPython.display import display
+        is_notebook = get_ipython() is not None
+    except ImportError:
+        is_notebook = False
+    if is_notebook:
+        display(picture)
+    else:
+        picture.show()
