@@ -228,7 +228,7 @@ def _row_labels(
             )
     labels: list[Union[int, str, None]] = []
     for row in rows:
-        number = to_number(row.get(index, ""))
+        number = to_number(row[index]) if index else None
         if number is not None:
             labels.append(number if 0 <= number < len(classes) else f"{index} {number}")
             continue

@@ -1300,7 +1300,7 @@ def test_cli_errors(run, photos, tmp_path):
     assert result.exit_code == 2
     (tmp_path / 'file').write_text('')
     result, _ = run(photos[0], '--out', tmp_path / 'file')
-    assert result.exit_code == 2 and 'cannot write' in result.stderr
+    assert result.exit_code == 2 and 'cannot make the folder' in result.stderr
     (tmp_path / 'taken' / 'first_resnet_lrp_ratio_ledger.csv').mkdir(parents=True)
     result, _ = run(photos[0], '--out', tmp_path / 'taken', '--overwrite')
     assert result.exit_code == 2 and 'first_resnet_lrp_ratio_ledger.csv exists' in result.stderr
