@@ -14,7 +14,6 @@ from captum_adapters.attr import ResNetLRP as CaptumResNetLRP
 from zennit_resnet import (
     BlockLRP,
     RelativeLRP,
-    ResidualCanonizer,
     ResNetLRP,
     UnsupportedOperation,
     initial_relevance,
