@@ -101,7 +101,6 @@ class KeptWeight(Kept):
 
     That others change it, such as an optimizer, is only noticed.
     '''
-    # pylint: disable=super-init-not-called
     def __init__(self, tensor, note=None):
         self._tensor, self._note = tensor.detach(), note
         self._version = version_of(self._tensor)

@@ -93,9 +93,9 @@ def state_of(model):
 
 def _is_setting(value):
     '''Whether a value of a module can be compared.'''
-    return all(map(_is_setting, value)) if isinstance(value, tuple) else isinstance(
-        value, (bool, int, float, str, type(None))
-    )
+    if isinstance(value, tuple):
+        return all(map(_is_setting, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 class TracedAttribution(torch.nn.Module):

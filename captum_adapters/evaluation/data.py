@@ -18,14 +18,13 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from captum_adapters._light import check_choice, positive_integer
 from captum_adapters.evaluation.labels import find_class, match_labels
 from captum_adapters.evaluation.layouts import (
     READERS,
     Box,
     Sample,
     find_annotations,
-    flaw_of,
+    is_relative,
     read_annotation,
     recognize,
 )
@@ -59,8 +58,12 @@ class Samples(NamedTuple):
 
 
 def read_samples(
-    path: Union[str, Path], classes: Sequence[str], layout: Optional[str] = None,
-    split: Optional[str] = None, labels: str = "given", limit: Optional[int] = None,
+    path: Union[str, Path],
+    classes: Sequence[str],
+    layout: Optional[str] = None,
+    split: Optional[str] = None,
+    labels: str = "given",
+    limit: Optional[int] = None,
     seed: int = 0,
 ) -> Samples:
     """Find the images of a data set, with their labels, masks and boxes.
@@ -94,16 +97,21 @@ def read_samples(
                   `Annotations/CLS-LOC/val`, if it is there.
                 - `"cub"`: CUB-200-2011, with boxes and segmentations if they are there.
 
+                Default: `None`
         split (str, optional): Part of the data: `"train"` or `"test"` of CUB-200-2011,
                 which is `"test"` by default; the name of a folder in `path`, or a value
                 in the column `split` of a CSV file.
+                Default: `None`
         labels (str, optional): `"given"`, `"order"` if the labels in sorted order are
                 the network's classes whatever their names, or `"ignore"` to have none.
+                Default: `"given"`
         limit (int, optional): Draw this many images, if there are more, from those
                 without a problem, unless all have one, and with as many of each label
                 as possible. A larger limit adds images to those of a smaller.
+                Default: `None`
         seed (int, optional): Seed of the choice, which depends on nothing else but the
                 names and labels of the images.
+                Default: `0`
 
     Returns:
         Samples: The samples in the order of their names.
@@ -128,12 +136,14 @@ def read_samples(
         [('sea_lion/1.png', 1, None),
          ('unicorn/1.png', None, "label 'unicorn' is not a class of the network")]
     """
-    check_choice("layout", layout, (None, *LAYOUTS))
-    check_choice("labels", labels, LABELS)
+    if layout is not None and layout not in LAYOUTS:
+        raise ValueError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
+    if labels not in LABELS:
+        raise ValueError(f"labels={labels!r} is not one of {', '.join(LABELS)}")
     if labels != "ignore" and not classes:
         raise ValueError("there are no names of classes, which labels need")
-    if limit is not None:
-        positive_integer("limit", limit)
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} is not at least 1")
     # not resolved, as names are those that the user sees
     root = Path(os.path.abspath(path))
     if not root.exists():
@@ -149,12 +159,11 @@ def read_samples(
     if not listing.samples:
         part = "" if split is None else f" with split {split!r}"
         raise ValueError(f"there are no images in {path}{part}")
-    messages: list[str] = []
-    found: dict[Any, tuple[list[int], str]] = {}
+    messages = [] if labels == "ignore" else [*listing.messages]
     if labels == "ignore":
         samples = [item._replace(label=None, problem=None) for item in listing.samples]
+        found: dict[Any, tuple[list[int], str]] = {}
     else:
-        messages += listing.messages
         found = match_labels(listing, classes, messages, labels == "order")
         samples = [find_class(sample, found) for sample in listing.samples]
     samples.sort(key=lambda sample: sample.name)
@@ -276,6 +285,7 @@ class Images(torch.utils.data.Dataset[Loaded]):
     ) -> None:
         self.samples = samples
         self.transform = transform
+        self._levels: Optional[tuple[Tensor, Tensor]] = None
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -286,13 +296,15 @@ class Images(torch.utils.data.Dataset[Loaded]):
         sample = self.samples[index]
         if sample.problem is not None:
             return Loaded(problem=sample.problem)
+        step = "unusable"
         try:
             photo = read_image(sample.path)
+            step = "not fit for preprocessing"
             image = self.transform(photo)
         except FileNotFoundError:
             return Loaded(problem="the image is missing")
         except Exception as error:  # damaged files, and very long ones, raise anything
-            return Loaded(problem=f"the image is unusable: {one_line(error)}")
+            return Loaded(problem=f"the image is {step}: {one_line(error)}")
         if sample.mask is None and not sample.boxes:
             return Loaded(image)
         try:
@@ -322,24 +334,31 @@ class Images(torch.utils.data.Dataset[Loaded]):
         mask = Image.fromarray(inside.astype(np.uint8) * 255).convert("RGB")
         mask.getexif()[ExifTags.Base.Orientation] = orientation
         mask = ImageOps.exif_transpose(mask)
-        black, white = map(self._center, ("black", "white"))
-        difference = self.transform(mask) - (black + white) / 2
-        return (difference * (white - black)).sum(0) > 0
-
-    def _center(self, color: str) -> Tensor:
-        """Values of a color, in the middle, where padding does not matter."""
-        values = self.transform(Image.new("RGB", (64, 64), color))
-        return values[:, values.shape[1] // 2, values.shape[2] // 2, None, None]
+        if self._levels is None:
+            # in the middle, so that padding does not matter
+            black, white = (
+                values[:, values.shape[1] // 2, values.shape[2] // 2, None, None]
+                for color in ("black", "white")
+                for values in [self.transform(Image.new("RGB", (64, 64), color))]
+            )
+            self._levels = (black + white) / 2, white - black
+        middle, contrast = self._levels
+        return ((self.transform(mask) - middle) * contrast).sum(0) > 0
 
 
 def _check_boxes(boxes: Sequence[Box], size: tuple[int, int]) -> None:
     """Refuse boxes that are not of this image, but for a pixel by another counting."""
     for box in boxes:
-        flaw = flaw_of(box)
-        if min(box[:2]) < -1 or box[2] > size[0] + 1 or box[3] > size[1] + 1:
-            flaw = f"is outside of the image as stored, {size[0]} x {size[1]} pixels"
-        if flaw:
-            raise ValueError(f"the box {box} {flaw}")
+        what = f"the box ({', '.join(f'{number:g}' for number in box)}) is"
+        if box[2] <= box[0] or box[3] <= box[1]:
+            raise ValueError(f"{what} not of left, top, right and bottom")
+        if is_relative(box) and max(size) > 1:
+            raise ValueError(f"{what} relative, or of one pixel: give pixels from 0 on")
+        low, high = min(box[:2]), (box[2] - size[0], box[3] - size[1])
+        if low < -1 or max(high) > 1:
+            raise ValueError(
+                f"{what} outside of the image as stored, {size[0]} x {size[1]} pixels"
+            )
 
 
 def _read_mask(path: Path) -> NDArray[np.bool_]:
@@ -361,10 +380,12 @@ def _read_mask(path: Path) -> NDArray[np.bool_]:
             return np.any(values, axis=2)
         values = values.max(2)
     largest: Any = values.max()
-    if not ((values > 0) & (values < largest)).any():
+    if np.count_nonzero((values > 0) & (values < largest)) == 0:
         return values > 0
     # these modes do not say how bright white is
-    limit = 65535.0 if kind.startswith("I;16") or largest > 255 else 255.0
-    if kind == "F" and largest <= 1:
+    limit = 255.0
+    if kind.startswith("I;16") or largest > 255:
+        limit = 65535.0
+    elif kind == "F" and largest <= 1:
         limit = 1.0
     return values > limit / 2

@@ -3,7 +3,7 @@
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 from xml.etree import ElementTree
@@ -25,9 +25,7 @@ CORNERS = ("x0", "y0", "x1", "y1")
 SPLITS = {"train", "val", "valid", "validation", "test"}
 WNID = re.compile(r"n\d{8}")
 ILSVRC = re.compile(r"ILSVRC2012_val_\d{8}\.JPEG", re.IGNORECASE)
-# where files of the development kit are
-KITS = ("", "data/", "ILSVRC2012_devkit_t12/data/")
-TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+KITS = ("", "ILSVRC2012_devkit_t12/")
 CUB_FILES = ("images", "image_class_labels", "train_test_split", "classes")
 
 
@@ -76,7 +74,7 @@ def recognize(root: Path, split: Optional[str]) -> str:
         return "cub"
     found = _imagenet_images(root) if split in (None, "val") else None
     # without either, a folder of these images has no labels
-    if found and (found[1] or _devkit(root, TRUTH) or find_annotations(root)):
+    if found and (found[1] or _truth(root) or find_annotations(root)):
         return "imagenet"
     return "folder"
 
@@ -99,9 +97,6 @@ def _read_folder(root: Path, split: Optional[str], classes: Sequence[str]) -> Li
     return Listing(root, samples, tops, _numbers(root, classes, tops))
 
 
-# -- CSV -------------------------------------------------------------------------------
-
-
 def _read_csv(root: Path, split: Optional[str], classes: Sequence[str]) -> Listing:
     """A CSV file, with a row for each image or box."""
     files = [root / name for name in MANIFESTS] if root.is_dir() else [root]
@@ -115,28 +110,34 @@ def _read_csv(root: Path, split: Optional[str], classes: Sequence[str]) -> Listi
             raise ValueError(f"{file} has no column 'split' to choose {split!r} from")
         table = table[table["split"] == split]
     rows = table.to_dict("records")
-    labels, messages = _row_labels({*table}, rows, classes)
+    label_of, messages = _row_labels({*table}, rows, classes)
     samples: dict[str, Sample] = {}
-    for row, label in zip(rows, labels):
-        path, mask = root / row["image"], root / row["mask"] if row.get("mask") else None
-        sample = Sample(_name(path, root), path, label, mask, _row_boxes(row))
+    for row in rows:
+        path = root / row["image"]
+        mask = root / row["mask"] if row.get("mask") else None
+        sample = Sample(_name(path, root), path, label_of(row), mask, _row_boxes(row))
         samples[sample.name] = _merge(samples.get(sample.name, sample), sample)
     beside = root / "boxes.csv"
     if beside.is_file() and beside != file:
         for row in _table(beside, boxes=True).to_dict("records"):
             name = _name(root / row["image"], root)
             if name in samples:
-                other = Sample(name, samples[name].path, boxes=_row_boxes(row))
-                samples[name] = _merge(samples[name], other)
-    boxes = [(box, item.name) for item in samples.values() for box in item.boxes]
-    wrong = [(box, name) for box, name in boxes if flaw_of(box)]
-    if 2 * len(wrong) > len(boxes):
-        box, name = wrong[0]
+                boxes = (*samples[name].boxes, *_row_boxes(row))
+                samples[name] = samples[name]._replace(boxes=boxes)
+    boxed = [sample for sample in samples.values() if sample.boxes]
+    if boxed and all(is_relative(box) for sample in boxed for box in sample.boxes):
         raise ValueError(
-            f"{file}: the box {box} of {name} {flaw_of(box)}, and most others are wrong, too"
+            f"{file}: the box {boxed[0].boxes[0]} of {boxed[0].name} and all others are"
+            " relative, where pixels of the image as stored are expected"
         )
-    texts = sorted({item.label for item in samples.values() if type(item.label) is str})
-    order = texts if all(map(WNID.fullmatch, texts)) else ()
+    turned = [item for item in boxed if any(_is_turned(box) for box in item.boxes)]
+    if len(turned) > len(boxed) / 2:
+        raise ValueError(
+            f"{file}: the box {turned[0].boxes[0]} of {turned[0].name} and most others are"
+            " not of left, top, right and bottom, as with a width and height in their place"
+        )
+    labels = sorted({item.label for item in samples.values() if type(item.label) is str})
+    order = labels if all(map(WNID.fullmatch, labels)) else ()
     return Listing(root, list(samples.values()), order, messages=messages)
 
 
@@ -144,24 +145,23 @@ def _table(file: Path, boxes: bool = False) -> "pd.DataFrame":
     """A CSV file of texts, with the path of the image as `image`."""
     import pandas as pd  # slow to load
 
-    errors = pd.errors
     try:
         with warnings.catch_warnings():
             # rows that are longer than the header
-            warnings.simplefilter("error", errors.ParserWarning)
+            warnings.simplefilter("error", pd.errors.ParserWarning)
             # spreadsheets write a byte order mark
             options = {"dtype": str, "keep_default_na": False, "index_col": False}
             table = pd.read_csv(file, encoding="utf-8-sig", **options)
-    except (
-        UnicodeDecodeError, errors.EmptyDataError, errors.ParserError, errors.ParserWarning
-    ) as error:
+    except pd.errors.EmptyDataError:
+        table = pd.DataFrame()
+    except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.ParserWarning) as error:
         raise ValueError(f"{file} is not a CSV file in UTF-8 ({one_line(error)})") from error
     table = table.rename(columns=str.strip).fillna("")
     table = table.apply(lambda column: column.str.strip())
-    table = table[(table != "").any(axis=1)]
+    table = table[(table != "").any(axis=1)] if len(table.columns) else table
     column = next((name for name in ("image", "file") if name in table), None)
     if column is None:
-        known = ", ".join(table.columns[:20])
+        known = ", ".join(table.columns[:20]) or "none at all"
         raise ValueError(f"{file} has no column 'image' or 'file', but {known}")
     for name in CORNERS if boxes or {*CORNERS} & {*table} else ():
         if name not in table:
@@ -188,27 +188,27 @@ def _row_boxes(row: Mapping[str, str]) -> tuple[Box, ...]:
     return ((x0, y0, x1, y1),)
 
 
-def flaw_of(box: Box) -> str:
-    """Why a box is none in pixels of any image, empty if it may be one."""
-    if box[2] <= box[0] or box[3] <= box[1]:
-        return "is not of left, top, right and bottom, as with a width and height in their place"
-    if min(box) >= 0 and max(box) <= 1:
-        return "is relative, or of one pixel: give pixels of the image as stored, from 0 on"
-    return ""
+def _is_turned(box: Box) -> bool:
+    return box[2] <= box[0] or box[3] <= box[1]
+
+
+def is_relative(box: Box) -> bool:
+    """Whether a box seems to be given in sides of the image, from 0 to 1."""
+    return min(box) >= 0 and max(box) <= 1
 
 
 def _row_labels(
     columns: set[str], rows: Sequence[Mapping[str, str]], classes: Sequence[str]
-) -> tuple[list[Union[int, str, None]], list[str]]:
-    """The label of each row, as an index or a text, and messages."""
+) -> tuple[Callable[[Mapping[str, str]], Union[int, str, None]], list[str]]:
+    """Function for the label of a row, as an index or a text, and messages."""
     messages = []
-    known = sorted({"label", "wnid", "class_index", "imagenet_index"} & columns)
+    known = {"label", "wnid", "class_index", "imagenet_index"} & columns
     if not known:
         messages.append("the CSV file has no column 'label': the labels are unknown")
-    index = ""
-    if "imagenet_index" in known and len(classes) == 1000:
+    index: Optional[str] = None
+    if "imagenet_index" in columns and len(classes) == 1000:
         index = "imagenet_index"
-    elif "class_index" in known:
+    elif "class_index" in columns:
         numbers = [to_number(row["class_index"]) for row in rows]
         count = 1 + max((num for num in numbers if num is not None), default=-1)
         names = ClassMatcher(classes)
@@ -226,16 +226,17 @@ def _row_labels(
                 f"class_index suggests {count} classes, but the network has"
                 f" {len(classes)}: it is not used"
             )
-    labels: list[Union[int, str, None]] = []
-    for row in rows:
+
+    def label_of(row: Mapping[str, str]) -> Union[int, str, None]:
         number = to_number(row[index]) if index else None
-        if number is not None:
-            labels.append(number if 0 <= number < len(classes) else f"{index} {number}")
-            continue
+        if index and number is not None:
+            return number if 0 <= number < len(classes) else f"{index} {number}"
+        text = row.get("label") or row.get("wnid")
         # what is given, but cannot be used, has to become a problem
-        given = (f"{key} {row[key]}" for key in known if row[key])
-        labels.append(row.get("label") or row.get("wnid") or next(given, None))
-    return labels, messages
+        given = (f"{key} {row[key]}" for key in sorted(known) if row[key])
+        return text or next(given, None)
+
+    return label_of, messages
 
 
 def _merge(first: Sample, other: Sample) -> Sample:
@@ -249,20 +250,21 @@ def _merge(first: Sample, other: Sample) -> Sample:
     return first._replace(label=label, mask=mask, boxes=boxes, problem=problem)
 
 
-# -- ImageNet --------------------------------------------------------------------------
-
-
 def _read_imagenet(root: Path, split: Optional[str], classes: Sequence[str]) -> Listing:
-    images = _imagenet_images(root)
-    if images is None or split not in (None, "val"):
-        part = "" if split is None else f" with split {split!r}"
+    """Validation images of ImageNet."""
+    if split not in (None, "val"):
         raise ValueError(
-            f"{root}{part} is not ImageNet's validation set, which has folders named by wnid,"
-            " or images named ILSVRC2012_val_00000001.JPEG, directly or in val: choose layout"
-            " 'folder' for others"
+            f"there is no split {split!r} of ImageNet's validation images: choose"
+            " layout 'folder' for another folder"
+        )
+    images = _imagenet_images(root)
+    if images is None:
+        raise ValueError(
+            f"{root} has neither folders named by wnid, nor images named"
+            " ILSVRC2012_val_00000001.JPEG, directly or in val"
         )
     folder, order = images
-    truth, annotations = _devkit(root, TRUTH), find_annotations(root)
+    truth, annotations = _truth(root), find_annotations(root)
     messages = []
     paths = list(_walk(folder))
     found: dict[str, str] = {}
@@ -292,8 +294,8 @@ def _imagenet_images(root: Path) -> Optional[tuple[Path, list[str]]]:
     for name in ("val", "Data/CLS-LOC/val", ""):
         folder = root / name
         items = _visible(folder) if folder.is_dir() else []
-        tops = [item.name for item in items if item.is_dir()]
-        if tops and all(map(WNID.fullmatch, tops)):
+        tops = sorted(item.name for item in items if item.is_dir())
+        if tops and all(WNID.fullmatch(top) for top in tops):
             return folder, tops
         if any(ILSVRC.fullmatch(item.name) for item in items):
             return folder, []
@@ -302,23 +304,28 @@ def _imagenet_images(root: Path) -> Optional[tuple[Path, list[str]]]:
 
 def _near(root: Path, *names: str) -> Optional[Path]:
     """The first of the paths, in the folder or in one of the three above."""
-    paths = (base / name for name in names for base in (root, *list(root.parents)[:3]))
+    bases = (root, *list(root.parents)[:3])
+    paths = (base / name for name in names for base in bases)
     return next((path for path in paths if path.exists()), None)
 
 
 def _devkit(root: Path, name: str) -> Optional[Path]:
-    return _near(root, *(f"{kit}{name}" for kit in KITS))
+    return _near(root, *(f"{kit}{part}{name}" for kit in KITS for part in ("", "data/")))
+
+
+def _truth(root: Path) -> Optional[Path]:
+    return _devkit(root, "ILSVRC2012_validation_ground_truth.txt")
 
 
 def find_annotations(root: Path) -> Optional[Path]:
     return _near(root, "Annotations/CLS-LOC/val")
 
 
-def _meta(root: Path) -> dict[int, str]:
-    """The wnid of each ILSVRC id from the development kit, empty if it is not there."""
+def _meta(root: Path) -> Optional[dict[int, str]]:
+    """The wnid of each ILSVRC id from the development kit, if it is there."""
     file = _devkit(root, "meta.mat")
     if file is None:
-        return {}
+        return None
     try:
         import scipy.io
 
@@ -333,33 +340,42 @@ def _meta(root: Path) -> dict[int, str]:
         raise ValueError(f"{file} is not ILSVRC2012's ({one_line(error)})") from error
 
 
-def _numbers(root: Path, classes: Sequence[str], labels: Iterable[str]) -> dict[str, int]:
+def _numbers(
+    root: Path, classes: Sequence[str], labels: Iterable[str]
+) -> dict[str, int]:
     """Indices of ImageNet's 1000 classes by wnid, empty if they are not known."""
-    wnids = {*filter(WNID.fullmatch, labels)}
-    if len(classes) != 1000 or not wnids:
+    labels = [*filter(WNID.fullmatch, {*labels})]
+    if len(classes) != 1000 or not labels:
         return {}
-    if len(wnids) != 1000:
-        wnids = {*_meta(root).values()}
-        file = _near(root, "LOC_synset_mapping.txt", "synset_words.txt")
-        if not wnids and file is not None:
-            wnids = {*_pairs(file)}
+    if len(labels) == 1000:
+        return dict(zip(sorted(labels), range(1000)))
+    meta = _meta(root)
+    wnids = set() if meta is None else set(meta.values())
+    file = _near(root, "LOC_synset_mapping.txt", "synset_words.txt")
+    if meta is None and file is not None:
+        lines = file.read_text(encoding="utf-8").splitlines()
+        wnids = {line.split()[0] for line in lines if line.strip()}
     return dict(zip(sorted(wnids), range(1000))) if len(wnids) == 1000 else {}
 
 
 def _ground_truth(file: Path, root: Path) -> dict[str, str]:
     """The wnid of each image by its name without suffix."""
     meta = _meta(root)
-    if not meta:
+    if meta is None:
         raise ValueError(f"there is no meta.mat of the development kit beside {file}")
     try:
         numbers = map(int, file.read_text(encoding="utf-8").split())
-        wnids = [meta[number] for number in numbers]
+        return {
+            f"ILSVRC2012_val_{num:08d}": meta[number]
+            for num, number in enumerate(numbers, 1)
+        }
     except (ValueError, KeyError) as error:
         raise ValueError(f"{file} does not fit meta.mat ({error})") from error
-    return {f"ILSVRC2012_val_{num:08d}": wnid for num, wnid in enumerate(wnids, 1)}
 
 
-def read_annotation(image: Path, folder: Path) -> tuple[Optional[str], tuple[Box, ...]]:
+def read_annotation(
+    image: Path, folder: Path
+) -> tuple[Optional[str], tuple[Box, ...]]:
     """Wnid and boxes of an image's annotation, none if it cannot be read."""
     corners = ("xmin", "ymin", "xmax", "ymax")
     try:
@@ -375,15 +391,13 @@ def read_annotation(image: Path, folder: Path) -> tuple[Optional[str], tuple[Box
         return None, ()
 
 
-# -- CUB-200-2011 ----------------------------------------------------------------------
-
-
 def _cub_root(root: Path) -> Path:
     inner = root / "CUB_200_2011"
     return inner if (inner / "images.txt").is_file() else root
 
 
 def _read_cub(root: Path, split: Optional[str], classes: Sequence[str]) -> Listing:
+    """CUB-200-2011 in its official layout."""
     if split not in (None, "train", "test"):
         raise ValueError(f"CUB-200-2011 has no split {split!r}: choose train or test")
     base = _cub_root(root)
@@ -419,7 +433,10 @@ def _read_cub(root: Path, split: Optional[str], classes: Sequence[str]) -> Listi
 
 def _pairs(file: Path) -> dict[str, str]:
     """Lines of a number and anything else."""
-    lines = file.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not text in UTF-8 ({error})") from error
     pairs = (line.strip().partition(" ") for line in lines if line.strip())
     return {key: value.strip() for key, _, value in pairs}
 

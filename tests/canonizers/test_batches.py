@@ -27,6 +27,17 @@ class Net(nn.Module):
         return self.head(self.function(self.conv(x).relu()))
 
 
+class Apply(nn.Module):
+    '''A function.'''
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        '''What it returns.'''
+        return self.function(x.relu())
+
+
 class Views(nn.Module):
     '''Several views of each example, of which the features are averaged.'''
     def __init__(self, mask=None):
@@ -94,17 +105,6 @@ def test_as_many_images_as_channels(function):
     model = build(lambda: nn.Sequential(nn.Linear(5, 4), Apply(function), nn.Linear(4, 3)))
     with pytest.raises(RuntimeError, match='4 images'):
         explain(model, images(5), ResNetLRP())
-
-
-class Apply(nn.Module):
-    '''A function.'''
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        '''What it returns.'''
-        return self.function(x.relu())
 
 
 def test_hooks_and_errors_hide_nothing():

@@ -665,7 +665,7 @@ def test_introduction():
     }
     for labels, text in (
         ({'labels': {'matched_by': 'name', 'classes': {}}}, 'by name'),
-        ({'labels': {'matched_by': 'order', 'classes': {}}}, 'guess'),
+        ({'labels': {'matched_by': 'order', 'classes': {}}}, 'guess'), ({}, 'not kept'),
     ):
         result = report(make_run({'grad_cam': [0.1, 0.2, 0.3, 0.4]}, samples=samples, weights_name='net.pt', **labels))
         line, = result.introduction()

@@ -767,7 +767,7 @@ def test_launcher_is_gone(assets, tmp_path, monkeypatch):
     ({'limit': math.nan}, 'limit=nan'),
     ({'workers': True}, 'workers=True'),
     ({'percents': ()}, r'percents=\(\)'),
-    ({'percents': '50'}, "unlike '50'"),
+    ({'percents': '50'}, "percents='50'"),
     ({'percents': ('50',)}, "unlike '50'"),
     ({'percents': (math.nan,)}, 'unlike nan'),
     ({'percents': True}, 'unlike True'),

@@ -78,8 +78,7 @@ def jpeg(number):
 
 SETTINGS = {
     'fingerprint': 'f', 'installed': {}, 'batch_size': 8, 'data': 'data', 'layout': 'folder', 'preset': [],
-    'classes': ['tench', 'church'], 'labels': {'matched_by': 'name', 'classes': {}},
-    'command': 'python -m captum_adapters evaluate --data data --out run',
+    'classes': ['tench', 'church'], 'command': 'python -m captum_adapters evaluate --data data --out run',
 }
 IDENTITY = {
     'manifest': 'm1', 'model': 'resnet50', 'weights': 'w1', 'options': {'step': 500, 'initial': 'softmax', 'amp': None},

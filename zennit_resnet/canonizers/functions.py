@@ -57,9 +57,12 @@ class FunctionCall(NamedTuple):
     def part(self, num, is_copied=True):
         '''The call as one that returns a single one of its tensors, as a copy with a node of its own in the graph.'''
         func = self.func
-        return self._replace(func=lambda *args, **kwargs: (
-            func(*args, **kwargs)[num].clone() if is_copied else func(*args, **kwargs)[num]
-        ))
+
+        def select(*args, **kwargs):
+            output = func(*args, **kwargs)[num]
+            return output.clone() if is_copied else output
+
+        return self._replace(func=select)
 
     def renamed(self, name):
         '''The call as one of another function, with the form in place if this one is.'''
