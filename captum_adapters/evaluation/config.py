@@ -151,15 +151,18 @@ def check(evaluation: Evaluation) -> None:
             raise ValueError(f"{name}={getattr(evaluation, name)!r}: choose at least one")
     for name in ("methods", "metrics", "cross"):
         values = getattr(evaluation, name)
-        if len({*values}) < len(values):
-            raise ValueError(f"{name}={values} has one twice")
+        twice = next((value for value in values if values.count(value) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{name}={values} has {twice!r} twice")
     for name in evaluation.metrics:
         if name not in METRICS:
             raise ValueError(f"unknown metric {name!r}: choose one of {', '.join(METRICS)}")
     percents = evaluation.percents
-    for percent in percents if isinstance(percents, (tuple, list)) else [percents]:
+    if not isinstance(percents, (tuple, list)):
+        raise ValueError(f"percents={percents!r} are no numbers, such as (1, 5)")
+    for percent in percents:
         if not _is_number(percent, int, float) or not 0 < percent <= 100:
-            raise ValueError(f"percents are numbers above 0 and up to 100, unlike {percent!r}")
+            raise ValueError(f"percents are above 0 and up to 100, unlike {percent!r}")
     if ("cross" in evaluation.metrics) != bool(evaluation.cross):
         raise ValueError(
             "the metric 'cross' and other networks belong together: name them as"

@@ -55,13 +55,14 @@ def _introduce(group: Group) -> str:
     right, total = accuracy(group.runs[0]._replace(samples=group.samples))
     if not total:
         return f"{network}: no image has a label, so its accuracy is not known."
-    how = settings["labels"]["matched_by"]
-    guess = ", which is a guess: check it if the accuracy is low" * (how == "order")
+    how = (settings.get("labels") or {}).get("matched_by")
+    matched = f"Labels were matched to its classes by {how}"
+    if how is None:
+        matched = "How labels were matched to its classes was not kept"
+    elif how == "order":
+        matched += ", which is a guess: check it if the accuracy is low"
     share = f"{right} of {total} images ({100 * right / total:.1f} %)"
-    return (
-        f"{network} classifies {share} as their labels say. Labels were"
-        f" matched to its classes by {how}{guess}."
-    )
+    return f"{network} classifies {share} as their labels say. {matched}."
 
 
 def find_gaps(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
