@@ -32,7 +32,11 @@ ScoreFunction = Union[str, Callable[[Tensor], Tensor]]
 DEFAULT_CHUNK = 32
 # Rounding to bfloat16 changes a sum of probabilities by less
 SUM_TOLERANCE = 5e-3
-# Modes of torch.nn.functional.interpolate that depend on the number of dimensions
+# Modes of torch.nn.functional.interpolate, and those that depend on the dimensions
+INTERPOLATIONS = (
+    None, "bilinear", "bicubic", "area", "nearest-exact", "nearest", "linear",
+    "trilinear",
+)
 LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 # Numbers of spatial dimensions of signals, images, and volumes or videos
 DIMS = (1, 2, 3)
@@ -155,6 +159,7 @@ def pixel_maps(
     masks (`frame="masks"`), which have no channels to fit.
     """
     check_choice("reduce", reduce, ("sum", "abs_sum"))
+    check_choice("interpolate", interpolate, INTERPOLATIONS)
     batch, channels, *size = images.shape
     of_images = frame == "inputs"
     dims = len(size)
@@ -162,8 +167,8 @@ def pixel_maps(
     shape = tuple(maps.shape)
     if maps.ndim == dims + 1:
         maps = maps[:, None]
-    fits = maps.ndim == dims + 2 and len(maps) == batch
-    if not fits or of_images and maps.shape[1] not in (1, channels):
+    is_batch = maps.ndim == dims + 2 and len(maps) == batch
+    if not is_batch or of_images and maps.shape[1] not in (1, channels):
         expected = tuple(images.shape) if of_images else (batch, *size)
         message = (
             f"attributions of shape {shape} do not fit {frame} of shape {expected}: they"
@@ -183,8 +188,6 @@ def pixel_maps(
     maps = maps.to(images.device).sum(1)
     if reduce == "abs_sum":
         maps = maps.abs()
-    modes = LINEAR[dims], *["bicubic"] * (dims == 2), "area", "nearest-exact", "nearest"
-    check_choice("interpolate", interpolate, (None, *modes))
     if list(maps.shape[1:]) != size:
         if interpolate is None:
             remedy = "resize them" if of_images else (
@@ -194,6 +197,12 @@ def pixel_maps(
                 f"attributions are of {by_pixels(maps.shape[1:])} pixels, but {frame} of"
                 f" {by_pixels(size)}: {remedy}, for instance with"
                 f" interpolate={LINEAR[dims]!r}."
+            )
+        fits = {LINEAR[dims], "area", "nearest-exact", "nearest"}
+        if interpolate not in fits and (interpolate, dims) != ("bicubic", 2):
+            raise ValueError(
+                f"interpolate={interpolate!r} does not fit {frame} of shape"
+                f" {tuple(images.shape)}: choose {LINEAR[dims]!r}."
             )
         maps = F.interpolate(maps[:, None], size, mode=interpolate)[:, 0]
     wrong = examples_where(~maps.isfinite())

@@ -96,10 +96,9 @@ def _unit_scores(
 def _accuracy(
     forward_func: Callable[..., Any], images: Tensor, scores: Tensor,
     percents: Percents, target: TargetType, additional_forward_args: object,
-    transform: Optional[Callable[[Tensor], Tensor]] = None, *, reference: str = "label",
-    baselines: BaselineType = 0, max_examples_per_batch: Optional[int] = None,
-    show_progress: bool = False, ties: str = "random", n_orders: int = 4, seed: int = 0,
-    sample_ids: SampleIds = None,
+    transform: Optional[Callable[[Tensor], Tensor]], *, reference: str,
+    baselines: BaselineType, max_examples_per_batch: Optional[int], show_progress: bool,
+    ties: str, n_orders: int, seed: int, sample_ids: SampleIds,
 ) -> PixelAccuracy:
     """Predictions for images that keep only the highest scores."""
     batch, total = len(images), scores[0].numel()
@@ -315,7 +314,7 @@ def pixel_accuracy(
     scores = _unit_scores(attributions, images, unit, absolute, interpolate)
     return _accuracy(
         forward_func, images, scores, percents, target, additional_forward_args,
-        reference=reference, baselines=baselines, show_progress=show_progress,
+        None, reference=reference, baselines=baselines, show_progress=show_progress,
         max_examples_per_batch=max_examples_per_batch, ties=ties, n_orders=n_orders,
         seed=seed, sample_ids=sample_ids,
     )
@@ -333,7 +332,14 @@ def cross_model_accuracy(
     absolute: bool = True,
     transform: Optional[Callable[[Tensor], Tensor]] = None,
     resize_selection: bool = False,
-    **options: Any,
+    reference: str = "label",
+    baselines: BaselineType = 0,
+    max_examples_per_batch: Optional[int] = None,
+    show_progress: bool = False,
+    ties: str = "random",
+    n_orders: int = 4,
+    seed: int = 0,
+    sample_ids: SampleIds = None,
 ) -> PixelAccuracy:
     r"""Accuracy of one network on the pixels that are relevant to another one.
 
@@ -359,7 +365,6 @@ def cross_model_accuracy(
         resize_selection (bool, optional): Whether attributions may have another height
                 and width than inputs. The share of B's pixels that is kept may differ
                 from that of A's by rounding.
-        **options: Further arguments of :func:`pixel_accuracy`.
 
     Returns:
         PixelAccuracy: As :func:`pixel_accuracy`, with counts of A's pixels or inputs.
@@ -381,5 +386,7 @@ def cross_model_accuracy(
     scores = _unit_scores(maps, frame, unit, absolute)
     return _accuracy(
         forward_func, images, scores, percents, target, additional_forward_args,
-        transform, **options,
+        transform, reference=reference, baselines=baselines, show_progress=show_progress,
+        max_examples_per_batch=max_examples_per_batch, ties=ties, n_orders=n_orders,
+        seed=seed, sample_ids=sample_ids,
     )

@@ -8,7 +8,6 @@ has repeated to give all processes the same number are counted once.
 
 import inspect
 import zlib
-from types import SimpleNamespace
 from typing import Any, Callable, ClassVar, Generic, Optional, Sequence, TypeVar, Union
 
 import torch
@@ -46,7 +45,7 @@ TensorOrTuple = Union[Tensor, tuple[Tensor, ...]]
 SHARED = ("counts", "percents")
 
 
-class Accumulated(SimpleNamespace, Generic[Result]):
+class Accumulated(Generic[Result]):
     """Results of all examples, in the order of their identities.
 
     Attributes:
@@ -57,9 +56,14 @@ class Accumulated(SimpleNamespace, Generic[Result]):
                 for each of these examples.
     """
 
-    # torchmetrics would turn rows of a single example into numbers in a named tuple
-    sample_ids: Tensor
-    scores: Result
+    # torchmetrics would turn rows of a single example into numbers in a named tuple, or in
+    # a dataclass
+    def __init__(self, sample_ids: Tensor, scores: Result) -> None:
+        self.sample_ids = sample_ids
+        self.scores = scores
+
+    def __repr__(self) -> str:
+        return f"Accumulated(sample_ids={self.sample_ids}, scores={self.scores})"
 
 
 def _gather(tensor: Tensor, group: Optional[Any] = None) -> list[Tensor]:

@@ -218,7 +218,7 @@ def test_additions_and_products():
     (lambda: GammaLRP(addition='duplicate'), "addition='duplicate' is not one of 'epsilon', 'ratio', 'symmetric'"),
     (lambda: GammaLRP(first_layer='ones'), "first_layer='ones' is not one of 'gamma'"),
     (lambda: GammaLRP(first_layer='zbox'), 'needs the lowest and highest'),
-    (lambda: GammaLRP(low=0., high=1.), "low=0.0 and high=1.0 are given for first_layer='gamma'"),
+    (lambda: GammaLRP(low=0., high=1.), "low=0.0 and high=1.0 are for first_layer='zbox', but first_layer='gamma'"),
     (lambda: GammaLRP(epsilon=-1.), 'epsilon=-1.0 is out of range'),
     (lambda: GammaLRP(epsilon=0.), 'epsilon=0.0: relevance of outputs of zero'),
     (lambda: EpsilonSplit(-1.), 'epsilon=-1.0 is out of range'),

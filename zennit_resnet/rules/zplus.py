@@ -99,11 +99,15 @@ class ZPlus(SinglePass):
         check_choice('maxpool', maxpool, ('winner', 'average', 'avg2x2'))
         check_choice('coverage', coverage, ('literal', 'even'))
         check_choice('classifier', classifier, ('zplus', 'epsilon'))
-        if (low is not None, high is not None) != (first_layer == 'zbox',) * 2:
+        if first_layer == 'zbox' and (low is None or high is None):
             raise ValueError(
-                'first_layer=\'zbox\', and no other, needs the lowest and highest possible input values, low and high, '
-                f'but low={low!r} and high={high!r} are given for first_layer={first_layer!r}. For an input normalized '
-                'with mean and std: low=(0 - mean) / std and high=(1 - mean) / std.'
+                'first_layer=\'zbox\' needs the lowest and highest possible input values, low and high: for an input '
+                'normalized with mean and std, low=(0 - mean) / std and high=(1 - mean) / std.'
+            )
+        if first_layer != 'zbox' and not (low is None and high is None):
+            raise ValueError(
+                f'low={low!r} and high={high!r} are for first_layer=\'zbox\', but first_layer={first_layer!r}: leave '
+                'them out, or choose \'zbox\'.'
             )
         stabilizer = check_stabilizer('stabilizer', stabilizer)
         self.stabilizer = None if stabilizer == 0 else Stabilizer.ensure(stabilizer)
