@@ -159,11 +159,15 @@ class CompositeAttribution(GradientAttribution):
         # what was traced, and for which weights
         self._recorded: Optional[tuple[Any, TracedAttribution]] = None
 
+    _shown: tuple[str, ...] = (
+        "model", "composite", "initial_relevance", "postprocess", "output", "contrast",
+        "contrast_weight", "traced",
+    )
     # whether inputs may be integers, as for embeddings
     _takes_integers = False
 
     def __repr__(self) -> str:
-        return describe(self)
+        return describe(self, self._shown)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(

@@ -96,6 +96,11 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
             self, model, layer, getattr(model, "device_ids", None)
         )
 
+    _shown = (
+        "model", "layer", "composite", "initial_relevance", "output", "contrast",
+        "contrast_weight",
+    )
+
     _takes_integers = True
 
     @log_usage()
