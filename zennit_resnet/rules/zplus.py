@@ -271,9 +271,11 @@ class ZPlus(SinglePass):
         magnitude = denominator.abs() if is_signed else denominator
         # without dimensions, these would be the mean and minimum of all examples
         resolution = (magnitude.mean(dims, keepdim=True) if dims else magnitude) * torch.finfo(denominator.dtype).eps
-        dead = magnitude <= resolution
-        if has_values(denominator) and not bool(dead.any()):
-            dead = None
+        dead = None
+        # the minimum takes a tenth of the time of a mask, and most layers have no dead unit
+        lowest = magnitude.amin(dims, keepdim=True) if dims else magnitude
+        if not has_values(denominator) or bool((lowest <= resolution).any()):
+            dead = magnitude <= resolution
         stabilized = denominator if self.stabilizer is None else self.stabilizer(denominator)
         return Divisor(denominator, stabilized, dead)
 
