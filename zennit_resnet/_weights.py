@@ -4,17 +4,22 @@ Rules read weights in the backward pass. By then, others may be in place (:py:fu
 that are assigned for a call) or they may have been changed in place, so the forward pass keeps what it used.
 '''
 import functools
+import types
+import weakref
 
 import torch
 from torch.nn.utils import parametrize
 
-from ._compat import FORWARD_PARTS, version_of
+from ._compat import FORWARD_PARTS, hooks_of, pre_hooks_of, version_of
 from ._inplace import KeptWeight, is_followed
 from .layer import Operation
 
 # What forward is made of in the classes of torch.nn that rules know, and what it reads.
 _FORWARD = frozenset(('forward', *FORWARD_PARTS))
 _WEIGHTS = frozenset(('weight', 'bias', 'running_mean', 'running_var'))
+PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device)
+# what modules have of parameters, modules and hooks
+STRUCTURE = frozenset(vars(torch.nn.Module())) - {'training'}
 
 
 @functools.lru_cache(maxsize=512)
@@ -43,6 +48,40 @@ def is_plain(module):
     return not (
         _has_own_forward(type(module)) or 'forward' in attributes or any(part in attributes for part in FORWARD_PARTS)
     )
+
+
+def state_of(model):
+    '''What changes if weights, modules, hooks or settings of a network change, of which it holds none.
+
+    It is compared with that of later, before what was found out about the network is used again.
+    '''
+    tensors, seen = [*model.parameters(), *model.buffers()], {}
+    return [(id(elem), elem.data_ptr(), version_of(elem)) for elem in tensors], [(
+        id(module), list(module._modules), list(pre_hooks_of(module)), list(hooks_of(module)),
+        [(key, _snapshot(elem, seen)) for key, elem in vars(module).items() if key not in STRUCTURE],
+    ) for module in model.modules()]
+
+
+def _snapshot(value, seen):
+    '''What changes if a setting changes: of containers and of objects with settings, these are looked at.'''
+    if value is None or isinstance(value, PLAIN):
+        return value
+    if isinstance(value, torch.Tensor):
+        return id(value), version_of(value)
+    if id(value) in seen:
+        return seen[id(value)]
+    # what contains itself
+    seen[id(value)] = found = id(value)
+    if isinstance(value, dict):
+        found = [(_snapshot(key, seen), _snapshot(elem, seen)) for key, elem in value.items()]
+    elif isinstance(value, (list, tuple)):
+        found = [_snapshot(elem, seen) for elem in value]
+    elif isinstance(value, (types.FunctionType, types.MethodType)):
+        found = weakref.ref(value)
+    elif hasattr(value, '__dict__') and not isinstance(value, (type, torch.nn.Module)):
+        found = id(value), _snapshot(vars(value), seen)
+    seen[id(value)] = found
+    return found
 
 
 class UsedWeights:

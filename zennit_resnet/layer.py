@@ -9,6 +9,21 @@ import itertools
 import math
 
 import torch
+import torch.nn.functional as F
+
+
+def linear(input, weight, bias=None):
+    '''A fully connected layer in one product.
+
+    If the weight needs no gradient, PyTorch makes one for each row of an input that is not contiguous.
+    '''
+    if input.ndim < 3 or input.is_contiguous():
+        return F.linear(input, weight, bias)
+    # the same order of operations as with a weight that needs a gradient, so the last bits are the same
+    output = input.flatten(0, -2) @ weight.T
+    if bias is not None:
+        output += bias
+    return output.unflatten(0, input.shape[:-1])
 
 
 class Operation(torch.nn.Module):

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from zennit.core import Composite
 
 from ._autograd import divides_by_output
-from ._compat import hooks_of, is_recorded, module_around, origin_of_call, pre_hooks_of, version_of
+from ._compat import is_recorded, module_around, origin_of_call
 from ._graphs import fold, is_constant, lower_precision, record, simplify, write_in_place
 from .arguments import check_choice, check_module, check_rule, describe
 from .attribution import check_key, select_output
@@ -80,22 +80,6 @@ def trace(model, composite, input, output=None, rule_dtype=None):
     traced = TracedAttribution(network.requires_grad_(False), composite, output, rule_dtype)
     traced.graph_for(input)
     return traced
-
-
-def state_of(model):
-    '''What changes if weights, modules, hooks or settings of a network change, so that it has to be traced again.'''
-    tensors = [*model.parameters(), *model.buffers()]
-    return [(id(elem), elem.data_ptr(), version_of(elem)) for elem in tensors], [(
-        id(module), list(module._modules), list(pre_hooks_of(module)), list(hooks_of(module)),
-        {key: elem for key, elem in vars(module).items() if _is_setting(elem) or key == 'forward'},
-    ) for module in model.modules()]
-
-
-def _is_setting(value):
-    '''Whether a value of a module can be compared.'''
-    if isinstance(value, tuple):
-        return all(map(_is_setting, value))
-    return value is None or isinstance(value, (bool, int, float, str))
 
 
 class TracedAttribution(torch.nn.Module):

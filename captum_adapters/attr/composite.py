@@ -34,6 +34,7 @@ from captum_adapters.attr._propagation import (
     propagate,
     run_to_inputs,
 )
+from zennit_resnet._weights import state_of
 from zennit_resnet.arguments import check_choice, check_flag, check_module, describe
 from zennit_resnet.attribution import (
     as_contrast,
@@ -46,7 +47,7 @@ from zennit_resnet.attribution import (
 )
 from zennit_resnet.postprocess import c1c, c3, heat_quantization, sum_channels
 from zennit_resnet.registration import registered, unwrap
-from zennit_resnet.tracing import TracedAttribution, state_of, trace
+from zennit_resnet.tracing import TracedAttribution, trace
 
 InitialRelevance = Union[None, str, Callable[[Tensor], Tensor]]
 # What the target is compared with

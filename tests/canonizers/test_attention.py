@@ -2,6 +2,7 @@
 import pytest
 import torch
 import torchvision.models as tv
+from helpers.layers import Products
 from helpers.ledger import check_sums
 from helpers.state import Snapshot
 from torch import nn
@@ -13,6 +14,7 @@ from captum_adapters.attr import LayerRelevance
 from captum_adapters.attr import ResNetLRP as CaptumResNetLRP
 from zennit_resnet import (
     BlockLRP,
+    GammaLRP,
     RelativeLRP,
     ResNetLRP,
     UnsupportedOperation,
@@ -79,6 +81,19 @@ def explain(model, x, composite):
 def total(relevance, composite):
     '''What arrives at images and constants.'''
     return relevance.sum((1, 2, 3)) + sum(composite.sinks.values())
+
+
+@pytest.mark.parametrize('create', [ResNetLRP, GammaLRP, lambda: ResNetLRP(attention='half')])
+def test_one_product_for_all_tokens(create):
+    '''Frozen weights do not make a product for each token, neither those of the network nor those of rules.'''
+    model = vit().eval()
+    image = torch.rand(2, 3, 32, 32, requires_grad=True)
+    expected = model(image)
+    with create().context(model) as modified, Products() as products:
+        output = modified(image)
+        torch.autograd.grad(output, image, torch.ones_like(output))
+    assert products.repeated == 0
+    assert torch.equal(output, expected)
 
 
 @pytest.mark.parametrize('name', NETWORKS)

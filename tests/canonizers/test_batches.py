@@ -1,5 +1,7 @@
 '''Networks in which images of a batch depend on each other, and those in which they do not.'''
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from zennit.attribution import Gradient
 from zennit.composites import EpsilonPlus
 
 from zennit_resnet import BlockLRP, RelativeLRP, ResidualCanonizer, ResNetLRP, initial_relevance, with_splitting
+from zennit_resnet.canonizers import batches
 
 COMPOSITES = {
     'ratio': ResNetLRP, 'relative': RelativeLRP, 'block': BlockLRP, 'splitting': lambda: with_splitting(EpsilonPlus()),
@@ -234,3 +237,86 @@ def test_windows_of_attention():
         whole = explain(model, x, COMPOSITES[name]())
         for num in range(4):
             torch.testing.assert_close(whole[num], explain(model, x[num:num + 1], COMPOSITES[name]())[0])
+
+
+# -- asked once --------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(name='asked')
+def count_checks(monkeypatch):
+    '''Counts how often a network is run to find out whether its images depend on each other.'''
+    number, check = [], batches.depends_on_batch
+    monkeypatch.setattr(batches, 'depends_on_batch', lambda *args: number.append(1) or check(*args))
+    return number
+
+
+class Moving(nn.Module):
+    '''Moves the images to another dimension and back, and has settings.'''
+    def __init__(self):
+        super().__init__()
+        self.net, self.settings, self.flips = Net(self.move), {'flips': [False]}, False
+
+    def move(self, h):
+        '''With a setting, images are in reverse.'''
+        h = h.transpose(0, 1).relu()
+        return (h.flip(1) if self.flips or self.settings['flips'][0] else h).transpose(0, 1)
+
+    def forward(self, x):
+        '''Logits.'''
+        return self.net(x)
+
+
+def enter(model, number=3):
+    '''Run a network in a context of its own.'''
+    with ResNetLRP().context(model) as modified:
+        modified(torch.rand(number, 3, 6, 6, dtype=torch.double).requires_grad_())
+
+
+def test_asked_once(asked):
+    '''A network that is the same is not asked in each context, but for other shapes.'''
+    model = build(Moving)
+    for number, count in ((3, 1), (3, 2), (3, 2), (4, 3), (3, 3), (4, 3)):
+        enter(model, number)
+        assert len(asked) == count
+
+
+@pytest.mark.parametrize('change', [
+    lambda model: nn.init.ones_(model.net.conv.weight),
+    lambda model: setattr(model.net.conv, 'bias', nn.Parameter(torch.zeros(8, dtype=torch.double))),
+    lambda model: model.register_forward_hook(lambda *args: None),
+    lambda model: model.settings.update(other=1),
+    lambda model: model.net.add_module('other', nn.Identity()),
+    lambda model: setattr(model.net, 'function', lambda h: model.move(h) * 1),
+])
+def test_asked_again(asked, change):
+    '''It is asked again if its weights, modules, hooks, settings or functions change.'''
+    model = build(Moving)
+    for _ in range(3):
+        enter(model)
+    change(model)
+    for _ in range(2):
+        enter(model)
+        assert len(asked) == 3
+
+
+@pytest.mark.parametrize('change', [
+    lambda model: model.settings['flips'].__setitem__(0, True), lambda model: setattr(model, 'flips', True),
+])
+def test_no_longer_independent(change):
+    '''What was found out before a setting changed does not hold any longer.'''
+    model = build(Moving)
+    for _ in range(3):
+        enter(model)
+    change(model)
+    with pytest.raises(RuntimeError, match='images of the batch'):
+        enter(model)
+
+
+def test_network_is_not_kept():
+    '''Nothing that is remembered of a network keeps it in memory.'''
+    model = build(Moving)
+    for _ in range(3):
+        enter(model)
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None

@@ -10,6 +10,7 @@ import torch
 import zennit.rules
 from helpers.layers import (
     LAYERS,
+    Products,
     assert_close,
     assert_conserved,
     attribute,
@@ -27,7 +28,9 @@ from torch.nn import functional as F
 
 from zennit_resnet.layer import Subsampling
 from zennit_resnet.rules import (
+    GeneralizedGamma,
     PassThrough,
+    Relative,
     ZPlus,
     zplus,
 )
@@ -745,3 +748,49 @@ def test_smooth_filter():
     expected = torch.zeros_like(relevance)
     expected[..., 2:7, 4] = torch.tensor([1., 2., 3., 2., 1.], dtype=torch.float64) / 9
     assert torch.allclose(maps.smooth(relevance, (3, 1)), expected)
+
+
+# -- tokens that receive nothing ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('is_changed', [False, True])
+@pytest.mark.parametrize('shape', [(2, 9, 6), (3, 4, 5, 6), (8, 6)])
+@pytest.mark.parametrize('sign', ['positive', 'signed', 'dead'])
+def test_few_tokens(shape, sign, is_changed):
+    '''Relevance of a few tokens is what it would be with that of all others, which is left out of the products.'''
+    module = torch.nn.Linear(6, 7).double()
+    input = make_input(shape, 'positive' if sign == 'dead' else sign)
+    if sign == 'dead':
+        module.weight.data[2] = -1.
+    leaf = input.clone().requires_grad_()
+    handles = ZPlus().register(module)
+    output = module(leaf)
+    if is_changed:
+        output.mul_(2)
+    few = torch.rand(output.shape, dtype=output.dtype)
+    few.view(-1, 7)[2:] = 0
+    rest = torch.rand_like(few)
+    found, others, both = (
+        torch.autograd.grad(output, leaf, elem / (2 if is_changed else 1), retain_graph=True)[0]
+        for elem in (few, rest, few + rest)
+    )
+    handles.remove()
+    assert not bool(found.view(-1, 6)[2:].any())
+    assert_close(found + others, both)
+    assert_close(found.sum(), few.sum())
+
+
+@pytest.mark.parametrize('create', [ZPlus, lambda: GeneralizedGamma(.25), Relative])
+def test_one_product_for_all_rows(create):
+    '''Of inputs that are not contiguous, PyTorch makes one product for each row if the weight needs no gradient.'''
+    module = torch.nn.Linear(6, 7).double().requires_grad_(False)
+    found = []
+    for input in (make_input((5, 3, 6), 'signed'), make_input((3, 5, 6), 'signed').transpose(0, 1)):
+        leaf = input.requires_grad_()
+        handles = create().register(module)
+        with Products() as products:
+            output = module(leaf)
+            torch.autograd.grad(output, leaf, torch.rand(3, 5, 7, dtype=output.dtype).transpose(0, 1))
+        handles.remove()
+        found.append(products.repeated)
+    # the layer itself is that of the network
+    assert found[0] == 0 and found[1] <= 1

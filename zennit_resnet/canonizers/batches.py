@@ -1,10 +1,12 @@
 '''Whether what a network returns for an image depends on the other images of the batch.'''
+import weakref
+
 import torch
 
 from .._autograd import moves_first
 from .._compat import DisableTorchFunction, is_out_of_memory, without_hooks
 from .._nested import active_tensors, map_tensors, tensors_of
-from .._weights import is_plain
+from .._weights import is_plain, state_of
 from .functions import ALIASES, dims_of
 from .operations import OPERATIONS
 
@@ -15,6 +17,20 @@ TRANSPOSED = frozenset('transpose permute swapaxes swapdims movedim moveaxis t a
 # Functions over dimensions, with the position and the default of the argument that names these.
 OVER = {name: entry.reduces or entry.takes for name, entry in OPERATIONS.items() if entry.reduces or entry.takes}
 WATCHED = frozenset(OVER) | PRODUCTS | PAIRS | frozenset('einsum layer_norm native_layer_norm __getitem__ pad'.split())
+
+# Networks that were asked whether images depend on each other, with their state and shapes for which these do not.
+ASKED = weakref.WeakKeyDictionary()
+
+
+def independent_shapes(network):
+    '''Shapes of arguments for which images of a network do not depend on each other, a set that grows.'''
+    if network not in ASKED:
+        # most networks never are, and their state takes time
+        return set()
+    state = state_of(network)
+    if ASKED[network] is None or ASKED[network][0] != state:
+        ASKED[network] = state, set()
+    return ASKED[network][1]
 
 
 class Images:
@@ -47,6 +63,7 @@ class Images:
         shapes = tuple(elem.shape for elem in tensors_of(given))
         if shapes in independent:
             return None
+        ASKED.setdefault(root)
         self.is_checking = True
         try:
             is_dependent = None if has_regions else depends_on_batch(root, given, output)

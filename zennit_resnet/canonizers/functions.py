@@ -6,6 +6,7 @@ import torch
 from .._compat import is_view, keep_version
 from .._inplace import is_inplace
 from .._nested import map_tensors, tensors_of
+from ..layer import linear
 
 # What PyTorch calls some arguments as well.
 ALIASES = {'self': 'input', 'axis': 'dim', 'keepdims': 'keepdim'}
@@ -144,6 +145,19 @@ def become(target, output):
 def kept(tensor):
     '''A tensor with the values that a tensor has before it changes in place, if a rule may need them.'''
     return tensor.clone() if tensor.requires_grad else tensor
+
+
+def fully_connected(func, *args, **kwargs):
+    '''Run a function of a fully connected layer without gradients as it would run if weights needed a gradient.
+
+    The canonizer has frozen them, which would take several times as long for an input that is not contiguous.
+    '''
+    given = dict(zip(('input', 'weight', 'bias'), args), **kwargs)
+    input, weight = given['input'], given['weight']
+    is_usual = type(input) is torch.Tensor and type(weight) in (torch.Tensor, torch.nn.Parameter)
+    if is_usual and weight.layout is torch.strided and not torch.is_autocast_enabled(input.device.type):
+        return linear(input, weight, given.get('bias'))
+    return func(*args, **kwargs)
 
 
 def with_values(output, exact):

@@ -2,6 +2,8 @@
 
 Handlers run a function, given the canonizer, the call of the module, and the call of the function.
 '''
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -17,7 +19,7 @@ from ..layer import (
     Subsampling,
 )
 from . import moves, products, sinks
-from .functions import FunctionCall, out_of_place
+from .functions import FunctionCall, fully_connected, out_of_place
 
 CLIPPED = frozenset('relu6 hardtanh hardtanh_'.split())
 POWERS = frozenset('pow pow_ __pow__ __ipow__ float_power float_power_'.split())
@@ -257,6 +259,8 @@ def linear(canonizer, call, function):
             else 'its weights do'
         ))
     func, names = function.func, frozenset(given)
+    if function.name == 'linear':
+        func = functools.partial(fully_connected, func)
 
     def with_given(*args, **kwargs):
         # overloads take lists where others take numbers, as the defaults are

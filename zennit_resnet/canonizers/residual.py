@@ -17,10 +17,10 @@ from ..arguments import Described, check_choice, check_flag
 from ..layer import LINEAR
 from . import derived
 from .batch_norm import BatchNormMerge, has_statistics
-from .batches import Images
+from .batches import Images, independent_shapes
 from .calls import ForwardPass, ModuleCall, is_opaque, keep_stored, single_pass
 from .eager import Eager, check_evaluation, is_active
-from .functions import FunctionCall
+from .functions import FunctionCall, fully_connected
 from .operations import DEFAULT_RULES, TRAINING, TRANSPARENT, handle, is_training
 from .refusals import Refusing, as_positional, check_output, check_rules, check_weight, in_use, undo
 from .sinks import Sinks
@@ -143,8 +143,7 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
         REGISTERED.append(self)
         self.context = self.paused = None
         self.surrogates, self.leaves, self.weights = {}, {}, WeightLog()
-        # shapes of inputs for which images were found not to depend on each other
-        self.independent = set()
+        self.independent = independent_shapes(root_module)
         self.local, self.running = ForwardPass(), set()
         self.interception = Watch(self)
         # zennit 1.0.0 replaces parameters of layers with new objects when its rules run
@@ -384,6 +383,8 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
         if not stack or stack[-1].opaque or not self.local.is_active or not torch.is_grad_enabled():
             if stack and stack[-1].opaque and name in LINEAR and self.local.is_active:
                 check_weight(self._label(stack[-1].module), stack[-1].module, args, kwargs)
+            if name == 'linear' and not torch.is_grad_enabled():
+                return fully_connected(func, *args, **kwargs)
             return func(*args, **kwargs)
         active = () if name in TRANSPARENT else active_tensors((args, kwargs))
         if not active:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from zennit.types import Convolution, ConvolutionTranspose
 
 from ..arguments import check_choice
-from ..layer import LinearMap, NonNegativeMap
+from ..layer import LinearMap, NonNegativeMap, linear
 from . import _linear_maps as maps
 from ._linear_maps import by_example
 from .base import SinglePass
@@ -107,7 +107,7 @@ class Relative(SinglePass):
             return maps.with_adjoint(module.forward, input)[1](relevance)
         weight = module.weight.detach().to(relevance.dtype)
         if isinstance(module, torch.nn.Linear):
-            return relevance @ weight
+            return linear(relevance, weight.T)
         return maps.convolve_transposed(module, input, weight, relevance)
 
 

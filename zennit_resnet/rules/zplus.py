@@ -11,7 +11,7 @@ from .._autograd import is_first, is_non_negative
 from .._compat import has_values, version_of
 from .._weights import is_plain
 from ..arguments import as_bound, check_bounds, check_choice, check_inside, check_stabilizer, spread_bound
-from ..layer import FullyConnected, NonNegativeMap, Signed, Subsampling
+from ..layer import FullyConnected, NonNegativeMap, Signed, Subsampling, linear
 from . import _linear_maps as maps
 from ._linear_maps import LARGE
 from .base import SinglePass
@@ -163,16 +163,27 @@ class ZPlus(SinglePass):
         return input, first, is_positive, Output.of(module, output)
 
     def distribute(self, module, stored, relevance):
-        '''Leave out the first units of layers of tokens if these receive nothing, as queries and keys of attention.'''
-        if relevance.ndim > 2 and is_fully_connected(module) and 'is_last' not in vars(module) and (
-            has_values(relevance)
-        ) and not bool(relevance[..., 0].any()):
-            used, (*stored, output) = relevance.flatten(0, -2).any(0), stored
-            rows, whole, module = slice(int(used.byte().argmax()), None), module, FullyConnected()
-            module.set_call(F.linear, whole.weight[rows], None if whole.bias is None else whole.bias[rows])
-            if output is not None and output.weight is whole.weight:
-                output = output._replace(values=output.values[..., rows], weight=module.weight)
-            stored, relevance = (*stored, output), relevance[..., rows]
+        '''Leave out units and tokens that receive nothing: queries and keys of attention, all but a class token.'''
+        is_dense = relevance.ndim > 1 and is_fully_connected(module) and 'is_last' not in vars(module)
+        if is_dense and has_values(relevance) and relevance.numel():
+            input, first, is_positive, output = stored
+            if relevance.ndim > 2 and not bool(relevance[..., 0].any()):
+                used = relevance.flatten(0, -2).any(0)
+                units, whole, module = slice(int(used.byte().argmax()), None), module, FullyConnected()
+                module.set_call(F.linear, whole.weight[units], None if whole.bias is None else whole.bias[units])
+                if output is not None and output.weight is whole.weight:
+                    output = output._replace(values=output.values[..., units], weight=module.weight)
+                relevance = relevance[..., units]
+            rows = relevance.flatten(0, -2)
+            # bounds of the first layer may have the shape of its input
+            if not first and not bool(rows[-1].any()):
+                used = rows.any(1)
+                if 2 * int(used.sum()) < len(used):
+                    kept = input.flatten(0, -2)[used], first, is_positive, output and output.rows(used)
+                    lower = rows.new_zeros(len(used), input.shape[-1])
+                    lower[used], = super().distribute(module, kept, rows[used])
+                    return (lower.view(input.shape),)
+            stored = input, first, is_positive, output
         return super().distribute(module, stored, relevance)
 
     def prepare(self, module, stored, shape):
@@ -409,6 +420,13 @@ class Output(NamedTuple):
         '''What is to be kept of a layer that has just run.'''
         return cls(output.detach(), version_of(output), module.weight)
 
+    def rows(self, used):
+        '''That of some rows, None if it has changed since.'''
+        if version_of(self.values) != self.version:
+            return None
+        values = self.values.flatten(0, -2)[used]
+        return self._replace(values=values, version=version_of(values))
+
     def is_of(self, module, input):
         '''Whether it is what the weight makes of the input.
 
@@ -428,14 +446,14 @@ class Rows:
             self.weights, self.part = (part(weight),), torch.Tensor.contiguous
 
     def map(self, input):
-        outputs = [F.linear(input, self.part(elem)) for elem in self.weights]
+        outputs = [linear(input, self.part(elem)) for elem in self.weights]
         return torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
 
     def transpose(self, output):
         parts = output.split([len(elem) for elem in self.weights], -1)
-        lower = parts[0] @ self.part(self.weights[0])
+        lower = linear(parts[0], self.part(self.weights[0]).T)
         for part, weight in zip(parts[1:], self.weights[1:]):
-            lower += part @ self.part(weight)
+            lower += linear(part, self.part(weight).T)
         return lower
 
 
