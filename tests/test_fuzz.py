@@ -26,6 +26,8 @@ from zennit_resnet.cli import main
 from zennit_resnet.image import read_image
 from zennit_resnet.models import load_classifier
 
+pytestmark = pytest.mark.once
+
 SIZE = 64
 COLOR = 200, 60, 30
 # the same in black and white, as in ITU-R BT.601

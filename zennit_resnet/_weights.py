@@ -17,6 +17,7 @@ from .layer import Operation
 # What forward is made of in the classes of torch.nn that rules know, and what it reads.
 _FORWARD = frozenset(('forward', *FORWARD_PARTS))
 _WEIGHTS = frozenset(('weight', 'bias', 'running_mean', 'running_var'))
+MANY = 1000
 PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device)
 # what modules have of parameters, modules and hooks
 STRUCTURE = frozenset(vars(torch.nn.Module())) - {'training'}
@@ -62,24 +63,23 @@ def state_of(model):
     ) for module in model.modules()]
 
 
-def _snapshot(value, seen):
+def _snapshot(value, seen, depth=4):
     '''What changes if a setting changes: of containers and of objects with settings, these are looked at.'''
     if value is None or isinstance(value, PLAIN):
         return value
     if isinstance(value, torch.Tensor):
         return id(value), version_of(value)
-    if id(value) in seen:
-        return seen[id(value)]
-    # what contains itself
-    seen[id(value)] = found = id(value)
-    if isinstance(value, dict):
-        found = [(_snapshot(key, seen), _snapshot(elem, seen)) for key, elem in value.items()]
-    elif isinstance(value, (list, tuple)):
-        found = [_snapshot(elem, seen) for elem in value]
+    # what contains itself, or has more than settings, such as a trainer with its data
+    found = seen.setdefault(id(value), id(value))
+    if found != id(value) or not depth:
+        return found
+    if isinstance(value, (dict, list, tuple)) and len(value) <= MANY:
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        found = [(_snapshot(key, seen, depth - 1), _snapshot(elem, seen, depth - 1)) for key, elem in pairs]
     elif isinstance(value, (types.FunctionType, types.MethodType)):
         found = weakref.ref(value)
     elif hasattr(value, '__dict__') and not isinstance(value, (type, torch.nn.Module)):
-        found = id(value), _snapshot(vars(value), seen)
+        found = id(value), _snapshot(vars(value), seen, depth - 1)
     seen[id(value)] = found
     return found
 

@@ -15,6 +15,8 @@ from torchvision.models import resnet18, resnet50, vgg11
 
 from captum_adapters.attr.abn import ABN, AttentionBranchNetwork, load_abn, save_abn
 
+pytestmark = pytest.mark.once
+
 SCRIPT = Path(__file__).parent.parent.parent / 'examples' / 'abn' / 'train.py'
 N_CLASSES = 3
 

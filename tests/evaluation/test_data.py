@@ -17,6 +17,8 @@ from torchvision.transforms._presets import ImageClassification
 from captum_adapters.evaluation.data import Images, Loaded, Sample, read_samples
 from zennit_resnet.models import as_classifier
 
+pytestmark = pytest.mark.once
+
 CLASSES = ['tench', 'English springer', 'church']
 XML = '''<annotation><object><name>{wnid}</name><bndbox><xmin>1</xmin><ymin>2</ymin><xmax>5</xmax><ymax>6</ymax>
 </bndbox></object><object><name>{wnid}</name><bndbox><xmin>3</xmin><ymin>3</ymin><xmax>4</xmax><ymax>4</ymax></bndbox>

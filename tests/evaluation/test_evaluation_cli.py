@@ -17,6 +17,8 @@ from zennit_resnet.cli import main as zennit_main
 from zennit_resnet.image import read_image
 from zennit_resnet.models import load_classifier
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory, assets):

@@ -18,6 +18,8 @@ from captum_adapters.evaluation.presets import Preset
 from captum_adapters.evaluation.report import figures, tables
 from captum_adapters.metrics import bootstrap_interval
 
+pytestmark = pytest.mark.once
+
 
 def report(*runs, **kwargs):
     '''A report with few resamples, as exact tests need no more.'''

@@ -14,6 +14,8 @@ from captum_adapters.evaluation import records as store_records
 from captum_adapters.evaluation.records import Record, RunError, SampleRecord, key_of, read_run
 from captum_adapters.evaluation.store import Store, differences
 
+pytestmark = pytest.mark.once
+
 IDENTITY = {'methods': ['a', 'b'], 'samples': 7, 'files': {}, 'options': {'step': 500}}
 NAMES = ['x.png', 'y.png', 'ä.png', 'a', 'b', 'c', 'd']
 SETTINGS = {'format': 2, 'fingerprint': 'f', 'identity': IDENTITY, 'installed': {}, 'batch_size': 2}

@@ -383,9 +383,7 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
         if not stack or stack[-1].opaque or not self.local.is_active or not torch.is_grad_enabled():
             if stack and stack[-1].opaque and name in LINEAR and self.local.is_active:
                 check_weight(self._label(stack[-1].module), stack[-1].module, args, kwargs)
-            if name == 'linear' and not torch.is_grad_enabled():
-                return fully_connected(func, *args, **kwargs)
-            return func(*args, **kwargs)
+            return fully_connected(func, *args, **kwargs) if name == 'linear' else func(*args, **kwargs)
         active = () if name in TRANSPARENT else active_tensors((args, kwargs))
         if not active:
             return func(*args, **kwargs)

@@ -164,24 +164,24 @@ class ZPlus(SinglePass):
 
     def distribute(self, module, stored, relevance):
         '''Leave out units and tokens that receive nothing: queries and keys of attention, all but a class token.'''
-        is_dense = relevance.ndim > 1 and is_fully_connected(module) and 'is_last' not in vars(module)
+        is_dense = relevance.ndim > 2 and is_fully_connected(module) and 'is_last' not in vars(module)
         if is_dense and has_values(relevance) and relevance.numel():
             input, first, is_positive, output = stored
-            if relevance.ndim > 2 and not bool(relevance[..., 0].any()):
+            if not bool(relevance[..., 0].any()):
                 used = relevance.flatten(0, -2).any(0)
                 units, whole, module = slice(int(used.byte().argmax()), None), module, FullyConnected()
                 module.set_call(F.linear, whole.weight[units], None if whole.bias is None else whole.bias[units])
                 if output is not None and output.weight is whole.weight:
                     output = output._replace(values=output.values[..., units], weight=module.weight)
                 relevance = relevance[..., units]
-            rows = relevance.flatten(0, -2)
+            tokens = relevance.flatten(1, -2)
             # bounds of the first layer may have the shape of its input
-            if not first and not bool(rows[-1].any()):
-                used = rows.any(1)
-                if 2 * int(used.sum()) < len(used):
-                    kept = input.flatten(0, -2)[used], first, is_positive, output and output.rows(used)
-                    lower = rows.new_zeros(len(used), input.shape[-1])
-                    lower[used], = super().distribute(module, kept, rows[used])
+            if not first and not bool(tokens[:, -1].any()):
+                used = tokens.any(2).any(0)
+                if 0 < 2 * int(used.sum()) < len(used):
+                    kept = input.flatten(1, -2)[:, used], first, is_positive, output and output.of_tokens(used)
+                    lower = tokens.new_zeros(*tokens.shape[:2], input.shape[-1])
+                    lower[:, used], = super().distribute(module, kept, tokens[:, used])
                     return (lower.view(input.shape),)
             stored = input, first, is_positive, output
         return super().distribute(module, stored, relevance)
@@ -420,11 +420,11 @@ class Output(NamedTuple):
         '''What is to be kept of a layer that has just run.'''
         return cls(output.detach(), version_of(output), module.weight)
 
-    def rows(self, used):
-        '''That of some rows, None if it has changed since.'''
+    def of_tokens(self, used):
+        '''That of some tokens, None if it has changed since.'''
         if version_of(self.values) != self.version:
             return None
-        values = self.values.flatten(0, -2)[used]
+        values = self.values.flatten(1, -2)[:, used]
         return self._replace(values=values, version=version_of(values))
 
     def is_of(self, module, input):
