@@ -148,10 +148,9 @@ def kept(tensor):
 
 
 def fully_connected(func, *args, **kwargs):
-    '''Run a function of a fully connected layer as it would run if weights needed a gradient.
+    '''Run a function of a fully connected layer as it would run if the weight needed a gradient.
 
-    The canonizer has frozen them, which would take several times as long for an input that is not contiguous, and may
-    change the last bits of the output.
+    For an input that is not contiguous, a frozen one takes several times as long, and may have other last bits.
     '''
     given = dict(zip(('input', 'weight', 'bias'), args), **kwargs)
     input, weight = given['input'], given['weight']

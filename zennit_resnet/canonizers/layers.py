@@ -259,7 +259,7 @@ def linear(canonizer, call, function):
             else 'its weights do'
         ))
     func, names = function.func, frozenset(given)
-    if function.name == 'linear':
+    if function.name == 'linear' and canonizer.has_frozen(given['weight']):
         func = functools.partial(fully_connected, func)
 
     def with_given(*args, **kwargs):

@@ -149,6 +149,7 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
         # zennit 1.0.0 replaces parameters of layers with new objects when its rules run
         self.originals = {module: dict(module._parameters) for module in self.names}
         self.trainable = [param for param in root_module.parameters() if param.requires_grad]
+        self.frozen = set(map(id, self.trainable))
         self.merge = BatchNormMerge()
         for param in self.trainable:
             param.requires_grad_(False)
@@ -383,11 +384,17 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
         if not stack or stack[-1].opaque or not self.local.is_active or not torch.is_grad_enabled():
             if stack and stack[-1].opaque and name in LINEAR and self.local.is_active:
                 check_weight(self._label(stack[-1].module), stack[-1].module, args, kwargs)
-            return fully_connected(func, *args, **kwargs) if name == 'linear' else func(*args, **kwargs)
+            if name == 'linear' and self.has_frozen(args[1] if len(args) > 1 else kwargs['weight']):
+                return fully_connected(func, *args, **kwargs)
+            return func(*args, **kwargs)
         active = () if name in TRANSPARENT else active_tensors((args, kwargs))
         if not active:
             return func(*args, **kwargs)
         return handle(self, stack[-1], FunctionCall(func, name, args, kwargs, active))
+
+    def has_frozen(self, weight):
+        '''Whether a weight would need a gradient if it were not frozen now. Of computed ones, this is not known.'''
+        return id(weight) in self.frozen if isinstance(weight, torch.nn.Parameter) else bool(self.frozen)
 
     def follow(self, func, name, args, kwargs):
         '''Run a function, and have relevance refused that arrives at constants which were computed from the input.'''
