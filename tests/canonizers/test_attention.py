@@ -96,6 +96,31 @@ def test_one_product_for_all_tokens(create):
     assert torch.equal(output, expected)
 
 
+class Cross(nn.Module):
+    '''Attention between features and their mirror images, whose projections are parts of one weight.'''
+    def __init__(self):
+        super().__init__()
+        self.conv, self.attention = nn.Conv2d(3, 8, 3, padding=1), nn.MultiheadAttention(36, 3, batch_first=True)
+
+    def forward(self, x):
+        '''Logits.'''
+        h = self.conv(x).relu()
+        return self.attention(*(elem.flatten(2) for elem in (h, h.flip(1), h.flip(2))), need_weights=False)[0].sum(2)
+
+
+@pytest.mark.parametrize('name', ['conv', 'attention', 'attention.in_proj_weight', 'attention.out_proj'])
+def test_partly_frozen(name):
+    '''Parts of a network that were frozen before keep their bits as well as others do.'''
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model, x = Cross().double().eval(), torch.rand(2, 3, 6, 6, dtype=torch.double)
+        for key, param in model.named_parameters():
+            param.requires_grad_(not key.startswith(name))
+        expected = model(x.clone().requires_grad_())
+        with ResNetLRP().context(model) as modified:
+            assert torch.equal(modified(x.clone().requires_grad_()), expected)
+
+
 @pytest.mark.parametrize('name', NETWORKS)
 def test_networks(name):
     '''Relevance is conserved, with the bits of the network, which is left as it was found.'''

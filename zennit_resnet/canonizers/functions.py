@@ -147,17 +147,15 @@ def kept(tensor):
     return tensor.clone() if tensor.requires_grad else tensor
 
 
-def fully_connected(func, *args, **kwargs):
+def fully_connected(func, input, weight, bias=None):
     '''Run a function of a fully connected layer as it would run if the weight needed a gradient.
 
     For an input that is not contiguous, a frozen one takes several times as long, and may have other last bits.
     '''
-    given = dict(zip(('input', 'weight', 'bias'), args), **kwargs)
-    input, weight = given['input'], given['weight']
     is_usual = type(input) is torch.Tensor and type(weight) in (torch.Tensor, torch.nn.Parameter)
     if is_usual and weight.layout is torch.strided and not torch.is_autocast_enabled(input.device.type):
-        return linear(input, weight, given.get('bias'))
-    return func(*args, **kwargs)
+        return linear(input, weight, bias)
+    return func(input, weight, bias)
 
 
 def with_values(output, exact):

@@ -10,7 +10,7 @@ from zennit.canonizers import Canonizer
 from zennit.core import RemovableHandleList
 
 from .._autograd import nodes_of, walk
-from .._compat import caller, in_backward, is_replacing, is_running, registering_composite
+from .._compat import base_of, caller, in_backward, is_replacing, is_running, registering_composite
 from .._inplace import Watch, forget, note_copy, settle
 from .._nested import active_tensors
 from ..arguments import Described, check_choice, check_flag
@@ -149,7 +149,6 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
         # zennit 1.0.0 replaces parameters of layers with new objects when its rules run
         self.originals = {module: dict(module._parameters) for module in self.names}
         self.trainable = [param for param in root_module.parameters() if param.requires_grad]
-        self.frozen = set(map(id, self.trainable))
         self.merge = BatchNormMerge()
         for param in self.trainable:
             param.requires_grad_(False)
@@ -393,8 +392,9 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
         return handle(self, stack[-1], FunctionCall(func, name, args, kwargs, active))
 
     def has_frozen(self, weight):
-        '''Whether a weight would need a gradient if it were not frozen now. Of computed ones, this is not known.'''
-        return id(weight) in self.frozen if isinstance(weight, torch.nn.Parameter) else bool(self.frozen)
+        '''Whether a weight, or what it is a part of, would need a gradient if it were not frozen now.'''
+        base = base_of(weight)
+        return any(elem is param for param in self.trainable for elem in (weight, base))
 
     def follow(self, func, name, args, kwargs):
         '''Run a function, and have relevance refused that arrives at constants which were computed from the input.'''
