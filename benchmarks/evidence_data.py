@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from attention import digits, train
 from torch import nn
-from torchvision.models import VGG, VisionTransformer
+from torchvision.models import VGG, VisionTransformer, resnet18
 from torchvision.models.vgg import make_layers
 
 sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ('examples/relative', 'tests')]
@@ -22,7 +22,7 @@ from zennit_resnet.models import IMAGENET_MEAN, IMAGENET_STD, Classifier, load_c
 
 CIFAR = {'cifar_resnet20': 3, 'cifar_resnet56': 9}
 CIFAR_CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
-DIGITS = ('digits_vgg', 'digits_vit')
+DIGITS = {'digits_resnet18': 3, 'digits_vgg': 6, 'digits_vit': 20}  # epochs of training
 SIDE = 56  # of images of digits, which are half as large
 
 
@@ -66,12 +66,16 @@ def _normalize(photo):
 
 
 def _digits_network(model, path):
-    '''A network of the kind of VGG, or a transformer, for digits anywhere in an image; trained unless it is there.'''
+    '''A ResNet-18, a network of the kind of VGG, or a transformer, for digits anywhere in an image; trained once.'''
     torch.manual_seed(0)
     if model == 'digits_vit':
         network = VisionTransformer(SIDE, 7, 4, 4, 64, 128, num_classes=10)
         network.conv_proj = nn.Conv2d(1, 64, 7, 7)
         nn.init.normal_(network.heads.head.weight, std=.02)
+    elif model == 'digits_resnet18':
+        network = resnet18(num_classes=10)
+        # of one channel, and with a last map of 4 x 4 positions
+        network.conv1 = nn.Conv2d(1, 64, 3, padding=1, bias=False)
     else:
         network = VGG(make_layers([16, 16, 'M', 32, 32, 'M', 64, 64, 'M', 64, 64, 'M'], batch_norm=True), 10)
         network.features[0] = nn.Conv2d(1, 16, 3, padding=1)
@@ -83,7 +87,7 @@ def _digits_network(model, path):
         images, classes = digits()
         places = torch.randint(0, SIDE // 2 + 1, (2, 4000, 2)).tolist()
         canvases = torch.stack([_place(image, place) for row in places for image, place in zip(images, row)])
-        train(network, canvases, classes[:4000].repeat(2), 6 if model == 'digits_vgg' else 20)
+        train(network, canvases, classes[:4000].repeat(2), DIGITS[model])
         torch.save(network.state_dict(), path)
     # of pixels between black and white
     low, high = (value.view(1, 1, 1) for value in digits()[0].aminmax())

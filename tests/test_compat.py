@@ -382,6 +382,20 @@ def test_fake():
     assert not _compat.is_fake(torch.ones(2))
 
 
+def test_recording():
+    '''One mode makes what a graph knows of all tensors, and what is unrecorded is computed as ever.'''
+    def function(x):
+        with _compat.unrecorded():
+            assert not _compat.is_traced() and bool((x.detach().exp() > 2).all())
+        return (x + 1) * 2
+
+    with _compat.recording():
+        graph = make_fx(function, tracing_mode='real', **_compat.RECORDING)(torch.ones(2)).graph
+    values = [node.meta['val'] for node in graph.nodes if node.op == 'call_function']
+    assert [str(node.target) for node in graph.nodes][1:-1] == ['aten.add.Tensor', 'aten.mul.Tensor']
+    assert len({id(value.fake_mode) for value in values}) == 1
+
+
 def test_origin():
     '''A call that a mode handles, and hands on to another, is that of the code around it.'''
     frames = []

@@ -135,6 +135,14 @@ def test_transformers(build):
             assert torch.allclose(relevance.sum((1, 2, 3)) + expected, torch.ones(2).double())
 
 
+@pytest.mark.parametrize('size', [2, 3])
+def test_weights_for_all_tokens(size):
+    '''Weights are not there once more for each token, where tokens are what a network has first.'''
+    model = VisionTransformer(32, 8, 1, 2, 32, 64, num_classes=5).eval().requires_grad_(size == 2)
+    traced = trace(model, ResNetLRP(), torch.rand(size, 3, 32, 32))
+    assert sum(map(torch.numel, traced.buffers())) < 8 * sum(map(torch.numel, model.parameters()))
+
+
 def test_weights_of_five_dimensions():
     '''Weights that have no layout with the channels last.'''
     torch.manual_seed(0)

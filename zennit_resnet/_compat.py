@@ -15,9 +15,11 @@ import torch
 # pylint: disable=unused-import
 from torch._C import DisableTorchFunction  # noqa: F401
 from torch._C import _set_grad_enabled as set_grad_enabled  # noqa: F401
+from torch._guards import TracingContext, tracing
 from torch._ops import OpOverload, OpOverloadPacket  # noqa: F401
-from torch._subclasses.fake_tensor import is_fake  # noqa: F401
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake  # noqa: F401
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter as keep_version  # noqa: F401
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing as unrecorded  # noqa: F401
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.nn.functional import _get_softmax_dim as softmax_dim  # noqa: F401
 from torch.nn.functional import _in_projection_packed as project  # noqa: F401
@@ -79,6 +81,11 @@ def in_backward():
 def is_traced():
     '''Whether what runs now is recorded as a graph, where no branch may depend on a value.'''
     return get_proxy_mode() is not None
+
+
+def recording():
+    '''A context for make_fx with real tensors, which would make a FakeTensorMode for each of them, a slow thing.'''
+    return tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True)))
 
 
 def has_values(tensor):

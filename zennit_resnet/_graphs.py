@@ -6,7 +6,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ._compat import RECORDING, OpOverload
+from ._compat import RECORDING, OpOverload, recording
 
 aten = torch.ops.aten
 
@@ -32,7 +32,8 @@ def record(function, *inputs):
 
     With it come the placeholders of tensors that are no inputs, as a dict of their values.
     '''
-    recorded = make_fx(function, tracing_mode='real', **RECORDING)(*inputs)
+    with recording():
+        recorded = make_fx(function, tracing_mode='real', **RECORDING)(*inputs)
     # numbers that were read from tensors
     recorded.graph.eliminate_dead_code()
     values = _lift_constants(recorded)
@@ -77,7 +78,7 @@ def _fake(node):
 
 
 def simplify(graph, constants):
-    '''Replace functions by fewer of the same result: batch normalizations and gradients of convolutions.'''
+    '''Replace functions by fewer of the same result: batch normalizations, gradients of convolutions, products.'''
     build = _Builder(graph)
     for node in list(graph.nodes):
         with graph.inserting_before(node):
@@ -89,6 +90,8 @@ def simplify(graph, constants):
                 _replace_outputs(node, _normalize_backward(build, node.args))
             elif node.target is aten.convolution_backward.default and _is_input_only(node):
                 _replace_outputs(node, _convolve_backward(build, constants, node.args))
+            elif node.target is aten.bmm.default and len(_fake(node)) > 1 and 0 in map(_step, node.args):
+                node.replace_all_uses_with(_multiply(build, *node.args))
             elif node.target in (aten.view.default, aten._unsafe_view.default):
                 # strides may be others than those of fake tensors
                 node.target = aten.reshape.default
@@ -196,6 +199,23 @@ def _convolve_backward(build, constants, args):
     return build(aten.convolution.default, upper, kernel, None, stride, padding, dilation, True, excess, groups)
 
 
+def _step(node):
+    '''How far the first of two examples is from the second in memory, which is zero if they are the same.'''
+    return _fake(node).stride(0)
+
+
+def _multiply(build, one, other):
+    '''One product of all examples with a matrix, which would be as many products, and copies of the matrix.'''
+    if _step(other):
+        # the same, transposed
+        factors = (build(aten.transpose.int, factor, 1, 2) for factor in (other, one))
+        return build(aten.transpose.int, _multiply(build, *factors), 1, 2)
+    size, rows, _ = _fake(one).shape
+    matrix = build(aten.select.int, other, 0, 0)
+    result = build(aten.mm.default, build(aten.reshape.default, one, [size * rows, -1]), matrix)
+    return build(aten.reshape.default, result, [size, rows, _fake(matrix).shape[1]])
+
+
 def lower_precision(graph, constants, dtype):
     '''Have convolutions after the output, which are those of rules, compute in another type.'''
     build, nodes = _Builder(graph), list(graph.nodes)
@@ -238,7 +258,8 @@ def fold(graph, constants, layout=torch.contiguous_format):
         if node not in values or all(user in values for user in node.users):
             continue
         value = values[node]
-        if value.ndim > 2 or value.numel() * value.element_size() < value.untyped_storage().nbytes():
+        is_part = value.numel() * value.element_size() < value.untyped_storage().nbytes()
+        if 0 not in value.stride() and (value.ndim > 2 or is_part):
             # convolutions would copy transposed weights in each call, and parts keep the whole alive
             value = value.clone(memory_format=layout if value.ndim == 4 else torch.contiguous_format)
         name, num = f'constant_{num}', num + 1

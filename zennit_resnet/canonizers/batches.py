@@ -4,7 +4,7 @@ import weakref
 import torch
 
 from .._autograd import moves_first
-from .._compat import DisableTorchFunction, is_out_of_memory, without_hooks
+from .._compat import DisableTorchFunction, is_out_of_memory, unrecorded, without_hooks
 from .._nested import active_tensors, map_tensors, tensors_of
 from .._weights import is_plain, state_of
 from .functions import ALIASES, dims_of
@@ -154,7 +154,7 @@ def depends_on_batch(module, given, output):
                 elem.detach()[list(copies)] if elem.ndim and len(elem) == size else elem.detach()
             ), given)
             try:
-                with torch.no_grad(), torch.random.fork_rng(devices):
+                with torch.no_grad(), torch.random.fork_rng(devices), unrecorded():
                     actual = tensors_of(network(*args, **kwargs))
                 differs = any(_differ(elem, expected, index, size, number)
                               for elem, expected in zip(actual, tensors_of(output)))
