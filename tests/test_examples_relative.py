@@ -113,20 +113,21 @@ def test_mnist_background(common):
 
 
 def test_curves(script, pairs, tmp_path):
-    '''VGG networks with local weights: accuracy of all variants, and the pixels of each for the other one.'''
-    vgg, resnet = (save_weights(tmp_path / f'{name}.pt', name) for name in ('vgg11', 'resnet18'))
+    '''Networks with local weights: accuracy of all variants, and the pixels of each for the other one.'''
+    squeezenet, resnet = (save_weights(tmp_path / f'{name}.pt', name) for name in ('squeezenet1_1', 'resnet18'))
     script(
-        'curves.py', pairs, '--network', vgg, '--network', resnet, '--size', 40, '--show', 1, '--out', tmp_path,
+        'curves.py', pairs, '--network', squeezenet, '--network', resnet, '--size', 40, '--show', 1, '--out', tmp_path,
         '--methods', 'relative_lrp,lrp_zplus,random', '--variants', 'pixel-absolute,input-signed',
     )
     for variant in ('pixel-absolute', 'input-signed'):
         rows = read_table(tmp_path / f'accuracy_{variant}.csv')
-        assert [row['network'] for row in rows] == ['vgg11'] * 3 + ['resnet18'] * 3
+        assert [row['network'] for row in rows] == ['squeezenet1_1'] * 3 + ['resnet18'] * 3
         assert all(0 <= float(row[key]) <= 1 for row in rows for key in ('1 %', '50 %', '99 %', 'mean'))
         assert (tmp_path / f'accuracy_{variant}.png').is_file()
     cross = read_table(tmp_path / 'cross.csv')
     assert [(row['network'], row['method']) for row in cross] == [
-        (seeing, f'pixels of {ranking}') for seeing in ('vgg11', 'resnet18') for ranking in ('vgg11', 'resnet18')
+        (seeing, f'pixels of {ranking}')
+        for seeing in ('squeezenet1_1', 'resnet18') for ranking in ('squeezenet1_1', 'resnet18')
     ]
     # the pixels of a network for itself are those of the other table
     own = {row['network']: row for row in read_table(tmp_path / 'accuracy_pixel-absolute.csv')
@@ -136,7 +137,7 @@ def test_curves(script, pairs, tmp_path):
             assert all(row[key] == own[row['network']][key] for key in row if key.endswith('%'))
     text = (tmp_path / 'cross.md').read_text(encoding='utf-8')
     assert 'predict the same class' in text and 'curves.py' in text
-    assert (tmp_path / 'selections_vgg11.png').is_file()
+    assert (tmp_path / 'selections_squeezenet1_1.png').is_file()
 
 
 def test_cross_adapts_preprocessing(common):

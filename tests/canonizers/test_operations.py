@@ -10,6 +10,8 @@ from torch import nn
 from zennit_resnet import RelativeLRP, ResNetLRP, UnsupportedOperation
 from zennit_resnet.conservation import assert_conserved, conservation_ledger
 
+pytestmark = pytest.mark.once
+
 # functions along the first dimension
 NOT_BY_EXAMPLE = {
     (name, label)

@@ -11,6 +11,8 @@ from torch import nn
 
 from zennit_resnet import RelativeLRP, ResNetLRP
 
+pytestmark = pytest.mark.once
+
 
 def scores(h):
     '''Weights of positions.'''

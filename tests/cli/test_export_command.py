@@ -7,7 +7,8 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 from torch import nn
-from torchvision.models import get_model
+from torchvision.models import _api
+from torchvision.models.resnet import BasicBlock
 from zennit.attribution import Gradient
 
 from zennit_resnet import BlockLRP, ResNetLRP, initial_relevance
@@ -19,12 +20,29 @@ pytestmark = pytest.mark.once
 CLASSES = ['tabby cat', 'golf ball', 'church']
 
 
+def tiny_net(weights=None, num_classes=1000):
+    '''A residual network that is traced in seconds, which none of torchvision is.'''
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), BasicBlock(8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(8, num_classes),
+    )
+
+
+tiny_net.__module__ = 'torchvision.models.tiny'
+
+
+@pytest.fixture(autouse=True)
+def fixture_registered(monkeypatch):
+    '''Have torchvision know the tiny network by name.'''
+    monkeypatch.setitem(_api.BUILTIN_MODELS, 'tiny_net', tiny_net)
+
+
 @pytest.fixture(name='weights', scope='module')
 def fixture_weights(tmp_path_factory):
-    '''Path of weights of a SqueezeNet, which is small, for three classes.'''
+    '''Path of weights of the tiny network, for three classes.'''
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp('weights') / 'tiny.safetensors'
-    save_file(dict(get_model('squeezenet1_1', num_classes=3).state_dict()), path, {'classes': ','.join(CLASSES)})
+    save_file(dict(tiny_net(num_classes=3).eval().state_dict()), path, {'classes': ','.join(CLASSES)})
     return path
 
 
@@ -34,7 +52,7 @@ def fixture_run(weights, tmp_path, monkeypatch):
     def run(*args):
         '''Run it without a terminal.'''
         monkeypatch.chdir(tmp_path)
-        options = ['export', '--model', 'squeezenet1_1', '--weights', weights, '--size', 32, *args]
+        options = ['export', '--model', 'tiny_net', '--weights', weights, '--size', 32, *args]
         result = CliRunner().invoke(main, list(map(str, options)))
         # anything but a regular exit is a crash
         assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
@@ -45,7 +63,7 @@ def fixture_run(weights, tmp_path, monkeypatch):
 def network(weights):
     '''The network of the file.'''
     from zennit_resnet.models import load_classifier
-    return load_classifier('squeezenet1_1', weights, 32)
+    return load_classifier('tiny_net', weights, 32)
 
 
 @pytest.mark.parametrize('suffix, name, composite', [

@@ -39,7 +39,7 @@ def evaluate(assets, photos, out, *args):
     '''Evaluate the small network.'''
     return call(
         'evaluate', '--data', photos, '--out', out, '--model', 'resnet18', '--weights', assets / 'net.pt',
-        '--size', 64, '--step', 2048, '--device', 'cpu', *args,
+        '--size', 32, '--step', 512, '--device', 'cpu', *args,
     )
 
 
@@ -84,7 +84,7 @@ def test_command(assets, photos, tmp_path):
     '''The command is kept such that it can be given again, and none if it was another program.'''
     args = [
         '--data', photos, '--out', tmp_path / 'a run', '--model', 'resnet18', '--weights', assets / 'net.pt',
-        '--size', 64, '--methods', 'random', '--no-controls', '--step', 2048, '--device', 'cpu',
+        '--size', 32, '--methods', 'random', '--no-controls', '--step', 512, '--device', 'cpu',
     ]
     command = [sys.executable, '-m', 'captum_adapters', 'evaluate', *map(str, args)]
     subprocess.run(command, check=True, capture_output=True)
@@ -99,7 +99,7 @@ def test_report_of_chosen_methods(assets, photos, tmp_path):
     for name in names:
         call(
             'evaluate', '--data', photos, '--out', tmp_path / name, '--model', 'resnet18', '--weights',
-            assets / 'net.pt', '--size', 64, '--methods', name, '--no-controls', '--step', 2048, '--device', 'cpu',
+            assets / 'net.pt', '--size', 32, '--methods', name, '--no-controls', '--step', 512, '--device', 'cpu',
         )
     report = call('report', *(tmp_path / name for name in names), '--methods', 'gradient').output
     assert 'gradient' in report and 'grad_cam' not in report and 'records' not in report
@@ -220,11 +220,11 @@ def test_options_of_baselines(assets, photos, tmp_path):
 def test_same_names(assets, photos, tmp_path):
     '''Methods have the same names in explain and compare, and give the same heatmap.'''
     names = 'resnet_lrp_ratio:first_layer=ones,maxpool=avg2x2+abs+quantize4', 'lrp_gamma_0.25:initial=softmax+ratio'
-    options = ['--model', 'resnet18', '--weights', assets / 'net.pt', '--size', 64, '--device', 'cpu']
+    options = ['--model', 'resnet18', '--weights', assets / 'net.pt', '--size', 32, '--device', 'cpu']
     args = ['compare', photos / '0.png', *options, '--methods', ','.join(names), '--out', tmp_path / 'compare.png']
     result = CliRunner().invoke(zennit_main, [str(arg) for arg in args])
     assert result.exit_code == 0 and (tmp_path / 'compare.png').exists(), result.output
-    classifier = load_classifier('resnet18', str(assets / 'net.pt'), 64)
+    classifier = load_classifier('resnet18', str(assets / 'net.pt'), 32)
     images = classifier.transform(read_image(photos / '0.png'))[None]
     output = classifier.model(images).detach()
     for name in names:

@@ -21,7 +21,7 @@ def test_all_metrics(assets, tmp_path):
     '''All metrics fill columns that are known, and curves with their positions.'''
     result = run(
         assets, tmp_path / 'run', metrics=NAMES, cross=(f"resnet18={assets / 'net.pt'}",), limit=2,
-        methods=('resnet_lrp_ratio',), percents=(10, 50), rank_by='magnitude', step=2048, controls=False,
+        methods=('resnet_lrp_ratio',), percents=(10, 50), rank_by='magnitude', step=512, controls=False,
     )
     scores = result.records.drop(columns=['problem', 'seconds', 'metric_seconds'])
     assert set(scores) <= set(COLUMNS)
@@ -41,7 +41,7 @@ def test_attention(assets, tmp_path):
     images = tmp_path / 'images'
     shutil.copytree(assets / 'images' / 'circle', images)
     mask = np.zeros((SIZE, SIZE), dtype=np.uint8)
-    for name, side in (('center', 32), ('corner', 8)):
+    for name, side in (('center', SIZE // 2), ('corner', SIZE // 8)):
         mask[:] = 0
         start = (SIZE - side) // 2 if name == 'center' else 0
         mask[start:start + side, start:start + side] = 255
@@ -63,8 +63,8 @@ def test_attention(assets, tmp_path):
     values = result.records.loc[('0.png', 'gaussian:sigma=0.1')]
     heatmap = result.heatmaps['0.png', 'gaussian:sigma=0.1'] / 127
     attended = heatmap > heatmap.mean()
-    inside = attended[16:48, 16:48].sum()
-    assert values['attention_coverage'] == pytest.approx(inside / 32 ** 2, abs=0.05)
+    inside = attended[SIZE // 4:-SIZE // 4, SIZE // 4:-SIZE // 4].sum()
+    assert values['attention_coverage'] == pytest.approx(inside / (SIZE // 2) ** 2, abs=0.05)
     assert values['attention_precision'] == pytest.approx(inside / attended.sum(), abs=0.05)
     without = result.records.loc[('2.png', 'constant')]
     assert all(math.isnan(without[f'attention_{name}']) for name in (*types, 'coverage', 'precision'))

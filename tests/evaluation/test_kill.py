@@ -23,7 +23,7 @@ def command(assets, out, world):
     return [
         sys.executable, *launcher, 'captum_adapters', 'evaluate', '--data', str(assets / 'images'), '--out', str(out),
         '--model', 'resnet18', '--weights', str(assets / 'net.pt'), '--size', str(SIZE), '--methods', ','.join(METHODS),
-        '--step', '2048', '--batch-size', '1', '--forward-batch', '16', '--device', 'cpu', '--quiet',
+        '--step', '512', '--batch-size', '1', '--forward-batch', '16', '--device', 'cpu', '--quiet',
     ]
 
 

@@ -64,9 +64,9 @@ def test_records(whole, assets):
         values, drawn = whole.records.loc[(sample, method)], whole.curves.loc[(sample, method)]
         black = classifier.bounds()[0]
         default = insertion_deletion(
-            classifier.model, input, maps, black, target, protocol='keio', ties='nearest', step=2048
+            classifier.model, input, maps, black, target, protocol='keio', ties='nearest', step=512
         )
-        published = insertion_deletion(classifier.model, input, maps, black, target, protocol='keio', step=2048)
+        published = insertion_deletion(classifier.model, input, maps, black, target, protocol='keio', step=512)
         for name, expected in {
             'insertion': default.insertion, 'deletion': default.deletion, 'id': default.id_score,
             'insertion_keio': published.insertion, 'deletion_keio': published.deletion,
@@ -139,7 +139,7 @@ def test_other_run(assets, whole, tmp_path, monkeypatch):
     # the same number of images of the same size
     (images / 'circle' / '0.png').rename(images / 'circle' / '00.png')
     for options, what in (
-        ({'step': 512}, r'step \(2048, now 512\)'),
+        ({'step': 128}, r'step \(512, now 128\)'),
         ({'methods': METHODS[:2]}, r'methods \(input_x_gradient, now none\)'),
         ({'metrics': ('insertion_deletion',)}, r'metrics \(conservation, now none\)'),
         ({'limit': 3}, r'limit \(None, now 3\), samples \(12, now 3\)'),
@@ -435,7 +435,7 @@ def test_shared_maps(assets, tmp_path, monkeypatch):
         return original(self, images, targets, output, names)
 
     monkeypatch.setattr(Explainer, 'attribute', attribute)
-    options = {'data': str(tmp_path / 'images'), 'controls': False, 'batch_size': 3, 'step': 2048}
+    options = {'data': str(tmp_path / 'images'), 'controls': False, 'batch_size': 3, 'step': 512}
     together = run(assets, tmp_path / 'run', methods=methods, **options)
     # the image of the second block that fails is found by each method for itself
     assert {name: passes.count(name) for name in passes} == {
@@ -644,7 +644,7 @@ def test_precision(assets, tmp_path, monkeypatch, amp, channels_last):
 
     monkeypatch.setattr(torch.nn.Conv2d, '_conv_forward', convolve)
     run(
-        assets, tmp_path / 'run', methods=('input_x_gradient', 'rise:n_masks=8'), controls=False, limit=1, step=4096,
+        assets, tmp_path / 'run', methods=('input_x_gradient', 'rise:n_masks=8'), controls=False, limit=1, step=1024,
         amp=amp, channels_last=channels_last,
     )
     # after a check at loading: prediction and gradient; then metrics of the first method, RISE, and its metrics
@@ -759,8 +759,8 @@ def test_launcher_is_gone(assets, tmp_path, monkeypatch):
     ({'step': True}, 'step=True'),
     ({'step': 2.5}, 'step=2.5'),
     ({'step': math.nan}, 'step=nan'),
-    ({'step': 4097}, 'step=4097 .*4096 pixels'),
-    ({'step': 4097, 'metrics': ('conservation', 'c3')}, 'step=4097 .*4096 pixels'),
+    ({'step': 1025}, 'step=1025 .*1024 pixels'),
+    ({'step': 1025, 'metrics': ('conservation', 'c3')}, 'step=1025 .*1024 pixels'),
     ({'size': 14, 'metrics': ('rise',)}, 'step=224 .*196 pixels'),
     ({'forward_batch': 0.5}, 'forward_batch=0.5'),
     ({'limit': 0}, 'limit=0'),
@@ -772,7 +772,7 @@ def test_launcher_is_gone(assets, tmp_path, monkeypatch):
     ({'percents': (math.nan,)}, 'unlike nan'),
     ({'percents': True}, 'unlike True'),
     ({'percents': -1}, 'unlike -1'),
-    ({'percents': (50, 0.01), 'metrics': ('conservation', 'pointing')}, '0.01.*4096 pixels'),
+    ({'percents': (50, 0.01), 'metrics': ('conservation', 'pointing')}, '0.01.*1024 pixels'),
     ({'pictures': -3}, 'pictures=-3'),
     ({'percents': (10, 200)}, 'unlike 200'),
     ({'percents': (0, 10)}, 'unlike 0'),
@@ -795,5 +795,5 @@ def test_settings_are_json(whole):
     assert settings == whole.settings
     assert settings['data'] == os.path.abspath(settings['evaluation']['data'])
     assert settings['classes'] == [f'class {number}' for number in range(3)]
-    assert settings['identity']['options']['step'] == 2048
+    assert settings['identity']['options']['step'] == 512
     assert settings['installed']['torch'].startswith(settings['identity']['versions']['torch'])

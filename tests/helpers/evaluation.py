@@ -12,7 +12,7 @@ from captum_adapters.evaluation import Evaluation, Process, Run, SampleRecord, e
 from captum_adapters.evaluation.metrics import Batch
 
 CLASSES = ('circle', 'square', 'stripes')
-SIZE = 64
+SIZE = 32
 METHODS = ('resnet_lrp_ratio', 'resnet_lrp_ratio+quantize8', 'input_x_gradient')
 
 
@@ -32,7 +32,7 @@ def make_assets(folder):
 def setting(assets, out, **options):
     '''An evaluation of the small network on the small data set.'''
     options = {
-        'methods': METHODS, 'step': 2048, 'batch_size': 4, 'forward_batch': 16, 'device': 'cpu', 'model': 'resnet18',
+        'methods': METHODS, 'step': 512, 'batch_size': 4, 'forward_batch': 16, 'device': 'cpu', 'model': 'resnet18',
         'weights': str(assets / 'net.pt'), 'size': SIZE, 'data': str(assets / 'images'), **options,
     }
     return Evaluation(out=str(out), **options)
