@@ -14,7 +14,7 @@ from torchvision.models import SwinTransformer, VisionTransformer
 from zennit.attribution import Gradient
 from zennit.composites import EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat
 
-from zennit_resnet import BlockLRP, ResNetLRP, UnsupportedOperation, initial_relevance, with_splitting
+from zennit_resnet import BlockLRP, GammaLRP, ResNetLRP, UnsupportedOperation, initial_relevance, with_splitting
 from zennit_resnet.export import export
 from zennit_resnet.tracing import trace
 
@@ -76,6 +76,48 @@ def test_operations(name):
     model, x = build(FUNCTIONS[name], is_relu=False), images()
     composite = RESNET['merge']
     assert_same(trace(model, composite(), x[:1]), model, composite(), x[1:] * 1.3 - .1, torch.eye(3)[:1].double())
+
+
+class Weighting(nn.Module):
+    '''Applies a function to two layers, one of which may weight the other.'''
+    def __init__(self, function):
+        super().__init__()
+        self.conv, self.other, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+        self.function = function
+
+    def forward(self, x):
+        '''Logits.'''
+        return self.fc(self.function(self.conv(x).flatten(2), self.other(x).flatten(2)).mean(2))
+
+
+def with_data(tensor, values):
+    '''A tensor that was given other data.'''
+    tensor.data = values
+    return tensor
+
+
+@pytest.mark.parametrize('composite', [ResNetLRP, BlockLRP, GammaLRP])
+@pytest.mark.parametrize('function', [
+    lambda h, w: (w @ w.mT).detach() @ h, lambda h, w: h @ (w.mT @ w).detach(),
+    lambda h, w: torch.einsum('bct,bdt,bds->bcs', h, w.detach(), w.detach()), lambda h, w: h @ (w.mT @ w).softmax(1),
+], ids=['matmul', 'right', 'einsum', 'softmax'])
+def test_weights_of_the_input(function, composite):
+    '''What weights a signal, and was computed from the input, is that of each input, not of the one that was traced.'''
+    torch.manual_seed(0)
+    model = Weighting(function)
+    input = torch.randn(2, 3, 8, 8).double()
+    traced = trace(model.double().eval(), composite(), torch.randn_like(input))
+    assert_same(traced, model, composite(), input, torch.eye(5)[:2].double())
+
+
+@pytest.mark.parametrize('function', [
+    lambda h, w: h * nn.Parameter(w.detach()).sigmoid(), lambda h, w: h * with_data(torch.zeros_like(w), w.detach()),
+], ids=['parameter', 'data'])
+def test_values_that_are_kept(function):
+    '''A graph that keeps values of the input that was traced is refused.'''
+    torch.manual_seed(0)
+    with pytest.raises(TypeError, match='for another input'):
+        trace(Weighting(function).eval(), ResNetLRP(), torch.randn(2, 3, 8, 8))
 
 
 @pytest.mark.parametrize('label, size, dtype', [

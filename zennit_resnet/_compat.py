@@ -20,7 +20,7 @@ from torch._ops import OpOverload, OpOverloadPacket  # noqa: F401
 from torch._subclasses.fake_tensor import FakeTensorMode, is_fake  # noqa: F401
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter as keep_version  # noqa: F401
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing as unrecorded  # noqa: F401
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, set_proxy_slot
 from torch.nn.functional import _get_softmax_dim as softmax_dim  # noqa: F401
 from torch.nn.functional import _in_projection_packed as project  # noqa: F401
 from torch.nn.modules.dropout import _DropoutNd as Dropout  # noqa: F401
@@ -106,6 +106,16 @@ def is_recorded(tensor):
             seen.add(node)
             queue.extend(node.all_input_nodes)
     return False
+
+
+def as_parameter(tensor):
+    '''A tensor as a parameter without gradients. A graph that is recorded would take it for a constant.'''
+    tensor = tensor.detach()
+    parameter, mode = torch.nn.Parameter(tensor, requires_grad=False), get_proxy_mode()
+    proxy = None if mode is None else get_proxy_slot(tensor, mode.tracer, None)
+    if proxy is not None:
+        set_proxy_slot(parameter, mode.tracer, proxy)
+    return parameter
 
 
 def is_out_of_memory(error):

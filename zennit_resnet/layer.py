@@ -11,6 +11,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from ._compat import as_parameter
+
 
 def linear(input, weight, bias=None):
     '''A fully connected layer in one product.
@@ -219,7 +221,7 @@ class FunctionalLinear(Operation):
         self._parameters = type(self._parameters)()
         for key, value in (('weight', weight), ('bias', bias)):
             if value is not None and not isinstance(value, torch.nn.Parameter):
-                value = torch.nn.Parameter(value.detach(), requires_grad=False)
+                value = as_parameter(value)
             self.register_parameter(key, value)
         for key, value in settings.items():
             setattr(self, key, value)

@@ -55,7 +55,7 @@ def trace(model, composite, input, output=None, rule_dtype=None):
     ------
     TypeError
         If an argument is of another type, or the network reads values of what it computes from the input, by which it
-        may do something else for another input.
+        may do something else for another input, or if its output for another input is not that of the graph.
     ValueError, RuntimeError, UnsupportedOperation
         If ``rule_dtype`` is another type, the network is in training mode, or one of its operations has no rule.
 
@@ -170,9 +170,20 @@ class TracedAttribution(torch.nn.Module):
             if self.rule_dtype is not None:
                 lower_precision(graph, constants, self.rule_dtype)
             module = fold(graph, constants, layout)
+            self._check_other(module, input, start)
         _insert_start(module.graph, divides)
         write_in_place(module)
         return module
+
+    def _check_other(self, module, input, start):
+        '''Refuse a graph of which the output for another input is not that of the network.'''
+        other = .75 * input.flip(-1)
+        if not _is_close(module(other.contiguous(), start)[0], self._run(other, torch.contiguous_format)):
+            raise TypeError(
+                'The network cannot be traced: for another input, the graph returns something else. It keeps something '
+                'of an input in a way that cannot be recorded, such as by torch.nn.Parameter or by assigning to .data. '
+                'Explain it without tracing.'
+            )
 
     def _run(self, input, layout):
         network, _, key = self.source
@@ -182,7 +193,8 @@ class TracedAttribution(torch.nn.Module):
 
 def _is_close(one, other):
     '''Whether outputs are the same but for rounding.'''
-    return torch.allclose(one, other, 0, 1e-3 * float(other.nan_to_num(0, 0, 0).abs().max()), equal_nan=True)
+    tolerance = max(1e-3, 16 * torch.finfo(other.dtype).eps)
+    return torch.allclose(one, other, 0, tolerance * float(other.nan_to_num(0, 0, 0).abs().max()), equal_nan=True)
 
 
 def layout_for(input):

@@ -11,7 +11,7 @@ from zennit.core import RemovableHandleList
 from zennit.types import BatchNorm, ConvolutionTranspose, Linear
 
 from .._autograd import count_uses, nodes_of, origin_of, pull_back, rule_of, sequence_of
-from .._compat import DisableTorchFunction, rules_of, version_of
+from .._compat import DisableTorchFunction, as_parameter, rules_of, version_of
 from .._inplace import settle
 from .._weights import UsedModule, UsedWeights, is_plain
 from ..layer import LinearMap, Normalization
@@ -403,4 +403,4 @@ def fold_batch_norm(linear, batch_norm, axis=0, order=None):
         if key in vars(linear):
             vars(linear)[key] = value.to(dtype)
         else:
-            linear._parameters[key] = torch.nn.Parameter(value.to(dtype), requires_grad=False)
+            linear._parameters[key] = as_parameter(value.to(dtype))
