@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from zennit_resnet import BlockLRP, RelativeLRP, ResNetLRP
+from zennit_resnet import BlockLRP, GammaLRP, RelativeLRP, ResNetLRP
 from zennit_resnet.tracing import trace
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -41,6 +41,7 @@ COMPOSITES = {
     'relative': RelativeLRP,
     'block': BlockLRP,
     'half': lambda: ResNetLRP(attention='half'),
+    'gamma': GammaLRP,
 }
 CONSERVING = ('ratio', 'merge', 'symmetric')
 # composites whose maps are also compared with those of single images, and of the network called in other ways
