@@ -259,7 +259,10 @@ class Bench(Study):
 
 
 def last_map(model, image):
-    '''Name of the last module that returns a map of features of more than one position.'''
+    '''Name of the last module that returns a map of features of more than one position, and is called once.
+
+    Class activation maps at a module that is called several times are those of its first call.
+    '''
     found, names = [], {module: name for name, module in model.named_modules()}
 
     def watch(module, args, output):
@@ -271,7 +274,7 @@ def last_map(model, image):
         model(image)
     for handle in handles:
         handle.remove()
-    return found[-1]
+    return next(name for name in reversed(found) if found.count(name) == 1)
 
 
 def last_linear(model):
