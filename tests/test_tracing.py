@@ -120,6 +120,14 @@ def test_values_that_are_kept(function):
         trace(Weighting(function).eval(), ResNetLRP(), torch.randn(2, 3, 8, 8))
 
 
+def test_noise():
+    '''The output of a network that adds noise is another each time, also that of the graph.'''
+    torch.manual_seed(0)
+    input, start = torch.randn(2, 3, 8, 8), torch.eye(5)[:2]
+    traced = trace(Weighting(lambda h, w: h + torch.randn_like(h)).eval(), ResNetLRP(), input)
+    assert not torch.equal(traced(input, start)[0], traced(input, start)[0])
+
+
 @pytest.mark.parametrize('label, size, dtype', [
     ('ratio', 3, torch.float32), ('ratio', 8, torch.float64), ('symmetric', 3, torch.float32),
     ('relative', 8, torch.float64), ('block', 3, torch.float32),
