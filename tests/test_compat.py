@@ -396,6 +396,18 @@ def test_recording():
     assert len({id(value.fake_mode) for value in values}) == 1
 
 
+def test_parameter():
+    '''A parameter is what it was made of, also in a graph, where PyTorch takes it for a constant.'''
+    def function(x):
+        parameter = _compat.as_parameter(x * 3)
+        assert isinstance(parameter, torch.nn.Parameter) and not parameter.requires_grad
+        return parameter + 1
+
+    graph = make_fx(function, tracing_mode='real', **_compat.RECORDING)(torch.ones(2))
+    assert torch.equal(graph(torch.zeros(2)), torch.ones(2))
+    assert torch.equal(function(torch.zeros(2)), torch.ones(2))
+
+
 def test_origin():
     '''A call that a mode handles, and hands on to another, is that of the code around it.'''
     frames = []

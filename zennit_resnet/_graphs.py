@@ -260,7 +260,8 @@ def fold(graph, constants, layout=torch.contiguous_format):
         value = values[node]
         is_part = value.numel() * value.element_size() < value.untyped_storage().nbytes()
         if 0 not in value.stride() and (value.ndim > 2 or is_part):
-            # convolutions would copy transposed weights in each call, and parts keep the whole alive
+            # convolutions would copy transposed weights in each call, and parts keep the whole alive; what is expanded
+            # is smaller as it is
             value = value.clone(memory_format=layout if value.ndim == 4 else torch.contiguous_format)
         name, num = f'constant_{num}', num + 1
         module.register_buffer(name, value)

@@ -4,6 +4,7 @@ import math
 import torch
 from zennit.rules import AlphaBeta
 
+from .._compat import as_parameter
 from ..arguments import Described, as_stabilizer, check_number, check_rule
 from ._linear_maps import with_adjoint
 from .base import SinglePass
@@ -57,7 +58,7 @@ class LinearSum(SinglePass):
         '''Let the rule propagate through a linear layer without bias, of which the weights are the factors.'''
         addends, weight = stored
         layer = torch.nn.Linear(*weight.shape[::-1], bias=False)
-        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+        layer.weight = as_parameter(weight)
         handles = self.rule.copy().register(layer)
         lower = with_adjoint(layer, addends)[1](relevance[..., None])
         handles.remove()
