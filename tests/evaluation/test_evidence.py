@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers.evaluation import assert_same, run
+from helpers.evaluation import SIZE, assert_same, run
 from PIL import Image
 from torchvision.models import resnet18
 
@@ -20,7 +20,6 @@ from zennit_resnet.models import load_classifier
 pytestmark = pytest.mark.once
 
 COLORS = {'red': (220, 30, 30), 'green': (30, 220, 30), 'blue': (30, 30, 220), 'white': (240, 240, 240)}
-SIZE = 64
 EVIDENCE = ('grid_pointing', 'class_sensitivity', 'randomization', 'contrastive')
 
 
@@ -113,7 +112,7 @@ def test_by_hand(evaluated, colors):
     similar = metrics.class_sensitivity(explain(labels), explain(rival))
     random = metrics.randomization(classifier.model, lambda model: explain(labels), ['fc'])
     contrast = metrics.contrastive_insertion_deletion(
-        classifier.model, images, explain(labels), classifier.bounds()[0], labels, protocol='keio', step=2048,
+        classifier.model, images, explain(labels), classifier.bounds()[0], labels, protocol='keio', step=512,
         ties='nearest',
     )
     found = evaluated.records.xs('resnet_lrp_ratio', level='method')
