@@ -57,22 +57,21 @@ def plot_curves(
     """Draw the mean curve of each method, and a band for its confidence interval.
 
     The bands are for the means of all examples, point by point: by the bootstrap, and
-    from 5,000 examples on without clusters by the normal distribution. Two methods may well
-    differ although their bands overlap, as both vary with the examples; for that, see
-    :func:`captum_adapters.metrics.compare`.
+    from 5,000 examples on without clusters by the normal distribution. Two methods may
+    well differ although their bands overlap, as both vary with the examples; for that,
+    see :func:`captum_adapters.metrics.compare`.
 
     Args:
-
         curves (mapping of str to Tensor or array): For each method, curves of shape
-                (batch, points). Examples with NaN are left out.
+            (batch, points). Examples with NaN are left out.
         positions (Tensor, array, or mapping of these): Where points are on the x-axis,
-                of shape (points,) for all methods, or (batch, points) if that depends
-                on the example, where curves are interpolated linearly before they are
-                averaged; or these for each method.
-        axes (Axes, optional): What to draw on.
-                Default: None, for a new figure, to be found as `axes.figure`
+            of shape (points,) for all methods, or (batch, points) if that depends on
+            the example, where curves are interpolated linearly before they are
+            averaged; or these for each method.
+        axes (Axes, optional): What to draw on. Default: None, for a new figure, to be
+            found as `axes.figure`
         confidence (float, optional): Level of confidence of the bands, `None` for no
-                bands.
+            bands.
         clusters, n_resamples: See :func:`captum_adapters.metrics.bootstrap_interval`.
         marker (str, optional): Marker of points.
 

@@ -50,30 +50,29 @@ def explain(
     last.
 
     Args:
-
         model (torch.nn.Module): The network.
         inputs (numpy.ndarray): Inputs of shape (batch, channels, ...) or (batch,
-                features). They are converted to the model's type.
+            features). They are converted to the model's type.
         targets (numpy.ndarray, optional): Class index of each input, of shape (batch,),
-                or one for all. `None` for networks with a single output.
+            or one for all. `None` for networks with a single output.
         method (str, callable or Attribution, optional): The name of a class of this
-                package or of :mod:`captum.attr`; a class, or any function `(model,
-                **init_kwargs)` which returns a Captum attribution, for instance `lambda
-                model: NoiseTunnel(ResNetLRP(model))`; or an attribution for this model.
+            package or of :mod:`captum.attr`; a class, or any function `(model,
+            **init_kwargs)` which returns a Captum attribution, for instance `lambda
+            model: NoiseTunnel(ResNetLRP(model))`; or an attribution for this model.
         device (str or torch.device, optional): Device of the inputs, which must be that
-                of the model. Quantus passes its own on.
-                Default: None, for the model's device
-        batch_size (int, optional): Number of inputs to explain at once.
-                Default: None, for all
+            of the model. Quantus passes its own on. Default: None, for the model's
+            device
+        batch_size (int, optional): Number of inputs to explain at once. Default: None,
+            for all
         reduce (str, optional): `"sum"` for the sum over channels, as Quantus' own
-                explanation functions do. `"abs_sum"` for the magnitude of that sum,
-                `None` to keep the channels.
+            explanation functions do. `"abs_sum"` for the magnitude of that sum, `None`
+            to keep the channels.
         attribute_kwargs (dict, optional): Further arguments of the method's
-                `attribute`, for instance `{"n_masks": 8000}` for RISE. Arrays are
-                converted to tensors, the same for each part of `batch_size` inputs.
+            `attribute`, for instance `{"n_masks": 8000}` for RISE. Arrays are converted
+            to tensors, the same for each part of `batch_size` inputs.
         init_kwargs (Any): Further arguments of the method's constructor, for instance
-                `splitting="symmetric"` for ResNetLRP. The name of a module may be given
-                for `layer`, with any method.
+            `splitting="symmetric"` for ResNetLRP. The name of a module may be given for
+            `layer`, with any method.
 
     Returns:
         numpy.ndarray: Attributions of shape (batch, 1, ...), or of the inputs' shape if
@@ -85,7 +84,7 @@ def explain(
 
     Raises:
         ValueError: If the method, or a layer, is unknown, an attribution is for another
-                model, the model is on another device, or shapes do not fit.
+            model, the model is on another device, or shapes do not fit.
         TypeError: If targets are not integers, or the method does not take an argument.
 
     Examples::
@@ -134,7 +133,6 @@ def explainer(method: Method, **settings: Any) -> Callable[..., NDArray[Any]]:
     r"""Create an `explain_func` for Quantus from a method and its settings.
 
     Args:
-
         method (str or callable): See :func:`explain`.
         settings: Its other arguments.
 

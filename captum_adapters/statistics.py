@@ -29,10 +29,9 @@ class Interval(NamedTuple):
     """Result of :func:`bootstrap_interval`, for values of shape (n, ...).
 
     Attributes:
-
         mean (array): Mean of the examples, of shape (...).
         low, high (array): Ends of the confidence interval, of shape (...). NaN if there
-                are less than two examples, or clusters.
+            are less than two examples, or clusters.
         num_examples (int): Number of examples without NaN.
         num_nan (int): Number of examples that are left out, as there is NaN.
     """
@@ -50,7 +49,6 @@ class Comparison(NamedTuple):
     What is not defined, as for too few examples, is NaN.
 
     Attributes:
-
         num_examples (int): Number of examples with a score of both.
         num_nan (int): Number of examples that are left out, as a score is NaN.
         num_clusters (int): Number of clusters, or of examples without clusters.
@@ -58,9 +56,9 @@ class Comparison(NamedTuple):
         difference (float): Mean of the paired differences, method - baseline.
         low, high (float): Ends of the confidence interval of the difference.
         effect_size (float): Mean of the paired differences in units of their standard
-                deviation. NaN if all differences are the same, or there is only one.
+            deviation. NaN if all differences are the same, or there is only one.
         rank_biserial (float): Sum of the signed ranks of the differences, from -1
-                (always lower) to 1 (always higher).
+            (always lower) to 1 (always higher).
         p_value (float): Two-sided p-value of the test, for this comparison alone.
         p_holm (float): p-value corrected for all comparisons, see :func:`holm`.
     """
@@ -220,16 +218,15 @@ def bootstrap_interval(
     20 or 40 normally distributed clusters, 90 % with 10, and 84 % with 5.
 
     Args:
-
         values (Tensor or array): One value per example of shape (n,), or several, as
-                for the points of curves, of shape (n, ...). Each has an interval of its
-                own. Examples with NaN are left out.
+            for the points of curves, of shape (n, ...). Each has an interval of its
+            own. Examples with NaN are left out.
         clusters (Tensor or sequence, optional): The cluster of each example, for
-                instance its class, as numbers or names of shape (n,).
+            instance its class, as numbers or names of shape (n,).
         confidence (float, optional): Level of confidence.
         n_resamples (int, optional): Number of resamples.
         method (str, optional): `"bca"` corrects the percentiles of the resamples for
-                bias and skewness (Efron 1987), `"percentile"` does not.
+            bias and skewness (Efron 1987), `"percentile"` does not.
         seed (int, optional): Seed of the resamples.
 
     Returns:
@@ -237,7 +234,7 @@ def bootstrap_interval(
 
     Raises:
         ValueError: If there is infinity, a shape does not fit, or an argument is out of
-                range.
+            range.
 
     Examples::
 
@@ -305,9 +302,8 @@ def holm(p_values: Scores) -> NDArray[np.float64]:
     matter how the tests depend on each other (Holm 1979).
 
     Args:
-
         p_values (Tensor or array): p-values of shape (n,). NaN, as of a test without
-                examples, is kept and not counted.
+            examples, is kept and not counted.
 
     Returns:
         array: Adjusted p-values in the order of the given ones.
@@ -364,20 +360,19 @@ def compare(
     so the differences per example are what is informative.
 
     Args:
-
         scores (mapping of str to Tensor or array): For each method, its scores on the
-                same examples in the same order, of shape (n,). Examples with NaN in one
-                of two scores are left out of their comparison.
+            same examples in the same order, of shape (n,). Examples with NaN in one of
+            two scores are left out of their comparison.
         baseline (str, optional): Name of the method that all others are compared with.
-                Default: None, for all pairs of methods
+            Default: None, for all pairs of methods
         test (str, optional): Two-sided test of paired differences.
 
-                - `"permutation"`: whether the mean is zero, by the signs of the
-                  differences, which are as likely to be reversed if methods do not
-                  differ (of a cluster, all together). It is exact if all combinations
-                  of signs are at most `n_resamples`.
-                - `"wilcoxon"`: the signed-rank test, for scores with outliers. With
-                  clusters, the ranks' sum is tested by reversing signs as above.
+            - `"permutation"`: whether the mean is zero, by the signs of the
+              differences, which are as likely to be reversed if methods do not differ
+              (of a cluster, all together). It is exact if all combinations of signs are
+              at most `n_resamples`.
+            - `"wilcoxon"`: the signed-rank test, for scores with outliers. With
+              clusters, the ranks' sum is tested by reversing signs as above.
 
         clusters, confidence, n_resamples, seed: See :func:`bootstrap_interval`.
 
@@ -386,7 +381,7 @@ def compare(
 
     Raises:
         ValueError: If there are less than two methods, scores have different shapes or
-                infinity, or an argument is unknown or out of range.
+            infinity, or an argument is unknown or out of range.
 
     Examples::
 

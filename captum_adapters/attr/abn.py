@@ -38,13 +38,12 @@ class Branches(NamedTuple):
     """What an attention branch network computes for a batch of images.
 
     Attributes:
-
         attention_logits (Tensor): Class scores of the attention branch, of shape
-                (batch, classes).
+            (batch, classes).
         logits (Tensor): Class scores of the perception branch, of shape (batch,
-                classes): the output of the network.
+            classes): the output of the network.
         attention (Tensor): Attention maps with values from 0 to 1, of shape (batch, 1,
-                height, width), with height and width of the feature extractor.
+            height, width), with height and width of the feature extractor.
     """
 
     attention_logits: Tensor
@@ -105,11 +104,10 @@ class AttentionBranchNetwork(Module):
     parameters and buffers are copies, and the branches share none.
 
     Args:
-
         model (torch.nn.Module): A classifier with the modules of torchvision's
-                :class:`~torchvision.models.ResNet`: `conv1`, `bn1`, `relu`, `maxpool`,
-                `layer1` to `layer4`, `avgpool` and `fc`. The attention branch has its
-                device, type, and training mode, and requires gradients in any case.
+            :class:`~torchvision.models.ResNet`: `conv1`, `bn1`, `relu`, `maxpool`,
+            `layer1` to `layer4`, `avgpool` and `fc`. The attention branch has its
+            device, type, and training mode, and requires gradients in any case.
 
     Raises:
         TypeError: If `model` is not a module.
@@ -160,8 +158,8 @@ class AttentionBranchNetwork(Module):
         """Compute both branches of features.
 
         Raises:
-            ValueError: If `layer4` changes the size of features by other means than
-                    the stride of convolutions.
+            ValueError: If `layer4` changes the size of features by other means than the
+                stride of convolutions.
         """
         attention_logits, attention = self.attention_branch(features)
         if attention.shape[2:] != features.shape[2:]:
@@ -191,10 +189,9 @@ class ABN(Attribution):
     for each image: it does **not** depend on the target.
 
     Args:
-
         model (AttentionBranchNetwork): The network, in evaluation mode. It may be
-                within :class:`torch.nn.DataParallel`,
-                :class:`torch.nn.parallel.DistributedDataParallel` or a compiled model.
+            within :class:`torch.nn.DataParallel`,
+            :class:`torch.nn.parallel.DistributedDataParallel` or a compiled model.
 
     Raises:
         TypeError: If `model` is another network.
@@ -231,11 +228,10 @@ class ABN(Attribution):
         additional_forward_args: object = None,
     ) -> TensorOrTuple:
         """Args:
-
             inputs (Tensor or tuple[Tensor]): Images of shape (batch, channels, height,
-                    width).
+                width).
             target, additional_forward_args: For Captum's manner of calling. The target
-                    is only checked, and the network has no further arguments.
+                is only checked, and the network has no further arguments.
 
         Returns:
             *Tensor* or *tuple[Tensor]* of **attributions**:
@@ -247,10 +243,10 @@ class ABN(Attribution):
 
         Raises:
             ValueError: If there are several inputs or further arguments, inputs are not
-                    images, the target is out of range, attention is NaN, or the network
-                    is in training mode.
+                images, the target is out of range, attention is NaN, or the network is
+                in training mode.
             TypeError: If inputs are not floating point tensors, or the target is not of
-                    integers.
+                integers.
         """
         images = check_images(inputs)
         if not images.is_floating_point():
@@ -285,17 +281,16 @@ def save_abn(
     r"""Write the weights of an attention branch network.
 
     Args:
-
         model (AttentionBranchNetwork): The network.
         path (str or Path): File to write: a state dict in the format of safetensors
-                (`.safetensors`, which needs this package) or of :func:`torch.save`
-                (`.pt`, `.pth`).
+            (`.safetensors`, which needs this package) or of :func:`torch.save` (`.pt`,
+            `.pth`).
         classes (sequence of str, optional): Names of the classes, for the metadata of
-                safetensors.
+            safetensors.
 
     Raises:
         ValueError: If the suffix is unknown, safetensors is missing, or there are more
-                or fewer names than classes.
+            or fewer names than classes.
         OSError: If the file cannot be written.
     """
     path = Path(path)
@@ -326,9 +321,8 @@ def load_abn(
     r"""Read the weights of an attention branch network, as :func:`save_abn` writes them.
 
     Args:
-
         path (str or Path): A state dict. The number of classes is the size of the last
-                layer.
+            layer.
         architecture (str, optional): Name of the residual network in torchvision.
 
     Returns:
@@ -337,7 +331,7 @@ def load_abn(
 
     Raises:
         ValueError: If there is no such residual network, the file cannot be read, or
-                the weights do not fit.
+            the weights do not fit.
     """
     names = [
         name

@@ -80,35 +80,34 @@ class CompositeAttribution(GradientAttribution):
     `docs/captum.md`.
 
     Args:
-
         model (torch.nn.Module): The network, in evaluation mode.
         composite (Composite, type or str, optional): An instance, a class that needs no
-                arguments, or a name under which one is registered in Zennit, such as
-                `"resnet_lrp_ratio"`, `"block_lrp"` or `"epsilon_plus_flat"`.
+            arguments, or a name under which one is registered in Zennit, such as
+            `"resnet_lrp_ratio"`, `"block_lrp"` or `"epsilon_plus_flat"`.
         initial_relevance (str or callable, optional): What the target starts with:
-                `"logit"`, `"softmax"` or `"one"`, see `value` of
-                :func:`zennit_resnet.attribution.initial_relevance`, or a function from
-                the output to a tensor of the same shape: the target's value is taken,
-                or everything if there is no target.
-                Default: None, for `"logit"`, or what a contrast or function needs
+            `"logit"`, `"softmax"` or `"one"`, see `value` of
+            :func:`zennit_resnet.attribution.initial_relevance`, or a function from the
+            output to a tensor of the same shape: the target's value is taken, or
+            everything if there is no target. Default: None, for `"logit"`, or what a
+            contrast or function needs
         postprocess (str or callable, optional): Post-processing of heatmaps: `"c3"`,
-                `"c1c"` or `"heat_quantization"` for those of
-                :mod:`zennit_resnet.postprocess`, or a function `(batch, height, width)
-                -> (batch, height, width)`, for instance `functools.partial(c3,
-                size=14)`. It is given the sum over channels, and the channels of the
-                attributions receive equal parts of what it returns. For images, and
-                quantization and functions also for signals and volumes.
+            `"c1c"` or `"heat_quantization"` for those of
+            :mod:`zennit_resnet.postprocess`, or a function `(batch, height, width) ->
+            (batch, height, width)`, for instance `functools.partial(c3, size=14)`. It
+            is given the sum over channels, and the channels of the attributions receive
+            equal parts of what it returns. For images, and quantization and functions
+            also for signals and volumes.
         output (str, int or callable, optional): For models that return several outputs,
-                see :class:`zennit_resnet.attribution.SelectOutput`.
-                Default: None, for models that return a tensor
+            see :class:`zennit_resnet.attribution.SelectOutput`. Default: None, for
+            models that return a tensor
         contrast (str, int, list or Tensor, optional): Why the target and not something
-                else: `"centred"`, `"softmax"`, `"runner_up"`, or classes, see
-                :func:`zennit_resnet.attribution.initial_relevance`. Default: None
+            else: `"centred"`, `"softmax"`, `"runner_up"`, or classes, see
+            :func:`zennit_resnet.attribution.initial_relevance`. Default: None
         contrast_weight (float, optional): How much rivals count. Default: 1
         traced (bool, optional): Whether to record the attribution as a graph, in the
-                first call for each shape of the input, and to run that afterwards, see
-                :func:`zennit_resnet.tracing.trace`. It is faster, most of all for small
-                images. For a single input. Default: False
+            first call for each shape of the input, and to run that afterwards, see
+            :func:`zennit_resnet.tracing.trace`. It is faster, most of all for small
+            images. For a single input. Default: False
 
     Raises:
         TypeError: If an argument is none of the above.
@@ -208,23 +207,21 @@ class CompositeAttribution(GradientAttribution):
         internal_batch_size: Optional[int] = None,
     ) -> Any:
         r"""Args:
-
             inputs (Tensor or tuple[Tensor]): Inputs of shape (batch, ...), of floating
-                    point numbers. They are not changed, and need not require gradients.
+                point numbers. They are not changed, and need not require gradients.
             target (int, tuple, Tensor, list or callable, optional): Output to explain,
-                    as in Captum: an integer or a tensor with a single one for all
-                    examples, a list of integers or a 1D tensor with one for each, a
-                    tuple with the indices of all output dimensions but the batch, or a
-                    list of tuples. Also a function from the output to a number for each
-                    example, such as a mean over a region: its gradient are the weights
-                    of the outputs. Not necessary for a single output.
+                as in Captum: an integer or a tensor with a single one for all examples,
+                a list of integers or a 1D tensor with one for each, a tuple with the
+                indices of all output dimensions but the batch, or a list of tuples.
+                Also a function from the output to a number for each example, such as a
+                mean over a region: its gradient are the weights of the outputs. Not
+                necessary for a single output.
             additional_forward_args (Any, optional): Further arguments of the model,
-                    after the inputs. There are no attributions for them.
+                after the inputs. There are no attributions for them.
             return_convergence_delta (bool, optional): Whether to return the delta, too.
             internal_batch_size (int, optional): Number of examples to run at once.
-                    Those tensors among `additional_forward_args` that have a row for
-                    each example are divided like the inputs.
-                    Default: None, for all
+                Those tensors among `additional_forward_args` that have a row for each
+                example are divided like the inputs. Default: None, for all
 
         Returns:
             *Tensor* or *tuple[Tensor]* of **attributions**, or 2-element tuple of
@@ -239,11 +236,11 @@ class CompositeAttribution(GradientAttribution):
 
         Raises:
             ValueError: If the target is missing or out of range, a shape does not fit,
-                    or the output does not depend on the inputs.
+                or the output does not depend on the inputs.
             TypeError: If inputs are not floating point tensors, the target is not of
-                    integers, or the output is not a tensor.
+                integers, or the output is not a tensor.
             RuntimeError: If the model is in training mode with batch norm or dropout
-                    (by composites of this project), or the composite is in use already.
+                (by composites of this project), or the composite is in use already.
             UnsupportedOperation: If there is no rule for an operation of the model.
         """
         check_flag("return_convergence_delta", return_convergence_delta)

@@ -40,11 +40,11 @@ Layer = Union[Module, str]
 class LayerRelevance(CompositeAttribution, LayerAttribution):
     r"""Relevance at the inputs or outputs of layers and blocks.
 
-    The relevance of a layer's output is all that arrives
-    there: for a residual block, what both branches of the next block propagate. The
-    relevance of a layer's input is what this layer propagates to it, and not what
-    others do that use the same tensor: for an addition, the shares of skip connection
-    and residual branch. (All of it counts if a layer returns its input as it is.)
+    The relevance of a layer's output is all that arrives there: for a residual block,
+    what both branches of the next block propagate. The relevance of a layer's input is
+    what this layer propagates to it, and not what others do that use the same tensor:
+    for an addition, the shares of skip connection and residual branch. (All of it
+    counts if a layer returns its input as it is.)
 
     Besides modules, layers may be given by name. Operations which the network computes
     by functions only have names: those of additions are `layer1.0.addition`,
@@ -55,11 +55,10 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
     divided by the activation, which is multiplied by it here.
 
     Args:
-
         layer (torch.nn.Module, str or list): One or several layers, as modules or by
-                their names (without the `module.` of wrapped models).
+            their names (without the `module.` of wrapped models).
         model, composite, initial_relevance, output, contrast, contrast_weight: See
-                :class:`CompositeAttribution`, as for errors.
+            :class:`CompositeAttribution`, as for errors.
 
     Examples::
 
@@ -114,16 +113,15 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
         internal_batch_size: Optional[int] = None,
     ) -> Any:
         r"""Args:
-
             inputs (Tensor or tuple[Tensor]): Inputs of shape (batch, ...), as for
-                    :meth:`CompositeAttribution.attribute`, or integers, such as the
-                    indices of words: the layer then is the embedding which they enter,
-                    or any behind it.
+                :meth:`CompositeAttribution.attribute`, or integers, such as the indices
+                of words: the layer then is the embedding which they enter, or any
+                behind it.
             target, additional_forward_args, return_convergence_delta, ...: See
-                    :meth:`CompositeAttribution.attribute`.
+                :meth:`CompositeAttribution.attribute`.
             attribute_to_layer_input (bool, optional): Whether to return the relevance
-                    of the layers' inputs (those given by position) in the place of
-                    their outputs.
+                of the layers' inputs (those given by position) in the place of their
+                outputs.
 
         Returns:
             **attributions**, or 2-element tuple of **attributions**, **delta**, each a
@@ -140,11 +138,11 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
 
         Raises:
             ValueError: If a layer is not part of the model, did not run, has been
-                    called several times and no call is chosen, or has no row for each
-                    example.
+                called several times and no call is chosen, or has no row for each
+                example.
             TypeError: If a layer does not give floating point tensors.
             RuntimeError: If a layer is inside of a module with a rule for all that it
-                    contains.
+                contains.
         """
         check_flag("return_convergence_delta", return_convergence_delta)
         check_flag("attribute_to_layer_input", attribute_to_layer_input)

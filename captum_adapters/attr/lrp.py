@@ -23,19 +23,17 @@ class ResNetLRP(CompositeAttribution):
     r"""LRP for ResNet (Otsuki et al. 2024): splitting at skip connections, and z+.
 
     At the addition which ends a block, relevance is split between the skip connection
-    :math:`h_s` and the residual branch :math:`h_m`, Eqs. (4) to (7): by
-    :math:`|h_s| / (|h_s| + |h_m|)` or in half. All other layers have the z+ rule, Eq.
-    (2). Relevance is conserved, so that attributions sum to the target's logit, and the
-    delta is what rounding leaves of it.
+    :math:`h_s` and the residual branch :math:`h_m`, Eqs. (4) to (7): by :math:`|h_s| /
+    (|h_s| + |h_m|)` or in half. All other layers have the z+ rule, Eq. (2). Relevance
+    is conserved, so that attributions sum to the target's logit, and the delta is what
+    rounding leaves of it.
 
     Args:
-
         splitting, identity_skip, batch_norm, first_layer, classifier, ...: See
-                :class:`zennit_resnet.composites.ResNetLRP`.
+            :class:`zennit_resnet.composites.ResNetLRP`.
         model, initial_relevance, postprocess, output, contrast, traced, ...: See
-                :class:`CompositeAttribution`, as for errors. The paper's
-                post-processing is `"heat_quantization"`, which does not conserve
-                relevance.
+            :class:`CompositeAttribution`, as for errors. The paper's post-processing is
+            `"heat_quantization"`, which does not conserve relevance.
 
     Examples::
 
@@ -99,11 +97,10 @@ class RelativeLRP(CompositeAttribution):
     scale is `composite.log_scale`, of the last (part of the) batch.
 
     Args:
-
         cardinality, normalization, batch_norm, layer_map, canonizers: See
-                :class:`zennit_resnet.composites.RelativeLRP`.
+            :class:`zennit_resnet.composites.RelativeLRP`.
         model, initial_relevance, postprocess, output, contrast, traced, ...: See
-                :class:`CompositeAttribution`.
+            :class:`CompositeAttribution`.
 
     Examples::
 
@@ -144,11 +141,10 @@ class C3LRP(CompositeAttribution):
     shape. The delta is what biases absorb, and what was cut off.
 
     Args:
-
         epsilon, mode, blocks, layer_map, canonizers: See
-                :class:`zennit_resnet.composites.BlockLRP`.
+            :class:`zennit_resnet.composites.BlockLRP`.
         model, postprocess, initial_relevance, output, contrast, traced, ...: See
-                :class:`CompositeAttribution`.
+            :class:`CompositeAttribution`.
 
     Examples::
 

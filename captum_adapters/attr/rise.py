@@ -59,9 +59,8 @@ class RISE(PerturbationAttribution):
     examples of a batch have the same masks, which depend on `seed` alone.
 
     Args:
-
         forward_func (callable): A network, or any function of images. It is evaluated
-                without gradients.
+            without gradients.
 
     Examples::
 
@@ -99,32 +98,31 @@ class RISE(PerturbationAttribution):
         show_progress: bool = False,
     ) -> Inputs:
         r"""Args:
-
             inputs (Tensor or tuple[Tensor]): Images of shape (batch, channels, height,
-                    width), or with one or three spatial dimensions instead. Each of
-                    several tensors has masks of its own. What shall not be masked
-                    belongs into `additional_forward_args`.
+                width), or with one or three spatial dimensions instead. Each of several
+                tensors has masks of its own. What shall not be masked belongs into
+                `additional_forward_args`.
             target, additional_forward_args: See :meth:`CompositeAttribution.attribute`.
             baselines (scalar, Tensor, tuple of scalar, or Tensor, optional): What is
-                    seen where a mask is zero: a number, or a tensor that can be
-                    broadcast to the inputs, for each of them.
-                    Default: None, for 0 as in the paper (after normalization)
+                seen where a mask is zero: a number, or a tensor that can be broadcast
+                to the inputs, for each of them. Default: None, for 0 as in the paper
+                (after normalization)
             n_masks (int, optional): Number of masks N. The paper uses 4000 for VGG-16
-                    and 8000 for ResNet-50.
+                and 8000 for ResNet-50.
             grid_size (int or sequence of int, optional): Number of cells s along each
-                    spatial dimension, or one for all of them.
+                spatial dimension, or one for all of them.
             probability (float, optional): Probability p of a cell to be visible,
-                    between 0 and 1 (exclusive).
+                between 0 and 1 (exclusive).
             seed (int, optional): Seed of the masks.
             output (str or callable, optional): What the score is, see
-                    :func:`captum_adapters.metrics.insertion_deletion`.
+                :func:`captum_adapters.metrics.insertion_deletion`.
             normalization (str, optional): What sums are divided by: `"coverage"` for
-                    the sum of the masks at the pixel, so that the result is the mean
-                    score of the masks that show it, or `"expected"` for the paper's
-                    p N. A pixel that no mask shows is 0.
+                the sum of the masks at the pixel, so that the result is the mean score
+                of the masks that show it, or `"expected"` for the paper's p N. A pixel
+                that no mask shows is 0.
             perturbations_per_eval (int, optional): Number of masks to evaluate at once,
-                    each of them with the whole batch.
-                    Default: None, for as many as give 32 images, at least one
+                each of them with the whole batch. Default: None, for as many as give 32
+                images, at least one
             show_progress (bool, optional): Whether to show a progress bar.
 
         Returns:
@@ -134,9 +132,9 @@ class RISE(PerturbationAttribution):
 
         Raises:
             ValueError: If a shape does not fit, an argument is out of range or missing,
-                    a score is NaN or infinite, or the network is in training mode.
+                a score is NaN or infinite, or the network is in training mode.
             TypeError: If inputs are not floating point tensors, the target is not of
-                    integers, or the output is not a tensor.
+                integers, or the output is not a tensor.
         """
         images = check_maskable(inputs)
         batch = len(images[0])

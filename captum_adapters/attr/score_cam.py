@@ -38,18 +38,17 @@ class ScoreCAM(LayerAttribution):
         L = \mathrm{ReLU}\Big(\sum_k w_k A_k\Big), \quad
         w = \mathrm{softmax}_k \big(f(X \odot H_k) - f(X_b)\big).
 
-    The computation is `torch-cam <https://pypi.org/project/torchcam>`_'s, which is
-    an optional dependency: `pip install "zennit-resnet[cam]"`. Around it, this class
-    adds Captum's targets and further arguments, and leaves the network as it was.
-    Images are evaluated one by one, without gradients, and in evaluation mode unless
+    The computation is `torch-cam <https://pypi.org/project/torchcam>`_'s, which is an
+    optional dependency: `pip install "zennit-resnet[cam]"`. Around it, this class adds
+    Captum's targets and further arguments, and leaves the network as it was. Images are
+    evaluated one by one, without gradients, and in evaluation mode unless
     `forward_func` is a function that hides its network. It takes as many evaluations of
     the network as the layer has channels: 2048 for the last stage of ResNet-50.
 
     Args:
-
         forward_func (callable): A network, or any function of images which uses it.
         layer (torch.nn.Module): Layer with an output of shape (batch, channels, height,
-                width), usually the last stage of convolutions.
+            width), usually the last stage of convolutions.
 
     Raises:
         ImportError: If torch-cam is not installed.
@@ -93,13 +92,12 @@ class ScoreCAM(LayerAttribution):
         perturbations_per_eval: int = DEFAULT_CHUNK,
     ) -> Tensor:
         r"""Args:
-
             inputs (Tensor or tuple[Tensor]): Images of shape (batch, channels, height,
-                    width). Further inputs belong into `additional_forward_args`.
+                width). Further inputs belong into `additional_forward_args`.
             target, additional_forward_args: See :meth:`CompositeAttribution.attribute`.
-                    The target should be a logit.
+                The target should be a logit.
             perturbations_per_eval (int, optional): Number of masked images to evaluate
-                    at once.
+                at once.
 
         Returns:
             *Tensor*: Non-negative maps of the layer's height and width, of shape
@@ -108,9 +106,9 @@ class ScoreCAM(LayerAttribution):
 
         Raises:
             ValueError: If a shape does not fit, the layer has no part in the network,
-                    the target is missing or out of range, or an output is NaN.
+                the target is missing or out of range, or an output is NaN.
             TypeError: If the layer's output, or the network's, is not a tensor, or the
-                    target is not of integers.
+                target is not of integers.
         """
         images = check_maskable(inputs)
         if len(images) > 1:

@@ -102,13 +102,12 @@ class PerturbedImages:
     whether the network sees nothing but the image.
 
     Attributes:
-
         examples (Tensor): Index of the example of each image, of shape (images,).
         inverse (Tensor): Index of the image at each point of the insertion curve, of
-                the blank one of insertion, and at each point of the deletion curve, of
-                shape (batch, 2 points + 1).
+            the blank one of insertion, and at each point of the deletion curve, of
+            shape (batch, 2 points + 1).
         shared (Tensor or None): Where the image is the first of all, which is blank and
-                the same for all examples, of the same shape.
+            the same for all examples, of the same shape.
     """
 
     def __init__(

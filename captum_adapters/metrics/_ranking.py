@@ -144,9 +144,9 @@ def means_of_top(
     r"""Mean of values over the elements with the k highest scores, and share of ties.
 
     Of scores that are equal, it is the expected mean over all their orders: of `t` ties
-    after `s` higher scores, each is among the first `k` with probability
-    :math:`(k - s)/t`. `means`, of all values, are those of the top if all scores are
-    equal. Results are of shape (batch, P), NaN where k is zero, and (batch,).
+    after `s` higher scores, each is among the first `k` with probability :math:`(k -
+    s)/t`. `means`, of all values, are those of the top if all scores are equal. Results
+    are of shape (batch, P), NaN where k is zero, and (batch,).
     """
     ordered, order = sort_scores(scores)
     sums = F.pad(values.flatten(1).gather(1, order).cumsum(1), (1, 0))
@@ -171,16 +171,15 @@ def top_fraction(scores: Tensor, percent: Percent) -> Tensor:
     r"""Select the top p % of the elements of each example.
 
     Exactly :math:`\lfloor pN/100 \rfloor` of N elements are selected. Percentages are
-    taken as the decimal fractions they are written as: 0.7 % of 1000 is 7, although
-    0.7 * 1000 / 100 is below 7 in floating point numbers. The percentage at which
-    exactly `k` of `n` are selected is `Fraction(100 * k, n)`. Of equal scores, the first
-    in row-major order come first, so that a share of the selection depends on where in
-    the image ties are: :func:`mask_pointing` has the expected share instead.
+    taken as the decimal fractions they are written as: 0.7 % of 1000 is 7, although 0.7
+    * 1000 / 100 is below 7 in floating point numbers. The percentage at which exactly
+    `k` of `n` are selected is `Fraction(100 * k, n)`. Of equal scores, the first in
+    row-major order come first, so that a share of the selection depends on where in the
+    image ties are: :func:`mask_pointing` has the expected share instead.
 
     Args:
-
         scores (Tensor or numpy.ndarray): Scores of shape (batch, ...), for instance
-                heatmaps of shape (batch, height, width).
+            heatmaps of shape (batch, height, width).
         percent (int, float or Fraction): Percentage from 0 to 100.
 
     Returns:
@@ -188,7 +187,7 @@ def top_fraction(scores: Tensor, percent: Percent) -> Tensor:
 
     Raises:
         ValueError: If the percentage is not from 0 to 100, the scores have no batch, or
-                there is NaN in them.
+            there is NaN in them.
 
     Examples::
 

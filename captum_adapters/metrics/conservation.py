@@ -21,20 +21,19 @@ def conservation_gap(
         \frac{\sum_i R_i + \sum_s R_s - \sum_k R_k}{\sum_k |R_k|}
 
     with the attributions :math:`R_i`, what sinks keep :math:`R_s`, and the initial
-    relevance :math:`R_k` of outputs.
-    Zero is exact conservation (Otsuki et al., section 3.2), -1 a complete loss.
+    relevance :math:`R_k` of outputs. Zero is exact conservation (Otsuki et al., section
+    3.2), -1 a complete loss.
 
     Args:
-
         attributions (Tensor, numpy.ndarray or tuple of these): Attributions of shape
-                (batch, ...). For a tuple, the sum goes over all its tensors.
+            (batch, ...). For a tuple, the sum goes over all its tensors.
         initial (int, float, Tensor or numpy.ndarray): Relevance at the output, for
-                instance the target's logit: a tensor of shape (batch,), or (batch,
-                ...) for several outputs, or a number for all.
+            instance the target's logit: a tensor of shape (batch,), or (batch, ...) for
+            several outputs, or a number for all.
         sinks (Tensor, numpy.ndarray or dict of str to Tensor, optional): What class
-                tokens and other constants keep, as the composite's ``sinks`` after the
-                attribution, or their sum: tensors of shape (batch,). By default, it
-                counts as lost.
+            tokens and other constants keep, as the composite's ``sinks`` after the
+            attribution, or their sum: tensors of shape (batch,). By default, it counts
+            as lost.
 
     Returns:
         Tensor: Relative gap of shape (batch,), in double precision. NaN if the initial
@@ -42,7 +41,7 @@ def conservation_gap(
 
     Raises:
         ValueError: If the batch sizes differ or are zero, or ``sinks`` have another
-                shape.
+            shape.
         TypeError: If an argument is neither a tensor nor an array of numbers.
 
     Examples::

@@ -69,22 +69,22 @@ class InsertionDeletion(NamedTuple):
     Curves have as many points as there are steps, plus one where both ends are points.
 
     Attributes:
-
         insertion, deletion (Tensor): Areas under both curves, (batch,). Insertion is
-                better if it is higher, deletion if it is lower.
+            better if it is higher, deletion if it is lower.
         id_score (Tensor): Insertion minus deletion, (batch,).
         insertion_normalized, deletion_normalized (Tensor): Areas on a scale where the
-                score of the blank image is 0, and that of the whole image is 1,
-                (batch,). NaN where both scores are equal.
+            score of the blank image is 0, and that of the whole image is 1, (batch,).
+            NaN where both scores are equal.
         id_normalized (Tensor): Difference of the two.
         fractions (Tensor): Where the points are on the x-axis from 0 to 1, (batch,
-                points).
+            points).
         selected (Tensor): Number of pixels that are really inserted or deleted at each
-                point, (batch, points).
+            point, (batch, points).
         insertion_curve, deletion_curve (Tensor): Scores, (batch, points).
-        insertion_classes, deletion_classes (Tensor): Predicted classes, (batch, points).
-        score_full, score_blank (Tensor): Scores of the whole image, and after all pixels
-                are deleted, (batch,).
+        insertion_classes, deletion_classes (Tensor): Predicted classes, (batch,
+            points).
+        score_full, score_blank (Tensor): Scores of the whole image, and after all
+            pixels are deleted, (batch,).
         tied_share (Tensor): Share of pixels whose value is not theirs alone, (batch,).
         distinct_levels (Tensor): Number of distinct values of the map, (batch,).
     """
@@ -142,78 +142,73 @@ def insertion_deletion(
     (expected) ID score of 0.
 
     Args:
-
         forward_func (Callable): The network, or any function of images. It is evaluated
-                as it is: put it into evaluation mode before.
+            as it is: put it into evaluation mode before.
         inputs (Tensor, numpy.ndarray or tuple[Tensor]): Images of shape (batch,
-                channels, height, width), signals of shape (batch, channels, length), or
-                volumes or videos of shape (batch, channels, depth, height, width). For
-                the latter, the shapes below change likewise, and a pixel is a sample of
-                the signal, or a voxel.
+            channels, height, width), signals of shape (batch, channels, length), or
+            volumes or videos of shape (batch, channels, depth, height, width). For the
+            latter, the shapes below change likewise, and a pixel is a sample of the
+            signal, or a voxel.
         attributions (Tensor, numpy.ndarray or tuple[Tensor]): Attributions of shape
-                (batch, channels or 1, height, width) or (batch, height, width), or
-                (height, width) for a single image.
+            (batch, channels or 1, height, width) or (batch, height, width), or (height,
+            width) for a single image.
         baselines (scalar, Tensor, tuple of scalar, or Tensor, optional): What pixels
-                are without their content: a number, or a tensor that can be broadcast
-                to the inputs, such as one of shape (1, channels, 1, 1). `None` is 0,
-                the mean colour if inputs are normalized. Black is `-mean / std` then,
-                which must be given for `protocol="keio"`.
+            are without their content: a number, or a tensor that can be broadcast to
+            the inputs, such as one of shape (1, channels, 1, 1). `None` is 0, the mean
+            colour if inputs are normalized. Black is `-mean / std` then, which must be
+            given for `protocol="keio"`.
         target (int, tuple, Tensor, or list, optional): Index of the class whose score
-                is measured, as in Captum. `None` is for networks with a single
-                output only.
+            is measured, as in Captum. `None` is for networks with a single output only.
         additional_forward_args (Any, optional): Further arguments of `forward_func`,
-                one or a tuple. Tensors with a row for each example are given with the
-                row of each image's example.
+            one or a tuple. Tensors with a row for each example are given with the row
+            of each image's example.
         n_steps (int, optional): Number of equal intervals of pixels. If the middle
-                falls between two pixels, both are points.
-                Default: None, for 100 or the `step` of the protocol
+            falls between two pixels, both are points. Default: None, for 100 or the
+            `step` of the protocol
         ties (str, optional): What happens to pixels of equal value. `"nearest"`: they
-                enter together, and a point that would divide them is moved to before or
-                after them, whichever is nearer, on the x-axis as well. `"group"`: the
-                same, but always to after them, so that with few points what comes just
-                before a large group may be missed. `"stable"`: row by row. `"random"`:
-                in random order. `"threshold"`: they enter together as soon as n reaches
-                one of them, and the x-axis stays at n.
-                Default: None, for `"nearest"` or that of the protocol
+            enter together, and a point that would divide them is moved to before or
+            after them, whichever is nearer, on the x-axis as well. `"group"`: the same,
+            but always to after them, so that with few points what comes just before a
+            large group may be missed. `"stable"`: row by row. `"random"`: in random
+            order. `"threshold"`: they enter together as soon as n reaches one of them,
+            and the x-axis stays at n. Default: None, for `"nearest"` or that of the
+            protocol
         output (str or Callable, optional): What the score is: `"softmax"` for the
-                probability of the target among classes (dimension 1), `"identity"` or
-                `"logit"` for the output as it is, or a function of the output. A single
-                output per example is taken as it is. Networks that return probabilities
-                need `"identity"`.
+            probability of the target among classes (dimension 1), `"identity"` or
+            `"logit"` for the output as it is, or a function of the output. A single
+            output per example is taken as it is. Networks that return probabilities
+            need `"identity"`.
         reduce (str, optional): `"sum"` ranks pixels by the sum of attributions over
-                channels, `"abs_sum"` by its magnitude.
+            channels, `"abs_sum"` by its magnitude.
         interpolate (str, optional): Mode of :func:`torch.nn.functional.interpolate` for
-                attributions of another height and width. `None` refuses these.
+            attributions of another height and width. `None` refuses these.
         max_examples_per_batch (int, optional): The largest number of images to evaluate
-                at a time.
-                Default: None, for 32 or the batch size if that is larger
+            at a time. Default: None, for 32 or the batch size if that is larger
         protocol (str, optional): A preset, which other arguments replace: `"c3"` for
-                the text of C³-LRP, `"keio"` for the published code of Otsuki et al.
-                2024, or `"rise"` for that of RISE. `docs/metrics.md` says what they
-                reward.
+            the text of C³-LRP, `"keio"` for the published code of Otsuki et al. 2024,
+            or `"rise"` for that of RISE. `docs/metrics.md` says what they reward.
         show_progress (bool, optional): Whether to show a progress bar.
         step (int, optional): Number of pixels between two points, instead of `n_steps`.
         insertion_baselines (scalar, Tensor, tuple of scalar, or Tensor, optional): What
-                insertion starts from, if not from `baselines`.
+            insertion starts from, if not from `baselines`.
         seed (int, optional): Seed of random orders.
         sample_ids (list or Tensor, optional): An identity for each example, which
-                together with `seed` determines its random order, whatever the rest of
-                the batch.
-                Default: None, for the content of the image
+            together with `seed` determines its random order, whatever the rest of the
+            batch. Default: None, for the content of the image
 
     Returns:
         InsertionDeletion: A named tuple of tensors on the device of the inputs.
 
     Raises:
         ValueError: If a shape does not fit, a map has NaN or infinity, a target is
-                missing or out of range, the network is in training mode, or an argument
-                is unknown or out of range.
+            missing or out of range, the network is in training mode, or an argument is
+            unknown or out of range.
         TypeError: If an argument is not of the type above.
 
     Warns:
         NegativeMapWarning: If a map has no positive value.
         ProbabilityWarning: If the outputs are probabilities for all images, although
-                `output="softmax"`, or all between 0 and 1 for ten or more classes.
+            `output="softmax"`, or all between 0 and 1 for ten or more classes.
 
     Examples::
 
@@ -337,10 +332,9 @@ def keio_areas(result: InsertionDeletion) -> Areas:
     """Areas by the published code of Otsuki et al. 2024, without further forwards.
 
     Args:
-
         result (InsertionDeletion): Result of :func:`insertion_deletion` with
-                `protocol="keio"`, and `ties="group"`, or `"nearest"` for maps without
-                a moved point. The images of that code are the same, whatever the ties.
+            `protocol="keio"`, and `ties="group"`, or `"nearest"` for maps without a
+            moved point. The images of that code are the same, whatever the ties.
 
     Raises:
         ValueError: If there is no other point but the end.

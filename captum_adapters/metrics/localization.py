@@ -29,19 +29,18 @@ class MaskPointing(NamedTuple):
     """Result of :func:`mask_pointing`, with one row for each example.
 
     Attributes:
-
         share (Tensor): Share of the top p % that is inside of the mask, from 0 to 1,
-                (batch, percents). NaN if the mask is empty, or the percentage selects
-                no pixel.
+            (batch, percents). NaN if the mask is empty, or the percentage selects no
+            pixel.
         chance (Tensor): Share of the mask in the image, which is the expected share of
-                a random map, (batch,).
+            a random map, (batch,).
         ceiling (Tensor): Largest possible share, the smaller of 1 and the mask's number
-                of pixels divided by that of the top p %, (batch, percents).
+            of pixels divided by that of the top p %, (batch, percents).
         empty (Tensor): Whether the mask is empty, bool (batch,).
         counts (Tensor): Number of pixels in the top p %, (percents,).
         percents (Tensor): Percentages, (percents,).
         tied_share (Tensor): Share of pixels whose attribution is not theirs alone,
-                (batch,).
+            (batch,).
     """
 
     share: Tensor
@@ -57,11 +56,10 @@ class MaskDistance(NamedTuple):
     """Result of :func:`mask_distance`, with one row for each example.
 
     Attributes:
-
         distance (Tensor): Mean distance of the top p % to the mask, (batch, percents).
-                Lower is better, and zero if the mask covers the image. NaN as a share.
+            Lower is better, and zero if the mask covers the image. NaN as a share.
         chance (Tensor): Mean distance of all pixels, which is the expected distance of
-                a random map, (batch,).
+            a random map, (batch,).
         empty, counts, percents, tied_share (Tensor): See :class:`MaskPointing`.
     """
 
@@ -129,29 +127,28 @@ def mask_pointing(
     images whose mask covers less than 1 % or more than 99 %, which `chance` tells.
 
     Args:
-
         attributions (Tensor, numpy.ndarray or tuple[Tensor]): See
-                :func:`insertion_deletion`. Channels are summed.
+            :func:`insertion_deletion`. Channels are summed.
         masks (Tensor or numpy.ndarray): Masks of shape (batch, height, width) or
-                (batch, 1, height, width), 1 or True inside of the object. A single one
-                may be of shape (height, width). For boxes, see :func:`boxes_to_masks`.
+            (batch, 1, height, width), 1 or True inside of the object. A single one may
+            be of shape (height, width). For boxes, see :func:`boxes_to_masks`.
         percents (int, float or Fraction, or sequence of these, optional): Percentages
-                from 0 to 100, in any order, see :func:`top_fraction`.
-                Default: those of the figures of R-LRP's paper
+            from 0 to 100, in any order, see :func:`top_fraction`. Default: those of the
+            figures of R-LRP's paper
         absolute (bool, optional): Whether to rank by the magnitude of the sum over
-                channels, as the paper does. Otherwise negative relevance comes last.
+            channels, as the paper does. Otherwise negative relevance comes last.
         interpolate (str, optional): See :func:`insertion_deletion`.
         dims (int, optional): 1 for signals, with attributions of shape (batch,
-                channels, length) and masks of shape (batch, length), 3 for volumes or
-                videos. It has to be told, as three axes may also be those of images.
+            channels, length) and masks of shape (batch, length), 3 for volumes or
+            videos. It has to be told, as three axes may also be those of images.
 
     Returns:
         MaskPointing: A named tuple of tensors on the device of the attributions.
 
     Raises:
         ValueError: If a shape does not fit, a mask has other values than 0 and 1, a
-                percentage is not from 0 to 100, there is NaN or infinity in the
-                attributions, or `dims` is not 1, 2 or 3.
+            percentage is not from 0 to 100, there is NaN or infinity in the
+            attributions, or `dims` is not 1, 2 or 3.
 
     Examples::
 
@@ -204,20 +201,19 @@ def mask_distance(
     The distance of a pixel is the Euclidean distance, between centers of pixels, to the
     nearest pixel of the mask, and zero inside of it. Unlike the share of pixels inside
     (:func:`mask_pointing`), it tells a near miss from pixels scattered all over the
-    image: the second measure of R-LRP by Nyiri & Gibaru (section 6.2, figures 27
-    and 28). Ties are treated as in :func:`mask_pointing`.
+    image: the second measure of R-LRP by Nyiri & Gibaru (section 6.2, figures 27 and
+    28). Ties are treated as in :func:`mask_pointing`.
 
     Args:
-
         normalization (str, optional): What distances are divided by. The paper
-                normalizes as masks differ in size, but does not say how.
+            normalizes as masks differ in size, but does not say how.
 
-                - `"diagonal"`: distance between opposite corners' pixels of the image,
-                  the same for all images of a size.
-                - `"max"`: largest distance of a pixel of this image to the mask.
-                - `"mean"`: mean distance of all pixels of this image to the mask, with
-                  which a random map has an expected distance of 1.
-                - `None`: nothing, the unit is a pixel.
+            - `"diagonal"`: distance between opposite corners' pixels of the image, the
+              same for all images of a size.
+            - `"max"`: largest distance of a pixel of this image to the mask.
+            - `"mean"`: mean distance of all pixels of this image to the mask, with
+              which a random map has an expected distance of 1.
+            - `None`: nothing, the unit is a pixel.
 
         attributions, masks, percents, ...: See :func:`mask_pointing`, as for errors.
     """
@@ -263,10 +259,9 @@ def boxes_to_masks(
     height). If the image was resized or cropped, so must be its boxes.
 
     Args:
-
         boxes (sequence of Tensor or sequence): For each image, its boxes (x0, y0, x1,
-                y1) in pixels, of shape (boxes, 4). The mask is that of all of them; it
-                is empty for an image without boxes.
+            y1) in pixels, of shape (boxes, 4). The mask is that of all of them; it is
+            empty for an image without boxes.
         size (tuple[int, int]): Height and width of the masks, in pixels.
         device (str or torch.device, optional): Device of the masks.
 
@@ -275,7 +270,7 @@ def boxes_to_masks(
 
     Raises:
         ValueError: If there is no image, a size is not positive, or boxes are not of
-                shape (boxes, 4), x0 < x1 and y0 < y1.
+            shape (boxes, 4), x0 < x1 and y0 < y1.
 
     Examples::
 

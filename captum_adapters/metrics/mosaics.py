@@ -26,13 +26,12 @@ class Mosaics(NamedTuple):
     """Result of :func:`mosaics`, with one row for each mosaic.
 
     Attributes:
-
-        images (Tensor): Mosaics, of shape (mosaics, channels, n * height, n * width), or
-                (mosaics, channels, height, width) if they are rescaled.
+        images (Tensor): Mosaics, of shape (mosaics, channels, n * height, n * width),
+            or (mosaics, channels, height, width) if they are rescaled.
         cells (Tensor): Class of each cell, (mosaics, n, n).
         targets (Tensor): Classes to ask for, one after the other, of shape (mosaics,
-                questions): that of each cell, row by row, or for Focus mosaics the
-                single class which has half of the cells.
+            questions): that of each cell, row by row, or for Focus mosaics the single
+            class which has half of the cells.
         indices (Tensor): Which of the inputs is in each cell, (mosaics, n, n).
     """
 
@@ -46,11 +45,10 @@ class GridPointing(NamedTuple):
     """Result of :func:`grid_pointing`, each field of shape (batch,).
 
     Attributes:
-
         share (Tensor): Share of positive relevance that is in cells of the target, from
-                0 to 1. Where there is no positive relevance, it is the level of chance.
+            0 to 1. Where there is no positive relevance, it is the level of chance.
         chance (Tensor): Share of these cells in the mosaic, which is the share of a
-                constant map, and the expected one of a random map.
+            constant map, and the expected one of a random map.
         ceiling (Tensor): Largest possible share, which is 1.
         empty (Tensor): Whether there is no positive relevance, bool.
     """
@@ -176,24 +174,21 @@ def mosaics(
     correctly and with confidence: give `scores`, see `docs/metrics.md` for which.
 
     Args:
-
         inputs (Tensor, numpy.ndarray or tuple[Tensor]): Images of shape (batch,
-                channels, height, width).
+            channels, height, width).
         target (Tensor or list): Class of each image, of shape (batch,).
         n (int, optional): Number of cells in a row, and in a column.
         focus (bool, optional): Whether half of the cells (rounded down) are of the same
-                class, as in Focus mosaics. Focus is published for n = 2, and any
-                images.
+            class, as in Focus mosaics. Focus is published for n = 2, and any images.
         count (int, optional): Number of mosaics. If images do not suffice, they are
-                used again, and mosaics are not independent of each other.
-                Default: None, for as many as there are classes with unused images for
+            used again, and mosaics are not independent of each other. Default: None,
+            for as many as there are classes with unused images for
         scores (Tensor, optional): Scores of the classes of each image, of shape (batch,
-                classes). Images of each class are used from the most confident on, if
-                they are classified correctly.
-                Default: None, for all images in random order
+            classes). Images of each class are used from the most confident on, if they
+            are classified correctly. Default: None, for all images in random order
         threshold (float, optional): Lowest score of the class of an image.
         rescale (bool, optional): Whether to shrink mosaics to the size of an image, for
-                networks that see more than they were trained on otherwise.
+            networks that see more than they were trained on otherwise.
         seed (int, optional): Seed of the choice of classes and cells.
 
     Returns:
@@ -201,7 +196,7 @@ def mosaics(
 
     Raises:
         ValueError: If a shape does not fit, there are too few classes with images, or a
-                number is not positive.
+            number is not positive.
 
     Examples::
 
@@ -262,12 +257,11 @@ def grid_pointing(
     published codes make it 0 or divide by zero.
 
     Args:
-
         attributions (Tensor, numpy.ndarray or tuple[Tensor]): Attributions of shape
-                (batch, channels, height, width) or (batch, height, width), or (height,
-                width) for a single mosaic.
+            (batch, channels, height, width) or (batch, height, width), or (height,
+            width) for a single mosaic.
         cells (Tensor): Class of each cell, of shape (batch, rows, columns), as
-                :func:`mosaics` returns it.
+            :func:`mosaics` returns it.
         target (int, Tensor, or list): Class that each map explains.
 
     Returns:
@@ -276,7 +270,7 @@ def grid_pointing(
 
     Raises:
         ValueError: If a shape does not fit, no cell is of the target, or there is NaN
-                or infinity in the attributions.
+            or infinity in the attributions.
 
     Warns:
         NegativeMapWarning: If a map varies, but has no positive value.

@@ -42,19 +42,18 @@ class PixelAccuracy(NamedTuple):
     """Result of :func:`pixel_accuracy`, with one row for each example.
 
     Attributes:
-
         correct (Tensor): Whether the predicted class is the reference, bool (batch,
-                percents), in the first order of ties.
+            percents), in the first order of ties.
         predictions (Tensor): Class with the largest output, (batch, percents), in the
-                same order.
+            same order.
         reference (Tensor): Class that predictions are compared with, (batch,).
         counts (Tensor): Number of pixels, or inputs, that are kept, (percents,).
         percents (Tensor): Percentages, (percents,).
         accuracy (Tensor): `correct` as numbers, (batch, percents), or its mean over
-                `n_orders` random orders where the percentage divides ties. Accuracies
-                are `accuracy.mean(0)`.
+            `n_orders` random orders where the percentage divides ties. Accuracies are
+            `accuracy.mean(0)`.
         tied_share (Tensor): Share of pixels, or inputs, whose attribution is not theirs
-                alone, (batch,).
+            alone, (batch,).
     """
 
     correct: Tensor
@@ -200,26 +199,25 @@ def keep_top(
 ) -> Tensor:
     r"""Images with only their most relevant p % kept.
 
-    These are the inputs of the evaluation of R-LRP by Nyiri & Gibaru (sections 4.2
-    to 5).
+    These are the inputs of the evaluation of R-LRP by Nyiri & Gibaru (sections 4.2 to
+    5).
 
     Args:
-
         inputs, attributions: See :func:`insertion_deletion`. With `unit="input"`,
-                attributions must have the channels of the inputs.
+            attributions must have the channels of the inputs.
         percent (int, float or Fraction): Percentage from 0 to 100, see
-                :func:`top_fraction`; 1 % of 224 x 224 pixels are 501.
+            :func:`top_fraction`; 1 % of 224 x 224 pixels are 501.
         unit (str, optional): `"pixel"` to rank pixels by the sum over their channels,
-                or `"input"` to rank each channel's values on their own, so that of a
-                pixel only the red channel may be kept.
+            or `"input"` to rank each channel's values on their own, so that of a pixel
+            only the red channel may be kept.
         absolute (bool, optional): Whether to rank by magnitude; that of a pixel is
-                taken after the sum over its channels. Otherwise negative contributions
-                come last.
+            taken after the sum over its channels. Otherwise negative contributions come
+            last.
         ties (str, optional): `"random"` if pixels with equal attributions come in
-                random order, `"stable"` if they come row by row, which favours those in
-                the upper half of the image.
+            random order, `"stable"` if they come row by row, which favours those in the
+            upper half of the image.
         baselines, interpolate, seed, sample_ids: See :func:`insertion_deletion`. The
-                paper does not say whether the rest is the mean color or black.
+            paper does not say whether the rest is the mean color or black.
 
     Returns:
         Tensor: Images of the shape and type of the inputs.
@@ -267,33 +265,31 @@ def pixel_accuracy(
     `accuracy` is the mean over these.
 
     Args:
-
         forward_func (callable): The network, or any function that returns an output of
-                shape (batch, classes).
+            shape (batch, classes).
         percents (int, float or Fraction, or sequence of these, optional): Percentages
-                from 0 to 100, in any order.
-                Default: those of the paper's figures
+            from 0 to 100, in any order. Default: those of the paper's figures
         target (int, Tensor or list, optional): With `reference="label"`, the class of
-                all examples, or one for each.
+            all examples, or one for each.
         inputs, attributions, unit, absolute, ties, ...: See :func:`keep_top`. Of the
-                paper, figures 9 to 15 have `unit="input"`, and figures 9 to 13
-                `absolute=False`.
+            paper, figures 9 to 15 have `unit="input"`, and figures 9 to 13
+            `absolute=False`.
         reference (str, optional): What is correct: `"label"` compares with `target`,
-                and `"prediction"` with the class that is predicted for the whole image,
-                as the paper does on ImageNet.
+            and `"prediction"` with the class that is predicted for the whole image, as
+            the paper does on ImageNet.
         additional_forward_args, max_examples_per_batch, show_progress: See
-                :func:`insertion_deletion`.
+            :func:`insertion_deletion`.
         n_orders (int, optional): Number of these orders, for which as many images are
-                evaluated. Every second one is the reverse of the one before.
+            evaluated. Every second one is the reverse of the one before.
 
     Returns:
         PixelAccuracy: A named tuple of tensors on the device of the inputs.
 
     Raises:
         ValueError: As :func:`insertion_deletion`, or if a percentage is not from 0 to
-                100, there is NaN in the output, or a label is missing.
+            100, there is NaN in the output, or a label is missing.
         TypeError: If an argument is neither a tensor nor an array, or a percentage is
-                no number.
+            no number.
 
     Examples::
 
@@ -353,18 +349,17 @@ def cross_model_accuracy(
     image is kept if the pixel of A's image at its center is.
 
     Args:
-
         forward_func, inputs, attributions, percents, unit, absolute, ...: See
-                :func:`pixel_accuracy`.
+            :func:`pixel_accuracy`.
         target (int, Tensor or list, optional): It need not be the label: with the
-                classes that A predicts for the whole images, the result is how often B
-                makes A's decision. With `reference="prediction"`, B's own class of the
-                whole image is correct. The paper does not say what it used.
-        transform (callable, optional): A function from a batch of masked images to
-                B's inputs, for instance resizing and another normalization.
+            classes that A predicts for the whole images, the result is how often B
+            makes A's decision. With `reference="prediction"`, B's own class of the
+            whole image is correct. The paper does not say what it used.
+        transform (callable, optional): A function from a batch of masked images to B's
+            inputs, for instance resizing and another normalization.
         resize_selection (bool, optional): Whether attributions may have another height
-                and width than inputs. The share of B's pixels that is kept may differ
-                from that of A's by rounding.
+            and width than inputs. The share of B's pixels that is kept may differ from
+            that of A's by rounding.
 
     Returns:
         PixelAccuracy: As :func:`pixel_accuracy`, with counts of A's pixels or inputs.

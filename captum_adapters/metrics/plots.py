@@ -21,9 +21,8 @@ def plot_insertion_deletion(
     """Draw the mean insertion and deletion curves of methods, with confidence bands.
 
     Args:
-
         results (mapping of str to InsertionDeletion): The result of
-                :func:`captum_adapters.metrics.insertion_deletion` for each method.
+            :func:`captum_adapters.metrics.insertion_deletion` for each method.
         figure (Figure, optional): What to draw on, a new one by default.
         **options: See :func:`plot_curves`.
 
@@ -69,10 +68,9 @@ def plot_accuracy(results: Mapping[str, PixelAccuracy], **options: Any) -> Axes:
     These are the figures 9 to 22 of R-LRP by Nyiri & Gibaru, with confidence bands.
 
     Args:
-
         results (mapping of str to PixelAccuracy): For each method, the result of
-                :func:`captum_adapters.metrics.pixel_accuracy`, or for each network,
-                that of :func:`captum_adapters.metrics.cross_model_accuracy`.
+            :func:`captum_adapters.metrics.pixel_accuracy`, or for each network, that of
+            :func:`captum_adapters.metrics.cross_model_accuracy`.
         **options: See :func:`plot_curves`.
 
     Returns:

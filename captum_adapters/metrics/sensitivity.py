@@ -46,18 +46,17 @@ WINDOW, STABILIZERS = 7, (0.01**2, 0.03**2)
 class Similarity(NamedTuple):
     """How similar maps are, each field of shape (batch,).
 
-    Each is 1 for equal maps. A constant map has a correlation of 0 with one that varies,
-    and of 1 with another constant one. The same holds for zero and the cosine.
+    Each is 1 for equal maps. A constant map has a correlation of 0 with one that
+    varies, and of 1 with another constant one. The same holds for zero and the cosine.
 
     Attributes:
-
         pearson (Tensor): Correlation of values.
         spearman (Tensor): Correlation of ranks, where equal values share their rank.
         cosine (Tensor): Cosine of the angle between both maps.
         ssim (Tensor): Structural similarity (Wang et al. 2004), in windows of 7 x 7
-                pixels with equal weights. Each map is cut off at its 1st and 99th
-                percentile and scaled to the range from 0 to 1 before, as Sixt et al.
-                2020 do. It does not depend on positive factors, nor on offsets.
+            pixels with equal weights. Each map is cut off at its 1st and 99th
+            percentile and scaled to the range from 0 to 1 before, as Sixt et al. 2020
+            do. It does not depend on positive factors, nor on offsets.
     """
 
     pearson: Tensor
@@ -70,11 +69,10 @@ class Randomization(NamedTuple):
     """Result of :func:`randomization`. Tensors are of shape (batch, depths).
 
     Attributes:
-
         layers (tuple[str, ...]): Names of modules, in the order in which they were
-                randomized. At each depth, they all are up to this one.
+            randomized. At each depth, they all are up to this one.
         pearson, spearman, cosine, ssim (Tensor): Similarity of the map at each depth to
-                that of the original network, see :class:`Similarity`.
+            that of the original network, see :class:`Similarity`.
     """
 
     layers: tuple[str, ...]
@@ -187,13 +185,12 @@ def class_sensitivity(
     the second highest is a harder case.
 
     Args:
-
         attributions, other_attributions (Tensor, numpy.ndarray or tuple[Tensor]):
-                Attributions of the same height and width, see
-                :func:`insertion_deletion`. Channels are summed.
+            Attributions of the same height and width, see :func:`insertion_deletion`.
+            Channels are summed.
         dims (int, optional): 1 for signals, with attributions of shape (batch,
-                channels, length) or (batch, length), 3 for volumes or videos. Windows
-                of SSIM have as many dimensions.
+            channels, length) or (batch, length), 3 for volumes or videos. Windows of
+            SSIM have as many dimensions.
 
     Returns:
         Similarity: A named tuple of tensors of shape (batch,), on the device of the
@@ -267,17 +264,16 @@ def randomization(
     choose the class beforehand, not by the prediction of the randomized network.
 
     Args:
-
         model (torch.nn.Module): The network, in evaluation mode. Its parameters are
-                modified in place meanwhile.
+            modified in place meanwhile.
         explain (Callable): Function of the network which returns attributions of shape
-                (batch, channels, height, width) or (batch, height, width), for the same
-                images each time. It is called once for the original network, and once
-                for each depth.
+            (batch, channels, height, width) or (batch, height, width), for the same
+            images each time. It is called once for the original network, and once for
+            each depth.
         layers (sequence of str, optional): Names of modules, those near to the output
-                first. Modules inside of them are randomized together with them.
-                Default: None, for each module that has parameters of its own, the last
-                one in `model.named_modules()` first
+            first. Modules inside of them are randomized together with them. Default:
+            None, for each module that has parameters of its own, the last one in
+            `model.named_modules()` first
         seed (int, optional): Seed of the random numbers.
         show_progress (bool, optional): Whether to show a progress bar.
         dims (int, optional): See :func:`class_sensitivity`.
@@ -286,8 +282,8 @@ def randomization(
         Randomization: Names of layers, and tensors of shape (batch, depths).
 
     Raises:
-        ValueError: If there is no such layer, one has no parameters, or maps do not fit,
-                or have NaN or infinity.
+        ValueError: If there is no such layer, one has no parameters, or maps do not
+            fit, or have NaN or infinity.
         TypeError: If the model is no module.
     """
     if not isinstance(model, torch.nn.Module):
@@ -349,12 +345,11 @@ def contrastive_insertion_deletion(
     classes are exchanged.
 
     Args:
-
         target (int, Tensor, or list): Index of the class that is explained.
         rival (int, Tensor, or list, optional): Index of the class it is compared with.
-                Default: None, for the highest other class of the whole image
+            Default: None, for the highest other class of the whole image
         forward_func, inputs, attributions, output, ...: See :func:`insertion_deletion`,
-                as for `**options`. The output must be of shape (batch, classes).
+            as for `**options`. The output must be of shape (batch, classes).
 
     Returns:
         InsertionDeletion: A named tuple of tensors with a row for each example. All
@@ -362,8 +357,8 @@ def contrastive_insertion_deletion(
         at least that of its rival, and 1 elsewhere.
 
     Raises:
-        ValueError: As :func:`insertion_deletion`, or if there is no target, or the rival
-                is the target.
+        ValueError: As :func:`insertion_deletion`, or if there is no target, or the
+            rival is the target.
     """
     check_score(output)
     check_evaluation(forward_func)

@@ -49,11 +49,10 @@ class Accumulated(Generic[Result]):
     """Results of all examples, in the order of their identities.
 
     Attributes:
-
         sample_ids (Tensor): Identities of the examples in ascending order, each once,
-                of shape (examples,).
+            of shape (examples,).
         scores (NamedTuple or Tensor): What the metric's function returns, with a row
-                for each of these examples.
+            for each of these examples.
     """
 
     # torchmetrics would turn rows of a single example into numbers in a named tuple, or in
@@ -177,15 +176,14 @@ class _OfNetwork(_PerExample[Result]):
         """Add a batch.
 
         Args:
-
             sample_ids (Tensor or sequence of int): An identity for each example, such
-                    as its index in the data set, of shape (batch,). Random orders of
-                    ties depend on it.
+                as its index in the data set, of shape (batch,). Random orders of ties
+                depend on it.
             forward_func, inputs, attributions, target, ...: See the function.
 
         Raises:
             ValueError: As the function, or if curves have another number of points than
-                    those before.
+                those before.
         """
         # random orders of ties depend on the identities, too
         self._append(
@@ -212,9 +210,8 @@ class InsertionDeletionMetric(_OfNetwork[InsertionDeletion]):
     images to one size, or use one metric for each size.
 
     Args:
-
         **options (Any): Keyword arguments of the function, such as `n_steps` and
-                `baselines`, and of :class:`torchmetrics.Metric`.
+            `baselines`, and of :class:`torchmetrics.Metric`.
 
     Examples::
 
