@@ -231,9 +231,7 @@ def warn_negative_maps(
         )
 
 
-def check_baselines(
-    baselines: Any, images: Tensor, name: str = "baselines"
-) -> Tensor:
+def check_baselines(baselines: Any, images: Tensor, name: str = "baselines") -> Tensor:
     """A baseline of the images' device, type, and number of dimensions.
 
     Each of its dimensions is one or that of the images. `None` is 0.

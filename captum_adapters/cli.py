@@ -73,11 +73,7 @@ def _list_methods(context: click.Context, _: Any, value: bool) -> None:
 )
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 @click.option(
-    "--list",
-    is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=_list_methods,
+    "--list", is_flag=True, is_eager=True, expose_value=False, callback=_list_methods,
     help="List names of methods, and exit.",
 )
 def evaluate_command(dry_run: bool, quiet: bool, **given: Any) -> None:
@@ -120,45 +116,28 @@ def evaluate_command(dry_run: bool, quiet: bool, **given: Any) -> None:
     "--out", type=click.Path(path_type=Path), help="Folder for the page, tables, figures."
 )
 @click.option(
-    "--format",
-    "style",
-    type=click.Choice(["terminal", "markdown", "csv", "latex"]),
-    default="terminal",
-    show_default=True,
-    help="What is printed.",
+    "--format", "style", type=click.Choice(["terminal", "markdown", "csv", "latex"]),
+    default="terminal", show_default=True, help="What is printed.",
 )
 @click.option(
-    "--preset",
-    "names",
-    type=click.Choice([*PRESETS]),
-    multiple=True,
-    help="Methods of a paper's table and its printed figures; may be repeated  [default:"
-    " all methods, and the presets of the runs]",
+    "--preset", "names", type=click.Choice([*PRESETS]), multiple=True,
+    help="Methods of a paper's table and its printed figures; may be repeated"
+    "  [default: all methods, and the presets of the runs]",
 )
 @click.option("--methods", type=Several(str), help="Methods to report, besides controls.")
 @click.option("--baseline", help="Method to compare with  [default: the best baseline]")
 @click.option("--primary", default="id", show_default=True, help="Score to compare by.")
 @click.option(
-    "--confidence",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    default=0.95,
-    show_default=True,
-    help="Level of confidence intervals.",
+    "--confidence", type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.95, show_default=True, help="Level of confidence intervals.",
 )
 @click.option(
-    "--clusters",
-    type=click.Choice(["none", "class"]),
-    default="none",
-    show_default=True,
-    help="Draw single images, or whole classes, in the bootstrap.",
+    "--clusters", type=click.Choice(["none", "class"]), default="none",
+    show_default=True, help="Draw single images, or whole classes, in the bootstrap.",
 )
 def report_command(
-    runs: tuple[Path, ...],
-    out: Optional[Path],
-    style: str,
-    names: tuple[str, ...],
-    methods: Optional[tuple[str, ...]],
-    **options: Any,
+    runs: tuple[Path, ...], out: Optional[Path], style: str, names: tuple[str, ...],
+    methods: Optional[tuple[str, ...]], **options: Any,
 ) -> None:
     """Summarize runs: tables, significance, curves, examples and warnings.
 

@@ -30,16 +30,10 @@ Method = Union[str, Callable[..., Attribution], Attribution]
 
 
 def explain(
-    model: torch.nn.Module,
-    inputs: ArrayLike,
-    targets: Optional[ArrayLike],
-    method: Method = "ResNetLRP",
-    device: Union[None, str, torch.device] = None,
-    *,
-    batch_size: Optional[int] = None,
-    reduce: Optional[str] = "sum",
-    attribute_kwargs: Optional[Mapping[str, Any]] = None,
-    **init_kwargs: Any,
+    model: torch.nn.Module, inputs: ArrayLike, targets: Optional[ArrayLike],
+    method: Method = "ResNetLRP", device: Union[None, str, torch.device] = None, *,
+    batch_size: Optional[int] = None, reduce: Optional[str] = "sum",
+    attribute_kwargs: Optional[Mapping[str, Any]] = None, **init_kwargs: Any,
 ) -> NDArray[Any]:
     r"""Attributions of a batch of arrays, as an `explain_func` of Quantus.
 

@@ -256,9 +256,7 @@ def bootstrap_interval(
     return Interval(np.asarray(mean), low, high, len(kept), len(array) - len(kept))
 
 
-def _sign_flip_test(
-    sums: NDArray[np.float64], n_resamples: int, seed: int
-) -> float:
+def _sign_flip_test(sums: NDArray[np.float64], n_resamples: int, seed: int) -> float:
     """Two-sided p-value of a sum, if each term could as well have the other sign."""
     sums = sums[sums != 0]
     groups = len(sums)

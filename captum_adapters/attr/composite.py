@@ -128,14 +128,10 @@ class CompositeAttribution(GradientAttribution):
     """
 
     def __init__(
-        self,
-        model: Module,
+        self, model: Module,
         composite: Union[Composite, type, str] = "resnet_lrp_ratio",
-        initial_relevance: InitialRelevance = None,
-        postprocess: Postprocess = None,
-        output: Output = None,
-        contrast: Contrast = None,
-        contrast_weight: float = 1.0,
+        initial_relevance: InitialRelevance = None, postprocess: Postprocess = None,
+        output: Output = None, contrast: Contrast = None, contrast_weight: float = 1.0,
         traced: bool = False,
     ) -> None:
         check_key(output)
@@ -290,9 +286,7 @@ class CompositeAttribution(GradientAttribution):
             f"attribute_future is not implemented for {type(self).__name__}"
         )
 
-    def compute_convergence_delta(
-        self, attributions: Inputs, output: Tensor
-    ) -> Tensor:
+    def compute_convergence_delta(self, attributions: Inputs, output: Tensor) -> Tensor:
         """Initial relevance minus the sum of attributions: zero if it is conserved.
 
         Attributions are of shape (batch, ...). Initial relevance, the output to explain
@@ -411,9 +405,7 @@ class CompositeAttribution(GradientAttribution):
             for (relevance, *kept), seed in zip(found, seeds)
         ]
 
-    def _seed(
-        self, output: Any, index: Target, contrast: Any, batch: int
-    ) -> Tensor:
+    def _seed(self, output: Any, index: Target, contrast: Any, batch: int) -> Tensor:
         """Initial relevance of the shape of the output."""
         output = select_output(
             output, remedy=f"{type(self).__name__}(model, ..., output={{}})"

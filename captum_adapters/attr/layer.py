@@ -104,11 +104,8 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
 
     @log_usage()
     def attribute(
-        self,
-        inputs: Inputs,
-        target: Union[TargetType, Function] = None,
-        additional_forward_args: object = None,
-        return_convergence_delta: bool = False,
+        self, inputs: Inputs, target: Union[TargetType, Function] = None,
+        additional_forward_args: object = None, return_convergence_delta: bool = False,
         attribute_to_layer_input: bool = False,
         internal_batch_size: Optional[int] = None,
     ) -> Any:

@@ -50,29 +50,17 @@ class ResNetLRP(CompositeAttribution):
     _name = "ResNet LRP"
 
     def __init__(
-        self,
-        model: Module,
-        splitting: str = "ratio",
-        identity_skip: bool = True,
-        batch_norm: str = "pass",
-        first_layer: str = "zplus",
-        projection: str = "spread",
-        dead_units: str = "spread",
-        maxpool: str = "winner",
-        stabilizer: Stabilizer = 0.0,
-        layer_map: Optional[LayerMap] = None,
+        self, model: Module, splitting: str = "ratio", identity_skip: bool = True,
+        batch_norm: str = "pass", first_layer: str = "zplus",
+        projection: str = "spread", dead_units: str = "spread", maxpool: str = "winner",
+        stabilizer: Stabilizer = 0.0, layer_map: Optional[LayerMap] = None,
         canonizers: Optional[list[Any]] = None,
         low: Union[None, float, Sequence[float], Tensor] = None,
         high: Union[None, float, Sequence[float], Tensor] = None,
-        coverage: Optional[str] = None,
-        classifier: str = "zplus",
-        attention: str = "value",
-        parameters: str = "pass",
-        *,
-        initial_relevance: InitialRelevance = None,
-        postprocess: Postprocess = None,
-        output: Output = None,
-        contrast: Contrast = None, contrast_weight: float = 1.0,
+        coverage: Optional[str] = None, classifier: str = "zplus",
+        attention: str = "value", parameters: str = "pass", *,
+        initial_relevance: InitialRelevance = None, postprocess: Postprocess = None,
+        output: Output = None, contrast: Contrast = None, contrast_weight: float = 1.0,
         traced: bool = False,
     ) -> None:
         composite = composites.ResNetLRP(
@@ -164,8 +152,7 @@ class C3LRP(CompositeAttribution):
         blocks: Any = None, layer_map: Optional[LayerMap] = None,
         canonizers: Optional[list[Any]] = None, *, postprocess: Postprocess = "c3",
         initial_relevance: InitialRelevance = None, output: Output = None,
-        contrast: Contrast = None, contrast_weight: float = 1.0,
-        traced: bool = False,
+        contrast: Contrast = None, contrast_weight: float = 1.0, traced: bool = False,
     ) -> None:
         composite = composites.BlockLRP(epsilon, mode, blocks, layer_map, canonizers)
         super().__init__(

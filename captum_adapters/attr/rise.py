@@ -83,18 +83,11 @@ class RISE(PerturbationAttribution):
 
     @log_usage()
     def attribute(
-        self,
-        inputs: Inputs,
-        target: TargetType = None,
-        additional_forward_args: object = None,
-        baselines: BaselineType = None,
-        n_masks: int = 4000,
-        grid_size: Union[int, Sequence[int]] = 7,
-        probability: float = 0.5,
-        seed: int = 0,
-        output: ScoreFunction = "softmax",
-        normalization: str = "coverage",
-        perturbations_per_eval: Optional[int] = None,
+        self, inputs: Inputs, target: TargetType = None,
+        additional_forward_args: object = None, baselines: BaselineType = None,
+        n_masks: int = 4000, grid_size: Union[int, Sequence[int]] = 7,
+        probability: float = 0.5, seed: int = 0, output: ScoreFunction = "softmax",
+        normalization: str = "coverage", perturbations_per_eval: Optional[int] = None,
         show_progress: bool = False,
     ) -> Inputs:
         r"""Args:

@@ -11,8 +11,7 @@ from captum_adapters._validation import Maps, as_argument, double_dtype, to_tens
 
 
 def conservation_gap(
-    attributions: Maps,
-    initial: Union[int, float, Tensor, NDArray[Any]],
+    attributions: Maps, initial: Union[int, float, Tensor, NDArray[Any]],
     sinks: Union[None, Tensor, NDArray[Any], Mapping[str, Tensor]] = None,
 ) -> Tensor:
     r"""How much relevance is gained or lost on the way, relative to what there was.

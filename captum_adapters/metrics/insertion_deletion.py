@@ -108,24 +108,13 @@ class InsertionDeletion(NamedTuple):
 
 
 def insertion_deletion(
-    forward_func: Callable[..., Any],
-    inputs: Inputs,
-    attributions: Maps,
-    baselines: BaselineType = None,
-    target: TargetType = None,
-    additional_forward_args: object = None,
-    *,
-    n_steps: Optional[int] = None,
-    ties: Optional[str] = None,
-    output: ScoreFunction = "softmax",
-    reduce: str = "sum",
-    interpolate: Optional[str] = None,
-    max_examples_per_batch: Optional[int] = None,
-    protocol: Optional[str] = None,
-    show_progress: bool = False,
-    step: Optional[int] = None,
-    insertion_baselines: BaselineType = None,
-    seed: int = 0,
+    forward_func: Callable[..., Any], inputs: Inputs, attributions: Maps,
+    baselines: BaselineType = None, target: TargetType = None,
+    additional_forward_args: object = None, *, n_steps: Optional[int] = None,
+    ties: Optional[str] = None, output: ScoreFunction = "softmax", reduce: str = "sum",
+    interpolate: Optional[str] = None, max_examples_per_batch: Optional[int] = None,
+    protocol: Optional[str] = None, show_progress: bool = False,
+    step: Optional[int] = None, insertion_baselines: BaselineType = None, seed: int = 0,
     sample_ids: SampleIds = None,
 ) -> InsertionDeletion:
     r"""Scores while pixels are inserted into, and deleted from, an image.

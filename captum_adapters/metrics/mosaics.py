@@ -154,16 +154,9 @@ def assemble(images: Tensor, indices: Tensor, rescale: bool = False) -> Tensor:
 
 
 def mosaics(
-    inputs: Inputs,
-    target: TargetType,
-    n: int = 2,
-    *,
-    focus: bool = False,
-    count: Optional[int] = None,
-    scores: Optional[Tensor] = None,
-    threshold: float = 0.5,
-    rescale: bool = False,
-    seed: int = 0,
+    inputs: Inputs, target: TargetType, n: int = 2, *, focus: bool = False,
+    count: Optional[int] = None, scores: Optional[Tensor] = None,
+    threshold: float = 0.5, rescale: bool = False, seed: int = 0,
 ) -> Mosaics:
     """Mosaics of n x n images of distinct classes, for :func:`grid_pointing`.
 

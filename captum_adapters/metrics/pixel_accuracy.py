@@ -185,16 +185,9 @@ def _accuracy(
 
 
 def keep_top(
-    inputs: Inputs,
-    attributions: Maps,
-    percent: Percent,
-    *,
-    unit: str = "pixel",
-    absolute: bool = True,
-    baselines: BaselineType = 0,
-    interpolate: Optional[str] = None,
-    ties: str = "random",
-    seed: int = 0,
+    inputs: Inputs, attributions: Maps, percent: Percent, *, unit: str = "pixel",
+    absolute: bool = True, baselines: BaselineType = 0,
+    interpolate: Optional[str] = None, ties: str = "random", seed: int = 0,
     sample_ids: SampleIds = None,
 ) -> Tensor:
     r"""Images with only their most relevant p % kept.
@@ -234,23 +227,12 @@ def keep_top(
 
 
 def pixel_accuracy(
-    forward_func: Callable[..., Any],
-    inputs: Inputs,
-    attributions: Maps,
-    percents: Percents = PERCENTS,
-    target: TargetType = None,
-    additional_forward_args: object = None,
-    *,
-    unit: str = "pixel",
-    absolute: bool = True,
-    reference: str = "label",
-    baselines: BaselineType = 0,
-    interpolate: Optional[str] = None,
-    max_examples_per_batch: Optional[int] = None,
-    show_progress: bool = False,
-    ties: str = "random",
-    n_orders: int = 4,
-    seed: int = 0,
+    forward_func: Callable[..., Any], inputs: Inputs, attributions: Maps,
+    percents: Percents = PERCENTS, target: TargetType = None,
+    additional_forward_args: object = None, *, unit: str = "pixel",
+    absolute: bool = True, reference: str = "label", baselines: BaselineType = 0,
+    interpolate: Optional[str] = None, max_examples_per_batch: Optional[int] = None,
+    show_progress: bool = False, ties: str = "random", n_orders: int = 4, seed: int = 0,
     sample_ids: SampleIds = None,
 ) -> PixelAccuracy:
     r"""Accuracy of a network on images with only the most relevant p % kept.
@@ -317,24 +299,13 @@ def pixel_accuracy(
 
 
 def cross_model_accuracy(
-    forward_func: Callable[..., Any],
-    inputs: Inputs,
-    attributions: Maps,
-    percents: Percents = PERCENTS,
-    target: TargetType = None,
-    additional_forward_args: object = None,
-    *,
-    unit: str = "pixel",
-    absolute: bool = True,
-    transform: Optional[Callable[[Tensor], Tensor]] = None,
-    resize_selection: bool = False,
-    reference: str = "label",
-    baselines: BaselineType = 0,
-    max_examples_per_batch: Optional[int] = None,
-    show_progress: bool = False,
-    ties: str = "random",
-    n_orders: int = 4,
-    seed: int = 0,
+    forward_func: Callable[..., Any], inputs: Inputs, attributions: Maps,
+    percents: Percents = PERCENTS, target: TargetType = None,
+    additional_forward_args: object = None, *, unit: str = "pixel",
+    absolute: bool = True, transform: Optional[Callable[[Tensor], Tensor]] = None,
+    resize_selection: bool = False, reference: str = "label",
+    baselines: BaselineType = 0, max_examples_per_batch: Optional[int] = None,
+    show_progress: bool = False, ties: str = "random", n_orders: int = 4, seed: int = 0,
     sample_ids: SampleIds = None,
 ) -> PixelAccuracy:
     r"""Accuracy of one network on the pixels that are relevant to another one.

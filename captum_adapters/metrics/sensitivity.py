@@ -240,13 +240,9 @@ def _to_randomize(
 
 
 def randomization(
-    model: torch.nn.Module,
-    explain: Callable[[torch.nn.Module], Maps],
-    layers: Optional[Sequence[str]] = None,
-    *,
-    seed: int = 0,
-    show_progress: bool = False,
-    dims: int = 2,
+    model: torch.nn.Module, explain: Callable[[torch.nn.Module], Maps],
+    layers: Optional[Sequence[str]] = None, *, seed: int = 0,
+    show_progress: bool = False, dims: int = 2,
 ) -> Randomization:
     """Cascading randomization: similarity of maps to those of a network unlearning.
 
@@ -325,16 +321,10 @@ def _randomize(parameter: Tensor, generator: torch.Generator) -> None:
 
 
 def contrastive_insertion_deletion(
-    forward_func: Callable[..., Any],
-    inputs: Inputs,
-    attributions: Maps,
-    baselines: BaselineType = None,
-    target: TargetType = None,
-    additional_forward_args: object = None,
-    *,
-    rival: TargetType = None,
-    output: ScoreFunction = "softmax",
-    max_examples_per_batch: Optional[int] = None,
+    forward_func: Callable[..., Any], inputs: Inputs, attributions: Maps,
+    baselines: BaselineType = None, target: TargetType = None,
+    additional_forward_args: object = None, *, rival: TargetType = None,
+    output: ScoreFunction = "softmax", max_examples_per_batch: Optional[int] = None,
     **options: Any,
 ) -> InsertionDeletion:
     """Insertion and deletion of the target's score minus that of its rival.
