@@ -1,7 +1,7 @@
 """Arguments that attribution classes and metrics have in common, and their checks."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Callable, Optional, TypeVar, Union
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from captum_adapters._light import positive_integer
+from captum_adapters._light import positive_integer  # noqa: F401
 from zennit_resnet._text import suggest  # noqa: F401
 from zennit_resnet.arguments import as_map, check_choice, map_shape
 from zennit_resnet.attribution import as_indices, select_output
@@ -32,14 +32,8 @@ ScoreFunction = Union[str, Callable[[Tensor], Tensor]]
 DEFAULT_CHUNK = 32
 # Rounding to bfloat16 changes a sum of probabilities by less
 SUM_TOLERANCE = 5e-3
-# Modes of torch.nn.functional.interpolate, and those that depend on the dimensions
-INTERPOLATIONS = (
-    None, "bilinear", "bicubic", "area", "nearest-exact", "nearest", "linear",
-    "trilinear",
-)
+# Linear interpolation by the spatial dimensions of signals, images, volumes or videos
 LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
-# Numbers of spatial dimensions of signals, images, and volumes or videos
-DIMS = (1, 2, 3)
 # Logits of fewer classes may all be between 0 and 1 by chance
 MANY_CLASSES = 10
 
@@ -63,13 +57,6 @@ def double_dtype(device: torch.device) -> torch.dtype:
 def at_least_single(values: Tensor) -> Tensor:
     """Numbers in double precision if they are, and else in single precision."""
     return values if values.dtype in (torch.float32, torch.float64) else values.float()
-
-
-def chunk_size(value: Any, batch: int) -> int:
-    """How many images go through the network at once."""
-    if value is None:
-        return max(DEFAULT_CHUNK, batch)
-    return positive_integer("max_examples_per_batch", value)
 
 
 def as_argument(value: Any, name: str) -> Any:
@@ -116,11 +103,8 @@ def check_inputs(inputs: Any) -> tuple[Tensor, ...]:
     return given
 
 
-def check_images(inputs: Any, dims: Sequence[int] = (2,)) -> Tensor:
-    """Images of shape (batch, channels, height, width), detached.
-
-    Signals or volumes if `dims`, the numbers of spatial dimensions, contain 1 or 3.
-    """
+def check_images(inputs: Any, dims: Collection[int] = tuple(LINEAR)) -> Tensor:
+    """Images of shape (batch, channels, ...), detached, with numbers of dimensions."""
     images = to_tensor(inputs, "inputs").detach()
     if images.ndim - 2 not in dims:
         expected = " or ".join(map_shape(dim, "batch", "channels") for dim in dims)
@@ -152,17 +136,17 @@ def pixel_maps(
     attributions: Any, images: Tensor, reduce: str = "sum",
     interpolate: Optional[str] = None, frame: str = "inputs",
 ) -> Tensor:
-    """One value per pixel, by which pixels are ranked, of shape (batch, height, width).
+    """The sum over channels, by which pixels are ranked, of shape (batch, height, width).
 
-    The sum over channels, or with `reduce="abs_sum"` its magnitude, on the device of
-    the images, in at least single precision. Images may also be signals or volumes, or
-    masks (`frame="masks"`), which have no channels to fit.
+    It is on the device of the images, in at least single precision. These may also be
+    signals, volumes, or masks (`frame="masks"`), which have no channels to fit.
     """
-    check_choice("reduce", reduce, ("sum", "abs_sum"))
-    check_choice("interpolate", interpolate, INTERPOLATIONS)
     batch, channels, *size = images.shape
     of_images = frame == "inputs"
     dims = len(size)
+    check_choice("reduce", reduce, ("sum", "abs_sum"))
+    modes = (None, LINEAR[dims], "area", "nearest-exact", "nearest")
+    check_choice("interpolate", interpolate, (*modes, *["bicubic"] * (dims == 2)))
     maps = as_batch(to_tensor(attributions, "attributions"), batch, dims).detach()
     shape = tuple(maps.shape)
     if maps.ndim == dims + 1:
@@ -198,12 +182,6 @@ def pixel_maps(
                 f" {by_pixels(size)}: {remedy}, for instance with"
                 f" interpolate={LINEAR[dims]!r}."
             )
-        fits = {LINEAR[dims], "area", "nearest-exact", "nearest"}
-        if interpolate not in fits and (interpolate, dims) != ("bicubic", 2):
-            raise ValueError(
-                f"interpolate={interpolate!r} does not fit {frame} of shape"
-                f" {tuple(images.shape)}: choose {LINEAR[dims]!r}."
-            )
         maps = F.interpolate(maps[:, None], size, mode=interpolate)[:, 0]
     wrong = examples_where(~maps.isfinite())
     if wrong:
@@ -232,13 +210,8 @@ def warn_negative_maps(
 
 
 def check_baselines(baselines: Any, images: Tensor, name: str = "baselines") -> Tensor:
-    """A baseline of the images' device, type, and number of dimensions.
-
-    Each of its dimensions is one or that of the images. `None` is 0.
-    """
-    given = as_argument(baselines, name)
-    if given is None:
-        given = 0
+    """A baseline that can be broadcast to images, of their device and type."""
+    given = as_argument(0 if baselines is None else baselines, name)
     if isinstance(given, (int, float)):
         given = torch.tensor(given, dtype=torch.float64, device="cpu")
     given = to_tensor(given, name).detach()
@@ -289,14 +262,6 @@ def split_args(
     return args, [isinstance(arg, Tensor) and arg.shape[:1] == (batch,) for arg in args]
 
 
-def take_rows(args: tuple[Any, ...], per_example: list[bool], rows: Tensor) -> list[Any]:
-    """Further arguments for examples whose rows are given, see :func:`split_args`."""
-    return [
-        arg[rows.to(arg.device)] if expand else arg
-        for arg, expand in zip(args, per_example)
-    ]
-
-
 def check_output(output: Any, count: int) -> Tensor:
     """An output with a row for each of some images, in at least single precision."""
     output = select_output(
@@ -308,6 +273,19 @@ def check_output(output: Any, count: int) -> Tensor:
             f" {count} images, instead of one row for each."
         )
     return at_least_single(output) if output.is_floating_point() else output
+
+
+def evaluate_rows(
+    forward_func: Callable[..., Any], images: Sequence[Tensor],
+    additional_forward_args: object, batch: int, rows: Tensor,
+) -> Tensor:
+    """Output for images that are derived from the examples in some rows of a batch."""
+    args, per_example = split_args(additional_forward_args, batch)
+    further = [
+        arg[rows.to(arg.device)] if expand else arg
+        for arg, expand in zip(args, per_example)
+    ]
+    return check_output(forward_func(*images, *further), len(rows))
 
 
 def check_target(
@@ -392,48 +370,50 @@ def predicted_class(output: Tensor, target: Optional[Tensor] = None) -> Tensor:
 # -- scores ----------------------------------------------------------------------------
 
 
-def check_score(output: ScoreFunction) -> None:
-    """Check what makes scores of outputs: a function, or the name of one."""
-    if not callable(output):
-        check_choice("output", output, ("softmax", "identity", "logit"))
+class Scores:
+    """Scores of all classes, from outputs: by a function, or the name of one."""
 
+    def __init__(self, output: ScoreFunction) -> None:
+        if not callable(output):
+            check_choice("output", output, ("softmax", "identity", "logit"))
+        self.output = output
+        # what a softmax was taken of, without waiting for the device
+        self.judged: list[Tensor] = []
 
-def to_scores(result: Tensor, output: ScoreFunction, judged: list[Tensor]) -> Tensor:
-    """Scores of all classes. What a softmax is taken of is judged, without waiting."""
-    scores = output(result) if callable(output) else result
-    if not isinstance(scores, Tensor) or scores.shape[:1] != result.shape[:1]:
-        found = tuple(scores.shape) if isinstance(scores, Tensor) else repr(scores)
-        raise ValueError(
-            f"output must return a tensor with one row for each of {len(result)} images,"
-            f" but returns {found}."
-        )
-    scores = at_least_single(scores)
-    if output != "softmax" or scores.shape[1:].numel() <= 1:
-        return scores
-    within = ((result >= 0) & (result <= 1)).all()
-    sums = ((result.sum(1) - 1).abs() <= SUM_TOLERANCE).all()
-    many = within if result.shape[1] >= MANY_CLASSES else torch.zeros_like(within)
-    judged.append(torch.stack([many, within & sums]))
-    return scores.softmax(1)
+    def __call__(self, result: Tensor) -> Tensor:
+        scores = self.output(result) if callable(self.output) else result
+        if not isinstance(scores, Tensor) or scores.shape[:1] != result.shape[:1]:
+            found = tuple(scores.shape) if isinstance(scores, Tensor) else repr(scores)
+            raise ValueError(
+                f"output must return a tensor with one row for each of {len(result)}"
+                f" images, but returns {found}."
+            )
+        scores = at_least_single(scores)
+        if self.output != "softmax" or scores.shape[1:].numel() <= 1:
+            return scores
+        within = ((result >= 0) & (result <= 1)).all()
+        sums = ((result.sum(1) - 1).abs() <= SUM_TOLERANCE).all()
+        many = within & (result.shape[1] >= MANY_CLASSES)
+        self.judged.append(torch.stack([many, within & sums]))
+        return scores.softmax(1)
 
-
-def warn_probabilities(judged: list[Tensor], stacklevel: int = 3) -> None:
-    """Warn the caller of the caller if softmax was taken of what :func:`to_scores` judged."""
-    if not judged:
-        return
-    within, probabilities = torch.stack(judged).all(0).tolist()
-    if probabilities:
-        message = (
-            "forward_func returns probabilities (between 0 and 1, with a sum of 1 over"
-            " the classes), and output='softmax' takes the softmax once more: all"
-            " scores are close to each other then. Give output='identity'."
-        )
-    elif within:
-        message = (
-            "All outputs of forward_func are between 0 and 1, as those of a sigmoid"
-            " are. Their softmax is close to 1 / classes for any image: give"
-            " output='identity' if they are scores already."
-        )
-    else:
-        return
-    warnings.warn(message, ProbabilityWarning, stacklevel=stacklevel)
+    def warn(self, stacklevel: int = 3) -> None:
+        """Warn the caller of the caller if softmax was taken of probabilities."""
+        if not self.judged:
+            return
+        within, probabilities = torch.stack(self.judged).all(0).tolist()
+        if probabilities:
+            message = (
+                "forward_func returns probabilities (between 0 and 1, with a sum of 1"
+                " over the classes), and output='softmax' takes the softmax once more:"
+                " all scores are close to each other then. Give output='identity'."
+            )
+        elif within:
+            message = (
+                "All outputs of forward_func are between 0 and 1, as those of a sigmoid"
+                " are. Their softmax is close to 1 / classes for any image: give"
+                " output='identity' if they are scores already."
+            )
+        else:
+            return
+        warnings.warn(message, ProbabilityWarning, stacklevel=stacklevel)

@@ -248,7 +248,7 @@ class ABN(Attribution):
             TypeError: If inputs are not floating point tensors, or the target is not of
                 integers.
         """
-        images = check_images(inputs)
+        images = check_images(inputs, [2])
         if not images.is_floating_point():
             raise TypeError(
                 f"inputs of {images.dtype} must be converted to floating point numbers."

@@ -17,22 +17,18 @@ from captum_adapters._validation import (
     BaselineType,
     Inputs,
     ScoreFunction,
+    Scores,
     TargetType,
     check_baselines,
     check_choice,
     check_evaluation,
     check_inputs,
-    check_output,
-    check_score,
     check_target,
     double_dtype,
+    evaluate_rows,
     examples_where,
     positive_integer,
     select_target,
-    split_args,
-    take_rows,
-    to_scores,
-    warn_probabilities,
 )
 
 
@@ -135,10 +131,9 @@ class RISE(PerturbationAttribution):
         positive_integer("n_masks", n_masks)
         if not 0 < probability < 1:
             raise ValueError(f"probability={probability} is not between 0 and 1.")
-        check_score(output)
+        scores_of = Scores(output)
         check_choice("normalization", normalization, ("expected", "coverage"))
         check_evaluation(self.forward_func)
-        args, per_example = split_args(additional_forward_args, batch)
         chunk = max(1, DEFAULT_CHUNK // batch)
         if perturbations_per_eval is not None:
             chunk = positive_integer("perturbations_per_eval", perturbations_per_eval)
@@ -152,7 +147,6 @@ class RISE(PerturbationAttribution):
         ]
         covered = [torch.zeros_like(total[0]) for total in totals]
         bar = tqdm(desc="RISE attribution", total=n_masks, disable=not show_progress)
-        judged: list[Tensor] = []
         with torch.no_grad(), bar:
             for begin in range(0, n_masks, chunk):
                 part = slice(begin, begin + chunk)
@@ -162,12 +156,11 @@ class RISE(PerturbationAttribution):
                 ]
                 count = len(masks[0])
                 rows = torch.arange(batch, device="cpu").repeat(count)
-                result = self.forward_func(
-                    *map(_apply_masks, images, bases, masks),
-                    *take_rows(args, per_example, rows),
+                result = evaluate_rows(
+                    self.forward_func, [*map(_apply_masks, images, bases, masks)],
+                    additional_forward_args, batch, rows,
                 )
-                result = check_output(result, count * batch)
-                scores = to_scores(result, output, judged)
+                scores = scores_of(result)
                 asked = None if index is None else index[rows].to(scores.device)
                 scores = select_target(scores, asked, begin == 0).view(count, -1)
                 for total, cover, mask in zip(totals, covered, masks):
@@ -176,7 +169,7 @@ class RISE(PerturbationAttribution):
                     cover += mask.sum(0)
                 bar.update(count)
         # Captum's decorator is in between
-        warn_probabilities(judged, stacklevel=4)
+        scores_of.warn(stacklevel=4)
         for total, cover in zip(totals, covered):
             # a pixel that no mask shows has a total of zero
             seen = cover.clamp(min=torch.finfo(cover.dtype).tiny)

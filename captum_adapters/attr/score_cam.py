@@ -15,12 +15,10 @@ from captum_adapters._validation import (
     Inputs,
     TargetType,
     at_least_single,
-    check_output,
     check_target,
+    evaluate_rows,
     positive_integer,
     select_target,
-    split_args,
-    take_rows,
 )
 from captum_adapters.attr.rise import check_maskable
 from zennit_resnet.canonizers.eager import evaluating
@@ -119,8 +117,9 @@ class ScoreCAM(LayerAttribution):
         positive_integer("perturbations_per_eval", perturbations_per_eval)
         batch = len(images[0])
         index = check_target(target, batch, allow_negative=True)
-        args, per_example = split_args(additional_forward_args, batch)
-        network = _SingleScore(self.forward_func, self.layer, index, args, per_example)
+        network = _SingleScore(
+            self.forward_func, self.layer, index, additional_forward_args, batch
+        )
         maps = []
         for row, image in enumerate(images[0].detach().split(1)):
             network.row = row
@@ -150,20 +149,21 @@ class _SingleScore(torch.nn.Module):
 
     def __init__(
         self, forward_func: Callable[..., Any], layer: torch.nn.Module,
-        target: Optional[Tensor], args: tuple[Any, ...], per_example: list[bool],
+        target: Optional[Tensor], args: object, batch: int,
     ) -> None:
         super().__init__()
         # both are found among the modules of this one, also if forward_func is none
         self.layer, self.forward_func = layer, forward_func
-        self.target, self.args, self.per_example = target, args, per_example
+        self.target, self.args, self.batch = target, args, batch
         self.row = 0
 
     def forward(self, images: Tensor) -> Tensor:
         """Output of shape (images, 1)."""
         rows = torch.full((len(images),), self.row, device="cpu")
-        args = take_rows(self.args, self.per_example, rows)
         # images may be changed in place
-        result = check_output(self.forward_func(images.clone(), *args), len(images))
+        result = evaluate_rows(
+            self.forward_func, [images.clone()], self.args, self.batch, rows
+        )
         index = None if self.target is None else self.target[rows].to(result.device)
         scores = at_least_single(select_target(result, index))
         # torch-cam would make it a map of zeros

@@ -9,26 +9,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_adapters._validation import (
-    DIMS,
     BaselineType,
     Inputs,
     Maps,
     ScoreFunction,
+    Scores,
     TargetType,
     check_baselines,
     check_choice,
     check_images,
     check_range,
-    check_score,
     check_target,
-    chunk_size,
     pixel_maps,
     predicted_class,
     select_target,
     split_args,
-    to_scores,
     warn_negative_maps,
-    warn_probabilities,
 )
 from captum_adapters.metrics._forward import forward_in_chunks
 from captum_adapters.metrics._perturbation import (
@@ -213,12 +209,11 @@ def insertion_deletion(
     preset = PROTOCOLS[protocol]
     ties = preset.ties if ties is None else ties
     check_choice("ties", ties, ("nearest", "group", "stable", "random", "threshold"))
-    check_score(output)
-    images = check_images(inputs, DIMS)
+    scores_of = Scores(output)
+    images = check_images(inputs)
     maps = pixel_maps(attributions, images, reduce, interpolate)
     warn_negative_maps(maps)
     batch, n_pixels = len(images), maps[0].numel()
-    chunk = chunk_size(max_examples_per_batch, batch)
     index = check_target(target, batch, images.device)
     origin = ""
     if n_steps is None and step is None:
@@ -259,14 +254,13 @@ def insertion_deletion(
     perturbed = PerturbedImages(images, deleted, inserted, order, selected, alone)
     examples = perturbed.examples
     blank: list[Tensor] = []
-    judged: list[Tensor] = []
 
     def choose(scores: Tensor, logits: Tensor, index: Optional[Tensor]) -> tuple[Tensor, Tensor]:
         """The target's scores, and the predicted classes."""
         return select_target(scores, index, False), predicted_class(logits, index)
 
     def collect(result: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-        scores = to_scores(result, output, judged)
+        scores = scores_of(result)
         # where there are several positions, the class at the target's is meant
         logits = result if result.ndim <= 2 else scores
         if part.start == 0:
@@ -277,9 +271,9 @@ def insertion_deletion(
 
     scores, classes = forward_in_chunks(
         forward_func, perturbed.create, collect, examples, batch,
-        additional_forward_args, chunk, show_progress,
+        additional_forward_args, max_examples_per_batch, show_progress,
     )
-    warn_probabilities(judged)
+    scores_of.warn()
     scores, classes = scores[perturbed.inverse], classes[perturbed.inverse]
     if perturbed.shared is not None:
         # the first image is blank, and has a score for the target of each example

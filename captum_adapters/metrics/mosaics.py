@@ -205,7 +205,7 @@ def mosaics(
         ... ]).mean()
         tensor(0.2500, dtype=torch.float64)
     """
-    images = check_images(inputs)
+    images = check_images(inputs, [2])
     labels = check_target(target, len(images), images.device)
     if labels is None or labels.ndim != 1:
         raise ValueError(f"target={target!r} is not the class of each of the images.")

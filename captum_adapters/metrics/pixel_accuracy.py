@@ -8,7 +8,6 @@ from torch import Tensor
 
 from captum_adapters._light import PERCENTS
 from captum_adapters._validation import (
-    DIMS,
     BaselineType,
     Inputs,
     Maps,
@@ -20,7 +19,6 @@ from captum_adapters._validation import (
     check_images,
     check_range,
     check_target,
-    chunk_size,
     double_dtype,
     pixel_maps,
     to_tensor,
@@ -154,10 +152,9 @@ def _accuracy(
             check_range(output, labels)
         return output.argmax(1), output.isnan().any(1)
 
-    chunk = chunk_size(max_examples_per_batch, batch)
     predictions, invalid = forward_in_chunks(
         forward_func, make_inputs, collect, examples, batch, additional_forward_args,
-        chunk, show_progress,
+        max_examples_per_batch, show_progress,
     )
     if bool(invalid.any()):
         wrong = examples[invalid.to(examples.device)].unique().tolist()
@@ -218,7 +215,7 @@ def keep_top(
     Raises:
         ValueError: As :func:`pixel_accuracy`.
     """
-    images = check_images(inputs, DIMS)
+    images = check_images(inputs)
     scores = _unit_scores(attributions, images, unit, absolute, interpolate)
     counts = top_counts([percent], scores[0].numel())
     ranks = rank_ties(scores, counts, images, ties, 1, seed, sample_ids).ranks
@@ -288,7 +285,7 @@ def pixel_accuracy(
         >>> result.predictions, result.counts
         (tensor([[0, 0, 1]]), tensor([1, 3, 4]))
     """
-    images = check_images(inputs, DIMS)
+    images = check_images(inputs)
     scores = _unit_scores(attributions, images, unit, absolute, interpolate)
     return _accuracy(
         forward_func, images, scores, percents, target, additional_forward_args,
@@ -335,7 +332,7 @@ def cross_model_accuracy(
     Returns:
         PixelAccuracy: As :func:`pixel_accuracy`, with counts of A's pixels or inputs.
     """
-    images = check_images(inputs, DIMS)
+    images = check_images(inputs)
     dims = images.ndim - 2
     maps = as_batch(to_tensor(attributions, "attributions"), len(images), dims)
     frame, size = images, maps.shape[-dims:]

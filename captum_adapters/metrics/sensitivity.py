@@ -8,11 +8,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from captum_adapters._validation import (
-    DIMS,
     BaselineType,
     Inputs,
     Maps,
     ScoreFunction,
+    Scores,
     TargetType,
     as_batch,
     by_pixels,
@@ -20,17 +20,13 @@ from captum_adapters._validation import (
     check_images,
     check_output,
     check_range,
-    check_score,
     check_target,
-    chunk_size,
     double_dtype,
     pixel_maps,
     select_target,
     split_args,
     suggest,
-    to_scores,
     to_tensor,
-    warn_probabilities,
 )
 from captum_adapters.metrics._forward import forward_in_chunks
 from captum_adapters.metrics.insertion_deletion import (
@@ -350,20 +346,18 @@ def contrastive_insertion_deletion(
         ValueError: As :func:`insertion_deletion`, or if there is no target, or the
             rival is the target.
     """
-    check_score(output)
+    to_scores = Scores(output)
     check_evaluation(forward_func)
-    images = check_images(inputs, DIMS)
+    images = check_images(inputs)
     batch, device = len(images), images.device
     index = check_target(target, batch, device)
     if index is None or index.ndim != 1:
         raise ValueError(
             f"target={target!r}, but a contrast needs the class of each example."
         )
-    chunk = chunk_size(max_examples_per_batch, batch)
-    judged: list[Tensor] = []
 
     def scores_of(result: Tensor) -> Tensor:
-        scores = to_scores(result, output, judged)
+        scores = to_scores(result)
         if scores.ndim != 2 or scores.shape[1] < 2:
             raise ValueError(
                 "A contrast needs scores of shape (batch, classes) of several classes,"
@@ -381,8 +375,8 @@ def contrastive_insertion_deletion(
     if other is None:
         (other,) = forward_in_chunks(
             forward_func, images.__getitem__, runner_up,
-            torch.arange(batch, device=device), batch, additional_forward_args, chunk,
-            False,
+            torch.arange(batch, device=device), batch, additional_forward_args,
+            max_examples_per_batch,
         )
     same = (index == other).nonzero().flatten().tolist()
     if same:
@@ -400,5 +394,5 @@ def contrastive_insertion_deletion(
         difference, images, attributions, baselines, 0, args, output="identity",
         max_examples_per_batch=max_examples_per_batch, **options,
     )
-    warn_probabilities(judged)
+    to_scores.warn()
     return result
