@@ -70,8 +70,7 @@ def plot_curves(
             averaged; or these for each method.
         axes (Axes, optional): What to draw on. Default: None, for a new figure, to be
             found as `axes.figure`
-        confidence (float, optional): Level of confidence of the bands, `None` for no
-            bands.
+        confidence (float, optional): Level of confidence, `None` for no bands.
         clusters, n_resamples: See :func:`captum_adapters.metrics.bootstrap_interval`.
         marker (str, optional): Marker of points.
 

@@ -35,7 +35,7 @@ def explain(
     batch_size: Optional[int] = None, reduce: Optional[str] = "sum",
     attribute_kwargs: Optional[Mapping[str, Any]] = None, **init_kwargs: Any,
 ) -> NDArray[Any]:
-    r"""Attributions of a batch of arrays, as an `explain_func` of Quantus.
+    """Attributions of a batch of arrays, as an `explain_func` of Quantus.
 
     A method is created for the given model in each call, since the randomization
     metrics of Quantus compare explanations of several models. Put the network into
@@ -54,10 +54,8 @@ def explain(
             **init_kwargs)` which returns a Captum attribution, for instance `lambda
             model: NoiseTunnel(ResNetLRP(model))`; or an attribution for this model.
         device (str or torch.device, optional): Device of the inputs, which must be that
-            of the model. Quantus passes its own on. Default: None, for the model's
-            device
-        batch_size (int, optional): Number of inputs to explain at once. Default: None,
-            for all
+            of the model. Quantus passes its own on.
+        batch_size (int, optional): Number of inputs to explain at once, by default all.
         reduce (str, optional): `"sum"` for the sum over channels, as Quantus' own
             explanation functions do. `"abs_sum"` for the magnitude of that sum, `None`
             to keep the channels.
@@ -81,10 +79,8 @@ def explain(
             model, the model is on another device, or shapes do not fit.
         TypeError: If targets are not integers, or the method does not take an argument.
 
-    Examples::
-
+    Examples:
         >>> import numpy as np, torch
-        >>> from captum_adapters.quantus import explain
         >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 5))
         >>> images = np.random.default_rng(0).random((2, 3, 4, 4))
         >>> explain(net, images, np.array([1, 4]), "InputXGradient").shape
@@ -124,17 +120,12 @@ def explain(
 
 
 def explainer(method: Method, **settings: Any) -> Callable[..., NDArray[Any]]:
-    r"""Create an `explain_func` for Quantus from a method and its settings.
+    """Create an `explain_func` for Quantus from a method and settings of :func:`explain`.
 
-    Args:
-        method (str or callable): See :func:`explain`.
-        settings: Its other arguments.
-
-    Returns:
-        Callable: A function `(model, inputs, targets, device=None, **kwargs)` which
-        returns an array. Keyword arguments, Quantus' `explain_func_kwargs`, replace the
-        settings. Only `method` is ignored, as `quantus.evaluate` passes the name under
-        which results are listed.
+    It is a function `(model, inputs, targets, device=None, **kwargs)` which returns an
+    array. Keyword arguments, Quantus' `explain_func_kwargs`, replace the settings. Only
+    `method` is ignored, as `quantus.evaluate` passes the name under which results are
+    listed.
     """
     def explain_func(model: Any, inputs: Any, targets: Any, **kwargs: Any) -> Any:
         """Attributions of a batch of arrays."""

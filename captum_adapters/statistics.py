@@ -175,10 +175,7 @@ def _kept_draws(groups: int, n_resamples: int, seed: int) -> list[NDArray[np.uin
 
 
 def _draw(groups: int, n_resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """How often each cluster is drawn in some resamples, of shape (resamples, clusters).
-
-    They are drawn with replacement, as :func:`scipy.stats.bootstrap` does.
-    """
+    """How often each cluster is drawn in some resamples, of shape (resamples, clusters)."""
     generator, block = np.random.default_rng(seed), max(1, BLOCK // groups)
     for begin in range(0, n_resamples, block):
         count = min(block, n_resamples - begin)
@@ -236,9 +233,7 @@ def bootstrap_interval(
         ValueError: If there is infinity, a shape does not fit, or an argument is out of
             range.
 
-    Examples::
-
-        >>> from captum_adapters.metrics import bootstrap_interval
+    Examples:
         >>> interval = bootstrap_interval([0.1, 0.4, float("nan"), 0.2, 0.3])
         >>> round(float(interval.mean), 2), interval.num_nan
         (0.25, 1)
@@ -294,10 +289,10 @@ def _signed_ranks(differences: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def holm(p_values: Scores) -> NDArray[np.float64]:
-    """Holm's correction of p-values for several comparisons.
+    """Holm's correction of p-values for several comparisons (Holm 1979).
 
     The probability that any true null hypothesis is rejected stays below the level, no
-    matter how the tests depend on each other (Holm 1979).
+    matter how the tests depend on each other.
 
     Args:
         p_values (Tensor or array): p-values of shape (n,). NaN, as of a test without
@@ -363,15 +358,12 @@ def compare(
             two scores are left out of their comparison.
         baseline (str, optional): Name of the method that all others are compared with.
             Default: None, for all pairs of methods
-        test (str, optional): Two-sided test of paired differences.
-
-            - `"permutation"`: whether the mean is zero, by the signs of the
-              differences, which are as likely to be reversed if methods do not differ
-              (of a cluster, all together). It is exact if all combinations of signs are
-              at most `n_resamples`.
-            - `"wilcoxon"`: the signed-rank test, for scores with outliers. With
-              clusters, the ranks' sum is tested by reversing signs as above.
-
+        test (str, optional): Two-sided test of paired differences. `"permutation"`:
+            whether the mean is zero, by the signs of the differences (of a cluster, all
+            together), which are as likely to be reversed if methods do not differ. It
+            is exact if all combinations of signs are at most `n_resamples`.
+            `"wilcoxon"`: the signed-rank test, for scores with outliers. With clusters,
+            the ranks' sum is tested by reversing signs as above.
         clusters, confidence, n_resamples, seed: See :func:`bootstrap_interval`.
 
     Returns:
@@ -381,9 +373,7 @@ def compare(
         ValueError: If there are less than two methods, scores have different shapes or
             infinity, or an argument is unknown or out of range.
 
-    Examples::
-
-        >>> from captum_adapters.metrics import compare
+    Examples:
         >>> scores = {
         ...     "ratio": [0.9, 0.7, 0.8, 0.6, 0.9, 0.8],
         ...     "symmetric": [0.7, 0.6, 0.5, 0.5, 0.7, float("nan")],

@@ -38,10 +38,10 @@ class Branches(NamedTuple):
     """What an attention branch network computes for a batch of images.
 
     Attributes:
-        attention_logits (Tensor): Class scores of the attention branch, of shape
-            (batch, classes).
-        logits (Tensor): Class scores of the perception branch, of shape (batch,
-            classes): the output of the network.
+        attention_logits (Tensor): Class scores of the attention branch, (batch,
+            classes).
+        logits (Tensor): Class scores of the perception branch, (batch, classes): the
+            output of the network.
         attention (Tensor): Attention maps with values from 0 to 1, of shape (batch, 1,
             height, width), with height and width of the feature extractor.
     """
@@ -94,7 +94,7 @@ class AttentionBranch(Module):
 
 
 class AttentionBranchNetwork(Module):
-    r"""Attention branch network (ABN), made of a residual network.
+    """Attention branch network (ABN), made of a residual network.
 
     Fukui et al. 2019: the network up to its third stage is the feature extractor. From
     its features :math:`g(x)`, an :class:`AttentionBranch` computes class scores and a
@@ -113,11 +113,9 @@ class AttentionBranchNetwork(Module):
         TypeError: If `model` is not a module.
         ValueError: If it lacks any of these modules, or `fc` is not a linear layer.
 
-    Examples::
-
+    Examples:
         >>> import torch
         >>> from torchvision.models import resnet18
-        >>> from captum_adapters.attr.abn import AttentionBranchNetwork
         >>> net = AttentionBranchNetwork(resnet18(num_classes=5).eval())
         >>> attention_logits, logits, attention = net.forward_branches(
         ...     torch.rand(2, 3, 64, 64))
@@ -157,9 +155,8 @@ class AttentionBranchNetwork(Module):
     def classify_features(self, features: Tensor) -> Branches:
         """Compute both branches of features.
 
-        Raises:
-            ValueError: If `layer4` changes the size of features by other means than the
-                stride of convolutions.
+        A ValueError is raised if `layer4` changes the size of features by other means
+        than the stride of convolutions.
         """
         attention_logits, attention = self.attention_branch(features)
         if attention.shape[2:] != features.shape[2:]:
@@ -183,7 +180,7 @@ class AttentionBranchNetwork(Module):
 
 
 class ABN(Attribution):
-    r"""The attention map of an attention branch network, as an attribution.
+    """The attention map of an attention branch network, as an attribution.
 
     Fukui et al. 2019. The map is part of the network's forward pass, and there is one
     for each image: it does **not** depend on the target.
@@ -196,14 +193,11 @@ class ABN(Attribution):
     Raises:
         TypeError: If `model` is another network.
 
-    Examples::
-
+    Examples:
         >>> import torch
         >>> from torchvision.models import resnet18
-        >>> from captum_adapters.attr.abn import ABN, AttentionBranchNetwork
         >>> net = AttentionBranchNetwork(resnet18(num_classes=5)).eval()
-        >>> attributions = ABN(net).attribute(torch.rand(2, 3, 64, 64))
-        >>> attributions.shape
+        >>> ABN(net).attribute(torch.rand(2, 3, 64, 64)).shape
         torch.Size([2, 3, 64, 64])
     """
 
@@ -236,10 +230,10 @@ class ABN(Attribution):
         Returns:
             *Tensor* or *tuple[Tensor]* of **attributions**:
             - **attributions** (*Tensor* or *tuple[Tensor]*):
-                    Attention, resized to the images with bilinear interpolation. The
-                    channels have equal parts, so that their sum is the map with values
-                    from 0 to 1. Of the inputs' shape, in at least single precision. A
-                    tuple is returned if inputs are a tuple.
+                    Attention, resized to the images with bilinear interpolation, of the inputs'
+                    shape, in at least single precision. The channels have equal parts, so that
+                    their sum is the map with values from 0 to 1. A tuple is returned if inputs
+                    are a tuple.
 
         Raises:
             ValueError: If there are several inputs or further arguments, inputs are not
@@ -278,7 +272,7 @@ def save_abn(
     model: AttentionBranchNetwork, path: Union[str, Path],
     classes: Optional[Sequence[str]] = None,
 ) -> None:
-    r"""Write the weights of an attention branch network.
+    """Write the weights of an attention branch network.
 
     Args:
         model (AttentionBranchNetwork): The network.
@@ -318,7 +312,7 @@ def save_abn(
 def load_abn(
     path: Union[str, Path], architecture: str = "resnet50"
 ) -> AttentionBranchNetwork:
-    r"""Read the weights of an attention branch network, as :func:`save_abn` writes them.
+    """Read the weights of an attention branch network, as :func:`save_abn` writes them.
 
     Args:
         path (str or Path): A state dict. The number of classes is the size of the last

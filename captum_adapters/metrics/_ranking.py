@@ -189,8 +189,7 @@ def top_fraction(scores: Tensor, percent: Percent) -> Tensor:
         ValueError: If the percentage is not from 0 to 100, the scores have no batch, or
             there is NaN in them.
 
-    Examples::
-
+    Examples:
         >>> import torch
         >>> top_fraction(torch.tensor([[[1.0, 2.0], [1.0, 3.0]]]), 75)
         tensor([[[ True,  True],

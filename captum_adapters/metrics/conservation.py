@@ -39,14 +39,11 @@ def conservation_gap(
         relevance is zero.
 
     Raises:
-        ValueError: If the batch sizes differ or are zero, or ``sinks`` have another
-            shape.
+        ValueError: If batch sizes differ or are zero, or ``sinks`` have another shape.
         TypeError: If an argument is neither a tensor nor an array of numbers.
 
-    Examples::
-
+    Examples:
         >>> import torch
-        >>> from captum_adapters.metrics import conservation_gap
         >>> attributions = torch.tensor([[1.0, 2.0], [1.0, -3.0]])
         >>> conservation_gap(attributions, torch.tensor([3.0, -1.0])).tolist()
         [0.0, -1.0]

@@ -68,12 +68,10 @@ class InsertionDeletion(NamedTuple):
         insertion, deletion (Tensor): Areas under both curves, (batch,). Insertion is
             better if it is higher, deletion if it is lower.
         id_score (Tensor): Insertion minus deletion, (batch,).
-        insertion_normalized, deletion_normalized (Tensor): Areas on a scale where the
-            score of the blank image is 0, and that of the whole image is 1, (batch,).
-            NaN where both scores are equal.
-        id_normalized (Tensor): Difference of the two.
-        fractions (Tensor): Where the points are on the x-axis from 0 to 1, (batch,
-            points).
+        insertion_normalized, deletion_normalized, id_normalized (Tensor): The same on a
+            scale where the score of the blank image is 0, and that of the whole image
+            is 1, (batch,). NaN where both scores are equal.
+        fractions (Tensor): Where points are on the x-axis, 0 to 1, (batch, points).
         selected (Tensor): Number of pixels that are really inserted or deleted at each
             point, (batch, points).
         insertion_curve, deletion_curve (Tensor): Scores, (batch, points).
@@ -113,7 +111,7 @@ def insertion_deletion(
     step: Optional[int] = None, insertion_baselines: BaselineType = None, seed: int = 0,
     sample_ids: SampleIds = None,
 ) -> InsertionDeletion:
-    r"""Scores while pixels are inserted into, and deleted from, an image.
+    """Scores while pixels are inserted into, and deleted from, an image.
 
     Pixels are ranked by descending attribution, all channels of a pixel together. The
     image of insertion has the first n pixels of the input, and the baseline elsewhere,
@@ -127,13 +125,12 @@ def insertion_deletion(
     (expected) ID score of 0.
 
     Args:
-        forward_func (Callable): The network, or any function of images. It is evaluated
-            as it is: put it into evaluation mode before.
+        forward_func (Callable): The network, or any function of images. Put it into
+            evaluation mode before.
         inputs (Tensor, numpy.ndarray or tuple[Tensor]): Images of shape (batch,
-            channels, height, width), signals of shape (batch, channels, length), or
-            volumes or videos of shape (batch, channels, depth, height, width). For the
-            latter, the shapes below change likewise, and a pixel is a sample of the
-            signal, or a voxel.
+            channels, height, width), or signals (batch, channels, length), volumes or
+            videos (batch, channels, depth, height, width), for which the shapes below
+            change likewise.
         attributions (Tensor, numpy.ndarray or tuple[Tensor]): Attributions of shape
             (batch, channels or 1, height, width) or (batch, height, width), or (height,
             width) for a single image.
@@ -145,8 +142,8 @@ def insertion_deletion(
         target (int, tuple, Tensor, or list, optional): Index of the class whose score
             is measured, as in Captum. `None` is for networks with a single output only.
         additional_forward_args (Any, optional): Further arguments of `forward_func`,
-            one or a tuple. Tensors with a row for each example are given with the row
-            of each image's example.
+            one or a tuple. Of tensors with a row for each example, each image is given
+            the row of its example.
         n_steps (int, optional): Number of equal intervals of pixels. If the middle
             falls between two pixels, both are points. Default: None, for 100 or the
             `step` of the protocol
@@ -160,9 +157,9 @@ def insertion_deletion(
             protocol
         output (str or Callable, optional): What the score is: `"softmax"` for the
             probability of the target among classes (dimension 1), `"identity"` or
-            `"logit"` for the output as it is, or a function of the output. A single
-            output per example is taken as it is. Networks that return probabilities
-            need `"identity"`.
+            `"logit"` for the output as it is, which networks that return probabilities
+            need, or a function of the output. A single output per example is taken as
+            it is.
         reduce (str, optional): `"sum"` ranks pixels by the sum of attributions over
             channels, `"abs_sum"` by its magnitude.
         interpolate (str, optional): Mode of :func:`torch.nn.functional.interpolate` for
@@ -185,18 +182,16 @@ def insertion_deletion(
         InsertionDeletion: A named tuple of tensors on the device of the inputs.
 
     Raises:
-        ValueError: If a shape does not fit, a map has NaN or infinity, a target is
-            missing or out of range, the network is in training mode, or an argument is
-            unknown or out of range.
+        ValueError: If a shape does not fit, a map has NaN or infinity, the network is
+            in training mode, or an argument is missing, unknown or out of range.
         TypeError: If an argument is not of the type above.
 
     Warns:
-        NegativeMapWarning: If a map has no positive value.
+        NegativeMapWarning: If a map varies, but has no positive value.
         ProbabilityWarning: If the outputs are probabilities for all images, although
             `output="softmax"`, or all between 0 and 1 for ten or more classes.
 
-    Examples::
-
+    Examples:
         >>> import torch
         >>> images = torch.tensor([4.0, 3.0, 2.0, 1.0]).view(1, 1, 2, 2)
         >>> result = insertion_deletion(lambda x: x.mean((1, 2, 3)), images, images)
@@ -217,7 +212,7 @@ def insertion_deletion(
     index = check_target(target, batch, images.device)
     origin = ""
     if n_steps is None and step is None:
-        n_steps, step = (100, None) if preset.step is None else (None, preset.step)
+        n_steps, step = (None if preset.step else 100), preset.step
         origin = f" of protocol={protocol!r}"
     counts = count_grid(n_pixels, n_steps, step, preset.ends, origin).to(images.device)
     moved = ties in ("nearest", "group")
@@ -239,10 +234,9 @@ def insertion_deletion(
     elif protocol == "rise":
         inserted = blur(images)
 
-    shuffled = None
-    if ties == "random":
-        shuffled = random_orders(images, seed, sample_ids, n_pixels)
-    values, order = sort_scores(maps, shuffled)
+    shuffle = ties == "random"
+    first = random_orders(images, seed, sample_ids, n_pixels) if shuffle else None
+    values, order = sort_scores(maps, first)
     equal = values[:, 1:] == values[:, :-1]
     selected = counts.expand(batch, -1)
     if ties == "nearest":
@@ -314,13 +308,9 @@ class Areas(NamedTuple):
 def keio_areas(result: InsertionDeletion) -> Areas:
     """Areas by the published code of Otsuki et al. 2024, without further forwards.
 
-    Args:
-        result (InsertionDeletion): Result of :func:`insertion_deletion` with
-            `protocol="keio"`, and `ties="group"`, or `"nearest"` for maps without a
-            moved point. The images of that code are the same, whatever the ties.
-
-    Raises:
-        ValueError: If there is no other point but the end.
+    The result is one with `protocol="keio"`, and `ties="group"`, or `"nearest"` for
+    maps without a moved point: the images of that code are the same, whatever the ties.
+    A ValueError is raised if there is no other point but the end.
     """
     if result.insertion_curve.shape[1] < 2:
         raise ValueError("The curves have a single point, and no area.")

@@ -34,8 +34,8 @@ class MaskPointing(NamedTuple):
             pixel.
         chance (Tensor): Share of the mask in the image, which is the expected share of
             a random map, (batch,).
-        ceiling (Tensor): Largest possible share, the smaller of 1 and the mask's number
-            of pixels divided by that of the top p %, (batch, percents).
+        ceiling (Tensor): Largest possible share: 1, or the mask's number of pixels
+            divided by that of the top p %, (batch, percents).
         empty (Tensor): Whether the mask is empty, bool (batch,).
         counts (Tensor): Number of pixels in the top p %, (percents,).
         percents (Tensor): Percentages, (percents,).
@@ -117,24 +117,23 @@ def mask_pointing(
         \frac{|T_p \cap M|}{|T_p|}
 
     with the top pixels :math:`T_p` and the mask :math:`M`: the pointing game of R-LRP
-    by Nyiri & Gibaru (section 6.1, figures 24 and 25). The larger the mask, the higher
-    the share of any map: compare it with `chance` and `ceiling`. The pointing game in
-    which the single highest pixel counts is the percentage `Fraction(100, N)`.
+    by Nyiri & Gibaru (section 6.1, figures 24 and 25), which leaves out images whose
+    mask covers less than 1 % or more than 99 %. The larger the mask, the higher the
+    share of any map: compare it with `chance` and `ceiling`. The pointing game in which
+    the single highest pixel counts is the percentage `Fraction(100, N)`.
 
     If the top p % divide pixels with equal attributions, then the share is the expected
     one over all their orders: the pixels above, and of the tied ones the fraction that
-    is needed. So a constant map has exactly the level of chance. The paper leaves out
-    images whose mask covers less than 1 % or more than 99 %, which `chance` tells.
+    is needed. So a constant map has exactly the level of chance.
 
     Args:
         attributions (Tensor, numpy.ndarray or tuple[Tensor]): See
             :func:`insertion_deletion`. Channels are summed.
         masks (Tensor or numpy.ndarray): Masks of shape (batch, height, width) or
-            (batch, 1, height, width), 1 or True inside of the object. A single one may
-            be of shape (height, width). For boxes, see :func:`boxes_to_masks`.
-        percents (int, float or Fraction, or sequence of these, optional): Percentages
-            from 0 to 100, in any order, see :func:`top_fraction`. Default: those of the
-            figures of R-LRP's paper
+            (batch, 1, height, width), or (height, width) for a single one, 1 or True
+            inside of the object. For boxes, see :func:`boxes_to_masks`.
+        percents (int, float or Fraction, or sequence of these, optional): See
+            :func:`pixel_accuracy`, and :func:`top_fraction`.
         absolute (bool, optional): Whether to rank by the magnitude of the sum over
             channels, as the paper does. Otherwise negative relevance comes last.
         interpolate (str, optional): See :func:`insertion_deletion`.
@@ -150,10 +149,8 @@ def mask_pointing(
             percentage is not from 0 to 100, there is NaN or infinity in the
             attributions, or `dims` is not 1, 2 or 3.
 
-    Examples::
-
+    Examples:
         >>> import torch
-        >>> from captum_adapters.metrics import mask_pointing
         >>> maps = torch.tensor([[[0.9, 0.8], [0.1, 0.0]]])
         >>> masks = torch.tensor([[[True, False], [False, False]]])
         >>> result = mask_pointing(maps, masks, percents=(25, 50))
@@ -196,26 +193,22 @@ def mask_distance(
     normalization: Optional[str] = "diagonal", absolute: bool = True,
     interpolate: Optional[str] = None, dims: int = 2,
 ) -> MaskDistance:
-    r"""Mean distance of the most relevant p % of pixels to the object's mask.
+    """Mean distance of the most relevant p % of pixels to the object's mask.
 
     The distance of a pixel is the Euclidean distance, between centers of pixels, to the
-    nearest pixel of the mask, and zero inside of it. Unlike the share of pixels inside
-    (:func:`mask_pointing`), it tells a near miss from pixels scattered all over the
-    image: the second measure of R-LRP by Nyiri & Gibaru (section 6.2, figures 27 and
-    28). Ties are treated as in :func:`mask_pointing`.
+    nearest pixel of the mask, and zero inside of it. Unlike the share of pixels inside,
+    it tells a near miss from pixels scattered all over the image: the second measure of
+    R-LRP by Nyiri & Gibaru (section 6.2, figures 27 and 28), which normalizes it, but
+    does not say how.
 
     Args:
-        normalization (str, optional): What distances are divided by. The paper
-            normalizes as masks differ in size, but does not say how.
-
-            - `"diagonal"`: distance between opposite corners' pixels of the image, the
-              same for all images of a size.
-            - `"max"`: largest distance of a pixel of this image to the mask.
-            - `"mean"`: mean distance of all pixels of this image to the mask, with
-              which a random map has an expected distance of 1.
-            - `None`: nothing, the unit is a pixel.
-
-        attributions, masks, percents, ...: See :func:`mask_pointing`, as for errors.
+        normalization (str, optional): What distances are divided by: `"diagonal"` for
+            the distance between opposite corners' pixels of the image, `"max"` for the
+            largest distance of a pixel of this image, `"mean"` for the mean distance of
+            all its pixels, with which a random map has an expected distance of 1,
+            `None` for nothing, so that the unit is a pixel.
+        attributions, masks, percents, ...: See :func:`mask_pointing`, as for ties and
+            errors.
     """
     check_choice("normalization", normalization, ("diagonal", "max", "mean", None))
     scores, inside, counts, values = _rank(
@@ -252,16 +245,14 @@ def boxes_to_masks(
 
     Coordinates are those of an image from (0, 0), upper left, to (width, height). A
     pixel is inside of a box if its center is: with integers, the columns x0 to x1 - 1
-    and the rows y0 to y1 - 1 are. What is outside of the image is cut off.
-
-    Boxes are often given otherwise: Pascal VOC and ImageNet count pixels from 1 and
+    and the rows y0 to y1 - 1 are. Pascal VOC and ImageNet count pixels from 1 and
     include the last (subtract 1 from x0 and y0), and COCO gives (x0, y0, width,
     height). If the image was resized or cropped, so must be its boxes.
 
     Args:
         boxes (sequence of Tensor or sequence): For each image, its boxes (x0, y0, x1,
-            y1) in pixels, of shape (boxes, 4). The mask is that of all of them; it is
-            empty for an image without boxes.
+            y1) in pixels, of shape (boxes, 4), or none. The mask is that of all of
+            them.
         size (tuple[int, int]): Height and width of the masks, in pixels.
         device (str or torch.device, optional): Device of the masks.
 
@@ -272,9 +263,7 @@ def boxes_to_masks(
         ValueError: If there is no image, a size is not positive, or boxes are not of
             shape (boxes, 4), x0 < x1 and y0 < y1.
 
-    Examples::
-
-        >>> from captum_adapters.metrics import boxes_to_masks
+    Examples:
         >>> boxes_to_masks([[(1, 0, 3, 1)]], (2, 3)).int()
         tensor([[[0, 1, 1],
                  [0, 0, 0]]], dtype=torch.int32)

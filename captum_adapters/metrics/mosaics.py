@@ -172,13 +172,14 @@ def mosaics(
         target (Tensor or list): Class of each image, of shape (batch,).
         n (int, optional): Number of cells in a row, and in a column.
         focus (bool, optional): Whether half of the cells (rounded down) are of the same
-            class, as in Focus mosaics. Focus is published for n = 2, and any images.
-        count (int, optional): Number of mosaics. If images do not suffice, they are
-            used again, and mosaics are not independent of each other. Default: None,
-            for as many as there are classes with unused images for
+            class. Focus is published for n = 2, and any images.
+        count (int, optional): Number of mosaics, for which images are used again if
+            they do not suffice. Default: None, for as many as there are classes with
+            unused images for
         scores (Tensor, optional): Scores of the classes of each image, of shape (batch,
-            classes). Images of each class are used from the most confident on, if they
-            are classified correctly. Default: None, for all images in random order
+            classes): images that are classified correctly are used, from the most
+            confident one of each class on. Default: None, for all images in random
+            order
         threshold (float, optional): Lowest score of the class of an image.
         rescale (bool, optional): Whether to shrink mosaics to the size of an image, for
             networks that see more than they were trained on otherwise.
@@ -191,19 +192,14 @@ def mosaics(
         ValueError: If a shape does not fit, there are too few classes with images, or a
             number is not positive.
 
-    Examples::
-
+    Examples:
         >>> import torch
-        >>> from captum_adapters.metrics import grid_pointing, mosaics
         >>> grid = mosaics(torch.rand(8, 3, 5, 5), [0, 0, 1, 1, 2, 2, 3, 3])
         >>> grid.images.shape, grid.cells.shape, grid.targets.shape
         (torch.Size([2, 3, 10, 10]), torch.Size([2, 2, 2]), torch.Size([2, 4]))
-        >>> attribute = lambda images, target: torch.ones_like(images)
-        >>> torch.stack([
-        ...     grid_pointing(attribute(grid.images, target), grid.cells, target).share
-        ...     for target in grid.targets.unbind(1)
-        ... ]).mean()
-        tensor(0.2500, dtype=torch.float64)
+        >>> maps = torch.ones_like(grid.images)
+        >>> grid_pointing(maps, grid.cells, grid.targets[:, 0]).share
+        tensor([0.2500, 0.2500], dtype=torch.float64)
     """
     images = check_images(inputs, [2])
     labels = check_target(target, len(images), images.device)
@@ -238,12 +234,9 @@ def grid_pointing(
         \frac{\sum_{i \in C} \max(0, R_i)}{\sum_i \max(0, R_i)}
 
     with the own cells :math:`C`: the grid pointing game (Böhle et al. 2021), and Focus
-    (Arias-Duart et al. 2021). Channels are summed first. Average over all cells of a
-    mosaic, as a map that prefers some place of the image, such as its middle, does not
-    have the level of chance in a single one.
-
-    Maps may be of another size than the mosaic, as those of a layer are: cells divide
-    the map evenly, and a pixel at a border counts for each cell by its area inside.
+    (Arias-Duart et al. 2021). Average over all cells of a mosaic, as a map that prefers
+    some place of the image, such as its middle, does not have the level of chance in a
+    single one.
 
     A map without positive relevance says nothing on where the class is. It has the
     level of chance, as any constant map has exactly, and is marked as `empty`. The
@@ -252,7 +245,9 @@ def grid_pointing(
     Args:
         attributions (Tensor, numpy.ndarray or tuple[Tensor]): Attributions of shape
             (batch, channels, height, width) or (batch, height, width), or (height,
-            width) for a single mosaic.
+            width) for a single mosaic. Channels are summed. The size may be another
+            than that of the mosaic: cells divide the map evenly, and a pixel at a
+            border counts for each cell by its area inside.
         cells (Tensor): Class of each cell, of shape (batch, rows, columns), as
             :func:`mosaics` returns it.
         target (int, Tensor, or list): Class that each map explains.

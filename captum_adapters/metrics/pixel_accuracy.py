@@ -48,8 +48,7 @@ class PixelAccuracy(NamedTuple):
         counts (Tensor): Number of pixels, or inputs, that are kept, (percents,).
         percents (Tensor): Percentages, (percents,).
         accuracy (Tensor): `correct` as numbers, (batch, percents), or its mean over
-            `n_orders` random orders where the percentage divides ties. Accuracies are
-            `accuracy.mean(0)`.
+            `n_orders` random orders where the percentage divides ties.
         tied_share (Tensor): Share of pixels, or inputs, whose attribution is not theirs
             alone, (batch,).
     """
@@ -187,27 +186,26 @@ def keep_top(
     interpolate: Optional[str] = None, ties: str = "random", seed: int = 0,
     sample_ids: SampleIds = None,
 ) -> Tensor:
-    r"""Images with only their most relevant p % kept.
+    """Images with only their most relevant p % kept.
 
     These are the inputs of the evaluation of R-LRP by Nyiri & Gibaru (sections 4.2 to
     5).
 
     Args:
-        inputs, attributions: See :func:`insertion_deletion`. With `unit="input"`,
-            attributions must have the channels of the inputs.
         percent (int, float or Fraction): Percentage from 0 to 100, see
             :func:`top_fraction`; 1 % of 224 x 224 pixels are 501.
         unit (str, optional): `"pixel"` to rank pixels by the sum over their channels,
-            or `"input"` to rank each channel's values on their own, so that of a pixel
-            only the red channel may be kept.
+            or `"input"` to rank each channel's values on their own, for attributions
+            with the channels of the inputs.
         absolute (bool, optional): Whether to rank by magnitude; that of a pixel is
             taken after the sum over its channels. Otherwise negative contributions come
             last.
         ties (str, optional): `"random"` if pixels with equal attributions come in
             random order, `"stable"` if they come row by row, which favours those in the
             upper half of the image.
-        baselines, interpolate, seed, sample_ids: See :func:`insertion_deletion`. The
-            paper does not say whether the rest is the mean color or black.
+        inputs, attributions, baselines, interpolate, seed, sample_ids: See
+            :func:`insertion_deletion`. The paper does not say whether the rest is the
+            mean color or black.
 
     Returns:
         Tensor: Images of the shape and type of the inputs.
@@ -232,34 +230,31 @@ def pixel_accuracy(
     show_progress: bool = False, ties: str = "random", n_orders: int = 4, seed: int = 0,
     sample_ids: SampleIds = None,
 ) -> PixelAccuracy:
-    r"""Accuracy of a network on images with only the most relevant p % kept.
+    """Accuracy of a network on images with only the most relevant p % kept.
 
     The better a method finds what the network uses, the fewer pixels are needed for its
     decision. This is the evaluation of R-LRP by Nyiri & Gibaru (sections 4.2 to 5,
     figures 9 to 21): of each image, the p % with the largest attributions are kept (see
     :func:`keep_top`), the rest is replaced, and the network predicts a class again.
 
-    Where a percentage divides pixels with equal attributions, which of them are kept is
-    left to chance: there are several random orders, the same in each run, and
-    `accuracy` is the mean over these.
+    Where a percentage divides pixels with equal attributions, `accuracy` is the mean
+    over several random orders of these, the same in each run.
 
     Args:
-        forward_func (callable): The network, or any function that returns an output of
-            shape (batch, classes).
         percents (int, float or Fraction, or sequence of these, optional): Percentages
-            from 0 to 100, in any order. Default: those of the paper's figures
+            from 0 to 100, in any order, by default those of the paper's figures.
         target (int, Tensor or list, optional): With `reference="label"`, the class of
             all examples, or one for each.
-        inputs, attributions, unit, absolute, ties, ...: See :func:`keep_top`. Of the
-            paper, figures 9 to 15 have `unit="input"`, and figures 9 to 13
-            `absolute=False`.
         reference (str, optional): What is correct: `"label"` compares with `target`,
             and `"prediction"` with the class that is predicted for the whole image, as
             the paper does on ImageNet.
-        additional_forward_args, max_examples_per_batch, show_progress: See
-            :func:`insertion_deletion`.
-        n_orders (int, optional): Number of these orders, for which as many images are
+        n_orders (int, optional): Number of random orders, for which as many images are
             evaluated. Every second one is the reverse of the one before.
+        inputs, attributions, unit, absolute, ties, ...: See :func:`keep_top`. Of the
+            paper, figures 9 to 15 have `unit="input"`, and figures 9 to 13
+            `absolute=False`.
+        forward_func, additional_forward_args, max_examples_per_batch, show_progress:
+            See :func:`insertion_deletion`. The output is of shape (batch, classes).
 
     Returns:
         PixelAccuracy: A named tuple of tensors on the device of the inputs.
@@ -270,10 +265,8 @@ def pixel_accuracy(
         TypeError: If an argument is neither a tensor nor an array, or a percentage is
             no number.
 
-    Examples::
-
+    Examples:
         >>> import torch
-        >>> from captum_adapters.metrics import pixel_accuracy
         >>> # the class is that of the larger half: left or right
         >>> model = lambda images: torch.stack(
         ...     [images[..., :2].sum((1, 2, 3)), images[..., 2:].sum((1, 2, 3))], 1)
@@ -305,29 +298,25 @@ def cross_model_accuracy(
     show_progress: bool = False, ties: str = "random", n_orders: int = 4, seed: int = 0,
     sample_ids: SampleIds = None,
 ) -> PixelAccuracy:
-    r"""Accuracy of one network on the pixels that are relevant to another one.
+    """Accuracy of one network on the pixels that are relevant to another one.
 
     Whether two networks decide by the same pixels: network B (`forward_func`) sees only
     the p % of each image that are most relevant to network A (`attributions`), as in
-    section 5.3 and figure 22 of R-LRP by Nyiri & Gibaru.
+    section 5.3 and figure 22 of R-LRP by Nyiri & Gibaru. With `reference="prediction"`,
+    B's own class of the whole image is correct, and with the classes that A predicts as
+    `target`, A's decision. The paper does not say what it used.
 
     If their preprocessing differs, `inputs` are either what A sees, and a `transform`
     makes of the masked images what B sees, or they are what B sees of the same section
-    of the image, and `resize_selection` transfers which pixels are kept: a pixel of B's
-    image is kept if the pixel of A's image at its center is.
+    of the image, and `resize_selection` transfers which pixels are kept.
 
     Args:
-        forward_func, inputs, attributions, percents, unit, absolute, ...: See
-            :func:`pixel_accuracy`.
-        target (int, Tensor or list, optional): It need not be the label: with the
-            classes that A predicts for the whole images, the result is how often B
-            makes A's decision. With `reference="prediction"`, B's own class of the
-            whole image is correct. The paper does not say what it used.
         transform (callable, optional): A function from a batch of masked images to B's
             inputs, for instance resizing and another normalization.
         resize_selection (bool, optional): Whether attributions may have another height
-            and width than inputs. The share of B's pixels that is kept may differ from
-            that of A's by rounding.
+            and width than inputs: a pixel of B's image is kept if the pixel of A's
+            image at its center is. The share that is kept may differ by rounding.
+        forward_func, inputs, attributions, percents, ...: See :func:`pixel_accuracy`.
 
     Returns:
         PixelAccuracy: As :func:`pixel_accuracy`, with counts of A's pixels or inputs.

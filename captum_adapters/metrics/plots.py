@@ -30,11 +30,9 @@ def plot_insertion_deletion(
         Figure: The figure, with insertion to the left and deletion to the right. The
         legends give the mean areas.
 
-    Examples::
-
+    Examples:
         >>> import torch
         >>> from captum_adapters.metrics import insertion_deletion
-        >>> from captum_adapters.metrics.plots import plot_insertion_deletion
         >>> images = torch.rand(8, 1, 4, 4)
         >>> result = insertion_deletion(lambda x: x.mean((1, 2, 3)), images, images)
         >>> figure = plot_insertion_deletion({"brightness": result})
@@ -71,10 +69,7 @@ def plot_accuracy(results: Mapping[str, PixelAccuracy], **options: Any) -> Axes:
         results (mapping of str to PixelAccuracy): For each method, the result of
             :func:`captum_adapters.metrics.pixel_accuracy`, or for each network, that of
             :func:`captum_adapters.metrics.cross_model_accuracy`.
-        **options: See :func:`plot_curves`.
-
-    Returns:
-        Axes: What was drawn on.
+        **options: See :func:`plot_curves`, as for what is returned.
     """
     axes = plot_curves(
         {name: result.accuracy for name, result in results.items()},

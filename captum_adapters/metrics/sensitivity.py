@@ -40,19 +40,19 @@ WINDOW, STABILIZERS = 7, (0.01**2, 0.03**2)
 
 
 class Similarity(NamedTuple):
-    """How similar maps are, each field of shape (batch,).
+    """How similar maps are, each field of shape (batch,), 1 for equal maps.
 
-    Each is 1 for equal maps. A constant map has a correlation of 0 with one that
-    varies, and of 1 with another constant one. The same holds for zero and the cosine.
+    A constant map has a correlation of 0 with one that varies, and of 1 with another
+    constant one. The same holds for zero and the cosine.
 
     Attributes:
         pearson (Tensor): Correlation of values.
         spearman (Tensor): Correlation of ranks, where equal values share their rank.
         cosine (Tensor): Cosine of the angle between both maps.
         ssim (Tensor): Structural similarity (Wang et al. 2004), in windows of 7 x 7
-            pixels with equal weights. Each map is cut off at its 1st and 99th
-            percentile and scaled to the range from 0 to 1 before, as Sixt et al. 2020
-            do. It does not depend on positive factors, nor on offsets.
+            pixels with equal weights, of maps that are cut off at their 1st and 99th
+            percentile and scaled to the range from 0 to 1, as Sixt et al. 2020 do. It
+            does not depend on positive factors, nor on offsets.
     """
 
     pearson: Tensor
@@ -185,20 +185,17 @@ def class_sensitivity(
             Attributions of the same height and width, see :func:`insertion_deletion`.
             Channels are summed.
         dims (int, optional): 1 for signals, with attributions of shape (batch,
-            channels, length) or (batch, length), 3 for volumes or videos. Windows of
-            SSIM have as many dimensions.
+            channels, length) or (batch, length), 3 for volumes or videos, also for the
+            windows of SSIM.
 
     Returns:
-        Similarity: A named tuple of tensors of shape (batch,), on the device of the
-        attributions.
+        Similarity: A named tuple of tensors on the device of the attributions.
 
     Raises:
         ValueError: If a shape does not fit, or there is NaN or infinity in the maps.
 
-    Examples::
-
+    Examples:
         >>> import torch
-        >>> from captum_adapters.metrics import class_sensitivity
         >>> maps = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
         >>> result = class_sensitivity(maps, maps**2)
         >>> [round(values.item(), 3) for values in (result.pearson, result.spearman)]
@@ -248,9 +245,9 @@ def randomization(
     such as z+, similarity falls late or never (Sixt et al. 2020).
 
     Each parameter is replaced by normal random numbers of its own mean and standard
-    deviation, so that signals keep their scale in deep networks as well. A parameter
-    that is constant stays as it is. Afterwards, also after an error, the model's
-    parameters and buffers are what they were, bit for bit.
+    deviation, so that signals keep their scale in deep networks as well. A constant
+    parameter stays as it is. Afterwards, also after an error, the model's parameters
+    and buffers are what they were, bit for bit.
 
     Start relevance from the probability or from one, as logits change their sign, and
     choose the class beforehand, not by the prediction of the randomized network.
@@ -260,8 +257,7 @@ def randomization(
             modified in place meanwhile.
         explain (Callable): Function of the network which returns attributions of shape
             (batch, channels, height, width) or (batch, height, width), for the same
-            images each time. It is called once for the original network, and once for
-            each depth.
+            images each time. It is called for the original network, and for each depth.
         layers (sequence of str, optional): Names of modules, those near to the output
             first. Modules inside of them are randomized together with them. Default:
             None, for each module that has parameters of its own, the last one in
@@ -327,8 +323,8 @@ def contrastive_insertion_deletion(
 
     Pixels that count for both classes leave the difference as it is, so a map has to
     show what is evidence for this class and not that one. Random and constant maps have
-    an expected ID score of 0. The score of another class is the negative one if both
-    classes are exchanged.
+    an expected ID score of 0. If both classes are exchanged, the score is the negative
+    one.
 
     Args:
         target (int, Tensor, or list): Index of the class that is explained.
@@ -338,9 +334,8 @@ def contrastive_insertion_deletion(
             as for `**options`. The output must be of shape (batch, classes).
 
     Returns:
-        InsertionDeletion: A named tuple of tensors with a row for each example. All
-        scores are differences, and predicted classes are 0 where the target's score is
-        at least that of its rival, and 1 elsewhere.
+        InsertionDeletion: All scores are differences, and predicted classes are 0 where the
+        target's score is at least that of its rival, and 1 elsewhere.
 
     Raises:
         ValueError: As :func:`insertion_deletion`, or if there is no target, or the

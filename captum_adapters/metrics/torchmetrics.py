@@ -173,17 +173,11 @@ class _OfNetwork(_PerExample[Result]):
         inputs: TensorOrTuple, attributions: TensorOrTuple, target: TargetType = None,
         additional_forward_args: object = None,
     ) -> None:
-        """Add a batch.
+        """Add a batch, as the function takes it, with an identity for each example.
 
-        Args:
-            sample_ids (Tensor or sequence of int): An identity for each example, such
-                as its index in the data set, of shape (batch,). Random orders of ties
-                depend on it.
-            forward_func, inputs, attributions, target, ...: See the function.
-
-        Raises:
-            ValueError: As the function, or if curves have another number of points than
-                those before.
+        The identities are integers of shape (batch,), such as indices in the data set,
+        on which random orders of ties depend. A ValueError is raised as by the
+        function, or if curves have another number of points than those before.
         """
         # random orders of ties depend on the identities, too
         self._append(
@@ -213,10 +207,8 @@ class InsertionDeletionMetric(_OfNetwork[InsertionDeletion]):
         **options (Any): Keyword arguments of the function, such as `n_steps` and
             `baselines`, and of :class:`torchmetrics.Metric`.
 
-    Examples::
-
+    Examples:
         >>> import torch
-        >>> from captum_adapters.metrics.torchmetrics import InsertionDeletionMetric
         >>> metric = InsertionDeletionMetric(n_steps=4)
         >>> for sample_ids in torch.arange(6).split(2):
         ...     images = torch.rand(2, 1, 4, 4)
