@@ -70,7 +70,7 @@ Target = Union[None, Tensor, Function]
 
 
 class CompositeAttribution(GradientAttribution):
-    r"""Attributions by any composite of Zennit, or of :mod:`zennit_resnet.composites`.
+    """Attributions by any composite of Zennit, or of :mod:`zennit_resnet.composites`.
 
     A composite assigns a rule to each layer. Relevance starts at the target and is
     propagated to the inputs, just as by :class:`zennit.attribution.Gradient`.
@@ -93,33 +93,30 @@ class CompositeAttribution(GradientAttribution):
         postprocess (str or callable, optional): Post-processing of heatmaps: `"c3"`,
             `"c1c"` or `"heat_quantization"` for those of
             :mod:`zennit_resnet.postprocess`, or a function `(batch, height, width) ->
-            (batch, height, width)`, for instance `functools.partial(c3, size=14)`. It
-            is given the sum over channels, and the channels of the attributions receive
-            equal parts of what it returns. For images, and quantization and functions
-            also for signals and volumes.
+            (batch, height, width)` such as `functools.partial(c3, size=14)`. It is
+            given the sum over channels, and the channels of the attributions receive
+            equal parts of what it returns. Quantization and functions are also for
+            signals and volumes.
         output (str, int or callable, optional): For models that return several outputs,
-            see :class:`zennit_resnet.attribution.SelectOutput`. Default: None, for
-            models that return a tensor
+            see :class:`zennit_resnet.attribution.SelectOutput`.
         contrast (str, int, list or Tensor, optional): Why the target and not something
             else: `"centred"`, `"softmax"`, `"runner_up"`, or classes, see
-            :func:`zennit_resnet.attribution.initial_relevance`. Default: None
-        contrast_weight (float, optional): How much rivals count. Default: 1
+            :func:`zennit_resnet.attribution.initial_relevance`.
+        contrast_weight (float, optional): How much rivals count.
         traced (bool, optional): Whether to record the attribution as a graph, in the
             first call for each shape of the input, and to run that afterwards, see
             :func:`zennit_resnet.tracing.trace`. It is faster, most of all for small
-            images. For a single input. Default: False
+            images. For a single input.
 
     Raises:
         TypeError: If an argument is none of the above.
         ValueError: If a name is unknown.
 
-    Examples::
-
+    Examples:
         >>> import torch
         >>> from torchvision.models import resnet18
         >>> from zennit.composites import EpsilonPlus
         >>> from zennit_resnet import with_splitting
-        >>> from captum_adapters.attr import CompositeAttribution
         >>> net, images = resnet18().eval(), torch.rand(2, 3, 32, 32)
         >>> lrp = CompositeAttribution(net, with_splitting(EpsilonPlus()))
         >>> attributions = lrp.attribute(images, target=[3, 7])
@@ -202,22 +199,22 @@ class CompositeAttribution(GradientAttribution):
         additional_forward_args: object = None, return_convergence_delta: bool = False,
         internal_batch_size: Optional[int] = None,
     ) -> Any:
-        r"""Args:
+        """Args:
             inputs (Tensor or tuple[Tensor]): Inputs of shape (batch, ...), of floating
                 point numbers. They are not changed, and need not require gradients.
             target (int, tuple, Tensor, list or callable, optional): Output to explain,
-                as in Captum: an integer or a tensor with a single one for all examples,
-                a list of integers or a 1D tensor with one for each, a tuple with the
-                indices of all output dimensions but the batch, or a list of tuples.
-                Also a function from the output to a number for each example, such as a
-                mean over a region: its gradient are the weights of the outputs. Not
-                necessary for a single output.
+                not necessary for a single one. As in Captum, an integer or a tensor
+                with a single one for all examples, a list of integers or a 1D tensor
+                with one for each, a tuple with the indices of all output dimensions but
+                the batch, or a list of tuples. Also a function from the output to a
+                number for each example, such as a mean over a region: its gradient are
+                the weights of the outputs.
             additional_forward_args (Any, optional): Further arguments of the model,
                 after the inputs. There are no attributions for them.
             return_convergence_delta (bool, optional): Whether to return the delta, too.
-            internal_batch_size (int, optional): Number of examples to run at once.
-                Those tensors among `additional_forward_args` that have a row for each
-                example are divided like the inputs. Default: None, for all
+            internal_batch_size (int, optional): Number of examples to run at once, by
+                default all. Tensors among `additional_forward_args` that have a row for
+                each example are divided like the inputs.
 
         Returns:
             *Tensor* or *tuple[Tensor]* of **attributions**, or 2-element tuple of
@@ -289,9 +286,8 @@ class CompositeAttribution(GradientAttribution):
     def compute_convergence_delta(self, attributions: Inputs, output: Tensor) -> Tensor:
         """Initial relevance minus the sum of attributions: zero if it is conserved.
 
-        Attributions are of shape (batch, ...). Initial relevance, the output to explain
-        unless there is another `initial_relevance`, is of shape (batch,), or (batch,
-        ...) for several outputs, and the difference of shape (batch,).
+        Attributions are of shape (batch, ...), and initial relevance of shape (batch,),
+        or (batch, ...) for several outputs. The difference is of shape (batch,).
         """
         initial = output.detach()
         initial = initial.reshape(len(initial) if initial.ndim else 1, -1)

@@ -38,7 +38,7 @@ Layer = Union[Module, str]
 
 
 class LayerRelevance(CompositeAttribution, LayerAttribution):
-    r"""Relevance at the inputs or outputs of layers and blocks.
+    """Relevance at the inputs or outputs of layers and blocks.
 
     The relevance of a layer's output is all that arrives there: for a residual block,
     what both branches of the next block propagate. The relevance of a layer's input is
@@ -46,10 +46,10 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
     for an addition, the shares of skip connection and residual branch. (All of it
     counts if a layer returns its input as it is.)
 
-    Besides modules, layers may be given by name. Operations which the network computes
-    by functions only have names: those of additions are `layer1.0.addition`,
-    `layer1.0.addition_1`, ..., see :mod:`zennit_resnet.layer`. A module that is called
-    several times needs the number of the call, as `layer1.0.relu#2` for the second.
+    Operations which the network computes by functions only have names: those of
+    additions are `layer1.0.addition`, `layer1.0.addition_1`, ..., see
+    :mod:`zennit_resnet.layer`. A module that is called several times needs the number
+    of the call, as `layer1.0.relu#2` for the second.
 
     Composites such as :class:`~zennit_resnet.composites.BlockLRP` propagate relevance
     divided by the activation, which is multiplied by it here.
@@ -60,11 +60,9 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
         model, composite, initial_relevance, output, contrast, contrast_weight: See
             :class:`CompositeAttribution`, as for errors.
 
-    Examples::
-
+    Examples:
         >>> import torch
         >>> from torchvision.models import resnet18
-        >>> from captum_adapters.attr import LayerRelevance
         >>> net, images = resnet18().eval(), torch.rand(2, 3, 64, 64)
         >>> method = LayerRelevance(net, [net.layer1, "layer3.0.addition"])
         >>> first, third = method.attribute(images, target=3)
@@ -109,16 +107,15 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
         attribute_to_layer_input: bool = False,
         internal_batch_size: Optional[int] = None,
     ) -> Any:
-        r"""Args:
-            inputs (Tensor or tuple[Tensor]): Inputs of shape (batch, ...), as for
-                :meth:`CompositeAttribution.attribute`, or integers, such as the indices
-                of words: the layer then is the embedding which they enter, or any
-                behind it.
-            target, additional_forward_args, return_convergence_delta, ...: See
-                :meth:`CompositeAttribution.attribute`.
+        """Args:
+            inputs (Tensor or tuple[Tensor]): Inputs of shape (batch, ...), also
+                integers, such as the indices of words: the layer then is the embedding
+                which they enter, or any behind it.
             attribute_to_layer_input (bool, optional): Whether to return the relevance
                 of the layers' inputs (those given by position) in the place of their
                 outputs.
+            target, additional_forward_args, return_convergence_delta, ...: See
+                :meth:`CompositeAttribution.attribute`.
 
         Returns:
             **attributions**, or 2-element tuple of **attributions**, **delta**, each a

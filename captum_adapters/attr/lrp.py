@@ -20,7 +20,7 @@ LayerMap = list[tuple[Any, Any]]
 
 
 class ResNetLRP(CompositeAttribution):
-    r"""LRP for ResNet (Otsuki et al. 2024): splitting at skip connections, and z+.
+    """LRP for ResNet (Otsuki et al. 2024): splitting at skip connections, and z+.
 
     At the addition which ends a block, relevance is split between the skip connection
     :math:`h_s` and the residual branch :math:`h_m`, Eqs. (4) to (7): by :math:`|h_s| /
@@ -35,11 +35,9 @@ class ResNetLRP(CompositeAttribution):
             :class:`CompositeAttribution`, as for errors. The paper's post-processing is
             `"heat_quantization"`, which does not conserve relevance.
 
-    Examples::
-
+    Examples:
         >>> import torch
         >>> from torchvision.models import resnet18
-        >>> from captum_adapters.attr import ResNetLRP
         >>> net, images = resnet18().eval(), torch.rand(2, 3, 32, 32)
         >>> lrp = ResNetLRP(net, splitting="symmetric", initial_relevance="softmax")
         >>> attributions = lrp.attribute(images, target=3)
@@ -90,11 +88,9 @@ class RelativeLRP(CompositeAttribution):
         model, initial_relevance, postprocess, output, contrast, traced, ...: See
             :class:`CompositeAttribution`.
 
-    Examples::
-
+    Examples:
         >>> import torch
         >>> from torchvision.models import resnet18
-        >>> from captum_adapters.attr import RelativeLRP
         >>> net, images = resnet18().eval(), torch.rand(2, 3, 32, 32)
         >>> attributions = RelativeLRP(net).attribute(images, target=[3, 7])
         >>> share = attributions / attributions.abs().amax((1, 2, 3), keepdim=True)
@@ -134,14 +130,11 @@ class C3LRP(CompositeAttribution):
         model, postprocess, initial_relevance, output, contrast, traced, ...: See
             :class:`CompositeAttribution`.
 
-    Examples::
-
+    Examples:
         >>> import torch
         >>> from torchvision.models import resnet18
-        >>> from captum_adapters.attr import C3LRP
         >>> net, images = resnet18().eval(), torch.rand(2, 3, 64, 64)
-        >>> heatmaps = C3LRP(net).attribute(images, target=3).sum(1)
-        >>> heatmaps.shape
+        >>> C3LRP(net).attribute(images, target=3).sum(1).shape
         torch.Size([2, 64, 64])
     """
 

@@ -44,9 +44,7 @@ class RISE(PerturbationAttribution):
 
     The paper divides by the expected sum of the masks, p N. This has the same limit,
     but pixels which happen to be visible more often than others then stand out by the
-    mean score: with 1000 masks on a ResNet-50, the map of an image that is recognized
-    with a probability of 0.997 correlates with the sum of masks by 0.95. Here it is an
-    option (`normalization="expected"`).
+    mean score, see `docs/captum.md`. Here it is an option (`normalization="expected"`).
 
     A mask starts as a grid of s × s cells, each of them visible with probability p. The
     grid is resized to s + 1 cells' lengths with linear interpolation, and an area of
@@ -58,10 +56,8 @@ class RISE(PerturbationAttribution):
         forward_func (callable): A network, or any function of images. It is evaluated
             without gradients.
 
-    Examples::
-
+    Examples:
         >>> import torch
-        >>> from captum_adapters.attr import RISE
         >>> # the score is the brightness of the right half
         >>> rise = RISE(lambda images: images[..., 4:].sum((1, 2, 3)))
         >>> image = torch.ones(1, 3, 8, 8)
@@ -86,7 +82,7 @@ class RISE(PerturbationAttribution):
         normalization: str = "coverage", perturbations_per_eval: Optional[int] = None,
         show_progress: bool = False,
     ) -> Inputs:
-        r"""Args:
+        """Args:
             inputs (Tensor or tuple[Tensor]): Images of shape (batch, channels, height,
                 width), or with one or three spatial dimensions instead. Each of several
                 tensors has masks of its own. What shall not be masked belongs into
@@ -94,8 +90,8 @@ class RISE(PerturbationAttribution):
             target, additional_forward_args: See :meth:`CompositeAttribution.attribute`.
             baselines (scalar, Tensor, tuple of scalar, or Tensor, optional): What is
                 seen where a mask is zero: a number, or a tensor that can be broadcast
-                to the inputs, for each of them. Default: None, for 0 as in the paper
-                (after normalization)
+                to the inputs, for each of them. `None` is 0, as in the paper (after
+                normalization).
             n_masks (int, optional): Number of masks N. The paper uses 4000 for VGG-16
                 and 8000 for ResNet-50.
             grid_size (int or sequence of int, optional): Number of cells s along each
@@ -106,12 +102,11 @@ class RISE(PerturbationAttribution):
             output (str or callable, optional): What the score is, see
                 :func:`captum_adapters.metrics.insertion_deletion`.
             normalization (str, optional): What sums are divided by: `"coverage"` for
-                the sum of the masks at the pixel, so that the result is the mean score
-                of the masks that show it, or `"expected"` for the paper's p N. A pixel
-                that no mask shows is 0.
+                the sum of the masks at the pixel, or `"expected"` for the paper's p N.
+                A pixel that no mask shows is 0.
             perturbations_per_eval (int, optional): Number of masks to evaluate at once,
-                each of them with the whole batch. Default: None, for as many as give 32
-                images, at least one
+                each with the whole batch. Default: None, for 32 images, at least one
+                mask
             show_progress (bool, optional): Whether to show a progress bar.
 
         Returns:

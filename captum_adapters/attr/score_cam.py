@@ -37,11 +37,10 @@ class ScoreCAM(LayerAttribution):
         w = \mathrm{softmax}_k \big(f(X \odot H_k) - f(X_b)\big).
 
     The computation is `torch-cam <https://pypi.org/project/torchcam>`_'s, which is an
-    optional dependency: `pip install "zennit-resnet[cam]"`. Around it, this class adds
-    Captum's targets and further arguments, and leaves the network as it was. Images are
-    evaluated one by one, without gradients, and in evaluation mode unless
-    `forward_func` is a function that hides its network. It takes as many evaluations of
-    the network as the layer has channels: 2048 for the last stage of ResNet-50.
+    optional dependency: `pip install "zennit-resnet[cam]"`. Images are evaluated one by
+    one, without gradients, and in evaluation mode unless `forward_func` is a function
+    that hides its network. It takes as many evaluations of the network as the layer has
+    channels: 2048 for the last stage of ResNet-50.
 
     Args:
         forward_func (callable): A network, or any function of images which uses it.
@@ -51,19 +50,15 @@ class ScoreCAM(LayerAttribution):
     Raises:
         ImportError: If torch-cam is not installed.
 
-    Examples::
-
+    Examples:
         >>> import torch
-        >>> from captum.attr import LayerAttribution
-        >>> from captum_adapters.attr import ScoreCAM
         >>> net = torch.nn.Sequential(
         ...     torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.ReLU(),
         ...     torch.nn.Flatten(), torch.nn.Linear(72, 5))
-        >>> images = torch.rand(2, 3, 8, 8)
-        >>> attributions = ScoreCAM(net, net[1]).attribute(images, target=[1, 4])
+        >>> attributions = ScoreCAM(net, net[1]).attribute(torch.rand(2, 3, 8, 8), [1, 4])
         >>> attributions.shape
         torch.Size([2, 1, 3, 3])
-        >>> LayerAttribution.interpolate(attributions, (8, 8), "bilinear").shape
+        >>> ScoreCAM.interpolate(attributions, (8, 8), "bilinear").shape
         torch.Size([2, 1, 8, 8])
     """
 
@@ -89,7 +84,7 @@ class ScoreCAM(LayerAttribution):
         additional_forward_args: object = None,
         perturbations_per_eval: int = DEFAULT_CHUNK,
     ) -> Tensor:
-        r"""Args:
+        """Args:
             inputs (Tensor or tuple[Tensor]): Images of shape (batch, channels, height,
                 width). Further inputs belong into `additional_forward_args`.
             target, additional_forward_args: See :meth:`CompositeAttribution.attribute`.
