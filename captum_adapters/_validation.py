@@ -18,9 +18,7 @@ from zennit_resnet.canonizers.eager import varies
 
 # Captum's types of arguments, which it does not export
 BaselineType = Union[None, Tensor, int, float, tuple[Union[Tensor, int, float], ...]]
-TargetType = Union[
-    None, int, tuple[int, ...], Tensor, list[tuple[int, ...]], list[int]
-]
+TargetType = Union[None, int, tuple[int, ...], Tensor, list[tuple[int, ...]], list[int]]
 TensorOrTuple = TypeVar("TensorOrTuple", Tensor, tuple[Tensor, ...])
 
 Inputs = Union[Tensor, tuple[Tensor, ...]]
@@ -118,8 +116,7 @@ def check_images(inputs: Any, dims: Collection[int] = tuple(LINEAR)) -> Tensor:
 
 def examples_where(mask: Tensor) -> list[int]:
     """The examples for which a mask of shape (batch, ...) is true anywhere."""
-    examples: list[int] = mask.flatten(1).any(1).nonzero()[:, 0].tolist()
-    return examples
+    return mask.flatten(1).any(1).nonzero()[:, 0].tolist()
 
 
 def as_batch(maps: Tensor, batch: int, dims: int = 2) -> Tensor:
@@ -292,10 +289,9 @@ def check_target(
     target: TargetType, batch: int, device: Union[None, str, torch.device] = None,
     allow_negative: bool = False,
 ) -> Optional[Tensor]:
-    """Give each example a target of its own, from any of Captum's forms of targets.
+    """Indices of shape (batch,), or (batch, output dimensions - 1) for tuples.
 
-    Returns indices of shape (batch,), or (batch, output dimensions - 1) for tuples. As
-    in Captum, `allow_negative` is for a single index or for tuples.
+    As in Captum, `allow_negative` is for a single index or for tuples.
     """
     if target is None:
         return None

@@ -103,10 +103,8 @@ def plot_curves(
                 _, low, high, *_ = bootstrap_interval(
                     points, clusters, confidence=confidence, n_resamples=n_resamples
                 )
-            axes.fill_between(
-                x, low, high,
-                color=line.get_color(), alpha=0.2, linewidth=0,
-            )
+            color = line.get_color()
+            axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
     axes.grid(alpha=0.3)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

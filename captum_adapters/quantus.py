@@ -150,7 +150,16 @@ def _create(
                 f"{method.get_name()} was created for another model: give its class."
             )
         return method
-    factory = _find(method) if isinstance(method, str) else method
+    factory: Any = method
+    if isinstance(method, str):
+        known = {
+            name: each
+            for name, each in {**vars(captum.attr), **vars(captum_adapters.attr)}.items()
+            if inspect.isclass(each) and issubclass(each, Attribution)
+        }
+        if method not in known:
+            raise ValueError(f"method={method!r} is unknown{suggest(method, known)}")
+        factory = known[method]
     layer = init_kwargs.get("layer")
     knows_names = inspect.isclass(factory) and issubclass(factory, LayerRelevance)
     if isinstance(layer, str) and not knows_names:
@@ -165,19 +174,6 @@ def _create(
             f"method must return an attribution, but returns {type(attribution).__name__}."
         )
     return attribution
-
-
-def _find(name: str) -> Callable[..., Attribution]:
-    """Find a class by its name."""
-    known = {
-        key: value
-        for module in (captum.attr, captum_adapters.attr)
-        for key, value in vars(module).items()
-        if inspect.isclass(value) and issubclass(value, Attribution)
-    }
-    if name not in known:
-        raise ValueError(f"method={name!r} is unknown{suggest(name, known)}")
-    return known[name]
 
 
 def _place(

@@ -390,9 +390,9 @@ def compare(
         raise ValueError(
             f"baseline={baseline!r} is not among the methods {', '.join(scores)}."
         )
-    arrays = {name: _check_values(value, f"scores of {name}") for name, value in scores.items()}
+    arrays = {key: _check_values(each, f"scores of {key}") for key, each in scores.items()}
     shapes = {name: array.shape for name, array in arrays.items()}
-    if len(set(shapes.values())) > 1 or any(array.ndim != 1 for array in arrays.values()):
+    if {len(shape) for shape in shapes.values()} != {1} or len({*shapes.values()}) > 1:
         raise ValueError(
             f"scores must all be of the same shape (n,), but are of shapes {shapes}."
         )
@@ -403,8 +403,8 @@ def compare(
     results = []
     for method, other in pairs:
         valid = ~np.isnan(arrays[method] + arrays[other])
-        differences = (arrays[method] - arrays[other])[valid]
-        groups = index[valid]
+        first, second = arrays[method][valid], arrays[other][valid]
+        differences, groups = first - second, index[valid]
         low, high = _interval(differences, groups, confidence, n_resamples, seed, "bca")
         if not valid.any():
             p_value = math.nan
@@ -413,20 +413,12 @@ def compare(
 
             p_value = float(stats.wilcoxon(differences).pvalue)
         else:
-            ranked = test == "wilcoxon"
-            terms = _signed_ranks(differences) if ranked else differences
-            sums = _cluster_sums(terms, groups)
-            p_value = _sign_flip_test(sums, n_resamples, seed)
-        results.append(
-            Comparison(
-                method, other, len(differences), len(valid) - len(differences),
-                len(np.unique(groups)), low=float(low), high=float(high),
-                p_value=p_value, p_holm=math.nan,
-                **_describe(arrays[method][valid], arrays[other][valid]),
-            )
-        )
+            terms = _signed_ranks(differences) if test == "wilcoxon" else differences
+            p_value = _sign_flip_test(_cluster_sums(terms, groups), n_resamples, seed)
+        results.append(Comparison(
+            method, other, len(first), len(valid) - len(first), len(np.unique(groups)),
+            low=float(low), high=float(high), p_value=p_value, p_holm=math.nan,
+            **_describe(first, second),
+        ))
     adjusted = holm([result.p_value for result in results])
-    return [
-        result._replace(p_holm=float(value))
-        for result, value in zip(results, adjusted)
-    ]
+    return [each._replace(p_holm=float(value)) for each, value in zip(results, adjusted)]

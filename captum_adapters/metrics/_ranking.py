@@ -4,7 +4,7 @@ import zlib
 from collections.abc import Sequence
 from fractions import Fraction
 from numbers import Number
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, Optional, Union
 
 import numpy as np
 import torch
@@ -61,15 +61,10 @@ def random_orders(
     if ids is None:
         content = [image.flatten().cpu().view(torch.uint8).numpy() for image in images]
         ids = [zlib.crc32(array.tobytes()) for array in content]
-    orders = [
-        torch.randperm(
-            size,
-            generator=torch.Generator().manual_seed(zlib.crc32(f"{name}:{key}".encode())),
-            # that of the generator, whatever the default device is
-            device="cpu",
-        )
-        for key in ids
-    ]
+    seeds = [zlib.crc32(f"{name}:{key}".encode()) for key in ids]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    # on the device of the generator, whatever the default device is
+    orders = [torch.randperm(size, generator=each, device="cpu") for each in generators]
     return torch.stack(orders).to(images.device)
 
 
@@ -78,8 +73,7 @@ def percent_list(percents: Any) -> list[Any]:
     if isinstance(percents, Tensor):
         percents = percents.detach().cpu()
         # NumPy has no bfloat16
-        percents = percents.double() if percents.itemsize == 2 else percents
-        percents = percents.numpy()
+        percents = (percents.double() if percents.itemsize == 2 else percents).numpy()
     if isinstance(percents, np.ndarray):
         # numbers that keep their type, and so the shortest decimal number for it
         percents = [*percents.reshape(-1)] if percents.ndim < 2 else [*percents]
@@ -207,23 +201,15 @@ def top_fraction(scores: Tensor, percent: Percent) -> Tensor:
     return ranks_of(sort_scores(scores)[1]).view(scores.shape) < count
 
 
-class Ranks(NamedTuple):
-    """Ranks in a first order of all examples, and in further ones of some `rows`.
-
-    `divided` tells which counts divide ties, of shape (batch, counts).
-    """
-
-    ranks: Tensor
-    rows: Tensor
-    divided: Tensor
-    tied_share: Tensor
-
-
 def rank_ties(
     scores: Tensor, counts: Sequence[int], images: Tensor, ties: str, n_orders: int,
     seed: int, sample_ids: SampleIds,
-) -> Ranks:
-    """Ranks of scores, in several random orders of those ties that counts divide."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ranks of scores, in several random orders of those ties that counts divide.
+
+    They are those in a first order of all examples, and in further ones of some rows,
+    which come next, before which counts divide ties, (batch, counts), and their share.
+    """
     check_choice("ties", ties, ("random", "stable"))
     n_orders = positive_integer("n_orders", n_orders)
     ids = check_ids(sample_ids, len(images))
@@ -249,4 +235,4 @@ def rank_ties(
         ranks[rows] = further[0]
     share = tied_pixels(ordered).to(double_dtype(scores.device)).mean(1)
     ranks = torch.cat([ranks, *further[1:]]).view(-1, *scores.shape[1:])
-    return Ranks(ranks, rows, divided, share)
+    return ranks, rows, divided, share

@@ -123,16 +123,16 @@ def _accuracy(
             ranks.to(double_dtype(ranks.device)), images.shape[2:], mode="nearest-exact"
         )
     numbers = torch.tensor(distinct, device=images.device)
-    examples = torch.arange(batch, device=images.device).repeat(len(distinct))
-    kept, order = numbers.repeat_interleave(batch), examples
+    first = torch.arange(batch, device=images.device).repeat(len(distinct))
     # places in the table of all numbers and examples that have more orders
     column, row = divided[rows].t().nonzero().unbind(1)
-    places = (column * batch + rows[row]).repeat(n_orders - 1)
-    if len(places):
-        examples = torch.cat([examples, rows[row].repeat(n_orders - 1)])
-        kept = torch.cat([kept, numbers[column].repeat(n_orders - 1)])
-        firsts = [batch + number * len(rows) + row for number in range(n_orders - 1)]
-        order = torch.cat([order, *firsts])
+    further = range(n_orders - 1)
+    places = (column * batch + rows[row]).repeat(len(further))
+    examples = torch.cat([first, rows[row].repeat(len(further))])
+    kept = torch.cat([
+        numbers.repeat_interleave(batch), numbers[column].repeat(len(further))
+    ])
+    order = torch.cat([first, *(batch + each * len(rows) + row for each in further)])
 
     def make_inputs(part: slice) -> Tensor:
         rows = examples[part]
@@ -167,10 +167,9 @@ def _accuracy(
     # Captum's tuples have given labels of shape (batch, 1)
     compared = table[distinct.index(total)] if labels is None else labels.reshape(batch)
     accuracy = (table == compared).to(double_dtype(images.device))
-    if len(places):
-        hits = (predictions[size:] == compared[examples[size:]]).to(accuracy.dtype)
-        accuracy.view(-1).index_add_(0, places, hits)
-        accuracy[divided.t()] /= n_orders
+    hits = (predictions[size:] == compared[examples[size:]]).to(accuracy.dtype)
+    accuracy.view(-1).index_add_(0, places, hits)
+    accuracy = (accuracy / n_orders).where(divided.t(), accuracy)
     index = [distinct.index(count) for count in counts]
     selected = table[index].t().contiguous()
     return PixelAccuracy(
@@ -216,9 +215,8 @@ def keep_top(
     images = check_images(inputs)
     scores = _unit_scores(attributions, images, unit, absolute, interpolate)
     counts = top_counts([percent], scores[0].numel())
-    ranks = rank_ties(scores, counts, images, ties, 1, seed, sample_ids).ranks
-    fill = check_baselines(baselines, images)
-    return torch.where(ranks < counts[0], images, fill)
+    ranks, *_ = rank_ties(scores, counts, images, ties, 1, seed, sample_ids)
+    return torch.where(ranks < counts[0], images, check_baselines(baselines, images))
 
 
 def pixel_accuracy(

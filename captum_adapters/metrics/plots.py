@@ -43,17 +43,12 @@ def plot_insertion_deletion(
     left, right = figure.subplots(1, 2, sharey=True)
     fractions = {name: result.fractions for name, result in results.items()}
     for axes, key, what in (
-        (left, "insertion", "inserted"),
-        (right, "deletion", "deleted"),
+        (left, "insertion", "inserted"), (right, "deletion", "deleted")
     ):
-        curves = {
-            name: getattr(result, f"{key}_curve") for name, result in results.items()
-        }
+        curves = {name: getattr(each, f"{key}_curve") for name, each in results.items()}
         plot_curves(curves, fractions, axes=axes, **options)
-        labels = [
-            f"{name} ({np.nanmean(to_numpy(getattr(result, key))):.3f})"
-            for name, result in results.items()
-        ]
+        areas = (np.nanmean(to_numpy(getattr(each, key))) for each in results.values())
+        labels = [f"{name} ({area:.3f})" for name, area in zip(results, areas)]
         axes.legend(axes.get_lines(), labels, title="mean area", fontsize="small")
         axes.set(title=key.capitalize(), xlabel=f"Share of pixels {what}")
     left.set_ylabel("Score of the target")
