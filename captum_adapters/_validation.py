@@ -133,10 +133,10 @@ def pixel_maps(
     attributions: Any, images: Tensor, reduce: str = "sum",
     interpolate: Optional[str] = None, frame: str = "inputs",
 ) -> Tensor:
-    """The sum over channels, by which pixels are ranked, of shape (batch, height, width).
+    """The sum over channels of shape (batch, height, width), in at least single precision.
 
-    It is on the device of the images, in at least single precision. These may also be
-    signals, volumes, or masks (`frame="masks"`), which have no channels to fit.
+    It is on the device of the images, which may also be signals, volumes, or masks
+    (`frame="masks"`) without channels to fit.
     """
     batch, channels, *size = images.shape
     of_images = frame == "inputs"
@@ -171,13 +171,10 @@ def pixel_maps(
         maps = maps.abs()
     if list(maps.shape[1:]) != size:
         if interpolate is None:
-            remedy = "resize them" if of_images else (
-                "resize and crop the masks as the images were, or resize attributions"
-            )
+            remedy = "" if of_images else "resize and crop masks as the images were, or "
             raise ValueError(
                 f"attributions are of {by_pixels(maps.shape[1:])} pixels, but {frame} of"
-                f" {by_pixels(size)}: {remedy}, for instance with"
-                f" interpolate={LINEAR[dims]!r}."
+                f" {by_pixels(size)}: {remedy}give interpolate={LINEAR[dims]!r}."
             )
         maps = F.interpolate(maps[:, None], size, mode=interpolate)[:, 0]
     wrong = examples_where(~maps.isfinite())
@@ -227,9 +224,8 @@ def check_baselines(baselines: Any, images: Tensor, name: str = "baselines") -> 
     )
     if not fits:
         raise ValueError(
-            f"{name} of shape {tuple(base.shape)} cannot be broadcast to inputs of"
-            f" shape {tuple(images.shape)}: give a number, or for instance one for each"
-            " channel, of shape (1, channels, 1, 1)."
+            f"{name} of shape {tuple(base.shape)} cannot be broadcast to inputs of shape"
+            f" {tuple(images.shape)}: give a number, or shape (1, channels, 1, 1)."
         )
     return base if base.ndim == images.ndim else base[None]
 
@@ -333,10 +329,10 @@ def check_range(output: Tensor, target: Optional[Tensor]) -> None:
     for dim, size in enumerate(sizes):
         wrong = index[:, dim][(index[:, dim] >= size) | (index[:, dim] < -size)]
         if len(wrong):
+            what = "classes" if dim == 0 else f"elements in dimension {dim + 1}"
             raise ValueError(
-                f"target {int(wrong[0])} is out of range for {size}"
-                f" {'classes' if dim == 0 else f'elements in dimension {dim + 1}'}"
-                f" of an output of shape {tuple(output.shape)}."
+                f"target {int(wrong[0])} is out of range for {size} {what} of an output of"
+                f" shape {tuple(output.shape)}."
             )
 
 

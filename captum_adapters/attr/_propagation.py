@@ -16,9 +16,9 @@ from zennit_resnet.rules.base import prepared_once
 class ReadOut(NamedTuple):
     """Where relevance is read off: an edge of the graph of a forward pass.
 
-    The relevance is the gradient that arrives there, or only those parts of it that
-    hooks collect if there is a list for them, times the factor if there is one. An edge
-    alone does not keep the graph alive in older versions of PyTorch.
+    The relevance is the gradient that arrives there, or only those parts that hooks
+    collect, times the factor if there is one. An edge alone does not keep the graph
+    alive in older versions of PyTorch.
     """
 
     tensor: Tensor
@@ -49,8 +49,7 @@ def propagate(
 ) -> list[Explained]:
     """Propagate relevance by a composite that is attached, from each start.
 
-    What runs the module is given inputs and further arguments. A start is the initial
-    relevance as a function of the output.
+    What runs the module is given inputs and further arguments, a start the output.
     """
     # a graph cannot be made of tensors which inference mode has created
     leaves = tuple(

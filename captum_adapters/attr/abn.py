@@ -112,15 +112,6 @@ class AttentionBranchNetwork(Module):
     Raises:
         TypeError: If `model` is not a module.
         ValueError: If it lacks any of these modules, or `fc` is not a linear layer.
-
-    Examples:
-        >>> import torch
-        >>> from torchvision.models import resnet18
-        >>> net = AttentionBranchNetwork(resnet18(num_classes=5).eval())
-        >>> attention_logits, logits, attention = net.forward_branches(
-        ...     torch.rand(2, 3, 64, 64))
-        >>> attention_logits.shape, logits.shape, attention.shape
-        (torch.Size([2, 5]), torch.Size([2, 5]), torch.Size([2, 1, 4, 4]))
     """
 
     def __init__(self, model: Module) -> None:
@@ -131,9 +122,8 @@ class AttentionBranchNetwork(Module):
         missing = [name for name in (*_TRUNK, *_PERCEPTION) if name not in parts]
         if missing:
             raise ValueError(
-                f"{type(model).__name__} has no {', '.join(missing)}: an attention"
-                " branch network is made of a residual network with the modules of"
-                " torchvision's."
+                f"{type(model).__name__} has no {', '.join(missing)}: give a residual"
+                " network with the modules of torchvision's."
             )
         fc = parts["fc"]
         if not isinstance(fc, Linear):
@@ -162,8 +152,7 @@ class AttentionBranchNetwork(Module):
         if attention.shape[2:] != features.shape[2:]:
             raise ValueError(
                 f"layer4 changes the size {tuple(features.shape[2:])} of features to"
-                f" {tuple(attention.shape[2:])} by other means than the stride of"
-                " convolutions, so that attention does not fit the features."
+                f" {tuple(attention.shape[2:])} by other means than strides of convolutions."
             )
         hidden = features * (1 + attention)
         hidden = self.get_submodule("avgpool")(self.get_submodule("layer4")(hidden))

@@ -89,9 +89,7 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
             self, model, composite, initial_relevance, output=output, contrast=contrast,
             contrast_weight=contrast_weight,
         )
-        LayerAttribution.__init__(
-            self, model, layer, getattr(model, "device_ids", None)
-        )
+        LayerAttribution.__init__(self, model, layer, getattr(model, "device_ids", None))
 
     _shown = (
         "model", "layer", "composite", "initial_relevance", "output", "contrast",
@@ -181,11 +179,7 @@ class _LayerCall:
 
 
 class _Recorder:
-    """Takes down inputs or outputs of layers in a forward pass.
-
-    Where relevance will arrive is known from the graph as it is right before or after a
-    layer, since a tensor may be changed in place later.
-    """
+    """Takes down inputs or outputs of layers in a forward pass."""
 
     def __init__(
         self, root: Module, composite: Composite, layers: list[Layer], of_input: bool,
@@ -265,6 +259,7 @@ class _Recorder:
         if module not in self.handles:
             # by now all rules have their hooks, so this is the last one
             self.handles[module] = module.register_forward_hook(self._leave)
+        # where relevance arrives is known now, as tensors may be changed in place later
         call = _LayerCall(next_sequence())
         self.calls[key].append(call)
         if self.of_input:
@@ -291,9 +286,8 @@ class _Recorder:
         """Refuse layers before which relevance would be cut off."""
         if self.integers and not self.has_begun and _tensors(value):
             raise RuntimeError(
-                f"There is no relevance of {self._name(key)!r}, as no module before it"
-                " takes the integers of the inputs: explain the module that embeds"
-                " them, or give the model their embeddings as inputs."
+                f"There is no relevance of {self._name(key)!r}, before a module takes the"
+                " integers of the inputs: explain their embedding, or give it as inputs."
             )
 
     def _leave(self, module: Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -364,9 +358,7 @@ class _Recorder:
         names = [name for name, _ in self.root.named_modules() if name]
         # names are those within wrappers
         bare = re.sub(rf"^(module\.|{COMPILED_MODULE}\.)+", "", key)
-        if bare in names:
-            return f", as there is none: did you mean {bare!r}?"
-        return f", as there is none{suggest(key, names)}"
+        return f", as there is none{suggest(bare, [bare] if bare in names else names)}"
 
     def _name(self, key: Layer) -> str:
         return key if isinstance(key, str) else self.paths[key]

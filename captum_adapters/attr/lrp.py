@@ -87,13 +87,6 @@ class RelativeLRP(CompositeAttribution):
             :class:`zennit_resnet.composites.RelativeLRP`.
         model, initial_relevance, postprocess, output, contrast, traced, ...: See
             :class:`CompositeAttribution`.
-
-    Examples:
-        >>> import torch
-        >>> from torchvision.models import resnet18
-        >>> net, images = resnet18().eval(), torch.rand(2, 3, 32, 32)
-        >>> attributions = RelativeLRP(net).attribute(images, target=[3, 7])
-        >>> share = attributions / attributions.abs().amax((1, 2, 3), keepdim=True)
     """
 
     _name = "Relative LRP"
@@ -129,13 +122,6 @@ class C3LRP(CompositeAttribution):
             :class:`zennit_resnet.composites.BlockLRP`.
         model, postprocess, initial_relevance, output, contrast, traced, ...: See
             :class:`CompositeAttribution`.
-
-    Examples:
-        >>> import torch
-        >>> from torchvision.models import resnet18
-        >>> net, images = resnet18().eval(), torch.rand(2, 3, 64, 64)
-        >>> C3LRP(net).attribute(images, target=3).sum(1).shape
-        torch.Size([2, 64, 64])
     """
 
     _name = "C3-LRP"

@@ -22,10 +22,9 @@ def forward_in_chunks(
 ) -> tuple[Tensor, ...]:
     """Evaluate images that are derived from a batch, and concatenate what is collected.
 
-    `make_inputs` creates the images of a part of all, and `collect` takes what shall be
-    kept of their output. `examples` has the index of the example of each image, whose
-    row of further arguments it is given. Nothing waits for the device unless one of
-    these functions does.
+    `make_inputs` creates a part of the images, and `collect` takes what shall be kept
+    of their output. `examples` has the index of the example of each image. Nothing
+    waits for the device unless one of these functions does.
     """
     chunk = max(DEFAULT_CHUNK, batch)
     if max_examples_per_batch is not None:

@@ -11,26 +11,20 @@ from captum_adapters._validation import positive_integer
 
 
 def group_ends(equal: Tensor) -> Tensor:
-    """Number of pixels whose value reaches that of the n-th, for each n from 0.
-
-    `equal` tells for each pixel but the first, in descending order, whether its value
-    is that of the one before.
-    """
+    """For each n from 0, how many pixels reach the value of the n-th one in order."""
+    # all pixels but the first may be equal to the one before
     numbers = torch.arange(equal.shape[1] + 2, device=equal.device)
     ends = numbers.where(~F.pad(equal, (1, 1)), numbers[-1])
     return ends.flip(1).cummin(1).values.flip(1)
 
 
 def nearest_ends(equal: Tensor) -> Tensor:
-    """The number of pixels nearest to n that divides no equal ones, for each n from 0.
-
-    Of two that are equally near, it is the one nearer to none or all of the pixels, so
-    that the reverse order has its complement (but in the very middle).
-    """
+    """For each n from 0, the nearest number that divides no equal pixels."""
     numbers = torch.arange(equal.shape[1] + 2, device=equal.device)
     starts = numbers.where(~F.pad(equal, (1, 1)), 0).cummax(1).values
     ends = group_ends(equal)
     below, above = numbers - starts, ends - numbers
+    # half way, nearer to an end, so that the reverse order has the complement
     lower = (below < above) | ((below == above) & (2 * numbers <= numbers[-1]))
     return starts.where(lower, ends)
 
@@ -38,12 +32,7 @@ def nearest_ends(equal: Tensor) -> Tensor:
 def count_grid(
     n_pixels: int, n_steps: Any, step: Any, ends: bool = True, origin: str = ""
 ) -> Tensor:
-    """Increasing numbers of pixels at the points of a curve, up to `n_pixels`.
-
-    Either of `n_steps` and `step` is given; `origin` says where `step` comes from if
-    the user did not give it. Without `ends`, zero is no point, and points are those of
-    the published code of Otsuki et al. 2024.
-    """
+    """Increasing numbers of pixels at the points of a curve, up to `n_pixels`."""
     if n_steps is not None and step is not None:
         raise ValueError(f"Give n_steps={n_steps} or step={step}, but not both.")
     name, value = ("n_steps", n_steps) if step is None else ("step", step)
@@ -69,16 +58,13 @@ def count_grid(
 
 
 def blur(images: Tensor) -> Tensor:
-    """Blur as RISE's code does, with zeros beyond the border.
-
-    The kernel is a unit impulse in the middle of 11 x 11 pixels after a Gaussian filter
-    with a standard deviation of 5 and reflecting borders, which make it rather flat.
-    """
+    """Blur as RISE's code does, with zeros beyond the border."""
     if images.ndim != 4:
         raise ValueError(
             "protocol='rise' blurs images of shape (batch, channels, height, width), but"
             f" inputs are of shape {tuple(images.shape)}: give insertion_baselines."
         )
+    # an impulse after a Gaussian filter with reflecting borders, which is rather flat
     offset = torch.arange(-20, 21)
     weight = torch.exp(-offset.double() ** 2 / (2 * 5**2))
     place = (5 + offset) % 22
@@ -106,8 +92,8 @@ class PerturbedImages:
         inverse (Tensor): Index of the image at each point of the insertion curve, of
             the blank one of insertion, and at each point of the deletion curve, of
             shape (batch, 2 points + 1).
-        shared (Tensor or None): Where the image is the first of all, which is blank and
-            the same for all examples, of the same shape.
+        shared (Tensor or None): Where the image is the first of all, blank for all
+            examples, of the same shape.
     """
 
     def __init__(

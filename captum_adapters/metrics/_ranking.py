@@ -26,10 +26,7 @@ SampleIds = Union[None, Tensor, Sequence[object]]
 def sort_scores(
     scores: Tensor, first: Optional[Tensor] = None
 ) -> tuple[Tensor, Tensor]:
-    """Scores in descending order and where they are, both of shape (batch, N).
-
-    Equal ones are as they come, or as in a `first` order.
-    """
+    """Descending scores and where they are, (batch, N), equal ones as in a `first` order."""
     # adding zero turns -0 into 0, which are equal but need not be to a radix sort
     scores = scores.flatten(1) + 0
     scores = scores if first is None else scores.gather(1, first)
@@ -118,11 +115,7 @@ def percent_tensors(
 
 
 def tie_bounds(ordered: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the ties that counts divide begin and end, both of shape (batch, P).
-
-    Of each count k, how many scores are above the k-th highest, and how many reach it.
-    Where k is between two different scores, or at an end, both are k.
-    """
+    """How many scores are above each k-th highest, and reach it; k where no tie is divided."""
     # ascending, as the search needs it
     values = -ordered
     last = values[:, (counts - 1).clamp(min=0)].contiguous()
@@ -135,12 +128,11 @@ def tie_bounds(ordered: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 def means_of_top(
     values: Tensor, scores: Tensor, counts: Tensor, means: Tensor
 ) -> tuple[Tensor, Tensor]:
-    r"""Mean of values over the elements with the k highest scores, and share of ties.
+    """Mean of values over the elements with the k highest scores, and share of ties.
 
-    Of scores that are equal, it is the expected mean over all their orders: of `t` ties
-    after `s` higher scores, each is among the first `k` with probability :math:`(k -
-    s)/t`. `means`, of all values, are those of the top if all scores are equal. Results
-    are of shape (batch, P), NaN where k is zero, and (batch,).
+    It is the expected mean over all orders of equal scores: of `t` ties after `s`
+    higher ones, each is among the first `k` with probability :math:`(k - s)/t`. `means`
+    are those of all values. Results are (batch, P), NaN where k is zero, and (batch,).
     """
     ordered, order = sort_scores(scores)
     sums = F.pad(values.flatten(1).gather(1, order).cumsum(1), (1, 0))
@@ -207,8 +199,9 @@ def rank_ties(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ranks of scores, in several random orders of those ties that counts divide.
 
-    They are those in a first order of all examples, and in further ones of some rows,
-    which come next, before which counts divide ties, (batch, counts), and their share.
+    Ranks are those in a first order of all examples, then in further ones of some rows.
+    The rest are these rows, which counts divide ties, (batch, counts), and the ties'
+    share.
     """
     check_choice("ties", ties, ("random", "stable"))
     n_orders = positive_integer("n_orders", n_orders)

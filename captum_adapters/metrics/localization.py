@@ -95,9 +95,8 @@ def _rank(
     inside = masks.bool()
     if bool((masks != inside).any()):
         raise ValueError(
-            "masks must contain only 0 and 1, or False and True, but have values from"
-            f" {float(masks.min()):g} to {float(masks.max()):g}: compare them with a"
-            " threshold first."
+            f"masks must be 0 or 1, but have values from {float(masks.min()):g} to"
+            f" {float(masks.max()):g}: compare them with a threshold first."
         )
     reduce = "abs_sum" if absolute else "sum"
     scores = pixel_maps(maps, inside[:, None], reduce, interpolate, "masks")

@@ -75,9 +75,8 @@ def _unit_scores(
         maps = to_tensor(attributions, "attributions")
         if maps.ndim != images.ndim or maps.shape[:2] != images.shape[:2]:
             raise ValueError(
-                f"unit='input' ranks each channel on its own, but attributions of shape"
-                f" {tuple(maps.shape)} do not have the channels of inputs of shape"
-                f" {tuple(images.shape)}: choose unit='pixel'."
+                f"unit='input' needs the channels of inputs of {tuple(images.shape)}, but"
+                f" attributions are of shape {tuple(maps.shape)}: choose unit='pixel'."
             )
         channels = maps.split(1, 1)
         scores = torch.stack(
@@ -106,9 +105,8 @@ def _accuracy(
     check_choice("reference", reference, ("label", "prediction"))
     if (reference == "label") == (labels is None):
         raise ValueError(
-            f"reference={reference!r} is {'not ' if labels is None else ''}without"
-            " target: 'label' compares with the classes in target, and 'prediction'"
-            " with those that are predicted for the whole images."
+            f"reference={reference!r} is {'not ' if labels is None else ''}without target:"
+            " 'label' compares with target, 'prediction' with that for the whole image."
         )
     baseline = check_baselines(baselines, images)
     percents = percent_list(percents)
@@ -207,10 +205,8 @@ def keep_top(
             mean color or black.
 
     Returns:
-        Tensor: Images of the shape and type of the inputs.
-
-    Raises:
-        ValueError: As :func:`pixel_accuracy`.
+        Tensor: Images of the shape and type of the inputs. For errors, see
+        :func:`pixel_accuracy`.
     """
     images = check_images(inputs)
     scores = _unit_scores(attributions, images, unit, absolute, interpolate)

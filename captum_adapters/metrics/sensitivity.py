@@ -164,8 +164,7 @@ def _fitting_maps(maps: Maps, expected: Tensor, name: str) -> Tensor:
     if result.shape != expected.shape:
         raise ValueError(
             f"{name} are {len(result)} maps of {by_pixels(result.shape[1:])} pixels, but"
-            f" those to compare with are {len(expected)} of"
-            f" {by_pixels(expected.shape[1:])}."
+            f" must be {len(expected)} of {by_pixels(expected.shape[1:])} as the others."
         )
     return result.to(expected.device)
 
