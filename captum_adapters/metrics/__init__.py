@@ -10,6 +10,7 @@ from captum_adapters.metrics.conservation import conservation_gap
 from captum_adapters.metrics.insertion_deletion import (
     Areas,
     InsertionDeletion,
+    contrastive_insertion_deletion,
     insertion_deletion,
     keio_areas,
 )
@@ -36,7 +37,6 @@ from captum_adapters.metrics.sensitivity import (
     Randomization,
     Similarity,
     class_sensitivity,
-    contrastive_insertion_deletion,
     randomization,
 )
 from captum_adapters.statistics import (

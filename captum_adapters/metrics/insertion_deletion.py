@@ -17,7 +17,9 @@ from captum_adapters._validation import (
     TargetType,
     check_baselines,
     check_choice,
+    check_evaluation,
     check_images,
+    check_output,
     check_range,
     check_target,
     pixel_maps,
@@ -295,6 +297,87 @@ def insertion_deletion(
         classes[:, :n_points], classes[:, -n_points:], full, deletion_blank,
         tied_pixels(values).to(scores.dtype).mean(1), n_pixels - equal.sum(1),
     )
+
+
+def contrastive_insertion_deletion(
+    forward_func: Callable[..., Any], inputs: Inputs, attributions: Maps,
+    baselines: BaselineType = None, target: TargetType = None,
+    additional_forward_args: object = None, *, rival: TargetType = None,
+    output: ScoreFunction = "softmax", max_examples_per_batch: Optional[int] = None,
+    **options: Any,
+) -> InsertionDeletion:
+    """Insertion and deletion of the target's score minus that of its rival.
+
+    Pixels that count for both classes leave the difference as it is, so a map has to
+    show what is evidence for this class and not that one. Random and constant maps have
+    an expected ID score of 0. If both classes are exchanged, the score is the negative
+    one.
+
+    Args:
+        target (int, Tensor, or list): Index of the class that is explained.
+        rival (int, Tensor, or list, optional): Index of the class it is compared with.
+            Default: None, for the highest other class of the whole image
+        forward_func, inputs, attributions, output, ...: See :func:`insertion_deletion`,
+            as for `**options`. The output must be of shape (batch, classes).
+
+    Returns:
+        InsertionDeletion: All scores are differences, and predicted classes are 0 where the
+        target's score is at least that of its rival, and 1 elsewhere.
+
+    Raises:
+        ValueError: As :func:`insertion_deletion`, or if there is no target, or the
+            rival is the target.
+    """
+    to_scores = Scores(output)
+    check_evaluation(forward_func)
+    images = check_images(inputs)
+    batch, device = len(images), images.device
+    index = check_target(target, batch, device)
+    if index is None or index.ndim != 1:
+        raise ValueError(
+            f"target={target!r}, but a contrast needs the class of each example."
+        )
+
+    def scores_of(result: Tensor) -> Tensor:
+        scores = to_scores(result)
+        if scores.ndim != 2 or scores.shape[1] < 2:
+            raise ValueError(
+                "A contrast needs scores of shape (batch, classes) of several classes,"
+                f" but they are of shape {tuple(scores.shape)}."
+            )
+        return scores
+
+    def runner_up(result: Tensor, part: slice) -> tuple[Tensor]:
+        scores = scores_of(result)
+        check_range(scores, index[part])
+        others = scores.scatter(1, index[part, None], float("-inf"))
+        return (others.argmax(1),)
+
+    other = check_target(rival, batch, device)
+    if other is None:
+        (other,) = forward_in_chunks(
+            forward_func, images.__getitem__, runner_up,
+            torch.arange(batch, device=device), batch, additional_forward_args,
+            max_examples_per_batch,
+        )
+    same = (index == other).nonzero().flatten().tolist()
+    if same:
+        raise ValueError(
+            f"rival is the target {int(index[same[0]])} itself for the examples {same}."
+        )
+
+    def difference(images: Tensor, first: Tensor, second: Tensor, *args: Any) -> Tensor:
+        scores = scores_of(check_output(forward_func(images, *args), len(images)))
+        contrast = select_target(scores, first) - select_target(scores, second)
+        return torch.stack([contrast, -contrast], 1)
+
+    args = index, other, *split_args(additional_forward_args, batch)[0]
+    result = insertion_deletion(
+        difference, images, attributions, baselines, 0, args, output="identity",
+        max_examples_per_batch=max_examples_per_batch, **options,
+    )
+    to_scores.warn()
+    return result
 
 
 class Areas(NamedTuple):
