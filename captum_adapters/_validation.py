@@ -133,7 +133,7 @@ def pixel_maps(
     attributions: Any, images: Tensor, reduce: str = "sum",
     interpolate: Optional[str] = None, frame: str = "inputs",
 ) -> Tensor:
-    """The sum over channels of shape (batch, height, width), in at least single precision.
+    """The sum over channels of shape (batch, height, width), at least in float32.
 
     It is on the device of the images, which may also be signals, volumes, or masks
     (`frame="masks"`) without channels to fit.
@@ -171,7 +171,7 @@ def pixel_maps(
         maps = maps.abs()
     if list(maps.shape[1:]) != size:
         if interpolate is None:
-            remedy = "" if of_images else "resize and crop masks as the images were, or "
+            remedy = "" if of_images else "resize and crop masks as the images, or "
             raise ValueError(
                 f"attributions are of {by_pixels(maps.shape[1:])} pixels, but {frame} of"
                 f" {by_pixels(size)}: {remedy}give interpolate={LINEAR[dims]!r}."
@@ -224,7 +224,7 @@ def check_baselines(baselines: Any, images: Tensor, name: str = "baselines") -> 
     )
     if not fits:
         raise ValueError(
-            f"{name} of shape {tuple(base.shape)} cannot be broadcast to inputs of shape"
+            f"{name} of shape {tuple(base.shape)} cannot be broadcast to inputs of"
             f" {tuple(images.shape)}: give a number, or shape (1, channels, 1, 1)."
         )
     return base if base.ndim == images.ndim else base[None]
@@ -331,8 +331,8 @@ def check_range(output: Tensor, target: Optional[Tensor]) -> None:
         if len(wrong):
             what = "classes" if dim == 0 else f"elements in dimension {dim + 1}"
             raise ValueError(
-                f"target {int(wrong[0])} is out of range for {size} {what} of an output of"
-                f" shape {tuple(output.shape)}."
+                f"target {int(wrong[0])} is out of range for {size} {what} of an output"
+                f" of shape {tuple(output.shape)}."
             )
 
 

@@ -120,7 +120,7 @@ def explain(
 
 
 def explainer(method: Method, **settings: Any) -> Callable[..., NDArray[Any]]:
-    """Create an `explain_func` for Quantus from a method and settings of :func:`explain`.
+    """Create an `explain_func` for Quantus from a method and settings of `explain`.
 
     It is a function `(model, inputs, targets, device=None, **kwargs)` which returns an
     array. Keyword arguments, Quantus' `explain_func_kwargs`, replace the settings. Only
@@ -152,9 +152,10 @@ def _create(
         return method
     factory: Any = method
     if isinstance(method, str):
+        names = {**vars(captum.attr), **vars(captum_adapters.attr)}
         known = {
             name: each
-            for name, each in {**vars(captum.attr), **vars(captum_adapters.attr)}.items()
+            for name, each in names.items()
             if inspect.isclass(each) and issubclass(each, Attribution)
         }
         if method not in known:

@@ -175,7 +175,7 @@ def _kept_draws(groups: int, n_resamples: int, seed: int) -> list[NDArray[np.uin
 
 
 def _draw(groups: int, n_resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """How often each cluster is drawn in some resamples, of shape (resamples, clusters)."""
+    """How often each cluster is drawn in some resamples, (resamples, clusters)."""
     generator, block = np.random.default_rng(seed), max(1, BLOCK // groups)
     for begin in range(0, n_resamples, block):
         count = min(block, n_resamples - begin)
@@ -390,7 +390,7 @@ def compare(
         raise ValueError(
             f"baseline={baseline!r} is not among the methods {', '.join(scores)}."
         )
-    arrays = {key: _check_values(each, f"scores of {key}") for key, each in scores.items()}
+    arrays = {key: _check_values(scores[key], f"scores of {key}") for key in scores}
     shapes = {name: array.shape for name, array in arrays.items()}
     if {len(shape) for shape in shapes.values()} != {1} or len({*shapes.values()}) > 1:
         raise ValueError(
@@ -421,4 +421,4 @@ def compare(
             **_describe(first, second),
         ))
     adjusted = holm([result.p_value for result in results])
-    return [each._replace(p_holm=float(value)) for each, value in zip(results, adjusted)]
+    return [each._replace(p_holm=float(p)) for each, p in zip(results, adjusted)]

@@ -152,7 +152,7 @@ class AttentionBranchNetwork(Module):
         if attention.shape[2:] != features.shape[2:]:
             raise ValueError(
                 f"layer4 changes the size {tuple(features.shape[2:])} of features to"
-                f" {tuple(attention.shape[2:])} by other means than strides of convolutions."
+                f" {tuple(attention.shape[2:])} by other means than strides."
             )
         hidden = features * (1 + attention)
         hidden = self.get_submodule("avgpool")(self.get_submodule("layer4")(hidden))
@@ -219,10 +219,10 @@ class ABN(Attribution):
         Returns:
             *Tensor* or *tuple[Tensor]* of **attributions**:
             - **attributions** (*Tensor* or *tuple[Tensor]*):
-                    Attention, resized to the images with bilinear interpolation, of the inputs'
-                    shape, in at least single precision. The channels have equal parts, so that
-                    their sum is the map with values from 0 to 1. A tuple is returned if inputs
-                    are a tuple.
+                    Attention, resized to the images with bilinear interpolation, of the
+                    inputs' shape, in at least single precision. The channels have equal
+                    parts, so that their sum is the map with values from 0 to 1. A tuple
+                    is returned if inputs are a tuple.
 
         Raises:
             ValueError: If there are several inputs or further arguments, inputs are not

@@ -58,15 +58,12 @@ Function = Callable[[Tensor], Tensor]
 Output = Union[None, str, int, Callable[[Any], Any]]
 Postprocess = Union[None, str, Callable[[Tensor], Tensor]]
 
-POSTPROCESS: dict[str, Callable[[Tensor], Tensor]] = {
-    "c3": c3,
-    "c1c": c1c,
-    "heat_quantization": heat_quantization,
-}
-
-
 # One output for each example by its indices, or a function of the output
 Target = Union[None, Tensor, Function]
+
+POSTPROCESS: dict[str, Any] = {
+    "c3": c3, "c1c": c1c, "heat_quantization": heat_quantization
+}
 
 
 class CompositeAttribution(GradientAttribution):
@@ -140,15 +137,11 @@ class CompositeAttribution(GradientAttribution):
         if not callable(postprocess):
             check_choice("postprocess", postprocess, (None, *POSTPROCESS))
         GradientAttribution.__init__(self, model)
-        self.model = model
+        self.model, self.output, self.traced = model, output, traced
         self.composite = create_composite(composite)
-        self.initial_relevance = initial_relevance
-        self.postprocess = postprocess
-        self.output = output
-        self.contrast = as_contrast(contrast)
+        self.initial_relevance, self.postprocess = initial_relevance, postprocess
+        self.contrast, self.contrast_weight = as_contrast(contrast), contrast_weight
         check_contrast_weight(self.contrast, contrast_weight)
-        self.contrast_weight = contrast_weight
-        self.traced = traced
         # what was traced, and for which weights
         self._recorded: Optional[tuple[Any, TracedAttribution]] = None
 
@@ -242,10 +235,9 @@ class CompositeAttribution(GradientAttribution):
         )
         relevance = tuple(map(self._postprocess, relevance))
         attributions = relevance if isinstance(inputs, tuple) else relevance[0]
-        if return_convergence_delta:
-            delta = self.compute_convergence_delta((*relevance, kept), initial)
-            return attributions, delta
-        return attributions
+        if not return_convergence_delta:
+            return attributions
+        return attributions, self.compute_convergence_delta((*relevance, kept), initial)
 
     def attribute_targets(
         self, inputs: Any, targets: Sequence[Any], additional_forward_args: object = None,
@@ -279,9 +271,8 @@ class CompositeAttribution(GradientAttribution):
 
     def attribute_future(self) -> None:
         """This method is not implemented."""
-        raise NotImplementedError(
-            f"attribute_future is not implemented for {type(self).__name__}"
-        )
+        name = type(self).__name__
+        raise NotImplementedError(f"attribute_future is not implemented for {name}")
 
     def compute_convergence_delta(self, attributions: Inputs, output: Tensor) -> Tensor:
         """Initial relevance minus the sum of attributions: zero if it is conserved.

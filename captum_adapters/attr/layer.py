@@ -89,7 +89,8 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
             self, model, composite, initial_relevance, output=output, contrast=contrast,
             contrast_weight=contrast_weight,
         )
-        LayerAttribution.__init__(self, model, layer, getattr(model, "device_ids", None))
+        devices = getattr(model, "device_ids", None)
+        LayerAttribution.__init__(self, model, layer, devices)
 
     _shown = (
         "model", "layer", "composite", "initial_relevance", "output", "contrast",
@@ -196,9 +197,7 @@ class _Recorder:
         self.names = dict(root.named_modules(remove_duplicate=False))
         self.paths = {module: name for name, module in root.named_modules()}
         self.wanted = [self._find(layer) for layer in layers]
-        self.calls: dict[Layer, list[_LayerCall]] = {
-            key: [] for key, _, _ in self.wanted
-        }
+        self.calls: dict[Layer, list[_LayerCall]] = {key: [] for key, *_ in self.wanted}
         self.handles: dict[Module, Any] = {}
 
     def _find(self, layer: Layer) -> tuple[Layer, str, int]:
@@ -269,12 +268,9 @@ class _Recorder:
 
     def _begin(self, value: Any) -> Any:
         """Have a graph begin at those tensors that are not part of one."""
-
         def begin(tensor: Tensor) -> Tensor:
-            if not tensor.is_floating_point():
-                return tensor
-            self.has_begun = True
-            if tensor.requires_grad:
+            self.has_begun |= tensor.is_floating_point()
+            if tensor.requires_grad or not tensor.is_floating_point():
                 return tensor
             # which may be changed in place
             return tensor.detach().requires_grad_().clone()
@@ -286,8 +282,8 @@ class _Recorder:
         """Refuse layers before which relevance would be cut off."""
         if self.integers and not self.has_begun and _tensors(value):
             raise RuntimeError(
-                f"There is no relevance of {self._name(key)!r}, before a module takes the"
-                " integers of the inputs: explain their embedding, or give it as inputs."
+                f"There is no relevance of {self._name(key)!r}, before a module takes"
+                " the integers of the inputs: explain their embedding, or give that."
             )
 
     def _leave(self, module: Module, args: tuple[Any, ...], output: Any) -> Any:

@@ -242,7 +242,7 @@ def _make_masks(grids: Tensor, shifts: Tensor, image: Tensor) -> Tensor:
         masks = F.interpolate(
             grids[:, None].to(image.device, dtype),
             [(count + 1) * math.ceil(side / count) for side, count in zip(size, cells)],
-            mode=LINEAR[len(size)], align_corners=False,
+            mode=LINEAR[len(size)],
         )[:, 0]
     for dim, (side, shift) in enumerate(zip(size, shifts.unbind(1)), 1):
         index = shift[:, None] + torch.arange(side, device=shift.device)

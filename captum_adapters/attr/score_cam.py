@@ -55,7 +55,8 @@ class ScoreCAM(LayerAttribution):
         >>> net = torch.nn.Sequential(
         ...     torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.ReLU(),
         ...     torch.nn.Flatten(), torch.nn.Linear(72, 5))
-        >>> attributions = ScoreCAM(net, net[1]).attribute(torch.rand(2, 3, 8, 8), [1, 4])
+        >>> method = ScoreCAM(net, net[1])
+        >>> attributions = method.attribute(torch.rand(2, 3, 8, 8), target=[1, 4])
         >>> attributions.shape
         torch.Size([2, 1, 3, 3])
         >>> ScoreCAM.interpolate(attributions, (8, 8), "bilinear").shape

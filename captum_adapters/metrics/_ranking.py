@@ -26,7 +26,7 @@ SampleIds = Union[None, Tensor, Sequence[object]]
 def sort_scores(
     scores: Tensor, first: Optional[Tensor] = None
 ) -> tuple[Tensor, Tensor]:
-    """Descending scores and where they are, (batch, N), equal ones as in a `first` order."""
+    """Descending scores and their places, (batch, N), ties as in a `first` order."""
     # adding zero turns -0 into 0, which are equal but need not be to a radix sort
     scores = scores.flatten(1) + 0
     scores = scores if first is None else scores.gather(1, first)
@@ -115,7 +115,7 @@ def percent_tensors(
 
 
 def tie_bounds(ordered: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """How many scores are above each k-th highest, and reach it; k where no tie is divided."""
+    """How many scores are above each k-th highest, and reach it; k without a tie."""
     # ascending, as the search needs it
     values = -ordered
     last = values[:, (counts - 1).clamp(min=0)].contiguous()

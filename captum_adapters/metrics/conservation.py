@@ -68,7 +68,7 @@ def conservation_gap(
     total = sum(
         part.detach().to(device, dtype).reshape(batch, -1).sum(1) for part in parts
     )
-    named: Mapping[str, Any] = {} if sinks is None else {"sinks": sinks}
+    named: Any = {} if sinks is None else {"sinks": sinks}
     for name, kept in (sinks if isinstance(sinks, Mapping) else named).items():
         kept = torch.as_tensor(as_argument(kept, "sinks"), dtype=dtype, device=device)
         if kept.shape != (batch,):

@@ -251,7 +251,7 @@ def insertion_deletion(
     examples = perturbed.examples
     blank: list[Tensor] = []
 
-    def choose(scores: Tensor, logits: Tensor, index: Optional[Tensor]) -> tuple[Tensor, Tensor]:
+    def choose(scores: Tensor, logits: Tensor, index: Any) -> tuple[Tensor, Tensor]:
         """The target's scores, and the predicted classes."""
         return select_target(scores, index, False), predicted_class(logits, index)
 
@@ -321,14 +321,14 @@ def contrastive_insertion_deletion(
             as for `**options`. The output must be of shape (batch, classes).
 
     Returns:
-        InsertionDeletion: All scores are differences, and predicted classes are 0 where the
-        target's score is at least that of its rival, and 1 elsewhere.
+        InsertionDeletion: All scores are differences, and predicted classes are 0 where
+        the target's score is at least that of its rival, and 1 elsewhere.
 
     Raises:
         ValueError: As :func:`insertion_deletion`, or if there is no target, or the
             rival is the target.
     """
-    to_scores = Scores(output)
+    scores_of = Scores(output)
     check_evaluation(forward_func)
     images = check_images(inputs)
     batch, device = len(images), images.device
@@ -337,15 +337,6 @@ def contrastive_insertion_deletion(
         raise ValueError(
             f"target={target!r}, but a contrast needs the class of each example."
         )
-
-    def scores_of(result: Tensor) -> Tensor:
-        scores = to_scores(result)
-        if scores.ndim != 2 or scores.shape[1] < 2:
-            raise ValueError(
-                "A contrast needs scores of shape (batch, classes) of several classes,"
-                f" but they are of shape {tuple(scores.shape)}."
-            )
-        return scores
 
     def runner_up(result: Tensor, part: slice) -> tuple[Tensor]:
         scores = scores_of(result)
@@ -376,7 +367,7 @@ def contrastive_insertion_deletion(
         difference, images, attributions, baselines, 0, args, output="identity",
         max_examples_per_batch=max_examples_per_batch, **options,
     )
-    to_scores.warn()
+    scores_of.warn()
     return result
 
 

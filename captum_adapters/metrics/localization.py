@@ -163,15 +163,10 @@ def mask_pointing(
     pixels = area.to(double_dtype(area.device))
     chance = pixels / inside[0].numel()
     share, tied_share = means_of_top(inside.long(), scores, counts, chance)
-    return MaskPointing(
-        share=share.masked_fill(area[:, None] == 0, math.nan),
-        chance=chance,
-        ceiling=(pixels[:, None] / counts).clamp(max=1),
-        empty=area == 0,
-        counts=counts,
-        percents=values,
-        tied_share=tied_share,
-    )
+    empty = area == 0
+    ceiling = (pixels[:, None] / counts).clamp(max=1)
+    share = share.masked_fill(empty[:, None], math.nan)
+    return MaskPointing(share, chance, ceiling, empty, counts, values, tied_share)
 
 
 def distance_maps(masks: Tensor) -> Tensor:
@@ -226,14 +221,8 @@ def mask_distance(
     # where the mask covers the image, all distances are zero
     scale = scale.masked_fill(scale == 0, 1)
     means, tied_share = means_of_top(distances, scores, counts, chance)
-    return MaskDistance(
-        distance=means / scale[:, None],
-        chance=chance / scale,
-        empty=~inside.flatten(1).any(1),
-        counts=counts,
-        percents=values,
-        tied_share=tied_share,
-    )
+    distance, empty = means / scale[:, None], ~inside.flatten(1).any(1)
+    return MaskDistance(distance, chance / scale, empty, counts, values, tied_share)
 
 
 def boxes_to_masks(

@@ -75,8 +75,8 @@ def _unit_scores(
         maps = to_tensor(attributions, "attributions")
         if maps.ndim != images.ndim or maps.shape[:2] != images.shape[:2]:
             raise ValueError(
-                f"unit='input' needs the channels of inputs of {tuple(images.shape)}, but"
-                f" attributions are of shape {tuple(maps.shape)}: choose unit='pixel'."
+                f"unit='input' needs the channels of inputs of {tuple(images.shape)},"
+                f" but attributions are of {tuple(maps.shape)}: choose unit='pixel'."
             )
         channels = maps.split(1, 1)
         scores = torch.stack(
@@ -105,8 +105,8 @@ def _accuracy(
     check_choice("reference", reference, ("label", "prediction"))
     if (reference == "label") == (labels is None):
         raise ValueError(
-            f"reference={reference!r} is {'not ' if labels is None else ''}without target:"
-            " 'label' compares with target, 'prediction' with that for the whole image."
+            f"reference={reference!r} is {'not ' if labels is None else ''}without"
+            " target: 'prediction' compares with the prediction for the whole image."
         )
     baseline = check_baselines(baselines, images)
     percents = percent_list(percents)

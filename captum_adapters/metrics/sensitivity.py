@@ -147,7 +147,7 @@ def _fitting_maps(maps: Maps, expected: Tensor, name: str) -> Tensor:
     if result.shape != expected.shape:
         raise ValueError(
             f"{name} are {len(result)} maps of {by_pixels(result.shape[1:])} pixels, but"
-            f" must be {len(expected)} of {by_pixels(expected.shape[1:])} as the others."
+            f" the others are {len(expected)} of {by_pixels(expected.shape[1:])}."
         )
     return result.to(expected.device)
 

@@ -80,8 +80,8 @@ def _check_points(tensors: Sequence[Tensor]) -> None:
     lengths = sorted({tensor.shape[1] for tensor in tensors if tensor.ndim > 1})
     if len(lengths) > 1:
         raise ValueError(
-            f"Curves have {' and '.join(map(str, lengths))} points, by the size of images:"
-            " resize images to one size, or use one metric for each size."
+            f"Curves have {' and '.join(map(str, lengths))} points, as images differ in"
+            " size: resize images to one size, or use one metric for each size."
         )
 
 
