@@ -74,9 +74,6 @@ def plot_curves(
         clusters, n_resamples: See :func:`captum_adapters.metrics.bootstrap_interval`.
         marker (str, optional): Marker of points.
 
-    Returns:
-        Axes: What was drawn on.
-
     Raises:
         ValueError: If there are no curves, or a shape does not fit.
     """

@@ -238,6 +238,5 @@ def _fit(
     if reduce == "abs_sum":
         values = values.abs()
     if values.shape[2:] != inputs.shape[2:]:
-        mode = LINEAR[inputs.ndim - 2]
-        values = F.interpolate(values, inputs.shape[2:], mode=mode)
+        values = F.interpolate(values, inputs.shape[2:], mode=LINEAR[inputs.ndim - 2])
     return values.cpu()

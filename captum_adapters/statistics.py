@@ -226,9 +226,6 @@ def bootstrap_interval(
             bias and skewness (Efron 1987), `"percentile"` does not.
         seed (int, optional): Seed of the resamples.
 
-    Returns:
-        Interval: A named tuple.
-
     Raises:
         ValueError: If there is infinity, a shape does not fit, or an argument is out of
             range.
@@ -280,9 +277,8 @@ def _signed_ranks(differences: NDArray[np.float64]) -> NDArray[np.float64]:
     """Wilcoxon's signed ranks, zero for differences of zero, which take no rank."""
     ranks = np.zeros_like(differences)
     nonzero = differences != 0
-    _, places, counts = np.unique(
-        np.abs(differences[nonzero]), return_inverse=True, return_counts=True
-    )
+    sizes = np.abs(differences[nonzero])
+    _, places, counts = np.unique(sizes, return_inverse=True, return_counts=True)
     # equal ones share the mean of their ranks
     ranks[nonzero] = (counts.cumsum() - (counts - 1) / 2)[places]
     return ranks * np.sign(differences)
@@ -365,9 +361,6 @@ def compare(
             `"wilcoxon"`: the signed-rank test, for scores with outliers. With clusters,
             the ranks' sum is tested by reversing signs as above.
         clusters, confidence, n_resamples, seed: See :func:`bootstrap_interval`.
-
-    Returns:
-        list[Comparison]: A named tuple for each pair.
 
     Raises:
         ValueError: If there are less than two methods, scores have different shapes or

@@ -57,11 +57,9 @@ class AttentionBranch(Module):
     The structure of Fukui et al. 2019, with batch normalization at the places of their
     published code (which, unlike the paper, has a 3 x 3 convolution for the map).
 
-    Nothing about the start is random: the stage has the parameters of the classifier's
-    last stage (`stage`, copied with stride 1), the class maps those of its last layer
-    (`fc`), scores are the means of class maps, and the attention map comes from the
-    mean over classes. Its sign would be left to chance otherwise, which a short
-    training does not correct.
+    Nothing about the start is random, or a short training would leave the sign of the
+    map to chance: `stage` is copied with stride 1, the class maps are those of `fc`,
+    scores their means, and the attention map the mean over classes.
     """
 
     def __init__(self, stage: Module, fc: Linear) -> None:
@@ -217,12 +215,10 @@ class ABN(Attribution):
                 is only checked, and the network has no further arguments.
 
         Returns:
-            *Tensor* or *tuple[Tensor]* of **attributions**:
-            - **attributions** (*Tensor* or *tuple[Tensor]*):
-                    Attention, resized to the images with bilinear interpolation, of the
-                    inputs' shape, in at least single precision. The channels have equal
-                    parts, so that their sum is the map with values from 0 to 1. A tuple
-                    is returned if inputs are a tuple.
+            *Tensor* or *tuple[Tensor]*: Attention, resized to the images with bilinear
+            interpolation, of the inputs' shape, in at least single precision. The
+            channels have equal parts, so that their sum is the map with values from 0
+            to 1. A tuple is returned if inputs are a tuple.
 
         Raises:
             ValueError: If there are several inputs or further arguments, inputs are not

@@ -351,8 +351,8 @@ class CompositeAttribution(GradientAttribution):
     ) -> list[Explained]:
         """Propagate relevance of each target for a part of the batch."""
         module, forward = unwrap(self.model)
-        settings = {"contrast": contrast, "batch": len(tensors[0])}
-        starts = [partial(self._seed, index=index, **settings) for index in indices]
+        batch = len(tensors[0])
+        starts = [partial(self._seed, each, contrast, batch) for each in indices]
         if self.traced:
             return self._replay(module, tensors, starts, args)
         with (
@@ -392,7 +392,7 @@ class CompositeAttribution(GradientAttribution):
             for (relevance, *kept), seed in zip(found, seeds)
         ]
 
-    def _seed(self, output: Any, index: Target, contrast: Any, batch: int) -> Tensor:
+    def _seed(self, index: Target, contrast: Any, batch: int, output: Any) -> Tensor:
         """Initial relevance of the shape of the output."""
         output = select_output(
             output, remedy=f"{type(self).__name__}(model, ..., output={{}})"

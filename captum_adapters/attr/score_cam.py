@@ -94,9 +94,9 @@ class ScoreCAM(LayerAttribution):
                 at once.
 
         Returns:
-            *Tensor*: Non-negative maps of the layer's height and width, of shape
-            (batch, 1, height, width), in units of the layer's activations. Resize them
-            to the image with :meth:`LayerAttribution.interpolate`.
+            *Tensor*: Non-negative maps of shape (batch, 1, height, width), as those of
+            the layer, in units of its activations. Resize them with
+            :meth:`LayerAttribution.interpolate`.
 
         Raises:
             ValueError: If a shape does not fit, the layer has no part in the network,

@@ -157,11 +157,11 @@ def top_fraction(scores: Tensor, percent: Percent) -> Tensor:
     r"""Select the top p % of the elements of each example.
 
     Exactly :math:`\lfloor pN/100 \rfloor` of N elements are selected. Percentages are
-    taken as the decimal fractions they are written as: 0.7 % of 1000 is 7, although 0.7
-    * 1000 / 100 is below 7 in floating point numbers. The percentage at which exactly
-    `k` of `n` are selected is `Fraction(100 * k, n)`. Of equal scores, the first in
-    row-major order come first, so that a share of the selection depends on where in the
-    image ties are: :func:`mask_pointing` has the expected share instead.
+    taken as the decimal fractions they are written as: 0.7 % of 1000 is 7, although the
+    product of floating point numbers is below. The percentage at which exactly `k` of
+    `n` are selected is `Fraction(100 * k, n)`. Of equal scores, the first in row-major
+    order come first, so that a share of the selection depends on where in the image
+    ties are: :func:`mask_pointing` has the expected share instead.
 
     Args:
         scores (Tensor or numpy.ndarray): Scores of shape (batch, ...), for instance
@@ -199,9 +199,8 @@ def rank_ties(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ranks of scores, in several random orders of those ties that counts divide.
 
-    Ranks are those in a first order of all examples, then in further ones of some rows.
-    The rest are these rows, which counts divide ties, (batch, counts), and the ties'
-    share.
+    Ranks in a first order of all examples, and in further ones of some rows; these
+    rows; which counts divide ties, (batch, counts); and the share of ties.
     """
     check_choice("ties", ties, ("random", "stable"))
     n_orders = positive_integer("n_orders", n_orders)

@@ -65,6 +65,7 @@ class InsertionDeletion(NamedTuple):
     """Result of :func:`insertion_deletion`, with one row for each example.
 
     Curves have as many points as there are steps, plus one where both ends are points.
+    Tensors are on the device of the inputs.
 
     Attributes:
         insertion, deletion (Tensor): Areas under both curves, (batch,). Insertion is
@@ -179,9 +180,6 @@ def insertion_deletion(
         sample_ids (list or Tensor, optional): An identity for each example, which
             together with `seed` determines its random order, whatever the rest of the
             batch. Default: None, for the content of the image
-
-    Returns:
-        InsertionDeletion: A named tuple of tensors on the device of the inputs.
 
     Raises:
         ValueError: If a shape does not fit, a map has NaN or infinity, the network is

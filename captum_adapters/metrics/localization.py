@@ -26,7 +26,7 @@ from zennit_resnet.arguments import map_shape
 
 
 class MaskPointing(NamedTuple):
-    """Result of :func:`mask_pointing`, with one row for each example.
+    """Result of :func:`mask_pointing` on the maps' device, a row for each example.
 
     Attributes:
         share (Tensor): Share of the top p % that is inside of the mask, from 0 to 1,
@@ -139,9 +139,6 @@ def mask_pointing(
         dims (int, optional): 1 for signals, with attributions of shape (batch,
             channels, length) and masks of shape (batch, length), 3 for volumes or
             videos. It has to be told, as three axes may also be those of images.
-
-    Returns:
-        MaskPointing: A named tuple of tensors on the device of the attributions.
 
     Raises:
         ValueError: If a shape does not fit, a mask has other values than 0 and 1, a

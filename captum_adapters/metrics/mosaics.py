@@ -23,7 +23,7 @@ from captum_adapters.metrics.sensitivity import summed_maps
 
 
 class Mosaics(NamedTuple):
-    """Result of :func:`mosaics`, with one row for each mosaic.
+    """Result of :func:`mosaics` on the inputs' device, with one row for each mosaic.
 
     Attributes:
         images (Tensor): Mosaics, of shape (mosaics, channels, n * height, n * width),
@@ -42,7 +42,7 @@ class Mosaics(NamedTuple):
 
 
 class GridPointing(NamedTuple):
-    """Result of :func:`grid_pointing`, each field of shape (batch,).
+    """Result of :func:`grid_pointing`, each of shape (batch,) on the maps' device.
 
     Attributes:
         share (Tensor): Share of positive relevance that is in cells of the target, from
@@ -185,9 +185,6 @@ def mosaics(
             networks that see more than they were trained on otherwise.
         seed (int, optional): Seed of the choice of classes and cells.
 
-    Returns:
-        Mosaics: A named tuple of tensors on the device of the inputs.
-
     Raises:
         ValueError: If a shape does not fit, there are too few classes with images, or a
             number is not positive.
@@ -251,10 +248,6 @@ def grid_pointing(
         cells (Tensor): Class of each cell, of shape (batch, rows, columns), as
             :func:`mosaics` returns it.
         target (int, Tensor, or list): Class that each map explains.
-
-    Returns:
-        GridPointing: A named tuple of tensors of shape (batch,), on the device of the
-        attributions.
 
     Raises:
         ValueError: If a shape does not fit, no cell is of the target, or there is NaN

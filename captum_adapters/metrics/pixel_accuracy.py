@@ -37,7 +37,7 @@ from captum_adapters.metrics._ranking import (
 
 
 class PixelAccuracy(NamedTuple):
-    """Result of :func:`pixel_accuracy`, with one row for each example.
+    """Result of :func:`pixel_accuracy` on the inputs' device, a row for each example.
 
     Attributes:
         correct (Tensor): Whether the predicted class is the reference, bool (batch,
@@ -249,9 +249,6 @@ def pixel_accuracy(
             `absolute=False`.
         forward_func, additional_forward_args, max_examples_per_batch, show_progress:
             See :func:`insertion_deletion`. The output is of shape (batch, classes).
-
-    Returns:
-        PixelAccuracy: A named tuple of tensors on the device of the inputs.
 
     Raises:
         ValueError: As :func:`insertion_deletion`, or if a percentage is not from 0 to

@@ -64,7 +64,7 @@ def plot_accuracy(results: Mapping[str, PixelAccuracy], **options: Any) -> Axes:
         results (mapping of str to PixelAccuracy): For each method, the result of
             :func:`captum_adapters.metrics.pixel_accuracy`, or for each network, that of
             :func:`captum_adapters.metrics.cross_model_accuracy`.
-        **options: See :func:`plot_curves`, as for what is returned.
+        **options: See :func:`plot_curves`.
     """
     axes = plot_curves(
         {name: result.accuracy for name, result in results.items()},

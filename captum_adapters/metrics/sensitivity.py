@@ -23,7 +23,7 @@ WINDOW, STABILIZERS = 7, (0.01**2, 0.03**2)
 
 
 class Similarity(NamedTuple):
-    """How similar maps are, each field of shape (batch,), 1 for equal maps.
+    """How similar maps are, each of shape (batch,) on their device, 1 for equal maps.
 
     A constant map has a correlation of 0 with one that varies, and of 1 with another
     constant one. The same holds for zero and the cosine.
@@ -170,9 +170,6 @@ def class_sensitivity(
             channels, length) or (batch, length), 3 for volumes or videos, also for the
             windows of SSIM.
 
-    Returns:
-        Similarity: A named tuple of tensors on the device of the attributions.
-
     Raises:
         ValueError: If a shape does not fit, or there is NaN or infinity in the maps.
 
@@ -184,9 +181,8 @@ def class_sensitivity(
         [0.984, 1.0]
     """
     maps = summed_maps(attributions, dims=dims)
-    return _similarity(
-        maps, _fitting_maps(other_attributions, maps, "other_attributions")
-    )
+    others = _fitting_maps(other_attributions, maps, "other_attributions")
+    return _similarity(maps, others)
 
 
 def _to_randomize(
@@ -247,9 +243,6 @@ def randomization(
         seed (int, optional): Seed of the random numbers.
         show_progress (bool, optional): Whether to show a progress bar.
         dims (int, optional): See :func:`class_sensitivity`.
-
-    Returns:
-        Randomization: Names of layers, and tensors of shape (batch, depths).
 
     Raises:
         ValueError: If there is no such layer, one has no parameters, or maps do not
