@@ -326,7 +326,7 @@ def contrastive_insertion_deletion(
         ValueError: As :func:`insertion_deletion`, or if there is no target, or the
             rival is the target.
     """
-    scores_of = Scores(output)
+    all_scores = Scores(output)
     check_evaluation(forward_func)
     images = check_images(inputs)
     batch, device = len(images), images.device
@@ -335,6 +335,15 @@ def contrastive_insertion_deletion(
         raise ValueError(
             f"target={target!r}, but a contrast needs the class of each example."
         )
+
+    def scores_of(result: Tensor) -> Tensor:
+        scores = all_scores(result)
+        if scores.ndim != 2 or scores.shape[1] < 2:
+            raise ValueError(
+                "A contrast needs scores of shape (batch, classes) of several classes,"
+                f" but they are of shape {tuple(scores.shape)}."
+            )
+        return scores
 
     def runner_up(result: Tensor, part: slice) -> tuple[Tensor]:
         scores = scores_of(result)
@@ -365,7 +374,7 @@ def contrastive_insertion_deletion(
         difference, images, attributions, baselines, 0, args, output="identity",
         max_examples_per_batch=max_examples_per_batch, **options,
     )
-    scores_of.warn()
+    all_scores.warn()
     return result
 
 
