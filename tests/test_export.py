@@ -6,9 +6,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers.networks import UserBlock, randomize
+from helpers.networks import TinyResNet, randomize
 from torch import nn
-from torchvision.models.resnet import BasicBlock
 from zennit.attribution import Gradient
 
 from zennit_resnet import BlockLRP, GammaLRP, RelativeLRP, ResNetLRP, initial_relevance
@@ -18,29 +17,14 @@ from zennit_resnet.tracing import trace
 pytestmark = pytest.mark.once
 
 
-class Network(nn.Module):
-    '''A ResNet with one block of each kind, units that are dead, and a block with a sum that nobody named.'''
-    def __init__(self, classes=5):
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
-        self.pool = nn.MaxPool2d(3, 2, 1)
-        downsample = nn.Sequential(nn.Conv2d(8, 12, 1, 2, bias=False), nn.BatchNorm2d(12))
-        self.blocks = nn.Sequential(BasicBlock(8, 12, 2, downsample), UserBlock(12), nn.ReLU())
-        self.head = nn.Linear(12, classes)
-
-    def forward(self, x):
-        '''Logits.'''
-        return self.head(self.blocks(self.pool(self.stem(x))).mean((2, 3)))
-
-
 @pytest.fixture(name='model', scope='module')
 def fixture_model():
     '''The network, some channels of which are never active.'''
     torch.manual_seed(0)
-    model = randomize(Network()).eval()
+    model = randomize(TinyResNet(5)).eval()
     with torch.no_grad():
-        model.stem[1].bias[:2] = -100.
-        model.blocks[0].bn1.bias[3:5] = -100.
+        model.bn1.bias[:2] = -100.
+        model.block.bn1.bias[3:5] = -100.
     return model
 
 

@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.networks import CifarResNet, Function, UserNetwork, build_timm, build_torchvision, prepare, randomize
+from helpers.networks import Function, TinyResNet, UserNetwork, build_timm, build_torchvision, prepare, randomize
 from helpers.operations import FUNCTIONS, OTHERS, RELATIVE, RESNET, build, images
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -48,9 +48,9 @@ def assert_same(traced, model, composite, input, start, tolerance=1e-9):
 
 
 def network():
-    '''A residual network for 32 x 32 pixels in double precision.'''
+    '''A residual network in double precision.'''
     torch.manual_seed(0)
-    return randomize(CifarResNet(1)).double().eval()
+    return randomize(TinyResNet()).double().eval()
 
 
 @pytest.mark.parametrize('label', COMPOSITES)

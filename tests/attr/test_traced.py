@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 from captum.attr import NoiseTunnel
-from helpers.networks import CifarResNet, randomize
+from helpers.networks import TinyResNet, randomize
 from torch import nn
 
 from captum_adapters.attr import C3LRP, CompositeAttribution, RelativeLRP, ResNetLRP
@@ -16,7 +16,7 @@ from captum_adapters.attr import C3LRP, CompositeAttribution, RelativeLRP, ResNe
 def fixture_net():
     """A residual network in double precision."""
     torch.manual_seed(0)
-    return randomize(CifarResNet(1)).double().eval()
+    return randomize(TinyResNet()).double().eval()
 
 
 @pytest.fixture(name="images", scope="module")

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from torchvision.models.resnet import BasicBlock
 
 SHARED = Path(__file__).parents[3] / 'shared'
 
@@ -89,6 +90,22 @@ class UserNetwork(torch.nn.Module):
         x = self.relu(out)
         x = x + self.branches[2](x) + self.block(x)
         return self.head(self.relu(x).mean((2, 3)))
+
+
+class TinyResNet(torch.nn.Module):
+    '''A residual network of one block with a projection, which is traced and exported in a second.'''
+    def __init__(self, classes=10):
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(3, 8, 3, 2, 1, bias=False)
+        self.bn1 = torch.nn.BatchNorm2d(8)
+        self.pool = torch.nn.MaxPool2d(3, 2, 1)
+        projection = torch.nn.Sequential(torch.nn.Conv2d(8, 12, 1, 2, bias=False), torch.nn.BatchNorm2d(12))
+        self.block = BasicBlock(8, 12, 2, projection)
+        self.linear = torch.nn.Linear(12, classes)
+
+    def forward(self, x):
+        '''Logits.'''
+        return self.linear(self.block(self.pool(F.relu(self.bn1(self.conv1(x))))).mean((2, 3)))
 
 
 def randomize(model):
