@@ -345,14 +345,14 @@ def measure(
 # -- other networks --------------------------------------------------------------------
 
 
-def load_other(text: str) -> tuple[str, Classifier]:
-    """Load another network `NAME=WEIGHTS` or `embedded`, and what it is called."""
+def load_other(text: str) -> Classifier:
+    """Load another network `NAME=WEIGHTS` or `embedded`."""
     if text == "embedded":
-        return text, load_classifier()
+        return load_classifier()
     name, _, weights = text.partition("=")
     if not weights:
         raise ValueError(f"{text!r} is not of the form NAME=WEIGHTS, such as vgg16=DEFAULT")
-    return name, load_classifier(name, weights)
+    return load_classifier(name, weights)
 
 
 def adapt(source: Classifier, target: Classifier) -> Callable[[Tensor], Tensor]:
