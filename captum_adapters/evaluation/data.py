@@ -210,16 +210,12 @@ def _choose(
 
 
 class Loaded(NamedTuple):
-    """An image ready for the network, or the `problem` that there is none.
+    """An image ready for the network, or the `problem` that there is none."""
 
-    The image is of shape (3, height, width); the mask, if there is one, is bool of shape
-    (height, width). The note is why there is no mask, although the sample lists one.
-    """
-
-    image: Optional[Tensor] = None
-    mask: Optional[Tensor] = None
+    image: Optional[Tensor] = None  # of shape (3, height, width)
+    mask: Optional[Tensor] = None  # bool of shape (height, width)
     problem: Optional[str] = None
-    note: Optional[str] = None
+    note: Optional[str] = None  # why there is no mask, although the sample lists one
 
 
 def stamp_of(sample: Sample) -> str:

@@ -3,7 +3,7 @@
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 from xml.etree import ElementTree
@@ -53,16 +53,12 @@ class Sample(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """What a layout has, before labels become classes of the network.
-
-    `order` are labels in the order of the classes, used if they match none by name;
-    `numbers` are indices of classes by label.
-    """
+    """What a layout has, before labels become classes of the network."""
 
     root: Path
     samples: list[Sample]
-    order: Sequence[str] = ()
-    numbers: Mapping[str, int] = {}
+    order: Sequence[str] = ()  # of labels as of classes, if they match none by name
+    numbers: Mapping[str, int] = {}  # indices of classes by label
     messages: Sequence[str] = ()
 
 
@@ -111,12 +107,12 @@ def _read_csv(root: Path, split: Optional[str], classes: Sequence[str]) -> Listi
             raise ValueError(f"{file} has no column 'split' to choose {split!r} from")
         table = table[table["split"] == split]
     rows = table.to_dict("records")
-    label_of, messages = _row_labels({*table}, rows, classes)
+    row_labels, messages = _row_labels({*table}, rows, classes)
     samples: dict[str, Sample] = {}
-    for row in rows:
+    for row, label in zip(rows, row_labels):
         path = root / row["image"]
         mask = root / row["mask"] if row.get("mask") else None
-        sample = Sample(_name(path, root), path, label_of(row), mask, _row_boxes(row))
+        sample = Sample(_name(path, root), path, label, mask, _row_boxes(row))
         samples[sample.name] = _merge(samples.get(sample.name, sample), sample)
     beside = root / "boxes.csv"
     if beside.is_file() and beside != file:
@@ -200,8 +196,8 @@ def is_relative(box: Box) -> bool:
 
 def _row_labels(
     columns: set[str], rows: Sequence[Mapping[str, str]], classes: Sequence[str]
-) -> tuple[Callable[[Mapping[str, str]], Union[int, str, None]], list[str]]:
-    """Function for the label of a row, as an index or a text, and messages."""
+) -> tuple[list[Union[int, str, None]], list[str]]:
+    """The label of each row, as an index or a text, and messages."""
     messages = []
     known = {"label", "wnid", "class_index", "imagenet_index"} & columns
     if not known:
@@ -228,16 +224,16 @@ def _row_labels(
                 f" {len(classes)}: it is not used"
             )
 
-    def label_of(row: Mapping[str, str]) -> Union[int, str, None]:
+    labels: list[Union[int, str, None]] = []
+    for row in rows:
         number = to_number(row[index]) if index else None
-        if index and number is not None:
-            return number if 0 <= number < len(classes) else f"{index} {number}"
-        text = row.get("label") or row.get("wnid")
         # what is given, but cannot be used, has to become a problem
-        given = (f"{key} {row[key]}" for key in sorted(known) if row[key])
-        return text or next(given, None)
-
-    return label_of, messages
+        given = [f"{key} {row[key]}" for key in sorted(known) if row[key]]
+        if number is None:
+            labels.append(row.get("label") or row.get("wnid") or next(iter(given), None))
+        else:
+            labels.append(number if 0 <= number < len(classes) else f"{index} {number}")
+    return labels, messages
 
 
 def _merge(first: Sample, other: Sample) -> Sample:
@@ -345,9 +341,8 @@ def _numbers(
         return {}
     if len(labels) == 1000:
         return dict(zip(sorted(labels), range(1000)))
-    meta = _meta(root)
-    wnids = set() if meta is None else set(meta.values())
-    file = _near(root, "LOC_synset_mapping.txt", "synset_words.txt")
+    meta, file = _meta(root), _near(root, "LOC_synset_mapping.txt", "synset_words.txt")
+    wnids = {*meta.values()} if meta else set()
     if meta is None and file is not None:
         lines = file.read_text(encoding="utf-8").splitlines()
         wnids = {line.split()[0] for line in lines if line.strip()}
@@ -366,9 +361,7 @@ def _ground_truth(file: Path, root: Path) -> dict[str, Optional[str]]:
         raise ValueError(f"{file} does not fit meta.mat ({error})") from error
 
 
-def read_annotation(
-    image: Path, folder: Path
-) -> tuple[Optional[str], tuple[Box, ...]]:
+def read_annotation(image: Path, folder: Path) -> tuple[Optional[str], tuple[Box, ...]]:
     """Wnid and boxes of an image's annotation, none if it cannot be read."""
     corners = ("xmin", "ymin", "xmax", "ymax")
     try:
@@ -434,18 +427,15 @@ def _pairs(file: Path) -> dict[str, str]:
 
 
 READERS = {
-    "folder": _read_folder,
-    "csv": _read_csv,
-    "imagenet": _read_imagenet,
-    "cub": _read_cub,
+    "folder": _read_folder, "csv": _read_csv, "imagenet": _read_imagenet, "cub": _read_cub,
 }
 
 
 def _visible(folder: Path) -> list["os.DirEntry[str]"]:
     """Entries of a folder by name, without hidden ones."""
     with os.scandir(folder) as entries:
-        found = [entry for entry in entries if not entry.name.startswith(".")]
-    return sorted(found, key=lambda entry: entry.name)
+        found = sorted(entries, key=lambda entry: entry.name)
+    return [entry for entry in found if not entry.name.startswith(".")]
 
 
 def _walk(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:

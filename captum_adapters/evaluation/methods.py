@@ -145,13 +145,11 @@ def _abn(
 
 
 class _Other(NamedTuple):
-    """How to make a method for a network, and the names of its options.
-
-    `passes` is about the number of forward passes for an image, if these are many.
-    """
+    """How to make a method for a network, and the names of its options."""
 
     create: Callable[..., Any]
     options: tuple[str, ...] = ()
+    # about the number of forward passes for an image, if these are many
     passes: Optional[Callable[..., int]] = None
 
 

@@ -32,17 +32,29 @@ class RunError(Exception):
 
 
 class SampleRecord(NamedTuple):
-    """What is known about a sample."""
+    """What is known about a sample.
 
-    sample: str  # its name, which is its path relative to the data
-    label: Optional[int] = None  # index of its class
-    target: Optional[int] = None  # index of the class that is explained
-    prediction: Optional[int] = None  # index of the class that is predicted
-    probability: Optional[float] = None  # of the explained class
-    problem: Optional[str] = None  # why it is left out, without any records
-    notes: tuple[str, ...] = ()  # what could not be used of it, such as its mask
-    picture: Optional[bytes] = None  # what the network sees, a JPEG of at most 112 pixels
-    content: Optional[str] = None  # hash of the bytes of its image and mask, and its boxes
+    Attributes:
+
+        sample (str): Its name, which is its path relative to the data.
+        label, target, prediction (int or None): Indices of its class, and of the classes
+                that are explained and predicted.
+        probability (float or None): Probability of the explained class.
+        problem (str or None): Why it is left out. Then there are no records of it.
+        notes (tuple[str]): What could not be used of it, such as its mask.
+        picture (bytes or None): What the network sees, a JPEG of at most 112 x 112 pixels.
+        content (str or None): Hash of the bytes of its image and mask, and of its boxes.
+    """
+
+    sample: str
+    label: Optional[int] = None
+    target: Optional[int] = None
+    prediction: Optional[int] = None
+    probability: Optional[float] = None
+    problem: Optional[str] = None
+    notes: tuple[str, ...] = ()
+    picture: Optional[bytes] = None
+    content: Optional[str] = None
 
 
 class Record(NamedTuple):

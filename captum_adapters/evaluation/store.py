@@ -95,10 +95,8 @@ def brief(value: Any, limit: int = 60) -> str:
 class Store:
     """The files of a run, to be written and continued.
 
-    A run grows by methods and samples: what it has stays as it is, and further samples
-    are cut into batches of their own. `messages` says what it grows by, and which files
-    are damaged. It is a :class:`RunError` if the folder holds another run, or can not be
-    written.
+    A run grows by methods and samples: what it has stays as it is, and further samples are
+    cut into batches of their own. `messages` says what it grows by, and what is damaged.
     """
 
     def __init__(
