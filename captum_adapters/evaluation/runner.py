@@ -362,8 +362,10 @@ class Loop:
             # damaged, if there are records: these may be of other files
             again = any(store.has(batch, method.text) for method in self.methods)
         else:
-            pairs = zip(known[0], samples)
-            again = any((a.content, a.label) != (b.content, b.label) for a, b in pairs)
+            again = any(
+                (old.content, old.label) != (new.content, new.label)
+                for old, new in zip(known[0], samples)
+            )
         if known is None and not again:
             store.write_samples(batch, samples, stamps)
         heatmaps = numbers[0] < self.evaluation.pictures

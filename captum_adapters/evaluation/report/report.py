@@ -233,11 +233,10 @@ class Report(NamedTuple):
     def problems(self) -> list[Table]:
         """The table of what was left out, by reason."""
         found: list[tuple[str, str, str]] = []
-        for group in self.groups:
-            for name, sample in group.samples.items():
-                if sample.problem is not None:
-                    found.append(("left out", sample.problem, name))
-                found += [("note", note, name) for note in sample.notes]
+        for name, sample in (item for group in self.groups for item in group.samples.items()):
+            if sample.problem is not None:
+                found.append(("left out", sample.problem, name))
+            found += [("note", note, name) for note in sample.notes]
         for row in self.rows:
             what = f"no values of {row.name}"
             found += [(what, reason, name) for name, reason in row.problems.items()]
@@ -284,13 +283,14 @@ class Report(NamedTuple):
     def text(self, format: str = "terminal") -> str:
         """All that the report says, as `"terminal"` or `"markdown"`, else a `ValueError`."""
         check_choice("format", format, ("terminal", "markdown"))
-        parts = [render_list("Network and labels", self.introduction(), format)]
-        parts.append(self.table(format))
-        for title, lines in (("Warnings", self.warnings), ("Messages", self.messages)):
-            if lines:
-                parts.append(render_list(title, lines, format))
-        parts += map(RENDERERS[format], self.comparisons() + self.problems())
-        return "\n".join(parts)
+        lists = {"Warnings": self.warnings, "Messages": self.messages}
+        found = self.comparisons() + self.problems()
+        return "\n".join([
+            render_list("Network and labels", self.introduction(), format),
+            self.table(format),
+            *(render_list(title, lines, format) for title, lines in lists.items() if lines),
+            *map(RENDERERS[format], found),
+        ])
 
     def significance_csv(self) -> str:
         """All comparisons with all digits."""
@@ -366,17 +366,12 @@ def summarize(
                 there is no `"id"`, it is the first one there is.
         confidence (float, optional): Level of confidence of intervals.
         clusters (str, optional): `"class"` to resample whole classes instead of
-                examples, for intervals that hold for other classes too. `"none"` is the
-                default.
+                examples, for intervals that hold for other classes too, or `"none"`.
         presets (sequence of Preset, optional): What papers have printed, to be shown
-                beside the scores, see :data:`captum_adapters.evaluation.PRESETS`. By
-                default, the presets that the runs name.
+                beside the scores. By default, the presets that the runs name.
         n_resamples (int, optional): Number of resamples of intervals and tests. By
                 default, it is 9999 for up to 10,000 examples, and less for more, where
                 intervals vary little, but not less than 1999.
-
-    Returns:
-        Report: The means, comparisons and warnings, to be shown or written.
 
     Raises:
         ValueError: If there are no runs, or an argument is not among what there is.
