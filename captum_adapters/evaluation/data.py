@@ -321,7 +321,8 @@ class Images(torch.utils.data.Dataset[Loaded]):
         mask.getexif()[ExifTags.Base.Orientation] = orientation
         mask = ImageOps.exif_transpose(mask)
         if self._levels is None:
-            plain = [self.transform(Image.new("RGB", (64, 64), name)) for name in ("black", "white")]
+            photos = (Image.new("RGB", (64, 64), name) for name in ("black", "white"))
+            plain = [self.transform(photo) for photo in photos]
             # in the middle, so that padding does not matter
             row, column = plain[0].shape[1] // 2, plain[0].shape[2] // 2
             black, white = (values[:, row, column, None, None] for values in plain)

@@ -48,10 +48,10 @@ def _areas(title: str, about: str, rows: dict[str, tuple[Any, ...]]) -> Preset:
 def _pixels(title: str, about: str, rows: dict[str, str], *columns: str) -> Preset:
     """A figure of the most relevant pixels, of which the paper prints curves only."""
     title = f"R-LRP (Nyiri & Gibaru), {title}"
-    about = f"Pixels are ranked by the magnitude of the sum over channels, as in the paper. {about}"
+    ranked = "Pixels are ranked by the magnitude of the sum over channels, as in the paper."
     metrics = tuple(name.removesuffix("_accuracy") for name in columns)
     options = {"rank_by": "magnitude", "initial": "one"}
-    return Preset(title, about, rows, metrics, options, {}, columns)
+    return Preset(title, f"{ranked} {about}", rows, metrics, options, {}, columns)
 
 
 CLASSIC = {

@@ -249,7 +249,7 @@ def _make_montage(
     # the score and map of each sample that has both
     scores, heatmaps = [row.of(primary) for row in rows], [row.arrays() for row in rows]
     found = [
-        {name: (float(values[name]), maps[name]) for name in values.index.intersection(maps.index)}
+        {name: (float(value), maps[name]) for name, value in values.items() if name in maps}
         for values, maps in zip(scores, heatmaps)
     ]
     known: dict[str, list[float]] = {}
