@@ -8,23 +8,14 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from captum_adapters.evaluation.columns import COLUMNS as COLUMNS
-    from captum_adapters.evaluation.config import Evaluation as Evaluation
-    from captum_adapters.evaluation.config import make_evaluation as make_evaluation
-    from captum_adapters.evaluation.data import Sample as Sample
-    from captum_adapters.evaluation.data import Samples as Samples
-    from captum_adapters.evaluation.data import read_samples as read_samples
-    from captum_adapters.evaluation.methods import Method as Method
-    from captum_adapters.evaluation.presets import PRESETS as PRESETS
-    from captum_adapters.evaluation.records import Run as Run
-    from captum_adapters.evaluation.records import RunError as RunError
-    from captum_adapters.evaluation.records import SampleRecord as SampleRecord
-    from captum_adapters.evaluation.records import accuracy as accuracy
-    from captum_adapters.evaluation.records import read_run as read_run
-    from captum_adapters.evaluation.report import Report as Report
-    from captum_adapters.evaluation.report import summarize as summarize
-    from captum_adapters.evaluation.runner import Process as Process
-    from captum_adapters.evaluation.runner import evaluate as evaluate
+    from captum_adapters.evaluation.columns import COLUMNS
+    from captum_adapters.evaluation.config import Evaluation, make_evaluation
+    from captum_adapters.evaluation.data import Sample, Samples, read_samples
+    from captum_adapters.evaluation.methods import Method
+    from captum_adapters.evaluation.presets import PRESETS
+    from captum_adapters.evaluation.records import Run, RunError, SampleRecord, accuracy, read_run
+    from captum_adapters.evaluation.report import Report, summarize
+    from captum_adapters.evaluation.runner import Process, evaluate
 
 for _package in ("jinja2", "pandas", "tabulate"):
     if find_spec(_package) is None:
@@ -43,7 +34,11 @@ _MODULES = {
     "report": ("Report", "summarize"),
     "runner": ("Process", "evaluate"),
 }
-__all__ = sorted(name for names in _MODULES.values() for name in names)
+__all__ = [
+    "COLUMNS", "Evaluation", "Method", "PRESETS", "Process", "Report", "Run", "RunError",
+    "Sample", "SampleRecord", "Samples", "accuracy", "evaluate", "make_evaluation",
+    "read_run", "read_samples", "summarize",
+]
 
 
 def __getattr__(name: str) -> Any:

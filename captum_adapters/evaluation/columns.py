@@ -19,14 +19,43 @@ MASKED = ("pointing", "distance", "attention")
 RISE_STEP = 224
 
 
+INSERTION = "Insertion and deletion"
+PROTOCOLS = {
+    "default": "our protocol",
+    "keio": "published code of Otsuki et al. 2024",
+    "rise": "published code of RISE",
+    "c3": "text of C³-LRP",
+}
+
+
 class Column(NamedTuple):
     """A score in a table."""
 
     title: str
     better: Optional[str]  # "higher", "lower", or None if neither is better
     about: str  # one sentence
-    topic: str = "Insertion and deletion"  # title of its table
+    topic: str = INSERTION  # title of its table
     protocol: str = "default"  # ours, or the published one
+
+    @property
+    def by(self) -> str:
+        """What its protocol is called."""
+        return PROTOCOLS[self.protocol]
+
+    @property
+    def table(self) -> str:
+        """Title of its table: that of insertion and deletion is divided by protocol."""
+        return f"{self.topic}, {self.by}" if self.topic == INSERTION else self.topic
+
+    @property
+    def sign(self) -> int:
+        """1 if more is better, -1 if less is, 0 if neither."""
+        return (self.better == "higher") - (self.better == "lower")
+
+    @property
+    def heading(self) -> str:
+        """The title, with an arrow to where it is better."""
+        return self.title + ("", " ↑", " ↓")[self.sign]
 
 
 def _areas(protocol: str, about: str) -> dict[str, Column]:
@@ -119,8 +148,19 @@ COLUMNS: dict[str, Column] = {
         ("negative", "Negative maps", None, "Share of maps without any positive value."),
     ),
     **_topic(
-        "Insertion and deletion",
+        INSERTION,
         ("score_full", "Whole", None, "Probability for the whole image."),
         ("score_blank", "Blank", None, "Probability for a blank image."),
     ),
 }
+
+
+def column_of(name: str) -> Column:
+    """What is known about a score, also if it is of another version."""
+    return COLUMNS.get(name, Column(name, None, ""))
+
+
+def counterpart_of(name: str) -> Optional[str]:
+    """The score by our protocol for one by a published protocol."""
+    ours = name.removesuffix(f"_{column_of(name).protocol}")
+    return ours if ours != name else None

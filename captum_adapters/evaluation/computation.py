@@ -36,10 +36,8 @@ class Computation:
         self, evaluation: Evaluation, classifier: Classifier, methods: Sequence[Method],
         device: torch.device, grids: Optional[Grids] = None,
     ) -> None:
-        self.evaluation = evaluation
-        self.grids = grids
-        self.classifier = classifier
-        self.device = device
+        self.evaluation, self.classifier = evaluation, classifier
+        self.device, self.grids = device, grids
         # names of methods that can be used with the network
         self.worked: set[str] = set()
         # maps that methods still to come have in common, with their images and times
@@ -60,8 +58,8 @@ class Computation:
         }
         others = {}
         names = [text.partition("=")[0] for text in evaluation.cross]
-        for text in evaluation.cross:
-            name, other = load_other(text)
+        for text, name in zip(evaluation.cross, names):
+            other = load_other(text)
             # there may be several with other weights
             key = text if names.count(name) > 1 else name
             others[key] = (self._forward(other.model.to(device)), adapt(classifier, other))
@@ -125,17 +123,11 @@ class Computation:
         mosaics, cells = images.new_empty(len(images), 0), labels.new_empty(len(images), 0)
         if self.grids is not None:
             mosaics, cells = self.grids.make(names, images, labels, output)
+        scored = given if options.score == "label" else targets
+        published = given if options.published == "label" else targets
         return Batch(
-            names=names,
-            images=images,
-            output=output,
-            targets=targets,
-            scored=given if options.score == "label" else targets,
-            published=given if options.published == "label" else targets,
-            masks=torch.stack(masks).to(self.device),
-            labels=labels,
-            mosaics=mosaics,
-            cells=cells,
+            names, images, output, targets, scored, published,
+            torch.stack(masks).to(self.device), labels, mosaics, cells,
         )
 
     def describe(self, batch: Batch, row: int, picture: bool) -> dict[str, Any]:
@@ -157,11 +149,7 @@ class Computation:
     def run_method(self, method: Method, batch: Batch, heatmaps: bool) -> list[Record]:
         """Explain images by a method, and measure that, with small maps if asked for.
 
-        Methods that only differ in their post-processing share the maps before it. The
-        time of these counts for each of them, as if it was the only one.
-
-        Raises:
-            RunError: If the method can not be used at all, or memory is short.
+        It is a `RunError` if the method can not be used at all, or memory is short.
         """
         names = batch.names
         try:
@@ -178,12 +166,10 @@ class Computation:
                 raise failure(method, batch, error) from error
             if len(names) == 1:
                 times = {"seconds": 0.0, "metric_seconds": 0.0}
-                return [Record(names[0], {"problem": describe_error(error), **times})]
+                return [Record(names[0], {"problem": _describe_error(error), **times})]
             # one image may be the reason
-            return [
-                self.run_method(method, batch.take([row]), heatmaps)[0]
-                for row in range(len(names))
-            ]
+            parts = [batch.take([row]) for row in range(len(names))]
+            return [self.run_method(method, part, heatmaps)[0] for part in parts]
         self.worked.add(method.text)
         self.synchronize()
         middle = time.perf_counter()
@@ -192,29 +178,21 @@ class Computation:
         curves: dict[str, np.ndarray] = {}
         if kept:
             rows = slice(None) if len(kept) == len(names) else kept
-            total, initial = (
-                None if sums is None else sums[rows]
-                for sums in (attributed.total, attributed.initial)
-            )
+            sums = attributed.total, attributed.initial
+            total, initial = (None if each is None else each[rows] for each in sums)
+            forward = self.forwards.get(method.text, self.forward)
             with torch.no_grad():
                 values, curves = measure(
-                    self.evaluation.metrics,
-                    self.forwards.get(method.text, self.forward),
-                    batch.take(kept),
-                    maps[rows],
-                    self._settings(method),
-                    total,
-                    initial,
+                    self.evaluation.metrics, forward, batch.take(kept), maps[rows],
+                    self._settings(method), total, initial,
                 )
         self.synchronize()
         times = {
             "seconds": (seconds + middle - begin) / len(names),
             "metric_seconds": (time.perf_counter() - middle) / len(names),
         }
-        records = [
-            Record(name, {"problem": "the map has NaN or infinity", **times})
-            for name in names
-        ]
+        bad = {"problem": "the map has NaN or infinity", **times}
+        records = [Record(name, bad) for name in names]
         for place, row in enumerate(kept):
             scores = {name: float(value[place]) for name, value in values.items()}
             records[row] = Record(
@@ -260,15 +238,14 @@ class Computation:
             torch.cuda.synchronize(self.device)
 
 
-def describe_error(error: Exception) -> str:
-    """What went wrong, in one line."""
+def _describe_error(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def failure(method: Method, batch: Batch, error: Exception) -> RunError:
     """A method that can not be used."""
     return RunError(
-        f"{method.text} fails on {batch.names[0]} ({describe_error(error)}): leave it out"
+        f"{method.text} fails on {batch.names[0]} ({_describe_error(error)}): leave it out"
         " of --methods, or change its options"
     )
 

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from captum_adapters.evaluation.data import Samples
     from zennit_resnet.models import Classifier
 
-# Options that the last digits of records depend on
-COMPUTATION = "batch_size forward_batch channels_last compile".split()
 # What a run grows by
 GROWING = ("manifest", "samples", "methods", "files")
 PACKAGES = ("zennit-resnet", "torch", "torchvision", "zennit", "captum", "numpy")
@@ -32,7 +30,9 @@ SCORED = ("explained", "label")
 # Options that choose a class, which may be the label
 CLASSES = ("explain_class", "score", "published")
 # Options that records depend on, besides methods and metrics
-IDENTICAL = "explain_class score published initial step rank_by fill amp".split()
+IDENTICAL = (*CLASSES, "initial", "step", "rank_by", "fill", "amp")
+# Options that the last digits of records depend on
+COMPUTATION = ("batch_size", "forward_batch", "channels_last", "compile")
 
 
 def _option(default: Any, text: str, **metadata: Any) -> Any:
@@ -133,10 +133,6 @@ Evaluation.__doc__ = f"{Evaluation.__doc__}\n" + "".join(
 )
 
 
-def _is_number(value: Any, *kinds: type) -> bool:
-    return isinstance(value, kinds) and not isinstance(value, bool)
-
-
 def check(evaluation: Evaluation) -> None:
     """Check what can be checked without data and network."""
     for item in FIELDS:
@@ -144,16 +140,17 @@ def check(evaluation: Evaluation) -> None:
         check_choice(item.name, value, item.metadata.get("choices", (value,)))
         if least is None or (value is None and item.default is None):
             continue
-        if not _is_number(value, int) or value < least:
+        # True is no number
+        if type(value) is not int or value < least:
             raise ValueError(f"{item.name}={value!r} is not an integer from {least} on")
     for name in ("methods", "metrics", "percents"):
         if not getattr(evaluation, name):
             raise ValueError(f"{name}={getattr(evaluation, name)!r}: choose at least one")
     for name in ("methods", "metrics", "cross"):
         values = getattr(evaluation, name)
-        twice = next((value for value in values if values.count(value) > 1), None)
-        if twice is not None:
-            raise ValueError(f"{name}={values} has {twice!r} twice")
+        twice = [value for value in values if values.count(value) > 1]
+        if twice:
+            raise ValueError(f"{name}={values} has {twice[0]!r} twice")
     for name in evaluation.metrics:
         if name not in METRICS:
             raise ValueError(f"unknown metric {name!r}: choose one of {', '.join(METRICS)}")
@@ -161,7 +158,8 @@ def check(evaluation: Evaluation) -> None:
     if not isinstance(percents, (tuple, list)):
         raise ValueError(f"percents={percents!r} are no numbers, such as (1, 5)")
     for percent in percents:
-        if not _is_number(percent, int, float) or not 0 < percent <= 100:
+        number = isinstance(percent, (int, float)) and not isinstance(percent, bool)
+        if not number or not 0 < percent <= 100:
             raise ValueError(f"percents are above 0 and up to 100, unlike {percent!r}")
     if ("cross" in evaluation.metrics) != bool(evaluation.cross):
         raise ValueError(
@@ -224,21 +222,18 @@ def make_evaluation(given: dict[str, Any]) -> Evaluation:
         preset = PRESETS[name]
         # abn is nothing without a file
         rows = [method for method in preset.rows if method != "abn"]
-        names = {
-            key: tuple(dict.fromkeys([*fields.pop(key, ()), *values]))
-            for key, values in (("methods", rows), ("metrics", preset.metrics))
-        }
+        methods = dict.fromkeys([*fields.pop("methods", ()), *rows])
+        metrics = dict.fromkeys([*fields.pop("metrics", ()), *preset.metrics])
         if fields and fields != preset.options:
             raise ValueError(
                 f"the presets {given['preset'][0]} and {name} differ in their protocol:"
                 " run them one by one"
             )
-        fields = {**names, **preset.options}
-    if given.get("methods", ("",))[0].startswith("+"):
+        fields = {"methods": (*methods,), "metrics": (*metrics,), **preset.options}
+    first = given.get("methods", ("",))[0]
+    if first.startswith("+"):
         if not fields:
-            raise ValueError(
-                f"{given['methods'][0]} is for what a preset has besides: name a --preset"
-            )
+            raise ValueError(f"{first} is for what a preset has besides: name a --preset")
         fields["methods"] += tuple(name.lstrip("+") for name in given.pop("methods"))
     for name in ("data", "out"):
         if name not in given:
@@ -270,12 +265,21 @@ def describe(
     files = [str(Method(text).options.get("weights", "")) for text in evaluation.methods]
     files += [text.partition("=")[2] for text in evaluation.cross]
     versions = {name: _version(name) for name in PACKAGES}
+    # names, labels and boxes, wherever the data is
+    rows = [
+        (name, label, mask is None, boxes, problem)
+        for name, _, label, mask, boxes, problem in data.samples
+    ]
+    transform: Any = classifier.transform
+    described = " ".join(repr(transform).split())
+    if hasattr(transform, "keywords"):
+        described = f"{transform.func.__name__}({transform.keywords})"
     identity = {
-        "manifest": _hash_manifest(data),
+        "manifest": _hash("".join(f"{row}\n" for row in rows).encode()),
         "samples": len(data.samples),
         "model": evaluation.model or "resnet50",
         "weights": hash_weights(classifier.model)[:16],
-        "transform": _describe_transform(classifier),
+        "transform": described,
         "methods": list(evaluation.methods),
         "metrics": list(evaluation.metrics),
         "cross": list(evaluation.cross),
@@ -320,30 +324,11 @@ def _command() -> Optional[str]:
     """The command that was given, `None` if it is another program that evaluates."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if Path(sys.argv[0]).stem == "captum-adapters":
-        program = ["captum-adapters"]
-    elif spec is not None and spec.name == "captum_adapters.__main__":
-        program = ["python", "-m", "captum_adapters"]
-    else:
-        return None
-    return shlex.join([*program, *sys.argv[1:]])
-
-
-def _describe_transform(classifier: "Classifier") -> str:
-    """Preprocessing as a text, which differs for another one."""
-    transform: Any = classifier.transform
-    if hasattr(transform, "keywords"):
-        return f"{transform.func.__name__}({transform.keywords})"
-    return " ".join(repr(transform).split())
+        return shlex.join(["captum-adapters", *sys.argv[1:]])
+    if spec is not None and spec.name == "captum_adapters.__main__":
+        return shlex.join(["python", "-m", "captum_adapters", *sys.argv[1:]])
+    return None
 
 
 def _hash(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
-
-
-def _hash_manifest(data: "Samples") -> str:
-    """Hash of names, labels and boxes, wherever the data is."""
-    rows = [
-        (name, label, mask is None, boxes, problem)
-        for name, _, label, mask, boxes, problem in data.samples
-    ]
-    return _hash("".join(f"{row}\n" for row in rows).encode())

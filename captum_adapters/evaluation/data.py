@@ -25,6 +25,7 @@ from captum_adapters.evaluation.layouts import (
     Sample,
     find_annotations,
     is_relative,
+    is_turned,
     read_annotation,
     recognize,
 )
@@ -72,15 +73,14 @@ def read_samples(
     underscores or spaces, with or without a number in front as CUB-200-2011 has them
     (`001.Black_footed_Albatross`), and with or without synonyms as ImageNet has them
     (`tench, Tinca tinca`). If no folder is named as a class, but there are as many
-    folders as classes, these are taken in sorted order, which
-    :class:`torchvision.datasets.ImageFolder` does, and a message says so. A label that
-    the network does not have, or that several classes have, makes a `problem`.
+    folders as classes, these are taken in sorted order, and a message says so. A label
+    that the network does not have, or that several classes have, makes a `problem`.
 
     Args:
 
         path (str or Path): Folder, or a CSV file.
         classes (sequence of str): Names of the network's classes.
-        layout (str, optional): How the data is laid out. `None` recognizes it.
+        layout (str, optional): How the data is laid out. By default, it is recognized.
 
                 - `"folder"`: the label is the name of the top folder that an image is
                   in, at any depth. Images outside of folders have no label.
@@ -91,30 +91,20 @@ def read_samples(
                   labels tell another order), `imagenet_index` (for 1000 classes),
                   `mask`, `split`, and boxes as `x0`, `y0`, `x1`, `y1`. An image with
                   several boxes has several rows, or has them in `boxes.csv` beside it.
-                - `"imagenet"`: validation images of ImageNet, in folders named by
-                  wnid, or in one folder with the development kit's ground truth and
-                  `meta.mat`, or with annotations, somewhere near. Boxes are from
-                  `Annotations/CLS-LOC/val`, if it is there.
+                - `"imagenet"`: validation images in folders named by wnid, or in one
+                  folder with the development kit's ground truth and `meta.mat`, or with
+                  annotations (`Annotations/CLS-LOC/val`), which give boxes, near it.
                 - `"cub"`: CUB-200-2011, with boxes and segmentations if they are there.
 
-                Default: `None`
-        split (str, optional): Part of the data: `"train"` or `"test"` of CUB-200-2011,
-                which is `"test"` by default; the name of a folder in `path`, or a value
-                in the column `split` of a CSV file.
-                Default: `None`
+        split (str, optional): `"train"` or `"test"` (the default) of CUB-200-2011; the
+                name of a folder in `path`, or a value in the column `split` of a CSV.
         labels (str, optional): `"given"`, `"order"` if the labels in sorted order are
                 the network's classes whatever their names, or `"ignore"` to have none.
-                Default: `"given"`
         limit (int, optional): Draw this many images, if there are more, from those
                 without a problem, unless all have one, and with as many of each label
                 as possible. A larger limit adds images to those of a smaller.
-                Default: `None`
         seed (int, optional): Seed of the choice, which depends on nothing else but the
                 names and labels of the images.
-                Default: `0`
-
-    Returns:
-        Samples: The samples in the order of their names.
 
     Raises:
         ValueError: If there are no images, or the layout does not fit. The message is a
@@ -159,11 +149,12 @@ def read_samples(
     if not listing.samples:
         part = "" if split is None else f" with split {split!r}"
         raise ValueError(f"there are no images in {path}{part}")
-    messages = [] if labels == "ignore" else [*listing.messages]
+    messages: list[str] = []
+    found: dict[Any, tuple[list[int], str]] = {}
     if labels == "ignore":
         samples = [item._replace(label=None, problem=None) for item in listing.samples]
-        found: dict[Any, tuple[list[int], str]] = {}
     else:
+        messages += listing.messages
         found = match_labels(listing, classes, messages, labels == "order")
         samples = [find_class(sample, found) for sample in listing.samples]
     samples.sort(key=lambda sample: sample.name)
@@ -219,16 +210,12 @@ def _choose(
 
 
 class Loaded(NamedTuple):
-    """An image ready for the network, or the `problem` that there is none.
+    """An image ready for the network, or the `problem` that there is none."""
 
-    The image is of shape (3, height, width); the mask, if there is one, is bool of shape
-    (height, width). The note is why there is no mask, although the sample lists one.
-    """
-
-    image: Optional[Tensor] = None
-    mask: Optional[Tensor] = None
+    image: Optional[Tensor] = None  # of shape (3, height, width)
+    mask: Optional[Tensor] = None  # bool of shape (height, width)
     problem: Optional[str] = None
-    note: Optional[str] = None
+    note: Optional[str] = None  # why there is no mask, although the sample lists one
 
 
 def stamp_of(sample: Sample) -> str:
@@ -243,21 +230,23 @@ def stamp_of(sample: Sample) -> str:
     return hashlib.sha256(repr(marks).encode()).hexdigest()[:16]
 
 
-def content_of(sample: Sample) -> Optional[str]:
-    """Hash of a sample's image, mask and boxes, `None` if there is no image to read."""
-    digest = hashlib.sha256(repr(sample.boxes).encode())
-    # a pipe would be waited for
-    if not sample.path.is_file():
-        return None
+def _read_file(path: Path) -> Optional[bytes]:
     try:
-        digest.update(sample.path.read_bytes())
+        # a pipe would be waited for
+        return path.read_bytes() if path.is_file() else None
     except OSError:
         return None
+
+
+def content_of(sample: Sample) -> Optional[str]:
+    """Hash of a sample's image, mask and boxes, `None` if there is no image to read."""
+    image, mask = _read_file(sample.path), None
+    if image is None:
+        return None
+    digest = hashlib.sha256(repr(sample.boxes).encode() + image)
     if sample.mask is not None:
-        try:
-            digest.update(b"mask" + sample.mask.read_bytes())
-        except OSError:
-            digest.update(b"no mask")
+        mask = _read_file(sample.mask)
+        digest.update(b"no mask" if mask is None else b"mask" + mask)
     return digest.hexdigest()[:16]
 
 
@@ -270,14 +259,11 @@ class Images(torch.utils.data.Dataset[Loaded]):
     gray values, it is the majority. In palettes with colors, all but black is inside.
     What is transparent is outside. Without a file, the mask is that of all boxes.
 
-    Masks and boxes belong to the image as it is stored, and are turned as the image by
-    the orientation in its EXIF data. The transform is applied to the mask as to a
-    photograph in black and white, and what is brighter than the mean of black and white
-    is inside: this resizes and crops the mask as the image, whatever the transform.
-
-    Nothing is raised for files which cannot be used, see :class:`Loaded`. The transform,
-    from an RGB image of PIL to a tensor of shape (3, height, width), has to treat equal
-    images equally, and to be picklable for workers that are spawned.
+    Masks and boxes belong to the image as it is stored, and are turned by the orientation
+    in its EXIF data. The transform (of RGB images, to tensors of shape (3, height,
+    width), picklable) resizes and crops the mask as a photograph in black and white:
+    what is brighter than their mean is inside. Nothing is raised for files which cannot
+    be used, see :class:`Loaded`.
     """
 
     def __init__(
@@ -335,12 +321,11 @@ class Images(torch.utils.data.Dataset[Loaded]):
         mask.getexif()[ExifTags.Base.Orientation] = orientation
         mask = ImageOps.exif_transpose(mask)
         if self._levels is None:
+            photos = (Image.new("RGB", (64, 64), name) for name in ("black", "white"))
+            plain = [self.transform(photo) for photo in photos]
             # in the middle, so that padding does not matter
-            black, white = (
-                values[:, values.shape[1] // 2, values.shape[2] // 2, None, None]
-                for color in ("black", "white")
-                for values in [self.transform(Image.new("RGB", (64, 64), color))]
-            )
+            row, column = plain[0].shape[1] // 2, plain[0].shape[2] // 2
+            black, white = (values[:, row, column, None, None] for values in plain)
             self._levels = (black + white) / 2, white - black
         middle, contrast = self._levels
         return ((self.transform(mask) - middle) * contrast).sum(0) > 0
@@ -350,12 +335,11 @@ def _check_boxes(boxes: Sequence[Box], size: tuple[int, int]) -> None:
     """Refuse boxes that are not of this image, but for a pixel by another counting."""
     for box in boxes:
         what = f"the box ({', '.join(f'{number:g}' for number in box)}) is"
-        if box[2] <= box[0] or box[3] <= box[1]:
+        if is_turned(box):
             raise ValueError(f"{what} not of left, top, right and bottom")
         if is_relative(box) and max(size) > 1:
             raise ValueError(f"{what} relative, or of one pixel: give pixels from 0 on")
-        low, high = min(box[:2]), (box[2] - size[0], box[3] - size[1])
-        if low < -1 or max(high) > 1:
+        if min(box[:2]) < -1 or max(box[2] - size[0], box[3] - size[1]) > 1:
             raise ValueError(
                 f"{what} outside of the image as stored, {size[0]} x {size[1]} pixels"
             )
@@ -375,12 +359,10 @@ def _read_mask(path: Path) -> NDArray[np.bool_]:
     if image.mode not in ("1", "L") and not image.mode.startswith(("I", "F")):
         image = image.convert("RGB")
     kind, values = image.mode, np.asarray(image)
-    if values.ndim == 3:
-        if palette and (values != values[..., :1]).any():
-            return np.any(values, axis=2)
-        values = values.max(2)
+    colored = values.ndim == 3 and palette and (values != values[..., :1]).any()
+    values = values.max(2) if values.ndim == 3 else values
     largest: Any = values.max()
-    if np.count_nonzero((values > 0) & (values < largest)) == 0:
+    if colored or not ((values > 0) & (values < largest)).any():
         return values > 0
     # these modes do not say how bright white is
     limit = 255.0

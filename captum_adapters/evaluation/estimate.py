@@ -92,9 +92,7 @@ class Estimate:
         others = {name: (counters[name], adapt) for name, (adapt, _) in self.others.items()}
         settings = settings._replace(others=others)
         with torch.no_grad():
-            rest = self._seconds(
-                lambda: measure(names, network, batch, maps, settings, *sums)
-            )
+            rest = self._seconds(lambda: measure(names, network, batch, maps, settings, *sums))
         counted = network.count * self.passes
         counted += sum(counters[name].count * cost for name, (_, cost) in self.others.items())
         return seconds, further + rest + counted

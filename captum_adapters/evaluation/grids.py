@@ -6,8 +6,9 @@ data set, so a mosaic is the same whichever process makes it.
 """
 
 import hashlib
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import count
 from random import Random
 
 import torch
@@ -43,13 +44,9 @@ class Grids:
         self.labels: list[int] = []
         order = [row for row, sample in enumerate(samples) if sample.label is not None]
         order.sort(key=lambda row: hashlib.sha256(samples[row].name.encode()).digest())
-        turns: Counter[int] = Counter()
-        ranks = {}
-        for row in order:
-            label = samples[row].label
-            ranks[row] = turns[label]
-            turns[label] += 1
         # classes take turns
+        turns: defaultdict[int, count[int]] = defaultdict(count)
+        ranks = {row: next(turns[samples[row].label]) for row in order}
         for row in sorted(order, key=ranks.__getitem__)[:LARGEST_SEARCH]:
             image, label = images[row].image, samples[row].label
             if image is None:
@@ -65,23 +62,20 @@ class Grids:
     @property
     def problem(self) -> str:
         """Why there are no mosaics, empty if there are."""
-        count, needed = len(set(self.labels)), CELLS**2
-        if count >= needed:
+        there, needed = len(set(self.labels)), CELLS**2
+        if there >= needed:
             return ""
         return (
             f"grid_pointing needs correctly classified images of {needed} classes with"
-            f" a probability of at least {CONFIDENCE}, but there are {count}"
+            f" a probability of at least {CONFIDENCE}, but there are {there}"
             f" (among up to {LARGEST_SEARCH} images)"
         )
 
     def make(
         self, names: Sequence[str], images: Tensor, labels: Tensor, output: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Mosaics of the size of an image, and classes of their cells.
-
-        The shapes are (batch, channels, height, width) and (batch, n, n). Classes are
-        -1 for images that are not fit.
-        """
+        """Mosaics of the size of an image, and classes of their cells, of shape (batch, n,
+        n), which are -1 for images that are not fit."""
         cells = labels.new_full((len(images), CELLS, CELLS), -1)
         mosaics = torch.zeros_like(images)
         fit = confident(output, labels)

@@ -3,7 +3,7 @@
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 from xml.etree import ElementTree
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 Box = tuple[float, float, float, float]
 
-SUFFIXES = {*IMG_EXTENSIONS, ".gif", ".pnm"}
+SUFFIXES = (*IMG_EXTENSIONS, ".gif", ".pnm")
 MANIFESTS = ("manifest.csv", "labels.csv")
 CORNERS = ("x0", "y0", "x1", "y1")
 SPLITS = {"train", "val", "valid", "validation", "test"}
 WNID = re.compile(r"n\d{8}")
 ILSVRC = re.compile(r"ILSVRC2012_val_\d{8}\.JPEG", re.IGNORECASE)
-KITS = ("", "ILSVRC2012_devkit_t12/")
+KITS = ("", "data/", "ILSVRC2012_devkit_t12/", "ILSVRC2012_devkit_t12/data/")
 CUB_FILES = ("images", "image_class_labels", "train_test_split", "classes")
 
 
@@ -53,16 +53,12 @@ class Sample(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """What a layout has, before labels become classes of the network.
-
-    `order` are labels in the order of the classes, used if they match none by name;
-    `numbers` are indices of classes by label.
-    """
+    """What a layout has, before labels become classes of the network."""
 
     root: Path
     samples: list[Sample]
-    order: Sequence[str] = ()
-    numbers: Mapping[str, int] = {}
+    order: Sequence[str] = ()  # of labels as of classes, if they match none by name
+    numbers: Mapping[str, int] = {}  # indices of classes by label
     messages: Sequence[str] = ()
 
 
@@ -89,12 +85,13 @@ def _read_folder(root: Path, split: Optional[str], classes: Sequence[str]) -> Li
         raise ValueError(
             f"{root} has the folders {', '.join(tops)}: choose one of them as the split"
         )
-    samples = []
-    for image in _walk(folder):
-        parts = image.relative_to(folder).parts
-        label = parts[0] if len(parts) > 1 else None
-        samples.append(Sample(_name(image, root), image, label))
+    samples = [Sample(_name(path, root), path, _top(path, folder)) for path in _walk(folder)]
     return Listing(root, samples, tops, _numbers(root, classes, tops))
+
+
+def _top(image: Path, folder: Path) -> Optional[str]:
+    """Name of the top folder that an image is in, `None` if it is in none."""
+    return next(iter(image.relative_to(folder).parts[:-1]), None)
 
 
 def _read_csv(root: Path, split: Optional[str], classes: Sequence[str]) -> Listing:
@@ -110,27 +107,26 @@ def _read_csv(root: Path, split: Optional[str], classes: Sequence[str]) -> Listi
             raise ValueError(f"{file} has no column 'split' to choose {split!r} from")
         table = table[table["split"] == split]
     rows = table.to_dict("records")
-    label_of, messages = _row_labels({*table}, rows, classes)
+    row_labels, messages = _row_labels({*table}, rows, classes)
     samples: dict[str, Sample] = {}
-    for row in rows:
+    for row, label in zip(rows, row_labels):
         path = root / row["image"]
         mask = root / row["mask"] if row.get("mask") else None
-        sample = Sample(_name(path, root), path, label_of(row), mask, _row_boxes(row))
+        sample = Sample(_name(path, root), path, label, mask, _row_boxes(row))
         samples[sample.name] = _merge(samples.get(sample.name, sample), sample)
     beside = root / "boxes.csv"
     if beside.is_file() and beside != file:
         for row in _table(beside, boxes=True).to_dict("records"):
-            name = _name(root / row["image"], root)
-            if name in samples:
-                boxes = (*samples[name].boxes, *_row_boxes(row))
-                samples[name] = samples[name]._replace(boxes=boxes)
+            known = samples.get(_name(root / row["image"], root))
+            if known is not None:
+                samples[known.name] = known._replace(boxes=(*known.boxes, *_row_boxes(row)))
     boxed = [sample for sample in samples.values() if sample.boxes]
     if boxed and all(is_relative(box) for sample in boxed for box in sample.boxes):
         raise ValueError(
             f"{file}: the box {boxed[0].boxes[0]} of {boxed[0].name} and all others are"
             " relative, where pixels of the image as stored are expected"
         )
-    turned = [item for item in boxed if any(_is_turned(box) for box in item.boxes)]
+    turned = [sample for sample in boxed if any(map(is_turned, sample.boxes))]
     if len(turned) > len(boxed) / 2:
         raise ValueError(
             f"{file}: the box {turned[0].boxes[0]} of {turned[0].name} and most others are"
@@ -188,7 +184,8 @@ def _row_boxes(row: Mapping[str, str]) -> tuple[Box, ...]:
     return ((x0, y0, x1, y1),)
 
 
-def _is_turned(box: Box) -> bool:
+def is_turned(box: Box) -> bool:
+    """Whether a box is not of left, top, right and bottom."""
     return box[2] <= box[0] or box[3] <= box[1]
 
 
@@ -199,8 +196,8 @@ def is_relative(box: Box) -> bool:
 
 def _row_labels(
     columns: set[str], rows: Sequence[Mapping[str, str]], classes: Sequence[str]
-) -> tuple[Callable[[Mapping[str, str]], Union[int, str, None]], list[str]]:
-    """Function for the label of a row, as an index or a text, and messages."""
+) -> tuple[list[Union[int, str, None]], list[str]]:
+    """The label of each row, as an index or a text, and messages."""
     messages = []
     known = {"label", "wnid", "class_index", "imagenet_index"} & columns
     if not known:
@@ -227,16 +224,16 @@ def _row_labels(
                 f" {len(classes)}: it is not used"
             )
 
-    def label_of(row: Mapping[str, str]) -> Union[int, str, None]:
+    labels: list[Union[int, str, None]] = []
+    for row in rows:
         number = to_number(row[index]) if index else None
-        if index and number is not None:
-            return number if 0 <= number < len(classes) else f"{index} {number}"
-        text = row.get("label") or row.get("wnid")
         # what is given, but cannot be used, has to become a problem
-        given = (f"{key} {row[key]}" for key in sorted(known) if row[key])
-        return text or next(given, None)
-
-    return label_of, messages
+        given = [f"{key} {row[key]}" for key in sorted(known) if row[key]]
+        if number is None:
+            labels.append(row.get("label") or row.get("wnid") or next(iter(given), None))
+        else:
+            labels.append(number if 0 <= number < len(classes) else f"{index} {number}")
+    return labels, messages
 
 
 def _merge(first: Sample, other: Sample) -> Sample:
@@ -267,25 +264,24 @@ def _read_imagenet(root: Path, split: Optional[str], classes: Sequence[str]) -> 
     truth, annotations = _truth(root), find_annotations(root)
     messages = []
     paths = list(_walk(folder))
-    found: dict[str, str] = {}
+    found: dict[str, Optional[str]] = {}
     if order:
         paths = [path for path in paths if path.parent != folder]
-        found = {path.stem: path.relative_to(folder).parts[0] for path in paths}
+        found = {path.stem: _top(path, folder) for path in paths}
     else:
         paths = [path for path in paths if ILSVRC.fullmatch(path.name)]
         if truth is not None and classes:
             found = _ground_truth(truth, root)
         elif annotations is not None and classes:
-            labels = {path.stem: read_annotation(path, annotations)[0] for path in paths}
-            found = {name: wnid for name, wnid in labels.items() if wnid is not None}
-            order = sorted(set(found.values()))
+            found = {path.stem: read_annotation(path, annotations)[0] for path in paths}
+            order = sorted(filter(None, {*found.values()}))
         else:
             messages.append(
                 "there is neither a ground truth nor annotations near the images: the"
                 " labels are unknown"
             )
     samples = [Sample(_name(path, root), path, found.get(path.stem)) for path in paths]
-    numbers = _numbers(root, classes, (*order, *found.values()))
+    numbers = _numbers(root, classes, (*order, *filter(None, found.values())))
     return Listing(root, samples, order, numbers, messages)
 
 
@@ -309,12 +305,8 @@ def _near(root: Path, *names: str) -> Optional[Path]:
     return next((path for path in paths if path.exists()), None)
 
 
-def _devkit(root: Path, name: str) -> Optional[Path]:
-    return _near(root, *(f"{kit}{part}{name}" for kit in KITS for part in ("", "data/")))
-
-
 def _truth(root: Path) -> Optional[Path]:
-    return _devkit(root, "ILSVRC2012_validation_ground_truth.txt")
+    return _near(root, *(f"{kit}ILSVRC2012_validation_ground_truth.txt" for kit in KITS))
 
 
 def find_annotations(root: Path) -> Optional[Path]:
@@ -323,7 +315,7 @@ def find_annotations(root: Path) -> Optional[Path]:
 
 def _meta(root: Path) -> Optional[dict[int, str]]:
     """The wnid of each ILSVRC id from the development kit, if it is there."""
-    file = _devkit(root, "meta.mat")
+    file = _near(root, *(f"{kit}meta.mat" for kit in KITS))
     if file is None:
         return None
     try:
@@ -349,33 +341,27 @@ def _numbers(
         return {}
     if len(labels) == 1000:
         return dict(zip(sorted(labels), range(1000)))
-    meta = _meta(root)
-    wnids = set() if meta is None else set(meta.values())
-    file = _near(root, "LOC_synset_mapping.txt", "synset_words.txt")
+    meta, file = _meta(root), _near(root, "LOC_synset_mapping.txt", "synset_words.txt")
+    wnids = {*meta.values()} if meta else set()
     if meta is None and file is not None:
         lines = file.read_text(encoding="utf-8").splitlines()
         wnids = {line.split()[0] for line in lines if line.strip()}
     return dict(zip(sorted(wnids), range(1000))) if len(wnids) == 1000 else {}
 
 
-def _ground_truth(file: Path, root: Path) -> dict[str, str]:
+def _ground_truth(file: Path, root: Path) -> dict[str, Optional[str]]:
     """The wnid of each image by its name without suffix."""
     meta = _meta(root)
     if meta is None:
         raise ValueError(f"there is no meta.mat of the development kit beside {file}")
     try:
-        numbers = map(int, file.read_text(encoding="utf-8").split())
-        return {
-            f"ILSVRC2012_val_{num:08d}": meta[number]
-            for num, number in enumerate(numbers, 1)
-        }
+        numbers = enumerate(map(int, file.read_text(encoding="utf-8").split()), 1)
+        return {f"ILSVRC2012_val_{image:08d}": meta[number] for image, number in numbers}
     except (ValueError, KeyError) as error:
         raise ValueError(f"{file} does not fit meta.mat ({error})") from error
 
 
-def read_annotation(
-    image: Path, folder: Path
-) -> tuple[Optional[str], tuple[Box, ...]]:
+def read_annotation(image: Path, folder: Path) -> tuple[Optional[str], tuple[Box, ...]]:
     """Wnid and boxes of an image's annotation, none if it cannot be read."""
     corners = ("xmin", "ymin", "xmax", "ymax")
     try:
@@ -412,21 +398,20 @@ def _read_cub(root: Path, split: Optional[str], classes: Sequence[str]) -> Listi
     masks = next((folder for folder in folders if folder.is_dir()), None)
     samples = []
     for key, file in images.items():
+        path = base / "images" / file
+        mask = None if masks is None else masks / Path(file).with_suffix(".png")
         try:
             if (train[key] == "1") != (split == "train"):
                 continue
-            label = names[numbers[key]]
-            box: tuple[Box, ...] = ()
+            sample = Sample(_name(path, root), path, names[numbers[key]], mask)
             if key in boxes:
                 x, y, width, height = map(float, boxes[key].split())
-                box = ((x, y, x + width, y + height),)
+                sample = sample._replace(boxes=((x, y, x + width, y + height),))
         except (KeyError, ValueError) as error:
             raise ValueError(
                 f"{base}: the tables do not fit for image {key} ({error})"
             ) from error
-        path = base / "images" / file
-        mask = None if masks is None else masks / Path(file).with_suffix(".png")
-        samples.append(Sample(_name(path, root), path, label, mask, box))
+        samples.append(sample)
     order = sorted(names, key=lambda key: (len(key), key))
     return Listing(root, samples, [names[key] for key in order])
 
@@ -442,18 +427,15 @@ def _pairs(file: Path) -> dict[str, str]:
 
 
 READERS = {
-    "folder": _read_folder,
-    "csv": _read_csv,
-    "imagenet": _read_imagenet,
-    "cub": _read_cub,
+    "folder": _read_folder, "csv": _read_csv, "imagenet": _read_imagenet, "cub": _read_cub,
 }
 
 
 def _visible(folder: Path) -> list["os.DirEntry[str]"]:
     """Entries of a folder by name, without hidden ones."""
     with os.scandir(folder) as entries:
-        found = [entry for entry in entries if not entry.name.startswith(".")]
-    return sorted(found, key=lambda entry: entry.name)
+        found = sorted(entries, key=lambda entry: entry.name)
+    return [entry for entry in found if not entry.name.startswith(".")]
 
 
 def _walk(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
@@ -465,7 +447,7 @@ def _walk(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
         path = folder / entry.name
         if entry.is_dir():
             yield from _walk(path, (*above, real))
-        elif path.suffix.lower() in SUFFIXES:
+        elif entry.name.lower().endswith(SUFFIXES):
             yield path
 
 

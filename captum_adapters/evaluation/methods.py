@@ -145,13 +145,11 @@ def _abn(
 
 
 class _Other(NamedTuple):
-    """How to make a method for a network, and the names of its options.
-
-    `passes` is about the number of forward passes for an image, if these are many.
-    """
+    """How to make a method for a network, and the names of its options."""
 
     create: Callable[..., Any]
     options: tuple[str, ...] = ()
+    # about the number of forward passes for an image, if these are many
     passes: Optional[Callable[..., int]] = None
 
 
@@ -182,10 +180,9 @@ OTHERS = {
 
 def _random(images: Tensor, names: Sequence[str], std: Tensor, seed: int = 0) -> Tensor:
     """Uniform noise, the same for a sample whatever the batch."""
-    maps = []
-    for name in names:
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
-        maps.append(torch.rand(images.shape[2:], generator=generator))
+    seeds = [zlib.crc32(f"{seed}:{name}".encode()) for name in names]
+    generators = [torch.Generator().manual_seed(number) for number in seeds]
+    maps = [torch.rand(images.shape[2:], generator=each) for each in generators]
     return torch.stack(maps).to(images.device)
 
 
@@ -197,7 +194,7 @@ def _constant(images: Tensor, names: Sequence[str], std: Tensor) -> Tensor:
 def _gaussian(
     images: Tensor, names: Sequence[str], std: Tensor, sigma: float = 0.25
 ) -> Tensor:
-    """A Gaussian in the centre, with a standard deviation in sides of the image."""
+    """A Gaussian in the centre, sigma being in sides of the image."""
     if not sigma > 0:
         raise ValueError(f"sigma={sigma} is not positive")
     rows, columns = (
@@ -216,10 +213,7 @@ def _sobel(images: Tensor, names: Sequence[str], std: Tensor) -> Tensor:
 
 
 CONTROLS: dict[str, Callable[..., Tensor]] = {
-    "random": _random,
-    "constant": _constant,
-    "gaussian": _gaussian,
-    "sobel": _sobel,
+    "random": _random, "constant": _constant, "gaussian": _gaussian, "sobel": _sobel,
 }
 
 
@@ -228,13 +222,13 @@ CONTROLS: dict[str, Callable[..., Tensor]] = {
 
 def find_entries() -> dict[str, grammar.Entry]:
     """All methods by name. Of those that Zennit has as well, Captum's are taken."""
-    others = {name: grammar.Entry("baseline", other.options) for name, other in OTHERS.items()}
-    found = {name: entry for name, entry in grammar.find_entries().items() if name not in others}
-    controls = {
-        name: grammar.Entry("control", tuple(inspect.signature(function).parameters)[3:])
-        for name, function in CONTROLS.items()
-    }
-    return {**found, **others, **controls}
+    found = {key: entry for key, entry in grammar.find_entries().items() if key not in OTHERS}
+    for name, other in OTHERS.items():
+        found[name] = grammar.Entry("baseline", other.options)
+    for name, function in CONTROLS.items():
+        options = tuple(inspect.signature(function).parameters)[3:]
+        found[name] = grammar.Entry("control", options)
+    return found
 
 
 # values of options that are True and False: records have one name, however they are spelled
@@ -245,8 +239,7 @@ SWITCHES = {"abs", "relu"}
 class Method(grammar.Method):
     """An attribution method, by a name such as `resnet_lrp_ratio+quantize8`.
 
-    See :class:`zennit_resnet.methods.Method` for the grammar and for what is raised.
-    The words `true` and `false` mean `True` and `False`.
+    See :class:`zennit_resnet.methods.Method`. `true` and `false` mean `True` and `False`.
     """
 
     def __init__(self, text: str) -> None:
@@ -262,11 +255,7 @@ class Method(grammar.Method):
         return find_entries()
 
     def create(self, context: Context) -> "Explainer":
-        """Make the method ready for a network.
-
-        Raises:
-            ValueError: If the method can not be used with the network, or needs a package.
-        """
+        """Make the method ready for a network; if that fails, it is a `ValueError`."""
         try:
             return Explainer(self, context)
         except ImportError as error:
@@ -274,14 +263,11 @@ class Method(grammar.Method):
 
 
 class Explainer:
-    """A method for a network, made by :meth:`Method.create`.
-
-    `network` is what is explained and has to be measured, if it is not the one of the
-    context.
-    """
+    """A method for a network, made by :meth:`Method.create`."""
 
     def __init__(self, method: Method, context: Context) -> None:
         self.method = method
+        # what is explained and has to be measured, if it is not that of the context
         self.network: Optional[Module] = None
         self._function: Function
         # for methods that distribute relevance
@@ -316,19 +302,13 @@ class Explainer:
     def __call__(
         self, images: Tensor, targets: Tensor, output: Tensor, names: Sequence[str]
     ) -> Tensor:
-        """Maps of shape (batch, height, width), which may not be finite.
-
-        Classes to explain are of shape (batch,). Random maps depend on the names.
-        """
+        """Maps of shape (batch, height, width), which may not be finite."""
         return self.process(self.attribute(images, targets, output, names).maps)
 
     def attribute(
         self, images: Tensor, targets: Tensor, output: Tensor, names: Sequence[str]
     ) -> Attributed:
-        """Compute maps before any post-processing, with the arguments of a call.
-
-        They are the same for all methods that only differ in their post-processing.
-        """
+        """Maps before any post-processing, the same for methods that only differ in it."""
         with warnings.catch_warnings():
             # that hooks are set and removed again, which is what is wanted
             warnings.filterwarnings("ignore", category=UserWarning, module="captum")
@@ -339,15 +319,13 @@ class Explainer:
                 initial = None
         if self.method.name == grammar.INPUT_X_GRADIENT:
             initial = initial_relevance(targets, "logit")(output)
-        total = None
-        if initial is not None:
-            total = attributions.double().flatten(1).sum(1)
-            initial = initial.double()
         maps = attributions.sum(1) if attributions.ndim == 4 else attributions
         size = images.shape[2:]
         if maps.shape[1:] != size:
             maps = F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
-        return Attributed(maps, total, initial)
+        if initial is None:
+            return Attributed(maps)
+        return Attributed(maps, attributions.double().flatten(1).sum(1), initial.double())
 
     def process(self, maps: Tensor) -> Tensor:
         """Post-process maps, of which those that are not finite stay as they are."""

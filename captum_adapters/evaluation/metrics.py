@@ -77,18 +77,17 @@ class MetricSettings(NamedTuple):
     # networks by name, with the function that makes their inputs
     others: Mapping[str, tuple[Forward, Callable[[Tensor], Tensor]]] = {}
 
-    def kept(self) -> dict[str, Any]:
-        """How images with only the top pixels are made, and go through a network."""
-        return {
-            "absolute": self.absolute,
-            "baselines": self.fill,
-            "max_examples_per_batch": self.forward_batch,
-        }
-
     @property
     def absolute(self) -> bool:
         """Whether the top pixels are those of the largest magnitude."""
         return self.rank_by == "magnitude"
+
+    def keep(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Call a function that makes images with only the top pixels."""
+        return function(
+            *args, absolute=self.absolute, baselines=self.fill,
+            max_examples_per_batch=self.forward_batch, **options,
+        )
 
 
 # -- insertion and deletion ------------------------------------------------------------
@@ -104,9 +103,7 @@ def _insertion_deletion(
 ) -> Scores:
     """Insertion and deletion by our protocol and the ratio paper's code, at once."""
     options: Any = {
-        "baselines": settings.fill,
-        "protocol": "keio",
-        "step": settings.step,
+        "baselines": settings.fill, "protocol": "keio", "step": settings.step,
         "max_examples_per_batch": settings.forward_batch,
     }
     result = insertion_deletion(
@@ -127,17 +124,13 @@ def _insertion_deletion(
         for area, name in zip(published, ("insertion", "deletion", "id_score")):
             area[other] = getattr(again, name)
     kept = ("tied_share", "distinct_levels", "score_full", "score_blank")
-    scores = {
-        **_area_scores(result),
-        **_area_scores(published, "_keio"),
-        **{name: getattr(result, name) for name in kept},
-    }
+    scores = {name: getattr(result, name) for name in kept}
     curves = {
         "fractions": result.fractions,
         "insertion": result.insertion_curve,
         "deletion": result.deletion_curve,
     }
-    return scores, curves
+    return {**_area_scores(result), **_area_scores(published, "_keio"), **scores}, curves
 
 
 def _published(
@@ -147,13 +140,8 @@ def _published(
     # RISE deletes to 0 after normalization, in steps of its own
     own: dict[str, Any] = {"baselines": settings.fill, "step": settings.step}
     result = insertion_deletion(
-        forward,
-        batch.images,
-        maps,
-        target=batch.published,
-        protocol=protocol,
-        max_examples_per_batch=settings.forward_batch,
-        **({} if protocol == "rise" else own),
+        forward, batch.images, maps, target=batch.published, protocol=protocol,
+        max_examples_per_batch=settings.forward_batch, **({} if protocol == "rise" else own),
     )
     return _area_scores(result, f"_{protocol}"), {}
 
@@ -175,8 +163,8 @@ def _accuracy(
     forward: Forward, batch: Batch, maps: Tensor, settings: MetricSettings
 ) -> Scores:
     """Accuracy with the top p % of pixels."""
-    result = pixel_accuracy(
-        forward, batch.images, maps, settings.percents, batch.scored, **settings.kept()
+    result = settings.keep(
+        pixel_accuracy, forward, batch.images, maps, settings.percents, batch.scored
     )
     accuracy = result.accuracy
     return _top(settings, result, {"accuracy": accuracy.mean(1)}, {"accuracy": accuracy})
@@ -184,11 +172,11 @@ def _accuracy(
 
 def _cross(forward: Forward, batch: Batch, maps: Tensor, settings: MetricSettings) -> Scores:
     """Accuracy of other networks with the top p % of pixels."""
-    options: Any = {"reference": "prediction", **settings.kept()}
     curves: dict[str, Tensor] = {}
     for name, (other, transform) in settings.others.items():
-        result = cross_model_accuracy(
-            other, batch.images, maps, settings.percents, transform=transform, **options
+        result = settings.keep(
+            cross_model_accuracy, other, batch.images, maps, settings.percents,
+            transform=transform, reference="prediction",
         )
         curves[f"cross_accuracy:{name}"] = result.accuracy
     scores = {"cross_accuracy": torch.stack([*curves.values()]).mean((0, 2))}
@@ -206,9 +194,8 @@ def _pointing(
         "pointing_chance": result.chance.where(~result.empty, math.nan),
     }
     ceiling = result.ceiling.masked_fill(result.empty[:, None], math.nan)
-    return _top(
-        settings, result, scores, {"pointing": result.share, "pointing_ceiling": ceiling}
-    )
+    curves = {"pointing": result.share, "pointing_ceiling": ceiling}
+    return _top(settings, result, scores, curves)
 
 
 def _distance(
@@ -225,12 +212,10 @@ def _attention(
     forward: Forward, batch: Batch, maps: Tensor, settings: MetricSettings
 ) -> Scores:
     """Types of errors of what is attended."""
-    result = attention_errors(maps, batch.masks)._asdict()
-    missing = result["coverage"].isnan()
-    return {
-        f"attention_{name}": value.double().masked_fill(missing, math.nan)
-        for name, value in result.items()
-    }, {}
+    result = attention_errors(maps, batch.masks)
+    scores = {f"attention_{name}": value.double() for name, value in result._asdict().items()}
+    missing = result.coverage.isnan()
+    return {name: value.masked_fill(missing, math.nan) for name, value in scores.items()}, {}
 
 
 # -- evidence for a class --------------------------------------------------------------
@@ -265,10 +250,8 @@ def _sensitivity(
     rivals = batch.output.scatter(1, batch.targets[:, None], -math.inf).argmax(1)
     others, finite = _explain(settings, batch.images, rivals, batch)
     result = class_sensitivity(maps, others)
-    return {
-        f"class_{name}": getattr(result, name).where(finite, math.nan)
-        for name in ("pearson", "ssim")
-    }, {}
+    similar = {"class_pearson": result.pearson, "class_ssim": result.ssim}
+    return {name: value.where(finite, math.nan) for name, value in similar.items()}, {}
 
 
 def _grid(forward: Forward, batch: Batch, maps: Tensor, settings: MetricSettings) -> Scores:
@@ -327,12 +310,10 @@ def measure(
     settings: MetricSettings, relevance: Optional[Tensor] = None,
     initial: Optional[Tensor] = None,
 ) -> tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.float32]]]:
-    """Measure finite maps of shape (batch, height, width).
+    """Measure finite maps of shape (batch, height, width), see :data:`Scores`.
 
     `relevance` of shape (batch,) is the sum of relevance before any post-processing, and
-    `initial` of shape (batch, classes) what it started from, for methods that conserve
-    it. Returned are arrays of shape (batch,) by column, and of shape (batch, points) by
-    the name of a curve.
+    `initial` of shape (batch, classes) what it started from, for methods that conserve it.
     """
     values: dict[str, Tensor] = {}
     curves: dict[str, Tensor] = {}
@@ -364,18 +345,14 @@ def measure(
 # -- other networks --------------------------------------------------------------------
 
 
-def load_other(text: str) -> tuple[str, Classifier]:
-    """Load another network `NAME=WEIGHTS` or `embedded`, and what it is called.
-
-    Raises:
-        ValueError: If it can not be loaded.
-    """
+def load_other(text: str) -> Classifier:
+    """Load another network `NAME=WEIGHTS` or `embedded`."""
     if text == "embedded":
-        return text, load_classifier()
+        return load_classifier()
     name, _, weights = text.partition("=")
     if not weights:
         raise ValueError(f"{text!r} is not of the form NAME=WEIGHTS, such as vgg16=DEFAULT")
-    return name, load_classifier(name, weights)
+    return load_classifier(name, weights)
 
 
 def adapt(source: Classifier, target: Classifier) -> Callable[[Tensor], Tensor]:
@@ -383,10 +360,8 @@ def adapt(source: Classifier, target: Classifier) -> Callable[[Tensor], Tensor]:
     size = input_size(target)
 
     def transform(images: Tensor) -> Tensor:
-        mean, std, other_mean, other_std = (
-            value.to(images)
-            for value in (source.mean, source.std, target.mean, target.std)
-        )
+        values = source.mean, source.std, target.mean, target.std
+        mean, std, other_mean, other_std = (value.to(images) for value in values)
         if list(images.shape[-2:]) != size:
             images = functional.resize(images, size, antialias=True)
         if torch.equal(mean, other_mean) and torch.equal(std, other_std):

@@ -20,22 +20,15 @@ def base_of(text: str) -> str:
 
 
 def kind_of(text: str) -> str:
-    """`"ours"`, `"baseline"` or `"control"`, also of a method that is not there now.
-
-    A composite of others is ours with our splitting.
-    """
+    """`"ours"`, `"baseline"` or `"control"`, also of a method that is not there now."""
     base, suffixes = base_of(text), text.split("+")[1:]
     if base in CONTROLS:
         return "control"
+    # a composite of others is ours with our splitting
     split = base not in OTHERS and bool({"ratio", "symmetric"} & {*suffixes})
     return "ours" if split or base in OWN else "baseline"
 
 
 def stands_for(text: str, name: str) -> bool:
-    """Whether a method is meant by a name, such as `rise:n_masks=1000` by `rise`.
-
-    They are equal, or the method is one of others with any options but no suffix.
-    """
-    return text == name or (
-        name in OTHERS and "+" not in text and base_of(text) == name
-    )
+    """Whether a method is meant by a name: methods of others have any options, no suffix."""
+    return text == name or (name in OTHERS and "+" not in text and base_of(text) == name)

@@ -38,31 +38,20 @@ def _areas(title: str, about: str, rows: dict[str, tuple[Any, ...]]) -> Preset:
         " the label, from black images; our protocol measures that of the explained"
         f" class. {about}"
     )
-    return Preset(
-        title,
-        about,
-        {method: row[0] for method, row in rows.items()},
-        ("insertion_deletion", "conservation"),
-        {"published": "label", "initial": "softmax"},
-        {method: dict(zip(AREAS, row[1:])) for method, row in rows.items() if row[1:]},
-        AREAS,
-    )
+    names = {method: row[0] for method, row in rows.items()}
+    printed = {method: dict(zip(AREAS, row[1:])) for method, row in rows.items() if row[1:]}
+    options = {"published": "label", "initial": "softmax"}
+    metrics = ("insertion_deletion", "conservation")
+    return Preset(title, about, names, metrics, options, printed, AREAS)
 
 
-def _pixels(
-    title: str, about: str, rows: dict[str, str], columns: tuple[str, ...]
-) -> Preset:
+def _pixels(title: str, about: str, rows: dict[str, str], *columns: str) -> Preset:
     """A figure of the most relevant pixels, of which the paper prints curves only."""
-    return Preset(
-        f"R-LRP (Nyiri & Gibaru), {title}",
-        "Pixels are ranked by the magnitude of the sum over channels, as in the paper."
-        f" {about}",
-        rows,
-        tuple(name.removesuffix("_accuracy") for name in columns),
-        {"rank_by": "magnitude", "initial": "one"},
-        {},
-        columns,
-    )
+    title = f"R-LRP (Nyiri & Gibaru), {title}"
+    ranked = "Pixels are ranked by the magnitude of the sum over channels, as in the paper."
+    metrics = tuple(name.removesuffix("_accuracy") for name in columns)
+    options = {"rank_by": "magnitude", "initial": "one"}
+    return Preset(title, f"{ranked} {about}", rows, metrics, options, {}, columns)
 
 
 CLASSIC = {
@@ -155,35 +144,30 @@ PRESETS: dict[str, Preset] = {
         "Figure 19: VGG-16 and VGG-19",
         "The paper has VGG networks: choose --model vgg16 or vgg19. It prints curves, and"
         " no figures.",
-        CLASSIC,
-        ("accuracy",),
+        CLASSIC, "accuracy",
     ),
     "r-lrp-fig21": _pixels(
         "Figure 21: ResNet-50",
         "The paper prints curves, and no figures; LRP-ε and LRP-γ are left out there, as"
         " they overflow or are bad.",
-        CLASSIC,
-        ("accuracy",),
+        CLASSIC, "accuracy",
     ),
     "r-lrp-fig22": _pixels(
         "Figure 22: across networks",
         "Other networks are named by --cross NAME=WEIGHTS, and run once for each network"
         " whose pixels are given to others.",
-        {"relative_lrp": "R-LRP", RATIO: OTHER},
-        ("accuracy", "cross_accuracy"),
+        {"relative_lrp": "R-LRP", RATIO: OTHER}, "accuracy", "cross_accuracy",
     ),
     "r-lrp-fig25": _pixels(
         "Figure 25: pointing game, ResNet-50",
         f"{CLASSES}. Masks are needed; without labels that the network has, add --labels"
         " ignore.",
-        CLASSIC,
-        ("pointing",),
+        CLASSIC, "pointing",
     ),
     "r-lrp-fig28": _pixels(
         "Figure 28: distance to the mask, ResNet-50",
         f"{CLASSES}, with distances normalized in a way that it does not state: here by"
         " the diagonal. Masks are needed.",
-        CLASSIC,
-        ("distance",),
+        CLASSIC, "distance",
     ),
 }

@@ -37,14 +37,12 @@ class SampleRecord(NamedTuple):
     Attributes:
 
         sample (str): Its name, which is its path relative to the data.
-        label (int or None): Index of its class.
-        target (int or None): Index of the class that is explained.
-        prediction (int or None): Index of the class that is predicted.
+        label, target, prediction (int or None): Indices of its class, and of the classes
+                that are explained and predicted.
         probability (float or None): Probability of the explained class.
         problem (str or None): Why it is left out. Then there are no records of it.
         notes (tuple[str]): What could not be used of it, such as its mask.
-        picture (bytes or None): What the network sees, as a JPEG of 112 x 112 pixels or
-                less.
+        picture (bytes or None): What the network sees, a JPEG of at most 112 x 112 pixels.
         content (str or None): Hash of the bytes of its image and mask, and of its boxes.
     """
 
@@ -80,10 +78,10 @@ class Run(NamedTuple):
                 `classes` of :class:`captum_adapters.evaluation.Samples`.
         samples (dict): :class:`SampleRecord` by name, in order.
         records (DataFrame): `problem` (why nothing was measured), `seconds`,
-                `metric_seconds` and scores, indexed by `sample` and `method`, in
-                order. NaN where a score is not defined, such as without a mask.
+                `metric_seconds` and scores, indexed by `sample` and `method`, in order.
+                NaN where a score is not defined, such as without a mask.
         curves (DataFrame): Arrays of shape (points,) by name, with the same index.
-        heatmaps (Series): Small maps, with the same index. `None` where there is none.
+        heatmaps (Series): Small maps or `None`, with the same index.
         messages (list[str]): What is wrong with the files.
     """
 
@@ -113,11 +111,7 @@ def union(names: Iterable[Iterable[str]]) -> list[str]:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Settings of a run.
-
-    Raises:
-        RunError: If there are none, or they are of an earlier version.
-    """
+    """Settings of a run. Without any, or of an earlier version, it is a `RunError`."""
     path = Path(folder) / SETTINGS
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -203,26 +197,16 @@ def accuracy(run: Run) -> tuple[int, int]:
 
     Samples that are left out do not count.
     """
-    known = [
-        sample
-        for sample in run.samples.values()
-        if sample.problem is None and sample.label is not None
-    ]
-    return sum(sample.prediction == sample.label for sample in known), len(known)
+    samples = [each for each in run.samples.values() if each.problem is None]
+    right = [each.prediction == each.label for each in samples if each.label is not None]
+    return sum(right), len(right)
 
 
 def read_run(folder: Path) -> Run:
-    """Read the records of a run, whichever processes wrote them.
+    """Read the records of a run, whichever processes wrote them, or still do.
 
-    Args:
-
-        folder (Path): The folder of the run. It may still be written to.
-
-    Returns:
-        Run: The records, sorted by sample and method, each once.
-
-    Raises:
-        RunError: If the folder holds no run.
+    They are sorted by sample and method, each once. It is a :class:`RunError` if the
+    folder holds no run.
     """
     folder = Path(folder)
     settings = read_settings(folder)

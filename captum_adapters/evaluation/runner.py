@@ -62,13 +62,12 @@ class Process(NamedTuple):
     @classmethod
     def current(cls) -> "Process":
         """Read the environment that torchrun, or the user, has set."""
-        values = []
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
-            text = os.environ.get(name, str(default))
+        defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        texts = {name: os.environ.get(name, text) for name, text in defaults.items()}
+        for name, text in texts.items():
             if not text.isdecimal():
                 raise RunError(f"{name}={text!r} in the environment is not a number")
-            values.append(int(text))
-        rank, world, local_rank = values
+        rank, world, local_rank = map(int, texts.values())
         if rank >= world:
             raise RunError(f"RANK={rank} does not fit WORLD_SIZE={world}")
         launched = "TORCHELASTIC_RUN_ID" in os.environ
@@ -81,27 +80,16 @@ class Process(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """What remains to be done.
+    """What remains to be done."""
 
-    Attributes:
-
-        total (int): Number of records of all samples and methods.
-        done (int): Number of those that there are, or that are left out.
-        seconds (float): Estimated time for the rest by one process.
-        skipped (int): Number of samples that are left out.
-    """
-
-    total: int
-    done: int
-    seconds: float
-    skipped: int
+    total: int  # number of records of all samples and methods
+    done: int  # number of those that there are, or that are left out
+    seconds: float  # estimated time for the rest by one process
+    skipped: int  # number of samples that are left out
 
 
 def evaluate(
-    evaluation: Evaluation,
-    *,
-    process: Optional[Process] = None,
-    quiet: bool = False,
+    evaluation: Evaluation, *, process: Optional[Process] = None, quiet: bool = False,
     dry_run: bool = False,
 ) -> Progress:
     """Evaluate methods on a data set.
@@ -118,8 +106,7 @@ def evaluate(
                 is written then.
 
     Returns:
-        Progress: What remains to be done, which is nothing after an evaluation by a
-        single process.
+        Progress: What remains, which is nothing after an evaluation by a single process.
 
     Raises:
         RunError: If the folder holds another run, or can not be written.
@@ -142,11 +129,10 @@ def _read(images: Images, rows: Sequence[int]) -> list[_Item]:
     """Read samples. Stamps are taken before, so that a later change is found."""
     items = []
     for row in rows:
-        sample = images.samples[row]
-        stamp, loaded = stamp_of(sample), images[row]
-        content = None if loaded.image is None else content_of(sample)
-        if content is None and loaded.image is not None:
-            loaded = Loaded(problem="the image is missing")
+        stamp, loaded, content = stamp_of(images.samples[row]), images[row], None
+        if loaded.image is not None:
+            content = content_of(images.samples[row])
+            loaded = Loaded(problem="the image is missing") if content is None else loaded
         items.append(_Item(loaded, stamp, content))
     return items
 
@@ -159,11 +145,6 @@ class _State(NamedTuple):
     unread: list[int]  # numbers of those that may be readable now
     changed: list[int]  # numbers of samples with other files or labels now
     missing: list[Method]  # those that are not evaluated on it
-
-    @property
-    def todo(self) -> bool:
-        """Whether there is anything to compute."""
-        return not self.known or bool(self.missing or self.unread or self.changed)
 
 
 class Loop:
@@ -186,15 +167,15 @@ class Loop:
         options: Any = {key: getattr(evaluation, key) for key in keys}
         data = read_samples(evaluation.data, self.classifier.classes, **options)
         check_labels(evaluation, data)
-        for message in (*data.messages, check_masks(evaluation, data)):
-            if message is not None:
-                self.say(message)
-        self._use(data.samples)
+        for message in filter(None, (*data.messages, check_masks(evaluation, data))):
+            self.say(message)
+        self.images = Images(data.samples, self.classifier.transform)
         self.settings = describe(evaluation, self.classifier, data, size, self.device.type)
 
-    def _use(self, samples: Sequence[Sample]) -> None:
-        self.samples = samples
-        self.images = Images(samples, self.classifier.transform)
+    @property
+    def samples(self) -> Sequence[Sample]:
+        """Samples, once the folder is open in the order of its batches."""
+        return self.images.samples
 
     def say(self, text: str) -> None:
         """Print a line beside the progress bar."""
@@ -217,7 +198,7 @@ class Loop:
         """Open the folder, and put samples in the order of its batches."""
         by_name = {sample.name: sample for sample in self.samples}
         self.store = Store(Path(self.evaluation.out), self.settings, [*by_name], write)
-        self._use([by_name[name] for name in chain(*self.store.batches)])
+        self.images.samples = [by_name[name] for name in chain(*self.store.batches)]
         numbers = iter(range(len(by_name)))
         self.batches = [[*islice(numbers, len(batch))] for batch in self.store.batches]
 
@@ -264,14 +245,14 @@ class Loop:
 
     def _count(self, states: Iterable[Optional[_State]], seconds: float = 0.0) -> Progress:
         """What remains of the whole run, where batches without state are computed again."""
+        total = len(self.methods)
         done = skipped = 0
         for numbers, state in zip(self.batches, states):
             if state is not None:
                 skipped += state.left_out
-                done += state.left_out * len(self.methods)
-                present = len(self.methods) - len(state.missing)
-                done += (len(numbers) - state.left_out) * present
-        return Progress(len(self.samples) * len(self.methods), done, seconds, skipped)
+                images = len(numbers) - state.left_out
+                done += state.left_out * total + images * (total - len(state.missing))
+        return Progress(len(self.samples) * total, done, seconds, skipped)
 
     def estimate(self) -> Progress:
         """What remains, and how long it takes, without writing anything."""
@@ -299,8 +280,7 @@ class Loop:
             first, second = known[method] or (0.0, 0.0)
             seconds += rest[method] * (first + second)
             groups[method.attribution].append((rest[method], first))
-        for members in groups.values():
-            counts, times = zip(*members)
+        for counts, times in (zip(*members) for members in groups.values()):
             seconds -= (sum(counts) - max(counts)) * min(times)
         return self._count(states, seconds)
 
@@ -325,16 +305,21 @@ class Loop:
         batches = range(len(self.batches))
         mine = batches[self.process.rank :: self.process.world]
         states = self._look_at_all(mine)
-        todo = [batch for batch, state in states.items() if state.todo]
+        # those whose samples are known, and as they were
+        settled = {
+            batch: state.missing
+            for batch, state in states.items()
+            if state.known and not state.changed and not state.unread
+        }
+        todo = [batch for batch in mine if settled.get(batch, self.methods)]
         if todo:
             computation = computation or self.prepare()
             for method in self.methods:
                 if any(self.store.has(batch, method.text) for batch in batches):
                     computation.worked.add(method.text)
             done = sum(
-                len(self.batches[batch]) * (len(self.methods) - len(state.missing))
-                for batch, state in states.items()
-                if state.known and not state.changed and not state.unread
+                len(self.batches[batch]) * (len(self.methods) - len(missing))
+                for batch, missing in settled.items()
             )
             loader: Any = DataLoader(
                 range(len(self.samples)),  # type: ignore[arg-type]
@@ -351,18 +336,13 @@ class Loop:
     def _bar(self, images: int, done: int) -> "tqdm[Any]":
         """Progress bar, or plain lines if there is no terminal."""
         others = f" by 1 of {self.process.world}" if self.process.world > 1 else ""
-        terminal = sys.stderr.isatty()
-        return (tqdm if terminal else _Lines)(
-            total=images * len(self.methods),
-            initial=done,
-            unit="map",
-            desc=f"maps{others}",
-            disable=self.quiet,
-            mininterval=0.1 if terminal else LINE_SECONDS,
-            maxinterval=10.0 if terminal else 600.0,
-            ascii=None if terminal else True,
-            smoothing=0.05,
-        )
+        options: Any = {
+            "total": images * len(self.methods), "initial": done, "unit": "map",
+            "desc": f"maps{others}", "disable": self.quiet, "smoothing": 0.05,
+        }
+        if sys.stderr.isatty():
+            return tqdm(**options)
+        return _Lines(**options, mininterval=LINE_SECONDS, maxinterval=600.0, ascii=True)
 
     def _evaluate(
         self, computation: Computation, batch: int, items: Sequence[_Item], bar: "tqdm[Any]"
@@ -407,19 +387,20 @@ class Loop:
         images: Optional[Batch],
     ) -> list[SampleRecord]:
         """What is known about the samples of a batch."""
-        options = self.evaluation
-        labelled = "label" in (getattr(options, key) for key in CLASSES)
+        labelled = "label" in (getattr(self.evaluation, key) for key in CLASSES)
         rows = count()
         samples = []
         for number, item in zip(numbers, items):
             sample, loaded = self.samples[number], item.loaded
             record = SampleRecord(sample.name, sample.label, problem=loaded.problem)
             if images is not None and item.content is not None:
-                notes = [] if loaded.note is None else [loaded.note]
-                if sample.label is None and labelled:
-                    notes.append("no label, so the prediction was used")
-                kept = computation.describe(images, next(rows), number < options.pictures)
-                record = record._replace(notes=tuple(notes), content=item.content, **kept)
+                unlabelled = "no label, so the prediction was used"
+                notes = (loaded.note, unlabelled if labelled and sample.label is None else None)
+                picture = number < self.evaluation.pictures
+                record = record._replace(
+                    notes=tuple(filter(None, notes)), content=item.content,
+                    **computation.describe(images, next(rows), picture),
+                )
             samples.append(record)
         return samples
 

@@ -95,10 +95,8 @@ def brief(value: Any, limit: int = 60) -> str:
 class Store:
     """The files of a run, to be written and continued.
 
-    A run grows by methods and samples: what it has stays as it is, and further samples
-    are cut into batches of their own. `messages` says what it grows by, and which files
-    are damaged. It is a :class:`RunError` if the folder holds another run, or can not be
-    written.
+    A run grows by methods and samples: what it has stays as it is, and further samples are
+    cut into batches of their own. `messages` says what it grows by, and what is damaged.
     """
 
     def __init__(
@@ -130,15 +128,15 @@ class Store:
         """Settings of the run, but for methods that have failed from the start."""
         old = read_settings(self.folder)
         records, identity = self.folder / old["fingerprint"], old["identity"]
-        left_out = [
+        kept = [
             text
             for text in identity["methods"]
-            if text not in new and not any(records.glob(f"*-{key_of(text)}.zlib"))
+            if text in new or any(records.glob(f"*-{key_of(text)}.zlib"))
         ]
+        left_out = ", ".join(text for text in identity["methods"] if text not in kept)
         if left_out:
-            names = ", ".join(left_out)
-            self.messages.append(f"the run has nothing of {names}, which is left out")
-        identity["methods"] = [text for text in identity["methods"] if text not in left_out]
+            self.messages.append(f"the run has nothing of {left_out}, which is left out")
+        identity["methods"] = kept
         return old
 
     def _grow(self, old: dict[str, Any], count: int) -> None:
@@ -148,12 +146,9 @@ class Store:
         if more:
             self.messages.append(f"the run grows by {', '.join(more)}")
         if count > old["samples"]:
-            self.messages.append(
-                f"the run grows from {old['samples']} to {count} images"
-            )
-        identity = {**new, "methods": [*old["methods"], *more]}
-        identity["files"] = {**old["files"], **new["files"]}
-        self.settings = {**self.settings, "identity": identity}
+            self.messages.append(f"the run grows from {old['samples']} to {count} images")
+        grown = {"methods": [*old["methods"], *more], "files": {**old["files"], **new["files"]}}
+        self.settings = {**self.settings, "identity": {**new, **grown}}
 
     def _samples(self, batch: int) -> Path:
         return self.records / f"{batch:05d}.json"
@@ -208,11 +203,7 @@ class Store:
     def write_samples(
         self, batch: int, samples: Sequence[SampleRecord], stamps: Sequence[str]
     ) -> None:
-        """Write the samples of a batch, with stamps of their files.
-
-        Raises:
-            RunError: If that is not possible, as the disk is full.
-        """
+        """Write the samples of a batch, with stamps of their files, else a `RunError`."""
         rows = [sample._asdict() for sample in samples]
         for row, stamp in zip(rows, stamps):
             row["stamp"] = stamp
@@ -221,7 +212,7 @@ class Store:
         _write(self._samples(batch), json.dumps(rows).encode())
 
     def write_records(self, batch: int, method: str, records: Sequence[Record]) -> None:
-        """Write the records of a batch by a method. It raises as :meth:`write_samples`."""
+        """Write the records of a batch by a method, else a `RunError`."""
         columns = union(record.scores for record in records)
         columns.remove("problem")
         rows = [[record.scores.get(name, math.nan) for name in columns] for record in records]
@@ -260,10 +251,8 @@ def _refuse_other(
     known = {*chain.from_iterable(batches)}
     gone = sorted(known - {*names})
     if gone:
-        had, has = (
-            {**each.get("evaluation", {}), "samples": count}
-            for each, count in ((old, len(known)), (new, len(names)))
-        )
+        had = {**old.get("evaluation", {}), "samples": len(known)}
+        has = {**new.get("evaluation", {}), "samples": len(names)}
         text = differences(had, has, ["limit", "seed", "split", "layout", "samples"], NOW)
         text = f"{text and text + ', '}{len(gone)} samples (now none), such as {gone[0]}"
     elif known and len(names) > len(known) and "grid_pointing" in first.get("metrics", ()):
@@ -280,10 +269,8 @@ def _refuse_other(
 
 def _stack(arrays: Sequence[Optional[np.ndarray]], blank: float) -> np.ndarray:
     """Arrays of equal shape, of which some may be missing."""
-    like = next(array for array in arrays if array is not None)
-    return np.stack(
-        [np.full_like(like, blank) if array is None else array for array in arrays]
-    )
+    missing = np.full_like(next(array for array in arrays if array is not None), blank)
+    return np.stack([missing if array is None else array for array in arrays])
 
 
 def _read_batches(folder: Path) -> list[list[str]]:

@@ -601,6 +601,9 @@ def test_montage_choice():
     part = first._replace(samples={**first.samples, '001.jpg': first.samples['001.jpg']._replace(picture=None)})
     assert [item[0] for item in montages(report(part))[0]] == ['002.jpg', '000.jpg']
     assert 'Of 1 others' in figures.make_montages(report(part))[0].note
+    # the file of its samples is damaged
+    del part.samples['001.jpg']
+    assert [item[0] for item in montages(report(part))[0]] == ['002.jpg', '000.jpg']
     found, = figures.make_montages(report(make_run({'grad_cam': [0.1, 0.2]})))
     assert not found.examples and 'were kept' in found.note
     # controls are shown if there is nothing else, and groups have their own

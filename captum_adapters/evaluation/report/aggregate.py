@@ -10,24 +10,16 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 import pandas as pd
 
-from captum_adapters.evaluation.columns import COLUMNS, Column
+from captum_adapters.evaluation.columns import column_of
 from captum_adapters.evaluation.names import kind_of
 from captum_adapters.evaluation.records import Run, SampleRecord
 from captum_adapters.evaluation.store import brief, differences
 from captum_adapters.statistics import bootstrap_interval
 
-PROTOCOLS = {
-    "default": "our protocol",
-    "keio": "published code of Otsuki et al. 2024",
-    "rise": "published code of RISE",
-    "c3": "text of C³-LRP",
-}
 # Runs on the same data are comparable if they agree in these settings
 COMPARABLE = ("model", "weights", "transform", "classes", "options")
 # Runs that differ in these are put together, and it is said
 MENTIONED = ("versions", "device", "cross", "files")
-# Scores of the top p % of pixels
-TOP = ("accuracy", "cross_accuracy", "pointing", "distance")
 # Items that are named in a sentence
 NAMED = 5
 TIMES = ["seconds", "metric_seconds"]
@@ -72,29 +64,20 @@ class Row(NamedTuple):
 
     def quality(self, score: str) -> float:
         """Mean of a score, of which more is better."""
-        return sign_of(score) * self.mean(score)
+        return column_of(score).sign * self.mean(score)
 
     def of(self, score: str) -> "pd.Series[float]":
         """A score of the samples that have it."""
-        if score not in self.scores:
-            return pd.Series(dtype=float)
-        return self.scores[score].dropna()
+        return self.scores.get(score, pd.Series(dtype=float)).dropna()
 
-    def curve(self, name: str) -> "pd.Series[Any]":
-        """Curves by sample."""
-        return self._arrays([run.curves[name] for run in self.runs if name in run.curves])
-
-    def heatmaps(self) -> "pd.Series[Any]":
-        """Small maps by sample."""
-        return self._arrays([run.heatmaps for run in self.runs])
-
-    def _arrays(self, columns: Sequence["pd.Series[Any]"]) -> "pd.Series[Any]":
-        """Arrays of the sound records."""
+    def arrays(self, curve: Optional[str] = None) -> "pd.Series[Any]":
+        """Curves of this name by sample, or small maps without a name."""
+        found = [run.heatmaps if curve is None else run.curves.get(curve) for run in self.runs]
+        columns = [each.xs(self.method, level="method") for each in found if each is not None]
         if not columns:
             return pd.Series(dtype=object)
-        found = pd.concat([each.xs(self.method, level="method").dropna() for each in columns])
-        found = found[~found.index.duplicated()]
-        return found.reindex(self.scores.index).dropna()
+        arrays = pd.concat([each.dropna() for each in columns])
+        return arrays[~arrays.index.duplicated()].reindex(self.scores.index).dropna()
 
 
 class Group(NamedTuple):
@@ -109,52 +92,13 @@ class Group(NamedTuple):
         """Class of each sample, or one of its own if it is not known."""
         if clusters is None:
             return None
-        known = {name: sample.label for name, sample in self.samples.items()}
-        labels = zip(names, map(known.get, names))
-        return np.array([
-            f"sample {name}" if label is None else f"class {label}" for name, label in labels
-        ])
+        known = {name: f"class {sample.label}" for name, sample in self.samples.items()
+                 if sample.label is not None}
+        return np.array([known.get(name, f"sample {name}") for name in names])
 
     def class_name(self, label: Optional[int]) -> str:
         """Name of a class, empty if there is no label."""
         return "" if label is None else str(self.runs[0].settings["classes"][label])
-
-
-# -- columns ---------------------------------------------------------------------------
-
-
-def column_of(name: str) -> Column:
-    """What is known about a score, also if it is of another version."""
-    return COLUMNS.get(name, Column(name, None, ""))
-
-
-def protocol_of(name: str) -> str:
-    """What the protocol of a score is called."""
-    return PROTOCOLS[column_of(name).protocol]
-
-
-def table_of(name: str) -> str:
-    """Title of the table that a score is in."""
-    topic = column_of(name).topic
-    # that of insertion and deletion is divided
-    return f"{topic}, {protocol_of(name)}" if topic == column_of("id").topic else topic
-
-
-def title_of(name: str) -> str:
-    """Title of a score, with an arrow to where it is better."""
-    column = column_of(name)
-    return column.title + {"higher": " ↑", "lower": " ↓"}.get(column.better or "", "")
-
-
-def sign_of(name: str) -> int:
-    """1 if more is better, -1 if less is, 0 if neither."""
-    return {"higher": 1, "lower": -1}.get(column_of(name).better or "", 0)
-
-
-def counterpart_of(name: str) -> Optional[str]:
-    """The score by our protocol for one by a published protocol."""
-    ours = name.removesuffix(f"_{column_of(name).protocol}")
-    return ours if ours != name else None
 
 
 # -- runs ------------------------------------------------------------------------------
@@ -197,7 +141,6 @@ def list_some(items: Sequence[str]) -> str:
 
 
 def _differences(first: Run, second: Run, keys: Sequence[str]) -> str:
-    """Which settings differ, and how."""
     return differences(settings_of(first), settings_of(second), keys)
 
 
@@ -239,14 +182,11 @@ def group_runs(
     """Put comparable runs together."""
     found: list[list[Run]] = []
     for run in runs:
-        fitting = [
-            members
-            for members in found
-            if not _differences(members[0], run, COMPARABLE)
-            and any(_same_data(member, run) for member in members)
-        ]
-        if fitting:
-            fitting[0].append(run)
+        for members in found:
+            same = any(_same_data(member, run) for member in members)
+            if same and not _differences(members[0], run, COMPARABLE):
+                members.append(run)
+                break
         else:
             found.append([run])
     names = dict(zip(map(id, runs), _folder_names(runs)))
@@ -327,9 +267,7 @@ def _tell_apart(groups: Sequence[Group]) -> list[str]:
             names["data"] = Path(values["data"]).name
         known.append({**names, **values["options"]})
     keys = [key for key in known[0] if any(each.get(key) != known[0][key] for each in known)]
-    texts = [
-        ", ".join(f"{key}={brief(each.get(key), 30)}" for key in keys[:3]) for each in known
-    ]
+    texts = [", ".join(f"{key}={brief(each.get(key), 30)}" for key in keys[:3]) for each in known]
     return texts if len({*texts}) == len(texts) else [group.name for group in groups]
 
 
@@ -357,15 +295,9 @@ def build_rows(
             scores["gap"] = scores["gap"].abs()
         labels = group.clusters(scores.index.tolist(), clusters)
         statistics = _statistics(scores, labels, **options)
-        runs, kind = tuple(members), kind_of(method)
-        rows.append(Row(name, method, kind, index, runs, scores, problems, statistics))
+        fields = index, tuple(members), scores, problems, statistics
+        rows.append(Row(name, method, kind_of(method), *fields))
     # methods in the order in which they were given, and controls at the end
-    order = [
-        method
-        for group in groups
-        for run in group.runs
-        for method in settings_of(run)["methods"]
-    ]
-    return sorted(
-        rows, key=lambda row: (row.group, row.control, order.index(row.method))
-    )
+    runs = [run for group in groups for run in group.runs]
+    order = [method for run in runs for method in settings_of(run)["methods"]]
+    return sorted(rows, key=lambda row: (row.group, row.control, order.index(row.method)))

@@ -3,24 +3,18 @@
 import math
 from collections.abc import Iterator, Sequence
 
-from captum_adapters.evaluation.columns import COLUMNS
+from captum_adapters.evaluation.columns import COLUMNS, column_of, counterpart_of
 from captum_adapters.evaluation.names import base_of
 from captum_adapters.evaluation.records import accuracy
 from captum_adapters.evaluation.report.aggregate import (
-    TOP,
     Group,
     Row,
-    column_of,
-    counterpart_of,
     list_some,
     members_of,
-    protocol_of,
     settings_of,
-    sign_of,
-    table_of,
     unfinished,
 )
-from captum_adapters.evaluation.report.tables import format_number, scale_of
+from captum_adapters.evaluation.report.tables import TOP, format_number, scale_of
 
 # Share of tied pixels above which it matters how they are treated
 TIED_SHARE = 0.05
@@ -69,10 +63,9 @@ def find_gaps(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
     """Sentences on what is missing."""
     for index, group in enumerate(groups):
         for run, name in zip(group.runs, group.folders):
-            settings = settings_of(run)
             yield from (f"{name}: {message}" for message in run.messages)
             evaluated = set(run.records.index.unique("method"))
-            missing = [text for text in settings["methods"] if text not in evaluated]
+            missing = [text for text in settings_of(run)["methods"] if text not in evaluated]
             if not evaluated:
                 yield f"{name} has no records."
             elif missing:
@@ -112,25 +105,23 @@ def find_warnings(
     for index in range(len(groups)):
         members = members_of(rows, index)
         for name in names:
-            yield from ((table_of(name), text) for text in _warn_score(members, name, names))
+            for text in _warn_score(members, name, names):
+                yield column_of(name).table, text
         for row in members:
             listed = [name for name in TOP if row.has(name)]
             if listed and row.top_ties > TIED_SHARE:
                 titles = ", ".join(column_of(name).title for name in listed)
-                yield (
-                    table_of(listed[0]),
+                yield column_of(listed[0]).table, (
                     f"{row.name}: {100 * row.top_ties:.1f} % of pixels are tied with others,"
                     f" and have no order among these: {titles}"
                     f" {'are means' if len(listed) > 1 else 'is the mean'} over their orders,"
-                    " and partly chance.",
+                    " and partly chance."
                 )
         for row in members:
             if row.mean("negative") > 0:
-                share = 100 * row.mean("negative")
-                yield (
-                    table_of("negative"),
-                    f"{row.name}: {share:.1f} % of its maps have no positive value. Their"
-                    " top pixels are the least negative ones.",
+                yield column_of("negative").table, (
+                    f"{row.name}: {100 * row.mean('negative'):.1f} % of its maps have no"
+                    " positive value. Their top pixels are the least negative ones."
                 )
 
 
@@ -138,7 +129,7 @@ def _warn_score(rows: Sequence[Row], name: str, names: Sequence[str]) -> Iterato
     """What there is to be said of a score."""
     ours = counterpart_of(name)
     # insertion and deletion are summed up in their difference
-    if sign_of(name) and not name.startswith(("insertion", "deletion")):
+    if column_of(name).sign and not name.startswith(("insertion", "deletion")):
         yield from _warn_controls(rows, name)
     if name.startswith("id") and ours is not None and ours in names:
         if column_of(name).protocol == "keio":
@@ -182,21 +173,21 @@ def _warn_controls(rows: Sequence[Row], name: str) -> Iterator[str]:
                 f" ({format_number(beaten[0].mean(name))})"
             )
     if parts:
-        where = f"{column_of(name).title}, {protocol_of(name)}"
-        yield f"Controls in {where}: {'; '.join(parts)}."
+        yield f"Controls in {column_of(name).title}, {column_of(name).by}: {'; '.join(parts)}."
 
 
 def _warn_ties(rows: Sequence[Row], published: str, ours: str) -> Iterator[str]:
     """What pixels of the same value gain by entering at once."""
+    column = column_of(published)
     for row in rows:
         share, own = row.mean("tied_share"), row.mean(ours)
         gap = row.mean(published) - own
         if share > TIED_SHARE and not math.isnan(gap):
             yield (
                 f"{row.name}: {100 * share:.1f} % of pixels are tied with others, and"
-                f" {column_of(published).title} is {format_number(row.mean(published))} by"
-                f" the {protocol_of(published)}, {format_number(own, scale_of(own, gap))} by our"
-                f" protocol, a difference of {format_number(gap)}."
+                f" {column.title} is {format_number(row.mean(published))} by the {column.by},"
+                f" {format_number(own, scale_of(own, gap))} by our protocol, a difference of"
+                f" {format_number(gap)}."
             )
 
 
@@ -204,28 +195,27 @@ def _warn_ranks(rows: Sequence[Row], published: str, ours: str) -> Iterator[str]
     """Where methods change their order by the protocol."""
     after = [row.name for row in _ranking(rows, published) if row.has(ours)]
     before = [row.name for row in _ranking(rows, ours) if row.name in after]
-    moves = [(before.index(name) + 1, after.index(name) + 1, name) for name in after]
-    moves = [move for move in moves if move[0] != move[1]]
-    if moves:
-        moves.sort(key=lambda move: -abs(move[0] - move[1]))
-        listed = list_some([f"{name} from {old} to {new}" for old, new, name in moves])
+    moves = [(before.index(name) + 1, new, name) for new, name in enumerate(after, 1)]
+    moves = sorted(moves, key=lambda move: -abs(move[0] - move[1]))
+    texts = [f"{name} from {old} to {new}" for old, new, name in moves if old != new]
+    if texts:
+        column = column_of(published)
         yield (
-            f"{len(moves)} of {len(after)} methods change their rank in"
-            f" {column_of(published).title} from our protocol to the"
-            f" {protocol_of(published)}: {listed}."
+            f"{len(texts)} of {len(after)} methods change their rank in {column.title} from"
+            f" our protocol to the {column.by}: {list_some(texts)}."
         )
 
 
 def _warn_suffixes(rows: Sequence[Row], published: str, ours: str) -> Iterator[str]:
     """Where post-processing gains by a published protocol only."""
-    pairs = ((row, other) for row in rows for other in rows)
-    for row, other in pairs:
+    column = column_of(published)
+    for row, other in ((row, other) for row in rows for other in rows):
         if row.method.startswith(f"{other.method}+"):
             means = [item.mean(name) for name in (published, ours) for item in (row, other)]
             if means[0] > means[1] and means[2] <= means[3]:
                 new, old, own, former = map(format_number, means)
                 yield (
-                    f"{row.name} is better than {other.name} in"
-                    f" {column_of(published).title} by the {protocol_of(published)} ({new}"
-                    f" and {old}), but not by our protocol ({own} and {former})."
+                    f"{row.name} is better than {other.name} in {column.title} by the"
+                    f" {column.by} ({new} and {old}), but not by our protocol ({own} and"
+                    f" {former})."
                 )

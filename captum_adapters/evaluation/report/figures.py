@@ -5,6 +5,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import jinja2
@@ -18,17 +19,10 @@ from matplotlib.lines import Line2D
 from PIL import Image
 
 from captum_adapters.curves import LINE_STYLES, plot_curves
+from captum_adapters.evaluation.columns import column_of
 from captum_adapters.evaluation.names import base_of
 from captum_adapters.evaluation.records import SampleRecord
-from captum_adapters.evaluation.report.aggregate import (
-    Group,
-    Row,
-    column_of,
-    members_of,
-    protocol_of,
-    sign_of,
-    span,
-)
+from captum_adapters.evaluation.report.aggregate import Group, Row, members_of, span
 from captum_adapters.evaluation.report.tables import format_number, scale_of, wrap
 
 if TYPE_CHECKING:
@@ -61,22 +55,21 @@ class Panel(NamedTuple):
     positions: str = "percents"
 
 
+def _panel(title: str, key: str, label: str, score: str) -> Panel:
+    """A single curve of the top p % of pixels."""
+    return Panel(title, {key: title}, label, score)
+
+
 KEPT = "Kept, in the order of relevance (%)"
-# Curves of the top p % of pixels
-TOP_CURVES = {
-    "accuracy": ("Accuracy with the top p %", KEPT),
-    "pointing": ("Share of the top p % inside of the mask", "Top p %"),
-    "distance": ("Distance of the top p % to the mask", "Top p %"),
-}
+INSIDE = "Share of the top p % inside of the mask"
 PANELS = {
     "insertion_deletion": Panel(
-        "Insertion and deletion",
-        {"insertion": "Insertion", "deletion": "Deletion"},
-        "Share of pixels inserted or deleted",
-        "id",
-        "fractions",
+        "Insertion and deletion", {"insertion": "Insertion", "deletion": "Deletion"},
+        "Share of pixels inserted or deleted", "id", "fractions",
     ),
-    **{key: Panel(each[0], {key: each[0]}, each[1], key) for key, each in TOP_CURVES.items()},
+    "accuracy": _panel("Accuracy with the top p %", "accuracy", KEPT, "accuracy"),
+    "pointing": _panel(INSIDE, "pointing", "Top p %", "pointing"),
+    "distance": _panel("Distance of the top p % to the mask", "distance", "Top p %", "distance"),
 }
 
 
@@ -93,7 +86,7 @@ class Picture(NamedTuple):
 
 def _collect(row: Row, key: str, where: str) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Names of samples with finite curves, the curves and positions, (n, points) each."""
-    curves, positions = row.curve(key), row.curve(where)
+    curves, positions = row.arrays(key), row.arrays(where)
     curves = curves[curves.index.isin(positions.index)]
     if not len(curves):
         return [], np.empty((0, 0)), np.empty((0, 0))
@@ -104,12 +97,11 @@ def _collect(row: Row, key: str, where: str) -> tuple[list[str], np.ndarray, np.
 
 def _draw(report: "Report", members: Sequence[Row], panel: Panel) -> Optional[Picture]:
     """Mean curves of methods, with bands."""
-    shown = [row for row in members if any(len(row.curve(key)) for key in panel.curves)]
+    shown = [row for row in members if any(len(row.arrays(key)) for key in panel.curves)]
     methods = [row for row in shown if not row.control]
     # those without a mean come last
-    ranked = sorted(
-        methods, key=lambda row: -row.quality(panel.score) if row.has(panel.score) else math.inf
-    )
+    rank = {row.name: -row.quality(panel.score) for row in methods if row.has(panel.score)}
+    ranked = sorted(methods, key=lambda row: rank.get(row.name, math.inf))
     best = [row.name for row in methods if row in ranked[:CURVES]]
     shown = [row for row in shown if row.control or row.name in best]
     if not shown:
@@ -128,13 +120,10 @@ def _draw(report: "Report", members: Sequence[Row], panel: Panel) -> Optional[Pi
             counts.add(len(names))
             if row is shown[0]:
                 first = {*names}
+            clusters = report.groups[row.group].clusters(names, report.clusters)
             plot_curves(
-                {row.name: curves},
-                positions,
-                axes=axes,
-                confidence=report.confidence,
-                clusters=report.groups[row.group].clusters(names, report.clusters),
-                n_resamples=1000,
+                {row.name: curves}, positions, axes=axes, confidence=report.confidence,
+                clusters=clusters, n_resamples=1000,
             )
             line, band = axes.get_lines()[-1], axes.collections[-1]
             if row.control:
@@ -161,18 +150,14 @@ def _draw(report: "Report", members: Sequence[Row], panel: Panel) -> Optional[Pi
     # the legend must not be cut off
     height = 0.6 + 0.17 * sum(text.count("\n") + 1 for text in texts)
     canvas.set_figheight(max(canvas.get_figheight(), height))
+    score = column_of(panel.score).title
     canvas.legend(
-        handles=list(lines.values()),
-        labels=texts,
-        loc="outside right upper",
-        title=f"({column_of(panel.score).title})" if panel.score else None,
-        alignment="left",
-        fontsize="small",
-        frameon=False,
+        list(lines.values()), texts, loc="outside right upper", alignment="left",
+        title=f"({score})" if score else None, fontsize="small", frameon=False,
     )
     about = f"Means over {span(counts)} images, with {100 * report.confidence:g} % bands."
-    if panel.score:
-        about += f" The mean {column_of(panel.score).title} is in brackets."
+    if score:
+        about += f" The mean {score} is in brackets."
     if len(best) < len(methods):
         about += f" The {len(best)} best of {len(methods)} methods are drawn."
     return Picture(panel.title, _png(canvas), about)
@@ -244,10 +229,9 @@ class Montage(NamedTuple):
 
 def make_montages(report: "Report") -> list[Montage]:
     """For each group, images from best to worst with the maps of at most 8 methods."""
-    found = []
+    found, primary = [], report.primary or ""
     for index, group in enumerate(report.groups):
         title = f"Examples of {group.name}" if len(report.groups) > 1 else ""
-        primary = report.primary or ""
         scored = [row for row in members_of(report.rows, index) if row.has(primary)]
         rows = [row for row in scored if not row.control] or scored
         if rows:
@@ -259,19 +243,21 @@ def _make_montage(
     group: Group, methods: Sequence[Row], primary: str, title: str
 ) -> Montage:
     """The images that most methods have in common, evenly from best to worst."""
-    score = column_of(primary).title
+    score, sign = column_of(primary).title, column_of(primary).sign
     best = sorted(methods, key=lambda row: -row.quality(primary))[:MONTAGE]
     rows = [row for row in methods if row in best]
-    scores = [row.of(primary) for row in rows]
-    heatmaps = [row.heatmaps() for row in rows]
+    # the score and map of each sample that has both
+    scores, heatmaps = [row.of(primary) for row in rows], [row.arrays() for row in rows]
+    found = [
+        {name: (float(value), maps[name]) for name, value in values.items() if name in maps}
+        for values, maps in zip(scores, heatmaps)
+    ]
     known: dict[str, list[float]] = {}
-    for values, maps in zip(scores, heatmaps):
-        for name, value in values.items():
-            if name in maps and group.samples[str(name)].picture is not None:
-                known.setdefault(str(name), []).append(float(value))
+    for name, (value, _) in chain.from_iterable(map(dict.items, found)):
+        if name in group.samples and group.samples[name].picture is not None:
+            known.setdefault(name, []).append(value)
     most = max(map(len, known.values()), default=0)
     means = {name: math.fsum(each) for name, each in known.items() if len(each) == most}
-    sign = sign_of(primary)
     order = sorted(means, key=lambda name: (-sign * means[name], name))
     note = ""
     if len(rows) < len(methods):
@@ -284,15 +270,10 @@ def _make_montage(
         name = order[place]
         sample = group.samples[name]
         picture = Image.open(io.BytesIO(sample.picture or b"")).convert("RGB")
-        tiles = [
-            Tile(_draw_overlay(picture, maps[name]), values[name])
-            if name in maps and name in values
-            else None
-            for values, maps in zip(scores, heatmaps)
-        ]
-        about = _about(group, sample)
+        pairs = [each.get(name) for each in found]
+        tiles = [pair and Tile(_draw_overlay(picture, pair[1]), pair[0]) for pair in pairs]
         rank = f"{place + 1} of {len(order)}"
-        examples.append(Example(name, rank, about, picture, tiles))
+        examples.append(Example(name, rank, _about(group, sample), picture, tiles))
     total = sum(sample.problem is None for sample in group.samples.values())
     note += (
         f"{len(examples)} of {len(order)} images, evenly from the best to the worst by the"
@@ -325,12 +306,6 @@ def _draw_overlay(picture: Image.Image, heatmap: np.ndarray) -> Image.Image:
     opacity = Image.fromarray((230 * np.abs(values)).astype(np.uint8))
     color = Image.fromarray(RELEVANCE((values + 1) / 2, bytes=True)).convert("RGB")
     return Image.composite(color, picture.convert("L").convert("RGB"), opacity)
-
-
-def _jpeg(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
-    return _uri(buffer.getvalue(), "jpeg")
 
 
 def draw_montage(montage: Montage) -> bytes:
@@ -368,6 +343,12 @@ def _uri(data: bytes, kind: str = "png") -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
+def _jpeg(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=85)
+    return _uri(buffer.getvalue(), "jpeg")
+
+
 def _breaks(text: str) -> markupsafe.Markup:
     """A name that is broken at its joints."""
     escaped = str(markupsafe.escape(text))
@@ -380,26 +361,16 @@ def make_page(
     """The report as one HTML page that needs no other file."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("captum_adapters.evaluation.report", "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(uri=_uri, jpeg=_jpeg, number=format_number, breaks=_breaks)
     results = report.results()
     # those that are shown beside their table are not repeated
-    beside = {
-        table.title: [text for title, text in report.beside if title == table.title]
-        for table in results
-    }
-    shown = {text for texts in beside.values() for text in texts}
+    titles = {table.title for table in results}
+    shown = {text for title, text in report.beside if title in titles}
     return environment.get_template("report.html.jinja").render(
-        report=report,
-        results=results,
-        beside=beside,
+        report=report, results=results, curves=curves.values(), montages=montages,
         warnings=[text for text in report.warnings if text not in shown],
-        commands=[run.settings.get("command") or "" for run in report.runs],
-        columns=[(column_of(name), protocol_of(name)) for name in report.columns],
-        curves=curves.values(),
-        montages=montages,
+        columns=map(column_of, report.columns),
     )

@@ -1,6 +1,5 @@
 """Reports on runs of the evaluator: comparisons, and all that there is to say."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -8,23 +7,19 @@ from typing import NamedTuple, Optional
 import pandas as pd
 
 from captum_adapters._light import check_choice
-from captum_adapters.evaluation.columns import COLUMNS
+from captum_adapters.evaluation.columns import COLUMNS, column_of, counterpart_of
 from captum_adapters.evaluation.names import stands_for
 from captum_adapters.evaluation.presets import PRESETS, Preset
-from captum_adapters.evaluation.records import Run
+from captum_adapters.evaluation.records import Run, union
 from captum_adapters.evaluation.report.aggregate import (
     STATISTICS,
     Group,
     Row,
     build_rows,
-    column_of,
-    counterpart_of,
     group_runs,
+    members_of,
     settings_of,
-    sign_of,
     span,
-    table_of,
-    title_of,
 )
 from captum_adapters.evaluation.report.checks import find_gaps, find_warnings, introduce
 from captum_adapters.evaluation.report.significance import (
@@ -115,12 +110,13 @@ class Report(NamedTuple):
     def _table(self, title: str, cells: list[dict[str, str]], note: str = "") -> Table:
         """A table of all rows, but for those without any cell."""
         several = len(self.groups) > 1
-        lines = []
-        for row, line in zip(self.rows, cells):
-            group = {"Run": self.groups[row.group].name} if several else {}
-            if line:
-                lines.append({**group, "Method": row.name, "Kind": row.kind, **line})
-        return Table(title, pd.DataFrame(lines).fillna(""), note, 2 + several)
+        lines = [
+            {"Run": self.groups[row.group].name, "Method": row.name, "Kind": row.kind, **line}
+            for row, line in zip(self.rows, cells)
+            if line
+        ]
+        frame = pd.DataFrame(lines).fillna("")
+        return Table(title, frame if several else frame.drop(columns="Run"), note, 2 + several)
 
     def results(self) -> list[Table]:
         """Tables of the means: insertion and deletion by our protocol and by published
@@ -129,7 +125,7 @@ class Report(NamedTuple):
             return []
         topics: dict[str, list[str]] = {}
         for name in self.columns:
-            topics.setdefault(table_of(name), []).append(name)
+            topics.setdefault(column_of(name).table, []).append(name)
         resampled = " of classes" if self.clusters else ""
         interval = f", with {100 * self.confidence:g} % bootstrap intervals{resampled},"
         samples = [elem for group in self.groups for elem in group.samples.values()]
@@ -138,9 +134,10 @@ class Report(NamedTuple):
         found = []
         for topic, names in topics.items():
             cells = [cells_of(row, names) for row in self.rows]
+            directed = any(column_of(name).sign for name in names)
             note = (
-                f"Means{interval * any(map(sign_of, names))} over the number of images in"
-                f" the last column{missing * bool(left_out)}."
+                f"Means{interval * directed} over the number of images in the last column"
+                f"{missing * bool(left_out)}."
             )
             table = self._table(topic, cells, " ".join([note, *self._counts(names)]))
             found.append(table._replace(marks=self._marks(table, names)))
@@ -158,16 +155,13 @@ class Report(NamedTuple):
         """Which means are the best of all methods, or of controls that are as good."""
         marks = pd.DataFrame("", table.frame.index, table.frame.columns)
         rows = {row.name: row for row in self.rows}
-        for name in filter(sign_of, names):
-            best: dict[int, float] = {}
-            for row in self.rows:
-                value = row.quality(name)
-                if not row.control and not math.isnan(value):
-                    best[row.group] = max(value, best.get(row.group, value))
+        for name in [name for name in names if column_of(name).sign]:
             for place, text in enumerate(table.frame["Method"]):
                 row = rows[text]
-                if row.quality(name) >= best.get(row.group, math.nan):
-                    marks.loc[place, title_of(name)] = "above" if row.control else "best"
+                group = [each for each in members_of(self.rows, row.group) if each.has(name)]
+                others = [each.quality(name) for each in group if not each.control]
+                if others and row.quality(name) >= max(others):
+                    marks.loc[place, column_of(name).heading] = "above" if row.control else "best"
         return marks
 
     def _counts(self, names: Sequence[str]) -> list[str]:
@@ -188,15 +182,14 @@ class Report(NamedTuple):
         for item in self.significance:
             where = f" ({self.groups[item.group].name})" if len(self.groups) > 1 else ""
             lines = []
-            for result in item.results:
-                like = scale_of(result.mean, result.baseline_mean)
-                small = result.p_holm < 0.001
+            for each in item.results:
+                like = scale_of(each.mean, each.baseline_mean)
                 lines.append({
-                    "Method": result.method,
-                    "Images": str(result.num_examples),
-                    "Mean": format_number(result.mean, like),
-                    "Difference": format_interval(result.difference, result.low, result.high),
-                    "p (Holm)": "< 0.001" if small else format_number(result.p_holm),
+                    "Method": each.method,
+                    "Images": str(each.num_examples),
+                    "Mean": format_number(each.mean, like),
+                    "Difference": format_interval(each.difference, each.low, each.high),
+                    "p (Holm)": "< 0.001" if each.p_holm < 0.001 else format_number(each.p_holm),
                 })
             baseline = next(row for row in self.rows if row.name == item.baseline)
             title = f"{column_of(item.column).title} compared with {item.baseline}{where}"
@@ -223,29 +216,27 @@ class Report(NamedTuple):
                 row for row in self.rows if stands_for(row.method, method)
             ]
             for row in rows or [None]:
-                values = {}
+                means = row.statistics["mean"] if row else {}
+                line = {"Method": f"{title}: {row.name if row else method}"}
                 for name in preset.columns:
-                    score, ours = title_of(name), counterpart_of(name)
-                    means = row.statistics["mean"] if row else pd.Series(dtype=float)
-                    if name in known:
-                        values[f"{score} printed"] = figures.get(name, math.nan)
+                    score, ours = column_of(name).heading, counterpart_of(name)
+                    cells = {"here, our protocol": means.get(ours or name)}
                     if ours is not None:
-                        values[f"{score} here, as published"] = means.get(name, math.nan)
-                    values[f"{score} here, our protocol"] = means.get(ours or name, math.nan)
-                line = {key: format_number(value) for key, value in values.items()}
-                line["Images"] = "–" if row is None else str(len(row.scores))
-                name = method if row is None else row.name
-                lines.append({"Method": f"{title}: {name}", **line})
+                        cells = {"here, as published": means.get(name), **cells}
+                    if name in known:
+                        cells = {"printed": figures.get(name), **cells}
+                    for what, value in cells.items():
+                        line[f"{score} {what}"] = "–" if value is None else format_number(value)
+                lines.append({**line, "Images": str(len(row.scores)) if row else "–"})
         return Table(preset.title, pd.DataFrame(lines), preset.about)
 
     def problems(self) -> list[Table]:
         """The table of what was left out, by reason."""
         found: list[tuple[str, str, str]] = []
-        for group in self.groups:
-            for name, sample in group.samples.items():
-                if sample.problem is not None:
-                    found.append(("left out", sample.problem, name))
-                found += [("note", note, name) for note in sample.notes]
+        for name, sample in (item for group in self.groups for item in group.samples.items()):
+            if sample.problem is not None:
+                found.append(("left out", sample.problem, name))
+            found += [("note", note, name) for note in sample.notes]
         for row in self.rows:
             what = f"no values of {row.name}"
             found += [(what, reason, name) for name, reason in row.problems.items()]
@@ -265,10 +256,9 @@ class Report(NamedTuple):
     def settings(self) -> Table:
         """The table of the runs' settings."""
         settings = [settings_of(run) for run in self.runs]
-        keys = dict.fromkeys(key for values in settings for key in values)
         lines = [
             [key, *(brief(values.get(key), 2000) for values in settings)]
-            for key in keys
+            for key in union(settings)
             # shown apart, and a repetition
             if key not in ("command", "evaluation", "format", "identity")
         ]
@@ -279,19 +269,9 @@ class Report(NamedTuple):
     # -- output
 
     def table(self, format: str = "terminal") -> str:
-        """Means of all methods.
-
-        Args:
-
-            format (str, optional): `"terminal"`, `"markdown"`, `"latex"` for the package
-                    booktabs, or `"csv"`: one table with all columns and digits.
-
-        Returns:
-            str: The tables.
-
-        Raises:
-            ValueError: If the format is unknown.
-        """
+        """Means of all methods as `"terminal"`, `"markdown"`, `"latex"` for the package
+        booktabs, or `"csv"`: one table with all columns and digits. Another format is a
+        `ValueError`."""
         check_choice("format", format, (*RENDERERS, "csv"))
         if format == "csv":
             return self.frame().to_csv(index=False)
@@ -301,18 +281,16 @@ class Report(NamedTuple):
         return "\n".join(RENDERERS[format](table) for table in shown)
 
     def text(self, format: str = "terminal") -> str:
-        """All that the report says: tables, warnings, messages, comparisons, problems.
-
-        The format is `"terminal"` or `"markdown"`. It is a `ValueError` if it is another.
-        """
+        """All that the report says, as `"terminal"` or `"markdown"`, else a `ValueError`."""
         check_choice("format", format, ("terminal", "markdown"))
-        parts = [render_list("Network and labels", self.introduction(), format)]
-        parts.append(self.table(format))
-        for title, lines in (("Warnings", self.warnings), ("Messages", self.messages)):
-            if lines:
-                parts.append(render_list(title, lines, format))
-        parts += map(RENDERERS[format], self.comparisons() + self.problems())
-        return "\n".join(parts)
+        lists = {"Warnings": self.warnings, "Messages": self.messages}
+        found = self.comparisons() + self.problems()
+        return "\n".join([
+            render_list("Network and labels", self.introduction(), format),
+            self.table(format),
+            *(render_list(title, lines, format) for title, lines in lists.items() if lines),
+            *map(RENDERERS[format], found),
+        ])
 
     def significance_csv(self) -> str:
         """All comparisons with all digits."""
@@ -325,16 +303,9 @@ class Report(NamedTuple):
         return pd.DataFrame(lines, columns=columns).to_csv(index=False)
 
     def write(self, folder: Path) -> list[Path]:
-        """Write the report to files. The same records give the same files.
+        """Write `report.html`, tables and pictures to a folder, and return their paths.
 
-        Args:
-
-            folder (Path): Where to. It is made if there is none. Files of an earlier
-                    report are replaced.
-
-        Returns:
-            list[Path]: What was written: `report.html`, the tables, and the pictures if
-            there is anything to see.
+        The same records give the same files, which replace those of an earlier report.
         """
         # drawing takes long to import
         from captum_adapters.evaluation.report import figures
@@ -395,17 +366,12 @@ def summarize(
                 there is no `"id"`, it is the first one there is.
         confidence (float, optional): Level of confidence of intervals.
         clusters (str, optional): `"class"` to resample whole classes instead of
-                examples, for intervals that hold for other classes too. `"none"` is the
-                default.
+                examples, for intervals that hold for other classes too, or `"none"`.
         presets (sequence of Preset, optional): What papers have printed, to be shown
-                beside the scores, see :data:`captum_adapters.evaluation.PRESETS`. By
-                default, the presets that the runs name.
+                beside the scores. By default, the presets that the runs name.
         n_resamples (int, optional): Number of resamples of intervals and tests. By
                 default, it is 9999 for up to 10,000 examples, and less for more, where
                 intervals vary little, but not less than 1999.
-
-    Returns:
-        Report: The means, comparisons and warnings, to be shown or written.
 
     Raises:
         ValueError: If there are no runs, or an argument is not among what there is.
@@ -423,12 +389,10 @@ def summarize(
     options = {"confidence": confidence, "n_resamples": n_resamples}
     rows = build_rows(groups, clusters, messages, **options)
     messages[:0] = find_gaps(groups, rows)
-    known = {name: None for row in rows for name in row.statistics.index}
-    names = [*filter(known.__contains__, COLUMNS), *sorted(set(known) - set(COLUMNS))]
+    known = {name for row in rows for name in row.statistics.index}
+    names = [*filter(known.__contains__, COLUMNS), *sorted(known - {*COLUMNS})]
     chosen = choose_primary(rows, primary, messages)
-    significance = compare_rows(
-        groups, rows, chosen, baseline, clusters, messages, **options
-    )
+    significance = compare_rows(groups, rows, chosen, baseline, clusters, messages, **options)
     beside = dict.fromkeys(find_warnings(groups, rows))
     warnings += [text for _, text in beside]
     for group in groups if clusters else ():
@@ -447,15 +411,7 @@ def summarize(
         if unknown:
             messages.append(f"There are no printed figures of the preset {unknown}.")
     return Report(
-        groups=tuple(groups),
-        rows=tuple(rows),
-        columns=tuple(names),
-        primary=chosen,
-        confidence=confidence,
-        clusters=clusters,
-        significance=tuple(significance),
-        warnings=tuple(dict.fromkeys(warnings)),
-        messages=tuple(dict.fromkeys(messages)),
-        presets=tuple(presets),
-        beside=tuple(beside),
+        tuple(groups), tuple(rows), tuple(names), chosen, confidence, clusters,
+        tuple(significance), tuple(dict.fromkeys(warnings)), tuple(dict.fromkeys(messages)),
+        tuple(presets), tuple(beside),
     )

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple, Optional
 
 import numpy as np
 
-from captum_adapters.evaluation.columns import COLUMNS
-from captum_adapters.evaluation.report.aggregate import Group, Row, members_of, sign_of
+from captum_adapters.evaluation.columns import COLUMNS, column_of
+from captum_adapters.evaluation.report.aggregate import Group, Row, members_of
 from captum_adapters.statistics import Comparison, compare
 
 
@@ -24,7 +24,7 @@ def choose_primary(
 ) -> Optional[str]:
     """The score by which methods are compared."""
     known = [name for name in COLUMNS if any(row.has(name) for row in rows)]
-    directed = [name for name in known if sign_of(name)]
+    directed = [name for name in known if column_of(name).sign]
     if primary in directed:
         return primary
     if not rows:
@@ -48,13 +48,13 @@ def _choose_baseline(
     if baseline is not None:
         return next((row for row in rows if baseline in (row.name, row.method)), None)
     candidates = [row for row in rows if row.kind == "baseline"]
-    if not candidates:
-        candidates = [row for row in rows if row.control]
-        if candidates and len(rows) > 1:
-            messages.append(
-                "There is no method of others to compare with, so methods are compared with"
-                " the best control. Choose another one with --baseline."
-            )
+    controls = [row for row in rows if row.control]
+    if not candidates and controls and len(rows) > 1:
+        messages.append(
+            "There is no method of others to compare with, so methods are compared with"
+            " the best control. Choose another one with --baseline."
+        )
+    candidates = candidates or controls
     # the best one of few examples may be so by chance
     counts = [row.statistics.at[primary, "examples"] for row in candidates]
     enough = [row for row, count in zip(candidates, counts) if 2 * count >= max(counts)]
@@ -87,9 +87,7 @@ def compare_rows(
         samples = other.of(primary).index
         scores = {row.name: row.of(primary).reindex(samples).to_numpy() for row in members}
         for name in [name for name, values in scores.items() if np.isnan(values).all()]:
-            messages.append(
-                f"{name} has {primary} of no example that {other.name} has it of."
-            )
+            messages.append(f"{name} has {primary} of no example that {other.name} has it of.")
             del scores[name]
         if len(scores) < 2:
             continue

@@ -7,14 +7,11 @@ from typing import NamedTuple, Optional
 
 import pandas as pd
 
-from captum_adapters.evaluation.report.aggregate import (
-    TOP,
-    Row,
-    counterpart_of,
-    sign_of,
-    title_of,
-)
+from captum_adapters.evaluation.columns import COLUMNS, column_of, counterpart_of
+from captum_adapters.evaluation.report.aggregate import Row
 
+# Scores of the top p % of pixels
+TOP = [name for name, each in COLUMNS.items() if each.topic == "Top pixels" and each.sign]
 # Width of a terminal
 WIDTH = 100
 KEY_WIDTH = 36
@@ -47,13 +44,11 @@ class Table(NamedTuple):
         self, best: str, above: str, escape: Callable[[str], str]
     ) -> pd.DataFrame:
         """The texts, with marks around them."""
-        texts = self.frame.map(escape).to_numpy(object)
-        patterns = {"best": best, "above": above}
+        texts = self.frame.map(escape)
         if self.marks is not None:
-            marks = self.marks.to_numpy(object)
-            for place in zip(*(marks != "").nonzero()):
-                texts[place] = patterns[marks[place]].format(texts[place])
-        return pd.DataFrame(texts, columns=self.frame.columns)
+            for mark, pattern in (("best", best), ("above", above)):
+                texts = texts.where(self.marks != mark, texts.map(pattern.format))
+        return texts
 
 
 def format_number(value: float, like: Optional[float] = None) -> str:
@@ -80,8 +75,7 @@ def format_interval(mean: float, low: float, high: float) -> str:
     if math.isnan(low):
         return format_number(mean)
     like = scale_of(mean, low, high)
-    texts = [format_number(value, like) for value in (mean, low, high)]
-    return f"{texts[0]} [{texts[1]}, {texts[2]}]"
+    return "{} [{}, {}]".format(*(format_number(value, like) for value in (mean, low, high)))
 
 
 def cells_of(row: Row, names: Sequence[str]) -> dict[str, str]:
@@ -89,7 +83,12 @@ def cells_of(row: Row, names: Sequence[str]) -> dict[str, str]:
     known = [name for name in names if row.has(name)]
     if not known:
         return {}
-    cells = {title_of(name): _cell(row, name) for name in names}
+    cells = {column_of(name).heading: "" for name in names}
+    for name in known:
+        column, (mean, *interval, _) = column_of(name), row.statistics.loc[name]
+        # others are for information only
+        text = format_interval(mean, *interval) if column.sign else format_number(mean)
+        cells[column.heading] = text
     # where scores depend on how ties are treated
     published = any(map(counterpart_of, names))
     tied = row.mean("tied_share") if published else row.top_ties
@@ -97,14 +96,6 @@ def cells_of(row: Row, names: Sequence[str]) -> dict[str, str]:
         cells["Ties"] = f"{100 * tied:.0f} %"
     most = max(row.statistics.loc[known, "examples"])
     return {**cells, "Images": f"{most:.0f}"}
-
-
-def _cell(row: Row, name: str) -> str:
-    """A mean, with its interval unless it is for information only."""
-    if not row.has(name):
-        return ""
-    mean, low, high, _ = row.statistics.loc[name]
-    return format_interval(mean, low, high) if sign_of(name) else format_number(mean)
 
 
 def wrap(text: str, width: int) -> str:
@@ -139,27 +130,25 @@ def to_text(table: Table) -> str:
             parts.append([*keys])
         parts[-1].append(number)
     texts = [
-        frame.iloc[:, part].to_markdown(
-            index=False,
-            tablefmt="simple",
-            disable_numparse=True,
-            colalign=[table.align[number] for number in part],
-        )
+        _markdown(frame.iloc[:, part], [table.align[number] for number in part], "simple")
         for part in parts
     ]
     note = wrap(table.explained.replace("Bold:", "*:"), WIDTH)
-    return "\n\n".join([table.title, *texts, *([note] if note else [])]) + "\n"
+    return "\n\n".join(filter(None, [table.title, *texts, note])) + "\n"
+
+
+def _markdown(frame: pd.DataFrame, align: Sequence[str], style: str = "pipe") -> str:
+    return frame.to_markdown(
+        index=False, tablefmt=style, disable_numparse=True, colalign=align
+    )
 
 
 def to_markdown(table: Table) -> str:
     """A table as GitHub's Markdown."""
     frame = table.with_marks("**{}**", "{} !", escape_markdown)
-    text = frame.rename(columns=escape_markdown).to_markdown(
-        index=False, disable_numparse=True, colalign=table.align
-    )
-    note = escape_markdown(table.explained)
-    parts = [f"### {escape_markdown(table.title)}", text, *([note] if note else [])]
-    return "\n\n".join(parts) + "\n"
+    text = _markdown(frame.rename(columns=escape_markdown), table.align)
+    parts = [f"### {escape_markdown(table.title)}", text, escape_markdown(table.explained)]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 LATEX = {
