@@ -14,9 +14,7 @@ from .layer import Addition, Signed
 
 # Functions, and modules in place of them, of which the output has no negative values.
 RELUS = frozenset('relu relu_ relu6 Relu Sigmoid Softmax Softplus'.split())
-RELU_MODULES = tuple(
-    getattr(torch.nn, name) for name in 'ReLU ReLU6 Sigmoid Hardsigmoid Softmax Softplus'.split()
-)
+RELU_MODULES = tuple(getattr(torch.nn, name) for name in 'ReLU ReLU6 Sigmoid Hardsigmoid Softmax Softplus'.split())
 COPIES = ('Clone', 'ToCopy')
 # Packages and namespaces of which functions are known by their names.
 PACKAGES = frozenset('torch aten prims torchvision'.split())

@@ -11,8 +11,6 @@ import types
 from collections import OrderedDict
 
 import torch
-
-# pylint: disable=unused-import
 from torch._C import DisableTorchFunction  # noqa: F401
 from torch._C import _set_grad_enabled as set_grad_enabled  # noqa: F401
 from torch._guards import TracingContext, tracing

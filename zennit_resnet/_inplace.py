@@ -123,7 +123,6 @@ class KeptWeight(Kept):
 
 class _Follow(torch.autograd.Function):
     '''Have a tensor become another, as if it had been changed in place.'''
-    # pylint: disable=abstract-method,arguments-differ
     @staticmethod
     def forward(ctx, tensor, current):
         '''Copy what is not in the same memory.'''

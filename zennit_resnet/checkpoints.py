@@ -56,9 +56,7 @@ def read_state(path):
         try:
             state = torch.load(path, map_location='cpu', weights_only=True)
         except Exception as error:  # anything may be raised for anything in the file
-            raise ValueError(
-                f'the weights {path} are not a state dict that can be loaded safely: {SAVE}'
-            ) from error
+            raise ValueError(f'the weights {path} are not a state dict that can be loaded safely: {SAVE}') from error
     while isinstance(state, dict):
         inner = [state[key] for key in WRAPPERS if isinstance(state.get(key), dict)]
         if not inner:
@@ -112,6 +110,4 @@ def strip_prefix(state, expected, path):
             f'the weights {path} hold {len(prefixes)} networks, {", ".join(prefixes)}: save the state dict of one'
         )
     # what else is in the file are weights of a loss or the like
-    return {
-        key.removeprefix(prefixes[0]): value for key, value in state.items() if key.startswith(prefixes[0])
-    }
+    return {key.removeprefix(prefixes[0]): value for key, value in state.items() if key.startswith(prefixes[0])}

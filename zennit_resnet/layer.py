@@ -211,7 +211,6 @@ class FunctionalLinear(Operation):
     '''Functional linear map, with the tensors of the call as its parameters.'''
     padding_mode = 'zeros'
 
-    # pylint: disable=too-many-arguments
     def set_call(self, function, weight, bias, **settings):
         '''Take over a call of a function ``(input, weight, bias, **settings) -> output``.
 

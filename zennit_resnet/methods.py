@@ -79,9 +79,7 @@ def _parameters(name):
         found = {**parameters, **found}
         if not any(param.kind is param.VAR_KEYWORD for param in parameters.values()):
             break
-    return {
-        key: param for key, param in found.items() if param.kind not in (param.VAR_KEYWORD, param.VAR_POSITIONAL)
-    }
+    return {key: param for key, param in found.items() if param.kind not in (param.VAR_KEYWORD, param.VAR_POSITIONAL)}
 
 
 def parse_options(text, options):
@@ -136,9 +134,7 @@ class Method:
         self.name, _, options = head.partition(':')
         entries = self.entries()
         if self.name not in entries:
-            raise ValueError(
-                f'unknown method {self.name or self.text!r}: choose one of {", ".join(sorted(entries))}'
-            )
+            raise ValueError(f'unknown method {self.name or self.text!r}: choose one of {", ".join(sorted(entries))}')
         self.entry = entries[self.name]
         self.splitting, self.magnitude, self.postprocess, self.levels = 'none', False, postprocess, levels
         kinds = [self._add_suffix(suffix) for suffix in suffixes]

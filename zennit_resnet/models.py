@@ -168,9 +168,7 @@ class Classifier(NamedTuple):
         return number
 
 
-def as_classifier(
-    model, classes=None, mean=None, std=None, size=None, keep_aspect=False, transform=None
-):
+def as_classifier(model, classes=None, mean=None, std=None, size=None, keep_aspect=False, transform=None):
     '''Make a classifier of a network.
 
     Parameters
@@ -271,9 +269,7 @@ def _list_classes(classes, source):
     return classes
 
 
-def load_classifier(
-    model=None, weights=None, size=None, classes=None, mean=None, std=None, keep_aspect=False
-):
+def load_classifier(model=None, weights=None, size=None, classes=None, mean=None, std=None, keep_aspect=False):
     '''Load a classifier.
 
     Without arguments, this is the ResNet-50 that comes with the project's examples.
@@ -417,7 +413,7 @@ def _load_local(name, path, size, names, settings):
         raise ValueError(f'{misfit}{", ".join(problems)}; choose the right one with --model')
     state = OrderedDict(state)
     # some modules ask for the version that saved them, which not every file format keeps
-    state._metadata = expected._metadata  # pylint: disable=protected-access
+    state._metadata = expected._metadata
     # this also casts to single precision
     model.load_state_dict(state, strict=False)
     try:

@@ -89,9 +89,7 @@ class BatchNormMerge:
             if isinstance(module, LinearMap) and not has_single_pass:
                 # rules of Zennit need a bias
                 return
-            if isinstance(node.module, Linear) if has_single_pass else (
-                is_plain(module) or rules_of(module)
-            ):
+            if isinstance(node.module, Linear) if has_single_pass else (is_plain(module) or rules_of(module)):
                 # the node of a single-pass rule has the weights of its call
                 used = None if has_single_pass else UsedWeights(module)
                 given = args[0].shape if isinstance(module, LinearMap) else None

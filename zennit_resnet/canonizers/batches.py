@@ -158,7 +158,7 @@ def depends_on_batch(module, given, output):
                     actual = tensors_of(network(*args, **kwargs))
                 differs = any(_differ(elem, expected, index, size, number)
                               for elem, expected in zip(actual, tensors_of(output)))
-            except Exception as error:  # pylint: disable=broad-exception-caught
+            except Exception as error:
                 if is_out_of_memory(error):
                     raise
                 differs = None

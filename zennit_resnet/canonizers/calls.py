@@ -122,8 +122,4 @@ def is_opaque(module):
     '''Whether what happens inside a module is covered by a rule of the module itself.'''
     if any(rule.active for rule in rules_of(module)):
         return True
-    return (
-        isinstance(module, COVERED)
-        and is_plain(module)
-        and not isinstance(module, torch.nn.MultiheadAttention)
-    )
+    return isinstance(module, COVERED) and is_plain(module) and not isinstance(module, torch.nn.MultiheadAttention)

@@ -8,16 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from .._gates import are_probabilities, is_log_sum, is_shift, is_weighting
-from ..layer import (
-    Activation,
-    Addition,
-    Concatenation,
-    Gate,
-    MaxPool,
-    Normalization,
-    Padding,
-    Subsampling,
-)
+from ..layer import Activation, Addition, Concatenation, Gate, MaxPool, Normalization, Padding, Subsampling
 from . import moves, products, sinks
 from .functions import FunctionCall, fully_connected, out_of_place
 

@@ -70,9 +70,7 @@ class Session:
             raise click.ClickException(
                 f'cannot make the folder {self.folder} ({reason}): choose another --out'
             ) from error
-        self.bar = tqdm(
-            total=len(self.images), unit='image', disable=len(self.images) == 1 or not sys.stderr.isatty()
-        )
+        self.bar = tqdm(total=len(self.images), unit='image', disable=len(self.images) == 1 or not sys.stderr.isatty())
 
     def check_free(self, paths):
         '''Refuse to overwrite what is there, before anything is computed.'''

@@ -128,9 +128,7 @@ class LossProbe:
     def _basic(self, hook, module):
         '''Rules of Zennit, which run the module with several modifications of its input and its parameters.'''
         denominators, gradient_mapper, num = DENOMINATORS[type(hook)], hook.gradient_mapper, len(hook.output_modifiers)
-        factors = [
-            float(hook.reducer(*([float(pos == index) for pos in range(num)],) * 2)) for index in range(num)
-        ]
+        factors = [float(hook.reducer(*([float(pos == index) for pos in range(num)],) * 2)) for index in range(num)]
         biases = {}
 
         def watch_output(index, modifier):

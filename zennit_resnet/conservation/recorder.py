@@ -52,7 +52,6 @@ class Row:
     nan, inf: :py:obj:`torch.Tensor`
         Number of NaN and of infinite values among what leaves.
     '''
-    # pylint: disable=too-many-instance-attributes
     name: str
     call: int
     kind: str

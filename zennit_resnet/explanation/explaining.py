@@ -134,7 +134,6 @@ def explain_each(
 
 def _explain_batch(classifier, group, methods, targets, value, contrast, attribute, origins):
     '''Explanations, or an error, of images of the same shape by their numbers.'''
-    # pylint: disable=too-many-arguments
     weight = next((tensor for tensor in classifier.model.parameters() if tensor.is_floating_point()), torch.zeros(()))
     input = torch.stack([each[2] for each in group]).to(weight.device, weight.dtype)
     with evaluating(classifier.model), torch.inference_mode(False), torch.enable_grad():

@@ -232,9 +232,7 @@ class Contributions:
         (total, magnitude), exponents, factor = self._sum(grad_outputs), self._exponents(state), None
         if compared in self.sums:
             # in a branch of an outer block, they have the sum with which that began
-            factor, self.replaced[compared] = branch_factor(
-                (total, magnitude), self.sums[compared], self.normalization
-            )
+            factor, self.replaced[compared] = branch_factor((total, magnitude), self.sums[compared], self.normalization)
             exponents, total, magnitude = self._exponents(compared), total * factor, magnitude * factor.abs()
         size = sum(elem.numel() for elem in grad_outputs if elem is not None) / self.batch_size
         exponent = _excess(magnitude / max(size, 1))
