@@ -1,8 +1,4 @@
-'''Queries on the autograd graph: the only module that reads the numbers and saved fields of its nodes.
-
-Names of nodes are also read in :py:mod:`zennit_resnet._gates`. ``tests/test_autograd.py`` has a canary for each name
-that is read: another name would silently make gates of signals, or have operations attributed to other layers.
-'''
+'''Queries on the autograd graph: the only module that reads numbers and saved fields of nodes. Each has a canary.'''
 import functools
 import types
 
@@ -41,10 +37,7 @@ ARITHMETIC = PRODUCTS | frozenset('Add Sub Rsub Mul Div Addcmul Addcdiv Lerp Whe
 
 
 def name_of(function):
-    '''Name of a function, without that of an overload, which those of exported networks have (``add.Tensor``).
-
-    Those of other packages, which may compute anything by names that PyTorch has, have that of the package before it.
-    '''
+    '''Name of a function without that of an overload, after that of its package if it is not one of PyTorch's.'''
     name = getattr(function, '__name__', None)
     if name is None:
         return str(function)
@@ -275,10 +268,7 @@ def origin_of(tensor, known=()):
 
 
 def last_layers(tensor):
-    '''Nodes of the last layers with weights before a tensor, and the output of each with the constants added to it.
-
-    The output is None unless nothing but moves and such additions come after a layer.
-    '''
+    '''The last layers with weights before a tensor, and their output, None if more than moves and sums follow.'''
     node, moves = back(tensor.grad_fn, lambda node: (
         is_move(node) and 'Expand' not in stem_of(node) or stem_of(node) == 'Add'
     ))
@@ -296,10 +286,7 @@ def after_last_layers(tensor):
 
 
 def divides_by_output(output):
-    '''Whether the rules of the last layers divide relevance by the output, None if they are of others.
-
-    That of a tensor without a graph, or of no layer with weights, does not.
-    '''
+    '''Whether the rules of the last layers divide by the output, None if they are of other packages.'''
     if hasattr(output, 'divides_relevance'):
         # of a traced network
         return output.divides_relevance

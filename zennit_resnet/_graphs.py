@@ -28,10 +28,7 @@ _BATCH_NORMS = tuple(getattr(aten, name).default for name in ('native_batch_norm
 
 
 def record(function, *inputs):
-    '''Record what a function does to tensors, as a graph of pure aten functions.
-
-    With it come the placeholders of tensors that are no inputs, as a dict of their values.
-    '''
+    '''What a function does to tensors as a graph of pure aten functions, and other tensors by their placeholders.'''
     with recording():
         recorded = make_fx(function, tracing_mode='real', **RECORDING)(*inputs)
     # numbers that were read from tensors
@@ -236,10 +233,7 @@ def lower_precision(graph, constants, dtype):
 # -- constants ---------------------------------------------------------------------------------------------------------
 
 def fold(graph, constants, layout=torch.contiguous_format):
-    '''Compute what depends on no input, and get a module of the graph that has the results as buffers.
-
-    Those with four dimensions have the given memory format.
-    '''
+    '''A module of a graph with all that depends on no input as buffers, those of four dimensions in a memory format.'''
     values = dict(constants)
     module = GraphModule(torch.nn.Module(), graph)
     with torch.no_grad():

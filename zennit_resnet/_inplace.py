@@ -46,11 +46,10 @@ _STATE = _State()
 
 
 class Kept:
-    '''Values of a tensor as they are now, for the backward pass.
+    '''Values of a tensor as they are now, for the backward pass, copied only if and when the network changes them.
 
-    They are only copied if and when the network changes them, such as by an in-place gate. Where relevance follows the
-    gradient, clipping by an in-place ReLU that is the first to use them leaves what it depends on: entries without
-    gradient receive none. Where no canonizer follows the network, they are copied at once.
+    Where relevance follows the gradient, clipping by an in-place ReLU that is the first to use them leaves what it
+    depends on: entries without gradient receive none.
     '''
     def __init__(self, tensor):
         self._tensor = tensor.detach()
@@ -97,10 +96,7 @@ class Kept:
 
 
 class KeptWeight(Kept):
-    '''A weight as it is now. If the network changes it, ``note`` is called with a copy of what it was.
-
-    That others change it, such as an optimizer, is only noticed.
-    '''
+    '''A weight as it is now. If the network changes it, ``note`` gets a copy. That others do is only noticed.'''
     def __init__(self, tensor, note=None):
         self._tensor, self._note = tensor.detach(), note
         self._version = version_of(self._tensor)
@@ -193,11 +189,7 @@ class Watch(TorchFunctionMode):
 
 
 def note_copy(tensor, output):
-    '''Note the output of something that changes a tensor in place, but which may have been run on a copy of it.
-
-    Hooks of Zennit copy the inputs of modules. Most networks go on with what was returned, so nothing is done before
-    :py:func:`settle` finds that one goes on with the original.
-    '''
+    '''Note the output of what changes a tensor in place, but may have run on a copy, as hooks of Zennit make one.'''
     with DisableTorchFunction():
         if (
             all(isinstance(elem, torch.Tensor) and elem.requires_grad for elem in (tensor, output))

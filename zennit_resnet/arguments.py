@@ -209,11 +209,7 @@ def check_inside(input, low, high, dtypes=()):
 # -- heatmaps ----------------------------------------------------------------------------------------------------------
 
 def takes_maps(*names, single=True):
-    '''Have a function of batches of tensors also take NumPy arrays, and single maps of shape (height, width).
-
-    What it returns is of the same kind: arrays for arrays, and without the first axis for single maps. An argument
-    ``dims`` of the function is the number of axes of a single map.
-    '''
+    '''Have a function of batches of tensors also take arrays, and single maps of ``dims`` axes, and return these.'''
     def decorate(function):
         signature = inspect.signature(function)
 

@@ -230,8 +230,8 @@ def output_weights(outputs, target, contrast=None, contrast_weight=1.):
     '''Weights of outputs of shape (batch, classes, ...), of the same shape, see :py:func:`initial_relevance`.
 
     The target has indices of one output for each example, of shape (batch, dimensions but the batch) or (batch,), or is
-    a function ``(outputs) -> (batch,)``, or None. The contrast is what :py:func:`as_contrast` returned: rivals are the
-    other classes at the same place.
+    a function ``(outputs) -> (batch,)``, or None. Rivals, by :py:func:`as_contrast`, are other classes at the same
+    place.
     '''
     _check_function(target, contrast)
     if callable(target):
@@ -315,11 +315,7 @@ def weigh(weights, outputs, value):
 
 
 def default_value(output, is_signed):
-    '''What weights are multiplied with by default, see :py:func:`initial_relevance`.
-
-    Weights of one sign start from the logit. For those of both signs, it depends on the rule of the last layer, which
-    the graph of the output tells.
-    '''
+    '''What weights of one sign (the logit) or both (what the rule of the last layer needs) start from by default.'''
     divides = not is_signed or divides_by_output(output)
     if divides is None:
         raise ValueError(

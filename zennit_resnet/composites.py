@@ -82,11 +82,7 @@ class _Transaction(Described):
 
 
 class _LayerMap(_Transaction, LayerMapComposite):
-    '''Composites with a rule for each type of module.
-
-    Rules of the composite itself are for modules that compute what their type in torch.nn does. Rules that are given
-    are for all modules of their types.
-    '''
+    '''Composites with a rule for each type of plain modules. Those that are given are for all of their types.'''
     # adds the composite's own canonizer to those that are given
     complete = staticmethod(_with_canonizer)
 

@@ -47,10 +47,7 @@ class Entry(NamedTuple):
 
 
 def find_entries():
-    '''Find all methods of this package and Zennit, an :py:class:`Entry` by name.
-
-    These are our composites, classic rules, input times gradient, and Zennit's composites.
-    '''
+    '''All methods, an :py:class:`Entry` by name: our composites, classic rules, the gradient, and Zennit's.'''
     composites = {
         name: Entry(
             'ours' if is_own(name) else 'baseline', tuple(sorted(set(_parameters(name)) - NO_OPTIONS)),
@@ -383,9 +380,8 @@ class Attributed(NamedTuple):
 def turns_sign(composite, model, input):
     '''Whether the rule of a network's last layer gives the opposite sign to contributions to a negative output.
 
-    So do rules that divide by the output, such as LRP-epsilon, if relevance starts from one. It is tried on a layer of
-    two weights. The last layer is that which is called last. It is None for gradients and our own composites, of which
-    the graph tells.
+    So do rules that divide by the output, if relevance starts from one, which is tried on a layer of two weights. It is
+    None for gradients and our own composites, of which the graph tells.
     '''
     if composite is None or isinstance(composite, (ResNetLRP, GammaLRP, RelativeLRP, BlockLRP)):
         return None

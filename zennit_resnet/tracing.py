@@ -1,8 +1,4 @@
-'''An attribution as one graph: forward and backward pass of all rules, recorded once.
-
-A rule is a closed form of tensor operations, so autograd, hooks and Python are only needed to find out which operations
-there are. What is recorded runs without them, and can be compiled and exported.
-'''
+'''An attribution as one graph: forward and backward pass of all rules, recorded once, to run, compile and export.'''
 import copy
 from contextlib import ExitStack
 

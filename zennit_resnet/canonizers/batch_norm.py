@@ -53,12 +53,9 @@ class _Forward(Local):
 class BatchNormMerge:
     '''Find pairs of a linear layer and a batch normalization in a forward pass, and fold them for the backward pass.
 
-    A pair is folded if the layer was called once and its output went into the batch normalization only, whatever the
-    order in which both are defined. Rules use parameters in the backward pass. The forward pass runs with the original
-    ones and stays bit for bit the same.
-
-    Single-pass rules have the folded parameters while they run: those of one layer at a time use the same memory, which
-    is several times as fast. Other rules have them between forward passes.
+    A pair is folded if the layer was called once and its output went into the batch normalization only. Single-pass
+    rules have the folded parameters while they run, so that those of all layers use the same memory, which is several
+    times as fast. Other rules have them between forward passes, which always run with the original ones.
     '''
     def __init__(self):
         self.handles = RemovableHandleList()

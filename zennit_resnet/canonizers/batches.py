@@ -51,10 +51,7 @@ class Images:
             self.moved = module, name
 
     def find_mixing(self, root, output, independent):
-        '''A module, the name of a function that makes images depend on each other, and whether it is known to do so.
-
-        None if there is none. Shapes of arguments for which this was found out are put into a set.
-        '''
+        '''The module and function by which images depend on each other, and whether this is known, or None.'''
         given, self.given = self.given, ()
         # regions belong to images by their numbers, which are no longer theirs
         has_regions = self.moved is not None and 'roi' in self.moved[1]
@@ -139,11 +136,10 @@ def changes_first(name, args, size):
 
 
 def depends_on_batch(module, given, output):
-    '''Whether the output of a network for an image depends on others: whether it is another among copies of itself.
+    '''Whether the output for an image depends on others: is another among copies of itself. None if it cannot be run.
 
-    Asked of the first and of the last image. Two copies are enough to find that it does not, in a part of the time. If
-    they find anything else, there are as many as there were images. None if the network cannot be run so. Hooks of
-    modules only run if there is any doubt. Errors for lack of memory are raised.
+    Two copies are enough to find that it does not, in a part of the time. Else there are as many as there were images,
+    and then hooks of modules run as well.
     '''
     size, bare = batch_size(given), without_hooks(module)
     devices = {elem.device for elem in tensors_of(given) if elem.is_cuda}

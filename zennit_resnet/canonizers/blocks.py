@@ -7,10 +7,9 @@ from .residual import ResidualCanonizer
 
 
 class BlockCanonizer(ResidualCanonizer):
-    '''Canonizer which finds residual blocks, for :py:class:`~zennit_resnet.rules.BlockEpsilon`.
+    '''Canonizer which finds residual blocks: modules whose forward adds two tensors that depend on the input.
 
-    A block is a module which adds two tensors that depend on the input in its own forward. No function is replaced, as
-    the rule takes the gradient of whatever a block computes.
+    Nothing is replaced: :py:class:`~zennit_resnet.rules.BlockEpsilon` takes the gradient of whatever a block computes.
     '''
     is_gradient = True
 
@@ -22,5 +21,5 @@ class BlockCanonizer(ResidualCanonizer):
             note_addition(stack[-1].module)
 
     def intercept(self, func, name, args, kwargs):
-        '''Run a function.'''
+        '''Run a function as it is.'''
         return func(*args, **kwargs)

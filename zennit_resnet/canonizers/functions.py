@@ -148,10 +148,7 @@ def kept(tensor):
 
 
 def fully_connected(func, input, weight, bias=None):
-    '''Run a function of a fully connected layer as it would run if the weight needed a gradient.
-
-    For an input that is not contiguous, a frozen one takes several times as long, and may have other last bits.
-    '''
+    '''Run a fully connected layer as if its weight needed a gradient, which is faster and decides on the last bits.'''
     is_usual = type(input) is torch.Tensor and type(weight) in (torch.Tensor, torch.nn.Parameter)
     if is_usual and weight.layout is torch.strided and not torch.is_autocast_enabled(input.device.type):
         return linear(input, weight, bias)

@@ -1,7 +1,4 @@
-'''Functions that layers have classes for: additions, activations, normalizations, poolings, convolutions, padding.
-
-Handlers run a function, given the canonizer, the call of the module, and the call of the function.
-'''
+'''Handlers ``(canonizer, call of the module, call of the function)`` of functions that layers have classes for.'''
 import functools
 
 import torch
@@ -106,10 +103,7 @@ def unary(canonizer, call, function, kind):
 
 
 def normalization(canonizer, call, function):
-    '''Normalize, with what is needed to fold it, or tells which elements have a mean in common.
-
-    Native functions return these means as well.
-    '''
+    '''Normalize, with what is needed to fold it, or which tells what has a mean in common.'''
     if len(function.active) > 1:
         return canonizer.refuse(call, function, 'more than one of its arguments does')
     given = norm_arguments(function.func, function.name, function.args, function.kwargs)

@@ -118,10 +118,7 @@ def _exponentials(left, right, is_division):
 # -- products over dimensions ------------------------------------------------------------------------------------------
 
 def _run_product(canonizer, call, function, run, is_sum=True):
-    '''Run a product by ``run(function, signal, constants)``, in which one factor is a signal and the others constants.
-
-    If several carry relevance, it is weighted with non-negative values, or a product of two signals, or refused.
-    '''
+    '''Run a product by ``run(function, signal, constants)``, as one of weights or of two signals, or refuse it.'''
     index, gates = 0, []
     if len(function.active) > 1:
         index = _find_value(canonizer, function.active)
@@ -173,10 +170,7 @@ def contract(canonizer, call, function):
 
 
 def run_layer(canonizer, call, name, input, func, weight, bias, **settings):
-    '''Run a function ``(input, weight, bias, **settings) -> output`` as the layer of its name, by default a linear one.
-
-    The weight has the shape that it has in this layer.
-    '''
+    '''Run ``func``, ``(input, weight, bias, **settings)``, as the layer of its name, by default a linear one.'''
     surrogate = canonizer.surrogate_for(call, LINEAR.get(name, FullyConnected), name)
     surrogate.set_call(func, weight, bias, **settings)
     return canonizer.run_known(lambda: surrogate(input), [input])

@@ -123,10 +123,7 @@ def _check_rules(label, module, param):
 
 
 def as_positional(label, module, args, kwargs):
-    '''Arguments of a module as rules of Zennit know them: a single tensor, by position. None if nothing changes.
-
-    A RuntimeError is raised if there are others, without which its rules would run the layer again.
-    '''
+    '''Arguments as rules of Zennit know them, a tensor by position, None if nothing changes. Others are refused.'''
     # what is None may be left out
     kwargs = {key: elem for key, elem in kwargs.items() if elem is not None}
     given, ours = (*args, *kwargs.values()), (SinglePass, BlockEpsilon)

@@ -9,10 +9,7 @@ from .._text import one_line, printable
 
 
 def start(main, **kwargs):
-    '''Run a program, which spares most of the time that Python takes to look for garbage in what libraries load.
-
-    What they load lives until the end, and is some hundred thousand objects.
-    '''
+    '''Run a program, and spare Python the search for garbage in what libraries load, which lives until the end.'''
     gc.set_threshold(100_000)
     atexit.register(gc.freeze)
     main(**kwargs)

@@ -21,10 +21,7 @@ STYLE = ('smooth', 'percentile', 'contours', 'cmap')
 
 
 class Session:
-    '''What the commands share: checked options, explanations, and messages that go with a progress bar.
-
-    Anything that makes it useless to go on raises a :py:obj:`click.ClickException`.
-    '''
+    '''What commands share: options, explanations, and messages. What makes it useless to go on is a ClickException.'''
     def __init__(self, images, methods, folder, options):
         self.value, self.batch_size, self.overwrite = (options[key] for key in ('value', 'batch_size', 'overwrite'))
         self.style = {key: options[key] for key in STYLE if options.get(key) is not None}

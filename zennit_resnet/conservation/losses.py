@@ -50,11 +50,7 @@ DENOMINATORS = {
 
 
 class Note(NamedTuple):
-    '''What a rule has to say about a backward pass through its layer.
-
-    Relevance lost by cause, and the smallest magnitude of a denominator among units with relevance (or None), are of
-    shape (batch,) and type float64.
-    '''
+    '''What a rule says about a backward pass: relevance lost by cause, and the smallest magnitude of a denominator.'''
     rule: Hook
     lost: dict
     smallest: torch.Tensor

@@ -128,12 +128,9 @@ def _covers(hook):
 class Recorder:
     '''Follows relevance along the edges of the graph of a single forward pass.
 
-    Operations are numbered in their order, so it is known from when it ran to which module one belongs, whatever
-    becomes of tensors by views or in-place operations.
-
-    If the composite ``propagates`` gradients, these become relevance by multiplication with the tensor of an edge.
-    Where it is not known, because it is neither input nor output of a module, operations are not told apart. Nor are
-    those between which a tensor has no first dimension of examples.
+    The number of an operation tells when it ran, and so to which module it belongs. If the composite ``propagates``
+    gradients, these become relevance by the tensor of an edge. Operations are not told apart where it is not known, as
+    it is neither input nor output of a module, or has no first dimension of examples.
     '''
     def __init__(self, model, composite, batch_size):
         self.model, self.composite, self.batch_size = model, composite, batch_size

@@ -110,10 +110,11 @@ class Contributions:
     # -- the graph -----------------------------------------------------------------------------------------------------
 
     def watch(self, outputs, inputs, rules):
-        '''Add hooks to the graph of a forward pass, between outputs of shape (batch, ...) and inputs, at which to stop.
+        '''Add hooks to the graph of a forward pass, unless other rules for layers took the place of the given ones
+        (False).
 
-        Returns whether there is anything to follow: not if other rules for layers took the place of the given ones. A
-        TypeError is raised if the network runs in float16.
+        Outputs are of shape (batch, ...), inputs are where to stop. A TypeError is raised if the network runs in
+        float16.
         '''
         roots = [elem.grad_fn for elem in outputs if elem.grad_fn is not None]
         self.batch_size = len(outputs[0]) if outputs else 0

@@ -428,11 +428,7 @@ class Output(NamedTuple):
         return self._replace(values=values, version=version_of(values))
 
     def is_of(self, module, input):
-        '''Whether it is what the weight makes of the input.
-
-        Otherwise, normalization was folded into the weight, relevance is of another type, or the network has changed
-        the output.
-        '''
+        '''Whether it is what the weight makes of the input, and neither folded, of another type, nor changed since.'''
         is_current = module.weight is self.weight and version_of(self.values) == self.version
         return is_current and module.weight.dtype == self.values.dtype == input.dtype
 
