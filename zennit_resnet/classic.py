@@ -40,10 +40,7 @@ SETTINGS = {
 
 
 def drop_zero(denominator):
-    '''Stabilizer which adds nothing, and makes contributions to a denominator of zero become zero.
-
-    It puts infinity in place of zero (and of numbers too small to be inverted).
-    '''
+    '''Stabilizer that puts infinity in place of zero (or numbers too small to be inverted), and else adds nothing.'''
     return denominator.masked_fill(denominator.abs() < torch.finfo(denominator.dtype).tiny, torch.inf)
 
 
@@ -62,11 +59,9 @@ class ClassicLRP(_LayerMap):
     epsilon: callable or float, optional
         Stabilization parameter of ``'epsilon'``, with Zennit's convention of signs. Callables ``(denominator) ->
         stabilized denominator`` may have another.
-    gamma: float, optional
-        How much ``'gamma'`` enlarges contributions.
-    alpha, beta: float, optional
-        Multipliers of positive and negative contributions of ``'alpha_beta'``, which sum to one. Zennit's beta has the
-        opposite sign.
+    gamma, alpha, beta: float, optional
+        How much ``'gamma'`` enlarges contributions, and multipliers of positive and negative contributions of
+        ``'alpha_beta'``, which sum to one. Zennit's beta has the opposite sign.
     with_bias: bool, optional
         Whether biases are part of the denominators, as in Zennit. Default is ``False``, as in the equations.
     addition: str, optional

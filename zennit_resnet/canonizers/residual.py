@@ -56,6 +56,10 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
     registered, no parameter requires a gradient, so a tensor requires one only if it depends on the input. Hence adding
     a bias or a constant is not a skip connection.
 
+    Relevance that constants kept in the last backward pass, such as class tokens that are concatenated, and those of
+    ``parameters='sink'``, is the attribute ``sinks``, a dict of tensors of shape (batch,) by name. A composite that is
+    registered has it as well.
+
     Parameters
     ----------
     batch_norm: str, optional
@@ -76,12 +80,6 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
         with ``'pass'`` (default), all relevance passes to the signal. With ``'sink'``, they receive the share of an
         addend.
 
-    Attributes
-    ----------
-    sinks: dict
-        Relevance that constants kept in the last backward pass, such as class tokens that are concatenated, and those
-        of ``parameters='sink'``, by name, of shape (batch,). A composite that is registered has it as well.
-
     A ValueError is raised if an argument is not one of its choices.
     '''
     # whether the gradient is the rule of all functions
@@ -98,10 +96,7 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
         self.handles = RemovableHandleList()
 
     def apply(self, root_module):
-        '''Apply this canonizer to a network, and get a list of the single instance that was registered.
-
-        A RuntimeError is raised if no composite is being registered, or if it is in use for another network.
-        '''
+        '''Apply this to a network while a composite is registered, and get a list of the instance that does it.'''
         composite = _REGISTERING.get() or registering_composite()
         if composite is None:
             raise RuntimeError(
@@ -116,11 +111,10 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
         return [instance]
 
     def register(self, root_module, composite=None):
-        '''Watch all modules of a network.
+        '''Watch all modules of a network. The composite, if there is one, is asked for the rules of operations.
 
-        The composite is asked for the rules of operations. Without one, additions are split by ratio. A TypeError is
-        raised if rules can not be attached to a module, as it is a ScriptModule, quantized, sharded, or runs replicas
-        on several devices, and a RuntimeError in inference mode, in which there are no gradients.
+        A TypeError is raised if rules can not be attached to a module, as it is a ScriptModule, quantized, sharded, or
+        runs replicas on several devices, and a RuntimeError in inference mode, in which there are no gradients.
         '''
         self.names = {module: name for name, module in root_module.named_modules()}
         if self._overlapping():

@@ -307,7 +307,7 @@ def _num_spatial(module):
 
 
 def by_example(function, *tensors):
-    '''Apply a function to one example after the other: on CPU, this is faster for tensors that do not fit in the cache.'''
+    '''Apply a function to one example after the other, which on CPU is faster if tensors do not fit into the cache.'''
     # tensors of fewer dimensions are broadcast along that of the examples
     first, lengths = tensors[0], {(elem.ndim, *elem.shape[:1]) for elem in tensors}
     if (first.device.type != 'cpu' or first.numel() < LARGE or len(lengths) > 1 or first.shape[:1].numel() < 2

@@ -38,12 +38,8 @@ def branch_factor(begin, end, normalization='signed', tolerance=TOLERANCE):
         Sums smaller than this share of their magnitudes count as zero, and the ratio of the sums of magnitudes is used
         in their place. Default is 1e-6, the resolution of sums in single precision.
 
-    Returns
-    -------
-    tuple of :py:obj:`torch.Tensor`
-        The factor, zero for a branch without contributions, and where the sums were replaced, both of shape (batch,).
-
-    A ValueError is raised if ``normalization`` is unknown, or ``tolerance`` is negative or not finite.
+    Returns the factor, zero for a branch without contributions, and where the sums were replaced, both of shape
+    (batch,). A ValueError is raised if ``normalization`` is unknown, or ``tolerance`` is negative or not finite.
     '''
     check_choice('normalization', normalization, BRANCH_SUMS)
     check_number('tolerance', tolerance, 0)
@@ -77,10 +73,10 @@ class Contributions:
     Where paths of different lengths meet, their contributions are of different scale. As Proposition 14 has it for the
     branches of residual blocks, each path between two such places (a sum or concatenation at one end, a tensor with
     several uses at the other) is rescaled such that contributions have the same sum at both ends. Contributions of a
-    sum are divided evenly among its addends, so what all paths have in total is the same everywhere. (In the
-    proposition, each branch begins with all of it: a factor of two for each block, which is the same for all inputs.
-    Divided, it also holds for branches which have branches themselves.) A path that changes nothing, such as an
-    identity skip connection, remains as it is.
+    sum are divided evenly among its addends, so what all paths have in total is the same everywhere, also for branches
+    which have branches themselves. (In the proposition, each branch begins with all of it: a factor of two for each
+    block, which is the same for all inputs.) A path that changes nothing, such as an identity skip connection, remains
+    as it is.
 
     For ``normalization``, see :py:func:`branch_factor`.
     '''
