@@ -15,10 +15,7 @@ from ._compat import as_parameter
 
 
 def linear(input, weight, bias=None):
-    '''A fully connected layer in one product.
-
-    If the weight needs no gradient, PyTorch makes one for each row of an input that is not contiguous.
-    '''
+    '''A fully connected layer in one product. For frozen weights, PyTorch makes one for each row of some inputs.'''
     if input.ndim < 3 or input.is_contiguous():
         return F.linear(input, weight, bias)
     # the same order of operations as with a weight that needs a gradient, so the last bits are the same
@@ -31,15 +28,10 @@ def linear(input, weight, bias=None):
 class Operation(torch.nn.Module):
     '''A function call in the form of a module.
 
-    Attributes
-    ----------
-    function: callable
-        The intercepted call, as a function ``(*tensors) -> tensor`` of the tensors that carry relevance. It is replaced
-        each time the module to which the operation belongs reaches the call again.
-    name: str
-        Name of the intercepted function.
-    in_gate: bool
-        Whether the result is a gate if all that enters is one. So it is for activations and poolings of any type.
+    It has the ``name`` of the function, and as ``function`` the intercepted call, ``(*tensors) -> tensor`` of the
+    tensors that carry relevance, which is replaced each time the module to which the operation belongs reaches the call
+    again. The result is a gate if all that enters is one and ``in_gate`` is true. So it is for activations and poolings
+    of any type.
     '''
     label, in_gate = 'operation', False
 
@@ -162,10 +154,7 @@ class NonNegativeMap(AveragePool):
 class Signed:
     '''Linear map with weights of both signs, other than convolutions and fully connected layers.'''
     def linear(self, input, part):
-        '''The linear map without constants, and with a function of its weights in their place.
-
-        Input and output are of the shape of the call, the function ``part`` goes element by element.
-        '''
+        '''The linear map without constants, with ``part`` of its weights, an element-wise function, in their place.'''
         raise NotImplementedError()
 
 
@@ -212,10 +201,7 @@ class FunctionalLinear(Operation):
     padding_mode = 'zeros'
 
     def set_call(self, function, weight, bias, **settings):
-        '''Take over a call of a function ``(input, weight, bias, **settings) -> output``.
-
-        Settings (``stride``, ``padding``, ...) become attributes of the module.
-        '''
+        '''Take over a call of a function ``(input, weight, bias, **settings)``. Settings become attributes.'''
         # a copy of this module, which belongs to an earlier call, keeps the parameters of that
         self._parameters = type(self._parameters)()
         for key, value in (('weight', weight), ('bias', bias)):

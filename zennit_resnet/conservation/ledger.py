@@ -1,8 +1,7 @@
 '''Conservation of relevance: how much of it arrives at each layer, how much leaves it, and where the rest went.
 
-Relevance is measured on the edges of the graph that the network's forward pass has built, with all rules in place, so
-that none of it can pass unnoticed: each operation belongs to the module which ran it, and what all rows of the ledger
-lose adds up to the difference of the initial relevance and the relevance at the input.
+It is measured on the edges of the graph of the forward pass, with all rules in place, so that none can pass unnoticed:
+what all rows of the ledger lose adds up to the difference of the initial relevance and that at the input.
 '''
 import csv
 import json
@@ -33,20 +32,12 @@ class Ledger:
 
     Attributes
     ----------
-    rows: list[:py:obj:`~zennit_resnet.conservation.Row`]
-        Layers, and functions between them.
-    blocks: list[:py:obj:`~zennit_resnet.conservation.Row`]
-        Modules which contain others, in the order of the backward pass. They sum up what happens inside.
-    initial: :py:obj:`torch.Tensor`
-        Sum of the initial relevance.
-    scale: :py:obj:`torch.Tensor`
-        Sum of the magnitudes of the initial relevance.
-    final: :py:obj:`torch.Tensor`
-        Sum of the relevance at the input.
-    output: :py:obj:`torch.Tensor`
-        Output of the network.
-    relevance: :py:obj:`torch.Tensor`
-        Relevance of the input, of its shape.
+    rows, blocks: list[:py:obj:`~zennit_resnet.conservation.Row`]
+        Layers and functions between them, and modules which contain others, which sum up what happens inside.
+    initial, scale, final: :py:obj:`torch.Tensor`
+        Sum of the initial relevance and of its magnitudes, and sum of the relevance at the input.
+    output, relevance: :py:obj:`torch.Tensor`
+        Output of the network, and relevance of the input, of its shape.
     composite: str or None
         The composite and its options, as text.
     sinks: dict[str, :py:obj:`torch.Tensor`]
@@ -141,11 +132,9 @@ class Ledger:
         '''Format as a table, from the output to the input, with a summary below.
 
         Functions which pass on all relevance are left out. A mark ``!`` is before rows that lose or gain more than the
-        tolerance, or have NaN or infinite values.
-
-        The example is an index in the batch, by default of the one with the largest deviation, and the tolerance is
-        relative to the initial relevance. With ``blocks``, these are shown in the place of layers and functions, and
-        with ``only_losses`` only rows with a mark.
+        tolerance, relative to the initial relevance, or have NaN or infinite values. The example is an index in the
+        batch, by default of the one with the largest deviation. With ``blocks``, these are shown in the place of layers
+        and functions, and with ``only_losses`` only rows with a mark.
         '''
         check_number('tolerance', tolerance, 0, finite=False)
         check_flag('blocks', blocks)
@@ -220,10 +209,9 @@ class Ledger:
         return [row for row in (row.at(index) for row in self.rows) if row.kind != 'function' or row.is_bad(threshold)]
 
     def plot(self, example=None, tolerance=1e-4):
-        '''Plot what layers lose, and what is left of the initial relevance, for an example as in :py:meth:`table`.
+        '''Plot what layers lose, and what is left of the initial relevance, as a :py:obj:`matplotlib.figure.Figure`.
 
-        Causes that take or give more than the tolerance are shown. The result is a :py:obj:`matplotlib.figure.Figure`,
-        of which ``savefig(path)`` writes a file.
+        Arguments are those of :py:meth:`table`. Causes that take or give more than the tolerance are shown.
         '''
         check_number('tolerance', tolerance, 0, finite=False)
         return plot_ledger(self, self._index(example), tolerance)
@@ -264,7 +252,7 @@ class Ledger:
 
 
 def conservation_ledger(model, input, composite=None, attr_output=None, target=None, value='logit'):
-    '''Follow relevance through a network, and find out where it is lost or gained.
+    '''Follow relevance through a network, and find out where it is lost or gained, as a :py:obj:`Ledger`.
 
     The network is run once forward and backward, as by Zennit's ``Gradient``, and left as it was found. Rules give the
     same relevance as without a ledger.
@@ -283,20 +271,10 @@ def conservation_ledger(model, input, composite=None, attr_output=None, target=N
     target, value: optional
         In place of ``attr_output``, see :py:func:`~zennit_resnet.attribution.initial_relevance`.
 
-    Returns
-    -------
-    :py:obj:`Ledger`
-        What arrives at all layers, leaves them, and is lost in between.
-
-    Raises
-    ------
-    TypeError
-        If ``model``, ``input`` or ``composite`` is none, or the output is no tensor.
-    ValueError
-        If ``attr_output`` and ``target`` are both given, or shapes of initial relevance, output and input do not fit,
-        or if the output does not depend on the input.
-    RuntimeError
-        If batch normalization, dropout or stochastic depth is in training mode.
+    A TypeError is raised if ``model``, ``input`` or ``composite`` is none, or the output is no tensor, a ValueError if
+    ``attr_output`` and ``target`` are both given, shapes of initial relevance, output and input do not fit, or the
+    output does not depend on the input, and a RuntimeError if batch normalization, dropout or stochastic depth is in
+    training mode.
 
     Examples
     --------

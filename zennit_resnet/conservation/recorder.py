@@ -33,10 +33,8 @@ class Row:
         Path of the module, for functions of the module in which they were called. Empty for the network itself.
     call: int
         Number of the call if the module was called several times, else 0.
-    kind: str
-        ``'layer'``, ``'function'`` or ``'block'``.
-    type: str
-        Class of the module, or name of the function.
+    kind, type: str
+        ``'layer'``, ``'function'`` or ``'block'``, and the class of the module, or name of the function.
     rule: str or None
         Class of the rule, None where the gradient takes its place.
     arrives, leaves: :py:obj:`torch.Tensor`

@@ -22,7 +22,8 @@ def explain(
 ):
     '''Explain what a classifier sees in photographs.
 
-    The network is explained in evaluation mode, on its device, and left as it was.
+    The network is explained in evaluation mode, on its device, and left as it was. Returns an :py:class:`Explanation`
+    of a single image, and :py:class:`Explanations`, a tuple of them, for a list, folder or batch.
 
     Parameters
     ----------
@@ -43,21 +44,9 @@ def explain(
     batch_size: int, optional
         How many images are explained at once.
 
-    Returns
-    -------
-    :py:class:`Explanation` or :py:class:`Explanations`
-        One of a single image, and a tuple of them for a list, folder or batch.
-
-    Raises
-    ------
-    ValueError
-        If an image cannot be read, its output or relevance is not finite, or an argument does not fit.
-    TypeError
-        If an argument is of another type.
-    FileNotFoundError
-        If there is no such file.
-    UnsupportedOperation
-        If the network does something that cannot be followed.
+    A ValueError is raised if an image cannot be read, its output or relevance is not finite, or an argument does not
+    fit, a TypeError if an argument is of another type, a FileNotFoundError if there is no such file, and an
+    UnsupportedOperation if the network does something that cannot be followed.
 
     Examples
     --------
@@ -95,8 +84,7 @@ def explain_each(
 ):
     '''Generate each image with a list of its explanations by each method, or the error why there are none.
 
-    Methods that differ in their post-processing only are computed once, by a function ``attribute`` with the arguments
-    of :py:meth:`Method.attribute`. For all else, see :py:func:`explain`.
+    Methods that differ in their post-processing only are computed once, by ``attribute``. See :py:func:`explain`.
     '''
     check_number('batch_size', batch_size, 1)
     target = target.tolist() if isinstance(target, (np.ndarray, torch.Tensor)) else target

@@ -49,14 +49,10 @@ class Explanation:
 
     Attributes
     ----------
-    relevance: :py:obj:`numpy.ndarray`
-        Relevance of the network's input, of shape (channels, height, width).
-    output: :py:obj:`numpy.ndarray`
-        Logits of shape (classes,).
-    target: int
-        Index of the class explained.
-    classes: list[str]
-        Names of the classes.
+    relevance, output: :py:obj:`numpy.ndarray`
+        Relevance of the network's input, of shape (channels, height, width), and logits of shape (classes,).
+    target, classes: int, list[str]
+        Index of the class explained, and names of the classes.
     photo: :py:obj:`numpy.ndarray`
         The photograph, of shape (height, width, 3) and type uint8.
     box: tuple[float, float, float, float]
@@ -180,7 +176,7 @@ class Explanation:
         return np.asarray(canvas) * (heatmap.size / (width * height))
 
     def draw(self, kind='overlay', size=None, **style):
-        '''Draw the ``'heatmap'`` or ``'overlay'``, as an array of shape (height, width, 3) and type uint8.
+        '''Draw the ``'heatmap'`` or ``'overlay'`` as an array of shape (height, width, 3) and type uint8.
 
         It has the width and height of the photograph, or another ``size``. For options, see :py:class:`Explanation`.
         '''
@@ -231,11 +227,10 @@ class Explanation:
         return file_stem(self.name, self.method)
 
     def save(self, folder, overwrite=False, **style):
-        '''Write the heatmap, overlay and figure as PNG, relevance and heatmap as arrays, and a manifest.
+        '''Write heatmap, overlay and figure as PNG, relevance and heatmap as arrays, and a manifest, and get the paths.
 
-        Each file is written as a whole or not at all, the manifest last. For options, see :py:class:`Explanation`. The
-        folder is made if it is not there, and the paths of the files are returned. A FileExistsError is raised if a
-        file is there and is not to be overwritten, an OSError if one cannot be written.
+        Each file is written as a whole or not at all, the manifest last. The folder is made if it is not there. A
+        FileExistsError is raised if a file is there and is not to be overwritten, an OSError if one cannot be written.
         '''
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -359,10 +354,7 @@ def draw_table(rows, kinds=('heatmap',), scale='own', titles=None, **style):
     style:
         See :py:class:`Explanation`.
 
-    Raises
-    ------
-    ValueError
-        If there is nothing to draw, or an argument is out of range.
+    A ValueError is raised if there is nothing to draw, or an argument is out of range.
     '''
     found = Style(**style)
     known = [[each for each in row if each is not None] for row in rows]
