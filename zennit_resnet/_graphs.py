@@ -1,4 +1,5 @@
 '''Graphs of aten operations: recorded once, with no changes in place, and with all that is constant computed.'''
+import functools
 import math
 import operator
 
@@ -58,16 +59,12 @@ def _lift_constants(module):
 
 # -- rewriting ---------------------------------------------------------------------------------------------------------
 
-class _Builder:
-    '''Adds functions to a graph, with what they make of fake tensors.'''
-    def __init__(self, graph):
-        self.graph = graph
-
-    def __call__(self, function, *args, **kwargs):
-        node = self.graph.call_function(function, args, kwargs)
-        values, named = torch.fx.node.map_arg((args, kwargs), _fake)
-        node.meta['val'] = function(*values, **named)
-        return node
+def _add(graph, function, *args, **kwargs):
+    '''Add a function to a graph, with what it makes of fake tensors.'''
+    node = graph.call_function(function, args, kwargs)
+    values, named = torch.fx.node.map_arg((args, kwargs), _fake)
+    node.meta['val'] = function(*values, **named)
+    return node
 
 
 def _fake(node):
@@ -76,7 +73,7 @@ def _fake(node):
 
 def simplify(graph, constants):
     '''Replace functions by fewer of the same result: batch normalizations, gradients of convolutions, products.'''
-    build = _Builder(graph)
+    build = functools.partial(_add, graph)
     for node in list(graph.nodes):
         with graph.inserting_before(node):
             if node.target in _SAME or node.target is aten._to_copy.default and _is_same(node):
@@ -215,7 +212,7 @@ def _multiply(build, one, other):
 
 def lower_precision(graph, constants, dtype):
     '''Have convolutions after the output, which are those of rules, compute in another type.'''
-    build, nodes = _Builder(graph), list(graph.nodes)
+    build, nodes = functools.partial(_add, graph), list(graph.nodes)
     (output, *_), = nodes[-1].args
     for node in nodes[nodes.index(output) + 1:]:
         # one channel is what dead units are spread by, for which this is no faster

@@ -22,8 +22,6 @@ from ._nested import tensors_of
 
 # Functions after which each entry is the same as before, or has a gradient of zero (but may have relevance).
 CLIPPING = frozenset('relu relu_ relu6 hardtanh hardtanh_ clamp_ clip_ clamp_min_ clamp_max_ threshold_'.split())
-
-
 # Names of the functions that operators of Python become.
 OPERATORS = frozenset('''
     add radd iadd sub rsub isub mul rmul imul div rdiv idiv truediv rtruediv itruediv true_divide pow rpow ipow matmul
@@ -52,8 +50,8 @@ class Kept:
     depends on: entries without gradient receive none.
     '''
     def __init__(self, tensor):
-        self._tensor = tensor.detach()
-        self._version = version_of(self._tensor)
+        self.tensor = tensor.detach()
+        self._version = version_of(self.tensor)
         self.is_used = False
         if is_watched():
             self._follow(tensor)
@@ -67,20 +65,20 @@ class Kept:
     @property
     def is_changed(self):
         '''Whether the network has changed the tensor in a way which nobody noted.'''
-        return version_of(self._tensor) != self._version
+        return version_of(self.tensor) != self._version
 
     def copy(self):
         '''Copy the values, which are about to change.'''
-        self._tensor = self._tensor.clone()
-        self._version, self.address = version_of(self._tensor), None
+        self.tensor = self.tensor.clone()
+        self._version, self.address = version_of(self.tensor), None
 
     def accept(self):
         '''Take the values as they are now.'''
-        self._version = version_of(self._tensor)
+        self._version = version_of(self.tensor)
 
     def clear(self):
         '''Forget the values, which are not needed.'''
-        self._tensor = self._tensor.new_empty(0)
+        self.tensor = self.tensor.new_empty(0)
         self.accept()
         self.address = None
 
@@ -89,17 +87,18 @@ class Kept:
         '''The values.'''
         if self.is_changed:
             raise RuntimeError(
-                f'A tensor of shape {tuple(self._tensor.shape)} at the border of a block was changed in place by an '
+                f'A tensor of shape {tuple(self.tensor.shape)} at the border of a block was changed in place by an '
                 'operation that can not be followed, such as a scripted function: use one that is not in place.'
             )
-        return self._tensor
+        return self.tensor
 
 
 class KeptWeight(Kept):
     '''A weight as it is now. If the network changes it, ``note`` gets a copy. That others do is only noticed.'''
     def __init__(self, tensor, note=None):
-        self._tensor, self._note = tensor.detach(), note
-        self._version = version_of(self._tensor)
+        # an alias, which assigning other ``data`` to the weight does not change
+        self.tensor, self._note = tensor.detach(), note
+        self._version = version_of(self.tensor)
         self.is_used, self.is_copied = True, False
         if is_followed():
             self._follow(tensor)
@@ -109,12 +108,7 @@ class KeptWeight(Kept):
         super().copy()
         self.is_copied = True
         if self._note is not None:
-            self._note(self._tensor)
-
-    @property
-    def tensor(self):
-        '''An alias of the weight, which assigning other ``data`` to it does not change.'''
-        return self._tensor
+            self._note(self.tensor)
 
 
 class _Follow(torch.autograd.Function):

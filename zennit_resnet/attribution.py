@@ -163,7 +163,9 @@ def initial_relevance(target, value=None, output=None, contrast=None, contrast_w
     '''
     check_choice('value', value, (None, *VALUES))
     check_key(output)
-    target, contrast = _as_target(target), as_contrast(contrast)
+    is_function = callable(target) and not isinstance(target, (type, torch.Tensor))
+    target = target if target is None or is_function else as_indices('target', target, 1)
+    contrast = as_contrast(contrast)
     check_contrast_weight(contrast, contrast_weight)
     _check_function(target, contrast)
 
@@ -331,12 +333,6 @@ def _check_function(target, contrast):
     '''Raise a ValueError if there is a contrast for a function, which has its own.'''
     if callable(target) and contrast is not None:
         raise ValueError(f'contrast={contrast!r} is for classes: have the function return a difference.')
-
-
-def _as_target(target):
-    '''Targets as a tensor of integers, a function, or None.'''
-    is_function = callable(target) and not isinstance(target, (type, torch.Tensor))
-    return target if target is None or is_function else as_indices('target', target, 1)
 
 
 def as_indices(name, value, dims=torch.inf):

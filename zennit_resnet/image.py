@@ -126,7 +126,7 @@ def _check_picture(picture, name='A picture'):
 
 
 def color_range(heatmap, percentile=99.5):
-    '''End of the color range of one or several heatmaps: a percentile of the magnitudes, the largest if that is zero.'''
+    '''End of the color range of heatmaps: a percentile of the magnitudes, or the largest if that is zero.'''
     check_number('percentile', percentile, 0, 100)
     if not percentile:
         raise ValueError(f'percentile={percentile} leaves no range of colors: it must be above 0!')

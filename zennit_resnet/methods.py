@@ -24,11 +24,11 @@ from ._autograd import divides_by_output
 from ._choices import INPUT_X_GRADIENT, LEVELS, MAX_LEVELS, POSTPROCESSING, SPLITTING, VALUES
 from .attribution import as_contrast, check_contrast_weight, initial_relevance
 from .classic import SETTINGS, ClassicLRP
+from .composites import SPLITTING as RULES
 from .composites import BlockLRP, RelativeLRP, ResNetLRP, with_splitting
 from .conservation import conservation_ledger
 from .gamma import GammaLRP
 from .postprocess import EmptyMaskWarning, c1c, c3, heat_quantization, sum_channels
-from .rules import RatioSplit, SymmetricSplit
 
 CLASSIC_OPTIONS = ('addition', 'batch_norm', 'stabilizer', 'with_bias')
 # what composites are given by the network, or by the grammar
@@ -227,9 +227,7 @@ class Method:
         if self.splitting == 'zennit':
             options['canonizers'] = [ResNetCanonizer()]
         composite = self.entry.composite(**options)
-        if self.splitting in ('ratio', 'symmetric'):
-            composite = with_splitting(composite, {'ratio': RatioSplit, 'symmetric': SymmetricSplit}[self.splitting]())
-        return composite
+        return with_splitting(composite, RULES[self.splitting]()) if self.splitting in RULES else composite
 
     def process(self, heatmap):
         '''Post-process heatmaps, sums over channels of shape (batch, height, width).'''

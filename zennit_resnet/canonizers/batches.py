@@ -78,7 +78,8 @@ def may_mix(name, args, kwargs, size):
     if name in PAIRS:
         return bool(active_tensors((args, kwargs)))
     if name == 'einsum':
-        return _contracts_first(args)
+        inputs, arrow, output = args[0].replace(' ', '').partition('->')
+        return not arrow or any(elem[:1] not in output for elem in inputs.split(','))
     if name in PRODUCTS:
         _, *others = tensors_of((args, kwargs))
         return bool(others) and others[-1].requires_grad and others[-1].ndim <= 2
@@ -86,7 +87,8 @@ def may_mix(name, args, kwargs, size):
     if not isinstance(input, torch.Tensor) or not input.ndim or len(input) != size:
         return False
     if name == '__getitem__':
-        return _indexes_first(args[1])
+        first = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
+        return isinstance(first, torch.Tensor) or first is not None and first is not Ellipsis and first != slice(None)
     if name == 'pad':
         amounts = args[1] if len(args) > 1 else kwargs['pad']
         return len(amounts) >= 2 * input.ndim and any(amounts[2 * input.ndim - 2:])
@@ -104,20 +106,6 @@ def _dims(input, args, kwargs, position, default):
         # an element-wise maximum
         return ()
     return dims_of(input, None if isinstance(dims, str) else dims)
-
-
-def _indexes_first(index):
-    '''Whether an index takes some elements of the first dimension.'''
-    first = index[0] if isinstance(index, tuple) and index else index
-    return first is not None and first is not Ellipsis and first != slice(None) if not isinstance(
-        first, torch.Tensor
-    ) else True
-
-
-def _contracts_first(args):
-    '''Whether a sum of products is over the first dimension of a tensor.'''
-    inputs, arrow, output = args[0].replace(' ', '').partition('->')
-    return not arrow or any(elem[:1] not in output for elem in inputs.split(','))
 
 
 def changes_first(name, args, size):

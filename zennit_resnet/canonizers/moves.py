@@ -196,10 +196,6 @@ def minimum(canonizer, call, function):
     return write_out(canonizer, function, lambda: -largest(-given['input'], **settings))
 
 
-def _squared_deviation(dims, input):
-    return (input - input.mean(dims, keepdim=True)) ** 2
-
-
 def _power(order, dims, input):
     '''What elements add to a norm.'''
     magnitude = input.abs()
@@ -209,15 +205,11 @@ def _power(order, dims, input):
     return (magnitude != 0).to(input.dtype) if order == 0 else magnitude ** order
 
 
-def _exponential(dims, input):
-    return (input - input.amax(dims, keepdim=True)).exp()
-
-
 def deviation(canonizer, call, function):
     '''A variance or standard deviation, which may come with the mean.'''
     given = function.bind('input', 'dim')
     dims = dims_of(given['input'], given.get('dim'))
-    settings = {'amounts': functools.partial(_squared_deviation, dims), 'dims': dims}
+    settings = {'amounts': lambda input: (input - input.mean(dims, keepdim=True)) ** 2, 'dims': dims}
     if not function.name.endswith('_mean'):
         return canonizer.run(call, Reduction, function, **settings)
     return (
@@ -246,7 +238,9 @@ def log_sum_exp(canonizer, call, function):
     '''A soft maximum.'''
     given = function.bind('input', 'dim')
     dims = dims_of(given['input'], given['dim'])
-    return canonizer.run(call, Reduction, function, amounts=functools.partial(_exponential, dims), dims=dims)
+    return canonizer.run(
+        call, Reduction, function, amounts=lambda input: (input - input.amax(dims, keepdim=True)).exp(), dims=dims
+    )
 
 
 def quantile(canonizer, call, function):

@@ -104,22 +104,18 @@ def check_weight(label, module, args, kwargs):
         value = kwargs.get(param, args[index] if index < len(args) else None)
         # Zennit 1.0.0 leaves attributes that hide parameters
         own = *module._parameters.values(), vars(module).get(param)
-        if value is not None and not (param in module._parameters and any(value is elem for elem in own)):
-            _check_rules(label, module, param)
-
-
-def _check_rules(label, module, param):
-    '''Raise a RuntimeError if a layer has a rule of Zennit that modifies a parameter, which is computed.'''
-    for rule in rules_of(module):
-        if rule.active and not all(
-            isinstance(elem, NoMod) and param not in (elem.zero_params or ())
-            for elem in getattr(rule, 'param_modifiers', ())
-        ):
-            raise RuntimeError(
-                f'{label} computes its {param} (parametrization, weight norm, pruning, or in its forward). Zennit\'s '
-                f'{type(rule).__name__} only modifies parameters: make the {param} one (for instance with '
-                'torch.nn.utils.parametrize.remove_parametrizations), or use a composite of this package.'
-            )
+        if value is None or param in module._parameters and any(value is elem for elem in own):
+            continue
+        for rule in rules_of(module):
+            if rule.active and not all(
+                isinstance(elem, NoMod) and param not in (elem.zero_params or ())
+                for elem in getattr(rule, 'param_modifiers', ())
+            ):
+                raise RuntimeError(
+                    f'{label} computes its {param} (parametrization, weight norm, pruning, or in its forward). '
+                    f'Zennit\'s {type(rule).__name__} only modifies parameters: make the {param} one (for instance '
+                    'with torch.nn.utils.parametrize.remove_parametrizations), or use a composite of this package.'
+                )
 
 
 def as_positional(label, module, args, kwargs):

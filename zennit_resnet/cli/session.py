@@ -33,13 +33,14 @@ class Session:
             raise click.ClickException(f'--quantize and --postprocess {postprocess} exclude each other: choose one')
         if levels:
             postprocess = 'quantize'
+        suffix = '' if options.get('splitting', 'none') == 'none' else f'+{options["splitting"]}'
         try:
             # a photograph that is named twice is explained once
             found = {}
             for path in (path for each in images for path in photographs(each)):
                 found.setdefault(os.path.realpath(path), path)
             self.images = list(found.values())
-            methods = [Method(text, postprocess, levels or LEVELS) for text in methods]
+            methods = [Method(text + suffix, postprocess, levels or LEVELS) for text in methods]
             self.methods = list({method.text: method for method in methods}.values())
             Style(**self.style)
             self.classifier = load_classifier(*(

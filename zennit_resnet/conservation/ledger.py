@@ -95,11 +95,10 @@ class Ledger:
         '''
         lost = torch.stack([self.gap * self.scale, *(row.missing for row in self.rows if layers)]).abs().amax(0)
         deviation = torch.where(lost == 0, 0., lost / self.scale)
-        return torch.where(deviation.isfinite() & (self._not_finite() == 0), deviation, math.inf)
-
-    def _not_finite(self):
-        bad = ~self.relevance.detach().cpu().reshape(len(self.initial), -1).isfinite()
-        return bad.sum(1) + sum((row.nan + row.inf for row in self.rows), torch.zeros_like(self.initial))
+        is_finite = self.relevance.detach().cpu().reshape(len(self.initial), -1).isfinite().all(1)
+        for row in self.rows:
+            is_finite &= row.nan + row.inf == 0
+        return torch.where(deviation.isfinite() & is_finite, deviation, math.inf)
 
     def worst(self, number=3, example=0):
         '''Get the rows that lose or gain most in an example, those with NaN or infinite values first.'''

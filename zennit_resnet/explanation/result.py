@@ -38,8 +38,30 @@ KINDS = ('heatmap', 'overlay')
 ENDINGS = ('heatmap.png', 'overlay.png', 'figure.png', 'relevance.npy', 'heatmap.npy', 'manifest.json')
 
 
+class _Pictures:
+    '''What is shown as a figure, in notebooks by itself.'''
+    def show(self, **style):
+        '''Show the figure, in a notebook or the program for pictures.'''
+        picture = self.figure(**style)
+        try:
+            from IPython import get_ipython
+            from IPython.display import display
+            is_notebook = get_ipython() is not None
+        except ImportError:
+            is_notebook = False
+        if is_notebook:
+            display(picture)
+        else:
+            picture.show()
+
+    def _repr_png_(self):
+        file = io.BytesIO()
+        self.figure().save(file, 'PNG')
+        return file.getvalue()
+
+
 @dataclass(frozen=True, eq=False, repr=False)
-class Explanation:
+class Explanation(_Pictures):
     '''Why a network sees a class in a photograph.
 
     Pictures and the heatmap are in the geometry of the photograph, and positive values are for the class. Options of
@@ -139,19 +161,16 @@ class Explanation:
         '''What is unusual about the heatmap.'''
         notes = [*self._map(0.)[1]]
         seen = float(np.abs(self.heatmap).sum(dtype=np.float64)) / max(float(np.abs(self._map(0.)[0]).sum()), 1e-30)
+        (left, top, right, bottom), (height, width) = self.box, self.photo.shape[:2]
+        is_padded = left < -1 or top < -1 or right > width + 1 or bottom > height + 1
         if not self.relevance.any() and not notes:
             notes.append('empty, as relevance is zero everywhere')
-        elif seen < 0.95 and self.method.postprocess == 'none' and self._is_padded:
+        elif seen < 0.95 and self.method.postprocess == 'none' and is_padded:
             notes.append(f'{1 - seen:.0%} of the relevance is on padding, outside of the photograph')
         is_plain = self.contrast is None and self.method.contrast is None and self.sign > 0
         if self.value == 'logit' and is_plain and self.output[self.target] < 0:
             notes.append('the logit is negative: there is more against the class than for it')
         return notes
-
-    @property
-    def _is_padded(self):
-        left, top, right, bottom = self.box
-        return left < -1 or top < -1 or right > self.photo.shape[1] + 1 or bottom > self.photo.shape[0] + 1
 
     def _map(self, smooth):
         '''The heatmap in the geometry of the network, and notes, each computed once.'''
@@ -187,7 +206,10 @@ class Explanation:
         )
         heatmap = self._place(self._map(style.smooth)[0], photo.shape[1::-1])
         # ends of the color range do not depend on the size
-        bound = self.color_range(style) * self._map(0.)[0].size / self._area(photo.shape[1::-1])
+        width, height = (
+            (self.box[num + 2] - self.box[num]) * photo.shape[1 - num] / self.photo.shape[1 - num] for num in (0, 1)
+        )
+        bound = self.color_range(style) * self._map(0.)[0].size / max(width * height, 1)
         if kind == 'heatmap':
             return draw_heatmap(heatmap, style.percentile, style.cmap or HEATMAP_CMAP, bound)
         picture = draw_overlay(photo, heatmap, style.percentile, cmap=style.cmap or OVERLAY_CMAP, bound=bound)
@@ -195,11 +217,6 @@ class Explanation:
             return picture
         outlined = self._place(self._map(max(style.smooth, CONTOUR_SMOOTH))[0], photo.shape[1::-1])
         return draw_contours(picture, outlined, style.contours)
-
-    def _area(self, size):
-        '''Pixels that the network sees of a photograph of a size.'''
-        width, height = ((self.box[num + 2] - self.box[num]) * size[num] / self.photo.shape[1 - num] for num in (0, 1))
-        return max(width * height, 1)
 
     def color_range(self, style=None):
         '''End of the color range, in relevance of a pixel of the network's input.'''
@@ -213,13 +230,6 @@ class Explanation:
     def figure(self, **style):
         '''Draw photograph, heatmap and overlay side by side with a legend, as an image of Pillow.'''
         return draw_table([[self]], KINDS, **style)
-
-    def show(self, **style):
-        '''Show the figure, in a notebook or the program for pictures.'''
-        _show(self.figure(**style))
-
-    def _repr_png_(self):
-        return _as_png(self.figure())
 
     @property
     def stem(self):
@@ -300,18 +310,11 @@ def file_stem(name, method):
     return f'{name}_{re.sub("[^0-9A-Za-z_.=+-]+", "-", method.text)}'
 
 
-class Explanations(tuple):
+class Explanations(_Pictures, tuple):
     '''Several explanations, see :py:class:`Explanation`.'''
     def figure(self, **style):
         '''Draw a row for each image.'''
         return draw_table([[each] for each in self], KINDS, **style)
-
-    def show(self, **style):
-        '''Show the figure, in a notebook or the program for pictures.'''
-        _show(self.figure(**style))
-
-    def _repr_png_(self):
-        return _as_png(self.figure())
 
     def save(self, folder, overwrite=False, **style):
         '''Write the files of each, and return their paths.'''
@@ -409,24 +412,3 @@ def _as_json(value, **kwargs):
 def _encodable(text):
     '''Text in which bytes of file names that are no characters are escaped, also as JSON.'''
     return text.encode('utf-8', 'backslashreplace').decode()
-
-
-def _as_png(picture):
-    '''A picture as bytes of PNG.'''
-    file = io.BytesIO()
-    picture.save(file, 'PNG')
-    return file.getvalue()
-
-
-def _show(picture):
-    '''Show a picture in a notebook if this is one, and else in the program for pictures.'''
-    try:
-        from IPython import get_ipython
-        from IPython.display import display
-        is_notebook = get_ipython() is not None
-    except ImportError:
-        is_notebook = False
-    if is_notebook:
-        display(picture)
-    else:
-        picture.show()

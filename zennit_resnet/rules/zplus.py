@@ -232,7 +232,10 @@ class ZPlus(SinglePass):
             lower = lower.unflatten(1, (-1, input.shape[1])).sum(1)
         if dead is not None:
             lower += self._spread(module, input, relevance * dead)
-        return (self._smooth_lower(module, lower) if stored.is_smooth else lower,)
+        # below overlapping windows with a stride
+        is_smooth = stored.is_smooth and self.coverage == 'even'
+        stride = maps.overlapping_stride(module, lower.ndim - 2) if is_smooth else None
+        return (lower if stride is None else maps.smooth(lower, stride),)
 
     def _positive(self, module, input, output):
         '''Sums of the positive contributions (w h)+ = (|w h| + w h) / 2, None if these would not be exact.'''
@@ -402,11 +405,6 @@ class ZPlus(SinglePass):
             if not has_values(lost) or bool(lost.any()):
                 lower = lower + share_evenly(lost, torch.ones_like(input), getattr(module, 'examples', None))
         return lower
-
-    def _smooth_lower(self, module, relevance):
-        '''Smooth the relevance of the input of overlapping windows with a stride.'''
-        stride = maps.overlapping_stride(module, relevance.ndim - 2) if self.coverage == 'even' else None
-        return relevance if stride is None else maps.smooth(relevance, stride)
 
 
 class Output(NamedTuple):
