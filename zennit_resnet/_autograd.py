@@ -57,8 +57,6 @@ def nodes_of(tensors):
         return {tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None}
 
 
-# -- nodes -------------------------------------------------------------------------------------------------------------
-
 def sequence_of(node):
     '''Number of a node: those created later have larger ones. Only leaves have no proper number.'''
     return node._sequence_nr()
@@ -70,7 +68,6 @@ def next_sequence():
 
 
 def is_leaf(node):
-    '''Whether a node is that of a leaf, which accumulates gradients.'''
     return 'AccumulateGrad' in node.name()
 
 
@@ -139,8 +136,6 @@ def pull_back(node, gradient):
     results = results if isinstance(results, tuple) else (results,)
     return next(elem for elem, (parent, _) in zip(results, node.next_functions) if parent is not None)
 
-
-# -- questions ---------------------------------------------------------------------------------------------------------
 
 def depends_on(tensor, source):
     '''Whether a tensor was computed from another, or from what that is a copy of, by their graphs.'''

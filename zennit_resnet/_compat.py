@@ -41,8 +41,6 @@ def body_of(function, **names):
     return body
 
 
-# -- tensors -----------------------------------------------------------------------------------------------------------
-
 def version_of(tensor):
     '''How often a tensor was changed in place, None for those of inference mode, where nobody counts it.'''
     try:
@@ -118,8 +116,6 @@ def is_out_of_memory(error):
     )
 
 
-# -- modules -----------------------------------------------------------------------------------------------------------
-
 def pre_hooks_of(module):
     '''Forward pre-hooks of a module, in their order.'''
     return module._forward_pre_hooks.values()
@@ -170,8 +166,6 @@ def can_be_compiled():
     '''Whether the compiler is loaded, so that functions which it compiled may run.'''
     return 'torch._dynamo' in sys.modules
 
-
-# -- frames of Python --------------------------------------------------------------------------------------------------
 
 def caller(depth=1):
     '''The frame of the function that calls the one which asks.'''

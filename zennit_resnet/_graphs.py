@@ -57,8 +57,6 @@ def _lift_constants(module):
     return [operator.attrgetter(name)(module).detach() for name in found]
 
 
-# -- rewriting ---------------------------------------------------------------------------------------------------------
-
 def _add(graph, function, *args, **kwargs):
     '''Add a function to a graph, with what it makes of fake tensors.'''
     node = graph.call_function(function, args, kwargs)
@@ -226,8 +224,6 @@ def lower_precision(graph, constants, dtype):
             node.replace_all_uses_with(result)
             graph.erase_node(node)
 
-
-# -- constants ---------------------------------------------------------------------------------------------------------
 
 def fold(graph, constants, layout=torch.contiguous_format):
     '''A module of a graph with all that depends on no input as buffers, those of four dimensions in a memory format.'''

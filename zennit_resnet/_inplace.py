@@ -84,7 +84,6 @@ class Kept:
 
     @property
     def values(self):
-        '''The values.'''
         if self.is_changed:
             raise RuntimeError(
                 f'A tensor of shape {tuple(self.tensor.shape)} at the border of a block was changed in place by an '
@@ -104,7 +103,6 @@ class KeptWeight(Kept):
             self._follow(tensor)
 
     def copy(self):
-        '''Copy the weight, which is about to change.'''
         super().copy()
         self.is_copied = True
         if self._note is not None:
@@ -125,13 +123,11 @@ class _Follow(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, relevance):
-        '''All relevance is that of the other.'''
         # with None, PyTorch would also drop that of what the view is a part of
         return torch.zeros_like(relevance) if ctx.is_view else None, relevance
 
 
 def is_watched():
-    '''Whether functions on tensors are seen.'''
     return any(isinstance(mode, Watch) for mode in function_modes())
 
 

@@ -47,7 +47,6 @@ def maximum_backward(upper, input, kernel, stride, padding, dilation, ceil_mode,
 
 
 def adaptive_maximum_backward(upper, input, indices):
-    '''The gradient of an adaptive max pooling.'''
     return _scatter(upper, input, indices, input.ndim - 2)
 
 

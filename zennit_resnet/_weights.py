@@ -181,7 +181,6 @@ def _look(module):
 
 
 def _start(tensor):
-    '''Address of the first element.'''
     try:
         return tensor.data_ptr()
     except RuntimeError:

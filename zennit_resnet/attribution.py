@@ -330,7 +330,6 @@ def check_contrast_weight(contrast, weight):
 
 
 def _check_function(target, contrast):
-    '''Raise a ValueError if there is a contrast for a function, which has its own.'''
     if callable(target) and contrast is not None:
         raise ValueError(f'contrast={contrast!r} is for classes: have the function return a difference.')
 

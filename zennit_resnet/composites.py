@@ -62,7 +62,6 @@ class _Transaction(Described):
         del self.module_map
 
     def module_map(self, ctx, name, module):
-        '''See :py:meth:`mapping`.'''
         return self.mapping(ctx, name, module)
 
     def register(self, module):
@@ -253,7 +252,6 @@ class RelativeLRP(_LayerMap):
             layer_map, canonizers, cardinality=cardinality, normalization=normalization, batch_norm=batch_norm,
         )
 
-    # see the attributes of the class
     log_scale = property(attrgetter('contributions.log_scale'))
     num_replaced = property(attrgetter('contributions.num_replaced'))
 

@@ -146,8 +146,6 @@ def check_path(path, overwrite=False):
             raise ImportError(f'{error}. Writing ONNX needs more packages: pip install onnx onnxscript') from error
 
 
-# -- the program -------------------------------------------------------------------------------------------------------
-
 class _Explanation(torch.nn.Module):
     '''Normalization, attribution, what it starts from, and the sum over channels.'''
     def __init__(self, graph, start, with_relevance, normalization, input):
@@ -216,8 +214,6 @@ def _standalone(module, decompositions):
         seen.add(value.untyped_storage().data_ptr())
     return result
 
-
-# -- files -------------------------------------------------------------------------------------------------------------
 
 def _write_onnx(program, path, names, metadata, traced):
     size = sum(value.nbytes for value in (*program.state_dict.values(), *program.constants.values()))

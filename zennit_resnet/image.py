@@ -144,7 +144,6 @@ def _scale(heatmap, percentile, bound=None):
 
 
 def _to_uint8(picture):
-    '''Convert a picture with values in [0, 1] to 8 bit.'''
     return (picture * 255).round().clip(0, 255).astype(np.uint8)
 
 
@@ -277,7 +276,6 @@ def draw_signal(signal, heatmap, size=(640, 160), percentile=99.5, opacity=1., c
 def _draw_curve(values, scaled, width, height, opacity, cmap):
     '''Draw a curve of at least two values in the colors of its scaled relevance.'''
     factor, margin = OVERSAMPLING, MARGIN / 2
-    # from zero to one
     span = np.ptp(values)
     level = (values - values.min()) / span if span > 0 else np.full_like(values, 0.5)
     horizontal = (margin + np.linspace(0, 1, len(values)) * (width - 2 * margin)) * factor

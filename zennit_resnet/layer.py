@@ -42,11 +42,9 @@ class Operation(torch.nn.Module):
         self.function = None
 
     def forward(self, *inputs):
-        '''Run the intercepted call on tensors.'''
         return self.function(*inputs)
 
     def extra_repr(self):
-        '''Name of the intercepted function.'''
         return self.name
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -63,7 +61,6 @@ class Addition(Operation):
     factors = None
 
     def forward(self, *addends):
-        '''Sum of the addends, which can be broadcast to a common shape.'''
         return sum(addends[1:], addends[0]) if self.function is None else self.function(*addends)
 
 
@@ -131,7 +128,6 @@ class Normalization(Operation, torch.nn.BatchNorm2d):
     label = 'normalization'
 
     def forward(self, *inputs):
-        '''Run the intercepted call.'''
         output = super().forward(*inputs)
         # hooks of Zennit 0.5 take what the graph's node returns for the layer's output, and some return statistics too
         return output.clone() if output.requires_grad else output
@@ -253,5 +249,4 @@ class LinearMap(Signed, FunctionalLinear, torch.nn.Linear):
         self.function = lambda input: original(input) if self.weight is weight else product(input, self.weight)
 
     def linear(self, input, part):
-        '''The product with a function of the weight.'''
         return self.product(input, part(self.weight.detach().to(input.dtype)))

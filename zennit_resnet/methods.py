@@ -173,7 +173,6 @@ class Method:
 
     @staticmethod
     def entries():
-        '''Methods that there are, see :py:func:`find_entries`.'''
         return find_entries()
 
     @property
@@ -182,7 +181,6 @@ class Method:
         return 'ours' if self.splitting in ('ratio', 'symmetric') else self.entry.kind
 
     def _add_suffix(self, suffix):
-        '''Understand a suffix, and return its kind.'''
         quantize = re.fullmatch('quantize([0-9]+)', suffix)
         if suffix in SPLITTING:
             self.splitting = suffix

@@ -62,7 +62,6 @@ class _State:
         ]
 
     def restore(self):
-        '''Leave the network as it was found.'''
         for (module, before, parameters, buffers), changed in zip(self.found, self.changed):
             for key in (*changed, *parameters, *buffers):
                 if key in before:
@@ -93,7 +92,6 @@ def unwrap(model):
 
 
 def parts_of(module):
-    '''All modules and parameters of a module.'''
     found, queue = {}, [module]
     while queue:
         each = queue.pop()

@@ -45,7 +45,6 @@ class _Forward(Local):
         self.clear()
 
     def clear(self):
-        '''Begin anew.'''
         # what layers returned by its node, numbers of their calls, and what normalizations were given and may be
         self.last, self.calls, self.candidates, self.pairs = {}, {}, [], {}
 
@@ -350,7 +349,6 @@ def _weights(linear):
 
 
 def _restore(linear, weights):
-    '''Put back what :py:func:`_weights` has returned.'''
     parameters, computed = weights
     linear._parameters.clear()
     linear._parameters.update(parameters)

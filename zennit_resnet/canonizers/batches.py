@@ -41,7 +41,6 @@ class Images:
         self.mixing, self.moved, self.is_checking = None, None, False
 
     def look(self, module, name, args, kwargs):
-        '''Look at a function that a module is about to call.'''
         if isinstance(module, torch.nn.MultiheadAttention) and module.batch_first and is_plain(module):
             # it moves examples, but is known not to mix them
             return

@@ -14,12 +14,10 @@ class BlockCanonizer(ResidualCanonizer):
     is_gradient = True
 
     def look(self, func, name, args, kwargs):
-        '''Note additions.'''
         super().look(func, name, args, kwargs)
         stack, entry = self._stack(), OPERATIONS.get(name)
         if stack and entry is not None and entry.run is layers.add and len(active_tensors((args, kwargs))) == 2:
             note_addition(stack[-1].module)
 
     def intercept(self, func, name, args, kwargs):
-        '''Run a function as it is.'''
         return func(*args, **kwargs)

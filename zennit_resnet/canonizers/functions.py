@@ -28,7 +28,6 @@ class FunctionCall(NamedTuple):
         return dict(zip(names, self.args), **{ALIASES.get(key, key): elem for key, elem in self.kwargs.items()})
 
     def operands(self):
-        '''Both operands of a binary operator.'''
         given = self.bind('input', 'other')
         return given['input'], given['other']
 
@@ -70,7 +69,6 @@ class FunctionCall(NamedTuple):
         return self._replace(name=name + '_' * self.is_inplace)
 
     def put(self, tensor, value):
-        '''The call with another tensor in the place of one.'''
         args, kwargs = self._with({id(tensor): value})
         active = [value if elem is tensor else elem for elem in self.active]
         return self._replace(args=args, kwargs=kwargs, active=[elem for elem in active if elem.requires_grad])

@@ -123,7 +123,6 @@ def normalization(canonizer, call, function):
 
 
 def norm_arguments(func, name, args, kwargs):
-    '''Arguments of a normalization by their names.'''
     if 'layer_norm' in name:
         names = 'input normalized_shape weight bias eps'
     elif name == 'group_norm':
@@ -176,7 +175,6 @@ def pool(canonizer, call, function, kind):
 
 
 def concatenate(canonizer, call, function):
-    '''Concatenate tensors.'''
     given = function.bind('tensors', 'dim')
     tensors, dim = given['tensors'], given.get('dim', 0)
     is_stack, is_cat = function.name == 'stack', function.name in ('cat', 'concat', 'concatenate')
@@ -198,7 +196,6 @@ def concatenate(canonizer, call, function):
 
 
 def pad(canonizer, call, function):
-    '''Pad a tensor.'''
     given = function.bind('input', 'pad', *(('mode',) if function.name == 'pad' else ()))
     if given.get('mode', 'constant') != 'constant':
         # elements are repeated, the gradient adds up the relevance of the copies

@@ -42,7 +42,6 @@ def copy(canonizer, call, function):
 
 
 def assign(canonizer, call, function):
-    '''Assign elements in place.'''
     target, index, value = function.args
     if all(isinstance(elem, torch.Tensor) and elem.requires_grad for elem in (target, value)):
         return function()
@@ -100,7 +99,6 @@ def add_at(canonizer, call, function):
 
 
 def _add_to(canonizer, call, function, target, source, alpha):
-    '''Add elements of a source to those of a target.'''
     if not source.requires_grad:
         # a constant is added
         return function()
@@ -136,8 +134,6 @@ def sample(canonizer, call, function, kind):
         return products.run_first(canonizer, call, function, kind, examples=examples)
     return canonizer.run(call, kind, function, examples=examples)
 
-
-# -- over dimensions ---------------------------------------------------------------------------------------------------
 
 def branches(function):
     '''Tensors of which a function reduces the dimension along which they were stacked, None if there are none.'''
@@ -219,7 +215,6 @@ def deviation(canonizer, call, function):
 
 
 def norm(canonizer, call, function):
-    '''A norm of vectors.'''
     names = {'norm': ('p', 'dim'), 'frobenius_norm': ('dim',)}.get(function.name, ('ord', 'dim'))
     given, is_matrix = function.bind('input', *names), function.name == 'linalg_matrix_norm'
     input, = function.active

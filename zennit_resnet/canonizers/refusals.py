@@ -79,7 +79,6 @@ def changes_shares(node, is_folded):
 
 
 def _explain_logits(relevance):
-    '''Say what is explained.'''
     warnings.warn(
         'The network ends with a softmax: what is explained are the logits that it was computed from, with the '
         'relevance that was given for the probabilities. Those of a log-softmax are negative, so start from one there.',

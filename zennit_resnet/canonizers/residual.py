@@ -176,10 +176,7 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
         self.leaves, self.weights = {}, WeightLog()
 
     def copy(self):
-        '''Return a copy of this canonizer.'''
         return type(self)(self.batch_norm, self.strict, self.attention, self.parameters)
-
-    # -- which module runs ---------------------------------------------------------------------------------------------
 
     def _note_arguments(self, module, args, kwargs):
         if not self._stack() and not self.local.images.is_checking:
@@ -324,11 +321,9 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
                 self.handles.extend(keep_stored(module))
 
     def _label(self, module):
-        '''Name and type of a module.'''
         return f'{self.names.get(module) or "The model"} ({type(module).__name__})'
 
     def _overlapping(self):
-        '''Other canonizers in use for the same modules.'''
         return [other for other in REGISTERED if other is not self and not self.names.keys().isdisjoint(other.names)]
 
     def _finish(self, active):
@@ -349,8 +344,6 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
         # containers which call all of their children must not find surrogates among them
         for owner, name, _ in self.surrogates.values():
             owner._modules.pop(name, None)
-
-    # -- what runs in it -----------------------------------------------------------------------------------------------
 
     def look(self, func, name, args, kwargs):
         '''Look at a function before :py:meth:`intercept` runs it. Raise a RuntimeError if it is called for training.'''

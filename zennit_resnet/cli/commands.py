@@ -11,7 +11,6 @@ from .._text import one_line
 from .group import Commands
 from .options import SPLITTING_OPTION, Tolerance, common_options, heatmap_options, method_options, methods_option
 
-# Formats to write a comparison in
 PICTURES = ('.png', '.jpg', '.jpeg', '.webp', '.tif', '.tiff', '.bmp', '.gif', '.pdf')
 DEFAULT_METHODS = (
     f'resnet_lrp_ratio,resnet_lrp_symmetric,epsilon_plus_flat+zennit,epsilon_plus+zennit,{INPUT_X_GRADIENT}'

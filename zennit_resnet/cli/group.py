@@ -18,12 +18,10 @@ def start(main, **kwargs):
 class Commands(click.Group):
     '''A group of commands of which all error messages are printable, whatever names they contain.'''
     def make_context(self, *args, **kwargs):
-        '''Parse the command line.'''
         with _printable_errors():
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx):
-        '''Run the command.'''
         with _printable_errors():
             return super().invoke(ctx)
 

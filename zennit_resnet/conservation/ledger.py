@@ -125,8 +125,6 @@ class Ledger:
                 + '\n'.join(self._summary(bad[0], tolerance))
             )
 
-    # -- what is shown -------------------------------------------------------------------------------------------------
-
     def table(self, example=None, tolerance=1e-4, blocks=False, only_losses=False):
         '''Format as a table, from the output to the input, with a summary below.
 

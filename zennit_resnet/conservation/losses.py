@@ -119,8 +119,6 @@ class LossProbe:
         self.heard.add(hook)
         self.notes.append(Note(hook, total, smallest))
 
-    # -- rules ---------------------------------------------------------------------------------------------------------
-
     def _basic(self, hook, module):
         '''Rules of Zennit, which run the module with several modifications of its input and its parameters.'''
         denominators, gradient_mapper, num = DENOMINATORS[type(hook)], hook.gradient_mapper, len(hook.output_modifiers)
@@ -190,7 +188,6 @@ class LossProbe:
 
 
 def is_affine(module):
-    '''Whether a module computes a linear function of its input, plus a constant.'''
     return isinstance(module, (Linear, BatchNorm)) and not isinstance(module, (LinearMap, Normalization))
 
 

@@ -102,7 +102,6 @@ class RecordedCall:
     '''A call of a module with rules during the forward pass, within that of its parent.'''
     def __init__(self, module, parent, rules):
         self.module, self.parent, self.rules = module, parent, rules
-        # whether it called other modules
         self.is_container = False
         # itself, and all calls around it
         self.chain = [self]
@@ -141,8 +140,6 @@ class Recorder:
         self.input = self.output = self.seed = None
         # nodes from which there is a path to the input
         self.leading = set()
-
-    # -- forward -------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def watch(self):
@@ -200,7 +197,6 @@ class Recorder:
                 self.biased[edge.node] = edge.output_nr, module, rule, torch.zeros_like(input[:1])
 
     def _mark(self, call):
-        '''Operations from now on belong to a call.'''
         self.starts.append(next_sequence())
         self.owners.append(call)
 
@@ -211,8 +207,6 @@ class Recorder:
                 for tensor in active_tensors(value):
                     edge = get_gradient_edge(tensor)
                     self.values.setdefault((edge.node, edge.output_nr), tensor.detach().clone())
-
-    # -- backward ------------------------------------------------------------------------------------------------------
 
     def propagate(self, output, input, seed):
         '''Propagate initial relevance of the shape of the output to the input, a leaf.'''
@@ -269,8 +263,6 @@ class Recorder:
         return torch.stack([
             relevance.sum(1), relevance.abs().sum(1), relevance.isnan().sum(1), relevance.isinf().sum(1)
         ])
-
-    # -- result --------------------------------------------------------------------------------------------------------
 
     def summarize(self):
         '''Rows in the order of the backward pass, of layers and functions in no layer, and of modules with others.'''

@@ -184,7 +184,6 @@ def _forward(model, input):
 
 
 def _find(classifier, target):
-    '''Index of a class.'''
     if isinstance(target, str):
         return classifier.find_class(target)
     if isinstance(target, bool) or int(target) != target or not 0 <= int(target) < len(classifier.classes):

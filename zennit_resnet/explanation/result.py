@@ -29,7 +29,6 @@ from ..methods import Method
 
 # Bounds of the longer side of a picture in a table, in pixels
 SMALLEST_TILE, LARGEST_TILE = 224, 448
-# Contrasts in captions
 CONTRAST_TEXTS = {'centred': 'others', 'softmax': 'others by probability', 'runner_up': 'the next'}
 # Outlines of noise would cover everything, so that they are of a heatmap smoothed by at least this
 CONTOUR_SMOOTH = 4.
@@ -292,7 +291,6 @@ class Explanation(_Pictures):
 
 
 def _shared_range(explanations, style):
-    '''End of the color range of several explanations.'''
     present = [each for each in explanations if each is not None]
     starts = {each.value for each in present}
     if len(starts) > 1:

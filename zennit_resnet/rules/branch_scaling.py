@@ -103,8 +103,6 @@ class Contributions:
         '''Number of branches for which :py:func:`branch_factor` replaced the sums, (batch,).'''
         return sum((elem.cpu() for elem in self.replaced.values()), torch.zeros(self.batch_size, dtype=torch.long))
 
-    # -- the graph -----------------------------------------------------------------------------------------------------
-
     def watch(self, outputs, inputs, rules):
         '''Add hooks to the graph of a forward pass, unless other rules for layers took the place of the given ones
         (False).
@@ -207,8 +205,6 @@ class Contributions:
             node.register_hook(functools.partial(_act, actions))
         self.initial = dict(self.exponents)
         return True
-
-    # -- hooks ---------------------------------------------------------------------------------------------------------
 
     def _start(self, grad_outputs):
         '''Forget an earlier backward pass through the same graph.'''

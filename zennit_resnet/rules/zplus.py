@@ -452,7 +452,6 @@ class Rows:
 
 
 def is_fully_connected(module):
-    '''Whether a module is a product with a matrix.'''
     return isinstance(module, torch.nn.Linear) and not isinstance(module, Signed)
 
 
