@@ -15,13 +15,14 @@ from .._inplace import Watch, forget, note_copy, settle
 from .._nested import active_tensors
 from ..arguments import Described, check_choice, check_flag
 from ..layer import LINEAR
-from . import derived
+from ..rules.block import note_addition
+from . import derived, layers
 from .batch_norm import BatchNormMerge, has_statistics
 from .batches import Images, independent_shapes
 from .calls import ForwardPass, ModuleCall, is_opaque, keep_stored, single_pass
 from .eager import Eager, check_evaluation, is_active
 from .functions import FunctionCall, fully_connected
-from .operations import DEFAULT_RULES, TRAINING, TRANSPARENT, handle, is_training
+from .operations import DEFAULT_RULES, OPERATIONS, TRAINING, TRANSPARENT, handle, is_training
 from .refusals import Refusing, as_positional, check_output, check_rules, check_weight, in_use, undo
 from .sinks import Sinks
 from .weight_log import WeightLog
@@ -447,3 +448,20 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
             setattr(surrogate, key, value)
         surrogate.function = function.rebind()
         return self.run_known(lambda: surrogate(*function.active), function.active)
+
+
+class BlockCanonizer(ResidualCanonizer):
+    '''Canonizer which finds residual blocks: modules whose forward adds two tensors that depend on the input.
+
+    Nothing is replaced: :py:class:`~zennit_resnet.rules.BlockEpsilon` takes the gradient of whatever a block computes.
+    '''
+    is_gradient = True
+
+    def look(self, func, name, args, kwargs):
+        super().look(func, name, args, kwargs)
+        stack, entry = self._stack(), OPERATIONS.get(name)
+        if stack and entry is not None and entry.run is layers.add and len(active_tensors((args, kwargs))) == 2:
+            note_addition(stack[-1].module)
+
+    def intercept(self, func, name, args, kwargs):
+        return func(*args, **kwargs)
