@@ -160,7 +160,10 @@ class Watch(TorchFunctionMode):
         settle((args, kwargs))
         # before what it changes is copied for those that keep it
         self.canonizer.look(func, name, args, kwargs)
-        target = _changed(name, args, kwargs)
+        target = kwargs.get('out')
+        if target is None and (name == '__setitem__' or is_inplace(name, kwargs)):
+            target = args[0] if args else kwargs.get('input')
+        target = target if isinstance(target, torch.Tensor) else None
         is_gradient, clipped = self.canonizer.is_gradient, ()
         if _STATE.kept and (target is not None or is_gradient or name.startswith('_foreach')):
             clipped = _use(target, name, args, kwargs, is_gradient and name in CLIPPING)
@@ -245,14 +248,6 @@ def _use(target, name, args, kwargs=None, is_clipping=False):
 def is_inplace(name, kwargs):
     '''Whether a function changes its first argument. PyTorch gives ``inplace`` by name, whatever the caller does.'''
     return bool(kwargs.get('inplace')) or name.startswith('__i') or name.endswith('_') and not name.endswith('__')
-
-
-def _changed(name, args, kwargs):
-    '''The tensor that a function changes in place, None if it does not.'''
-    target = kwargs.get('out')
-    if target is None and (name == '__setitem__' or is_inplace(name, kwargs)):
-        target = args[0] if args else kwargs.get('input')
-    return target if isinstance(target, torch.Tensor) else None
 
 
 def address_of(tensor):

@@ -38,17 +38,13 @@ def export(
 
     Parameters
     ----------
-    traced: :py:obj:`~zennit_resnet.tracing.TracedAttribution`
-        What :py:func:`~zennit_resnet.tracing.trace` returns.
-    input: :py:obj:`torch.Tensor`
-        An input of the network, of shape (batch, channels, ...), in the shape of those that the file takes.
+    traced, input: :py:obj:`~zennit_resnet.tracing.TracedAttribution`, :py:obj:`torch.Tensor`
+        What :py:func:`~zennit_resnet.tracing.trace` returns, and an input of shape (batch, channels, ...).
     path: str or :py:obj:`pathlib.Path`
         The file, of suffix ``.onnx`` or ``.pt2``, which :py:func:`torch.export.load` reads. The first needs the extra
-        ``export`` of this package, and PyTorch from 2.6.
+        ``export`` of this package, and PyTorch from 2.6. One that exists is only replaced with ``overwrite``.
     value, contrast, contrast_weight: optional
         What relevance starts from, see :py:func:`~zennit_resnet.attribution.initial_relevance`.
-    relevance, overwrite: bool, optional
-        Whether the relevance of each channel is an output, too, and whether to replace a file that exists.
     normalization: tuple[sequence of float, sequence of float], optional
         Mean and standard deviation of each channel, by which the file is to normalize images.
     metadata: dict, optional

@@ -1,9 +1,7 @@
-'''Modules that stand for operations which networks write as functions.
+'''Modules that stand for operations which networks write as functions, to which a rule can be attached.
 
-Additive skip connections, gates, functional activations and poolings have no module that a rule could be attached to.
-:py:class:`~zennit_resnet.canonizers.ResidualCanonizer` runs them through one of the modules below instead. Wherever
-Zennit knows a module type for the same operation, the surrogate is a subclass of it, so that the layer maps of existing
-composites match.
+:py:class:`~zennit_resnet.canonizers.ResidualCanonizer` runs functions through one of them. Wherever Zennit knows a
+module type for the same operation, it is a subclass of that, so that the layer maps of existing composites match.
 '''
 import itertools
 import math

@@ -198,7 +198,11 @@ class BatchNormMerge:
                 # the node has a copy of the layer
                 node.context = functools.partial(_folded, node.module, batch_norm, *place)
             else:
-                _check_foldable(linear)
+                if is_parametrized(linear):
+                    raise TypeError(
+                        f'Batch normalization can not be folded into a {type(linear).__name__}: use '
+                        'batch_norm=\'pass\', or torch.nn.utils.parametrize.remove_parametrizations first.'
+                    )
                 used.check()
                 batch_norm.check()
                 self.folded.append((linear, _weights(linear)))
@@ -365,14 +369,6 @@ def _folded(linear, batch_norm, axis, order):
         yield
     finally:
         _restore(linear, weights)
-
-
-def _check_foldable(linear):
-    if is_parametrized(linear):
-        raise TypeError(
-            f'Batch normalization can not be folded into a {type(linear).__name__}: use batch_norm=\'pass\', or '
-            'torch.nn.utils.parametrize.remove_parametrizations first.'
-        )
 
 
 def fold_batch_norm(linear, batch_norm, axis=0, order=None):

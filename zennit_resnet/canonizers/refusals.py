@@ -7,19 +7,7 @@ from zennit.core import BasicHook
 from zennit.rules import NoMod, Pass
 from zennit.types import Linear
 
-from .._autograd import (
-    after_last_layers,
-    calls_back,
-    class_of,
-    function_of,
-    is_arithmetic,
-    last_layers,
-    metadata_of,
-    module_of,
-    nodes_of,
-    rule_of,
-    walk,
-)
+from .. import _autograd as graph
 from .._compat import DisableTorchFunction, pre_hooks_of, rules_of
 from .._gates import SOFT, are_probabilities, end_of, softmaxes_before
 from .._nested import active_tensors, tensors_of
@@ -64,9 +52,9 @@ class UnsupportedOperation(RuntimeError):
 
 def changes_shares(node, is_folded):
     '''Whether the relevance before a function is in another proportion to its inputs than after it to its outputs.'''
-    rule, module = rule_of(node), module_of(node)
+    rule, module = graph.rule_of(node), graph.module_of(node)
     if rule is None:
-        return 'softmax' in function_of(node).lower()
+        return 'softmax' in graph.function_of(node).lower()
     if isinstance(rule, (EpsilonSplit, GeneralizedGamma)):
         # they divide by sums as well
         return False
@@ -191,7 +179,7 @@ class Refusing:
     def _follow_softmaxes(self, outputs):
         '''Have relevance pass the softmaxes that are the output of the network, and refused by the others.'''
         softmaxes, self.local.softmaxes = self.local.softmaxes, {}
-        at_end = {end_of(node) for node in nodes_of(outputs)} if softmaxes else set()
+        at_end = {end_of(node) for node in graph.nodes_of(outputs)} if softmaxes else set()
         for node, (check, is_passed) in softmaxes.items():
             if node not in at_end:
                 if check is not None:
@@ -210,7 +198,7 @@ class Refusing:
         if self.is_gradient:
             shapes = {elem.shape for elem in outputs}
             refused += [node for node in softmaxes if is_only or any(
-                torch.Size(elem.shape) in shapes for elem in metadata_of(node)
+                torch.Size(elem.shape) in shapes for elem in graph.metadata_of(node)
             )]
         if softmaxes or not names.isdisjoint(SOFT):
             refused += [elem.grad_fn for elem in outputs if elem.grad_fn is not None and are_probabilities(elem)]
@@ -262,21 +250,21 @@ class Refusing:
 
     def _guard(self, call, outputs):
         '''Custom autograd functions, scripted and mapped ones are not intercepted. Relevance must not reach them.'''
-        for node in walk(nodes_of(outputs), self.local.seen):
-            source = class_of(node)
+        for node in graph.walk(graph.nodes_of(outputs), self.local.seen):
+            source = graph.class_of(node)
             if node in self.local.known:
                 continue
             if source is not None and source.__name__ not in IDENTITIES and (
                 source.__module__.partition('.')[0] not in ('zennit', __package__.partition('.')[0])
             ):
-                if self.is_gradient and not calls_back(node):
+                if self.is_gradient and not graph.calls_back(node):
                     # with frozen weights and rules, only those that run modules in their backward pass matter
                     continue
                 reason = 'it has a backward function of its own'
                 node.register_prehook(self._check(call.module, source.__qualname__, reason))
-            elif not self.is_gradient and is_arithmetic(node):
+            elif not self.is_gradient and graph.is_arithmetic(node):
                 reason = 'it runs in a scripted or mapped function'
-                node.register_prehook(self._check(call.module, function_of(node), reason))
+                node.register_prehook(self._check(call.module, graph.function_of(node), reason))
 
     def _refuse_marked(self, name, select, source, output):
         '''Have relevance of some elements refused, which have no gradient, unless a rule covers the module.'''
@@ -288,16 +276,16 @@ class Refusing:
     def _mark_last(self, tensor):
         '''Have the last layers know it if their rule divides by their output, and refuse what comes after them.'''
         layers = [
-            (node, value) for node, value in last_layers(tensor)
-            if getattr(rule_of(node), 'classifier', None) == 'epsilon'
+            (node, value) for node, value in graph.last_layers(tensor)
+            if getattr(graph.rule_of(node), 'classifier', None) == 'epsilon'
         ]
         for node, value in layers:
             # the node has a copy of the layer
             vars(node.module)['is_last'] = value
         is_folded = all(node.context is not nullcontext for node, _ in layers)
-        for node in after_last_layers(tensor) if layers else ():
+        for node in graph.after_last_layers(tensor) if layers else ():
             if changes_shares(node, is_folded):
                 # it is not in proportion to the outputs of the layers any more
-                module, name = module_of(node), function_of(node)
+                module, name = graph.module_of(node), graph.function_of(node)
                 name = name if module is None else getattr(module, 'name', type(module).__name__)
                 node.register_prehook(self._check(self.root, name, remedy=TAIL))

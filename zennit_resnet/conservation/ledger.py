@@ -251,15 +251,11 @@ class Ledger:
 def conservation_ledger(model, input, composite=None, attr_output=None, target=None, value='logit'):
     '''Follow relevance through a network, and find out where it is lost or gained, as a :py:obj:`Ledger`.
 
-    The network is run once forward and backward, as by Zennit's ``Gradient``, and left as it was found. Rules give the
-    same relevance as without a ledger.
+    The network, in evaluation mode, is run once forward and backward, as by Zennit's ``Gradient``, and left as it was
+    found. Rules give the same relevance as without a ledger. The input is of shape (batch, ...).
 
     Parameters
     ----------
-    model: :py:obj:`torch.nn.Module`
-        The network in evaluation mode.
-    input: :py:obj:`torch.Tensor`
-        Input of shape (batch, ...).
     composite: :py:obj:`zennit.core.Composite`, optional
         Any composite, which remains registered if it is. Default is None for input times gradient.
     attr_output: :py:obj:`torch.Tensor` or callable, optional

@@ -26,17 +26,11 @@ EXPONENT = 30
 def branch_factor(begin, end, normalization='signed', tolerance=TOLERANCE):
     '''Factor by which the contributions of a branch of a residual block are multiplied, Proposition 14 of R-LRP.
 
-    Parameters
-    ----------
-    begin, end: tuple of :py:obj:`torch.Tensor`
-        Sum and sum of magnitudes, of shape (batch,) each, of the branch's contributions at the block's begin, and of
-        those with which the branch started at the block's end.
-    normalization: str, optional
-        ``'signed'`` (default) for the ratio of the sums, which may be negative, ``'l1'`` for that of the sums of
-        magnitudes.
-    tolerance: float, optional
-        Sums smaller than this share of their magnitudes count as zero, and the ratio of the sums of magnitudes is used
-        in their place. Default is 1e-6, the resolution of sums in single precision.
+    ``begin`` and ``end`` are the sum and sum of magnitudes, of shape (batch,) each, of the branch's contributions at
+    the block's begin, and of those with which the branch started at the block's end. The factor is the ratio of the
+    sums, which may be negative, or with the normalization ``'l1'`` that of the sums of magnitudes. Sums smaller than
+    ``tolerance`` (by default 1e-6, the resolution of sums in single precision) times their magnitudes count as zero,
+    and the ratio of these is used in their place.
 
     Returns the factor, zero for a branch without contributions, and where the sums were replaced, both of shape
     (batch,). A ValueError is raised if ``normalization`` is unknown, or ``tolerance`` is negative or not finite.
@@ -180,7 +174,8 @@ class Contributions:
                 if path.is_changed and not is_bottleneck:
                     compared[node] = path.begin
                 joins[node] = path.state, {index: _Path(next(states)) for index, _ in parents[node]}
-            path.is_changed = path.is_changed or not _is_identity(node)
+            is_identity = isinstance(rule_of(node), (PassThrough, SignalTakesAll)) or is_move(node)
+            path.is_changed = path.is_changed or not is_identity
             for index, parent in parents[node]:
                 arrivals[parent].append((node, index, joins[node][1][index] if node in joins else path))
                 pending[parent] -= 1
@@ -328,8 +323,3 @@ def _excess(magnitude):
     exponent = torch.where((exponent.abs() > EXPONENT) & (magnitude > 0) & magnitude.isfinite(), exponent, 0.)
     # waiting for another device to know whether there is takes longer than doing nothing
     return None if has_values(exponent) and not bool(exponent.any()) else exponent
-
-
-def _is_identity(node):
-    rule = rule_of(node)
-    return isinstance(rule, (PassThrough, SignalTakesAll)) or is_move(node)
