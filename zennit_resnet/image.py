@@ -152,7 +152,7 @@ def _color(scaled, cmap):
     if not isinstance(cmap, (str, ColorMap)):
         raise TypeError(f'cmap={cmap!r} is neither the name of a color map of Zennit nor one of its color maps!')
     try:
-        colors = get_cmap(cmap)
+        colors = get_cmap(SAFE['heatmap'] if cmap == 'safe' else cmap)
         if scaled.size <= LARGE:
             return colors((scaled + 1) / 2)
         # a table is faster, and finer than 8 bit
@@ -167,7 +167,7 @@ def _color(scaled, cmap):
 
 def check_cmap(cmap):
     '''Raise an error unless it is a color map, its name, or None, see :py:func:`draw_heatmap`.'''
-    if cmap is not None and cmap != 'safe':
+    if cmap is not None:
         _color(np.zeros((1, 1)), cmap)
 
 
@@ -196,7 +196,6 @@ def draw_heatmap(heatmap, percentile=99.5, cmap=HEATMAP_CMAP, bound=None):
     holds for all functions that draw, whose arguments of the same name mean the same.
     '''
     scaled = _scale(_check_heatmap(heatmap), percentile, bound)
-    cmap = SAFE['heatmap'] if cmap == 'safe' else cmap
     # the color map is called instead of using zennit.image.imgify, whose palettes recent versions of Pillow reject
     return _in_strips(lambda part: _to_uint8(_color(part, cmap)), scaled)
 
@@ -217,7 +216,6 @@ def draw_overlay(photo, heatmap, percentile=99.5, opacity=0.9, cmap=OVERLAY_CMAP
             f'{heatmap.shape}!'
         )
     check_number('opacity', opacity, 0, 1)
-    cmap = SAFE['overlay'] if cmap == 'safe' else cmap
     return _in_strips(
         lambda photo, scaled: _cover(_gray(photo), scaled, opacity, cmap), photo, _scale(heatmap, percentile, bound)
     )
@@ -238,7 +236,7 @@ def _gray(picture):
 
 def _cover(gray, scaled, opacity, cmap):
     '''Cover gray levels from 0 to 1 with color in proportion to the magnitude of scaled relevance.'''
-    alpha = opacity * np.abs(scaled)[..., None]
+    alpha, cmap = opacity * np.abs(scaled)[..., None], SAFE['overlay'] if cmap == 'safe' else cmap
     return _to_uint8((1 - alpha) * gray + alpha * _color(scaled, cmap))
 
 
@@ -411,7 +409,6 @@ def draw_legend(width, cmap=HEATMAP_CMAP, bound=None, transparent=False, labels=
     be transparent, as in :py:func:`draw_overlay`. Labels say what negative and positive relevance mean.
     '''
     width = max(width, SMALLEST_LEGEND)
-    cmap = SAFE['overlay' if transparent else 'heatmap'] if cmap == 'safe' else cmap
     ramp = np.linspace(-1, 1, width - 2)[None].repeat(FONT_SIZE - 4, 0)
     bar = _cover(np.full((*ramp.shape, 1), 0.5), ramp, 0.9, cmap) if transparent else _to_uint8(_color(ramp, cmap))
     line = FONT_SIZE
