@@ -65,10 +65,7 @@ class _Transaction(Described):
         return self.mapping(ctx, name, module)
 
     def register(self, module):
-        '''Apply all canonizers and register all hooks to a module and its children.
-
-        A TypeError is raised if it is not a module, a RuntimeError if the composite is in use for a network already.
-        '''
+        '''Apply all canonizers and register all hooks, or raise a TypeError (no module) or RuntimeError (in use).'''
         check_module(module)
         if self.handles:
             raise RuntimeError(in_use(self))

@@ -275,10 +275,7 @@ def _stem(name):
 
 
 def run_file(path, image, target):
-    '''Run a file that :py:func:`export` has written, by ONNX Runtime or PyTorch, on its inputs, which are tensors.
-
-    Its outputs are a dict of arrays by name. An ImportError is raised if ONNX Runtime is not installed.
-    '''
+    '''Run a file that :py:func:`export` has written on tensors, by ONNX Runtime or PyTorch, to get arrays by name.'''
     if Path(path).suffix == '.onnx':
         import onnxruntime
         session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])

@@ -51,10 +51,7 @@ class Operation(torch.nn.Module):
 
 
 class Addition(Operation):
-    '''Sum of two or more tensors of the same number of dimensions, such as skip connection and residual branch.
-
-    They are multiplied with ``factors`` (``alpha`` of :py:func:`torch.add`) unless these are None.
-    '''
+    '''Sum of two or more tensors, times ``factors`` (``alpha`` of :py:func:`torch.add`) unless these are None.'''
     label, in_gate = 'addition', True
     factors = None
 
@@ -94,28 +91,19 @@ class Padding(Operation):
 
 
 class Filling(Operation):
-    '''Elements of a tensor among constants: ``masked_fill``, ``where`` with a constant, max unpooling, ...
-
-    If the output's first dimension is not that of the examples, ``examples`` tells for each entry to which it belongs.
-    '''
+    '''Elements of a tensor among constants. If entries are no examples, ``examples`` tells of which they are.'''
     label, in_gate = 'filling', True
     examples = None
 
 
 class Subsampling(Operation):
-    '''Indexing with a step, such as ``x[:, :, ::2, ::2]`` in the parameter-free shortcuts of CIFAR networks.
-
-    There is one of ``steps`` for each of the trailing (spatial) dimensions.
-    '''
+    '''Indexing with ``steps`` along spatial dimensions, as ``x[:, :, ::2, ::2]`` in parameter-free shortcuts.'''
     label = 'subsampling'
     steps = ()
 
 
 class Activation(Operation, torch.nn.ReLU):
-    '''Functional element-wise activation, with its lower and upper ``bounds`` as they were given.
-
-    It ``is_clipped`` if its values have bounds on both sides.
-    '''
+    '''Functional element-wise activation with lower and upper ``bounds``, ``is_clipped`` if there are both.'''
     label = 'activation'
     is_clipped = False
     bounds = None, None
@@ -137,10 +125,7 @@ class AveragePool(Operation, torch.nn.AvgPool2d):
 
 
 class NonNegativeMap(AveragePool):
-    '''Linear map with non-negative weights over any dimensions (sampling, attention pooling, cumulative sums).
-
-    It has ``examples`` as :py:class:`Filling` does.
-    '''
+    '''Linear map with non-negative weights (sampling, cumulative sums), with ``examples`` as :py:class:`Filling`.'''
     label = 'nonnegative_map'
     examples = None
 
@@ -153,10 +138,7 @@ class Signed:
 
 
 class Resampling(Signed, AveragePool):
-    '''Interpolation with weights of both signs (bicubic).
-
-    Its ``matrices`` of shape (output length, input length) are the map of each spatial dimension.
-    '''
+    '''Interpolation with weights of both signs: ``matrices`` (output length, input length) of spatial dimensions.'''
     label = 'resampling'
     matrices = ()
 
@@ -177,10 +159,7 @@ class Resampling(Signed, AveragePool):
 
 
 class Reduction(Operation):
-    '''Function over dimensions that is no average of them, but to which each element adds something (norm, std).
-
-    What elements add are the ``amounts``, a function ``(input) -> amounts`` with no negative values.
-    '''
+    '''Function over ``dims`` to which elements add ``amounts(input)`` without negative values (norm, deviation).'''
     label = 'reduction'
     amounts, dims = None, ()
 

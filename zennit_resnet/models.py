@@ -195,10 +195,7 @@ def _as_channels(name, value):
 
 
 def read_classes(source):
-    '''Names of classes: a list, or the path of a file with one in each line or a list in JSON.
-
-    A ValueError is raised if the file cannot be read or names no class.
-    '''
+    '''Names of classes: a list, or the path of a file with one in each line or a list in JSON, or a ValueError.'''
     if not isinstance(source, (str, os.PathLike)):
         return _list_classes(source, 'classes')
     try:

@@ -111,10 +111,7 @@ class Ledger:
         return [row for row in sorted(self.rows, key=amount, reverse=True) if amount(row)][:number]
 
     def assert_conserved(self, tolerance=1e-4, layers=True):
-        '''Raise an AssertionError which names the worst layers and the causes, unless relevance is conserved.
-
-        The deviation, see :py:meth:`deviation` for ``layers``, must be at most the tolerance (default 1e-4).
-        '''
+        '''Raise an AssertionError with the worst layers and the causes if :py:meth:`deviation` exceeds a tolerance.'''
         check_number('tolerance', tolerance, 0, finite=False)
         check_flag('layers', layers)
         bad = (~(self.deviation(layers) <= tolerance)).nonzero()[:, 0].tolist()
@@ -206,10 +203,7 @@ class Ledger:
         return [row for row in (row.at(index) for row in self.rows) if row.kind != 'function' or row.is_bad(threshold)]
 
     def plot(self, example=None, tolerance=1e-4):
-        '''Plot what layers lose, and what is left of the initial relevance, as a :py:obj:`matplotlib.figure.Figure`.
-
-        Arguments are those of :py:meth:`table`. Causes that take or give more than the tolerance are shown.
-        '''
+        '''Plot what layers lose, and what is left, as a :py:obj:`matplotlib.figure.Figure`, see :py:meth:`table`.'''
         check_number('tolerance', tolerance, 0, finite=False)
         return plot_ledger(self, self._index(example), tolerance)
 

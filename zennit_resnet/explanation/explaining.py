@@ -82,10 +82,7 @@ def explain(
 def explain_each(
     classifier, items, methods, target=None, value=None, contrast=None, batch_size=8, attribute=Method.attribute
 ):
-    '''Generate each image with a list of its explanations by each method, or the error why there are none.
-
-    Methods that differ in their post-processing only are computed once, by ``attribute``. See :py:func:`explain`.
-    '''
+    '''Generate each image with a list of its explanations by each method, or the error why there are none.'''
     check_number('batch_size', batch_size, 1)
     target = target.tolist() if isinstance(target, (np.ndarray, torch.Tensor)) else target
     targets = list(target) if isinstance(target, (list, tuple)) else [target] * len(items)

@@ -149,10 +149,7 @@ class Explanation(_Pictures):
 
     @cached_property
     def heatmap(self):
-        '''Relevance of each pixel of the photograph, of shape (height, width), 0 outside of what the network sees.
-
-        It is interpolated, and scaled so that it has about the sum of :py:attr:`relevance`, without that of padding.
-        '''
+        '''Relevance of the photograph (height, width), of about the same sum, 0 outside of what the network sees.'''
         return self._place(self._map(0.)[0], self.photo.shape[1::-1])
 
     @property
@@ -194,10 +191,7 @@ class Explanation(_Pictures):
         return np.asarray(canvas) * (heatmap.size / (width * height))
 
     def draw(self, kind='overlay', size=None, **style):
-        '''Draw the ``'heatmap'`` or ``'overlay'`` as an array of shape (height, width, 3) and type uint8.
-
-        It has the width and height of the photograph, or another ``size``. For options, see :py:class:`Explanation`.
-        '''
+        '''Draw the ``'heatmap'`` or ``'overlay'`` (height, width, 3), uint8, as large as the photograph or of a size.'''
         style = Style(**style)
         check_choice('kind', kind, KINDS)
         photo = self.photo if size is None else np.asarray(

@@ -137,24 +137,18 @@ class SinglePass(Described, Hook):
         self._pending = {}
 
     def store(self, module, *inputs):
-        '''Choose what is kept for the backward pass: a tuple of tensors, and of settings that are no tensors.
-
-        Called before the layer runs, which may be in-place, with those of its inputs that carry relevance.
-        '''
+        '''Choose a tuple of tensors and settings to keep of the inputs with relevance, which the layer may change.'''
         return ()
 
     def complete(self, module, stored, output):
-        '''Choose what is kept once the output is known, which may change in place later. By default, what was stored.
-
-        Arguments are a copy of the layer, what :py:meth:`store` returned, and the output, which is none of the inputs.
-        '''
+        '''Choose what is kept, given the output, which is none of the inputs. By default, what was stored.'''
         return stored
 
     def prepare(self, module, stored, shape):
         '''Compute what propagating any relevance of an output's shape has in common, see :py:func:`prepared_once`.
 
-        It is what :py:meth:`propagate` is given in the place of what was stored, which it is by default.
-        :py:meth:`propagate` does not change it, and then reads no weights of the layer.
+        It is what :py:meth:`propagate`, which does not change it and then reads no weights, gets in place of what was
+        stored.
         '''
         return stored
 
