@@ -191,7 +191,7 @@ class Explanation(_Pictures):
         return np.asarray(canvas) * (heatmap.size / (width * height))
 
     def draw(self, kind='overlay', size=None, **style):
-        '''Draw the ``'heatmap'`` or ``'overlay'`` (height, width, 3), uint8, as large as the photograph or of a size.'''
+        '''Draw the ``'heatmap'`` or ``'overlay'`` (height, width, 3), uint8, as large as the photo or of a size.'''
         style = Style(**style)
         check_choice('kind', kind, KINDS)
         photo = self.photo if size is None else np.asarray(

@@ -137,7 +137,7 @@ class SinglePass(Described, Hook):
         self._pending = {}
 
     def store(self, module, *inputs):
-        '''Choose a tuple of tensors and settings to keep of the inputs with relevance, which the layer may change.'''
+        '''Before the layer runs, choose a tuple of tensors and settings to keep of the inputs that carry relevance.'''
         return ()
 
     def complete(self, module, stored, output):
@@ -145,10 +145,9 @@ class SinglePass(Described, Hook):
         return stored
 
     def prepare(self, module, stored, shape):
-        '''Compute what propagating any relevance of an output's shape has in common, see :py:func:`prepared_once`.
+        '''Compute what any relevance has in common, for :py:meth:`propagate`, see :py:func:`prepared_once`.
 
-        It is what :py:meth:`propagate`, which does not change it and then reads no weights, gets in place of what was
-        stored.
+        It is given that in the place of what was stored, does not change it, and then reads no weights of the layer.
         '''
         return stored
 

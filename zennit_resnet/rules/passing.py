@@ -94,7 +94,7 @@ class Refill(SinglePass):
 
 
 class Proportional(SinglePass):
-    '''Elements receive R' = R a_i / sum_k a_k by what they add to a norm, a deviation, ..., or equal parts if that is 0.'''
+    '''Elements receive R' = R a_i / sum_k a_k by what they add to a norm, a deviation, ..., equal parts for 0.'''
     def store(self, module, *inputs):
         input, = inputs
         return (input,)

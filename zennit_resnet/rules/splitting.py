@@ -8,7 +8,7 @@ from .base import SinglePass
 
 
 class Split(SinglePass):
-    '''Base class of rules which split relevance at an addition into parts with this sum, element by element, Eq. (4).'''
+    '''Base class of rules that split relevance at an addition into parts with this sum, element by element, Eq. (4).'''
     reads_layer = False
 
     def shares(self, *addends):
