@@ -306,22 +306,6 @@ class ZPlus(SinglePass):
 
     def _contributions(self, module, input, variant, is_negative):
         '''Pairs of inputs and weights (None for poolings) of which the products are the contributions.'''
-        pairs = [
-            (elem, self._part(module, input, part)) for elem, part in self._pairs(module, input, variant, is_negative)
-        ]
-        if not isinstance(module, Convolution):
-            return pairs
-        if self.coverage == 'even':
-            # each pair by itself, so that a sample does not depend on whether others in its batch have negative values
-            pairs = [(elem, maps.even_weight(module, weight)) for elem, weight in pairs]
-        if len(pairs) > 1 and is_plain_convolution(module) and module.groups == 1:
-            # a single convolution of more channels is faster than one after the other
-            inputs, weights = zip(*pairs)
-            pairs = [(torch.cat(inputs, 1), torch.cat(weights, 1))]
-        return pairs
-
-    def _pairs(self, module, input, variant, is_negative):
-        '''Pairs of inputs and the parts of the weight, as functions of it, that they are multiplied with.'''
         positive, negative = functools.partial(torch.clamp, min=0), functools.partial(torch.clamp, max=0)
         if variant == 'zplus' and is_negative:
             pairs = [(input.clamp(min=0), positive), (input.clamp(max=0), negative)]
@@ -334,7 +318,18 @@ class ZPlus(SinglePass):
             part = {'ones': positive, 'wsquare': torch.square, 'flat': torch.ones_like}[variant]
             pairs = [(torch.ones_like(input), part)]
         # poolings have no negative weights
-        return pairs if isinstance(module, (Convolution, torch.nn.Linear, Signed)) else pairs[:1]
+        pairs = pairs if isinstance(module, (Convolution, torch.nn.Linear, Signed)) else pairs[:1]
+        pairs = [(elem, self._part(module, input, part)) for elem, part in pairs]
+        if not isinstance(module, Convolution):
+            return pairs
+        if self.coverage == 'even':
+            # each pair by itself, so that a sample does not depend on whether others in its batch have negative values
+            pairs = [(elem, maps.even_weight(module, weight)) for elem, weight in pairs]
+        if len(pairs) > 1 and is_plain_convolution(module) and module.groups == 1:
+            # a single convolution of more channels is faster than one after the other
+            inputs, weights = zip(*pairs)
+            pairs = [(torch.cat(inputs, 1), torch.cat(weights, 1))]
+        return pairs
 
     def _bound(self, name, module, input):
         dim = 1
