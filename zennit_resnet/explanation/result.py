@@ -74,23 +74,19 @@ class Explanation(_Pictures):
         Relevance of the network's input, of shape (channels, height, width), and logits of shape (classes,).
     target, classes: int, list[str]
         Index of the class explained, and names of the classes.
-    photo: :py:obj:`numpy.ndarray`
-        The photograph, of shape (height, width, 3) and type uint8.
-    box: tuple[float, float, float, float]
-        Left, top, right and bottom of what the network sees of it, in its pixels.
+    photo, box: :py:obj:`numpy.ndarray`, tuple[float, float, float, float]
+        The photograph, of shape (height, width, 3) and type uint8, and left, top, right and bottom of what the network
+        sees of it, in its pixels.
     method: :py:class:`~zennit_resnet.methods.Method`
         How relevance was computed.
-    initial, sinks: float
-        The sum of what relevance starts from, and what parameters such as a class token keep of it.
-    value, contrast: str or None
-        What relevance starts from, and what the target is compared with.
+    initial, sinks, value, contrast: float, float, str, str or None
+        The sum of what relevance starts from, what parameters such as a class token keep of it, what it starts from,
+        and what the target is compared with.
     sign: int
         1, or -1 where positive relevance is against the class, see :py:class:`~zennit_resnet.methods.Attributed`.
         Pictures and :py:attr:`heatmap` are turned.
-    name, source: str
-        What files are named, and where the image is from.
-    settings: dict
-        Network, preprocessing, hash of the weights, versions.
+    name, source, settings: str, str, dict
+        What files are named, where the image is from, and network, preprocessing, hash of the weights, versions.
     '''
     relevance: np.ndarray
     output: np.ndarray
@@ -335,19 +331,11 @@ class Style:
 def draw_table(rows, kinds=('heatmap',), scale='own', titles=None, **style):
     '''Draw photographs with explanations side by side, a row for each, with a legend, as an image of Pillow.
 
-    Parameters
-    ----------
-    rows: list[list[:py:class:`Explanation`]]
-        Explanations of a photograph in each row, by the same methods. None leaves a place empty.
-    kinds: sequence of str, optional
-        What to draw of each: ``'heatmap'``, ``'overlay'`` or both.
-    scale: str, optional
-        What has a color range of its own: each picture (``'own'``, default), each ``'method'``, or the figure
-        (``'all'``). One that is shared tells where there is more relevance.
-    titles: list[str], optional
-        Titles of the columns of each method. Default are the names of methods, which of a single one is in captions.
-    style:
-        See :py:class:`Explanation`.
+    Each row has explanations of a photograph by the same methods, where None leaves a place empty. Of each, ``kinds``
+    are drawn: ``'heatmap'``, ``'overlay'`` or both. The ``scale`` is what has a color range of its own: each picture
+    (``'own'``), each ``'method'``, or the figure (``'all'``). One that is shared tells where there is more relevance.
+    Titles are those of the columns of each method, by default their names, or that of a single one is in captions. For
+    the style, see :py:class:`Explanation`.
 
     A ValueError is raised if there is nothing to draw, or an argument is out of range.
     '''
