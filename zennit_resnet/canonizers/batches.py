@@ -87,7 +87,7 @@ def may_mix(name, args, kwargs, size):
         return False
     if name == '__getitem__':
         first = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
-        return isinstance(first, torch.Tensor) or first is not None and first is not Ellipsis and first != slice(None)
+        return first is not None and first is not Ellipsis and not (isinstance(first, slice) and first == slice(None))
     if name == 'pad':
         amounts = args[1] if len(args) > 1 else kwargs['pad']
         return len(amounts) >= 2 * input.ndim and any(amounts[2 * input.ndim - 2:])

@@ -391,11 +391,11 @@ def affine_grid(theta, size, align_corners=None):
 
 def nansum(input, dim=None, keepdim=False, dtype=None):
     '''A sum of elements, of which some are NaN, which receive nothing.'''
-    return torch.where(input.isnan(), 0., input).sum(dim, keepdim)
+    return torch.where(input.isnan(), 0., input).sum(dim, keepdim, dtype=dtype)
 
 
 def nanmean(input, dim=None, keepdim=False, dtype=None):
-    return nansum(input, dim, keepdim) / (~input.isnan()).sum(dim, keepdim)
+    return nansum(input, dim, keepdim, dtype) / (~input.isnan()).sum(dim, keepdim)
 
 
 def interpolate(canonizer, call, function):
