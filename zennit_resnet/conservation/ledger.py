@@ -327,6 +327,15 @@ def assert_conserved(
     '''Check in a test that a composite conserves relevance, and get the ledger.
 
     For arguments, and what is raised, see :py:func:`conservation_ledger` and :py:meth:`Ledger.assert_conserved`.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> from zennit_resnet.composites import ResNetLRP
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)).eval()
+    >>> ledger = assert_conserved(model, torch.ones(1, 2), ResNetLRP())
+    >>> bool((ledger.gap.abs() < 1e-4).all())
+    True
     '''
     ledger = conservation_ledger(model, input, composite, attr_output, target, value)
     ledger.assert_conserved(tolerance, layers)
