@@ -1,8 +1,4 @@
-'''Queries on the autograd graph: the only module that reads the numbers and saved fields of its nodes.
-
-Names of nodes are also read in :py:mod:`zennit_resnet._gates`. ``tests/test_autograd.py`` has a canary for each name
-that is read: another name would silently make gates of signals, or have operations attributed to other layers.
-'''
+'''Queries on the autograd graph: the only module that reads numbers and saved fields of nodes. Each has a canary.'''
 import functools
 import types
 
@@ -14,9 +10,7 @@ from .layer import Addition, Signed
 
 # Functions, and modules in place of them, of which the output has no negative values.
 RELUS = frozenset('relu relu_ relu6 Relu Sigmoid Softmax Softplus'.split())
-RELU_MODULES = tuple(
-    getattr(torch.nn, name) for name in 'ReLU ReLU6 Sigmoid Hardsigmoid Softmax Softplus'.split()
-)
+RELU_MODULES = tuple(getattr(torch.nn, name) for name in 'ReLU ReLU6 Sigmoid Hardsigmoid Softmax Softplus'.split())
 COPIES = ('Clone', 'ToCopy')
 # Packages and namespaces of which functions are known by their names.
 PACKAGES = frozenset('torch aten prims torchvision'.split())
@@ -43,10 +37,7 @@ ARITHMETIC = PRODUCTS | frozenset('Add Sub Rsub Mul Div Addcmul Addcdiv Lerp Whe
 
 
 def name_of(function):
-    '''Name of a function, without that of an overload, which those of exported networks have (``add.Tensor``).
-
-    Those of other packages, which may compute anything by names that PyTorch has, have that of the package before it.
-    '''
+    '''Name of a function without that of an overload, after that of its package if it is not one of PyTorch's.'''
     name = getattr(function, '__name__', None)
     if name is None:
         return str(function)
@@ -66,8 +57,6 @@ def nodes_of(tensors):
         return {tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None}
 
 
-# -- nodes -------------------------------------------------------------------------------------------------------------
-
 def sequence_of(node):
     '''Number of a node: those created later have larger ones. Only leaves have no proper number.'''
     return node._sequence_nr()
@@ -79,7 +68,6 @@ def next_sequence():
 
 
 def is_leaf(node):
-    '''Whether a node is that of a leaf, which accumulates gradients.'''
     return 'AccumulateGrad' in node.name()
 
 
@@ -148,8 +136,6 @@ def pull_back(node, gradient):
     results = results if isinstance(results, tuple) else (results,)
     return next(elem for elem, (parent, _) in zip(results, node.next_functions) if parent is not None)
 
-
-# -- questions ---------------------------------------------------------------------------------------------------------
 
 def depends_on(tensor, source):
     '''Whether a tensor was computed from another, or from what that is a copy of, by their graphs.'''
@@ -277,10 +263,7 @@ def origin_of(tensor, known=()):
 
 
 def last_layers(tensor):
-    '''Nodes of the last layers with weights before a tensor, and the output of each with the constants added to it.
-
-    The output is None unless nothing but moves and such additions come after a layer.
-    '''
+    '''The last layers with weights before a tensor, and their output, None if more than moves and sums follow.'''
     node, moves = back(tensor.grad_fn, lambda node: (
         is_move(node) and 'Expand' not in stem_of(node) or stem_of(node) == 'Add'
     ))
@@ -298,10 +281,7 @@ def after_last_layers(tensor):
 
 
 def divides_by_output(output):
-    '''Whether the rules of the last layers divide relevance by the output, None if they are of others.
-
-    That of a tensor without a graph, or of no layer with weights, does not.
-    '''
+    '''Whether the rules of the last layers divide by the output, None if they are of other packages.'''
     if hasattr(output, 'divides_relevance'):
         # of a traced network
         return output.divides_relevance

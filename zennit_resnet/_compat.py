@@ -1,9 +1,7 @@
-'''Everything private that this package uses of Python, PyTorch and Zennit, and nothing else.
+'''Everything private that this package uses of Python, PyTorch and Zennit, but for what autograd nodes tell.
 
-What autograd nodes tell is in :py:mod:`zennit_resnet._autograd`. ``tests/test_compat.py`` has a canary for each name
-here: it fails where an upgrade would otherwise silently make maps wrong.
-
-Checked with Python 3.10 to 3.13, PyTorch 2.4 to 2.13, Zennit 0.5.1 and 1.0.0.
+``tests/test_compat.py`` has a canary for each name, as an upgrade could otherwise silently make maps wrong. Checked
+with Python 3.10 to 3.13, PyTorch 2.4 to 2.13, Zennit 0.5.1 and 1.0.0.
 '''
 import itertools
 import sys
@@ -11,8 +9,6 @@ import types
 from collections import OrderedDict
 
 import torch
-
-# pylint: disable=unused-import
 from torch._C import DisableTorchFunction  # noqa: F401
 from torch._C import _set_grad_enabled as set_grad_enabled  # noqa: F401
 from torch._guards import TracingContext, tracing
@@ -38,17 +34,12 @@ COMPILED_CALL, COMPILED_MODULE = '_compiled_call_impl', '_orig_mod'
 
 
 def body_of(function, **names):
-    '''A function of torch.nn.functional, which a mode only sees as a whole, as one that it sees what is inside of.
-
-    Other functions that it calls may be replaced by their names.
-    '''
+    '''A function of torch.nn.functional as one that a mode sees the inside of, where names may mean other functions.'''
     names = {**function.__globals__, 'has_torch_function': lambda args: False, **names}
     body = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     body.__kwdefaults__ = function.__kwdefaults__
     return body
 
-
-# -- tensors -----------------------------------------------------------------------------------------------------------
 
 def version_of(tensor):
     '''How often a tensor was changed in place, None for those of inference mode, where nobody counts it.'''
@@ -125,8 +116,6 @@ def is_out_of_memory(error):
     )
 
 
-# -- modules -----------------------------------------------------------------------------------------------------------
-
 def pre_hooks_of(module):
     '''Forward pre-hooks of a module, in their order.'''
     return module._forward_pre_hooks.values()
@@ -146,10 +135,7 @@ def rules_of(module, with_post=False):
 
 
 def without_hooks(root):
-    '''A network of the same parts, without hooks of modules, but for those of PyTorch itself, which compute weights.
-
-    The network is left alone, as other threads may run it. What it assigns to its modules stays in the copy.
-    '''
+    '''A copy of a network, with the same weights, without hooks but for those of PyTorch that compute weights.'''
     copies = {}
 
     def duplicate(module):
@@ -180,8 +166,6 @@ def can_be_compiled():
     '''Whether the compiler is loaded, so that functions which it compiled may run.'''
     return 'torch._dynamo' in sys.modules
 
-
-# -- frames of Python --------------------------------------------------------------------------------------------------
 
 def caller(depth=1):
     '''The frame of the function that calls the one which asks.'''

@@ -7,10 +7,7 @@ from pathlib import Path
 
 @contextmanager
 def whole(path, overwrite=True):
-    '''Get the name of a file to write, which replaces the path when it is complete, and is removed after errors.
-
-    A FileExistsError is raised if the path exists by then and may not be overwritten.
-    '''
+    '''Name of a file to write, which replaces the path when it is complete, or a FileExistsError if it may not.'''
     path = Path(path)
     handle, name = tempfile.mkstemp(suffix=path.suffix, prefix=f'.{path.stem[:40]}-', dir=path.parent)
     os.close(handle)

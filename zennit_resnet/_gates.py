@@ -1,7 +1,4 @@
-'''Gates and softmaxes in the autograd graph, those that a network writes out with other functions included.
-
-``tests/test_autograd.py`` has canaries for the names of nodes that are read here.
-'''
+'''Gates and softmaxes in the autograd graph, those that a network writes out with other functions included.'''
 import torch
 from zennit.types import Activation, AvgPool, MaxPool
 
@@ -149,10 +146,7 @@ def _skip(node, names=()):
 
 
 def is_weighting(tensor, other):
-    '''Whether a tensor comes from a sigmoid or softmax on a way of its own, on which there is no other such product.
-
-    Between the softmax and the product, some networks mix the heads.
-    '''
+    '''Whether a tensor comes from a sigmoid or softmax on a way of its own, on which there is no other such product.'''
     shared = set(walk([other.grad_fn]))
     own = walk([tensor.grad_fn], shared, lambda node: isinstance(module_of(node), (MatrixProduct, NonNegativeMap)))
     return any(_is_sigmoid(node, False) for node in own)

@@ -1,4 +1,5 @@
 '''Graphs of aten operations: recorded once, with no changes in place, and with all that is constant computed.'''
+import functools
 import math
 import operator
 
@@ -28,10 +29,7 @@ _BATCH_NORMS = tuple(getattr(aten, name).default for name in ('native_batch_norm
 
 
 def record(function, *inputs):
-    '''Record what a function does to tensors, as a graph of pure aten functions.
-
-    With it come the placeholders of tensors that are no inputs, as a dict of their values.
-    '''
+    '''What a function does to tensors as a graph of pure aten functions, and other tensors by their placeholders.'''
     with recording():
         recorded = make_fx(function, tracing_mode='real', **RECORDING)(*inputs)
     # numbers that were read from tensors
@@ -59,18 +57,12 @@ def _lift_constants(module):
     return [operator.attrgetter(name)(module).detach() for name in found]
 
 
-# -- rewriting ---------------------------------------------------------------------------------------------------------
-
-class _Builder:
-    '''Adds functions to a graph, with what they make of fake tensors.'''
-    def __init__(self, graph):
-        self.graph = graph
-
-    def __call__(self, function, *args, **kwargs):
-        node = self.graph.call_function(function, args, kwargs)
-        values, named = torch.fx.node.map_arg((args, kwargs), _fake)
-        node.meta['val'] = function(*values, **named)
-        return node
+def _add(graph, function, *args, **kwargs):
+    '''Add a function to a graph, with what it makes of fake tensors.'''
+    node = graph.call_function(function, args, kwargs)
+    values, named = torch.fx.node.map_arg((args, kwargs), _fake)
+    node.meta['val'] = function(*values, **named)
+    return node
 
 
 def _fake(node):
@@ -79,7 +71,7 @@ def _fake(node):
 
 def simplify(graph, constants):
     '''Replace functions by fewer of the same result: batch normalizations, gradients of convolutions, products.'''
-    build = _Builder(graph)
+    build = functools.partial(_add, graph)
     for node in list(graph.nodes):
         with graph.inserting_before(node):
             if node.target in _SAME or node.target is aten._to_copy.default and _is_same(node):
@@ -218,7 +210,7 @@ def _multiply(build, one, other):
 
 def lower_precision(graph, constants, dtype):
     '''Have convolutions after the output, which are those of rules, compute in another type.'''
-    build, nodes = _Builder(graph), list(graph.nodes)
+    build, nodes = functools.partial(_add, graph), list(graph.nodes)
     (output, *_), = nodes[-1].args
     for node in nodes[nodes.index(output) + 1:]:
         # one channel is what dead units are spread by, for which this is no faster
@@ -233,13 +225,8 @@ def lower_precision(graph, constants, dtype):
             graph.erase_node(node)
 
 
-# -- constants ---------------------------------------------------------------------------------------------------------
-
 def fold(graph, constants, layout=torch.contiguous_format):
-    '''Compute what depends on no input, and get a module of the graph that has the results as buffers.
-
-    Those with four dimensions have the given memory format.
-    '''
+    '''A module of a graph with all that depends on no input as buffers, those of four dimensions in a memory format.'''
     values = dict(constants)
     module = GraphModule(torch.nn.Module(), graph)
     with torch.no_grad():

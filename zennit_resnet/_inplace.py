@@ -22,8 +22,6 @@ from ._nested import tensors_of
 
 # Functions after which each entry is the same as before, or has a gradient of zero (but may have relevance).
 CLIPPING = frozenset('relu relu_ relu6 hardtanh hardtanh_ clamp_ clip_ clamp_min_ clamp_max_ threshold_'.split())
-
-
 # Names of the functions that operators of Python become.
 OPERATORS = frozenset('''
     add radd iadd sub rsub isub mul rmul imul div rdiv idiv truediv rtruediv itruediv true_divide pow rpow ipow matmul
@@ -46,15 +44,14 @@ _STATE = _State()
 
 
 class Kept:
-    '''Values of a tensor as they are now, for the backward pass.
+    '''Values of a tensor as they are now, for the backward pass, copied only if and when the network changes them.
 
-    They are only copied if and when the network changes them, such as by an in-place gate. Where relevance follows the
-    gradient, clipping by an in-place ReLU that is the first to use them leaves what it depends on: entries without
-    gradient receive none. Where no canonizer follows the network, they are copied at once.
+    Where relevance follows the gradient, clipping by an in-place ReLU that is the first to use them leaves what it
+    depends on: entries without gradient receive none.
     '''
     def __init__(self, tensor):
-        self._tensor = tensor.detach()
-        self._version = version_of(self._tensor)
+        self.tensor = tensor.detach()
+        self._version = version_of(self.tensor)
         self.is_used = False
         if is_watched():
             self._follow(tensor)
@@ -68,62 +65,52 @@ class Kept:
     @property
     def is_changed(self):
         '''Whether the network has changed the tensor in a way which nobody noted.'''
-        return version_of(self._tensor) != self._version
+        return version_of(self.tensor) != self._version
 
     def copy(self):
         '''Copy the values, which are about to change.'''
-        self._tensor = self._tensor.clone()
-        self._version, self.address = version_of(self._tensor), None
+        self.tensor = self.tensor.clone()
+        self._version, self.address = version_of(self.tensor), None
 
     def accept(self):
         '''Take the values as they are now.'''
-        self._version = version_of(self._tensor)
+        self._version = version_of(self.tensor)
 
     def clear(self):
         '''Forget the values, which are not needed.'''
-        self._tensor = self._tensor.new_empty(0)
+        self.tensor = self.tensor.new_empty(0)
         self.accept()
         self.address = None
 
     @property
     def values(self):
-        '''The values.'''
         if self.is_changed:
             raise RuntimeError(
-                f'A tensor of shape {tuple(self._tensor.shape)} at the border of a block was changed in place by an '
+                f'A tensor of shape {tuple(self.tensor.shape)} at the border of a block was changed in place by an '
                 'operation that can not be followed, such as a scripted function: use one that is not in place.'
             )
-        return self._tensor
+        return self.tensor
 
 
 class KeptWeight(Kept):
-    '''A weight as it is now. If the network changes it, ``note`` is called with a copy of what it was.
-
-    That others change it, such as an optimizer, is only noticed.
-    '''
+    '''A weight as it is now. If the network changes it, ``note`` gets a copy. That others do is only noticed.'''
     def __init__(self, tensor, note=None):
-        self._tensor, self._note = tensor.detach(), note
-        self._version = version_of(self._tensor)
+        # an alias, which assigning other ``data`` to the weight does not change
+        self.tensor, self._note = tensor.detach(), note
+        self._version = version_of(self.tensor)
         self.is_used, self.is_copied = True, False
         if is_followed():
             self._follow(tensor)
 
     def copy(self):
-        '''Copy the weight, which is about to change.'''
         super().copy()
         self.is_copied = True
         if self._note is not None:
-            self._note(self._tensor)
-
-    @property
-    def tensor(self):
-        '''An alias of the weight, which assigning other ``data`` to it does not change.'''
-        return self._tensor
+            self._note(self.tensor)
 
 
 class _Follow(torch.autograd.Function):
     '''Have a tensor become another, as if it had been changed in place.'''
-    # pylint: disable=abstract-method,arguments-differ
     @staticmethod
     def forward(ctx, tensor, current):
         '''Copy what is not in the same memory.'''
@@ -136,13 +123,11 @@ class _Follow(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, relevance):
-        '''All relevance is that of the other.'''
         # with None, PyTorch would also drop that of what the view is a part of
         return torch.zeros_like(relevance) if ctx.is_view else None, relevance
 
 
 def is_watched():
-    '''Whether functions on tensors are seen.'''
     return any(isinstance(mode, Watch) for mode in function_modes())
 
 
@@ -175,7 +160,10 @@ class Watch(TorchFunctionMode):
         settle((args, kwargs))
         # before what it changes is copied for those that keep it
         self.canonizer.look(func, name, args, kwargs)
-        target = _changed(name, args, kwargs)
+        target = kwargs.get('out')
+        if target is None and (name == '__setitem__' or is_inplace(name, kwargs)):
+            target = args[0] if args else kwargs.get('input')
+        target = target if isinstance(target, torch.Tensor) else None
         is_gradient, clipped = self.canonizer.is_gradient, ()
         if _STATE.kept and (target is not None or is_gradient or name.startswith('_foreach')):
             clipped = _use(target, name, args, kwargs, is_gradient and name in CLIPPING)
@@ -194,11 +182,7 @@ class Watch(TorchFunctionMode):
 
 
 def note_copy(tensor, output):
-    '''Note the output of something that changes a tensor in place, but which may have been run on a copy of it.
-
-    Hooks of Zennit copy the inputs of modules. Most networks go on with what was returned, so nothing is done before
-    :py:func:`settle` finds that one goes on with the original.
-    '''
+    '''Note the output of what changes a tensor in place, but may have run on a copy, as hooks of Zennit make one.'''
     with DisableTorchFunction():
         if (
             all(isinstance(elem, torch.Tensor) and elem.requires_grad for elem in (tensor, output))
@@ -264,14 +248,6 @@ def _use(target, name, args, kwargs=None, is_clipping=False):
 def is_inplace(name, kwargs):
     '''Whether a function changes its first argument. PyTorch gives ``inplace`` by name, whatever the caller does.'''
     return bool(kwargs.get('inplace')) or name.startswith('__i') or name.endswith('_') and not name.endswith('__')
-
-
-def _changed(name, args, kwargs):
-    '''The tensor that a function changes in place, None if it does not.'''
-    target = kwargs.get('out')
-    if target is None and (name == '__setitem__' or is_inplace(name, kwargs)):
-        target = args[0] if args else kwargs.get('input')
-    return target if isinstance(target, torch.Tensor) else None
 
 
 def address_of(tensor):

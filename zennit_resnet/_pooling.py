@@ -11,7 +11,6 @@ aten = torch.ops.aten
 
 def average_backward(upper, input, kernel, stride, padding, ceil_mode, count_include_pad, divisor_override=None):
     '''The gradient of an average pooling: its windows are those of a transposed convolution with ones.'''
-    # pylint: disable=too-many-arguments,unused-argument
     lengths, outs = input.shape[2:], upper.shape[2:]
     num = len(lengths)
     kernel, stride, padding = (as_tuple(value, num) for value in (kernel, stride or kernel, padding))
@@ -44,12 +43,10 @@ def _counts(length, out, size, step, pad, count_include_pad):
 
 def maximum_backward(upper, input, kernel, stride, padding, dilation, ceil_mode, indices):
     '''The gradient of a max pooling: each window gives its relevance to the element that its index says.'''
-    # pylint: disable=too-many-arguments,unused-argument
     return _scatter(upper, input, indices, len(kernel))
 
 
 def adaptive_maximum_backward(upper, input, indices):
-    '''The gradient of an adaptive max pooling.'''
     return _scatter(upper, input, indices, input.ndim - 2)
 
 

@@ -1,8 +1,4 @@
-'''Weights as a forward pass used them, and whether a module computes what its class in torch.nn does.
-
-Rules read weights in the backward pass. By then, others may be in place (:py:func:`torch.func.functional_call`, weights
-that are assigned for a call) or they may have been changed in place, so the forward pass keeps what it used.
-'''
+'''Weights as a forward pass used them: by the backward pass, in which rules read them, there may be others in place.'''
 import functools
 import types
 import weakref
@@ -40,11 +36,7 @@ def _has_own_forward(kind):
 
 
 def is_plain(module):
-    '''Whether a module computes what the class in torch.nn that it is an instance of computes.
-
-    Rules for types assume that it does. Otherwise (padding of its own, standardized weights) its forward may compute
-    anything, and the canonizer looks inside, where it finds the functions that it is made of.
-    '''
+    '''Whether a module computes what its class in torch.nn computes, as rules for types assume.'''
     attributes = vars(module)
     return not (
         _has_own_forward(type(module)) or 'forward' in attributes or any(part in attributes for part in FORWARD_PARTS)
@@ -52,10 +44,7 @@ def is_plain(module):
 
 
 def state_of(model):
-    '''What changes if weights, modules, hooks or settings of a network change, of which it holds none.
-
-    It is compared with that of later, before what was found out about the network is used again.
-    '''
+    '''What changes if weights, modules, hooks or settings of a network change, without a reference to any of them.'''
     tensors, seen = [*model.parameters(), *model.buffers()], {}
     return [(id(elem), elem.data_ptr(), version_of(elem)) for elem in tensors], [(
         id(module), list(module._modules), list(pre_hooks_of(module)), list(hooks_of(module)),
@@ -192,7 +181,6 @@ def _look(module):
 
 
 def _start(tensor):
-    '''Address of the first element.'''
     try:
         return tensor.data_ptr()
     except RuntimeError:

@@ -97,7 +97,6 @@ def check_precision(model, *inputs):
 
 
 def check_layer_map(layer_map):
-    '''Get a layer map as a list.'''
     layer_map = _as_list('layer_map', layer_map, 'pairs (type, hook)')
     for num, entry in enumerate(layer_map):
         if not isinstance(entry, (tuple, list)) or len(entry) != 2 or not _are_types(entry[0]):
@@ -130,8 +129,6 @@ def _as_list(name, value, kind):
         raise TypeError(f'{name}={value!r} is not a list of {kind}!')
     return list(value or [])
 
-
-# -- input bounds ------------------------------------------------------------------------------------------------------
 
 # Share of the range by which inputs may be outside, a quarter of the step of 8-bit images
 MARGIN = 1e-3
@@ -206,14 +203,8 @@ def check_inside(input, low, high, dtypes=()):
             )
 
 
-# -- heatmaps ----------------------------------------------------------------------------------------------------------
-
 def takes_maps(*names, single=True):
-    '''Have a function of batches of tensors also take NumPy arrays, and single maps of shape (height, width).
-
-    What it returns is of the same kind: arrays for arrays, and without the first axis for single maps. An argument
-    ``dims`` of the function is the number of axes of a single map.
-    '''
+    '''Have a function of batches of tensors also take arrays, and single maps of ``dims`` axes, and return these.'''
     def decorate(function):
         signature = inspect.signature(function)
 
@@ -256,8 +247,6 @@ def as_map(name, value):
     except TypeError as error:
         raise TypeError(f'{name} must be an array of numbers, but is of type {value.dtype}!') from error
 
-
-# -- what is shown -----------------------------------------------------------------------------------------------------
 
 def show(value):
     if isinstance(value, torch.Tensor):

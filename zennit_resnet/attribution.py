@@ -36,19 +36,11 @@ def check_key(key):
 
 
 def select_output(output, key=None, remedy='SelectOutput(model, {}) in place of the model'):
-    '''Pick the tensor to explain from what a network returns.
+    '''Pick the tensor to explain from what a network returns, a dict, tuple, dataclass or any object with attributes.
 
-    Parameters
-    ----------
-    output: object
-        A tensor, or a dict, tuple, list, namedtuple, dataclass, ``ModelOutput`` or any object with attributes.
-    key: str, int or callable, optional
-        The key, index or name of the tensor unless the output is one, or a function ``(output) -> tensor``.
-    remedy: str, optional
-        What to do if there is no key, for the message: a format string for the key and ``access`` to it.
-
-    A TypeError, which names the keys that there are, is raised if it is no tensor, and a ValueError if there is no such
-    key.
+    It is picked by a key, index or name, or a function ``(output) -> tensor``. Without, the output has to be a tensor.
+    What to do if it is none is the remedy, a format string for the key and ``access`` to it. A TypeError, which names
+    the keys that there are, is raised for what is no tensor, and a ValueError if there is no such key.
     '''
     parts = {} if isinstance(output, torch.Tensor) else parts_of(output)
     names = ', '.join(map(repr, parts))
@@ -95,9 +87,9 @@ def _access(output, key=...):
 class SelectOutput(torch.nn.Module):
     '''A network that returns one tensor of what another network returns, which may be a dict, tuple or dataclass.
 
-    This is for all that needs a network with a tensor as output, such as Zennit's ``Gradient``. The other network is
-    the attribute ``model``, so names of modules begin with ``'model.'`` wherever they are used. Rules apply to a
-    function that picks a tensor as well, such as one that averages a map of logits.
+    This is for all that needs a tensor as output, such as Zennit's ``Gradient``. The other network is the attribute
+    ``model``, so names of modules begin with ``'model.'``. Rules apply to a function that picks a tensor as well, such
+    as one that averages a map of logits.
 
     For ``output``, and what the forward pass raises, see the key of :py:func:`select_output`. A TypeError is raised at
     once if ``model`` is not a module, or ``output`` is of another type.
@@ -133,7 +125,8 @@ def initial_relevance(target, value=None, output=None, contrast=None, contrast_w
 
     Relevance starts at class k with c_k v_k: a weight times a value. Without a contrast, the weight is one for the
     target and zero for all others. With one, it is negative for rivals, and all weights sum to zero (unless
-    ``contrast_weight`` is another).
+    ``contrast_weight`` is another). The function maps outputs of shape (batch, classes), (batch,), or of any shape if
+    the target is a function, to the same shape.
 
     Parameters
     ----------
@@ -146,8 +139,8 @@ def initial_relevance(target, value=None, output=None, contrast=None, contrast_w
         ``'logit'`` (default) for the output y_k of a class, ``'softmax'`` for its probability, ``'one'`` for one. The
         default for a contrast or function is what the rule of the last layer needs, see ``contrast``.
     output: str, int or callable, optional
-        Which of several outputs of the network to explain, see :py:func:`select_output`. Not for Zennit's attributors,
-        which take gradients of all outputs: give them :py:class:`SelectOutput` ``(model, output)`` as a network.
+        Which of several outputs of the network to explain, see :py:func:`select_output`. Zennit's attributors, which
+        take gradients of all outputs, need :py:class:`SelectOutput` ``(model, output)`` as a network instead.
     contrast: str, int, sequence of int or :py:obj:`torch.Tensor`, optional
         Why the target and not something else: what the weight -1 is shared among. ``'centred'`` all other classes
         evenly, -1 / (K - 1); ``'softmax'`` all others by their probabilities, -p_k / (1 - p_target), which is SGLRP
@@ -162,26 +155,17 @@ def initial_relevance(target, value=None, output=None, contrast=None, contrast_w
         How much rivals count: their weights sum to minus this. Below one, what the target has in common with them is
         not taken away completely, as in FinerCAM (Zhang et al. 2025).
 
-    Returns
-    -------
-    callable
-        A function ``(output: (batch, classes)) -> (batch, classes)``, or ``(batch,) -> (batch,)`` for a single output,
-        or of any other shape if the target is a function. It raises a ValueError for another number of targets than
-        examples, a contrast of a single class, a softmax of probabilities, or if it is not known what to start from, an
-        IndexError for a class outside the classes, and a TypeError, which names the outputs that there are, for what is
-        no tensor.
-
-    Raises
-    ------
-    ValueError
-        If ``value`` or ``contrast`` is unknown, there is a contrast for a function, which has its own, or a weight
-        without a contrast or that is not positive.
-    TypeError
-        If ``target`` or ``contrast`` is not made of integers, or ``output`` is none of the above.
+    A ValueError is raised if an argument is not one of its choices, there is a contrast for a function, which has its
+    own, or a weight without a contrast or that is not positive, and a TypeError if one is of another type. The function
+    raises a ValueError for another number of targets than examples, a contrast of a single class, a softmax of
+    probabilities, or if it is not known what to start from, an IndexError for a class outside the classes, and a
+    TypeError, which names the outputs that there are, for what is no tensor.
     '''
     check_choice('value', value, (None, *VALUES))
     check_key(output)
-    target, contrast = _as_target(target), as_contrast(contrast)
+    is_function = callable(target) and not isinstance(target, (type, torch.Tensor))
+    target = target if target is None or is_function else as_indices('target', target, 1)
+    contrast = as_contrast(contrast)
     check_contrast_weight(contrast, contrast_weight)
     _check_function(target, contrast)
 
@@ -230,8 +214,8 @@ def output_weights(outputs, target, contrast=None, contrast_weight=1.):
     '''Weights of outputs of shape (batch, classes, ...), of the same shape, see :py:func:`initial_relevance`.
 
     The target has indices of one output for each example, of shape (batch, dimensions but the batch) or (batch,), or is
-    a function ``(outputs) -> (batch,)``, or None. The contrast is what :py:func:`as_contrast` returned: rivals are the
-    other classes at the same place.
+    a function ``(outputs) -> (batch,)``, or None. Rivals, by :py:func:`as_contrast`, are other classes at the same
+    place.
     '''
     _check_function(target, contrast)
     if callable(target):
@@ -315,11 +299,7 @@ def weigh(weights, outputs, value):
 
 
 def default_value(output, is_signed):
-    '''What weights are multiplied with by default, see :py:func:`initial_relevance`.
-
-    Weights of one sign start from the logit. For those of both signs, it depends on the rule of the last layer, which
-    the graph of the output tells.
-    '''
+    '''What weights of one sign (the logit) or both (what the rule of the last layer needs) start from by default.'''
     divides = not is_signed or divides_by_output(output)
     if divides is None:
         raise ValueError(
@@ -350,15 +330,8 @@ def check_contrast_weight(contrast, weight):
 
 
 def _check_function(target, contrast):
-    '''Raise a ValueError if there is a contrast for a function, which has its own.'''
     if callable(target) and contrast is not None:
         raise ValueError(f'contrast={contrast!r} is for classes: have the function return a difference.')
-
-
-def _as_target(target):
-    '''Targets as a tensor of integers, a function, or None.'''
-    is_function = callable(target) and not isinstance(target, (type, torch.Tensor))
-    return target if target is None or is_function else as_indices('target', target, 1)
 
 
 def as_indices(name, value, dims=torch.inf):

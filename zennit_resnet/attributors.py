@@ -10,16 +10,10 @@ from .rules.base import prepared_once
 class ManyTargets(Gradient):
     '''Attributor for several questions about the same input: one forward pass, and a backward pass for each.
 
-    The relevance is that of :py:class:`zennit.attribution.Gradient` for one question after the other. Rules of this
-    package compute what has nothing to do with the question, such as the denominators of z+, once for all.
-
-    Parameters
-    ----------
-    model, composite, create_graph, retain_graph: optional
-        As of :py:class:`zennit.attribution.Gradient`. The network has to return a tensor, see
-        :py:class:`~zennit_resnet.attribution.SelectOutput`. The graph is retained between the questions in any case.
-    attr_output: sequence or callable, optional
-        The questions, unless they are given in the call.
+    The relevance is that of :py:class:`zennit.attribution.Gradient` for one question after the other, as are the
+    arguments. Rules of this package compute what has nothing to do with the question, such as the denominators of z+,
+    once for all. The network has to return a tensor, see :py:class:`~zennit_resnet.attribution.SelectOutput`. The
+    questions may be given here, as ``attr_output``, or in the call.
 
     Examples
     --------
@@ -33,11 +27,10 @@ class ManyTargets(Gradient):
     def forward(self, input, attr_output_fn):
         '''Compute the relevance of the input for all questions. It is called by ``attributor(input, questions)``.
 
-        The input is of shape (batch, ...). The function of the output returns the questions: a list of functions, such
-        as :py:func:`~zennit_resnet.attribution.initial_relevance` returns, and of tensors of the output's shape, or a
-        tensor with one more dimension in front. ``attributor(input, questions)`` also takes these themselves.
-
-        Returns the output, and relevance of the input for each question, of shape (questions, batch, ...).
+        The input is of shape (batch, ...). Questions, or a function of the output that returns them, are a list of
+        tensors of the output's shape and functions, such as :py:func:`~zennit_resnet.attribution.initial_relevance`
+        returns, or a tensor with one more dimension in front. Returns the output, and relevance of the input of shape
+        (questions, batch, ...).
 
         A ValueError is raised if there is no question, or an initial relevance is not of the output's shape, a
         TypeError if the questions are none of the above, or the network does not return a tensor, and a RuntimeError if

@@ -16,25 +16,12 @@ WRAPPERS = ('state_dict', 'model_state_dict', 'model', 'module', 'net', 'network
 
 
 def read_state(path):
-    '''Read a state dict.
+    '''Read a state dict from a file of :py:obj:`torch.save` or, with the suffix ``.safetensors``, of safetensors.
 
-    Parameters
-    ----------
-    path: str or :py:obj:`pathlib.Path`
-        A file of :py:obj:`torch.save` or, with the suffix ``.safetensors``, of safetensors. The state dict may also be
-        the entry ``'state_dict'``, ``'model_state_dict'`` or ``'model'`` of what is in the file.
-
-    Returns
-    -------
-    state: dict[str, :py:obj:`torch.Tensor`]
-        Parameters and buffers of any precision on the CPU. The prefix of :py:obj:`torch.nn.DataParallel` is removed.
-    classes: list[str] or None
-        Names of the classes, if the metadata of safetensors has them.
-
-    Raises
-    ------
-    ValueError
-        If there is no such file, or it is not a state dict of dense tensors that can be loaded safely.
+    It may also be the entry ``'state_dict'``, ``'model_state_dict'`` or ``'model'`` of what is in the file. Returns
+    parameters and buffers of any precision on the CPU, by name without the prefix of :py:obj:`torch.nn.DataParallel`,
+    and a list of the names of classes, or None unless the metadata of safetensors has them. A ValueError is raised if
+    there is no such file, or it is not a state dict of dense tensors that can be loaded safely.
     '''
     path = Path(path)
     if not os.path.isfile(path):
@@ -56,9 +43,7 @@ def read_state(path):
         try:
             state = torch.load(path, map_location='cpu', weights_only=True)
         except Exception as error:  # anything may be raised for anything in the file
-            raise ValueError(
-                f'the weights {path} are not a state dict that can be loaded safely: {SAVE}'
-            ) from error
+            raise ValueError(f'the weights {path} are not a state dict that can be loaded safely: {SAVE}') from error
     while isinstance(state, dict):
         inner = [state[key] for key in WRAPPERS if isinstance(state.get(key), dict)]
         if not inner:
@@ -112,6 +97,4 @@ def strip_prefix(state, expected, path):
             f'the weights {path} hold {len(prefixes)} networks, {", ".join(prefixes)}: save the state dict of one'
         )
     # what else is in the file are weights of a loss or the like
-    return {
-        key.removeprefix(prefixes[0]): value for key, value in state.items() if key.startswith(prefixes[0])
-    }
+    return {key.removeprefix(prefixes[0]): value for key, value in state.items() if key.startswith(prefixes[0])}

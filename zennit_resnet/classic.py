@@ -40,10 +40,7 @@ SETTINGS = {
 
 
 def drop_zero(denominator):
-    '''Stabilizer which adds nothing, and makes contributions to a denominator of zero become zero.
-
-    It puts infinity in place of zero (and of numbers too small to be inverted).
-    '''
+    '''Stabilizer that puts infinity in place of zero (or numbers too small to be inverted), and else adds nothing.'''
     return denominator.masked_fill(denominator.abs() < torch.finfo(denominator.dtype).tiny, torch.inf)
 
 
@@ -59,14 +56,13 @@ class ClassicLRP(_LayerMap):
     rule: str, optional
         ``'lrp0'`` LRP-0, Eq. (1); ``'epsilon'`` (default) LRP-epsilon, Eq. (4); ``'gamma'`` LRP-gamma, Eq. (3);
         ``'alpha_beta'`` LRP-alpha-beta, Eq. (5); ``'zplus'`` LRP-z+; ``'wsquare'`` LRP-w^2.
-    epsilon: callable or float, optional
-        Stabilization parameter of ``'epsilon'``, with Zennit's convention of signs. Callables ``(denominator) ->
-        stabilized denominator`` may have another.
-    gamma: float, optional
-        How much ``'gamma'`` enlarges contributions.
-    alpha, beta: float, optional
-        Multipliers of positive and negative contributions of ``'alpha_beta'``, which sum to one. Zennit's beta has the
-        opposite sign.
+    epsilon, stabilizer: callable or float, optional
+        Stabilization parameter of ``'epsilon'``, with Zennit's convention of signs, and of all other rules. Callables
+        ``(denominator) -> stabilized denominator`` may have another. By default, contributions to denominators of zero
+        are zero for these, and nothing is added to others.
+    gamma, alpha, beta: float, optional
+        How much ``'gamma'`` enlarges contributions, and multipliers of positive and negative contributions of
+        ``'alpha_beta'``, which sum to one. Zennit's beta has the opposite sign.
     with_bias: bool, optional
         Whether biases are part of the denominators, as in Zennit. Default is ``False``, as in the equations.
     addition: str, optional
@@ -77,9 +73,6 @@ class ClassicLRP(_LayerMap):
     batch_norm: str, optional
         Whether batch normalization is folded into the linear layer before it (``'merge'``, default), or passed
         (``'pass'``).
-    stabilizer: callable or float, optional
-        Stabilization parameter of all rules but ``'epsilon'``. By default, contributions to denominators of zero are
-        zero, and nothing is added to others.
     layer_map, canonizers:
         See :py:class:`~zennit_resnet.composites.ResNetLRP`.
 

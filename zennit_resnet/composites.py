@@ -62,14 +62,10 @@ class _Transaction(Described):
         del self.module_map
 
     def module_map(self, ctx, name, module):
-        '''See :py:meth:`mapping`.'''
         return self.mapping(ctx, name, module)
 
     def register(self, module):
-        '''Apply all canonizers and register all hooks to a module and its children.
-
-        A TypeError is raised if it is not a module, a RuntimeError if the composite is in use for a network already.
-        '''
+        '''Apply all canonizers and register all hooks, or raise a TypeError (no module) or RuntimeError (in use).'''
         check_module(module)
         if self.handles:
             raise RuntimeError(in_use(self))
@@ -82,11 +78,7 @@ class _Transaction(Described):
 
 
 class _LayerMap(_Transaction, LayerMapComposite):
-    '''Composites with a rule for each type of module.
-
-    Rules of the composite itself are for modules that compute what their type in torch.nn does. Rules that are given
-    are for all modules of their types.
-    '''
+    '''Composites with a rule for each type of plain modules. Those that are given are for all of their types.'''
     # adds the composite's own canonizer to those that are given
     complete = staticmethod(_with_canonizer)
 
@@ -113,8 +105,8 @@ class ResNetLRP(_LayerMap):
     '''LRP for ResNet (Otsuki et al. 2024): relevance splitting at skip connections, and the z+ rule everywhere else.
 
     Relevance is conserved: the input relevance sums to the initial relevance, whatever the network, together with what
-    constants keep that are concatenated. What these kept in the last backward pass is the attribute ``sinks``, a dict
-    of tensors of shape (batch,) by name, see :py:class:`~zennit_resnet.canonizers.ResidualCanonizer`.
+    constants keep that are concatenated, which is the attribute ``sinks``, see
+    :py:class:`~zennit_resnet.canonizers.ResidualCanonizer`.
 
     Parameters
     ----------
@@ -134,8 +126,8 @@ class ResNetLRP(_LayerMap):
     classifier: str, optional
         Rule for the last linear layer or convolution, ``'zplus'`` (default) as in the paper, or ``'epsilon'``, with
         which maps of different classes differ much more, see :py:class:`~zennit_resnet.rules.ZPlus`. Start it from
-        logits (``initial_relevance(target)``, with or without a ``contrast``). Relevance then sums to these without
-        the biases of the last layer.
+        logits (``initial_relevance(target)``, with or without a ``contrast``). Relevance then sums to these without the
+        biases of the last layer.
     attention, parameters: str, optional
         See :py:class:`~zennit_resnet.canonizers.ResidualCanonizer`.
     layer_map, canonizers: list, optional
@@ -204,17 +196,11 @@ class SplittingComposite(_Transaction, Composite):
 
 
 def with_splitting(composite, rule=None):
-    '''Add relevance splitting to any composite, such as Zennit's ``EpsilonPlusFlat``.
+    '''Add relevance splitting to any composite, such as Zennit's ``EpsilonPlusFlat``, which is not changed.
 
-    Parameters
-    ----------
-    composite: :py:obj:`zennit.core.Composite`
-        The composite, which is not changed. If Zennit's ``ResNetCanonizer`` is among its canonizers, it is replaced by
-        ``ResidualCanonizer(batch_norm='merge')``.
-    rule: :py:obj:`zennit_resnet.rules.Split`, optional
-        The rule for additions, :py:class:`~zennit_resnet.rules.RatioSplit` by default.
-
-    A TypeError is raised if ``composite`` is not a composite (but for instance the class of one), or ``rule`` is not a
+    If Zennit's ``ResNetCanonizer`` is among its canonizers, it is replaced by
+    ``ResidualCanonizer(batch_norm='merge')``. The rule for additions is :py:class:`~zennit_resnet.rules.RatioSplit` by
+    default. A TypeError is raised if the composite is none (but for instance the class of one), or the rule is not a
     hook.
     '''
     return SplittingComposite(composite, rule)
@@ -226,18 +212,13 @@ class RelativeLRP(_LayerMap):
 
     Every layer multiplies with its input. Contributions are not conserved, and only their ratios within one example
     have a meaning: what is propagated is rescaled for each example, and in addition for each branch of a residual block
-    (Proposition 14), see :py:class:`~zennit_resnet.rules.Contributions`. If relevance starts from the logit of
-    the target, what is propagated to the input of a network without skip connections times exp(``log_scale``) is what
-    the equations say.
+    (Proposition 14), see :py:class:`~zennit_resnet.rules.Contributions`.
 
-    Attributes
-    ----------
-    log_scale: :py:obj:`torch.Tensor`
-        Natural logarithm of the factor by which the input's contributions of the last backward pass have to be
-        multiplied, of shape (batch,). In residual networks, blocks are not counted (a factor of two each).
-    num_replaced: :py:obj:`torch.Tensor`
-        Number of branches, of shape (batch,), whose contributions summed to zero up to rounding in the last backward
-        pass, so that their sum of magnitudes was used.
+    After a backward pass, ``log_scale`` is the natural logarithm of the factor by which the input's contributions have
+    to be multiplied, of shape (batch,): if relevance starts from the logit of the target of a network without skip
+    connections, they then are what the equations say. In residual networks, blocks are not counted (a factor of two
+    each). ``num_replaced`` is the number of branches, of shape (batch,), whose contributions summed to zero up to
+    rounding, so that their sum of magnitudes was used.
 
     Parameters
     ----------
@@ -268,7 +249,6 @@ class RelativeLRP(_LayerMap):
             layer_map, canonizers, cardinality=cardinality, normalization=normalization, batch_norm=batch_norm,
         )
 
-    # see the attributes of the class
     log_scale = property(attrgetter('contributions.log_scale'))
     num_replaced = property(attrgetter('contributions.num_replaced'))
 

@@ -32,44 +32,31 @@ def export(
     '''Write a file that maps an input and a target to logits and a heatmap.
 
     Inputs of the file are ``image``, of the shape (with its batch) and type of ``input``, and ``target`` of shape
-    (batch,) and type int64: the class to explain of each example, where a negative one is that which is predicted.
-    Its outputs are ``logits`` of shape (batch, classes), ``heatmap``, the sum over channels of shape (batch, height,
+    (batch,) and type int64: the class to explain of each example, where a negative one is that which is predicted. Its
+    outputs are ``logits`` of shape (batch, classes), ``heatmap``, the sum over channels of shape (batch, height,
     width), and with ``relevance=True`` the ``relevance`` of the input's shape.
 
     Parameters
     ----------
-    traced: :py:obj:`~zennit_resnet.tracing.TracedAttribution`
-        What :py:func:`~zennit_resnet.tracing.trace` returns.
-    input: :py:obj:`torch.Tensor`
-        An input of the network, of shape (batch, channels, ...), in the shape of those that the file takes.
+    traced, input: :py:obj:`~zennit_resnet.tracing.TracedAttribution`, :py:obj:`torch.Tensor`
+        What :py:func:`~zennit_resnet.tracing.trace` returns, and an input of shape (batch, channels, ...).
     path: str or :py:obj:`pathlib.Path`
         The file, of suffix ``.onnx`` or ``.pt2``, which :py:func:`torch.export.load` reads. The first needs the extra
-        ``export`` of this package, and PyTorch from 2.6.
+        ``export`` of this package, and PyTorch from 2.6. One that exists is only replaced with ``overwrite``.
     value, contrast, contrast_weight: optional
         What relevance starts from, see :py:func:`~zennit_resnet.attribution.initial_relevance`.
-    relevance, overwrite: bool, optional
-        Whether the relevance of each channel is an output, too, and whether to replace a file that exists.
     normalization: tuple[sequence of float, sequence of float], optional
         Mean and standard deviation of each channel, by which the file is to normalize images.
     metadata: dict, optional
         What else to write into the file's metadata, by key. What is no string is written as JSON.
 
-    Returns
-    -------
-    dict[str, str]
-        The metadata: ``properties.custom_metadata_map`` of ONNX Runtime, the extra file ``metadata.json`` of ``.pt2``.
+    Returns the metadata, a dict of str: ``properties.custom_metadata_map`` of ONNX Runtime, the extra file
+    ``metadata.json`` of ``.pt2``.
 
-    Raises
-    ------
-    TypeError
-        If an argument is of another type.
-    ValueError
-        If an argument is not one of its choices, the network's output is not of shape (batch, classes) or (batch,), the
-        file would be larger than ONNX can be, or an operation has no form in ONNX. The message names it.
-    OSError
-        If there is such a file already, or it cannot be written.
-    ImportError
-        If packages are missing that ONNX needs.
+    A TypeError is raised if an argument is of another type, a ValueError if one is not among its choices, the network's
+    output is not of shape (batch, classes) or (batch,), the file would be larger than ONNX can be, or an operation,
+    which is named, has no form in ONNX, an OSError if there is such a file already, or it cannot be written, and an
+    ImportError if packages are missing that ONNX needs.
 
     Examples
     --------
@@ -155,8 +142,6 @@ def check_path(path, overwrite=False):
             raise ImportError(f'{error}. Writing ONNX needs more packages: pip install onnx onnxscript') from error
 
 
-# -- the program -------------------------------------------------------------------------------------------------------
-
 class _Explanation(torch.nn.Module):
     '''Normalization, attribution, what it starts from, and the sum over channels.'''
     def __init__(self, graph, start, with_relevance, normalization, input):
@@ -226,8 +211,6 @@ def _standalone(module, decompositions):
     return result
 
 
-# -- files -------------------------------------------------------------------------------------------------------------
-
 def _write_onnx(program, path, names, metadata, traced):
     size = sum(value.nbytes for value in (*program.state_dict.values(), *program.constants.values()))
     if size > LARGEST:
@@ -292,10 +275,7 @@ def _stem(name):
 
 
 def run_file(path, image, target):
-    '''Run a file that :py:func:`export` has written, by ONNX Runtime or PyTorch, on its inputs, which are tensors.
-
-    Its outputs are a dict of arrays by name. An ImportError is raised if ONNX Runtime is not installed.
-    '''
+    '''Run a file that :py:func:`export` has written on tensors, by ONNX Runtime or PyTorch, to get arrays by name.'''
     if Path(path).suffix == '.onnx':
         import onnxruntime
         session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])

@@ -16,22 +16,19 @@ class GammaLRP(_LayerMap):
     '''LRP-gamma for residual networks and transformers, with evidence of both signs, which tells classes apart.
 
     Convolutions and linear layers have the :py:class:`~zennit_resnet.rules.GeneralizedGamma` rule, the last one
-    LRP-epsilon, normalizations :py:class:`~zennit_resnet.rules.EpsilonNormalization`, activations pass relevance on.
-    With ``attention='value'``, that is CP-LRP (Ali et al. 2022), with ``'half'`` AttnLRP (Achtibat et al. 2024).
-    Relevance passes batch normalization.
+    LRP-epsilon (``classifier`` is ``'epsilon'``), normalizations :py:class:`~zennit_resnet.rules.EpsilonNormalization`,
+    activations pass relevance on. With ``attention='value'``, that is CP-LRP (Ali et al. 2022), with ``'half'`` AttnLRP
+    (Achtibat et al. 2024).
 
     Relevance starts from logits, and biases keep a part of it, so that the sum of an input's relevance is near the
     initial relevance, but not the same. Constants that a network adds by itself keep nothing.
     :py:func:`~zennit_resnet.conservation.conservation_ledger` tells what is kept.
 
-    ``classifier`` is ``'epsilon'``, the rule of the last layer, and ``sinks`` are those of
-    :py:class:`~zennit_resnet.composites.ResNetLRP`.
-
     Parameters
     ----------
     conv_gamma, linear_gamma: float, optional
-        How much convolutions and linear layers enlarge contributions that have the sign of the output. The defaults
-        of 0.25 and 0.05 are those of LXT for a vision transformer.
+        How much convolutions and linear layers enlarge contributions that have the sign of the output. The defaults of
+        0.25 and 0.05 are those of LXT for a vision transformer.
     addition: str, optional
         What skip connections and residual branches receive: ``'epsilon'`` (default) in proportion to their values, by
         :py:class:`~zennit_resnet.rules.EpsilonSplit`, ``'ratio'`` or ``'symmetric'`` as in
@@ -44,10 +41,8 @@ class GammaLRP(_LayerMap):
         With ``'pass'`` (default), relevance passes batch normalization unchanged. ``'merge'`` folds it into the linear
         layer before it, which then divides by what the network goes on with. Its biases keep most of the relevance of
         deep networks, and with it the evidence.
-    attention, parameters: str, optional
-        See :py:class:`~zennit_resnet.canonizers.ResidualCanonizer`.
-    layer_map, canonizers:
-        See :py:class:`~zennit_resnet.composites.ResNetLRP`.
+    attention, parameters, layer_map, canonizers: optional
+        See :py:class:`~zennit_resnet.composites.ResNetLRP`, also for ``sinks``.
 
     A ValueError is raised if an argument is not one of its choices, or a number is negative or not finite, and a
     TypeError if an argument is of another type.

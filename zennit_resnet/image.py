@@ -69,10 +69,7 @@ def read_image(path):
 
 
 def to_rgb(image):
-    '''Convert an image of Pillow's of any mode to 8-bit RGB, upright as its EXIF orientation says.
-
-    A ValueError is raised if it holds values that are not finite.
-    '''
+    '''Convert an image of Pillow's to 8-bit RGB, upright as its EXIF orientation says. Not finite is a ValueError.'''
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(('I', 'F')):
         values = np.asarray(image, dtype=np.float64)
@@ -129,11 +126,7 @@ def _check_picture(picture, name='A picture'):
 
 
 def color_range(heatmap, percentile=99.5):
-    '''End of the color range: a percentile of the magnitudes, see :py:func:`draw_heatmap`.
-
-    The heatmap is an array of any shape, or several in one array, which are to share a range. If the percentile is
-    zero, since less is relevant than it leaves out, it is the largest magnitude.
-    '''
+    '''End of the color range of heatmaps: a percentile of the magnitudes, or the largest if that is zero.'''
     check_number('percentile', percentile, 0, 100)
     if not percentile:
         raise ValueError(f'percentile={percentile} leaves no range of colors: it must be above 0!')
@@ -151,7 +144,6 @@ def _scale(heatmap, percentile, bound=None):
 
 
 def _to_uint8(picture):
-    '''Convert a picture with values in [0, 1] to 8 bit.'''
     return (picture * 255).round().clip(0, 255).astype(np.uint8)
 
 
@@ -160,7 +152,7 @@ def _color(scaled, cmap):
     if not isinstance(cmap, (str, ColorMap)):
         raise TypeError(f'cmap={cmap!r} is neither the name of a color map of Zennit nor one of its color maps!')
     try:
-        colors = get_cmap(cmap)
+        colors = get_cmap(SAFE['heatmap'] if cmap == 'safe' else cmap)
         if scaled.size <= LARGE:
             return colors((scaled + 1) / 2)
         # a table is faster, and finer than 8 bit
@@ -175,7 +167,7 @@ def _color(scaled, cmap):
 
 def check_cmap(cmap):
     '''Raise an error unless it is a color map, its name, or None, see :py:func:`draw_heatmap`.'''
-    if cmap is not None and cmap != 'safe':
+    if cmap is not None:
         _color(np.zeros((1, 1)), cmap)
 
 
@@ -197,18 +189,13 @@ def draw_heatmap(heatmap, percentile=99.5, cmap=HEATMAP_CMAP, bound=None):
         black for zero, red to white for positive, and blue to cyan for negative values. ``'safe'`` has orange instead
         of red, for any kind of color vision.
     bound: float, optional
-        End of the color range instead of the percentile, for several heatmaps on one scale, see
-        :py:func:`color_range`.
+        End of the color range instead of the percentile, for several heatmaps on one scale, see :py:func:`color_range`.
 
-    Raises
-    ------
-    ValueError
-        If shapes do not match, a heatmap is not finite, an argument is out of range, or there is no such color map.
-    TypeError
-        If ``heatmap`` is not of real numbers, or another argument of a wrong type.
+    A ValueError is raised if shapes do not match, a heatmap is not finite, an argument is out of range, or there is no
+    such color map, and a TypeError if ``heatmap`` is not of real numbers, or another argument of a wrong type. The same
+    holds for all functions that draw, whose arguments of the same name mean the same.
     '''
     scaled = _scale(_check_heatmap(heatmap), percentile, bound)
-    cmap = SAFE['heatmap'] if cmap == 'safe' else cmap
     # the color map is called instead of using zennit.image.imgify, whose palettes recent versions of Pillow reject
     return _in_strips(lambda part: _to_uint8(_color(part, cmap)), scaled)
 
@@ -216,18 +203,10 @@ def draw_heatmap(heatmap, percentile=99.5, cmap=HEATMAP_CMAP, bound=None):
 def draw_overlay(photo, heatmap, percentile=99.5, opacity=0.9, cmap=OVERLAY_CMAP, bound=None):
     '''Draw a heatmap on the photograph it explains, as an array of shape (height, width, 3) and type uint8.
 
-    The photograph turns gray, and color covers it in proportion to the magnitude of relevance: from red to yellow for
-    positive, and from blue to cyan for negative relevance. The robust end of the color range prevents that the most
-    relevant pixels alone are colored.
-
-    Parameters
-    ----------
-    photo: :py:obj:`numpy.ndarray`
-        Photograph of shape (height, width, 3) and type uint8.
-    heatmap, percentile, cmap, bound:
-        See :py:func:`draw_heatmap`, also for what is raised.
-    opacity: float, optional
-        Opacity at the end of the color range, from 0 to 1. Default is 0.9.
+    The photograph, of this shape and type, turns gray, and color covers it in proportion to the magnitude of relevance:
+    from red to yellow for positive, and from blue to cyan for negative relevance. The robust end of the color range
+    prevents that the most relevant pixels alone are colored, and the opacity there is from 0 to 1, 0.9 by default. For
+    all else, see :py:func:`draw_heatmap`.
     '''
     photo = _check_picture(photo, 'A photograph')
     heatmap = _check_heatmap(heatmap)
@@ -237,7 +216,6 @@ def draw_overlay(photo, heatmap, percentile=99.5, opacity=0.9, cmap=OVERLAY_CMAP
             f'{heatmap.shape}!'
         )
     check_number('opacity', opacity, 0, 1)
-    cmap = SAFE['overlay'] if cmap == 'safe' else cmap
     return _in_strips(
         lambda photo, scaled: _cover(_gray(photo), scaled, opacity, cmap), photo, _scale(heatmap, percentile, bound)
     )
@@ -258,7 +236,7 @@ def _gray(picture):
 
 def _cover(gray, scaled, opacity, cmap):
     '''Cover gray levels from 0 to 1 with color in proportion to the magnitude of scaled relevance.'''
-    alpha = opacity * np.abs(scaled)[..., None]
+    alpha, cmap = opacity * np.abs(scaled)[..., None], SAFE['overlay'] if cmap == 'safe' else cmap
     return _to_uint8((1 - alpha) * gray + alpha * _color(scaled, cmap))
 
 
@@ -270,18 +248,10 @@ def draw_signal(signal, heatmap, size=(640, 160), percentile=99.5, opacity=1., c
     :py:func:`draw_overlay`. A piece between two samples has the color of the one with the larger relevance. Of long
     signals, several samples share a pixel, which shows the most relevant one.
 
-    Parameters
-    ----------
-    signal: :py:obj:`numpy.ndarray` or :py:obj:`torch.Tensor`
-        Signal of shape (length,) or (channels, length), with at least two samples.
-    heatmap: :py:obj:`numpy.ndarray` or :py:obj:`torch.Tensor`
-        Relevance of shape (length,), for all channels, or of the shape of the signal. Channels have the same color
-        range.
-    size: tuple[int, int], optional
-        Width and height of a panel in pixels. Default is (640, 160).
-    percentile, opacity, cmap:
-        See :py:func:`draw_overlay`, also for what is raised. By default, positive relevance is orange to dark red,
-        and negative relevance is light to dark blue.
+    The signal is of shape (length,) or (channels, length), with at least two samples, and its relevance of this shape,
+    or of shape (length,) for all channels, which have the same color range. The size is the width and height of a panel
+    in pixels. By default, positive relevance is orange to dark red, and negative relevance is light to dark blue. For
+    all else, see :py:func:`draw_heatmap`.
     '''
     values, heatmap = _as_numbers(signal, 'A signal'), _as_numbers(heatmap, 'A heatmap')
     if values.ndim not in (1, 2) or values.size == 0 or values.shape[-1] < 2:
@@ -304,7 +274,6 @@ def draw_signal(signal, heatmap, size=(640, 160), percentile=99.5, opacity=1., c
 def _draw_curve(values, scaled, width, height, opacity, cmap):
     '''Draw a curve of at least two values in the colors of its scaled relevance.'''
     factor, margin = OVERSAMPLING, MARGIN / 2
-    # from zero to one
     span = np.ptp(values)
     level = (values - values.min()) / span if span > 0 else np.full_like(values, 0.5)
     horizontal = (margin + np.linspace(0, 1, len(values)) * (width - 2 * margin)) * factor
@@ -324,19 +293,11 @@ def draw_strip(heatmap, frames=None, count=8, percentile=99.5, opacity=0.9, cmap
     '''Draw slices of a volume or frames of a video side by side, as an array of shape (height, width, 3).
 
     All of them, also those that are not drawn, have the same color range, so that it is seen in which there is most
-    relevance. The type is uint8.
+    relevance. There are ``count`` of them (8, or all if there are fewer), evenly chosen from the first to the last.
 
-    Parameters
-    ----------
-    heatmap: :py:obj:`numpy.ndarray` or :py:obj:`torch.Tensor`
-        Heatmap of shape (depth, height, width), or with further axes of size one before. None for the frames alone.
-    frames: :py:obj:`numpy.ndarray`, optional
-        What the heatmap explains, of shape (depth, height, width, 3) and type uint8, to be covered as by
-        :py:func:`draw_overlay`. Without it, the heatmap is drawn as by :py:func:`draw_heatmap`.
-    count: int, optional
-        Number of slices, evenly chosen from the first to the last. Default is 8, or all if there are fewer.
-    percentile, opacity, cmap:
-        See :py:func:`draw_overlay` and :py:func:`draw_heatmap`, also for color maps by default and what is raised.
+    The heatmap is of shape (depth, height, width), or with further axes of size one before, or None for the frames
+    alone. These, of shape (depth, height, width, 3) and type uint8, are covered as by :py:func:`draw_overlay`. Without
+    them, the heatmap is drawn as by :py:func:`draw_heatmap`, see there for all else, also for color maps by default.
     '''
     check_number('count', count, 1)
     check_number('opacity', opacity, 0, 1)
@@ -370,18 +331,8 @@ def draw_comparison(rows, titles, captions=None, scale=1):
     '''Draw pictures in a table, for instance a photograph and its heatmaps by several methods in each row.
 
     All pictures, also the one returned, are arrays of shape (height, width, 3) and type uint8, and may be of different
-    size.
-
-    Parameters
-    ----------
-    rows: list[list[:py:obj:`numpy.ndarray`]]
-        Rows of the same number of pictures.
-    titles: list[str]
-        Titles of the columns.
-    captions: list[str], optional
-        Captions above each row.
-    scale: int, optional
-        Pictures are enlarged by this factor, each pixel to a square. Default is 1.
+    size. There are rows of the same number of pictures, titles of the columns, and captions above each row. Pictures
+    are enlarged by an integer ``scale``, each pixel to a square.
 
     A ValueError is raised if there are no pictures, or a picture or the numbers of these do not fit.
     '''
@@ -430,15 +381,9 @@ def draw_comparison(rows, titles, captions=None, scale=1):
 def draw_contours(picture, heatmap, percent=10.):
     '''Outline the most relevant pixels in white on black, as an array like the picture.
 
-    Parameters
-    ----------
-    picture: :py:obj:`numpy.ndarray`
-        Picture of shape (height, width, 3) and type uint8.
-    heatmap: :py:obj:`numpy.ndarray`
-        Heatmap of shape (height, width). Smooth ones have simple outlines.
-    percent: float, optional
-        How many pixels, of the highest positive values, are inside. Default is 10. A ValueError is raised if it is not
-        between 0 and 100, or if shapes do not match.
+    The picture is of shape (height, width, 3) and type uint8, the heatmap of shape (height, width). Smooth ones have
+    simple outlines. Inside are the ``percent`` (10 by default) pixels of the highest positive values. A ValueError is
+    raised if it is not between 0 and 100, or if shapes do not match.
     '''
     import cv2
     picture, heatmap = _check_picture(picture), _check_heatmap(heatmap)
@@ -460,21 +405,10 @@ def draw_contours(picture, heatmap, percent=10.):
 def draw_legend(width, cmap=HEATMAP_CMAP, bound=None, transparent=False, labels=('against', 'for')):
     '''Draw a color bar from minus to plus the end of the color range, as an array of shape (height, width, 3).
 
-    Parameters
-    ----------
-    width: int
-        Width in pixels, of at least 80.
-    cmap: str or :py:obj:`zennit.cmap.ColorMap`, optional
-        See :py:func:`draw_heatmap`.
-    bound: float, optional
-        End of the color range, to be written at the ends.
-    transparent: bool, optional
-        Weak relevance is transparent, as in :py:func:`draw_overlay`.
-    labels: tuple[str, str], optional
-        What negative and positive relevance mean.
+    The width is in pixels, at least 80. The end of the color range is written if ``bound`` is given. Weak relevance may
+    be transparent, as in :py:func:`draw_overlay`. Labels say what negative and positive relevance mean.
     '''
     width = max(width, SMALLEST_LEGEND)
-    cmap = SAFE['overlay' if transparent else 'heatmap'] if cmap == 'safe' else cmap
     ramp = np.linspace(-1, 1, width - 2)[None].repeat(FONT_SIZE - 4, 0)
     bar = _cover(np.full((*ramp.shape, 1), 0.5), ramp, 0.9, cmap) if transparent else _to_uint8(_color(ramp, cmap))
     line = FONT_SIZE

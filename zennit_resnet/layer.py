@@ -1,9 +1,7 @@
-'''Modules that stand for operations which networks write as functions.
+'''Modules that stand for operations which networks write as functions, to which a rule can be attached.
 
-Additive skip connections, gates, functional activations and poolings have no module that a rule could be attached to.
-:py:class:`~zennit_resnet.canonizers.ResidualCanonizer` runs them through one of the modules below instead. Wherever
-Zennit knows a module type for the same operation, the surrogate is a subclass of it, so that the layer maps of existing
-composites match.
+:py:class:`~zennit_resnet.canonizers.ResidualCanonizer` runs functions through one of them. Wherever Zennit knows a
+module type for the same operation, it is a subclass of that, so that the layer maps of existing composites match.
 '''
 import itertools
 import math
@@ -15,10 +13,7 @@ from ._compat import as_parameter
 
 
 def linear(input, weight, bias=None):
-    '''A fully connected layer in one product.
-
-    If the weight needs no gradient, PyTorch makes one for each row of an input that is not contiguous.
-    '''
+    '''A fully connected layer in one product. For frozen weights, PyTorch makes one for each row of some inputs.'''
     if input.ndim < 3 or input.is_contiguous():
         return F.linear(input, weight, bias)
     # the same order of operations as with a weight that needs a gradient, so the last bits are the same
@@ -31,15 +26,10 @@ def linear(input, weight, bias=None):
 class Operation(torch.nn.Module):
     '''A function call in the form of a module.
 
-    Attributes
-    ----------
-    function: callable
-        The intercepted call, as a function ``(*tensors) -> tensor`` of the tensors that carry relevance. It is replaced
-        each time the module to which the operation belongs reaches the call again.
-    name: str
-        Name of the intercepted function.
-    in_gate: bool
-        Whether the result is a gate if all that enters is one. So it is for activations and poolings of any type.
+    It has the ``name`` of the function, and as ``function`` the intercepted call, ``(*tensors) -> tensor`` of the
+    tensors that carry relevance, which is replaced each time the module to which the operation belongs reaches the call
+    again. The result is a gate if all that enters is one and ``in_gate`` is true. So it is for activations and poolings
+    of any type.
     '''
     label, in_gate = 'operation', False
 
@@ -50,11 +40,9 @@ class Operation(torch.nn.Module):
         self.function = None
 
     def forward(self, *inputs):
-        '''Run the intercepted call on tensors.'''
         return self.function(*inputs)
 
     def extra_repr(self):
-        '''Name of the intercepted function.'''
         return self.name
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -63,15 +51,11 @@ class Operation(torch.nn.Module):
 
 
 class Addition(Operation):
-    '''Sum of two or more tensors of the same number of dimensions, such as skip connection and residual branch.
-
-    They are multiplied with ``factors`` (``alpha`` of :py:func:`torch.add`) unless these are None.
-    '''
+    '''Sum of two or more tensors, times ``factors`` (``alpha`` of :py:func:`torch.add`) unless these are None.'''
     label, in_gate = 'addition', True
     factors = None
 
     def forward(self, *addends):
-        '''Sum of the addends, which can be broadcast to a common shape.'''
         return sum(addends[1:], addends[0]) if self.function is None else self.function(*addends)
 
 
@@ -107,28 +91,19 @@ class Padding(Operation):
 
 
 class Filling(Operation):
-    '''Elements of a tensor among constants: ``masked_fill``, ``where`` with a constant, max unpooling, ...
-
-    If the output's first dimension is not that of the examples, ``examples`` tells for each entry to which it belongs.
-    '''
+    '''Elements of a tensor among constants. If entries are no examples, ``examples`` tells of which they are.'''
     label, in_gate = 'filling', True
     examples = None
 
 
 class Subsampling(Operation):
-    '''Indexing with a step, such as ``x[:, :, ::2, ::2]`` in the parameter-free shortcuts of CIFAR networks.
-
-    There is one of ``steps`` for each of the trailing (spatial) dimensions.
-    '''
+    '''Indexing with ``steps`` along spatial dimensions, as ``x[:, :, ::2, ::2]`` in parameter-free shortcuts.'''
     label = 'subsampling'
     steps = ()
 
 
 class Activation(Operation, torch.nn.ReLU):
-    '''Functional element-wise activation, with its lower and upper ``bounds`` as they were given.
-
-    It ``is_clipped`` if its values have bounds on both sides.
-    '''
+    '''Functional element-wise activation with lower and upper ``bounds``, ``is_clipped`` if there are both.'''
     label = 'activation'
     is_clipped = False
     bounds = None, None
@@ -139,7 +114,6 @@ class Normalization(Operation, torch.nn.BatchNorm2d):
     label = 'normalization'
 
     def forward(self, *inputs):
-        '''Run the intercepted call.'''
         output = super().forward(*inputs)
         # hooks of Zennit 0.5 take what the graph's node returns for the layer's output, and some return statistics too
         return output.clone() if output.requires_grad else output
@@ -151,10 +125,7 @@ class AveragePool(Operation, torch.nn.AvgPool2d):
 
 
 class NonNegativeMap(AveragePool):
-    '''Linear map with non-negative weights over any dimensions (sampling, attention pooling, cumulative sums).
-
-    It has ``examples`` as :py:class:`Filling` does.
-    '''
+    '''Linear map with non-negative weights (sampling, cumulative sums), with ``examples`` as :py:class:`Filling`.'''
     label = 'nonnegative_map'
     examples = None
 
@@ -162,18 +133,12 @@ class NonNegativeMap(AveragePool):
 class Signed:
     '''Linear map with weights of both signs, other than convolutions and fully connected layers.'''
     def linear(self, input, part):
-        '''The linear map without constants, and with a function of its weights in their place.
-
-        Input and output are of the shape of the call, the function ``part`` goes element by element.
-        '''
+        '''The linear map without constants, with ``part`` of its weights, an element-wise function, in their place.'''
         raise NotImplementedError()
 
 
 class Resampling(Signed, AveragePool):
-    '''Interpolation with weights of both signs (bicubic).
-
-    Its ``matrices`` of shape (output length, input length) are the map of each spatial dimension.
-    '''
+    '''Interpolation with weights of both signs: ``matrices`` (output length, input length) of spatial dimensions.'''
     label = 'resampling'
     matrices = ()
 
@@ -194,10 +159,7 @@ class Resampling(Signed, AveragePool):
 
 
 class Reduction(Operation):
-    '''Function over dimensions that is no average of them, but to which each element adds something (norm, std).
-
-    What elements add are the ``amounts``, a function ``(input) -> amounts`` with no negative values.
-    '''
+    '''Function over ``dims`` to which elements add ``amounts(input)`` without negative values (norm, deviation).'''
     label = 'reduction'
     amounts, dims = None, ()
 
@@ -211,12 +173,8 @@ class FunctionalLinear(Operation):
     '''Functional linear map, with the tensors of the call as its parameters.'''
     padding_mode = 'zeros'
 
-    # pylint: disable=too-many-arguments
     def set_call(self, function, weight, bias, **settings):
-        '''Take over a call of a function ``(input, weight, bias, **settings) -> output``.
-
-        Settings (``stride``, ``padding``, ...) become attributes of the module.
-        '''
+        '''Take over a call of a function ``(input, weight, bias, **settings)``. Settings become attributes.'''
         # a copy of this module, which belongs to an earlier call, keeps the parameters of that
         self._parameters = type(self._parameters)()
         for key, value in (('weight', weight), ('bias', bias)):
@@ -268,5 +226,4 @@ class LinearMap(Signed, FunctionalLinear, torch.nn.Linear):
         self.function = lambda input: original(input) if self.weight is weight else product(input, self.weight)
 
     def linear(self, input, part):
-        '''The product with a function of the weight.'''
         return self.product(input, part(self.weight.detach().to(input.dtype)))

@@ -1,11 +1,8 @@
 '''Attribution methods by name, with options, splitting and post-processing.
 
-There is one grammar, for ``explain``, ``compare`` and ``ledger`` of this package and for the evaluator of
-``captum_adapters``, which adds methods to the composites and classic rules of :py:func:`find_entries`::
-
-    NAME[:KEY=VALUE[,KEY=VALUE...]][+SUFFIX...]
-
-as in ``resnet_lrp_ratio:first_layer=ones,maxpool=avg2x2+quantize8``.
+The grammar, ``NAME[:KEY=VALUE[,KEY=VALUE...]][+SUFFIX...]``, as in
+``resnet_lrp_ratio:first_layer=ones,maxpool=avg2x2+quantize8``, is that of the command line and of the evaluator of
+``captum_adapters``, which adds methods to those of :py:func:`find_entries`.
 '''
 import ast
 import copy
@@ -27,11 +24,11 @@ from ._autograd import divides_by_output
 from ._choices import INPUT_X_GRADIENT, LEVELS, MAX_LEVELS, POSTPROCESSING, SPLITTING, VALUES
 from .attribution import as_contrast, check_contrast_weight, initial_relevance
 from .classic import SETTINGS, ClassicLRP
+from .composites import SPLITTING as RULES
 from .composites import BlockLRP, RelativeLRP, ResNetLRP, with_splitting
 from .conservation import conservation_ledger
 from .gamma import GammaLRP
 from .postprocess import EmptyMaskWarning, c1c, c3, heat_quantization, sum_channels
-from .rules import RatioSplit, SymmetricSplit
 
 CLASSIC_OPTIONS = ('addition', 'batch_norm', 'stabilizer', 'with_bias')
 # what composites are given by the network, or by the grammar
@@ -47,10 +44,7 @@ class Entry(NamedTuple):
 
 
 def find_entries():
-    '''Find all methods of this package and Zennit, an :py:class:`Entry` by name.
-
-    These are our composites, classic rules, input times gradient, and Zennit's composites.
-    '''
+    '''All methods, an :py:class:`Entry` by name: our composites, classic rules, the gradient, and Zennit's.'''
     composites = {
         name: Entry(
             'ours' if is_own(name) else 'baseline', tuple(sorted(set(_parameters(name)) - NO_OPTIONS)),
@@ -79,9 +73,7 @@ def _parameters(name):
         found = {**parameters, **found}
         if not any(param.kind is param.VAR_KEYWORD for param in parameters.values()):
             break
-    return {
-        key: param for key, param in found.items() if param.kind not in (param.VAR_KEYWORD, param.VAR_POSITIONAL)
-    }
+    return {key: param for key, param in found.items() if param.kind not in (param.VAR_KEYWORD, param.VAR_POSITIONAL)}
 
 
 def parse_options(text, options):
@@ -111,24 +103,17 @@ class Method:
         ``'+zennit'`` may be appended; to all, ``'+abs'`` for the magnitude of the sum over channels, and one of
         ``'+quantize'`` (also with a number of levels, as in ``'+quantize8'``), ``'+c1c'``, ``'+c3'`` and ``'+none'``
         for the post-processing of their heatmaps.
-    postprocess: str, optional
-        Post-processing of a method to which none is appended. Default is ``'none'``.
-    levels: int, optional
-        Number of levels of ``'quantize'`` without a number. Default is 8.
+    postprocess, levels: str, int, optional
+        Post-processing of a method to which none is appended, by default ``'none'``, and number of levels of
+        ``'quantize'`` without a number.
 
     Attributes
     ----------
-    text: str
-        The name with all that belongs to it.
-    name: str
-        The name without options and suffixes.
-    attribution: str
-        The name without post-processing. Methods for which it is the same have their attributions in common.
+    text, name, attribution: str
+        The name with all that belongs to it, without options and suffixes, and without post-processing. Methods for
+        which the last is the same have their attributions in common.
 
-    Raises
-    ------
-    ValueError
-        If there is no such method, or an option or suffix is not for it. The message is a single line.
+    A ValueError, of a single line, is raised if there is no such method, or an option or suffix is not for it.
     '''
     def __init__(self, text, postprocess='none', levels=LEVELS):
         self.text = text.strip()
@@ -136,9 +121,7 @@ class Method:
         self.name, _, options = head.partition(':')
         entries = self.entries()
         if self.name not in entries:
-            raise ValueError(
-                f'unknown method {self.name or self.text!r}: choose one of {", ".join(sorted(entries))}'
-            )
+            raise ValueError(f'unknown method {self.name or self.text!r}: choose one of {", ".join(sorted(entries))}')
         self.entry = entries[self.name]
         self.splitting, self.magnitude, self.postprocess, self.levels = 'none', False, postprocess, levels
         kinds = [self._add_suffix(suffix) for suffix in suffixes]
@@ -190,7 +173,6 @@ class Method:
 
     @staticmethod
     def entries():
-        '''Methods that there are, see :py:func:`find_entries`.'''
         return find_entries()
 
     @property
@@ -199,7 +181,6 @@ class Method:
         return 'ours' if self.splitting in ('ratio', 'symmetric') else self.entry.kind
 
     def _add_suffix(self, suffix):
-        '''Understand a suffix, and return its kind.'''
         quantize = re.fullmatch('quantize([0-9]+)', suffix)
         if suffix in SPLITTING:
             self.splitting = suffix
@@ -244,9 +225,7 @@ class Method:
         if self.splitting == 'zennit':
             options['canonizers'] = [ResNetCanonizer()]
         composite = self.entry.composite(**options)
-        if self.splitting in ('ratio', 'symmetric'):
-            composite = with_splitting(composite, {'ratio': RatioSplit, 'symmetric': SymmetricSplit}[self.splitting]())
-        return composite
+        return with_splitting(composite, RULES[self.splitting]()) if self.splitting in RULES else composite
 
     def process(self, heatmap):
         '''Post-process heatmaps, sums over channels of shape (batch, height, width).'''
@@ -261,23 +240,13 @@ class Method:
             return {'c1c': c1c, 'c3': c3}[self.postprocess](heatmap)
 
     def attribute(self, classifier, input, target=None, value=None, contrast=None):
-        '''Compute relevance of a classifier's normalized input, as :py:class:`Attributed`.
+        '''Compute relevance of a classifier's normalized input, of shape (batch, channels, height, width).
 
-        Parameters
-        ----------
-        classifier: :py:obj:`zennit_resnet.models.Classifier`
-            The classifier to explain.
-        input: :py:obj:`torch.Tensor`
-            Input of shape (batch, channels, height, width).
-        target: int or :py:obj:`torch.Tensor`, optional
-            Index of the class to explain, or one for each sample. Default is None, the predicted class of each sample.
-        value: str, optional
-            What relevance starts from, see :py:func:`zennit_resnet.attribution.initial_relevance`, unless ``initial``
-            is an option of the method. By default, it is what makes relevance that supports the target positive: the
-            logit where the rule of the last layer divides by it, and one elsewhere. Input times gradient always
-            explains the logit.
-        contrast: str, int, sequence of int or :py:obj:`torch.Tensor`, optional
-            What the target is compared with, see there, unless ``contrast`` is an option of the method.
+        The result is :py:class:`Attributed`. By default, the target is the predicted class of each sample, an index, or
+        one for each. ``value`` and ``contrast`` are what relevance starts from, and what the target is compared with,
+        see :py:func:`zennit_resnet.attribution.initial_relevance`, unless ``initial`` and ``contrast`` are options of
+        the method. By default, the value is what makes relevance that supports the target positive: the logit where the
+        rule of the last layer divides by it, and one elsewhere. Input times gradient always explains the logit.
         '''
         is_gradient = self.entry.composite is None
         attr_output, found = self._start(classifier, input, target, 'one' if is_gradient else value, contrast)
@@ -337,15 +306,9 @@ class Method:
     def heatmap(self, relevance, sign=1, smooth=0.):
         '''The heatmap to draw, an array of shape (height, width), and notes of what is unusual about it.
 
-        Parameters
-        ----------
-        relevance: :py:obj:`torch.Tensor` or :py:obj:`numpy.ndarray`
-            Relevance of one image, of shape (channels, height, width).
-        sign: int, optional
-            What it is multiplied with, see :py:class:`Attributed`.
-        smooth: float, optional
-            Standard deviation, in pixels of the network's input, of a Gaussian that the sum over channels is smoothed
-            with before it is post-processed. Its sum does not change.
+        Relevance of one image, of shape (channels, height, width), is multiplied with a sign, see
+        :py:class:`Attributed`. Before its sum over channels is post-processed, it is smoothed with a Gaussian of
+        standard deviation ``smooth``, in pixels, which does not change the sum.
         '''
         heatmap, notes = sign * sum_channels(torch.as_tensor(relevance)[None]).cpu(), []
         if smooth:
@@ -362,18 +325,10 @@ class Method:
 class Attributed(NamedTuple):
     '''What a method has computed for a batch.
 
-    Attributes
-    ----------
-    output, relevance: :py:obj:`torch.Tensor`
-        Output of the model of shape (batch, classes), and relevance of the shape of the input.
-    targets: list[int]
-        The class explained of each example.
-    initial, sinks: list[float]
-        The sum of what relevance starts from, and how much of it sinks keep (:py:attr:`ResNetLRP.sinks`).
-    value: str
-        What it starts from, ``'logit'``, ``'softmax'`` or ``'one'``.
-    signs: list[int]
-        1, or -1 where positive relevance is against the target, as its logit is negative and relevance has its sign.
+    Output of the model of shape (batch, classes), relevance of the shape of the input, the class explained of each
+    example, the sum of what relevance starts from, and how much of it sinks keep (:py:attr:`ResNetLRP.sinks`), what it
+    starts from, ``'logit'``, ``'softmax'`` or ``'one'``, and signs: 1, or -1 where positive relevance is against the
+    target, as its logit is negative and relevance has its sign.
     '''
     output: torch.Tensor
     relevance: torch.Tensor
@@ -387,9 +342,8 @@ class Attributed(NamedTuple):
 def turns_sign(composite, model, input):
     '''Whether the rule of a network's last layer gives the opposite sign to contributions to a negative output.
 
-    So do rules that divide by the output, such as LRP-epsilon, if relevance starts from one. It is tried on a layer of
-    two weights. The last layer is that which is called last. It is None for gradients and our own composites, of which
-    the graph tells.
+    So do rules that divide by the output, if relevance starts from one, which is tried on a layer of two weights. It is
+    None for gradients and our own composites, of which the graph tells.
     '''
     if composite is None or isinstance(composite, (ResNetLRP, GammaLRP, RelativeLRP, BlockLRP)):
         return None

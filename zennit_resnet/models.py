@@ -57,10 +57,8 @@ class Classifier(NamedTuple):
 
     Attributes
     ----------
-    model: :py:obj:`torch.nn.Module`
-        The network in evaluation mode.
-    classes: list[str]
-        Names of the classes.
+    model, classes: :py:obj:`torch.nn.Module`, list[str]
+        The network in evaluation mode, and names of the classes.
     transform: callable
         Preprocessing, from a PIL image to the normalized input of shape (3, height, width): resizing, cropping and
         padding in any order, but nothing random.
@@ -74,31 +72,16 @@ class Classifier(NamedTuple):
     std: torch.Tensor
 
     def photo(self, input):
-        '''Undo the normalization, to get the picture that the network sees.
-
-        It is an array of shape (height, width, 3) and type uint8 for an input of shape (3, height, width).
-        '''
+        '''The picture that the network sees (height, width, 3), uint8, of a normalized input (3, height, width).'''
         picture = (input.cpu() * self.std + self.mean).clamp(0, 1).movedim(0, -1)
         return (picture.numpy() * 255).round().astype(np.uint8)
 
     def place(self, size):
-        '''Find the part of a photograph that the network sees.
+        '''Find the part of a photograph of a size, width and height, that the network sees.
 
-        Parameters
-        ----------
-        size: tuple[int, int]
-            Width and height of the photograph.
-
-        Returns
-        -------
-        tuple[float, float, float, float]
-            Left, top, right and bottom in pixels of the photograph, outside of it where the input is padded.
-
-        Raises
-        ------
-        ValueError
-            If the preprocessing does more than to resize, crop and pad, such as to mirror or rotate images, or
-            normalizes by another mean and standard deviation than the classifier's.
+        Returns its left, top, right and bottom in pixels of the photograph, outside of it where the input is padded. A
+        ValueError is raised if the preprocessing does more than to resize, crop and pad, such as to mirror or rotate
+        images, or normalizes by another mean and standard deviation than the classifier's.
         '''
         width, height = size
         # brightness tells the position, so that any preprocessing can be followed
@@ -168,18 +151,16 @@ class Classifier(NamedTuple):
         return number
 
 
-def as_classifier(
-    model, classes=None, mean=None, std=None, size=None, keep_aspect=False, transform=None
-):
-    '''Make a classifier of a network.
+def as_classifier(model, classes=None, mean=None, std=None, size=None, keep_aspect=False, transform=None):
+    '''Make a classifier of a network, in the mode of training or evaluation that the network is in.
 
     Parameters
     ----------
     model: :py:obj:`torch.nn.Module`
         A network of images of shape (batch, 3, height, width). Its weights are not copied.
     classes: list[str] or path, optional
-        Names of the classes, see :py:func:`read_classes`. Default are ImageNet's names for 1000, and else numbers,
-        once the output is known.
+        Names of the classes, see :py:func:`read_classes`. Default are ImageNet's names for 1000, and else numbers, once
+        the output is known.
     mean, std: sequence of float, optional
         Mean and standard deviation of normalization, for RGB values from 0 to 1. Default are those of a network of
         timm's, and ImageNet's.
@@ -190,15 +171,8 @@ def as_classifier(
     transform: callable, optional
         Preprocessing in the place of the last two, see :py:class:`Classifier`.
 
-    Returns
-    -------
-    :py:class:`Classifier`
-        In the mode of training or evaluation that the network is in.
-
-    Raises
-    ------
-    ValueError
-        If names of classes cannot be read, or mean and std are not made of three numbers, positive ones for std.
+    A ValueError is raised if names of classes cannot be read, or mean and std are not made of three numbers, positive
+    ones for std.
     '''
     known = getattr(model, 'pretrained_cfg', None) or {}
     mean = known.get('mean', IMAGENET_MEAN) if mean is None else mean
@@ -221,10 +195,7 @@ def _as_channels(name, value):
 
 
 def read_classes(source):
-    '''Names of classes: a list, or the path of a file with one in each line or a list in JSON.
-
-    A ValueError is raised if the file cannot be read or names no class.
-    '''
+    '''Names of classes: a list, or the path of a file with one in each line or a list in JSON, or a ValueError.'''
     if not isinstance(source, (str, os.PathLike)):
         return _list_classes(source, 'classes')
     try:
@@ -271,12 +242,8 @@ def _list_classes(classes, source):
     return classes
 
 
-def load_classifier(
-    model=None, weights=None, size=None, classes=None, mean=None, std=None, keep_aspect=False
-):
-    '''Load a classifier.
-
-    Without arguments, this is the ResNet-50 that comes with the project's examples.
+def load_classifier(model=None, weights=None, size=None, classes=None, mean=None, std=None, keep_aspect=False):
+    '''Load a classifier, on the CPU. Without arguments, this is the ResNet-50 that comes with the project's examples.
 
     Parameters
     ----------
@@ -293,15 +260,7 @@ def load_classifier(
         See :py:func:`as_classifier`. With ``keep_aspect``, weights of torchvision get the whole photograph, resized to
         the usual height or width, instead of a square cut out of it.
 
-    Returns
-    -------
-    :py:obj:`Classifier`
-        The classifier on the CPU.
-
-    Raises
-    ------
-    ValueError
-        If anything about the arguments or the state dict does not fit. The message is a single line.
+    A ValueError, of a single line, is raised if anything about the arguments or the state dict does not fit.
     '''
     names = list_models(module=torchvision.models)
     if model is not None and model not in names:
@@ -321,10 +280,7 @@ def load_classifier(
 
 
 def find_embedded():
-    '''Find the embedded ResNet-50, in the checkout of this package or under the current directory.
-
-    A ValueError is raised if it is in neither, as it is not part of the installed package.
-    '''
+    '''The embedded ResNet-50, in the checkout of this package or under the current directory, or a ValueError.'''
     for folder in (Path(__file__).resolve().parent.parent, Path.cwd()):
         if (folder / EMBEDDED).is_file():
             return folder / EMBEDDED
@@ -417,7 +373,7 @@ def _load_local(name, path, size, names, settings):
         raise ValueError(f'{misfit}{", ".join(problems)}; choose the right one with --model')
     state = OrderedDict(state)
     # some modules ask for the version that saved them, which not every file format keeps
-    state._metadata = expected._metadata  # pylint: disable=protected-access
+    state._metadata = expected._metadata
     # this also casts to single precision
     model.load_state_dict(state, strict=False)
     try:

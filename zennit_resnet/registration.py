@@ -19,13 +19,9 @@ _HOLDERS = {}
 def registered(composite, module, output=None):
     '''Context in which the rules of a composite are attached to a network, which is restored at the end.
 
-    Threads which share the composite or a part of the network take turns. Parameters and buffers are afterwards the
-    same objects as before. Other attributes that the network or its hooks set meanwhile remain. With an output, the
-    network returns this one, see :py:func:`~zennit_resnet.attribution.select_output`, and rules apply to how it is
-    chosen.
-
-    A RuntimeError is raised if the composite is registered already, or in inference mode, and a TypeError if rules
-    cannot be attached to the network.
+    Threads which share the composite or a part of the network take turns. Attributes that the network or its hooks set
+    meanwhile remain. With an output, the network returns this one, and rules apply to how it is chosen. A RuntimeError
+    is raised if the composite is registered already, or in inference mode, a TypeError if rules cannot be attached.
     '''
     with exclusive(composite, *parts_of(module)), ExitStack() as undo:
         if composite.handles:
@@ -66,7 +62,6 @@ class _State:
         ]
 
     def restore(self):
-        '''Leave the network as it was found.'''
         for (module, before, parameters, buffers), changed in zip(self.found, self.changed):
             for key in (*changed, *parameters, *buffers):
                 if key in before:
@@ -79,11 +74,7 @@ class _State:
 
 
 def unwrap(model):
-    '''Get the module to which rules are attached, and what is called to run it.
-
-    A network may be compiled or within :py:obj:`torch.nn.DataParallel` or
-    :py:obj:`torch.nn.parallel.DistributedDataParallel`.
-    '''
+    '''The module to which rules are attached, and what runs it, of a network that may be compiled or parallel.'''
     if isinstance(model, DataParallel):
         module, forward = unwrap(model.module)
         if forward is not model.module:
@@ -101,7 +92,6 @@ def unwrap(model):
 
 
 def parts_of(module):
-    '''All modules and parameters of a module.'''
     found, queue = {}, [module]
     while queue:
         each = queue.pop()

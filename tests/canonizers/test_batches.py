@@ -3,6 +3,7 @@ import gc
 import threading
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -154,6 +155,13 @@ def test_two_copies():
     sizes.clear()
     explain(fixed, x, ResNetLRP())
     assert sizes == [4, 2, 4, 2, 4]
+
+
+def test_array_as_index():
+    '''Images may be picked by an array of NumPy.'''
+    x, index = images(), np.arange(4)
+    found, expected = (explain(build(lambda: Net(how)), x, ResNetLRP()) for how in (lambda h: h[index], torch.clone))
+    torch.testing.assert_close(found, expected)
 
 
 def test_masked_classes():

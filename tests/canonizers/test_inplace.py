@@ -119,7 +119,7 @@ def test_unseen_change():
 def test_not_copied(monkeypatch, build):
     '''Nothing but the network's output is copied for an in-place ReLU or addition at the end of a block.'''
     copies = []
-    monkeypatch.setattr('zennit_resnet._inplace.Kept.copy', lambda self: copies.append(tuple(self._tensor.shape)))
+    monkeypatch.setattr('zennit_resnet._inplace.Kept.copy', lambda self: copies.append(tuple(self.tensor.shape)))
     with Gradient(model=build().eval(), composite=BlockLRP()) as attributor:
         _, relevance = attributor(torch.rand(2, 3, 32, 32), torch.ones(2, 2))
     assert copies == [(2, 2)] and relevance.abs().sum() > 0

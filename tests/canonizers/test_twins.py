@@ -356,6 +356,10 @@ NUMBERS = {
         lambda h, known: torch.where(known, h, torch.nan)[:1].nansum()[None].expand(len(h), 4),
         lambda h, known: (h * known)[:1].sum()[None].expand(len(h), 4),
     ),
+    'type': (
+        lambda h, known: torch.where(known, h, torch.nan).float().nansum((2, 3), dtype=torch.double),
+        lambda h, known: (h * known).float().sum((2, 3), dtype=torch.double),
+    ),
     'kept dimension': (
         lambda h, known: h.masked_fill(~known, torch.nan).nanmean(3, True),
         lambda h, known: (h * known).sum(3, True) / known.sum(1)[:, None],

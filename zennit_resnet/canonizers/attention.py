@@ -57,7 +57,6 @@ def scaled_dot_product(canonizer, call, function):
 
 
 def _weights(given):
-    '''The weights of all values.'''
     query, key, mask = given['query'], _repeat(given, 'key'), given['attn_mask']
     scale = 1 / math.sqrt(query.shape[-1]) if given['scale'] is None else given['scale']
     logits = query @ key.transpose(-2, -1) * scale

@@ -45,7 +45,6 @@ class _Forward(Local):
         self.clear()
 
     def clear(self):
-        '''Begin anew.'''
         # what layers returned by its node, numbers of their calls, and what normalizations were given and may be
         self.last, self.calls, self.candidates, self.pairs = {}, {}, [], {}
 
@@ -53,12 +52,9 @@ class _Forward(Local):
 class BatchNormMerge:
     '''Find pairs of a linear layer and a batch normalization in a forward pass, and fold them for the backward pass.
 
-    A pair is folded if the layer was called once and its output went into the batch normalization only, whatever the
-    order in which both are defined. Rules use parameters in the backward pass. The forward pass runs with the original
-    ones and stays bit for bit the same.
-
-    Single-pass rules have the folded parameters while they run: those of one layer at a time use the same memory, which
-    is several times as fast. Other rules have them between forward passes.
+    A pair is folded if the layer was called once and its output went into the batch normalization only. Single-pass
+    rules have the folded parameters while they run, so that those of all layers use the same memory, which is several
+    times as fast. Other rules have them between forward passes, which always run with the original ones.
     '''
     def __init__(self):
         self.handles = RemovableHandleList()
@@ -89,9 +85,7 @@ class BatchNormMerge:
             if isinstance(module, LinearMap) and not has_single_pass:
                 # rules of Zennit need a bias
                 return
-            if isinstance(node.module, Linear) if has_single_pass else (
-                is_plain(module) or rules_of(module)
-            ):
+            if isinstance(node.module, Linear) if has_single_pass else (is_plain(module) or rules_of(module)):
                 # the node of a single-pass rule has the weights of its call
                 used = None if has_single_pass else UsedWeights(module)
                 given = args[0].shape if isinstance(module, LinearMap) else None
@@ -204,7 +198,11 @@ class BatchNormMerge:
                 # the node has a copy of the layer
                 node.context = functools.partial(_folded, node.module, batch_norm, *place)
             else:
-                _check_foldable(linear)
+                if is_parametrized(linear):
+                    raise TypeError(
+                        f'Batch normalization can not be folded into a {type(linear).__name__}: use '
+                        'batch_norm=\'pass\', or torch.nn.utils.parametrize.remove_parametrizations first.'
+                    )
                 used.check()
                 batch_norm.check()
                 self.folded.append((linear, _weights(linear)))
@@ -355,7 +353,6 @@ def _weights(linear):
 
 
 def _restore(linear, weights):
-    '''Put back what :py:func:`_weights` has returned.'''
     parameters, computed = weights
     linear._parameters.clear()
     linear._parameters.update(parameters)
@@ -372,14 +369,6 @@ def _folded(linear, batch_norm, axis, order):
         yield
     finally:
         _restore(linear, weights)
-
-
-def _check_foldable(linear):
-    if is_parametrized(linear):
-        raise TypeError(
-            f'Batch normalization can not be folded into a {type(linear).__name__}: use batch_norm=\'pass\', or '
-            'torch.nn.utils.parametrize.remove_parametrizations first.'
-        )
 
 
 def fold_batch_norm(linear, batch_norm, axis=0, order=None):

@@ -41,7 +41,6 @@ class Images:
         self.mixing, self.moved, self.is_checking = None, None, False
 
     def look(self, module, name, args, kwargs):
-        '''Look at a function that a module is about to call.'''
         if isinstance(module, torch.nn.MultiheadAttention) and module.batch_first and is_plain(module):
             # it moves examples, but is known not to mix them
             return
@@ -51,10 +50,7 @@ class Images:
             self.moved = module, name
 
     def find_mixing(self, root, output, independent):
-        '''A module, the name of a function that makes images depend on each other, and whether it is known to do so.
-
-        None if there is none. Shapes of arguments for which this was found out are put into a set.
-        '''
+        '''The module and function by which images depend on each other, and whether this is known, or None.'''
         given, self.given = self.given, ()
         # regions belong to images by their numbers, which are no longer theirs
         has_regions = self.moved is not None and 'roi' in self.moved[1]
@@ -81,7 +77,8 @@ def may_mix(name, args, kwargs, size):
     if name in PAIRS:
         return bool(active_tensors((args, kwargs)))
     if name == 'einsum':
-        return _contracts_first(args)
+        inputs, arrow, output = args[0].replace(' ', '').partition('->')
+        return not arrow or any(elem[:1] not in output for elem in inputs.split(','))
     if name in PRODUCTS:
         _, *others = tensors_of((args, kwargs))
         return bool(others) and others[-1].requires_grad and others[-1].ndim <= 2
@@ -89,7 +86,8 @@ def may_mix(name, args, kwargs, size):
     if not isinstance(input, torch.Tensor) or not input.ndim or len(input) != size:
         return False
     if name == '__getitem__':
-        return _indexes_first(args[1])
+        first = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
+        return first is not None and first is not Ellipsis and not (isinstance(first, slice) and first == slice(None))
     if name == 'pad':
         amounts = args[1] if len(args) > 1 else kwargs['pad']
         return len(amounts) >= 2 * input.ndim and any(amounts[2 * input.ndim - 2:])
@@ -109,20 +107,6 @@ def _dims(input, args, kwargs, position, default):
     return dims_of(input, None if isinstance(dims, str) else dims)
 
 
-def _indexes_first(index):
-    '''Whether an index takes some elements of the first dimension.'''
-    first = index[0] if isinstance(index, tuple) and index else index
-    return first is not None and first is not Ellipsis and first != slice(None) if not isinstance(
-        first, torch.Tensor
-    ) else True
-
-
-def _contracts_first(args):
-    '''Whether a sum of products is over the first dimension of a tensor.'''
-    inputs, arrow, output = args[0].replace(' ', '').partition('->')
-    return not arrow or any(elem[:1] not in output for elem in inputs.split(','))
-
-
 def changes_first(name, args, size):
     '''Whether images are no longer the first dimension of a tensor that a function is given, or after it.'''
     with DisableTorchFunction():
@@ -139,11 +123,10 @@ def changes_first(name, args, size):
 
 
 def depends_on_batch(module, given, output):
-    '''Whether the output of a network for an image depends on others: whether it is another among copies of itself.
+    '''Whether the output for an image depends on others: is another among copies of itself. None if it cannot be run.
 
-    Asked of the first and of the last image. Two copies are enough to find that it does not, in a part of the time. If
-    they find anything else, there are as many as there were images. None if the network cannot be run so. Hooks of
-    modules only run if there is any doubt. Errors for lack of memory are raised.
+    Two copies are enough to find that it does not, in a part of the time. Else there are as many as there were images,
+    and then hooks of modules run as well.
     '''
     size, bare = batch_size(given), without_hooks(module)
     devices = {elem.device for elem in tensors_of(given) if elem.is_cuda}
@@ -158,7 +141,7 @@ def depends_on_batch(module, given, output):
                     actual = tensors_of(network(*args, **kwargs))
                 differs = any(_differ(elem, expected, index, size, number)
                               for elem, expected in zip(actual, tensors_of(output)))
-            except Exception as error:  # pylint: disable=broad-exception-caught
+            except Exception as error:
                 if is_out_of_memory(error):
                     raise
                 differs = None

@@ -37,7 +37,6 @@ class ForwardPass(Local):
         self.begin()
 
     def begin(self):
-        '''Begin a forward pass.'''
         # whether rules count, and a module that runs without gradients by its rule
         self.is_active, self.leaf = False, None
         # whether it is only a part of one that runs in another thread
@@ -90,7 +89,6 @@ class Stored:
         settings = dict(vars(module)) if isinstance(module, Operation) else {}
 
         def put(relevance):
-            '''Have the rule find what it stored in this call.'''
             if reference() is not None:
                 reference().stored_tensors = stored
                 vars(module).update(settings)
@@ -122,8 +120,4 @@ def is_opaque(module):
     '''Whether what happens inside a module is covered by a rule of the module itself.'''
     if any(rule.active for rule in rules_of(module)):
         return True
-    return (
-        isinstance(module, COVERED)
-        and is_plain(module)
-        and not isinstance(module, torch.nn.MultiheadAttention)
-    )
+    return isinstance(module, COVERED) and is_plain(module) and not isinstance(module, torch.nn.MultiheadAttention)

@@ -1,7 +1,4 @@
-'''Constants that a network computes from its input by functions without a gradient: indices, comparisons, coordinates.
-
-Relevance has no way on from there, so that it must not arrive.
-'''
+'''Constants computed from the input without a gradient, such as indices, from which relevance has no way on.'''
 import threading
 
 import torch
@@ -22,9 +19,7 @@ REMEDY = (
 READ_FIRST = frozenset('expand_as view_as reshape_as type_as to'.split())
 READ_NONE = frozenset('broadcast_tensors meshgrid'.split())
 # Functions that put elements among constants, and with concatenations.
-FILLINGS = frozenset(
-    name for name, entry in OPERATIONS.items() if entry.run in (moves.place, moves.copy, moves.assign)
-)
+FILLINGS = frozenset(name for name, entry in OPERATIONS.items() if entry.run in (moves.place, moves.copy, moves.assign))
 PLACING = FILLINGS | {name for name, entry in OPERATIONS.items() if entry.run is layers.concatenate}
 # Fillings of which integers are places.
 INDEXED = ('scatter', 'index', '_index', 'put', 'max_unpool', 'select', 'slice', 'diagonal')
@@ -72,10 +67,7 @@ def note(name, args, kwargs, output):
 
 
 def marks_of(func, name, args, kwargs):
-    '''Which elements of an output will be such constants beside other elements, before a function runs.
-
-    Returns a function ``(relevance) -> relevance`` of these elements, and the name of what computed them, or None.
-    '''
+    '''A function of the relevance of an output that has only that of such constants, and their source, or None.'''
     with DisableTorchFunction():
         is_filling = name in FILLINGS
         values = tensors_of((args[0], args[2]) if name == '__setitem__' else (args, kwargs))

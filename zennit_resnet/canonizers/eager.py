@@ -104,11 +104,7 @@ def _obstacle(label, module):
 
 
 class Eager:
-    '''Has all modules of a network run in Python, where rules can be attached to them.
-
-    Modules that were compiled, by :py:func:`torch.compile` or :py:meth:`torch.nn.Module.compile`, run as before until
-    this is removed. So do functions that were compiled, which may be inside of the network or around it.
-    '''
+    '''Has a network run in Python, where rules can be attached, also what is compiled, until it is removed.'''
     def __init__(self, root_module):
         self.replaced, self.is_copy = [], False
         if torch.is_inference_mode_enabled():

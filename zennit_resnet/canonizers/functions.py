@@ -28,7 +28,6 @@ class FunctionCall(NamedTuple):
         return dict(zip(names, self.args), **{ALIASES.get(key, key): elem for key, elem in self.kwargs.items()})
 
     def operands(self):
-        '''Both operands of a binary operator.'''
         given = self.bind('input', 'other')
         return given['input'], given['other']
 
@@ -70,7 +69,6 @@ class FunctionCall(NamedTuple):
         return self._replace(name=name + '_' * self.is_inplace)
 
     def put(self, tensor, value):
-        '''The call with another tensor in the place of one.'''
         args, kwargs = self._with({id(tensor): value})
         active = [value if elem is tensor else elem for elem in self.active]
         return self._replace(args=args, kwargs=kwargs, active=[elem for elem in active if elem.requires_grad])
@@ -148,10 +146,7 @@ def kept(tensor):
 
 
 def fully_connected(func, input, weight, bias=None):
-    '''Run a function of a fully connected layer as it would run if the weight needed a gradient.
-
-    For an input that is not contiguous, a frozen one takes several times as long, and may have other last bits.
-    '''
+    '''Run a fully connected layer as if its weight needed a gradient, which is faster and decides on the last bits.'''
     is_usual = type(input) is torch.Tensor and type(weight) in (torch.Tensor, torch.nn.Parameter)
     if is_usual and weight.layout is torch.strided and not torch.is_autocast_enabled(input.device.type):
         return linear(input, weight, bias)

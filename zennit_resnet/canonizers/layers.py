@@ -1,23 +1,11 @@
-'''Functions that layers have classes for: additions, activations, normalizations, poolings, convolutions, padding.
-
-Handlers run a function, given the canonizer, the call of the module, and the call of the function.
-'''
+'''Handlers ``(canonizer, call of the module, call of the function)`` of functions that layers have classes for.'''
 import functools
 
 import torch
 import torch.nn.functional as F
 
 from .._gates import are_probabilities, is_log_sum, is_shift, is_weighting
-from ..layer import (
-    Activation,
-    Addition,
-    Concatenation,
-    Gate,
-    MaxPool,
-    Normalization,
-    Padding,
-    Subsampling,
-)
+from ..layer import Activation, Addition, Concatenation, Gate, MaxPool, Normalization, Padding, Subsampling
 from . import moves, products, sinks
 from .functions import FunctionCall, fully_connected, out_of_place
 
@@ -115,10 +103,7 @@ def unary(canonizer, call, function, kind):
 
 
 def normalization(canonizer, call, function):
-    '''Normalize, with what is needed to fold it, or tells which elements have a mean in common.
-
-    Native functions return these means as well.
-    '''
+    '''Normalize, with what is needed to fold it, or which tells what has a mean in common.'''
     if len(function.active) > 1:
         return canonizer.refuse(call, function, 'more than one of its arguments does')
     given = norm_arguments(function.func, function.name, function.args, function.kwargs)
@@ -138,7 +123,6 @@ def normalization(canonizer, call, function):
 
 
 def norm_arguments(func, name, args, kwargs):
-    '''Arguments of a normalization by their names.'''
     if 'layer_norm' in name:
         names = 'input normalized_shape weight bias eps'
     elif name == 'group_norm':
@@ -191,7 +175,6 @@ def pool(canonizer, call, function, kind):
 
 
 def concatenate(canonizer, call, function):
-    '''Concatenate tensors.'''
     given = function.bind('tensors', 'dim')
     tensors, dim = given['tensors'], given.get('dim', 0)
     is_stack, is_cat = function.name == 'stack', function.name in ('cat', 'concat', 'concatenate')
@@ -213,7 +196,6 @@ def concatenate(canonizer, call, function):
 
 
 def pad(canonizer, call, function):
-    '''Pad a tensor.'''
     given = function.bind('input', 'pad', *(('mode',) if function.name == 'pad' else ()))
     if given.get('mode', 'constant') != 'constant':
         # elements are repeated, the gradient adds up the relevance of the copies

@@ -42,7 +42,6 @@ def copy(canonizer, call, function):
 
 
 def assign(canonizer, call, function):
-    '''Assign elements in place.'''
     target, index, value = function.args
     if all(isinstance(elem, torch.Tensor) and elem.requires_grad for elem in (target, value)):
         return function()
@@ -100,7 +99,6 @@ def add_at(canonizer, call, function):
 
 
 def _add_to(canonizer, call, function, target, source, alpha):
-    '''Add elements of a source to those of a target.'''
     if not source.requires_grad:
         # a constant is added
         return function()
@@ -136,8 +134,6 @@ def sample(canonizer, call, function, kind):
         return products.run_first(canonizer, call, function, kind, examples=examples)
     return canonizer.run(call, kind, function, examples=examples)
 
-
-# -- over dimensions ---------------------------------------------------------------------------------------------------
 
 def branches(function):
     '''Tensors of which a function reduces the dimension along which they were stacked, None if there are none.'''
@@ -196,10 +192,6 @@ def minimum(canonizer, call, function):
     return write_out(canonizer, function, lambda: -largest(-given['input'], **settings))
 
 
-def _squared_deviation(dims, input):
-    return (input - input.mean(dims, keepdim=True)) ** 2
-
-
 def _power(order, dims, input):
     '''What elements add to a norm.'''
     magnitude = input.abs()
@@ -209,15 +201,11 @@ def _power(order, dims, input):
     return (magnitude != 0).to(input.dtype) if order == 0 else magnitude ** order
 
 
-def _exponential(dims, input):
-    return (input - input.amax(dims, keepdim=True)).exp()
-
-
 def deviation(canonizer, call, function):
     '''A variance or standard deviation, which may come with the mean.'''
     given = function.bind('input', 'dim')
     dims = dims_of(given['input'], given.get('dim'))
-    settings = {'amounts': functools.partial(_squared_deviation, dims), 'dims': dims}
+    settings = {'amounts': lambda input: (input - input.mean(dims, keepdim=True)) ** 2, 'dims': dims}
     if not function.name.endswith('_mean'):
         return canonizer.run(call, Reduction, function, **settings)
     return (
@@ -227,7 +215,6 @@ def deviation(canonizer, call, function):
 
 
 def norm(canonizer, call, function):
-    '''A norm of vectors.'''
     names = {'norm': ('p', 'dim'), 'frobenius_norm': ('dim',)}.get(function.name, ('ord', 'dim'))
     given, is_matrix = function.bind('input', *names), function.name == 'linalg_matrix_norm'
     input, = function.active
@@ -246,7 +233,9 @@ def log_sum_exp(canonizer, call, function):
     '''A soft maximum.'''
     given = function.bind('input', 'dim')
     dims = dims_of(given['input'], given['dim'])
-    return canonizer.run(call, Reduction, function, amounts=functools.partial(_exponential, dims), dims=dims)
+    return canonizer.run(
+        call, Reduction, function, amounts=lambda input: (input - input.amax(dims, keepdim=True)).exp(), dims=dims
+    )
 
 
 def quantile(canonizer, call, function):

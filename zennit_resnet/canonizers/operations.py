@@ -39,12 +39,11 @@ DEFAULT_RULES = (
 
 
 class Entry(NamedTuple):
-    '''What a function is for relevance: a handler runs it through a surrogate module.
+    '''What a function is for relevance: a handler ``(canonizer, call, function) -> output`` runs it.
 
-    The handler is ``(canonizer, call, function) -> output``, :py:func:`gradient` if the gradient is the exact rule, so
-    that relevance passes it, and None if there is no rule. Other entries are the position and default of an argument:
-    that for training, in which the function is random or computes something from several images, the dimensions over
-    which it goes (if these have the images, they are mixed), and that along which it takes elements apart, likewise.
+    It is :py:func:`gradient` if that is the exact rule, None if there is no rule. Others are the position and default
+    of an argument: that for training, the dimensions over which it goes (if these have the images, they are mixed), and
+    that along which it takes elements apart.
     '''
     names: tuple  # as functions, methods, operators and in exported networks, without forms in place
     run: object = None

@@ -115,13 +115,8 @@ def _exponentials(left, right, is_division):
     return None
 
 
-# -- products over dimensions ------------------------------------------------------------------------------------------
-
 def _run_product(canonizer, call, function, run, is_sum=True):
-    '''Run a product by ``run(function, signal, constants)``, in which one factor is a signal and the others constants.
-
-    If several carry relevance, it is weighted with non-negative values, or a product of two signals, or refused.
-    '''
+    '''Run a product by ``run(function, signal, constants)``, as one of weights or of two signals, or refuse it.'''
     index, gates = 0, []
     if len(function.active) > 1:
         index = _find_value(canonizer, function.active)
@@ -173,10 +168,7 @@ def contract(canonizer, call, function):
 
 
 def run_layer(canonizer, call, name, input, func, weight, bias, **settings):
-    '''Run a function ``(input, weight, bias, **settings) -> output`` as the layer of its name, by default a linear one.
-
-    The weight has the shape that it has in this layer.
-    '''
+    '''Run ``func``, ``(input, weight, bias, **settings)``, as the layer of its name, by default a linear one.'''
     surrogate = canonizer.surrogate_for(call, LINEAR.get(name, FullyConnected), name)
     surrogate.set_call(func, weight, bias, **settings)
     return canonizer.run_known(lambda: surrogate(input), [input])
@@ -311,7 +303,6 @@ def _contract_many(canonizer, call, function, inputs, output, operands):
 
 
 def bilinear(canonizer, call, function):
-    '''A bilinear layer of two inputs.'''
     given = {'bias': None, **function.bind('input1', 'input2', 'weight', 'bias')}
     left, right, weight, bias = (given[key] for key in ('input1', 'input2', 'weight', 'bias'))
     if any(elem is not None and elem.requires_grad for elem in (weight, bias)):
@@ -337,8 +328,6 @@ def deformable(canonizer, call, function):
     return linear_map(canonizer, call, function, product, weight)
 
 
-# -- functions that can be written with sums and products --------------------------------------------------------------
-
 @out_of_place
 def written_out(canonizer, call, function, kind):
     '''Run a function with the rules of a twin: a function of the same arguments that is written with others.'''
@@ -347,17 +336,14 @@ def written_out(canonizer, call, function, kind):
 
 
 def lerp(input, end, weight):
-    '''A weighted mean, as a sum of two products.'''
     return torch.add(input * (1 - weight), end * weight)
 
 
 def addcmul(input, tensor1, tensor2, value=1):
-    '''A sum of a tensor and a product.'''
     return torch.add(input, torch.mul(tensor1, tensor2), alpha=value)
 
 
 def addcdiv(input, tensor1, tensor2, value=1):
-    '''A sum of a tensor and a quotient.'''
     return torch.add(input, torch.div(tensor1, tensor2), alpha=value)
 
 
@@ -368,17 +354,14 @@ def lp_pool(input, norm_type, kernel_size, stride=None, ceil_mode=False, *, num)
 
 
 def dist(input, other, p=2):
-    '''A norm of a difference.'''
     return torch.linalg.vector_norm(input - other + 0., float(p))
 
 
 def cdist(x1, x2, p=2, compute_mode=None):
-    '''Norms of differences of all pairs of vectors.'''
     return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3) + 0., float(p), -1)
 
 
 def pairwise_distance(x1, x2, p=2, eps=1e-6, keepdim=False):
-    '''Norms of differences of vectors.'''
     return torch.linalg.vector_norm(x1 - x2 + eps, float(p), -1)
 
 
@@ -388,7 +371,6 @@ def cosine_similarity(x1, x2, dim=1, eps=1e-8):
 
 
 def diff(input, n=1, dim=-1, prepend=None, append=None):
-    '''Differences of neighbours.'''
     if not n:
         return input.clone()
     parts = [elem for elem in (prepend, input, append) if elem is not None]
@@ -409,15 +391,12 @@ def affine_grid(theta, size, align_corners=None):
 
 def nansum(input, dim=None, keepdim=False, dtype=None):
     '''A sum of elements, of which some are NaN, which receive nothing.'''
-    return torch.where(input.isnan(), 0., input).sum(dim, keepdim)
+    return torch.where(input.isnan(), 0., input).sum(dim, keepdim, dtype=dtype)
 
 
 def nanmean(input, dim=None, keepdim=False, dtype=None):
-    '''A mean of elements likewise.'''
-    return nansum(input, dim, keepdim) / (~input.isnan()).sum(dim, keepdim)
+    return nansum(input, dim, keepdim, dtype) / (~input.isnan()).sum(dim, keepdim)
 
-
-# -- interpolation -----------------------------------------------------------------------------------------------------
 
 def interpolate(canonizer, call, function):
     '''An interpolation, of which the weights of both signs are separated.'''

@@ -7,19 +7,7 @@ from zennit.core import BasicHook
 from zennit.rules import NoMod, Pass
 from zennit.types import Linear
 
-from .._autograd import (
-    after_last_layers,
-    calls_back,
-    class_of,
-    function_of,
-    is_arithmetic,
-    last_layers,
-    metadata_of,
-    module_of,
-    nodes_of,
-    rule_of,
-    walk,
-)
+from .. import _autograd as graph
 from .._compat import DisableTorchFunction, pre_hooks_of, rules_of
 from .._gates import SOFT, are_probabilities, end_of, softmaxes_before
 from .._nested import active_tensors, tensors_of
@@ -64,9 +52,9 @@ class UnsupportedOperation(RuntimeError):
 
 def changes_shares(node, is_folded):
     '''Whether the relevance before a function is in another proportion to its inputs than after it to its outputs.'''
-    rule, module = rule_of(node), module_of(node)
+    rule, module = graph.rule_of(node), graph.module_of(node)
     if rule is None:
-        return 'softmax' in function_of(node).lower()
+        return 'softmax' in graph.function_of(node).lower()
     if isinstance(rule, (EpsilonSplit, GeneralizedGamma)):
         # they divide by sums as well
         return False
@@ -79,7 +67,6 @@ def changes_shares(node, is_folded):
 
 
 def _explain_logits(relevance):
-    '''Say what is explained.'''
     warnings.warn(
         'The network ends with a softmax: what is explained are the logits that it was computed from, with the '
         'relevance that was given for the probabilities. Those of a log-softmax are negative, so start from one there.',
@@ -104,29 +91,22 @@ def check_weight(label, module, args, kwargs):
         value = kwargs.get(param, args[index] if index < len(args) else None)
         # Zennit 1.0.0 leaves attributes that hide parameters
         own = *module._parameters.values(), vars(module).get(param)
-        if value is not None and not (param in module._parameters and any(value is elem for elem in own)):
-            _check_rules(label, module, param)
-
-
-def _check_rules(label, module, param):
-    '''Raise a RuntimeError if a layer has a rule of Zennit that modifies a parameter, which is computed.'''
-    for rule in rules_of(module):
-        if rule.active and not all(
-            isinstance(elem, NoMod) and param not in (elem.zero_params or ())
-            for elem in getattr(rule, 'param_modifiers', ())
-        ):
-            raise RuntimeError(
-                f'{label} computes its {param} (parametrization, weight norm, pruning, or in its forward). Zennit\'s '
-                f'{type(rule).__name__} only modifies parameters: make the {param} one (for instance with '
-                'torch.nn.utils.parametrize.remove_parametrizations), or use a composite of this package.'
-            )
+        if value is None or param in module._parameters and any(value is elem for elem in own):
+            continue
+        for rule in rules_of(module):
+            if rule.active and not all(
+                isinstance(elem, NoMod) and param not in (elem.zero_params or ())
+                for elem in getattr(rule, 'param_modifiers', ())
+            ):
+                raise RuntimeError(
+                    f'{label} computes its {param} (parametrization, weight norm, pruning, or in its forward). '
+                    f'Zennit\'s {type(rule).__name__} only modifies parameters: make the {param} one (for instance '
+                    'with torch.nn.utils.parametrize.remove_parametrizations), or use a composite of this package.'
+                )
 
 
 def as_positional(label, module, args, kwargs):
-    '''Arguments of a module as rules of Zennit know them: a single tensor, by position. None if nothing changes.
-
-    A RuntimeError is raised if there are others, without which its rules would run the layer again.
-    '''
+    '''Arguments as rules of Zennit know them, a tensor by position, None if nothing changes. Others are refused.'''
     # what is None may be left out
     kwargs = {key: elem for key, elem in kwargs.items() if elem is not None}
     given, ours = (*args, *kwargs.values()), (SinglePass, BlockEpsilon)
@@ -199,7 +179,7 @@ class Refusing:
     def _follow_softmaxes(self, outputs):
         '''Have relevance pass the softmaxes that are the output of the network, and refused by the others.'''
         softmaxes, self.local.softmaxes = self.local.softmaxes, {}
-        at_end = {end_of(node) for node in nodes_of(outputs)} if softmaxes else set()
+        at_end = {end_of(node) for node in graph.nodes_of(outputs)} if softmaxes else set()
         for node, (check, is_passed) in softmaxes.items():
             if node not in at_end:
                 if check is not None:
@@ -218,7 +198,7 @@ class Refusing:
         if self.is_gradient:
             shapes = {elem.shape for elem in outputs}
             refused += [node for node in softmaxes if is_only or any(
-                torch.Size(elem.shape) in shapes for elem in metadata_of(node)
+                torch.Size(elem.shape) in shapes for elem in graph.metadata_of(node)
             )]
         if softmaxes or not names.isdisjoint(SOFT):
             refused += [elem.grad_fn for elem in outputs if elem.grad_fn is not None and are_probabilities(elem)]
@@ -270,21 +250,21 @@ class Refusing:
 
     def _guard(self, call, outputs):
         '''Custom autograd functions, scripted and mapped ones are not intercepted. Relevance must not reach them.'''
-        for node in walk(nodes_of(outputs), self.local.seen):
-            source = class_of(node)
+        for node in graph.walk(graph.nodes_of(outputs), self.local.seen):
+            source = graph.class_of(node)
             if node in self.local.known:
                 continue
             if source is not None and source.__name__ not in IDENTITIES and (
                 source.__module__.partition('.')[0] not in ('zennit', __package__.partition('.')[0])
             ):
-                if self.is_gradient and not calls_back(node):
+                if self.is_gradient and not graph.calls_back(node):
                     # with frozen weights and rules, only those that run modules in their backward pass matter
                     continue
                 reason = 'it has a backward function of its own'
                 node.register_prehook(self._check(call.module, source.__qualname__, reason))
-            elif not self.is_gradient and is_arithmetic(node):
+            elif not self.is_gradient and graph.is_arithmetic(node):
                 reason = 'it runs in a scripted or mapped function'
-                node.register_prehook(self._check(call.module, function_of(node), reason))
+                node.register_prehook(self._check(call.module, graph.function_of(node), reason))
 
     def _refuse_marked(self, name, select, source, output):
         '''Have relevance of some elements refused, which have no gradient, unless a rule covers the module.'''
@@ -296,16 +276,16 @@ class Refusing:
     def _mark_last(self, tensor):
         '''Have the last layers know it if their rule divides by their output, and refuse what comes after them.'''
         layers = [
-            (node, value) for node, value in last_layers(tensor)
-            if getattr(rule_of(node), 'classifier', None) == 'epsilon'
+            (node, value) for node, value in graph.last_layers(tensor)
+            if getattr(graph.rule_of(node), 'classifier', None) == 'epsilon'
         ]
         for node, value in layers:
             # the node has a copy of the layer
             vars(node.module)['is_last'] = value
         is_folded = all(node.context is not nullcontext for node, _ in layers)
-        for node in after_last_layers(tensor) if layers else ():
+        for node in graph.after_last_layers(tensor) if layers else ():
             if changes_shares(node, is_folded):
                 # it is not in proportion to the outputs of the layers any more
-                module, name = module_of(node), function_of(node)
+                module, name = graph.module_of(node), graph.function_of(node)
                 name = name if module is None else getattr(module, 'name', type(module).__name__)
                 node.register_prehook(self._check(self.root, name, remedy=TAIL))

@@ -15,13 +15,14 @@ from .._inplace import Watch, forget, note_copy, settle
 from .._nested import active_tensors
 from ..arguments import Described, check_choice, check_flag
 from ..layer import LINEAR
-from . import derived
+from ..rules.block import note_addition
+from . import derived, layers
 from .batch_norm import BatchNormMerge, has_statistics
 from .batches import Images, independent_shapes
 from .calls import ForwardPass, ModuleCall, is_opaque, keep_stored, single_pass
 from .eager import Eager, check_evaluation, is_active
 from .functions import FunctionCall, fully_connected
-from .operations import DEFAULT_RULES, TRAINING, TRANSPARENT, handle, is_training
+from .operations import DEFAULT_RULES, OPERATIONS, TRAINING, TRANSPARENT, handle, is_training
 from .refusals import Refusing, as_positional, check_output, check_rules, check_weight, in_use, undo
 from .sinks import Sinks
 from .weight_log import WeightLog
@@ -56,6 +57,10 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
     registered, no parameter requires a gradient, so a tensor requires one only if it depends on the input. Hence adding
     a bias or a constant is not a skip connection.
 
+    Relevance that constants kept in the last backward pass, such as class tokens that are concatenated, and those of
+    ``parameters='sink'``, is the attribute ``sinks``, a dict of tensors of shape (batch,) by name. A composite that is
+    registered has it as well.
+
     Parameters
     ----------
     batch_norm: str, optional
@@ -76,12 +81,6 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
         with ``'pass'`` (default), all relevance passes to the signal. With ``'sink'``, they receive the share of an
         addend.
 
-    Attributes
-    ----------
-    sinks: dict
-        Relevance that constants kept in the last backward pass, such as class tokens that are concatenated, and those
-        of ``parameters='sink'``, by name, of shape (batch,). A composite that is registered has it as well.
-
     A ValueError is raised if an argument is not one of its choices.
     '''
     # whether the gradient is the rule of all functions
@@ -98,10 +97,7 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
         self.handles = RemovableHandleList()
 
     def apply(self, root_module):
-        '''Apply this canonizer to a network, and get a list of the single instance that was registered.
-
-        A RuntimeError is raised if no composite is being registered, or if it is in use for another network.
-        '''
+        '''Apply this to a network while a composite is registered, and get a list of the instance that does it.'''
         composite = _REGISTERING.get() or registering_composite()
         if composite is None:
             raise RuntimeError(
@@ -116,11 +112,10 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
         return [instance]
 
     def register(self, root_module, composite=None):
-        '''Watch all modules of a network.
+        '''Watch all modules of a network. The composite, if there is one, is asked for the rules of operations.
 
-        The composite is asked for the rules of operations. Without one, additions are split by ratio. A TypeError is
-        raised if rules can not be attached to a module, as it is a ScriptModule, quantized, sharded, or runs replicas
-        on several devices, and a RuntimeError in inference mode, in which there are no gradients.
+        A TypeError is raised if rules can not be attached to a module, as it is a ScriptModule, quantized, sharded, or
+        runs replicas on several devices, and a RuntimeError in inference mode, in which there are no gradients.
         '''
         self.names = {module: name for name, module in root_module.named_modules()}
         if self._overlapping():
@@ -182,10 +177,7 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
         self.leaves, self.weights = {}, WeightLog()
 
     def copy(self):
-        '''Return a copy of this canonizer.'''
         return type(self)(self.batch_norm, self.strict, self.attention, self.parameters)
-
-    # -- which module runs ---------------------------------------------------------------------------------------------
 
     def _note_arguments(self, module, args, kwargs):
         if not self._stack() and not self.local.images.is_checking:
@@ -330,11 +322,9 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
                 self.handles.extend(keep_stored(module))
 
     def _label(self, module):
-        '''Name and type of a module.'''
         return f'{self.names.get(module) or "The model"} ({type(module).__name__})'
 
     def _overlapping(self):
-        '''Other canonizers in use for the same modules.'''
         return [other for other in REGISTERED if other is not self and not self.names.keys().isdisjoint(other.names)]
 
     def _finish(self, active):
@@ -355,8 +345,6 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
         # containers which call all of their children must not find surrogates among them
         for owner, name, _ in self.surrogates.values():
             owner._modules.pop(name, None)
-
-    # -- what runs in it -----------------------------------------------------------------------------------------------
 
     def look(self, func, name, args, kwargs):
         '''Look at a function before :py:meth:`intercept` runs it. Raise a RuntimeError if it is called for training.'''
@@ -460,3 +448,20 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
             setattr(surrogate, key, value)
         surrogate.function = function.rebind()
         return self.run_known(lambda: surrogate(*function.active), function.active)
+
+
+class BlockCanonizer(ResidualCanonizer):
+    '''Canonizer which finds residual blocks: modules whose forward adds two tensors that depend on the input.
+
+    Nothing is replaced: :py:class:`~zennit_resnet.rules.BlockEpsilon` takes the gradient of whatever a block computes.
+    '''
+    is_gradient = True
+
+    def look(self, func, name, args, kwargs):
+        super().look(func, name, args, kwargs)
+        stack, entry = self._stack(), OPERATIONS.get(name)
+        if stack and entry is not None and entry.run is layers.add and len(active_tensors((args, kwargs))) == 2:
+            note_addition(stack[-1].module)
+
+    def intercept(self, func, name, args, kwargs):
+        return func(*args, **kwargs)

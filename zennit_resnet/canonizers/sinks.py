@@ -6,10 +6,7 @@ from .._compat import DisableTorchFunction, backward_pass, base_of, has_values
 
 
 class Sinks(dict):
-    '''Relevance of sinks by their names in the last backward pass, as tensors of shape (batch,) and type float64.
-
-    It is NaN where it is not known which example an element is of.
-    '''
+    '''Relevance of sinks by name in the last backward pass, float64 (batch,), NaN if its example is unknown.'''
     def __init__(self):
         super().__init__()
         # by the number of a node of the graph

@@ -13,9 +13,9 @@ from ..rules.block import BlockEpsilon
 class WeightLog:
     '''Notes which weights modules had, and has errors raised where rules would find others.
 
-    Single-pass rules have copies of what they need. This is for all others: rules of Zennit read weights from modules
-    in the backward pass, :py:class:`~zennit_resnet.rules.BlockEpsilon` has gradients, which do not notice if other data
-    is assigned, and checkpointing runs modules again.
+    Single-pass rules have copies of what they need. Rules of Zennit read weights in the backward pass,
+    :py:class:`~zennit_resnet.rules.BlockEpsilon` has gradients, which do not notice other data, and checkpointing runs
+    modules again.
     '''
     def __init__(self):
         # weights of the last forward pass, in which a module may be called several times, and those that rules read

@@ -11,7 +11,6 @@ from .._text import one_line
 from .group import Commands
 from .options import SPLITTING_OPTION, Tolerance, common_options, heatmap_options, method_options, methods_option
 
-# Formats to write a comparison in
 PICTURES = ('.png', '.jpg', '.jpeg', '.webp', '.tif', '.tiff', '.bmp', '.gif', '.pdf')
 DEFAULT_METHODS = (
     f'resnet_lrp_ratio,resnet_lrp_symmetric,epsilon_plus_flat+zennit,epsilon_plus+zennit,{INPUT_X_GRADIENT}'
@@ -40,7 +39,7 @@ def main():
 @click.option(
     '--out', type=click.Path(path_type=Path), default='heatmaps', show_default=True, help='Folder to write to.'
 )
-def explain(images, methods, splitting, out, **options):
+def explain(images, methods, out, **options):
     '''Write heatmaps, overlays and figures of photographs, raw relevance, and a manifest.
 
     Pictures have the size of the photograph, and positive relevance, red and yellow, is for the class.
@@ -50,8 +49,7 @@ def explain(images, methods, splitting, out, **options):
     from ..explanation import file_stem, unique_names
     from ..explanation.result import ENDINGS
     from .session import Session, writing
-    names = [text if splitting == 'none' else f'{text}+{splitting}' for text in methods]
-    session = Session(images, names, out, options)
+    session = Session(images, methods, out, options)
     stems = [file_stem(name, method) for name in unique_names(session.images) for method in session.methods]
     session.check_free([out / f'{stem}_{ending}' for stem in stems for ending in ENDINGS])
     for path, explanations in session.explanations():
@@ -159,7 +157,7 @@ def compare(images, methods, show, scale, out, **options):
 @click.option(
     '--out', type=click.Path(path_type=Path), default='ledgers', show_default=True, help='Folder to write to.'
 )
-def ledger(images, method, splitting, tolerance, blocks, only_losses, out, **options):
+def ledger(images, method, tolerance, blocks, only_losses, out, **options):
     '''Show how much relevance arrives at each layer and leaves it, and where the rest went.
 
     Writes a plot, a table (CSV), and all as JSON. The exit status is 1 if relevance is not conserved.
@@ -170,7 +168,7 @@ def ledger(images, method, splitting, tolerance, blocks, only_losses, out, **opt
     from ..explanation import file_stem, unique_names
     from ..explanation.photos import prepare
     from .session import Session, reason_of, writing
-    session = Session(images, [method if splitting == 'none' else f'{method}+{splitting}'], out, options)
+    session = Session(images, [method], out, options)
     chosen, classes = session.methods[0], session.classifier.classes
     stems = [file_stem(name, chosen) for name in unique_names(session.images)]
     endings = ('ledger.png', 'ledger.csv', 'ledger.json')

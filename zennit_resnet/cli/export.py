@@ -38,7 +38,6 @@ def export(
     Inputs are image and target, the index of a class for each image, or -1 for the predicted one. ONNX needs the
     packages onnx and onnxscript, and the comparison that is printed onnxruntime.
     '''
-    # pylint: disable=too-many-arguments
     import torch
 
     from ..canonizers import UnsupportedOperation

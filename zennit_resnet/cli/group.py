@@ -9,10 +9,7 @@ from .._text import one_line, printable
 
 
 def start(main, **kwargs):
-    '''Run a program, which spares most of the time that Python takes to look for garbage in what libraries load.
-
-    What they load lives until the end, and is some hundred thousand objects.
-    '''
+    '''Run a program, and spare Python the search for garbage in what libraries load, which lives until the end.'''
     gc.set_threshold(100_000)
     atexit.register(gc.freeze)
     main(**kwargs)
@@ -21,12 +18,10 @@ def start(main, **kwargs):
 class Commands(click.Group):
     '''A group of commands of which all error messages are printable, whatever names they contain.'''
     def make_context(self, *args, **kwargs):
-        '''Parse the command line.'''
         with _printable_errors():
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx):
-        '''Run the command.'''
         with _printable_errors():
             return super().invoke(ctx)
 

@@ -10,7 +10,6 @@ from .._choices import INPUT_X_GRADIENT, LEVELS, POSTPROCESSING, SPLITTING, VALU
 class Tolerance(click.FloatRange):
     '''A number in a range, which nan is not for Python.'''
     def convert(self, value, param, ctx):
-        '''Parse the number.'''
         number = super().convert(value, param, ctx)
         if math.isnan(number):
             self.fail(f'{value} is not a number', param, ctx)
@@ -24,7 +23,6 @@ class Several(click.ParamType):
         self.name = 'names' if kind is str else 'numbers'
 
     def convert(self, value, param, ctx):
-        '''Split them.'''
         if not isinstance(value, str):
             return tuple(value)
         try:
@@ -37,7 +35,6 @@ class Several(click.ParamType):
 
 
 def _list_methods(context, _, is_given):
-    '''Print names of methods.'''
     if is_given and not context.resilient_parsing:
         from ..methods import find_entries
         click.echo('\n'.join(find_entries()))
@@ -47,7 +44,6 @@ def _list_methods(context, _, is_given):
 def add_options(options):
     '''Create a function that adds options to a command, listed in their order.'''
     def decorate(command):
-        '''Add them.'''
         for option in reversed(options):
             command = option(command)
         return command
@@ -148,7 +144,6 @@ SPLITTING_OPTION = click.option(
 
 
 def methods_option(default):
-    '''An option for names of methods.'''
     return click.option(
         '--method', '--methods', 'methods', type=Several(), default=default, show_default=True, metavar='NAMES',
         help=f'Methods, separated by commas: {METHOD_HELP}'

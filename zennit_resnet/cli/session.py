@@ -21,10 +21,7 @@ STYLE = ('smooth', 'percentile', 'contours', 'cmap')
 
 
 class Session:
-    '''What the commands share: checked options, explanations, and messages that go with a progress bar.
-
-    Anything that makes it useless to go on raises a :py:obj:`click.ClickException`.
-    '''
+    '''What commands share: options, explanations, and messages. What makes it useless to go on is a ClickException.'''
     def __init__(self, images, methods, folder, options):
         self.value, self.batch_size, self.overwrite = (options[key] for key in ('value', 'batch_size', 'overwrite'))
         self.style = {key: options[key] for key in STYLE if options.get(key) is not None}
@@ -36,13 +33,14 @@ class Session:
             raise click.ClickException(f'--quantize and --postprocess {postprocess} exclude each other: choose one')
         if levels:
             postprocess = 'quantize'
+        suffix = '' if options.get('splitting', 'none') == 'none' else f'+{options["splitting"]}'
         try:
             # a photograph that is named twice is explained once
             found = {}
             for path in (path for each in images for path in photographs(each)):
                 found.setdefault(os.path.realpath(path), path)
             self.images = list(found.values())
-            methods = [Method(text, postprocess, levels or LEVELS) for text in methods]
+            methods = [Method(text + suffix, postprocess, levels or LEVELS) for text in methods]
             self.methods = list({method.text: method for method in methods}.values())
             Style(**self.style)
             self.classifier = load_classifier(*(
@@ -70,9 +68,7 @@ class Session:
             raise click.ClickException(
                 f'cannot make the folder {self.folder} ({reason}): choose another --out'
             ) from error
-        self.bar = tqdm(
-            total=len(self.images), unit='image', disable=len(self.images) == 1 or not sys.stderr.isatty()
-        )
+        self.bar = tqdm(total=len(self.images), unit='image', disable=len(self.images) == 1 or not sys.stderr.isatty())
 
     def check_free(self, paths):
         '''Refuse to overwrite what is there, before anything is computed.'''

@@ -1,8 +1,7 @@
 '''Conservation of relevance: how much of it arrives at each layer, how much leaves it, and where the rest went.
 
-Relevance is measured on the edges of the graph that the network's forward pass has built, with all rules in place, so
-that none of it can pass unnoticed: each operation belongs to the module which ran it, and what all rows of the ledger
-lose adds up to the difference of the initial relevance and the relevance at the input.
+It is measured on the edges of the graph of the forward pass, with all rules in place, so that none can pass unnoticed:
+what all rows of the ledger lose adds up to the difference of the initial relevance and that at the input.
 '''
 import csv
 import json
@@ -33,20 +32,12 @@ class Ledger:
 
     Attributes
     ----------
-    rows: list[:py:obj:`~zennit_resnet.conservation.Row`]
-        Layers, and functions between them.
-    blocks: list[:py:obj:`~zennit_resnet.conservation.Row`]
-        Modules which contain others, in the order of the backward pass. They sum up what happens inside.
-    initial: :py:obj:`torch.Tensor`
-        Sum of the initial relevance.
-    scale: :py:obj:`torch.Tensor`
-        Sum of the magnitudes of the initial relevance.
-    final: :py:obj:`torch.Tensor`
-        Sum of the relevance at the input.
-    output: :py:obj:`torch.Tensor`
-        Output of the network.
-    relevance: :py:obj:`torch.Tensor`
-        Relevance of the input, of its shape.
+    rows, blocks: list[:py:obj:`~zennit_resnet.conservation.Row`]
+        Layers and functions between them, and modules which contain others, which sum up what happens inside.
+    initial, scale, final: :py:obj:`torch.Tensor`
+        Sum of the initial relevance and of its magnitudes, and sum of the relevance at the input.
+    output, relevance: :py:obj:`torch.Tensor`
+        Output of the network, and relevance of the input, of its shape.
     composite: str or None
         The composite and its options, as text.
     sinks: dict[str, :py:obj:`torch.Tensor`]
@@ -104,11 +95,10 @@ class Ledger:
         '''
         lost = torch.stack([self.gap * self.scale, *(row.missing for row in self.rows if layers)]).abs().amax(0)
         deviation = torch.where(lost == 0, 0., lost / self.scale)
-        return torch.where(deviation.isfinite() & (self._not_finite() == 0), deviation, math.inf)
-
-    def _not_finite(self):
-        bad = ~self.relevance.detach().cpu().reshape(len(self.initial), -1).isfinite()
-        return bad.sum(1) + sum((row.nan + row.inf for row in self.rows), torch.zeros_like(self.initial))
+        is_finite = self.relevance.detach().cpu().reshape(len(self.initial), -1).isfinite().all(1)
+        for row in self.rows:
+            is_finite &= row.nan + row.inf == 0
+        return torch.where(deviation.isfinite() & is_finite, deviation, math.inf)
 
     def worst(self, number=3, example=0):
         '''Get the rows that lose or gain most in an example, those with NaN or infinite values first.'''
@@ -121,10 +111,7 @@ class Ledger:
         return [row for row in sorted(self.rows, key=amount, reverse=True) if amount(row)][:number]
 
     def assert_conserved(self, tolerance=1e-4, layers=True):
-        '''Raise an AssertionError which names the worst layers and the causes, unless relevance is conserved.
-
-        The deviation, see :py:meth:`deviation` for ``layers``, must be at most the tolerance (default 1e-4).
-        '''
+        '''Raise an AssertionError with the worst layers and the causes if :py:meth:`deviation` exceeds a tolerance.'''
         check_number('tolerance', tolerance, 0, finite=False)
         check_flag('layers', layers)
         bad = (~(self.deviation(layers) <= tolerance)).nonzero()[:, 0].tolist()
@@ -135,17 +122,13 @@ class Ledger:
                 + '\n'.join(self._summary(bad[0], tolerance))
             )
 
-    # -- what is shown -------------------------------------------------------------------------------------------------
-
     def table(self, example=None, tolerance=1e-4, blocks=False, only_losses=False):
         '''Format as a table, from the output to the input, with a summary below.
 
         Functions which pass on all relevance are left out. A mark ``!`` is before rows that lose or gain more than the
-        tolerance, or have NaN or infinite values.
-
-        The example is an index in the batch, by default of the one with the largest deviation, and the tolerance is
-        relative to the initial relevance. With ``blocks``, these are shown in the place of layers and functions, and
-        with ``only_losses`` only rows with a mark.
+        tolerance, relative to the initial relevance, or have NaN or infinite values. The example is an index in the
+        batch, by default of the one with the largest deviation. With ``blocks``, these are shown in the place of layers
+        and functions, and with ``only_losses`` only rows with a mark.
         '''
         check_number('tolerance', tolerance, 0, finite=False)
         check_flag('blocks', blocks)
@@ -220,11 +203,7 @@ class Ledger:
         return [row for row in (row.at(index) for row in self.rows) if row.kind != 'function' or row.is_bad(threshold)]
 
     def plot(self, example=None, tolerance=1e-4):
-        '''Plot what layers lose, and what is left of the initial relevance, for an example as in :py:meth:`table`.
-
-        Causes that take or give more than the tolerance are shown. The result is a :py:obj:`matplotlib.figure.Figure`,
-        of which ``savefig(path)`` writes a file.
-        '''
+        '''Plot what layers lose, and what is left, as a :py:obj:`matplotlib.figure.Figure`, see :py:meth:`table`.'''
         check_number('tolerance', tolerance, 0, finite=False)
         return plot_ledger(self, self._index(example), tolerance)
 
@@ -264,17 +243,13 @@ class Ledger:
 
 
 def conservation_ledger(model, input, composite=None, attr_output=None, target=None, value='logit'):
-    '''Follow relevance through a network, and find out where it is lost or gained.
+    '''Follow relevance through a network, and find out where it is lost or gained, as a :py:obj:`Ledger`.
 
-    The network is run once forward and backward, as by Zennit's ``Gradient``, and left as it was found. Rules give the
-    same relevance as without a ledger.
+    The network, in evaluation mode, is run once forward and backward, as by Zennit's ``Gradient``, and left as it was
+    found. Rules give the same relevance as without a ledger. The input is of shape (batch, ...).
 
     Parameters
     ----------
-    model: :py:obj:`torch.nn.Module`
-        The network in evaluation mode.
-    input: :py:obj:`torch.Tensor`
-        Input of shape (batch, ...).
     composite: :py:obj:`zennit.core.Composite`, optional
         Any composite, which remains registered if it is. Default is None for input times gradient.
     attr_output: :py:obj:`torch.Tensor` or callable, optional
@@ -283,20 +258,10 @@ def conservation_ledger(model, input, composite=None, attr_output=None, target=N
     target, value: optional
         In place of ``attr_output``, see :py:func:`~zennit_resnet.attribution.initial_relevance`.
 
-    Returns
-    -------
-    :py:obj:`Ledger`
-        What arrives at all layers, leaves them, and is lost in between.
-
-    Raises
-    ------
-    TypeError
-        If ``model``, ``input`` or ``composite`` is none, or the output is no tensor.
-    ValueError
-        If ``attr_output`` and ``target`` are both given, or shapes of initial relevance, output and input do not fit,
-        or if the output does not depend on the input.
-    RuntimeError
-        If batch normalization, dropout or stochastic depth is in training mode.
+    A TypeError is raised if ``model``, ``input`` or ``composite`` is none, or the output is no tensor, a ValueError if
+    ``attr_output`` and ``target`` are both given, shapes of initial relevance, output and input do not fit, or the
+    output does not depend on the input, and a RuntimeError if batch normalization, dropout or stochastic depth is in
+    training mode.
 
     Examples
     --------

@@ -50,11 +50,7 @@ DENOMINATORS = {
 
 
 class Note(NamedTuple):
-    '''What a rule has to say about a backward pass through its layer.
-
-    Relevance lost by cause, and the smallest magnitude of a denominator among units with relevance (or None), are of
-    shape (batch,) and type float64.
-    '''
+    '''What a rule says about a backward pass: relevance lost by cause, and the smallest magnitude of a denominator.'''
     rule: Hook
     lost: dict
     smallest: torch.Tensor
@@ -123,14 +119,10 @@ class LossProbe:
         self.heard.add(hook)
         self.notes.append(Note(hook, total, smallest))
 
-    # -- rules ---------------------------------------------------------------------------------------------------------
-
     def _basic(self, hook, module):
         '''Rules of Zennit, which run the module with several modifications of its input and its parameters.'''
         denominators, gradient_mapper, num = DENOMINATORS[type(hook)], hook.gradient_mapper, len(hook.output_modifiers)
-        factors = [
-            float(hook.reducer(*([float(pos == index) for pos in range(num)],) * 2)) for index in range(num)
-        ]
+        factors = [float(hook.reducer(*([float(pos == index) for pos in range(num)],) * 2)) for index in range(num)]
         biases = {}
 
         def watch_output(index, modifier):
@@ -196,7 +188,6 @@ class LossProbe:
 
 
 def is_affine(module):
-    '''Whether a module computes a linear function of its input, plus a constant.'''
     return isinstance(module, (Linear, BatchNorm)) and not isinstance(module, (LinearMap, Normalization))
 
 

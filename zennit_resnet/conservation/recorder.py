@@ -33,10 +33,8 @@ class Row:
         Path of the module, for functions of the module in which they were called. Empty for the network itself.
     call: int
         Number of the call if the module was called several times, else 0.
-    kind: str
-        ``'layer'``, ``'function'`` or ``'block'``.
-    type: str
-        Class of the module, or name of the function.
+    kind, type: str
+        ``'layer'``, ``'function'`` or ``'block'``, and the class of the module, or name of the function.
     rule: str or None
         Class of the rule, None where the gradient takes its place.
     arrives, leaves: :py:obj:`torch.Tensor`
@@ -52,7 +50,6 @@ class Row:
     nan, inf: :py:obj:`torch.Tensor`
         Number of NaN and of infinite values among what leaves.
     '''
-    # pylint: disable=too-many-instance-attributes
     name: str
     call: int
     kind: str
@@ -105,7 +102,6 @@ class RecordedCall:
     '''A call of a module with rules during the forward pass, within that of its parent.'''
     def __init__(self, module, parent, rules):
         self.module, self.parent, self.rules = module, parent, rules
-        # whether it called other modules
         self.is_container = False
         # itself, and all calls around it
         self.chain = [self]
@@ -129,12 +125,9 @@ def _covers(hook):
 class Recorder:
     '''Follows relevance along the edges of the graph of a single forward pass.
 
-    Operations are numbered in their order, so it is known from when it ran to which module one belongs, whatever
-    becomes of tensors by views or in-place operations.
-
-    If the composite ``propagates`` gradients, these become relevance by multiplication with the tensor of an edge.
-    Where it is not known, because it is neither input nor output of a module, operations are not told apart. Nor are
-    those between which a tensor has no first dimension of examples.
+    The number of an operation tells when it ran, and so to which module it belongs. If the composite ``propagates``
+    gradients, these become relevance by the tensor of an edge. Operations are not told apart where it is not known, as
+    it is neither input nor output of a module, or has no first dimension of examples.
     '''
     def __init__(self, model, composite, batch_size):
         self.model, self.composite, self.batch_size = model, composite, batch_size
@@ -147,8 +140,6 @@ class Recorder:
         self.input = self.output = self.seed = None
         # nodes from which there is a path to the input
         self.leading = set()
-
-    # -- forward -------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def watch(self):
@@ -206,7 +197,6 @@ class Recorder:
                 self.biased[edge.node] = edge.output_nr, module, rule, torch.zeros_like(input[:1])
 
     def _mark(self, call):
-        '''Operations from now on belong to a call.'''
         self.starts.append(next_sequence())
         self.owners.append(call)
 
@@ -217,8 +207,6 @@ class Recorder:
                 for tensor in active_tensors(value):
                     edge = get_gradient_edge(tensor)
                     self.values.setdefault((edge.node, edge.output_nr), tensor.detach().clone())
-
-    # -- backward ------------------------------------------------------------------------------------------------------
 
     def propagate(self, output, input, seed):
         '''Propagate initial relevance of the shape of the output to the input, a leaf.'''
@@ -275,8 +263,6 @@ class Recorder:
         return torch.stack([
             relevance.sum(1), relevance.abs().sum(1), relevance.isnan().sum(1), relevance.isinf().sum(1)
         ])
-
-    # -- result --------------------------------------------------------------------------------------------------------
 
     def summarize(self):
         '''Rows in the order of the backward pass, of layers and functions in no layer, and of modules with others.'''

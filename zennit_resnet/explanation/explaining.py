@@ -22,7 +22,8 @@ def explain(
 ):
     '''Explain what a classifier sees in photographs.
 
-    The network is explained in evaluation mode, on its device, and left as it was.
+    The network is explained in evaluation mode, on its device, and left as it was. Returns an :py:class:`Explanation`
+    of a single image, and :py:class:`Explanations`, a tuple of them, for a list, folder or batch.
 
     Parameters
     ----------
@@ -43,21 +44,9 @@ def explain(
     batch_size: int, optional
         How many images are explained at once.
 
-    Returns
-    -------
-    :py:class:`Explanation` or :py:class:`Explanations`
-        One of a single image, and a tuple of them for a list, folder or batch.
-
-    Raises
-    ------
-    ValueError
-        If an image cannot be read, its output or relevance is not finite, or an argument does not fit.
-    TypeError
-        If an argument is of another type.
-    FileNotFoundError
-        If there is no such file.
-    UnsupportedOperation
-        If the network does something that cannot be followed.
+    A ValueError is raised if an image cannot be read, its output or relevance is not finite, or an argument does not
+    fit, a TypeError if an argument is of another type, a FileNotFoundError if there is no such file, and an
+    UnsupportedOperation if the network does something that cannot be followed.
 
     Examples
     --------
@@ -93,11 +82,7 @@ def explain(
 def explain_each(
     classifier, items, methods, target=None, value=None, contrast=None, batch_size=8, attribute=Method.attribute
 ):
-    '''Generate each image with a list of its explanations by each method, or the error why there are none.
-
-    Methods that differ in their post-processing only are computed once, by a function ``attribute`` with the arguments
-    of :py:meth:`Method.attribute`. For all else, see :py:func:`explain`.
-    '''
+    '''Generate each image with a list of its explanations by each method, or the error why there are none.'''
     check_number('batch_size', batch_size, 1)
     target = target.tolist() if isinstance(target, (np.ndarray, torch.Tensor)) else target
     targets = list(target) if isinstance(target, (list, tuple)) else [target] * len(items)
@@ -116,27 +101,30 @@ def explain_each(
         chunk = range(start, min(start + batch_size, len(items)))
         results, groups = {}, {}
         for num in chunk:
+            item = items[num]
             try:
-                photo, input, box = prepare(classifier, items[num], places)
-                groups.setdefault(tuple(input.shape), []).append((num, photo, input, box))
+                photo, input, box = prepare(classifier, item, places)
             except (FileNotFoundError, ValueError) as error:
                 results[num] = error
+                continue
+            groups.setdefault(tuple(input.shape), []).append((num, input, {
+                'photo': photo, 'box': box, 'contrast': contrast[num] if is_each else contrast, 'name': names[num],
+                'source': str(item) if isinstance(item, (str, os.PathLike)) else '', 'settings': settings,
+            }))
         for group in groups.values():
-            nums = [num for num, *_ in group]
-            results.update(_explain_batch(
-                classifier, group, methods, [targets[num] for num in nums], value,
-                contrast[nums] if is_each else contrast, attribute,
-                [(names[num], items[num], settings) for num in nums],
-            ))
+            nums, inputs, known = map(list, zip(*group))
+            results.update(zip(nums, _explain_batch(
+                classifier, torch.stack(inputs), methods, [targets[num] for num in nums], value,
+                contrast[nums] if is_each else contrast, attribute, known,
+            )))
         for num in chunk:
             yield items[num], results[num]
 
 
-def _explain_batch(classifier, group, methods, targets, value, contrast, attribute, origins):
-    '''Explanations, or an error, of images of the same shape by their numbers.'''
-    # pylint: disable=too-many-arguments
+def _explain_batch(classifier, input, methods, targets, value, contrast, attribute, known):
+    '''Explanations of images of the same shape, or an error, with what else is known of each.'''
     weight = next((tensor for tensor in classifier.model.parameters() if tensor.is_floating_point()), torch.zeros(()))
-    input = torch.stack([each[2] for each in group]).to(weight.device, weight.dtype)
+    input = input.to(weight.device, weight.dtype)
     with evaluating(classifier.model), torch.inference_mode(False), torch.enable_grad():
         # tensors of inference mode have no gradients
         input = input.clone()
@@ -156,28 +144,24 @@ def _explain_batch(classifier, group, methods, targets, value, contrast, attribu
                 computed[method.attribution] = attribute(
                     method, classifier, input, torch.tensor(index), value, contrast
                 )
-    results = {}
-    for place, (num, photo, _, box) in enumerate(group):
+    results = []
+    for place, each in enumerate(known):
         if not output[place].isfinite().all():
-            results[num] = ValueError('the output of the network is not finite, check image and weights')
+            results.append(ValueError('the output of the network is not finite, check image and weights'))
             continue
-        name, item, settings = origins[place]
-        source = str(item) if isinstance(item, (str, os.PathLike)) else ''
         found = []
         for method in methods:
             result = computed[method.attribution]
             logits, relevance = (
-                each[place].cpu().to(torch.promote_types(each.dtype, torch.float32)).numpy()
-                for each in (result.output, result.relevance)
+                tensor[place].cpu().to(torch.promote_types(tensor.dtype, torch.float32)).numpy()
+                for tensor in (result.output, result.relevance)
             )
             found.append(Explanation(
-                relevance, logits, index[place], classifier.classes, photo,
-                box, method, result.initial[place], result.sinks[place], result.value,
-                contrast[place] if getattr(contrast, 'ndim', 1) == 2 else contrast, result.signs[place],
-                name, source, settings,
+                relevance, logits, index[place], classifier.classes, method=method, initial=result.initial[place],
+                sinks=result.sinks[place], value=result.value, sign=result.signs[place], **each,
             ) if np.isfinite(relevance).all() else None)
         is_lost = not any(found)
-        results[num] = ValueError(f'the relevance by {methods[0].text} is not finite') if is_lost else found
+        results.append(ValueError(f'the relevance by {methods[0].text} is not finite') if is_lost else found)
     return results
 
 
@@ -197,7 +181,6 @@ def _forward(model, input):
 
 
 def _find(classifier, target):
-    '''Index of a class.'''
     if isinstance(target, str):
         return classifier.find_class(target)
     if isinstance(target, bool) or int(target) != target or not 0 <= int(target) < len(classifier.classes):

@@ -40,10 +40,7 @@ def list_images(images):
 
 
 def prepare(classifier, item, places=None):
-    '''Get photograph, input of the network and the box of what it sees, see :py:class:`Explanation`.
-
-    Boxes of photographs of a size are kept in the dict ``places``.
-    '''
+    '''Photograph, input, and the box of what the network sees, which the dict ``places`` keeps by size.'''
     places = {} if places is None else places
     if isinstance(item, torch.Tensor) and item.is_floating_point():
         if item.ndim != 3 or len(item) != len(classifier.mean) or not item.numel():

@@ -29,7 +29,6 @@ from ..methods import Method
 
 # Bounds of the longer side of a picture in a table, in pixels
 SMALLEST_TILE, LARGEST_TILE = 224, 448
-# Contrasts in captions
 CONTRAST_TEXTS = {'centred': 'others', 'softmax': 'others by probability', 'runner_up': 'the next'}
 # Outlines of noise would cover everything, so that they are of a heatmap smoothed by at least this
 CONTOUR_SMOOTH = 4.
@@ -38,8 +37,30 @@ KINDS = ('heatmap', 'overlay')
 ENDINGS = ('heatmap.png', 'overlay.png', 'figure.png', 'relevance.npy', 'heatmap.npy', 'manifest.json')
 
 
+class _Pictures:
+    '''What is shown as a figure, in notebooks by itself.'''
+    def show(self, **style):
+        '''Show the figure, in a notebook or the program for pictures.'''
+        picture = self.figure(**style)
+        try:
+            from IPython import get_ipython
+            from IPython.display import display
+            is_notebook = get_ipython() is not None
+        except ImportError:
+            is_notebook = False
+        if is_notebook:
+            display(picture)
+        else:
+            picture.show()
+
+    def _repr_png_(self):
+        file = io.BytesIO()
+        self.figure().save(file, 'PNG')
+        return file.getvalue()
+
+
 @dataclass(frozen=True, eq=False, repr=False)
-class Explanation:
+class Explanation(_Pictures):
     '''Why a network sees a class in a photograph.
 
     Pictures and the heatmap are in the geometry of the photograph, and positive values are for the class. Options of
@@ -49,31 +70,23 @@ class Explanation:
 
     Attributes
     ----------
-    relevance: :py:obj:`numpy.ndarray`
-        Relevance of the network's input, of shape (channels, height, width).
-    output: :py:obj:`numpy.ndarray`
-        Logits of shape (classes,).
-    target: int
-        Index of the class explained.
-    classes: list[str]
-        Names of the classes.
-    photo: :py:obj:`numpy.ndarray`
-        The photograph, of shape (height, width, 3) and type uint8.
-    box: tuple[float, float, float, float]
-        Left, top, right and bottom of what the network sees of it, in its pixels.
+    relevance, output: :py:obj:`numpy.ndarray`
+        Relevance of the network's input, of shape (channels, height, width), and logits of shape (classes,).
+    target, classes: int, list[str]
+        Index of the class explained, and names of the classes.
+    photo, box: :py:obj:`numpy.ndarray`, tuple[float, float, float, float]
+        The photograph, of shape (height, width, 3) and type uint8, and left, top, right and bottom of what the network
+        sees of it, in its pixels.
     method: :py:class:`~zennit_resnet.methods.Method`
         How relevance was computed.
-    initial, sinks: float
-        The sum of what relevance starts from, and what parameters such as a class token keep of it.
-    value, contrast: str or None
-        What relevance starts from, and what the target is compared with.
+    initial, sinks, value, contrast: float, float, str, str or None
+        The sum of what relevance starts from, what parameters such as a class token keep of it, what it starts from,
+        and what the target is compared with.
     sign: int
         1, or -1 where positive relevance is against the class, see :py:class:`~zennit_resnet.methods.Attributed`.
         Pictures and :py:attr:`heatmap` are turned.
-    name, source: str
-        What files are named, and where the image is from.
-    settings: dict
-        Network, preprocessing, hash of the weights, versions.
+    name, source, settings: str, str, dict
+        What files are named, where the image is from, and network, preprocessing, hash of the weights, versions.
     '''
     relevance: np.ndarray
     output: np.ndarray
@@ -132,10 +145,7 @@ class Explanation:
 
     @cached_property
     def heatmap(self):
-        '''Relevance of each pixel of the photograph, of shape (height, width), 0 outside of what the network sees.
-
-        It is interpolated, and scaled so that it has about the sum of :py:attr:`relevance`, without that of padding.
-        '''
+        '''Relevance of the photograph (height, width), of about the same sum, 0 outside of what the network sees.'''
         return self._place(self._map(0.)[0], self.photo.shape[1::-1])
 
     @property
@@ -143,19 +153,16 @@ class Explanation:
         '''What is unusual about the heatmap.'''
         notes = [*self._map(0.)[1]]
         seen = float(np.abs(self.heatmap).sum(dtype=np.float64)) / max(float(np.abs(self._map(0.)[0]).sum()), 1e-30)
+        (left, top, right, bottom), (height, width) = self.box, self.photo.shape[:2]
+        is_padded = left < -1 or top < -1 or right > width + 1 or bottom > height + 1
         if not self.relevance.any() and not notes:
             notes.append('empty, as relevance is zero everywhere')
-        elif seen < 0.95 and self.method.postprocess == 'none' and self._is_padded:
+        elif seen < 0.95 and self.method.postprocess == 'none' and is_padded:
             notes.append(f'{1 - seen:.0%} of the relevance is on padding, outside of the photograph')
         is_plain = self.contrast is None and self.method.contrast is None and self.sign > 0
         if self.value == 'logit' and is_plain and self.output[self.target] < 0:
             notes.append('the logit is negative: there is more against the class than for it')
         return notes
-
-    @property
-    def _is_padded(self):
-        left, top, right, bottom = self.box
-        return left < -1 or top < -1 or right > self.photo.shape[1] + 1 or bottom > self.photo.shape[0] + 1
 
     def _map(self, smooth):
         '''The heatmap in the geometry of the network, and notes, each computed once.'''
@@ -180,10 +187,7 @@ class Explanation:
         return np.asarray(canvas) * (heatmap.size / (width * height))
 
     def draw(self, kind='overlay', size=None, **style):
-        '''Draw the ``'heatmap'`` or ``'overlay'``, as an array of shape (height, width, 3) and type uint8.
-
-        It has the width and height of the photograph, or another ``size``. For options, see :py:class:`Explanation`.
-        '''
+        '''Draw the ``'heatmap'`` or ``'overlay'`` (height, width, 3), uint8, as large as the photo or of a size.'''
         style = Style(**style)
         check_choice('kind', kind, KINDS)
         photo = self.photo if size is None else np.asarray(
@@ -191,7 +195,10 @@ class Explanation:
         )
         heatmap = self._place(self._map(style.smooth)[0], photo.shape[1::-1])
         # ends of the color range do not depend on the size
-        bound = self.color_range(style) * self._map(0.)[0].size / self._area(photo.shape[1::-1])
+        width, height = (
+            (self.box[num + 2] - self.box[num]) * photo.shape[1 - num] / self.photo.shape[1 - num] for num in (0, 1)
+        )
+        bound = self.color_range(style) * self._map(0.)[0].size / max(width * height, 1)
         if kind == 'heatmap':
             return draw_heatmap(heatmap, style.percentile, style.cmap or HEATMAP_CMAP, bound)
         picture = draw_overlay(photo, heatmap, style.percentile, cmap=style.cmap or OVERLAY_CMAP, bound=bound)
@@ -199,11 +206,6 @@ class Explanation:
             return picture
         outlined = self._place(self._map(max(style.smooth, CONTOUR_SMOOTH))[0], photo.shape[1::-1])
         return draw_contours(picture, outlined, style.contours)
-
-    def _area(self, size):
-        '''Pixels that the network sees of a photograph of a size.'''
-        width, height = ((self.box[num + 2] - self.box[num]) * size[num] / self.photo.shape[1 - num] for num in (0, 1))
-        return max(width * height, 1)
 
     def color_range(self, style=None):
         '''End of the color range, in relevance of a pixel of the network's input.'''
@@ -218,24 +220,16 @@ class Explanation:
         '''Draw photograph, heatmap and overlay side by side with a legend, as an image of Pillow.'''
         return draw_table([[self]], KINDS, **style)
 
-    def show(self, **style):
-        '''Show the figure, in a notebook or the program for pictures.'''
-        _show(self.figure(**style))
-
-    def _repr_png_(self):
-        return _as_png(self.figure())
-
     @property
     def stem(self):
         '''What names of files begin with: that of the image and the method.'''
         return file_stem(self.name, self.method)
 
     def save(self, folder, overwrite=False, **style):
-        '''Write the heatmap, overlay and figure as PNG, relevance and heatmap as arrays, and a manifest.
+        '''Write heatmap, overlay and figure as PNG, relevance and heatmap as arrays, and a manifest, and get the paths.
 
-        Each file is written as a whole or not at all, the manifest last. For options, see :py:class:`Explanation`. The
-        folder is made if it is not there, and the paths of the files are returned. A FileExistsError is raised if a
-        file is there and is not to be overwritten, an OSError if one cannot be written.
+        Each file is written as a whole or not at all, the manifest last. The folder is made if it is not there. A
+        FileExistsError is raised if a file is there and is not to be overwritten, an OSError if one cannot be written.
         '''
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -287,7 +281,6 @@ class Explanation:
 
 
 def _shared_range(explanations, style):
-    '''End of the color range of several explanations.'''
     present = [each for each in explanations if each is not None]
     starts = {each.value for each in present}
     if len(starts) > 1:
@@ -305,18 +298,11 @@ def file_stem(name, method):
     return f'{name}_{re.sub("[^0-9A-Za-z_.=+-]+", "-", method.text)}'
 
 
-class Explanations(tuple):
+class Explanations(_Pictures, tuple):
     '''Several explanations, see :py:class:`Explanation`.'''
     def figure(self, **style):
         '''Draw a row for each image.'''
         return draw_table([[each] for each in self], KINDS, **style)
-
-    def show(self, **style):
-        '''Show the figure, in a notebook or the program for pictures.'''
-        _show(self.figure(**style))
-
-    def _repr_png_(self):
-        return _as_png(self.figure())
 
     def save(self, folder, overwrite=False, **style):
         '''Write the files of each, and return their paths.'''
@@ -345,24 +331,13 @@ class Style:
 def draw_table(rows, kinds=('heatmap',), scale='own', titles=None, **style):
     '''Draw photographs with explanations side by side, a row for each, with a legend, as an image of Pillow.
 
-    Parameters
-    ----------
-    rows: list[list[:py:class:`Explanation`]]
-        Explanations of a photograph in each row, by the same methods. None leaves a place empty.
-    kinds: sequence of str, optional
-        What to draw of each: ``'heatmap'``, ``'overlay'`` or both.
-    scale: str, optional
-        What has a color range of its own: each picture (``'own'``, default), each ``'method'``, or the figure
-        (``'all'``). One that is shared tells where there is more relevance.
-    titles: list[str], optional
-        Titles of the columns of each method. Default are the names of methods, which of a single one is in captions.
-    style:
-        See :py:class:`Explanation`.
+    Each row has explanations of a photograph by the same methods, where None leaves a place empty. Of each, ``kinds``
+    are drawn: ``'heatmap'``, ``'overlay'`` or both. The ``scale`` is what has a color range of its own: each picture
+    (``'own'``), each ``'method'``, or the figure (``'all'``). One that is shared tells where there is more relevance.
+    Titles are those of the columns of each method, by default their names, or that of a single one is in captions. For
+    the style, see :py:class:`Explanation`.
 
-    Raises
-    ------
-    ValueError
-        If there is nothing to draw, or an argument is out of range.
+    A ValueError is raised if there is nothing to draw, or an argument is out of range.
     '''
     found = Style(**style)
     known = [[each for each in row if each is not None] for row in rows]
@@ -417,24 +392,3 @@ def _as_json(value, **kwargs):
 def _encodable(text):
     '''Text in which bytes of file names that are no characters are escaped, also as JSON.'''
     return text.encode('utf-8', 'backslashreplace').decode()
-
-
-def _as_png(picture):
-    '''A picture as bytes of PNG.'''
-    file = io.BytesIO()
-    picture.save(file, 'PNG')
-    return file.getvalue()
-
-
-def _show(picture):
-    '''Show a picture in a notebook if this is one, and else in the program for pictures.'''
-    try:
-        from IPython import get_ipython
-        from IPython.display import display
-        is_notebook = get_ipython() is not None
-    except ImportError:
-        is_notebook = False
-    if is_notebook:
-        display(picture)
-    else:
-        picture.show()

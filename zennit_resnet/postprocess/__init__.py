@@ -23,14 +23,7 @@ from .heatmaps import (
     mask_cases,
     sum_channels,
 )
-from .regions import (
-    binarize,
-    component_of_maximum,
-    expand_heatmap,
-    largest_component,
-    largest_contour,
-    reduce_heatmap,
-)
+from .regions import binarize, component_of_maximum, expand_heatmap, largest_component, largest_contour, reduce_heatmap
 
 __all__ = [
     'Choice', 'EmptyMaskWarning', 'ablation', 'attention_errors', 'binarize', 'c1c', 'c3', 'component_of_maximum',

@@ -83,12 +83,11 @@ def heat_quantization(heatmap, levels=8, dims=2):
 
     With edges :math:`e_0 < ... < e_{n-1}` evenly spaced between the lowest and the highest value of the map, a value
     :math:`a` becomes :math:`e_k` where :math:`e_k \\le a < e_{k+1}`, so only the highest value itself keeps the last
-    edge. Quantizing a quantized map changes nothing, nor does quantizing a constant one.
+    edge. Quantizing a quantized map changes nothing, nor does quantizing a constant one. Relevance is not conserved,
+    and there are ties: pixels can no longer be ranked within a level.
 
-    Quantization does not conserve relevance, and creates ties: pixels can no longer be ranked within a level.
-
-    Each heatmap is quantized on its own, all slices of a volume to the same ``levels``: this number of edges (default
-    8, at least 2), of which the first is the lowest, and the last is the highest value.
+    Each heatmap is quantized on its own, all slices of a volume to the same ``levels``, the number of edges (at least
+    2).
     '''
     levels = index(levels)
     if levels < 2:
@@ -148,35 +147,26 @@ def c3(
     is that of :py:func:`c1c`, or is empty. That both differ in the paper's Table 2 has a reason which the paper does
     not state. There are two thresholds here to look for it.
 
+    Heatmaps are of shape (batch, height, width). Each is processed on its own. They are not modified.
+
     Parameters
     ----------
-    heatmap: :py:obj:`torch.Tensor`
-        Heatmaps of shape (batch, height, width). Each is processed on its own. They are not modified.
-    size: int or tuple[int, int], optional
-        Size to reduce heatmaps to, see :py:func:`~zennit_resnet.postprocess.reduce_heatmap`. Default is 28, as in the
-        paper.
-    threshold: str, float or callable, optional
-        What is above it may belong to the contour, see :py:func:`~zennit_resnet.postprocess.binarize`.
-    component_threshold: str, float or callable, optional
-        What is above it may belong to the component. Default is None, which is ``threshold``.
-    contour: str, optional
-        See :py:func:`~zennit_resnet.postprocess.largest_contour`.
-    connectivity, expand: optional
-        See :py:func:`~zennit_resnet.postprocess.largest_component` and
+    size, contour, connectivity, expand: optional
+        See :py:func:`~zennit_resnet.postprocess.reduce_heatmap`, :py:func:`~zennit_resnet.postprocess.largest_contour`,
+        :py:func:`~zennit_resnet.postprocess.largest_component` and
         :py:func:`~zennit_resnet.postprocess.expand_heatmap`.
+    threshold, component_threshold: str, float or callable, optional
+        What is above them may belong to the contour, and to the component (by default, if it is above ``threshold``),
+        see :py:func:`~zennit_resnet.postprocess.binarize`.
     outside: str, optional
         What values outside of what is kept become. With ``'zero'`` (default, Eq. (4)), pixels outside outrank negative
         relevance inside, if heatmaps are ranked afterwards. With ``'minimum'``, they become the lowest value of the
         reduced map, and no pixel outside outranks one inside.
     return_masks: bool, optional
-        Whether to return everything instead of the result alone. Default is False.
+        Whether to return a :py:obj:`Choice`, with all masks and flags, instead of the result alone.
 
-    Returns
-    -------
-    :py:obj:`torch.Tensor` or :py:obj:`Choice`
-        Heatmaps of shape (batch, height, width), or these with all masks and flags. A map of which nothing is left,
-        because the masks have no pixel in common or nothing is above a threshold, is zero everywhere (or the lowest
-        value), and an :py:obj:`EmptyMaskWarning` says so, unless ``return_masks``.
+    A map of which nothing is left, because the masks have no pixel in common or nothing is above a threshold, is zero
+    everywhere (or the lowest value), and an :py:obj:`EmptyMaskWarning` says so, unless ``return_masks``.
     '''
     reduced = reduce_heatmap(to_double(heatmap), size)
     contour = largest_contour(binarize(reduced, threshold), contour)
@@ -210,10 +200,10 @@ def _keep(heatmap, reduced, contour, component, expand, outside, return_masks):
 def mask_cases(contour, component):
     '''Find out how often the two masks of :py:func:`c3` agree, of shape (batch, height, width).
 
-    The result is a dict of the fraction of the batch in each of these cases, of which exactly one holds for each pair
-    of masks: ``'coincide'`` if they are equal, ``'contained'`` if the component is a proper part of the contour's
-    interior, ``'overlap'`` if they have pixels in common, and the component others as well, ``'disjoint'`` if they have
-    none in common, and ``'blank'`` if one has no pixels at all. In the last two cases, the result of C³ is empty.
+    The result is a dict of the fraction of the batch in each of these cases: ``'coincide'`` if masks are equal,
+    ``'contained'`` if the component is a proper part of the contour's interior, ``'overlap'`` if they have pixels in
+    common, and the component others as well, ``'disjoint'`` if they have none in common, and ``'blank'`` if one has no
+    pixels at all. In the last two cases, the result of C³ is empty.
     '''
     if contour.shape != component.shape or contour.ndim != 3 or len(contour) == 0:
         raise ValueError(
@@ -255,12 +245,11 @@ def attention_errors(heatmap, mask, threshold='mean', coverage=0.5, precision=0.
     '''Tell the types of errors of explanations apart, given where the object is, as :py:class:`AttentionErrors`.
 
     The slides of Doublet et al. 2024 name three, which were counted by eye and without thresholds. Those here are ours:
-    what is above a threshold of the heatmap is attended. With enough of the object attended (coverage), and enough of
-    what is attended on the object (precision), it is correct; with too little coverage insufficient, with too little
-    precision over, with too little of both wrong. Where nothing is attended at all, it is insufficient.
-
-    Heatmaps, for instance by :py:func:`c3`, and masks are of shape (batch, height, width). For the threshold, see
-    :py:func:`~zennit_resnet.postprocess.binarize`. Coverage and precision are shares that are enough.
+    what is above a threshold of the heatmap, see :py:func:`~zennit_resnet.postprocess.binarize`, is attended. With
+    enough of the object attended (coverage), and enough of what is attended on the object (precision), it is correct;
+    with too little coverage insufficient, with too little precision over, with too little of both wrong. Where nothing
+    is attended at all, it is insufficient. Coverage and precision are shares that are enough. Heatmaps, for instance by
+    :py:func:`c3`, and masks are of shape (batch, height, width).
     '''
     for name, value in (('coverage', coverage), ('precision', precision)):
         check_number(name, value, 0, 1)

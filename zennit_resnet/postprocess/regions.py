@@ -1,7 +1,4 @@
-'''Regions of heatmaps: the steps of the choice of contour and component, Doublet et al. 2024, Section 3.2.
-
-The paper leaves open how they are done. What they have in common is told in :py:mod:`zennit_resnet.postprocess`.
-'''
+'''Regions of heatmaps: the steps of the choice of contour and component, Doublet et al. 2024, Section 3.2.'''
 import math
 from operator import index
 

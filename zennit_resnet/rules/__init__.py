@@ -1,8 +1,4 @@
-'''Rules for residual networks, one module for each family of equations.
-
-All rules but :py:class:`BlockEpsilon` run in a single pass: the layer's own graph is replaced with a function whose
-backward *is* the rule, so nothing is computed that the rule does not need.
-'''
+'''Rules for residual networks, one module for each family of equations.'''
 from .attention import HalfEach, SoftmaxTaylor
 from .base import SinglePass
 from .block import BlockEpsilon, GradientTimesInput

@@ -307,11 +307,7 @@ def _num_spatial(module):
 
 
 def by_example(function, *tensors):
-    '''Apply a function which treats examples independently to one example after the other, where this is faster.
-
-    On CPU, intermediate results of large tensors do not fit into the cache, and their memory comes from the operating
-    system and goes back to it. Those of a single example are much smaller.
-    '''
+    '''Apply a function to one example after the other, which on CPU is faster if tensors do not fit into the cache.'''
     # tensors of fewer dimensions are broadcast along that of the examples
     first, lengths = tensors[0], {(elem.ndim, *elem.shape[:1]) for elem in tensors}
     if (first.device.type != 'cpu' or first.numel() < LARGE or len(lengths) > 1 or first.shape[:1].numel() < 2

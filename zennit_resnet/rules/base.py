@@ -2,6 +2,7 @@
 import copy
 import threading
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import torch
 from torch.utils.checkpoint import CheckpointError
@@ -118,18 +119,6 @@ def prepared_once(tensor):
             node.prepared = None
 
 
-class _Pending:
-    '''What is kept of a call of a layer while it runs.'''
-    def __init__(self, module, active):
-        self.module, self.active = module, active
-        self.versions = list(map(version_of, active))
-        self.stored = self.used = None
-
-    def finish(self):
-        if self.used is not None:
-            self.used.finish(self.module)
-
-
 class SinglePass(Described, Hook):
     '''Base class of rules that replace the gradient of a layer.
 
@@ -144,27 +133,21 @@ class SinglePass(Described, Hook):
 
     def __init__(self):
         super().__init__()
+        # what is kept of a call of a layer while it runs, by thread
         self._pending = {}
 
     def store(self, module, *inputs):
-        '''Choose what is kept for the backward pass: a tuple of tensors, and of settings that are no tensors.
-
-        Called before the layer runs, which may be in-place, with those of its inputs that carry relevance.
-        '''
+        '''Before the layer runs, choose a tuple of tensors and settings to keep of the inputs that carry relevance.'''
         return ()
 
     def complete(self, module, stored, output):
-        '''Choose what is kept once the output is known, which may change in place later. By default, what was stored.
-
-        Arguments are a copy of the layer, what :py:meth:`store` returned, and the output, which is none of the inputs.
-        '''
+        '''Choose what is kept, given the output, which is none of the inputs. By default, what was stored.'''
         return stored
 
     def prepare(self, module, stored, shape):
-        '''Compute what propagating any relevance of an output's shape has in common, see :py:func:`prepared_once`.
+        '''Compute what any relevance has in common, for :py:meth:`propagate`, see :py:func:`prepared_once`.
 
-        It is what :py:meth:`propagate` is given in the place of what was stored, which it is by default.
-        :py:meth:`propagate` does not change it, and then reads no weights of the layer.
+        It is given that in the place of what was stored, does not change it, and then reads no weights of the layer.
         '''
         return stored
 
@@ -198,7 +181,8 @@ class SinglePass(Described, Hook):
         pending = self._pending.pop(threading.get_ident(), None)
         if pending is not None:
             set_grad_enabled(True)
-            pending.finish()
+            if pending.used is not None:
+                pending.used.finish(pending.module)
 
     def register(self, module):
         '''Register this instance to a module, which must not have a rule of Zennit already (RuntimeError).'''
@@ -228,7 +212,9 @@ class SinglePass(Described, Hook):
             if not active or not self.active or not torch.is_grad_enabled():
                 return
             set_grad_enabled(False)
-            pending = self._pending[threading.get_ident()] = _Pending(module, active)
+            pending = self._pending[threading.get_ident()] = SimpleNamespace(
+                module=module, active=active, versions=list(map(version_of, active)), stored=None, used=None
+            )
             try:
                 if self.reads_layer:
                     pending.used = UsedModule(module)
@@ -244,7 +230,8 @@ class SinglePass(Described, Hook):
         active = pending.active
         with DisableTorchFunction():
             set_grad_enabled(True)
-            pending.finish()
+            if pending.used is not None:
+                pending.used.finish(module)
             if output is None:
                 # the layer raised
                 return None

@@ -145,10 +145,7 @@ class BlockEpsilon(Described, Hook):
         return share if self.epsilon and self.mode == 'sign' else share.masked_fill_(denominator == 0, 0.)
 
     def scale(self, gradient, output, denominator):
-        '''Multiply a gradient, relevance R divided by the output z', with the factor z' / stab(z') by which R changes.
-
-        The denominator is the output, without bias where Eq. (2) has it so.
-        '''
+        '''A gradient, R / z', times the factor z' / stab(z') by which R changes, where Eq. (2) has no bias.'''
         if callable(self.epsilon) or self.mode == 'plus' or not self.epsilon or denominator is not output:
             return self.divide(gradient * output, denominator)
         return by_example(self._scale, gradient, output)

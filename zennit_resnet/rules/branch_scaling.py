@@ -26,24 +26,14 @@ EXPONENT = 30
 def branch_factor(begin, end, normalization='signed', tolerance=TOLERANCE):
     '''Factor by which the contributions of a branch of a residual block are multiplied, Proposition 14 of R-LRP.
 
-    Parameters
-    ----------
-    begin, end: tuple of :py:obj:`torch.Tensor`
-        Sum and sum of magnitudes, of shape (batch,) each, of the branch's contributions at the block's begin, and of
-        those with which the branch started at the block's end.
-    normalization: str, optional
-        ``'signed'`` (default) for the ratio of the sums, which may be negative, ``'l1'`` for that of the sums of
-        magnitudes.
-    tolerance: float, optional
-        Sums smaller than this share of their magnitudes count as zero, and the ratio of the sums of magnitudes is used
-        in their place. Default is 1e-6, the resolution of sums in single precision.
+    ``begin`` and ``end`` are the sum and sum of magnitudes, of shape (batch,) each, of the branch's contributions at
+    the block's begin, and of those with which the branch started at the block's end. The factor is the ratio of the
+    sums, which may be negative, or with the normalization ``'l1'`` that of the sums of magnitudes. Sums smaller than
+    ``tolerance`` (by default 1e-6, the resolution of sums in single precision) times their magnitudes count as zero,
+    and the ratio of these is used in their place.
 
-    Returns
-    -------
-    tuple of :py:obj:`torch.Tensor`
-        The factor, zero for a branch without contributions, and where the sums were replaced, both of shape (batch,).
-
-    A ValueError is raised if ``normalization`` is unknown, or ``tolerance`` is negative or not finite.
+    Returns the factor, zero for a branch without contributions, and where the sums were replaced, both of shape
+    (batch,). A ValueError is raised if ``normalization`` is unknown, or ``tolerance`` is negative or not finite.
     '''
     check_choice('normalization', normalization, BRANCH_SUMS)
     check_number('tolerance', tolerance, 0)
@@ -77,10 +67,10 @@ class Contributions:
     Where paths of different lengths meet, their contributions are of different scale. As Proposition 14 has it for the
     branches of residual blocks, each path between two such places (a sum or concatenation at one end, a tensor with
     several uses at the other) is rescaled such that contributions have the same sum at both ends. Contributions of a
-    sum are divided evenly among its addends, so what all paths have in total is the same everywhere. (In the
-    proposition, each branch begins with all of it: a factor of two for each block, which is the same for all inputs.
-    Divided, it also holds for branches which have branches themselves.) A path that changes nothing, such as an
-    identity skip connection, remains as it is.
+    sum are divided evenly among its addends, so what all paths have in total is the same everywhere, also for branches
+    which have branches themselves. (In the proposition, each branch begins with all of it: a factor of two for each
+    block, which is the same for all inputs.) A path that changes nothing, such as an identity skip connection, remains
+    as it is.
 
     For ``normalization``, see :py:func:`branch_factor`.
     '''
@@ -107,13 +97,12 @@ class Contributions:
         '''Number of branches for which :py:func:`branch_factor` replaced the sums, (batch,).'''
         return sum((elem.cpu() for elem in self.replaced.values()), torch.zeros(self.batch_size, dtype=torch.long))
 
-    # -- the graph -----------------------------------------------------------------------------------------------------
-
     def watch(self, outputs, inputs, rules):
-        '''Add hooks to the graph of a forward pass, between outputs of shape (batch, ...) and inputs, at which to stop.
+        '''Add hooks to the graph of a forward pass, unless other rules for layers took the place of the given ones
+        (False).
 
-        Returns whether there is anything to follow: not if other rules for layers took the place of the given ones. A
-        TypeError is raised if the network runs in float16.
+        Outputs are of shape (batch, ...), inputs are where to stop. A TypeError is raised if the network runs in
+        float16.
         '''
         roots = [elem.grad_fn for elem in outputs if elem.grad_fn is not None]
         self.batch_size = len(outputs[0]) if outputs else 0
@@ -185,7 +174,8 @@ class Contributions:
                 if path.is_changed and not is_bottleneck:
                     compared[node] = path.begin
                 joins[node] = path.state, {index: _Path(next(states)) for index, _ in parents[node]}
-            path.is_changed = path.is_changed or not _is_identity(node)
+            is_identity = isinstance(rule_of(node), (PassThrough, SignalTakesAll)) or is_move(node)
+            path.is_changed = path.is_changed or not is_identity
             for index, parent in parents[node]:
                 arrivals[parent].append((node, index, joins[node][1][index] if node in joins else path))
                 pending[parent] -= 1
@@ -211,8 +201,6 @@ class Contributions:
         self.initial = dict(self.exponents)
         return True
 
-    # -- hooks ---------------------------------------------------------------------------------------------------------
-
     def _start(self, grad_outputs):
         '''Forget an earlier backward pass through the same graph.'''
         if self.current != backward_pass():
@@ -232,9 +220,7 @@ class Contributions:
         (total, magnitude), exponents, factor = self._sum(grad_outputs), self._exponents(state), None
         if compared in self.sums:
             # in a branch of an outer block, they have the sum with which that began
-            factor, self.replaced[compared] = branch_factor(
-                (total, magnitude), self.sums[compared], self.normalization
-            )
+            factor, self.replaced[compared] = branch_factor((total, magnitude), self.sums[compared], self.normalization)
             exponents, total, magnitude = self._exponents(compared), total * factor, magnitude * factor.abs()
         size = sum(elem.numel() for elem in grad_outputs if elem is not None) / self.batch_size
         exponent = _excess(magnitude / max(size, 1))
@@ -337,8 +323,3 @@ def _excess(magnitude):
     exponent = torch.where((exponent.abs() > EXPONENT) & (magnitude > 0) & magnitude.isfinite(), exponent, 0.)
     # waiting for another device to know whether there is takes longer than doing nothing
     return None if has_values(exponent) and not bool(exponent.any()) else exponent
-
-
-def _is_identity(node):
-    rule = rule_of(node)
-    return isinstance(rule, (PassThrough, SignalTakesAll)) or is_move(node)

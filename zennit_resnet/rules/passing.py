@@ -94,10 +94,7 @@ class Refill(SinglePass):
 
 
 class Proportional(SinglePass):
-    '''Elements receive relevance in proportion to what they add to a norm, a deviation, ...: R' = R a_i / sum_k a_k.
-
-    If no element adds anything, all receive equal parts.
-    '''
+    '''Elements receive R' = R a_i / sum_k a_k by what they add to a norm, a deviation, ..., equal parts for 0.'''
     def store(self, module, *inputs):
         input, = inputs
         return (input,)

@@ -112,10 +112,7 @@ class Relative(SinglePass):
 
 
 class RelativeMaxPool(Relative):
-    '''Relative contributions of the inputs of a max pooling, Proposition 13, see :py:class:`Relative`.
-
-    It is a layer with weights that are one for every maximum of a window, including ties, and zero otherwise.
-    '''
+    '''As :py:class:`Relative` for a max pooling, Proposition 13, with weights of one for maxima, including ties.'''
     @staticmethod
     def _transposed(module, input, relevance):
         if getattr(module, 'kernel_size', None) is not None:

@@ -8,18 +8,11 @@ from .base import SinglePass
 
 
 class Split(SinglePass):
-    '''Base class of rules which split relevance at an addition, such as the end of a residual block.
-
-    Relevance R of the sum is divided into one part for each addend. The parts sum to R element by element, Eq. (4).
-    '''
+    '''Base class of rules that split relevance at an addition into parts with this sum, element by element, Eq. (4).'''
     reads_layer = False
 
     def shares(self, *addends):
-        '''Compute the share of each addend but the last, which receives what the others leave.
-
-        Shares are tensors or numbers between 0 and 1, which can be broadcast to the shape of the sum, as the addends
-        can.
-        '''
+        '''Shares of all addends but the last, which receives what they leave: numbers or tensors to be broadcast.'''
         raise NotImplementedError()
 
     def split(self, relevance, *addends):
@@ -47,10 +40,7 @@ class Split(SinglePass):
 
 
 class RatioSplit(Split):
-    '''Ratio-based relevance splitting, Eqs. (6) and (7): each addend h_i receives ``R |h_i| / sum_k |h_k|``.
-
-    Where all addends are zero, they receive equal parts.
-    '''
+    '''Ratio-based splitting, Eqs. (6) and (7): h_i receives ``R |h_i| / sum_k |h_k|``, equal parts if all are zero.'''
     def shares(self, *addends):
         addends = [elem if elem.dtype == torch.float64 else elem.float() for elem in addends]
         return [by_example(self._share, addends[num], *addends[:num], *addends[num + 1:])

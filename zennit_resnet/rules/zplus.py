@@ -232,7 +232,10 @@ class ZPlus(SinglePass):
             lower = lower.unflatten(1, (-1, input.shape[1])).sum(1)
         if dead is not None:
             lower += self._spread(module, input, relevance * dead)
-        return (self._smooth_lower(module, lower) if stored.is_smooth else lower,)
+        # below overlapping windows with a stride
+        is_smooth = stored.is_smooth and self.coverage == 'even'
+        stride = maps.overlapping_stride(module, lower.ndim - 2) if is_smooth else None
+        return (lower if stride is None else maps.smooth(lower, stride),)
 
     def _positive(self, module, input, output):
         '''Sums of the positive contributions (w h)+ = (|w h| + w h) / 2, None if these would not be exact.'''
@@ -303,22 +306,6 @@ class ZPlus(SinglePass):
 
     def _contributions(self, module, input, variant, is_negative):
         '''Pairs of inputs and weights (None for poolings) of which the products are the contributions.'''
-        pairs = [
-            (elem, self._part(module, input, part)) for elem, part in self._pairs(module, input, variant, is_negative)
-        ]
-        if not isinstance(module, Convolution):
-            return pairs
-        if self.coverage == 'even':
-            # each pair by itself, so that a sample does not depend on whether others in its batch have negative values
-            pairs = [(elem, maps.even_weight(module, weight)) for elem, weight in pairs]
-        if len(pairs) > 1 and is_plain_convolution(module) and module.groups == 1:
-            # a single convolution of more channels is faster than one after the other
-            inputs, weights = zip(*pairs)
-            pairs = [(torch.cat(inputs, 1), torch.cat(weights, 1))]
-        return pairs
-
-    def _pairs(self, module, input, variant, is_negative):
-        '''Pairs of inputs and the parts of the weight, as functions of it, that they are multiplied with.'''
         positive, negative = functools.partial(torch.clamp, min=0), functools.partial(torch.clamp, max=0)
         if variant == 'zplus' and is_negative:
             pairs = [(input.clamp(min=0), positive), (input.clamp(max=0), negative)]
@@ -331,7 +318,18 @@ class ZPlus(SinglePass):
             part = {'ones': positive, 'wsquare': torch.square, 'flat': torch.ones_like}[variant]
             pairs = [(torch.ones_like(input), part)]
         # poolings have no negative weights
-        return pairs if isinstance(module, (Convolution, torch.nn.Linear, Signed)) else pairs[:1]
+        pairs = pairs if isinstance(module, (Convolution, torch.nn.Linear, Signed)) else pairs[:1]
+        pairs = [(elem, self._part(module, input, part)) for elem, part in pairs]
+        if not isinstance(module, Convolution):
+            return pairs
+        if self.coverage == 'even':
+            # each pair by itself, so that a sample does not depend on whether others in its batch have negative values
+            pairs = [(elem, maps.even_weight(module, weight)) for elem, weight in pairs]
+        if len(pairs) > 1 and is_plain_convolution(module) and module.groups == 1:
+            # a single convolution of more channels is faster than one after the other
+            inputs, weights = zip(*pairs)
+            pairs = [(torch.cat(inputs, 1), torch.cat(weights, 1))]
+        return pairs
 
     def _bound(self, name, module, input):
         dim = 1
@@ -403,11 +401,6 @@ class ZPlus(SinglePass):
                 lower = lower + share_evenly(lost, torch.ones_like(input), getattr(module, 'examples', None))
         return lower
 
-    def _smooth_lower(self, module, relevance):
-        '''Smooth the relevance of the input of overlapping windows with a stride.'''
-        stride = maps.overlapping_stride(module, relevance.ndim - 2) if self.coverage == 'even' else None
-        return relevance if stride is None else maps.smooth(relevance, stride)
-
 
 class Output(NamedTuple):
     '''Output of a fully connected layer or convolution, with its version and the weight that the layer had.'''
@@ -428,11 +421,7 @@ class Output(NamedTuple):
         return self._replace(values=values, version=version_of(values))
 
     def is_of(self, module, input):
-        '''Whether it is what the weight makes of the input.
-
-        Otherwise, normalization was folded into the weight, relevance is of another type, or the network has changed
-        the output.
-        '''
+        '''Whether it is what the weight makes of the input, and neither folded, of another type, nor changed since.'''
         is_current = module.weight is self.weight and version_of(self.values) == self.version
         return is_current and module.weight.dtype == self.values.dtype == input.dtype
 
@@ -458,7 +447,6 @@ class Rows:
 
 
 def is_fully_connected(module):
-    '''Whether a module is a product with a matrix.'''
     return isinstance(module, torch.nn.Linear) and not isinstance(module, Signed)
 
 
