@@ -36,11 +36,19 @@ def check_key(key):
 
 
 def select_output(output, key=None, remedy='SelectOutput(model, {}) in place of the model'):
-    '''Pick the tensor to explain from what a network returns, a dict, tuple, dataclass or any object with attributes.
+    '''Pick the tensor to explain from what a network returns.
 
-    It is picked by a key, index or name, or a function ``(output) -> tensor``. Without, the output has to be a tensor.
-    What to do if it is none is the remedy, a format string for the key and ``access`` to it. A TypeError, which names
-    the keys that there are, is raised for what is no tensor, and a ValueError if there is no such key.
+    Parameters
+    ----------
+    output: object
+        A tensor, or a dict, tuple, list, namedtuple, dataclass, ``ModelOutput`` or any object with attributes.
+    key: str, int or callable, optional
+        The key, index or name of the tensor unless the output is one, or a function ``(output) -> tensor``.
+    remedy: str, optional
+        What to do if there is no key, for the message: a format string for the key and ``access`` to it.
+
+    A TypeError, which names the keys that there are, is raised if it is no tensor, and a ValueError if there is no such
+    key.
     '''
     parts = {} if isinstance(output, torch.Tensor) else parts_of(output)
     names = ', '.join(map(repr, parts))
@@ -125,8 +133,7 @@ def initial_relevance(target, value=None, output=None, contrast=None, contrast_w
 
     Relevance starts at class k with c_k v_k: a weight times a value. Without a contrast, the weight is one for the
     target and zero for all others. With one, it is negative for rivals, and all weights sum to zero (unless
-    ``contrast_weight`` is another). The function maps outputs of shape (batch, classes), (batch,), or of any shape if
-    the target is a function, to the same shape.
+    ``contrast_weight`` is another).
 
     Parameters
     ----------
@@ -139,8 +146,8 @@ def initial_relevance(target, value=None, output=None, contrast=None, contrast_w
         ``'logit'`` (default) for the output y_k of a class, ``'softmax'`` for its probability, ``'one'`` for one. The
         default for a contrast or function is what the rule of the last layer needs, see ``contrast``.
     output: str, int or callable, optional
-        Which of several outputs of the network to explain, see :py:func:`select_output`. Zennit's attributors, which
-        take gradients of all outputs, need :py:class:`SelectOutput` ``(model, output)`` as a network instead.
+        Which of several outputs of the network to explain, see :py:func:`select_output`. Not for Zennit's attributors,
+        which take gradients of all outputs: give them :py:class:`SelectOutput` ``(model, output)`` as a network.
     contrast: str, int, sequence of int or :py:obj:`torch.Tensor`, optional
         Why the target and not something else: what the weight -1 is shared among. ``'centred'`` all other classes
         evenly, -1 / (K - 1); ``'softmax'`` all others by their probabilities, -p_k / (1 - p_target), which is SGLRP
@@ -155,11 +162,22 @@ def initial_relevance(target, value=None, output=None, contrast=None, contrast_w
         How much rivals count: their weights sum to minus this. Below one, what the target has in common with them is
         not taken away completely, as in FinerCAM (Zhang et al. 2025).
 
-    A ValueError is raised if an argument is not one of its choices, there is a contrast for a function, which has its
-    own, or a weight without a contrast or that is not positive, and a TypeError if one is of another type. The function
-    raises a ValueError for another number of targets than examples, a contrast of a single class, a softmax of
-    probabilities, or if it is not known what to start from, an IndexError for a class outside the classes, and a
-    TypeError, which names the outputs that there are, for what is no tensor.
+    Returns
+    -------
+    callable
+        A function ``(output: (batch, classes)) -> (batch, classes)``, or ``(batch,) -> (batch,)`` for a single output,
+        or of any other shape if the target is a function. It raises a ValueError for another number of targets than
+        examples, a contrast of a single class, a softmax of probabilities, or if it is not known what to start from, an
+        IndexError for a class outside the classes, and a TypeError, which names the outputs that there are, for what is
+        no tensor.
+
+    Raises
+    ------
+    ValueError
+        If ``value`` or ``contrast`` is unknown, there is a contrast for a function, which has its own, or a weight
+        without a contrast or that is not positive.
+    TypeError
+        If ``target`` or ``contrast`` is not made of integers, or ``output`` is none of the above.
     '''
     check_choice('value', value, (None, *VALUES))
     check_key(output)

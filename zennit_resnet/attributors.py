@@ -10,10 +10,16 @@ from .rules.base import prepared_once
 class ManyTargets(Gradient):
     '''Attributor for several questions about the same input: one forward pass, and a backward pass for each.
 
-    The relevance is that of :py:class:`zennit.attribution.Gradient` for one question after the other, as are the
-    arguments. Rules of this package compute what has nothing to do with the question, such as the denominators of z+,
-    once for all. The network has to return a tensor, see :py:class:`~zennit_resnet.attribution.SelectOutput`. The
-    questions may be given here, as ``attr_output``, or in the call.
+    The relevance is that of :py:class:`zennit.attribution.Gradient` for one question after the other. Rules of this
+    package compute what has nothing to do with the question, such as the denominators of z+, once for all.
+
+    Parameters
+    ----------
+    model, composite, create_graph, retain_graph: optional
+        As of :py:class:`zennit.attribution.Gradient`. The network has to return a tensor, see
+        :py:class:`~zennit_resnet.attribution.SelectOutput`. The graph is retained between the questions in any case.
+    attr_output: sequence or callable, optional
+        The questions, unless they are given in the call.
 
     Examples
     --------

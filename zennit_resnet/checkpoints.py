@@ -16,12 +16,25 @@ WRAPPERS = ('state_dict', 'model_state_dict', 'model', 'module', 'net', 'network
 
 
 def read_state(path):
-    '''Read a state dict from a file of :py:obj:`torch.save` or, with the suffix ``.safetensors``, of safetensors.
+    '''Read a state dict.
 
-    It may also be the entry ``'state_dict'``, ``'model_state_dict'`` or ``'model'`` of what is in the file. Returns
-    parameters and buffers of any precision on the CPU, by name without the prefix of :py:obj:`torch.nn.DataParallel`,
-    and a list of the names of classes, or None unless the metadata of safetensors has them. A ValueError is raised if
-    there is no such file, or it is not a state dict of dense tensors that can be loaded safely.
+    Parameters
+    ----------
+    path: str or :py:obj:`pathlib.Path`
+        A file of :py:obj:`torch.save` or, with the suffix ``.safetensors``, of safetensors. The state dict may also be
+        the entry ``'state_dict'``, ``'model_state_dict'`` or ``'model'`` of what is in the file.
+
+    Returns
+    -------
+    state: dict[str, :py:obj:`torch.Tensor`]
+        Parameters and buffers of any precision on the CPU. The prefix of :py:obj:`torch.nn.DataParallel` is removed.
+    classes: list[str] or None
+        Names of the classes, if the metadata of safetensors has them.
+
+    Raises
+    ------
+    ValueError
+        If there is no such file, or it is not a state dict of dense tensors that can be loaded safely.
     '''
     path = Path(path)
     if not os.path.isfile(path):

@@ -196,11 +196,17 @@ class SplittingComposite(_Transaction, Composite):
 
 
 def with_splitting(composite, rule=None):
-    '''Add relevance splitting to any composite, such as Zennit's ``EpsilonPlusFlat``, which is not changed.
+    '''Add relevance splitting to any composite, such as Zennit's ``EpsilonPlusFlat``.
 
-    If Zennit's ``ResNetCanonizer`` is among its canonizers, it is replaced by
-    ``ResidualCanonizer(batch_norm='merge')``. The rule for additions is :py:class:`~zennit_resnet.rules.RatioSplit` by
-    default. A TypeError is raised if the composite is none (but for instance the class of one), or the rule is not a
+    Parameters
+    ----------
+    composite: :py:obj:`zennit.core.Composite`
+        The composite, which is not changed. If Zennit's ``ResNetCanonizer`` is among its canonizers, it is replaced by
+        ``ResidualCanonizer(batch_norm='merge')``.
+    rule: :py:obj:`zennit_resnet.rules.Split`, optional
+        The rule for additions, :py:class:`~zennit_resnet.rules.RatioSplit` by default.
+
+    A TypeError is raised if ``composite`` is not a composite (but for instance the class of one), or ``rule`` is not a
     hook.
     '''
     return SplittingComposite(composite, rule)
@@ -212,13 +218,18 @@ class RelativeLRP(_LayerMap):
 
     Every layer multiplies with its input. Contributions are not conserved, and only their ratios within one example
     have a meaning: what is propagated is rescaled for each example, and in addition for each branch of a residual block
-    (Proposition 14), see :py:class:`~zennit_resnet.rules.Contributions`.
+    (Proposition 14), see :py:class:`~zennit_resnet.rules.Contributions`. If relevance starts from the logit of
+    the target, what is propagated to the input of a network without skip connections times exp(``log_scale``) is what
+    the equations say.
 
-    After a backward pass, ``log_scale`` is the natural logarithm of the factor by which the input's contributions have
-    to be multiplied, of shape (batch,): if relevance starts from the logit of the target of a network without skip
-    connections, they then are what the equations say. In residual networks, blocks are not counted (a factor of two
-    each). ``num_replaced`` is the number of branches, of shape (batch,), whose contributions summed to zero up to
-    rounding, so that their sum of magnitudes was used.
+    Attributes
+    ----------
+    log_scale: :py:obj:`torch.Tensor`
+        Natural logarithm of the factor by which the input's contributions of the last backward pass have to be
+        multiplied, of shape (batch,). In residual networks, blocks are not counted (a factor of two each).
+    num_replaced: :py:obj:`torch.Tensor`
+        Number of branches, of shape (batch,), whose contributions summed to zero up to rounding in the last backward
+        pass, so that their sum of magnitudes was used.
 
     Parameters
     ----------

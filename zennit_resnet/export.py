@@ -32,31 +32,44 @@ def export(
     '''Write a file that maps an input and a target to logits and a heatmap.
 
     Inputs of the file are ``image``, of the shape (with its batch) and type of ``input``, and ``target`` of shape
-    (batch,) and type int64: the class to explain of each example, where a negative one is that which is predicted. Its
-    outputs are ``logits`` of shape (batch, classes), ``heatmap``, the sum over channels of shape (batch, height,
+    (batch,) and type int64: the class to explain of each example, where a negative one is that which is predicted.
+    Its outputs are ``logits`` of shape (batch, classes), ``heatmap``, the sum over channels of shape (batch, height,
     width), and with ``relevance=True`` the ``relevance`` of the input's shape.
 
     Parameters
     ----------
-    traced, input: :py:obj:`~zennit_resnet.tracing.TracedAttribution`, :py:obj:`torch.Tensor`
-        What :py:func:`~zennit_resnet.tracing.trace` returns, and an input of shape (batch, channels, ...).
+    traced: :py:obj:`~zennit_resnet.tracing.TracedAttribution`
+        What :py:func:`~zennit_resnet.tracing.trace` returns.
+    input: :py:obj:`torch.Tensor`
+        An input of the network, of shape (batch, channels, ...), in the shape of those that the file takes.
     path: str or :py:obj:`pathlib.Path`
         The file, of suffix ``.onnx`` or ``.pt2``, which :py:func:`torch.export.load` reads. The first needs the extra
-        ``export`` of this package, and PyTorch from 2.6. One that exists is only replaced with ``overwrite``.
+        ``export`` of this package, and PyTorch from 2.6.
     value, contrast, contrast_weight: optional
         What relevance starts from, see :py:func:`~zennit_resnet.attribution.initial_relevance`.
+    relevance, overwrite: bool, optional
+        Whether the relevance of each channel is an output, too, and whether to replace a file that exists.
     normalization: tuple[sequence of float, sequence of float], optional
         Mean and standard deviation of each channel, by which the file is to normalize images.
     metadata: dict, optional
         What else to write into the file's metadata, by key. What is no string is written as JSON.
 
-    Returns the metadata, a dict of str: ``properties.custom_metadata_map`` of ONNX Runtime, the extra file
-    ``metadata.json`` of ``.pt2``.
+    Returns
+    -------
+    dict[str, str]
+        The metadata: ``properties.custom_metadata_map`` of ONNX Runtime, the extra file ``metadata.json`` of ``.pt2``.
 
-    A TypeError is raised if an argument is of another type, a ValueError if one is not among its choices, the network's
-    output is not of shape (batch, classes) or (batch,), the file would be larger than ONNX can be, or an operation,
-    which is named, has no form in ONNX, an OSError if there is such a file already, or it cannot be written, and an
-    ImportError if packages are missing that ONNX needs.
+    Raises
+    ------
+    TypeError
+        If an argument is of another type.
+    ValueError
+        If an argument is not one of its choices, the network's output is not of shape (batch, classes) or (batch,), the
+        file would be larger than ONNX can be, or an operation has no form in ONNX. The message names it.
+    OSError
+        If there is such a file already, or it cannot be written.
+    ImportError
+        If packages are missing that ONNX needs.
 
     Examples
     --------

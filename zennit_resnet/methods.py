@@ -103,17 +103,24 @@ class Method:
         ``'+zennit'`` may be appended; to all, ``'+abs'`` for the magnitude of the sum over channels, and one of
         ``'+quantize'`` (also with a number of levels, as in ``'+quantize8'``), ``'+c1c'``, ``'+c3'`` and ``'+none'``
         for the post-processing of their heatmaps.
-    postprocess, levels: str, int, optional
-        Post-processing of a method to which none is appended, by default ``'none'``, and number of levels of
-        ``'quantize'`` without a number.
+    postprocess: str, optional
+        Post-processing of a method to which none is appended. Default is ``'none'``.
+    levels: int, optional
+        Number of levels of ``'quantize'`` without a number. Default is 8.
 
     Attributes
     ----------
-    text, name, attribution: str
-        The name with all that belongs to it, without options and suffixes, and without post-processing. Methods for
-        which the last is the same have their attributions in common.
+    text: str
+        The name with all that belongs to it.
+    name: str
+        The name without options and suffixes.
+    attribution: str
+        The name without post-processing. Methods for which it is the same have their attributions in common.
 
-    A ValueError, of a single line, is raised if there is no such method, or an option or suffix is not for it.
+    Raises
+    ------
+    ValueError
+        If there is no such method, or an option or suffix is not for it. The message is a single line.
     '''
     def __init__(self, text, postprocess='none', levels=LEVELS):
         self.text = text.strip()

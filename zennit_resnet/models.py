@@ -152,15 +152,15 @@ class Classifier(NamedTuple):
 
 
 def as_classifier(model, classes=None, mean=None, std=None, size=None, keep_aspect=False, transform=None):
-    '''Make a classifier of a network, in the mode of training or evaluation that the network is in.
+    '''Make a classifier of a network.
 
     Parameters
     ----------
     model: :py:obj:`torch.nn.Module`
         A network of images of shape (batch, 3, height, width). Its weights are not copied.
     classes: list[str] or path, optional
-        Names of the classes, see :py:func:`read_classes`. Default are ImageNet's names for 1000, and else numbers, once
-        the output is known.
+        Names of the classes, see :py:func:`read_classes`. Default are ImageNet's names for 1000, and else numbers,
+        once the output is known.
     mean, std: sequence of float, optional
         Mean and standard deviation of normalization, for RGB values from 0 to 1. Default are those of a network of
         timm's, and ImageNet's.
@@ -171,8 +171,15 @@ def as_classifier(model, classes=None, mean=None, std=None, size=None, keep_aspe
     transform: callable, optional
         Preprocessing in the place of the last two, see :py:class:`Classifier`.
 
-    A ValueError is raised if names of classes cannot be read, or mean and std are not made of three numbers, positive
-    ones for std.
+    Returns
+    -------
+    :py:class:`Classifier`
+        In the mode of training or evaluation that the network is in.
+
+    Raises
+    ------
+    ValueError
+        If names of classes cannot be read, or mean and std are not made of three numbers, positive ones for std.
     '''
     known = getattr(model, 'pretrained_cfg', None) or {}
     mean = known.get('mean', IMAGENET_MEAN) if mean is None else mean
@@ -243,7 +250,9 @@ def _list_classes(classes, source):
 
 
 def load_classifier(model=None, weights=None, size=None, classes=None, mean=None, std=None, keep_aspect=False):
-    '''Load a classifier, on the CPU. Without arguments, this is the ResNet-50 that comes with the project's examples.
+    '''Load a classifier.
+
+    Without arguments, this is the ResNet-50 that comes with the project's examples.
 
     Parameters
     ----------
@@ -260,7 +269,15 @@ def load_classifier(model=None, weights=None, size=None, classes=None, mean=None
         See :py:func:`as_classifier`. With ``keep_aspect``, weights of torchvision get the whole photograph, resized to
         the usual height or width, instead of a square cut out of it.
 
-    A ValueError, of a single line, is raised if anything about the arguments or the state dict does not fit.
+    Returns
+    -------
+    :py:obj:`Classifier`
+        The classifier on the CPU.
+
+    Raises
+    ------
+    ValueError
+        If anything about the arguments or the state dict does not fit. The message is a single line.
     '''
     names = list_models(module=torchvision.models)
     if model is not None and model not in names:

@@ -27,23 +27,33 @@ FEW = 2 ** 13
 def trace(model, composite, input, output=None, rule_dtype=None):
     '''Record the attribution of a composite as a graph of aten operations.
 
-    The network, in evaluation mode, is copied, and not changed. The attribution runs once for an input of shape (batch,
-    ...). Returns a :py:class:`TracedAttribution`, a module ``(input, initial_relevance) -> (output, relevance)``.
-
     Parameters
     ----------
-    model, composite, input: :py:obj:`torch.nn.Module`, :py:obj:`zennit.core.Composite`, :py:obj:`torch.Tensor`
-        The network, the composite, and an input of the network.
+    model: :py:obj:`torch.nn.Module`
+        The network, in evaluation mode. It is copied, and not changed.
+    composite: :py:obj:`zennit.core.Composite`
+        The composite.
+    input: :py:obj:`torch.Tensor`
+        An input of the network, of shape (batch, ...), for which the attribution runs once.
     output: str, int or callable, optional
-        Which of several outputs of the network to explain, see :py:func:`~zennit_resnet.attribution.select_output`.
+        Which of several outputs of the network to explain, see
+        :py:func:`~zennit_resnet.attribution.select_output`.
     rule_dtype: :py:obj:`torch.dtype`, optional
         With :py:obj:`torch.bfloat16`, convolutions of rules, i.e. all but those of the network itself, compute in it,
         which is faster on devices that have it. The output is the same, relevance has errors of about a thousandth.
 
-    A TypeError is raised if an argument is of another type, or the network reads values of what it computes from the
-    input, by which it may do something else for another input, or if its output for another input is not that of the
-    graph, and a ValueError, RuntimeError or UnsupportedOperation if ``rule_dtype`` is another type, the network is in
-    training mode, or one of its operations has no rule.
+    Returns
+    -------
+    :py:obj:`TracedAttribution`
+        A module ``(input, initial_relevance) -> (output, relevance)``.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of another type, or the network reads values of what it computes from the input, by which it
+        may do something else for another input, or if its output for another input is not that of the graph.
+    ValueError, RuntimeError, UnsupportedOperation
+        If ``rule_dtype`` is another type, the network is in training mode, or one of its operations has no rule.
 
     Examples
     --------

@@ -243,13 +243,17 @@ class Ledger:
 
 
 def conservation_ledger(model, input, composite=None, attr_output=None, target=None, value='logit'):
-    '''Follow relevance through a network, and find out where it is lost or gained, as a :py:obj:`Ledger`.
+    '''Follow relevance through a network, and find out where it is lost or gained.
 
-    The network, in evaluation mode, is run once forward and backward, as by Zennit's ``Gradient``, and left as it was
-    found. Rules give the same relevance as without a ledger. The input is of shape (batch, ...).
+    The network is run once forward and backward, as by Zennit's ``Gradient``, and left as it was found. Rules give the
+    same relevance as without a ledger.
 
     Parameters
     ----------
+    model: :py:obj:`torch.nn.Module`
+        The network in evaluation mode.
+    input: :py:obj:`torch.Tensor`
+        Input of shape (batch, ...).
     composite: :py:obj:`zennit.core.Composite`, optional
         Any composite, which remains registered if it is. Default is None for input times gradient.
     attr_output: :py:obj:`torch.Tensor` or callable, optional
@@ -258,10 +262,20 @@ def conservation_ledger(model, input, composite=None, attr_output=None, target=N
     target, value: optional
         In place of ``attr_output``, see :py:func:`~zennit_resnet.attribution.initial_relevance`.
 
-    A TypeError is raised if ``model``, ``input`` or ``composite`` is none, or the output is no tensor, a ValueError if
-    ``attr_output`` and ``target`` are both given, shapes of initial relevance, output and input do not fit, or the
-    output does not depend on the input, and a RuntimeError if batch normalization, dropout or stochastic depth is in
-    training mode.
+    Returns
+    -------
+    :py:obj:`Ledger`
+        What arrives at all layers, leaves them, and is lost in between.
+
+    Raises
+    ------
+    TypeError
+        If ``model``, ``input`` or ``composite`` is none, or the output is no tensor.
+    ValueError
+        If ``attr_output`` and ``target`` are both given, or shapes of initial relevance, output and input do not fit,
+        or if the output does not depend on the input.
+    RuntimeError
+        If batch normalization, dropout or stochastic depth is in training mode.
 
     Examples
     --------

@@ -22,8 +22,7 @@ def explain(
 ):
     '''Explain what a classifier sees in photographs.
 
-    The network is explained in evaluation mode, on its device, and left as it was. Returns an :py:class:`Explanation`
-    of a single image, and :py:class:`Explanations`, a tuple of them, for a list, folder or batch.
+    The network is explained in evaluation mode, on its device, and left as it was.
 
     Parameters
     ----------
@@ -44,9 +43,21 @@ def explain(
     batch_size: int, optional
         How many images are explained at once.
 
-    A ValueError is raised if an image cannot be read, its output or relevance is not finite, or an argument does not
-    fit, a TypeError if an argument is of another type, a FileNotFoundError if there is no such file, and an
-    UnsupportedOperation if the network does something that cannot be followed.
+    Returns
+    -------
+    :py:class:`Explanation` or :py:class:`Explanations`
+        One of a single image, and a tuple of them for a list, folder or batch.
+
+    Raises
+    ------
+    ValueError
+        If an image cannot be read, its output or relevance is not finite, or an argument does not fit.
+    TypeError
+        If an argument is of another type.
+    FileNotFoundError
+        If there is no such file.
+    UnsupportedOperation
+        If the network does something that cannot be followed.
 
     Examples
     --------

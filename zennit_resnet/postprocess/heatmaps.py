@@ -147,26 +147,35 @@ def c3(
     is that of :py:func:`c1c`, or is empty. That both differ in the paper's Table 2 has a reason which the paper does
     not state. There are two thresholds here to look for it.
 
-    Heatmaps are of shape (batch, height, width). Each is processed on its own. They are not modified.
-
     Parameters
     ----------
-    size, contour, connectivity, expand: optional
-        See :py:func:`~zennit_resnet.postprocess.reduce_heatmap`, :py:func:`~zennit_resnet.postprocess.largest_contour`,
-        :py:func:`~zennit_resnet.postprocess.largest_component` and
+    heatmap: :py:obj:`torch.Tensor`
+        Heatmaps of shape (batch, height, width). Each is processed on its own. They are not modified.
+    size: int or tuple[int, int], optional
+        Size to reduce heatmaps to, see :py:func:`~zennit_resnet.postprocess.reduce_heatmap`. Default is 28, as in the
+        paper.
+    threshold: str, float or callable, optional
+        What is above it may belong to the contour, see :py:func:`~zennit_resnet.postprocess.binarize`.
+    component_threshold: str, float or callable, optional
+        What is above it may belong to the component. Default is None, which is ``threshold``.
+    contour: str, optional
+        See :py:func:`~zennit_resnet.postprocess.largest_contour`.
+    connectivity, expand: optional
+        See :py:func:`~zennit_resnet.postprocess.largest_component` and
         :py:func:`~zennit_resnet.postprocess.expand_heatmap`.
-    threshold, component_threshold: str, float or callable, optional
-        What is above them may belong to the contour, and to the component (by default, if it is above ``threshold``),
-        see :py:func:`~zennit_resnet.postprocess.binarize`.
     outside: str, optional
         What values outside of what is kept become. With ``'zero'`` (default, Eq. (4)), pixels outside outrank negative
         relevance inside, if heatmaps are ranked afterwards. With ``'minimum'``, they become the lowest value of the
         reduced map, and no pixel outside outranks one inside.
     return_masks: bool, optional
-        Whether to return a :py:obj:`Choice`, with all masks and flags, instead of the result alone.
+        Whether to return everything instead of the result alone. Default is False.
 
-    A map of which nothing is left, because the masks have no pixel in common or nothing is above a threshold, is zero
-    everywhere (or the lowest value), and an :py:obj:`EmptyMaskWarning` says so, unless ``return_masks``.
+    Returns
+    -------
+    :py:obj:`torch.Tensor` or :py:obj:`Choice`
+        Heatmaps of shape (batch, height, width), or these with all masks and flags. A map of which nothing is left,
+        because the masks have no pixel in common or nothing is above a threshold, is zero everywhere (or the lowest
+        value), and an :py:obj:`EmptyMaskWarning` says so, unless ``return_masks``.
     '''
     reduced = reduce_heatmap(to_double(heatmap), size)
     contour = largest_contour(binarize(reduced, threshold), contour)

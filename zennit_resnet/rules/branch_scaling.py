@@ -26,14 +26,24 @@ EXPONENT = 30
 def branch_factor(begin, end, normalization='signed', tolerance=TOLERANCE):
     '''Factor by which the contributions of a branch of a residual block are multiplied, Proposition 14 of R-LRP.
 
-    ``begin`` and ``end`` are the sum and sum of magnitudes, of shape (batch,) each, of the branch's contributions at
-    the block's begin, and of those with which the branch started at the block's end. The factor is the ratio of the
-    sums, which may be negative, or with the normalization ``'l1'`` that of the sums of magnitudes. Sums smaller than
-    ``tolerance`` (by default 1e-6, the resolution of sums in single precision) times their magnitudes count as zero,
-    and the ratio of these is used in their place.
+    Parameters
+    ----------
+    begin, end: tuple of :py:obj:`torch.Tensor`
+        Sum and sum of magnitudes, of shape (batch,) each, of the branch's contributions at the block's begin, and of
+        those with which the branch started at the block's end.
+    normalization: str, optional
+        ``'signed'`` (default) for the ratio of the sums, which may be negative, ``'l1'`` for that of the sums of
+        magnitudes.
+    tolerance: float, optional
+        Sums smaller than this share of their magnitudes count as zero, and the ratio of the sums of magnitudes is used
+        in their place. Default is 1e-6, the resolution of sums in single precision.
 
-    Returns the factor, zero for a branch without contributions, and where the sums were replaced, both of shape
-    (batch,). A ValueError is raised if ``normalization`` is unknown, or ``tolerance`` is negative or not finite.
+    Returns
+    -------
+    tuple of :py:obj:`torch.Tensor`
+        The factor, zero for a branch without contributions, and where the sums were replaced, both of shape (batch,).
+
+    A ValueError is raised if ``normalization`` is unknown, or ``tolerance`` is negative or not finite.
     '''
     check_choice('normalization', normalization, BRANCH_SUMS)
     check_number('tolerance', tolerance, 0)
