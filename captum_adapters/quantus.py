@@ -81,6 +81,7 @@ def explain(
 
     Examples:
         >>> import numpy as np, torch
+        >>> from captum_adapters.quantus import explain
         >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 5))
         >>> images = np.random.default_rng(0).random((2, 3, 4, 4))
         >>> explain(net, images, np.array([1, 4]), "InputXGradient").shape

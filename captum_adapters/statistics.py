@@ -231,6 +231,7 @@ def bootstrap_interval(
             range.
 
     Examples:
+        >>> from captum_adapters.metrics import bootstrap_interval
         >>> interval = bootstrap_interval([0.1, 0.4, float("nan"), 0.2, 0.3])
         >>> round(float(interval.mean), 2), interval.num_nan
         (0.25, 1)
@@ -367,6 +368,7 @@ def compare(
             infinity, or an argument is unknown or out of range.
 
     Examples:
+        >>> from captum_adapters.metrics import compare
         >>> scores = {
         ...     "ratio": [0.9, 0.7, 0.8, 0.6, 0.9, 0.8],
         ...     "symmetric": [0.7, 0.6, 0.5, 0.5, 0.7, float("nan")],

@@ -28,5 +28,5 @@ def test_examples(name):
     last = name.rpartition('.')[2]
     if last in OPTIONAL:
         pytest.importorskip(OPTIONAL[last])
-    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    result = doctest.testmod(importlib.import_module(name), globs={}, optionflags=doctest.ELLIPSIS)
     assert result.failed == 0 and (result.attempted or name.endswith(WITHOUT))

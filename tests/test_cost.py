@@ -7,6 +7,8 @@ from zennit.attribution import Gradient
 
 from zennit_resnet import BlockLRP, RelativeLRP, ResNetLRP, initial_relevance
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize('name', ['resnet50', 'vgg16_bn'])
 def test_operations(name):

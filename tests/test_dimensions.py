@@ -8,6 +8,8 @@ from zennit.attribution import Gradient
 from zennit_resnet import BlockLRP, RelativeLRP, ResNetLRP, initial_relevance
 from zennit_resnet.conservation import conservation_ledger
 
+pytestmark = pytest.mark.once
+
 SIZES = {1: (21,), 2: (1, 21), 3: (1, 9, 11)}
 BOUNDS = {'first_layer': 'zbox', 'low': [0., -1.], 'high': [1., 2.]}
 COMPOSITES = {

@@ -1,6 +1,8 @@
 '''All code in the documentation runs, commands and links are right, and the reference is complete.'''
 import ast
+import doctest
 import importlib
+import pkgutil
 import re
 import shlex
 from contextlib import suppress
@@ -9,8 +11,11 @@ from pathlib import Path
 import click
 import pytest
 import torch
+import torchvision
+from torchvision.models.resnet import BasicBlock, ResNet
 from zennit.composites import COMPOSITES
 
+import zennit_resnet
 from zennit_resnet import ResNetLRP
 
 ROOT = Path(__file__).parent.parent
@@ -76,6 +81,9 @@ def test_block(block, tmp_path, monkeypatch):
     # blocks may write files, and register composites
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'examples').symlink_to(ROOT / 'examples')
+    if re.search(r'tracing import|traced=True', block):
+        # half of the blocks, as recording takes seconds for each
+        monkeypatch.setattr(torchvision.models, 'resnet18', lambda: ResNet(BasicBlock, [1, 1, 1, 1]))
     if 'InferenceSession(\'explain.onnx\'' in block:
         write_explanation(tmp_path / 'explain.onnx')
     import zennit_resnet.composites  # noqa: F401 (which registers its own)
@@ -199,3 +207,14 @@ def test_reference(name):
     missing = [key for key in public if key not in exported
                and not {name, getattr(getattr(module, key), '__module__', name)} & documented]
     assert missing == []
+
+
+@pytest.mark.parametrize('name', [
+    info.name for info in pkgutil.walk_packages(zennit_resnet.__path__, 'zennit_resnet.')
+    if not info.name.endswith('__main__')
+])
+def test_examples_of_docstrings(name):
+    '''Examples in docstrings run, and have the results that they show.'''
+    # as they are copied, without what the module imports
+    result = doctest.testmod(importlib.import_module(name), globs={}, optionflags=doctest.ELLIPSIS)
+    assert not result.failed

@@ -11,6 +11,8 @@ from zennit_resnet import BlockLRP, ManyTargets, RelativeLRP, ResNetLRP, SelectO
 from zennit_resnet.conservation import conservation_ledger
 from zennit_resnet.rules import SymmetricSplit, ZPlus
 
+pytestmark = pytest.mark.once
+
 CLASSES = 5
 COMPOSITES = {
     'ratio': ResNetLRP,

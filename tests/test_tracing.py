@@ -53,14 +53,17 @@ def network():
     return randomize(TinyResNet()).double().eval()
 
 
-@pytest.mark.parametrize('label', COMPOSITES)
-def test_other_inputs(label):
+@pytest.mark.parametrize('label, build', [
+    *((label, lambda: TinyResNet(5)) for label in COMPOSITES), ('ratio', UserNetwork), ('relative', UserNetwork),
+])
+def test_other_inputs(label, build):
     '''What was traced with one input is right for others: with other signs, with dead units, and with zeros only.'''
     torch.manual_seed(1)
-    model, composite = prepare(UserNetwork()), COMPOSITES[label]
+    model, composite = prepare(build()), COMPOSITES[label]
+    layer = model.block.conv1 if isinstance(model, TinyResNet) else model.branches[0]
     with torch.no_grad():
         # no input makes these units positive, so all of their contributions are negative
-        model.branches[0].weight[:3] = -model.branches[0].weight[:3].abs()
+        layer.weight[:3] = -layer.weight[:3].abs()
     traced = trace(model, composite(), torch.rand(2, 3, 16, 16).double())
     start = torch.rand(2, 5).double()
     for input in (torch.randn(2, 3, 16, 16).double(), -torch.rand(2, 3, 16, 16).double()):

@@ -104,8 +104,10 @@ class SelectOutput(torch.nn.Module):
 
     Examples
     --------
+    >>> import torch
     >>> from zennit.attribution import Gradient
     >>> from zennit_resnet import ResNetLRP, initial_relevance
+    >>> from zennit_resnet.attribution import SelectOutput
     >>> class Network(torch.nn.Linear):
     ...     def forward(self, input):
     ...         return {'logits': super().forward(input)}

@@ -23,8 +23,10 @@ class ManyTargets(Gradient):
 
     Examples
     --------
-    >>> from zennit_resnet import ResNetLRP, initial_relevance
+    >>> import torch
     >>> from torchvision.models import resnet18
+    >>> from zennit_resnet import ResNetLRP, initial_relevance
+    >>> from zennit_resnet.attributors import ManyTargets
     >>> with ManyTargets(resnet18().eval(), ResNetLRP()) as attributor:
     ...     output, relevance = attributor(torch.rand(2, 3, 32, 32), [initial_relevance(k) for k in (3, 5, [3, 5])])
     >>> relevance.shape

@@ -73,14 +73,16 @@ def export(
 
     Examples
     --------
-    >>> from torchvision.models import resnet18
+    >>> import tempfile
+    >>> import torch
     >>> from zennit_resnet import ResNetLRP
+    >>> from zennit_resnet.export import export, run_file
     >>> from zennit_resnet.tracing import trace
-    >>> image = torch.rand(1, 3, 32, 32)
-    >>> explain = trace(resnet18(num_classes=10).eval(), ResNetLRP(), image)
-    >>> folder = tempfile.TemporaryDirectory()
-    >>> _ = export(explain, image, f'{folder.name}/explain.pt2')
-    >>> outputs = run_file(f'{folder.name}/explain.pt2', image, torch.tensor([3]))
+    >>> layers = torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+    >>> model, image = torch.nn.Sequential(*layers, torch.nn.Linear(8, 10)).eval(), torch.rand(1, 3, 32, 32)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     metadata = export(trace(model, ResNetLRP(), image), image, f'{folder}/explain.pt2')
+    ...     outputs = run_file(f'{folder}/explain.pt2', image, torch.tensor([3]))
     >>> outputs['heatmap'].shape
     (1, 32, 32)
     '''

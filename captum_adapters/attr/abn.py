@@ -183,6 +183,7 @@ class ABN(Attribution):
     Examples:
         >>> import torch
         >>> from torchvision.models import resnet18
+        >>> from captum_adapters.attr.abn import ABN, AttentionBranchNetwork
         >>> net = AttentionBranchNetwork(resnet18(num_classes=5)).eval()
         >>> ABN(net).attribute(torch.rand(2, 3, 64, 64)).shape
         torch.Size([2, 3, 64, 64])

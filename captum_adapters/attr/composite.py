@@ -114,6 +114,7 @@ class CompositeAttribution(GradientAttribution):
         >>> from torchvision.models import resnet18
         >>> from zennit.composites import EpsilonPlus
         >>> from zennit_resnet import with_splitting
+        >>> from captum_adapters.attr import CompositeAttribution
         >>> net, images = resnet18().eval(), torch.rand(2, 3, 32, 32)
         >>> lrp = CompositeAttribution(net, with_splitting(EpsilonPlus()))
         >>> attributions = lrp.attribute(images, target=[3, 7])

@@ -63,6 +63,7 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
     Examples:
         >>> import torch
         >>> from torchvision.models import resnet18
+        >>> from captum_adapters.attr import LayerRelevance
         >>> net, images = resnet18().eval(), torch.rand(2, 3, 64, 64)
         >>> method = LayerRelevance(net, [net.layer1, "layer3.0.addition"])
         >>> first, third = method.attribute(images, target=3)

@@ -38,6 +38,7 @@ class ResNetLRP(CompositeAttribution):
     Examples:
         >>> import torch
         >>> from torchvision.models import resnet18
+        >>> from captum_adapters.attr import ResNetLRP
         >>> net, images = resnet18().eval(), torch.rand(2, 3, 32, 32)
         >>> lrp = ResNetLRP(net, splitting="symmetric", initial_relevance="softmax")
         >>> attributions = lrp.attribute(images, target=3)

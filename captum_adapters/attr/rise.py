@@ -58,6 +58,7 @@ class RISE(PerturbationAttribution):
 
     Examples:
         >>> import torch
+        >>> from captum_adapters.attr import RISE
         >>> # the score is the brightness of the right half
         >>> rise = RISE(lambda images: images[..., 4:].sum((1, 2, 3)))
         >>> image = torch.ones(1, 3, 8, 8)

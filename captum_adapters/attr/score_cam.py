@@ -52,6 +52,7 @@ class ScoreCAM(LayerAttribution):
 
     Examples:
         >>> import torch
+        >>> from captum_adapters.attr import ScoreCAM
         >>> net = torch.nn.Sequential(
         ...     torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.ReLU(),
         ...     torch.nn.Flatten(), torch.nn.Linear(72, 5))

@@ -177,6 +177,7 @@ def top_fraction(scores: Tensor, percent: Percent) -> Tensor:
 
     Examples:
         >>> import torch
+        >>> from captum_adapters.metrics import top_fraction
         >>> top_fraction(torch.tensor([[[1.0, 2.0], [1.0, 3.0]]]), 75)
         tensor([[[ True,  True],
                  [False,  True]]])

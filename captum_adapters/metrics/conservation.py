@@ -44,6 +44,7 @@ def conservation_gap(
 
     Examples:
         >>> import torch
+        >>> from captum_adapters.metrics import conservation_gap
         >>> attributions = torch.tensor([[1.0, 2.0], [1.0, -3.0]])
         >>> conservation_gap(attributions, torch.tensor([3.0, -1.0])).tolist()
         [0.0, -1.0]

@@ -193,6 +193,7 @@ def insertion_deletion(
 
     Examples:
         >>> import torch
+        >>> from captum_adapters.metrics import insertion_deletion
         >>> images = torch.tensor([4.0, 3.0, 2.0, 1.0]).view(1, 1, 2, 2)
         >>> result = insertion_deletion(lambda x: x.mean((1, 2, 3)), images, images)
         >>> result.insertion_curve

@@ -147,6 +147,7 @@ def mask_pointing(
 
     Examples:
         >>> import torch
+        >>> from captum_adapters.metrics import mask_pointing
         >>> maps = torch.tensor([[[0.9, 0.8], [0.1, 0.0]]])
         >>> masks = torch.tensor([[[True, False], [False, False]]])
         >>> result = mask_pointing(maps, masks, percents=(25, 50))
@@ -249,6 +250,7 @@ def boxes_to_masks(
             shape (boxes, 4), x0 < x1 and y0 < y1.
 
     Examples:
+        >>> from captum_adapters.metrics import boxes_to_masks
         >>> boxes_to_masks([[(1, 0, 3, 1)]], (2, 3)).int()
         tensor([[[0, 1, 1],
                  [0, 0, 0]]], dtype=torch.int32)

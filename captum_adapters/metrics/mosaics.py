@@ -191,6 +191,7 @@ def mosaics(
 
     Examples:
         >>> import torch
+        >>> from captum_adapters.metrics import grid_pointing, mosaics
         >>> grid = mosaics(torch.rand(8, 3, 5, 5), [0, 0, 1, 1, 2, 2, 3, 3])
         >>> grid.images.shape, grid.cells.shape, grid.targets.shape
         (torch.Size([2, 3, 10, 10]), torch.Size([2, 2, 2]), torch.Size([2, 4]))

@@ -258,6 +258,7 @@ def pixel_accuracy(
 
     Examples:
         >>> import torch
+        >>> from captum_adapters.metrics import pixel_accuracy
         >>> # the class is that of the larger half: left or right
         >>> model = lambda images: torch.stack(
         ...     [images[..., :2].sum((1, 2, 3)), images[..., 2:].sum((1, 2, 3))], 1)

@@ -33,6 +33,7 @@ def plot_insertion_deletion(
     Examples:
         >>> import torch
         >>> from captum_adapters.metrics import insertion_deletion
+        >>> from captum_adapters.metrics.plots import plot_insertion_deletion
         >>> images = torch.rand(8, 1, 4, 4)
         >>> result = insertion_deletion(lambda x: x.mean((1, 2, 3)), images, images)
         >>> figure = plot_insertion_deletion({"brightness": result})

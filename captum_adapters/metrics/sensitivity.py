@@ -175,6 +175,7 @@ def class_sensitivity(
 
     Examples:
         >>> import torch
+        >>> from captum_adapters.metrics import class_sensitivity
         >>> maps = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
         >>> result = class_sensitivity(maps, maps**2)
         >>> [round(values.item(), 3) for values in (result.pearson, result.spearman)]

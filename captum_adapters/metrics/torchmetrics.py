@@ -208,6 +208,7 @@ class InsertionDeletionMetric(_OfNetwork[InsertionDeletion]):
 
     Examples:
         >>> import torch
+        >>> from captum_adapters.metrics.torchmetrics import InsertionDeletionMetric
         >>> metric = InsertionDeletionMetric(n_steps=4)
         >>> for sample_ids in torch.arange(6).split(2):
         ...     images = torch.rand(2, 1, 4, 4)

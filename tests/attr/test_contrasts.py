@@ -18,6 +18,8 @@ from captum_adapters.attr import (
 from zennit_resnet import composites, initial_relevance
 from zennit_resnet.postprocess import heat_quantization
 
+pytestmark = pytest.mark.once
+
 CONTRASTS = ["centred", "softmax", "runner_up", 3, [0, 4], [[3, 0], [4, 1], [0, 2]]]
 METHODS = {
     "zplus": (ResNetLRP, composites.ResNetLRP, {}),

@@ -19,6 +19,8 @@ from captum_adapters.attr.rise import RISE
 from captum_adapters.attr.score_cam import ScoreCAM
 from captum_adapters.metrics import ProbabilityWarning
 
+pytestmark = pytest.mark.once
+
 HEIGHT, WIDTH = 9, 11
 PIXELS = {1: (10,), 2: (HEIGHT, WIDTH), 3: (4, 5, 6)}
 

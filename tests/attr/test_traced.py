@@ -11,6 +11,8 @@ from torch import nn
 
 from captum_adapters.attr import C3LRP, CompositeAttribution, RelativeLRP, ResNetLRP
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(name="net", scope="module")
 def fixture_net():

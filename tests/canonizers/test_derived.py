@@ -18,6 +18,8 @@ from zennit_resnet import (
     with_splitting,
 )
 
+pytestmark = pytest.mark.once
+
 COMPOSITES = {
     'ratio': ResNetLRP, 'symmetric': lambda: ResNetLRP('symmetric'), 'relative': RelativeLRP, 'block': BlockLRP,
     'splitting': lambda: with_splitting(EpsilonPlus()),

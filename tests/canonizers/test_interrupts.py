@@ -14,6 +14,8 @@ from zennit_resnet.composites import RelativeLRP
 from zennit_resnet.conservation import conservation_ledger
 from zennit_resnet.rules import block
 
+pytestmark = pytest.mark.once
+
 PLACES = ('forward', 'backward', 'layer', 'forward hook', 'forward pre-hook', 'hook of activation')
 COMPOSITES = {
     'resnet': ResNetLRP, 'merge': lambda: ResNetLRP(batch_norm='merge'), 'relative': RelativeLRP, 'block': BlockLRP,

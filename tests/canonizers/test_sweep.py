@@ -15,6 +15,8 @@ import explained  # noqa: E402
 import sweep  # noqa: E402
 import sweep_networks  # noqa: E402
 
+pytestmark = pytest.mark.once
+
 
 def outcomes(code, layer=None):
     '''Outcomes of all composites.'''

@@ -13,6 +13,8 @@ from zennit_resnet.attribution import initial_relevance
 from zennit_resnet.methods import Method as Grammar
 from zennit_resnet.models import load_classifier
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(scope='module')
 def context(assets):

@@ -16,6 +16,8 @@ from captum_adapters.evaluation.columns import METRICS as NAMES
 from captum_adapters.evaluation.config import PERCENTS
 from captum_adapters.evaluation.metrics import MetricSettings, measure
 
+pytestmark = pytest.mark.once
+
 
 def test_all_metrics(assets, tmp_path):
     '''All metrics fill columns that are known, and curves with their positions.'''

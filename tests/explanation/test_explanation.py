@@ -23,6 +23,8 @@ from zennit_resnet.explanation.result import ENDINGS
 from zennit_resnet.image import draw_heatmap, draw_legend, draw_overlay
 from zennit_resnet.models import IMAGENET_MEAN, IMAGENET_STD, as_classifier, load_classifier, read_classes
 
+pytestmark = pytest.mark.once
+
 SIZE = 32
 CLASSES = ['tabby cat', 'golf ball', 'church']
 

@@ -17,6 +17,8 @@ from captum_adapters.metrics import (
     randomization,
 )
 
+pytestmark = pytest.mark.once
+
 SIZES = {1: (20,), 3: (3, 4, 5)}
 FLAT = {1: (1, 20), 3: (12, 5)}
 

@@ -13,6 +13,8 @@ from captum_adapters._validation import check_target, pixel_maps, select_target
 from captum_adapters.metrics import NegativeMapWarning, ProbabilityWarning, _perturbation, _ranking
 from captum_adapters.metrics.insertion_deletion import insertion_deletion
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parent.parent.parent
 HEIGHT, WIDTH = 6, 7
 CURVES = ('insertion', 'deletion', 'id_score', 'insertion_curve', 'deletion_curve')

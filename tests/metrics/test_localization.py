@@ -18,6 +18,8 @@ from captum_adapters.metrics import (
 )
 from captum_adapters.metrics.localization import distance_maps
 
+pytestmark = pytest.mark.once
+
 NORMALIZATIONS = {'max_distance': 'max', 'diagonal': 'diagonal'}
 nan = pytest.approx(math.nan, nan_ok=True)
 

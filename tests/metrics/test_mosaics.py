@@ -8,6 +8,8 @@ import torch
 
 from captum_adapters.metrics import NegativeMapWarning, grid_pointing, mosaics
 
+pytestmark = pytest.mark.once
+
 
 def labelled(number, classes, size=4):
     '''As many images of each class, each of them filled with its index.'''

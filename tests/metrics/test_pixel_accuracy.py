@@ -23,6 +23,8 @@ from captum_adapters.metrics._ranking import percent_tensors, ranks_of, sort_sco
 from zennit_resnet.image import read_image
 from zennit_resnet.models import load_classifier
 
+pytestmark = pytest.mark.once
+
 PHOTOS = Path(__file__).parent.parent.parent / 'examples' / 'assets' / 'photos'
 
 

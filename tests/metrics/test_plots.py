@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from captum_adapters.metrics import bootstrap_interval, insertion_deletion, pixel_accuracy
 from captum_adapters.metrics.plots import plot_accuracy, plot_curves, plot_insertion_deletion
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(autouse=True)
 def untouched():

@@ -19,6 +19,8 @@ from captum_adapters.metrics import (
 )
 from captum_adapters.metrics.sensitivity import _ssim, _to_unit
 
+pytestmark = pytest.mark.once
+
 
 def network():
     '''A residual network of double precision.'''

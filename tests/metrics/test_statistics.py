@@ -11,6 +11,8 @@ from captum_adapters import statistics
 from captum_adapters.metrics import bootstrap_interval, compare, holm
 from captum_adapters.metrics.statistics import Comparison
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def rng():

@@ -10,6 +10,8 @@ import torch
 
 from captum_adapters import metrics
 
+pytestmark = pytest.mark.once
+
 torchmetrics = pytest.importorskip('torchmetrics')
 accumulate = pytest.importorskip('captum_adapters.metrics.torchmetrics')
 

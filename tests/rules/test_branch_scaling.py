@@ -27,6 +27,8 @@ from zennit_resnet.composites import RelativeLRP
 from zennit_resnet.layer import Operation
 from zennit_resnet.rules.branch_scaling import Contributions, branch_factor
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(autouse=True)
 def clean_state():

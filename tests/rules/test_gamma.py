@@ -20,6 +20,8 @@ from zennit_resnet.methods import Method
 from zennit_resnet.rules import EpsilonNormalization, EpsilonSplit, GeneralizedGamma, HalfEach, ZPlus
 from zennit_resnet.tracing import trace
 
+pytestmark = pytest.mark.once
+
 LAYERS = {
     'linear': (lambda: nn.Linear(6, 5), (2, 6)),
     'tokens': (lambda: nn.Linear(6, 5), (2, 3, 6)),

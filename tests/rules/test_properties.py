@@ -23,6 +23,8 @@ from zennit_resnet import BlockLRP, RelativeLRP, ResNetLRP, initial_relevance, w
 from zennit_resnet.conservation import conservation_ledger
 from zennit_resnet.rules import Relative, RelativeMaxPool, ZPlus
 
+pytestmark = pytest.mark.once
+
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 DTYPES = st.sampled_from([torch.float64, torch.float64, torch.float32])
 

@@ -279,8 +279,10 @@ def conservation_ledger(model, input, composite=None, attr_output=None, target=N
 
     Examples
     --------
+    >>> import torch
     >>> from torch import nn
     >>> from zennit.composites import EpsilonPlus
+    >>> from zennit_resnet.conservation import conservation_ledger
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)).eval()
     >>> for parameter in model.parameters():
     ...     _ = nn.init.ones_(parameter)
@@ -344,8 +346,10 @@ def assert_conserved(
 
     Examples
     --------
+    >>> import torch
     >>> from torch import nn
-    >>> from zennit_resnet.composites import ResNetLRP
+    >>> from zennit_resnet import ResNetLRP
+    >>> from zennit_resnet.conservation import assert_conserved
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)).eval()
     >>> ledger = assert_conserved(model, torch.ones(1, 2), ResNetLRP())
     >>> bool((ledger.gap.abs() < 1e-4).all())

@@ -61,8 +61,9 @@ def explain(
 
     Examples
     --------
-    >>> from torchvision.models import resnet18
     >>> import numpy as np
+    >>> from torchvision.models import resnet18
+    >>> from zennit_resnet.explanation import explain
     >>> photo = np.zeros((48, 64, 3), dtype=np.uint8)
     >>> explanation = explain(resnet18(num_classes=2).eval(), photo, classes=['cat', 'dog'], target='dog', size=32)
     >>> explanation.heatmap.shape, explanation.relevance.shape
