@@ -6,6 +6,7 @@ from PIL import Image
 from zennit.cmap import ColorMap
 
 from zennit_resnet.image import (
+    SAFE,
     draw_comparison,
     draw_heatmap,
     draw_overlay,
@@ -335,6 +336,17 @@ def test_signal_degenerate():
     picture = draw_signal(signal, heatmap, (200, 50)).astype(int)
     assert (picture[..., 0] - picture[..., 2])[:, 98:102].max() > 60
     np.testing.assert_array_equal(picture[:, :90], draw_signal(signal, 0 * heatmap, (200, 50))[:, :90])
+
+
+@pytest.mark.parametrize('draw, cmap', [
+    (lambda values, cmap: draw_signal(values[0, 0], values[0, 0], (60, 41), cmap=cmap), SAFE['overlay']),
+    (lambda values, cmap: draw_strip(values, cmap=cmap), SAFE['heatmap']),
+    (lambda values, cmap: draw_strip(values, np.full((2, 4, 5, 3), 99, np.uint8), cmap=cmap), SAFE['overlay']),
+], ids=['signal', 'slices', 'frames'])
+def test_safe_colors(draw, cmap):
+    '''Signals, slices and frames have the colors for the color-blind by their name, too.'''
+    values = np.random.default_rng(0).normal(size=(2, 4, 5))
+    np.testing.assert_array_equal(draw(values, 'safe'), draw(values, cmap))
 
 
 def test_strip():
