@@ -33,6 +33,8 @@ from zennit_resnet.models import load_classifier
 from zennit_resnet.postprocess import c1c, c3, heat_quantization, sum_channels
 from zennit_resnet.rules import SymmetricSplit
 
+pytestmark = pytest.mark.once
+
 CLASSES = ['tabby cat', 'golf ball', 'church']
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = 64
