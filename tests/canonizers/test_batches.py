@@ -75,6 +75,11 @@ def explain(model, x, composite):
         return attributor(x.clone(), initial_relevance(1))[1]
 
 
+def spread(h, values):
+    '''Add the mean of the values of each image to it.'''
+    return h + values.flatten(1).mean(1).view(-1, 1, 1, 1)
+
+
 MIXING = {
     'mean': lambda h: h - h.mean(0), 'ghosts': lambda h: torch.cat([elem - elem.mean(0) for elem in h.split(2)]),
     'pairs': lambda h: torch.stack((h[0::2], h[1::2]), 1).amax(1).repeat_interleave(2, 0),
@@ -90,6 +95,19 @@ MIXING = {
     'shift': lambda h: torch.cat((h[:1], h[1:] + h[:-1])), 'pad': lambda h: F.pad(h, (0, 0, 0, 0, 0, 0, 1, -1)),
     'unsafe chunk': lambda h: h + torch.unsafe_chunk(h, 4)[0],
     'pooling': lambda h: h - F.adaptive_avg_pool3d(h.transpose(0, 1), (1, 8, 8)).transpose(0, 1),
+    'convolution': lambda h: spread(h, F.conv2d(h, h)), 'fft': lambda h: torch.fft.fft(h, dim=0).real, **{
+        name: lambda h, product=product: spread(h, product(h.flatten(1))) for name, product in {
+            'einsum': lambda h: torch.einsum('bc,dc->bd', h, h), 'list': lambda h: torch.einsum('bc,dc->bd', [h, h]),
+            'dots': lambda h: torch.einsum('...c,dc->...d', h, h),
+            'dots of two sizes': lambda h: torch.einsum('...c,...c->...', h[:, None].expand(-1, 4, -1), h),
+            'numbers': lambda h: torch.einsum(h, [0, 1], h, [2, 1], [0, 2]), 'weights': lambda h: F.linear(h, h),
+            'attention': lambda h: F.scaled_dot_product_attention(h, h, h),
+            'broadcast': lambda h: (h[:, None].expand(-1, 4, -1) + h).mean(2),
+            'product of two sizes': lambda h: (h @ h[:, :, None].expand(-1, -1, 2)).mean(2),
+            'chain': lambda h: torch.linalg.multi_dot([h, h.T, h]),
+            'inverse': lambda h: torch.linalg.inv(h[:, :4] + 99 * torch.eye(4)),
+        }.items()
+    },
 }
 
 
@@ -140,6 +158,21 @@ def test_independent():
     alone = torch.cat([explain(model, elem[None], ResNetLRP()) for elem in x])
     for elem in found:
         torch.testing.assert_close(elem, alone, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize('function', [
+    lambda h: torch.einsum('bchw,bchw->bc', h, h), lambda h: h.flatten(2) @ h.flatten(2).mT,
+    lambda h: torch.einsum('dc,bchw->bdhw', torch.ones(2, 8).double(), h),
+    lambda h: torch.einsum('...w,vw->...v', h, torch.ones(2, 8).double()),
+    lambda h: F.scaled_dot_product_attention(h, h, h), lambda h: F.conv2d(h, torch.ones(2, 8, 3, 3).double()),
+])
+def test_not_asked(function):
+    '''Networks that use functions of one image after the other are run once.'''
+    sizes = []
+    model, x = build(lambda: Net(lambda h: sizes.append(len(h)) or spread(h, function(h)))), images()
+    found = explain(model, x, ResNetLRP())
+    assert sizes == [4]
+    torch.testing.assert_close(found[:1], explain(model, x[:1], ResNetLRP()))
 
 
 def test_two_copies():

@@ -7,16 +7,24 @@ from .._autograd import moves_first
 from .._compat import DisableTorchFunction, is_out_of_memory, unrecorded, without_hooks
 from .._nested import active_tensors, map_tensors, tensors_of
 from .._weights import is_plain, state_of
+from ..layer import LINEAR
 from .functions import ALIASES, dims_of
 from .operations import OPERATIONS
 
 PRODUCTS = frozenset('matmul __matmul__ mm linalg_matmul addmm'.split())
-# Functions that compare or multiply all entries of tensors, which may be images.
-PAIRS = frozenset('cdist tensordot mv inner outer ger kron vdot dot'.split())
+# Functions that may compute something from all entries of tensors, or of matrices, which may be images.
+PAIRS = frozenset('''
+    cdist pdist tensordot mv inner outer ger kron vdot dot cross inverse pinverse det logdet slogdet matrix_exp
+    matrix_power cholesky cholesky_inverse cholesky_solve lu lu_solve qr svd stft istft gradient conv_tbc
+    multi_head_attention_forward lstm gru rnn_tanh rnn_relu
+'''.split())
+PREFIXES = 'fft_', 'linalg_'
 TRANSPOSED = frozenset('transpose permute swapaxes swapdims movedim moveaxis t adjoint'.split())
 # Functions over dimensions, with the position and the default of the argument that names these.
 OVER = {name: entry.reduces or entry.takes for name, entry in OPERATIONS.items() if entry.reduces or entry.takes}
-WATCHED = frozenset(OVER) | PRODUCTS | PAIRS | frozenset('einsum layer_norm native_layer_norm __getitem__ pad'.split())
+WATCHED = frozenset(OVER) | PRODUCTS | PAIRS | frozenset(LINEAR) | frozenset(
+    'bilinear einsum layer_norm native_layer_norm __getitem__ pad scaled_dot_product_attention'.split()
+)
 
 # Networks that were asked whether images depend on each other, with their state and shapes for which these do not.
 ASKED = weakref.WeakKeyDictionary()
@@ -44,7 +52,10 @@ class Images:
         if isinstance(module, torch.nn.MultiheadAttention) and module.batch_first and is_plain(module):
             # it moves examples, but is known not to mix them
             return
-        if self.mixing is None and name in WATCHED and may_mix(name, args, kwargs, self.number):
+        if self.mixing is None and (
+            (name in WATCHED or name.startswith(PREFIXES)) and may_mix(name, args, kwargs, self.number)
+            or len(args) > 1 and _is_broadcast(*args[:2])
+        ):
             self.mixing = module, name
         if self.moved is None and ('roi' in name or changes_first(name, args, self.number)):
             self.moved = module, name
@@ -74,11 +85,15 @@ class Images:
 
 def may_mix(name, args, kwargs, size):
     '''Whether a function of a tensor whose first dimension is that of images may compute something from several.'''
-    if name in PAIRS:
+    if name in PAIRS or name.startswith(PREFIXES) and name not in OVER and name not in PRODUCTS:
         return bool(active_tensors((args, kwargs)))
     if name == 'einsum':
-        inputs, arrow, output = args[0].replace(' ', '').partition('->')
-        return not arrow or any(elem[:1] not in output for elem in inputs.split(','))
+        return _contracts_first(*args)
+    if name in LINEAR or name == 'bilinear':
+        position = 2 if name == 'bilinear' else 1
+        return bool(active_tensors(args[position] if len(args) > position else kwargs.get('weight')))
+    if name == 'scaled_dot_product_attention':
+        return any(elem.ndim == 2 for elem in active_tensors((args, kwargs)))
     if name in PRODUCTS:
         _, *others = tensors_of((args, kwargs))
         return bool(others) and others[-1].requires_grad and others[-1].ndim <= 2
@@ -95,6 +110,26 @@ def may_mix(name, args, kwargs, size):
         shape = args[1] if len(args) > 1 else kwargs['normalized_shape']
         return isinstance(shape, (list, tuple)) and len(shape) == input.ndim
     return 0 in _dims(input, args, kwargs, *OVER[name])
+
+
+def _contracts_first(equation, *operands):
+    '''Whether the first dimension of an operand that carries relevance may be another than that of the output.'''
+    if not isinstance(equation, str):
+        return True
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        operands, = operands
+    inputs, arrow, output = equation.replace(' ', '').partition('->')
+    # dots stand for as many dimensions as the operand has besides
+    first = {(key[:1], elem.ndim if key.startswith('.') else 0) for key, elem in zip(inputs.split(','), operands)
+             if elem.requires_grad}
+    return not arrow or len(first) > 1 or any(letter != output[:1] for letter, _ in first)
+
+
+def _is_broadcast(left, right):
+    '''Whether tensors that carry relevance do not have the same dimensions, so that images may meet anything else.'''
+    return isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor) and (
+        left.requires_grad and right.requires_grad and left.ndim != right.ndim and min(left.ndim, right.ndim) > 0
+    )
 
 
 def _dims(input, args, kwargs, position, default):
