@@ -80,6 +80,13 @@ def spread(h, values):
     return h + values.flatten(1).mean(1).view(-1, 1, 1, 1)
 
 
+def assigned(target, index, values):
+    '''A tensor to which values were assigned.'''
+    target[index] = values
+    return target
+
+
+NEXT = torch.tensor([1, 2, 3, 0])
 MIXING = {
     'mean': lambda h: h - h.mean(0), 'ghosts': lambda h: torch.cat([elem - elem.mean(0) for elem in h.split(2)]),
     'pairs': lambda h: torch.stack((h[0::2], h[1::2]), 1).amax(1).repeat_interleave(2, 0),
@@ -95,6 +102,13 @@ MIXING = {
     'shift': lambda h: torch.cat((h[:1], h[1:] + h[:-1])), 'pad': lambda h: F.pad(h, (0, 0, 0, 0, 0, 0, 1, -1)),
     'unsafe chunk': lambda h: h + torch.unsafe_chunk(h, 4)[0],
     'pooling': lambda h: h - F.adaptive_avg_pool3d(h.transpose(0, 1), (1, 8, 8)).transpose(0, 1),
+    'index_add': lambda h: h + torch.zeros_like(h).index_add(0, NEXT, h),
+    'index_copy_': lambda h: h + torch.zeros_like(h).index_copy_(0, NEXT, h),
+    'index_put': lambda h: h + torch.zeros_like(h).index_put((NEXT,), h),
+    'scatter': lambda h: h + torch.zeros_like(h).scatter(0, NEXT.view(-1, 1, 1, 1).expand_as(h), h),
+    'assignment': lambda h: h + assigned(torch.zeros_like(h), NEXT, h),
+    'strides': lambda h: h + h.as_strided(h.shape, (64, 256, 8, 1)),
+    'cosine': lambda h: h * F.cosine_similarity(h, h.exp(), dim=0),
     'convolution': lambda h: spread(h, F.conv2d(h, h)), 'fft': lambda h: torch.fft.fft(h, dim=0).real, **{
         name: lambda h, product=product: spread(h, product(h.flatten(1))) for name, product in {
             'einsum': lambda h: torch.einsum('bc,dc->bd', h, h), 'list': lambda h: torch.einsum('bc,dc->bd', [h, h]),
@@ -145,6 +159,30 @@ def test_hooks_and_errors_hide_nothing():
 
     with pytest.raises(RuntimeError, match='cannot be run'):
         explain(build(lambda: Net(fails)), images(), ResNetLRP())
+
+
+def test_errors_are_no_answer():
+    '''A network that has raised an error is asked again.'''
+    errors = [ValueError('first'), ValueError('second')]
+
+    def fails(h):
+        h = h - h.mean(0)
+        if errors:
+            raise errors.pop(0)
+        return h
+
+    model = build(lambda: Net(fails))
+    for message in ('first', 'second', 'one image at a time', 'one image at a time'):
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            explain(model, images(), ResNetLRP())
+
+
+def test_images_as_channels():
+    '''Without a batch, a convolution takes images for channels.'''
+    layers = nn.Conv2d(1, 1, 3, padding=1), Apply(lambda h: h.squeeze(1)), nn.Conv2d(4, 4, 3, padding=1)
+    model = build(lambda: nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 3)))
+    with pytest.raises(RuntimeError, match='one image at a time'):
+        explain(model, images(1, 8, 8), BlockLRP())
 
 
 def test_independent():

@@ -13,17 +13,18 @@ from .operations import OPERATIONS
 
 PRODUCTS = frozenset('matmul __matmul__ mm linalg_matmul addmm'.split())
 # Functions that may compute something from all entries of tensors, or of matrices, which may be images.
-PAIRS = frozenset('''
+PAIRS = frozenset(form for name in '''
     cdist pdist tensordot mv inner outer ger kron vdot dot cross inverse pinverse det logdet slogdet matrix_exp
     matrix_power cholesky cholesky_inverse cholesky_solve lu lu_solve qr svd stft istft gradient conv_tbc
-    multi_head_attention_forward lstm gru rnn_tanh rnn_relu
-'''.split())
+    multi_head_attention_forward lstm gru rnn_tanh rnn_relu addbmm cov corrcoef renorm embedding as_strided take put
+    index_put _index_put_impl_ masked_scatter
+'''.split() for form in (name, f'{name}_'))
 PREFIXES = 'fft_', 'linalg_'
 TRANSPOSED = frozenset('transpose permute swapaxes swapdims movedim moveaxis t adjoint'.split())
 # Functions over dimensions, with the position and the default of the argument that names these.
 OVER = {name: entry.reduces or entry.takes for name, entry in OPERATIONS.items() if entry.reduces or entry.takes}
 WATCHED = frozenset(OVER) | PRODUCTS | PAIRS | frozenset(LINEAR) | frozenset(
-    'bilinear einsum layer_norm native_layer_norm __getitem__ pad scaled_dot_product_attention'.split()
+    'bilinear einsum layer_norm native_layer_norm __getitem__ __setitem__ pad scaled_dot_product_attention'.split()
 )
 
 # Networks that were asked whether images depend on each other, with their state and shapes for which these do not.
@@ -63,6 +64,9 @@ class Images:
     def find_mixing(self, root, output, independent):
         '''The module and function by which images depend on each other, and whether this is known, or None.'''
         given, self.given = self.given, ()
+        if output is None:
+            # the network has raised an error
+            return None
         # regions belong to images by their numbers, which are no longer theirs
         has_regions = self.moved is not None and 'roi' in self.moved[1]
         if self.mixing is None and (self.moved is None or has_regions):
@@ -91,7 +95,10 @@ def may_mix(name, args, kwargs, size):
         return _contracts_first(*args)
     if name in LINEAR or name == 'bilinear':
         position = 2 if name == 'bilinear' else 1
-        return bool(active_tensors(args[position] if len(args) > position else kwargs.get('weight')))
+        weight = args[position] if len(args) > position else kwargs.get('weight')
+        # without a batch, images are channels
+        is_single = name.endswith('d') and (args[0] if args else kwargs['input']).ndim < weight.ndim
+        return weight.requires_grad or is_single
     if name == 'scaled_dot_product_attention':
         return any(elem.ndim == 2 for elem in active_tensors((args, kwargs)))
     if name in PRODUCTS:
@@ -100,7 +107,9 @@ def may_mix(name, args, kwargs, size):
     input = args[0] if args else kwargs.get('input')
     if not isinstance(input, torch.Tensor) or not input.ndim or len(input) != size:
         return False
-    if name == '__getitem__':
+    if name in ('__getitem__', '__setitem__'):
+        if name == '__setitem__' and not active_tensors(args[2]):
+            return False
         first = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
         return first is not None and first is not Ellipsis and not (isinstance(first, slice) and first == slice(None))
     if name == 'pad':

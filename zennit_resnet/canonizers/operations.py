@@ -141,7 +141,7 @@ TABLE = (
     _entry('glu', layers.gated_unit),
     # these pass relevance at the end of a network only
     _entry('softmax log_softmax special_softmax special_log_softmax', attention.softmax, reduces=(1, None)),
-    _entry('_softmax _log_softmax', attention.softmax),
+    _entry('_softmax _log_softmax', attention.softmax, reduces=(1, None)),
     # attention
     _entry('scaled_dot_product_attention', attention.scaled_dot_product, training=(4, 0.)),
     _entry('multi_head_attention_forward', attention.multi_head),
@@ -168,7 +168,7 @@ TABLE = (
     _entry('dist', products.written_out, products.dist),
     _entry('pairwise_distance', products.written_out, products.pairwise_distance),
     _entry('cdist', products.written_out, products.cdist),
-    _entry('cosine_similarity', products.written_out, products.cosine_similarity),
+    _entry('cosine_similarity', products.written_out, products.cosine_similarity, reduces=(2, 1)),
     _entry('std var std_mean var_mean', moves.deviation, reduces=(1, None)),
     _entry('norm linalg_norm linalg_vector_norm', moves.norm, reduces=(2, None)),
     _entry('linalg_matrix_norm frobenius_norm', moves.norm),
@@ -198,19 +198,18 @@ TABLE = (
     _entry('cat concat concatenate stack hstack vstack dstack column_stack row_stack', layers.concatenate),
     _entry('pad constant_pad_nd', layers.pad),
     _entry('''
-        where masked_fill masked_scatter index_fill fill_diagonal_ tril triu fill_ zero_ diag diag_embed diagflat
-        block_diag max_unpool1d max_unpool2d max_unpool3d scatter index_copy index_put put select_scatter
-        slice_scatter diagonal_scatter _index_put_impl_
+        where masked_fill masked_scatter fill_diagonal_ tril triu fill_ zero_ diag diag_embed diagflat block_diag
+        max_unpool1d max_unpool2d max_unpool3d index_put put diagonal_scatter _index_put_impl_
     ''', moves.place),
-    _entry('scatter_add index_add scatter_reduce', moves.add_at),
+    _entry('index_fill scatter index_copy', moves.place, takes=(1, 0)),
+    _entry('select_scatter slice_scatter', moves.place, takes=(2, 0)),
+    _entry('scatter_add index_add scatter_reduce', moves.add_at, takes=(1, 0)),
     _entry('copy_', moves.copy),
     _entry('__setitem__', moves.assign),
     _entry('unfold im2col', moves.unfold),
     # no rule, but they may compute something from several images
     _entry('prod cumprod logcumsumexp softmin', reduces=(1, None)),
-    _entry('renorm', reduces=(2, None)),
     _entry('argsort', reduces=(1, -1)),
-    _entry('cov corrcoef', reduces=(9, 1)),
 )
 # Forms in place have the entry of the function.
 OPERATIONS = {form: entry for entry in TABLE for name in entry.names for form in (name, f'{name}_')}
