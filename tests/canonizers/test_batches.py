@@ -116,6 +116,7 @@ MIXING = {
             'dots of two sizes': lambda h: torch.einsum('...c,...c->...', h[:, None].expand(-1, 4, -1), h),
             'numbers': lambda h: torch.einsum(h, [0, 1], h, [2, 1], [0, 2]), 'weights': lambda h: F.linear(h, h),
             'attention': lambda h: F.scaled_dot_product_attention(h, h, h),
+            'expand_as': lambda h: h.expand_as(h[:, None].expand(-1, 4, -1)).mean(2),
             'broadcast': lambda h: (h[:, None].expand(-1, 4, -1) + h).mean(2),
             'product of two sizes': lambda h: (h @ h[:, :, None].expand(-1, -1, 2)).mean(2),
             'chain': lambda h: torch.linalg.multi_dot([h, h.T, h]),

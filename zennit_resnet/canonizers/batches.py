@@ -20,6 +20,8 @@ PAIRS = frozenset(form for name in '''
     index_put _index_put_impl_ masked_scatter
 '''.split() for form in (name, f'{name}_'))
 PREFIXES = 'fft_', 'linalg_'
+# Functions that take the shape or type of a tensor only.
+SHAPES = frozenset('view_as reshape_as type_as'.split())
 TRANSPOSED = frozenset('transpose permute swapaxes swapdims movedim moveaxis t adjoint'.split())
 # Functions over dimensions, with the position and the default of the argument that names these.
 OVER = {name: entry.reduces or entry.takes for name, entry in OPERATIONS.items() if entry.reduces or entry.takes}
@@ -55,7 +57,7 @@ class Images:
             return
         if self.mixing is None and (
             (name in WATCHED or name.startswith(PREFIXES)) and may_mix(name, args, kwargs, self.number)
-            or len(args) > 1 and _is_broadcast(*args[:2])
+            or len(args) > 1 and name not in SHAPES and _is_broadcast(*args[:2])
         ):
             self.mixing = module, name
         if self.moved is None and ('roi' in name or changes_first(name, args, self.number)):
