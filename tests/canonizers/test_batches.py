@@ -178,6 +178,17 @@ def test_errors_are_no_answer():
             explain(model, images(), ResNetLRP())
 
 
+@pytest.mark.parametrize('batch_first', [True, False])
+def test_images_as_tokens(batch_first):
+    '''Without a batch, attention takes images for tokens.'''
+    attention = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+    model = build(lambda: nn.Sequential(nn.Linear(5, 8), Apply(lambda h: h + attention(h, h, h)[0]), nn.Linear(8, 3)))
+    # as a part of the network
+    model[1].attention = attention.double().eval()
+    with pytest.raises(RuntimeError, match='one image at a time'):
+        explain(model, images(5), ResNetLRP())
+
+
 def test_images_as_channels():
     '''Without a batch, a convolution takes images for channels.'''
     layers = nn.Conv2d(1, 1, 3, padding=1), Apply(lambda h: h.squeeze(1)), nn.Conv2d(4, 4, 3, padding=1)

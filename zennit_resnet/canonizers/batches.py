@@ -52,8 +52,10 @@ class Images:
         self.mixing, self.moved, self.is_checking = None, None, False
 
     def look(self, module, name, args, kwargs):
-        if isinstance(module, torch.nn.MultiheadAttention) and module.batch_first and is_plain(module):
-            # it moves examples, but is known not to mix them
+        if isinstance(module, torch.nn.MultiheadAttention) and module.batch_first and is_plain(module) and not (
+            name == 'multi_head_attention_forward' and args[0].ndim == 2
+        ):
+            # it moves examples, but is known not to mix them, unless they are its tokens
             return
         if self.mixing is None and (
             (name in WATCHED or name.startswith(PREFIXES)) and may_mix(name, args, kwargs, self.number)
