@@ -10,6 +10,7 @@ from .._weights import is_plain, state_of
 from ..layer import LINEAR
 from .functions import ALIASES, dims_of
 from .operations import OPERATIONS
+from .products import subscripts
 
 PRODUCTS = frozenset('matmul __matmul__ mm linalg_matmul addmm'.split())
 # Functions that may compute something from all entries of tensors, or of matrices, which may be images.
@@ -129,13 +130,8 @@ def _contracts_first(equation, *operands):
     '''Whether the first dimension of an operand that carries relevance may be another than that of the output.'''
     if not isinstance(equation, str):
         return True
-    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
-        operands, = operands
-    inputs, arrow, output = equation.replace(' ', '').partition('->')
-    # dots stand for as many dimensions as the operand has besides
-    first = {(key[:1], elem.ndim if key.startswith('.') else 0) for key, elem in zip(inputs.split(','), operands)
-             if elem.requires_grad}
-    return not arrow or len(first) > 1 or any(letter != output[:1] for letter, _ in first)
+    inputs, output, operands = subscripts(equation, *operands)
+    return any(key[:1] != output[:1] for key, elem in zip(inputs, operands) if elem.requires_grad)
 
 
 def _is_broadcast(left, right):

@@ -214,10 +214,7 @@ def add_product(canonizer, call, function):
 def einsum(canonizer, call, function):
     '''A sum of products in Einstein's notation.'''
     # numbers in the place of letters are none by now
-    equation, *operands = function.args
-    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
-        operands = list(operands[0])
-    inputs, output = _subscripts(equation, operands)
+    inputs, output, operands = subscripts(*function.args)
     # a sum over a single position is none
     sums = {letter for key, elem in zip(inputs, operands) for letter, size in zip(key, elem.shape)
             if letter not in output and size > 1}
@@ -256,8 +253,9 @@ def _multiply_aligned(canonizer, call, function, inputs, output, operands):
     return _run_product(canonizer, call, function, run, is_sum=False)
 
 
-def _subscripts(equation, operands):
-    '''Letters of all operands and the output, with letters in the place of dots.'''
+def subscripts(equation, *operands):
+    '''Letters of all operands and the output, with letters in the place of dots, and the operands.'''
+    operands = list(operands[0] if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands)
     inputs, arrow, output = equation.replace(' ', '').partition('->')
     inputs = inputs.split(',')
     free = [elem for elem in string.ascii_letters if elem not in equation]
@@ -268,11 +266,11 @@ def _subscripts(equation, operands):
         for key, elem in zip(inputs, operands)
     ]
     if arrow:
-        return inputs, output.replace('...', dots)
+        return inputs, output.replace('...', dots), operands
     letters = ''.join(inputs)
     return inputs, dots * ('...' in equation) + ''.join(
         key for key in sorted(set(letters)) if letters.count(key) == 1 and key not in dots
-    )
+    ), operands
 
 
 def multi_dot(canonizer, call, function):
