@@ -33,7 +33,7 @@ MOVES = {
     'Squeeze': lambda x: x[:, :1].squeeze(1),
     'Unsqueeze': lambda x: x.unsqueeze(0), 'Permute': lambda x: x.permute(1, 0, 2, 3),
     'Transpose': lambda x: x.transpose(1, 2),
-    'Clone': torch.clone, 'ToCopy': lambda x: x.double(),
+    'Clone': torch.clone, 'ToCopy': lambda x: x.double(), 'Alias': lambda x: x[:, :3],
 }
 # Functions that move elements, along the dimension of examples and along another.
 REORDERS = {
@@ -43,6 +43,8 @@ REORDERS = {
     'Transpose': lambda x, dim: x.transpose(dim, 2),
     'Permute': lambda x, dim: x.permute((1, 0, 2, 3) if not dim else (0, 2, 1, 3)),
     'Flip': lambda x, dim: x.flip(dim), 'Roll': lambda x, dim: x.roll(1, dim),
+    'Rot90': lambda x, dim: x.rot90(1, (dim, 2)), 'Unfold': lambda x, dim: x.unfold(dim, 2, 1),
+    'Repeat': lambda x, dim: x.repeat([2 if num == dim else 1 for num in range(4)]),
     'Index': lambda x, dim: x[[1, 0]] if not dim else x[:, [1, 0]],
     'IndexSelect': lambda x, dim: x.index_select(dim, torch.tensor([1, 0])),
     'Gather': lambda x, dim: x.gather(dim, torch.zeros(2, 3, 4, 4, dtype=torch.long)),

@@ -16,14 +16,16 @@ COPIES = ('Clone', 'ToCopy')
 PACKAGES = frozenset('torch aten prims torchvision'.split())
 # Functions that move elements along the dimensions they name.
 REORDERS = (
-    'Stack', 'Cat', 'Unbind', 'Select', 'Slice', 'Split', 'Transpose', 'Permute', 'Flip', 'Roll', 'Index', 'TBackward',
-    'Gather', 'Scatter', 'Topk', 'Sort', 'Kthvalue', 'Median', 'Nanmedian', 'Mode', 'Cummax', 'Cummin', 'Diagonal',
+    'Stack', 'Cat', 'Unbind', 'Select', 'Slice', 'Split', 'UnsafeSplit', 'Transpose', 'Permute', 'Flip', 'Roll', 'Rot90',
+    'Index', 'TBackward', 'Gather', 'Scatter', 'Topk', 'Sort', 'Kthvalue', 'Median', 'Nanmedian', 'Mode', 'Cummax',
+    'Cummin', 'Diag', 'BlockDiag', 'Tril', 'Triu', 'Repeat', 'Unfold', 'Im2Col', 'PixelShuffle', 'PixelUnshuffle',
+    'ChannelShuffle', 'ConstantPad', 'ReflectionPad', 'ReplicationPad',
 )
 # Functions that do so regardless of dimensions.
-SCATTERS = ('MaskedSelect', 'MaskedScatter', 'Take', 'Put')
+SCATTERS = ('MaskedSelect', 'MaskedScatter', 'Take', 'Put', 'AsStrided')
 # 'CopySlices' is what a change of a view makes of the whole tensor, and no move.
 MOVES = (
-    'View', 'Expand', 'queeze', 'Permute', 'Transpose', 'Clone', 'ToCopy', 'CopyBackwards', 'Identity',
+    'View', 'Alias', 'Expand', 'queeze', 'Permute', 'Transpose', 'Clone', 'ToCopy', 'CopyBackwards', 'Identity',
     'BackwardHookFunction',
 )
 # Functions that pick elements in another order.
@@ -212,7 +214,7 @@ def back(node, passes):
 
 def reorders(node):
     '''Whether a function moves or selects elements.'''
-    return stem_of(node).startswith(REORDERS) or is_move(node)
+    return stem_of(node).startswith(REORDERS + SCATTERS) or is_move(node)
 
 
 def walk(nodes, seen=None, ends=lambda node: False):
@@ -237,6 +239,8 @@ def moves_first(node):
         return node._saved_indices[0] is not None
     if node.name().startswith('Permute'):
         return node._saved_dims[0] != 0
+    if node.name().startswith('RepeatBackward'):
+        return node._saved_repeats[0] != 1
     if node.name().startswith('SliceBackward') and node._saved_step == 1 and not node._saved_start:
         # PyTorch 2.4 has one for each colon of an index
         sizes = node._saved_self_sym_sizes
@@ -244,7 +248,8 @@ def moves_first(node):
         if node._saved_end is None or node._saved_end >= sizes[dim]:
             return False
     # negative numbers are stored as large ones
-    dims = [getattr(node, key) for key in ('_saved_dim', '_saved_dim0', '_saved_dim1') if hasattr(node, key)]
+    dims = [getattr(node, key) for key in ('_saved_dim', '_saved_dim0', '_saved_dim1', '_saved_dimension')
+            if hasattr(node, key)]
     return 0 in (*dims, *getattr(node, '_saved_dims', ())) or node.name().startswith('TBackward')
 
 

@@ -4,7 +4,6 @@ from zennit.types import Activation, AvgPool, MaxPool
 
 from ._autograd import (
     LAYERS,
-    REORDERS,
     back,
     bounds_of,
     exponent_of,
@@ -74,7 +73,7 @@ def is_log_sum(node):
     if name == 'add' and len(lower) == 2:
         # the largest element, and the rest of the sum
         return any(map(is_log_sum, lower))
-    return name == 'logsumexp' or name == 'log' and is_sum(lower[0])
+    return name == 'logsumexp' or name == 'log' and summed_by(lower[0]) is not None
 
 
 def are_probabilities(values):
@@ -91,17 +90,27 @@ def are_probabilities(values):
     )
 
 
-def is_sum(node, is_inverse=False):
-    '''Whether a function is a sum of exponentials, or the inverse of one.'''
+def summed_by(node, is_inverse=False):
+    '''The exponential that a function is a sum of, or the inverse of one, None if it is no such sum.'''
     if is_inverse:
         node = _skip(node, INVERSES)
     node = _skip(node, SCALED)
-    return _function(node) == 'sum' and _function(_skip(parents_of(node)[0], SCALED)) == 'exp'
+    below = _skip(parents_of(node)[0], SCALED) if _function(node) == 'sum' else None
+    return below if _function(below) == 'exp' else None
 
 
-def is_exponential(node):
-    '''Whether a function has some elements of exponentials.'''
-    return _function(back(node, reorders)[0]) == 'exp'
+def is_part(node, total):
+    '''Whether a function has some elements of an exponential, or of another one of what that is computed from.'''
+    node = back(node, reorders)[0]
+    return _function(node) == 'exp' and _exponents(node) == _exponents(total)
+
+
+def _exponents(node):
+    '''What an exponential is computed from, before it is moved, scaled and shifted by its largest element.'''
+    def is_end(node):
+        return not (reorders(node) or _function(node) in SCALED | {'max', 'amax'})
+
+    return set(filter(is_end, walk(parents_of(node), ends=is_end)))
 
 
 def _normalizes(node):
@@ -111,7 +120,7 @@ def _normalizes(node):
         return False
     if name in ('sub', 'add'):
         return any(map(is_log_sum, lower))
-    return any(is_sum(elem, name == 'mul') for elem in lower)
+    return any(summed_by(elem, name == 'mul') is not None for elem in lower)
 
 
 def softmaxes_before(outputs):
@@ -260,5 +269,5 @@ def _combines(node):
         return False
     return (
         getattr(module, 'in_gate', False) or isinstance(module, COMBINES) or _scales(node)
-        or stem in (*SHIFTS, 'CopySlices') or stem.startswith(REORDERS) or any(key in stem for key in AVERAGES + CLIPS)
+        or stem in (*SHIFTS, 'CopySlices') or reorders(node) or any(key in stem for key in AVERAGES + CLIPS)
     ) and bool(parents_of(node))

@@ -86,7 +86,7 @@ class Concatenation(Operation):
 
 class Padding(Operation):
     '''Padding of a tensor with a constant, by ``amounts`` (before, after) of elements for each padded dimension.'''
-    label = 'padding'
+    label, in_gate = 'padding', True
     amounts = {}
 
 
@@ -209,13 +209,12 @@ LINEAR = {
 }
 
 
-class LinearMap(Signed, FunctionalLinear, torch.nn.Linear):
-    '''Any other product of a tensor and a constant (``einsum``, ``bmm``, ``deform_conv2d``), which is its weight.
+class _Product(Signed, FunctionalLinear):
+    '''Product of a tensor and a constant, which is its weight.
 
     The ``product`` is a function ``(input, weight) -> output`` that is linear in both, and has no weights of its own
     with a negative sign.
     '''
-    label = 'linear'
     product = None
 
     def set_product(self, product, weight, original):
@@ -227,3 +226,20 @@ class LinearMap(Signed, FunctionalLinear, torch.nn.Linear):
 
     def linear(self, input, part):
         return self.product(input, part(self.weight.detach().to(input.dtype)))
+
+
+class LinearMap(_Product, torch.nn.Linear):
+    '''Any other product of a tensor and a constant (``einsum``, ``bmm``, ``deform_conv2d``), which is its weight.'''
+    label = 'linear'
+
+
+class WeightedMap(_Product, NonNegativeMap):
+    '''Product with a gate of which the graph does not tell that it has no negative values, such as mixed attention.
+
+    Rules are those of :py:class:`NonNegativeMap`, whatever the signs are: these may differ between examples of a batch.
+    '''
+    label = 'weighted_map'
+
+    def linear(self, input, part):
+        # weights of a map without negative ones count as they are where rules take others for those of a layer
+        return super().linear(input, torch.abs if part in (torch.square, torch.ones_like) else part)

@@ -9,10 +9,11 @@ from torch import nn
 from zennit.attribution import Gradient
 from zennit.composites import EpsilonPlusFlat
 
-from zennit_resnet import ResNetLRP, initial_relevance, with_splitting
+from zennit_resnet import GammaLRP, ResNetLRP, initial_relevance, with_splitting
 from zennit_resnet.canonizers import ResidualCanonizer
 from zennit_resnet.layer import Gate, MatrixProduct, NonNegativeMap, Product, Softmax
 from zennit_resnet.rules import HalfEach, SignalTakesAll, SoftmaxTaylor
+from zennit_resnet.tracing import trace
 
 
 def surrogate(kind, function, **settings):
@@ -316,6 +317,51 @@ def test_surrogates(build):
         kinds = {name: type(module) for name, module in model.named_modules()}
     assert kinds['matrix_product'] is MatrixProduct and kinds['nonnegative_map'] is NonNegativeMap
     assert close(output.detach(), expected) and relevance.isfinite().all()
+
+
+class Weighted(nn.Module):
+    '''Values that are weighted by what a function makes of two linear layers.'''
+    def __init__(self, weights):
+        super().__init__()
+        torch.manual_seed(0)
+        self.queries, self.keys, self.values = (nn.Linear(6, 6) for _ in range(3))
+        self.head, self.weights = nn.Linear(6, 3), weights
+
+    def forward(self, x):
+        '''Logits.'''
+        return self.head((x + self.weights(self.queries(x), self.keys(x), self.values(x))).mean(1))
+
+
+@pytest.mark.parametrize('build', [ResNetLRP, GammaLRP, lambda: with_splitting(EpsilonPlusFlat())],
+                         ids=('ratio', 'gamma', 'zennit'))
+@pytest.mark.parametrize('weights', [
+    lambda q, k, v: ((q @ k.mT).sigmoid() - .25) @ v, lambda q, k, v: torch.einsum('bij,bjk->bik', q @ k.mT.tanh(), v),
+    lambda q, k, v: q.exp() / k.exp().sum(-1, keepdim=True) * v,
+    lambda q, k, v: q.exp() * (1 / k.exp().sum(-1, keepdim=True)) * v,
+], ids=('shifted', 'einsum', 'quotient', 'reciprocal'))
+def test_examples_have_rules_of_their_own(weights, build):
+    '''What is a gate, and which signs it may have, does not depend on the values of other examples.'''
+    model = Weighted(weights).double().eval()
+    x = torch.randn(12, 4, 6, generator=torch.Generator().manual_seed(1)).double()
+    x *= torch.linspace(.5, 2, 12)[:, None, None]
+    _, relevance = explain(model, x, build(), [1] * 12)
+    alone = torch.cat([explain(model, elem[None], build(), [1])[1] for elem in x])
+    assert_close(alone, relevance)
+
+
+@pytest.mark.parametrize('build', [ResNetLRP, GammaLRP], ids=('ratio', 'gamma'))
+def test_signs_of_a_gate_that_only_values_tell(build):
+    '''A gate that is positive, which its graph does not tell, is as one of which it does, also in a trace.'''
+    def explained(weights):
+        model = Weighted(lambda q, k, v: weights(q @ k.mT) @ v.relu().neg()).double().eval()
+        output, relevance = explain(model, x, build())
+        start = initial_relevance([1, 2], 'one')(output)
+        assert_close(trace(model, build(), x)(x, start)[1], relevance)
+        return relevance
+
+    x = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(1)).double()
+    # values are negative, so all units are dead for z+, and share by the gate
+    assert_close(explained(lambda h: 2 * h.softmax(-1) - h.softmax(-1)), explained(lambda h: h.softmax(-1)))
 
 
 def test_rejected():

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from .._autograd import is_non_negative
 from .._compat import is_recorded
-from .._gates import are_probabilities, is_exponential, is_gate, is_one_more, is_sum, is_weighting
+from .._gates import are_probabilities, is_gate, is_one_more, is_part, is_weighting, summed_by
 from ..layer import (
     LINEAR,
     Activation,
@@ -19,6 +19,7 @@ from ..layer import (
     NonNegativeMap,
     Product,
     Resampling,
+    WeightedMap,
 )
 from .functions import ALIASES, FunctionCall, become, out_of_place, write_out
 
@@ -106,28 +107,33 @@ def multiply(canonizer, call, function):
 def _exponentials(left, right, is_division):
     '''The factor that has exponentials, if the other normalizes them by their sum, as a softmax does.'''
     for signal, other in [(left, right)] if is_division else [(left, right), (right, left)]:
-        if is_sum(other.grad_fn, not is_division):
+        total = summed_by(other.grad_fn, not is_division)
+        if total is not None:
             with torch.no_grad():
                 values = signal / other if is_division else signal * other
             # those of some classes do not sum to one
-            if are_probabilities(values) or is_exponential(signal.grad_fn) and bool((values <= 1).all()):
+            if is_part(signal.grad_fn, total) or are_probabilities(values):
                 return signal
     return None
 
 
 def _run_product(canonizer, call, function, run, is_sum=True):
-    '''Run a product by ``run(function, signal, constants)``, as one of weights or of two signals, or refuse it.'''
+    '''Run a product by ``run(function, signal, constants, kind)``, as one of weights or of two signals, or refuse it.'''
     index, gates = 0, []
     if len(function.active) > 1:
         index = _find_value(canonizer, function.active)
         gates = [elem for num, elem in enumerate(function.active) if num != index]
     if index is not None:
         signal = function.active[index]
+        # by the graph alone: values would give the examples of a batch rules that depend on each other
+        is_positive = all(map(is_non_negative, gates)) and all(
+            not is_recorded(elem) and bool((elem >= 0).all()) for elem in function.tensors() if not elem.requires_grad
+        )
         function = function.keep(signal)
         constants = [elem for elem in function.tensors() if elem is not signal]
-        if is_sum and gates and _are_non_negative(constants, gates):
+        if is_sum and gates and is_positive:
             return canonizer.run(call, NonNegativeMap, function, examples=None)
-        return run(function, signal, constants)
+        return run(function, signal, constants, WeightedMap if gates else LinearMap)
     if len(function.active) == 2:
         return canonizer.run(call, MatrixProduct, function.distinct())
     shapes = ', '.join(str(tuple(elem.shape)) for elem in function.active)
@@ -145,24 +151,17 @@ def _find_value(canonizer, factors):
     return signal
 
 
-def _are_non_negative(constants, gates):
-    '''Whether constants have no negative values, some of which are gates. For a graph, only data flow tells.'''
-    recorded = sum(map(is_recorded, constants))
-    is_known = recorded == len(gates) and all(map(is_non_negative, gates))
-    return all(is_known if is_recorded(elem) else bool((elem >= 0).all()) for elem in constants)
-
-
 def contract(canonizer, call, function):
     '''A product of two tensors over dimensions, which is linear in the one that is no constant.'''
-    def run(function, signal, constants):
+    def run(function, signal, constants, kind):
         constant, = constants
-        is_layer = function.name in ('matmul', '__matmul__', 'mm', 'linalg_matmul') and constant.ndim == 2
-        if is_layer and function.tensors()[0] is signal and constant.layout is torch.strided:
+        is_product = function.name in ('matmul', '__matmul__', 'mm', 'linalg_matmul') and constant.ndim == 2
+        if kind is LinearMap and is_product and function.tensors()[0] is signal and constant.layout is torch.strided:
             func = function.func
             return run_layer(canonizer, call, function.name, signal, (
                 lambda input, weight, bias: func(input, weight.T)
             ), constant.T, None)
-        return linear_map(canonizer, call, function, function.rebind(signal, constant), constant)
+        return linear_map(canonizer, call, function, function.rebind(signal, constant), constant, kind)
 
     return _run_product(canonizer, call, function, run)
 
@@ -174,10 +173,10 @@ def run_layer(canonizer, call, name, input, func, weight, bias, **settings):
     return canonizer.run_known(lambda: surrogate(input), [input])
 
 
-def linear_map(canonizer, call, function, product, weight):
+def linear_map(canonizer, call, function, product, weight, kind=LinearMap):
     '''Run a function of one tensor, which is a product with a constant.'''
     signal, = function.active
-    surrogate = canonizer.surrogate_for(call, LinearMap, function.name)
+    surrogate = canonizer.surrogate_for(call, kind, function.name)
     surrogate.set_product(product, weight if weight.layout is torch.strided else weight.to_dense(), function.rebind())
     return canonizer.run_known(lambda: surrogate(signal), [signal])
 
@@ -241,7 +240,7 @@ def _multiply_aligned(canonizer, call, function, inputs, output, operands):
             elem = elem if letter in key else elem.unsqueeze(num)
         return elem
 
-    def run(picked, signal, constants):
+    def run(picked, signal, constants, kind):
         def twin():
             product = aligned(next(key for key, elem in zip(inputs, operands) if elem is signal), signal)
             for key, elem in zip(inputs, operands):
@@ -286,7 +285,7 @@ def multi_dot(canonizer, call, function):
 
 def _contract_many(canonizer, call, function, inputs, output, operands):
     '''A sum of products of two or more tensors, given the letters of the dimensions of each and of the output.'''
-    def run(function, signal, constants):
+    def run(function, signal, constants, kind):
         own = next(key for key, elem in zip(inputs, operands) if elem is signal)
         others = [key for key, elem in zip(inputs, operands) if elem is not signal]
         kept, weight = others[0], constants[0]
@@ -295,7 +294,7 @@ def _contract_many(canonizer, call, function, inputs, output, operands):
             kept = ''.join(key for key in sorted(set(''.join(others))) if key in own + output)
             weight = torch.einsum(f'{",".join(others)}->{kept}', *constants)
         equation = f'{own},{kept}->{output}'
-        return linear_map(canonizer, call, function, lambda *factors: torch.einsum(equation, *factors), weight)
+        return linear_map(canonizer, call, function, lambda *factors: torch.einsum(equation, *factors), weight, kind)
 
     return _run_product(canonizer, call, function, run)
 
@@ -317,10 +316,11 @@ def deformable(canonizer, call, function):
     input, weight = given['input'], given['weight']
     if not input.requires_grad or weight.requires_grad:
         return canonizer.refuse(call, function, 'its weights or places do')
-    function = function.keep(input)
-    mask = function.bind(*names)['mask']
-    if not _are_non_negative([mask], [given['mask']] * given['mask'].requires_grad):
+    mask = given['mask']
+    # a graph has no values
+    if not is_non_negative(mask) and (is_recorded(mask) or bool((mask < 0).any())):
         return canonizer.refuse(call, function, 'its mask has negative values')
+    function = function.keep(input)
     bias = function.bind(*names)['bias']
     product = function.put(bias, torch.zeros_like(bias)).rebind(input, weight)
     return linear_map(canonizer, call, function, product, weight)

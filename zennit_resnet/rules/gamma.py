@@ -5,7 +5,7 @@ import torch
 from zennit.types import Convolution, MaxPool
 
 from ..arguments import as_stabilizer, check_number, signs
-from ..layer import Signed, Subsampling
+from ..layer import NonNegativeMap, Signed, Subsampling
 from . import _linear_maps as maps
 from .zplus import Divisor, Output, ZPlus, is_fully_connected, is_plain_convolution
 
@@ -72,7 +72,7 @@ class GeneralizedGamma(ZPlus):
         if isinstance(module, (MaxPool, Subsampling)) or first:
             return super().prepare(module, (input, first, *rest), shape)
         is_last = 'is_last' in vars(module)
-        has_signs = isinstance(module, (Convolution, torch.nn.Linear, Signed))
+        has_signs = isinstance(module, (Convolution, torch.nn.Linear, Signed)) and not isinstance(module, NonNegativeMap)
         gamma = self.gamma if has_signs and not is_last else 0
         kept, weight, transpose_magnitudes = stored[-1], self._part(module, input), None
         if kept is not None and not is_last and kept.is_of(module, input):
