@@ -118,7 +118,7 @@ def _exponentials(left, right, is_division):
 
 
 def _run_product(canonizer, call, function, run, is_sum=True):
-    '''Run a product by ``run(function, signal, constants, kind)``, as one of weights or of two signals, or refuse it.'''
+    '''Run a product of weights by ``run(function, signal, constants, kind)``, or one of two signals, or refuse it.'''
     index, gates = 0, []
     if len(function.active) > 1:
         index = _find_value(canonizer, function.active)

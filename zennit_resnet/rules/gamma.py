@@ -34,7 +34,7 @@ class GeneralizedGamma(ZPlus):
     exceeds its kernel counts as one of averages over its stride, and relevance is smoothed below an overlapping max
     pooling. Indexing with a step has the rule of ``ZPlus``.
 
-    Poolings and other maps without weights of both signs have gamma = 0, and so does the last linear layer or
+    Poolings, attention and other maps without weights of both signs have gamma = 0, and so does the last linear layer or
     convolution, so that maps of several classes add up. Max poolings give all to the maximum. Start from logits.
 
     Parameters
@@ -72,8 +72,8 @@ class GeneralizedGamma(ZPlus):
         if isinstance(module, (MaxPool, Subsampling)) or first:
             return super().prepare(module, (input, first, *rest), shape)
         is_last = 'is_last' in vars(module)
-        has_signs = isinstance(module, (Convolution, torch.nn.Linear, Signed)) and not isinstance(module, NonNegativeMap)
-        gamma = self.gamma if has_signs and not is_last else 0
+        has_signs = isinstance(module, (Convolution, torch.nn.Linear, Signed))
+        gamma = self.gamma if has_signs and not (is_last or isinstance(module, NonNegativeMap)) else 0
         kept, weight, transpose_magnitudes = stored[-1], self._part(module, input), None
         if kept is not None and not is_last and kept.is_of(module, input):
             divisor, transpose = kept.values, self._transposed(module, input, weight)
