@@ -34,8 +34,8 @@ class GeneralizedGamma(ZPlus):
     exceeds its kernel counts as one of averages over its stride, and relevance is smoothed below an overlapping max
     pooling. Indexing with a step has the rule of ``ZPlus``.
 
-    Poolings, attention and other maps without weights of both signs have gamma = 0, and so does the last linear layer or
-    convolution, so that maps of several classes add up. Max poolings give all to the maximum. Start from logits.
+    Poolings, attention and other maps without weights of both signs have gamma = 0, and so does the last linear layer
+    or convolution, so that maps of several classes add up. Max poolings give all to the maximum. Start from logits.
 
     Parameters
     ----------
