@@ -18,8 +18,8 @@ PACKAGES = frozenset('torch aten prims torchvision'.split())
 REORDERS = (
     'Stack', 'Cat', 'Unbind', 'Select', 'Slice', 'Split', 'UnsafeSplit', 'Transpose', 'Permute', 'Flip', 'Roll',
     'Rot90', 'Index', 'TBackward', 'Gather', 'Scatter', 'Topk', 'Sort', 'Kthvalue', 'Median', 'Nanmedian', 'Mode',
-    'Cummax', 'Cummin', 'Diag', 'BlockDiag', 'Tril', 'Triu', 'Repeat', 'Unfold', 'Im2Col', 'PixelShuffle', 'PixelUnshuffle',
-    'ChannelShuffle', 'ConstantPad', 'ReflectionPad', 'ReplicationPad',
+    'Cummax', 'Cummin', 'Diag', 'BlockDiag', 'Tril', 'Triu', 'Repeat', 'Unfold', 'Im2Col', 'PixelShuffle',
+    'PixelUnshuffle', 'ChannelShuffle', 'ConstantPad', 'ReflectionPad', 'ReplicationPad',
 )
 # Functions that do so regardless of dimensions.
 SCATTERS = ('MaskedSelect', 'MaskedScatter', 'Take', 'Put', 'AsStrided')
