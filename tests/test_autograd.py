@@ -44,6 +44,7 @@ REORDERS = {
     'Permute': lambda x, dim: x.permute((1, 0, 2, 3) if not dim else (0, 2, 1, 3)),
     'Flip': lambda x, dim: x.flip(dim), 'Roll': lambda x, dim: x.roll(1, dim),
     'Rot90': lambda x, dim: x.rot90(1, (dim, 2)), 'Unfold': lambda x, dim: x.unfold(dim, 2, 1),
+    'AsStrided': lambda x, dim: x.as_strided((2, 2), (16, 48) if not dim else (48, 16)),
     'Repeat': lambda x, dim: x.repeat([2 if num == dim else 1 for num in range(4)]),
     'Index': lambda x, dim: x[[1, 0]] if not dim else x[:, [1, 0]],
     'IndexSelect': lambda x, dim: x.index_select(dim, torch.tensor([1, 0])),

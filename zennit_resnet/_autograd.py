@@ -17,12 +17,12 @@ PACKAGES = frozenset('torch aten prims torchvision'.split())
 # Functions that move elements along the dimensions they name.
 REORDERS = (
     'Stack', 'Cat', 'Unbind', 'Select', 'Slice', 'Split', 'UnsafeSplit', 'Transpose', 'Permute', 'Flip', 'Roll',
-    'Rot90', 'Index', 'TBackward', 'Gather', 'Scatter', 'Topk', 'Sort', 'Kthvalue', 'Median', 'Nanmedian', 'Mode',
-    'Cummax', 'Cummin', 'Diag', 'BlockDiag', 'Tril', 'Triu', 'Repeat', 'Unfold', 'Im2Col', 'PixelShuffle',
+    'AsStrided', 'Rot90', 'Index', 'TBackward', 'Gather', 'Scatter', 'Topk', 'Sort', 'Kthvalue', 'Median', 'Nanmedian',
+    'Mode', 'Cummax', 'Cummin', 'Diag', 'BlockDiag', 'Tril', 'Triu', 'Repeat', 'Unfold', 'Im2Col', 'PixelShuffle',
     'PixelUnshuffle', 'ChannelShuffle', 'ConstantPad', 'ReflectionPad', 'ReplicationPad',
 )
 # Functions that do so regardless of dimensions.
-SCATTERS = ('MaskedSelect', 'MaskedScatter', 'Take', 'Put', 'AsStrided')
+SCATTERS = ('MaskedSelect', 'MaskedScatter', 'Take', 'Put')
 # 'CopySlices' is what a change of a view makes of the whole tensor, and no move.
 MOVES = (
     'View', 'Alias', 'Expand', 'queeze', 'Permute', 'Transpose', 'Clone', 'ToCopy', 'CopyBackwards', 'Identity',
@@ -241,6 +241,11 @@ def moves_first(node):
         return node._saved_dims[0] != 0
     if node.name().startswith('RepeatBackward'):
         return node._saved_repeats[0] != 1
+    if node.name().startswith('AsStrided'):
+        # also what a view is after a change in place
+        first, *strides = node._saved_stride or (0,)
+        reach = sum(num * (size - 1) for num, size in zip(strides, node._saved_size[1:]))
+        return (node._saved_storage_offset or 0) + reach >= first
     if node.name().startswith('SliceBackward') and node._saved_step == 1 and not node._saved_start:
         # PyTorch 2.4 has one for each colon of an index
         sizes = node._saved_self_sym_sizes
