@@ -22,6 +22,7 @@ from zennit.types import Convolution
 
 from ._autograd import divides_by_output
 from ._choices import INPUT_X_GRADIENT, LEVELS, MAX_LEVELS, POSTPROCESSING, SPLITTING, VALUES
+from ._text import suggest
 from .attribution import as_contrast, check_contrast_weight, initial_relevance
 from .classic import SETTINGS, ClassicLRP
 from .composites import SPLITTING as RULES
@@ -128,7 +129,7 @@ class Method:
         self.name, _, options = head.partition(':')
         entries = self.entries()
         if self.name not in entries:
-            raise ValueError(f'unknown method {self.name or self.text!r}: choose one of {", ".join(sorted(entries))}')
+            raise ValueError(f'unknown method {self.name or self.text!r}{suggest(self.name, sorted(entries))}')
         self.entry = entries[self.name]
         self.splitting, self.magnitude, self.postprocess, self.levels = 'none', False, postprocess, levels
         kinds = [self._add_suffix(suffix) for suffix in suffixes]

@@ -208,7 +208,9 @@ def read_classes(source):
     try:
         text = Path(source).read_text(encoding='utf-8-sig')
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f'names of classes cannot be read from {source} ({one_line(error)})') from error
+        raise ValueError(
+            f'names of classes cannot be read from the file {str(source)!r} ({one_line(error)})'
+        ) from error
     try:
         classes = json.loads(text)
     except ValueError:

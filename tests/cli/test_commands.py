@@ -187,9 +187,22 @@ def test_contrast(run, tiny, photos, args, contrast, options):
     assert_close(relevance, expected[0])
     assert relevance.min() < 0 < relevance.max()
     initial = initial_relevance(0, 'logit' if options else 'one', contrast=contrast)(output.detach()).sum()
-    line = read_report(result.stdout)[str(photos[0])]['relevance']
+    report = read_report(result.stdout)[str(photos[0])]
+    line = report['relevance']
     assert float(line.split()[3].strip(',')) == pytest.approx(float(initial), abs=1e-4)
-    assert line.endswith('ratio undefined')
+    assert line.endswith('for the class less for its rivals')
+    name = {'centred': 'others', 1: 'golf ball', 'runner_up': 'the next'}[contrast] if args[0] == '--contrast' else ''
+    assert report['target'].endswith(f'% rather than {name}' if name else '%')
+    # another contrast has other files
+    assert run('explain', photos[0], '--target', 'tabby cat', '--out', out)[0].exit_code == 0
+    assert len(list(out.glob('*_relevance.npy'))) == 2
+
+
+def test_contrast_with_itself(run, photos):
+    '''There is nothing to show, and why.'''
+    result, _ = run('explain', photos[0], '--target', 1, '--contrast', 'golf ball')
+    assert result.exit_code == 0, result.output
+    assert 'empty, as golf ball is contrasted with itself' in read_report(result.stdout)[str(photos[0])]['pictures']
 
 
 def test_contrast_of_input_x_gradient(run, tiny, photos):

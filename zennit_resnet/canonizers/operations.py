@@ -63,6 +63,8 @@ def _entry(names, run=None, kind=None, **properties):
     return Entry(names, run if kind is None else partial(run, kind=kind), **properties)
 
 
+# The first dimension, by the name of the function: there is no argument of that position.
+FIXED = (9, 0)
 # Functions of each element in torch.special.
 SPECIAL = '''
     airy_ai bessel_j0 bessel_j1 bessel_y0 bessel_y1 digamma entr erf erfc erfcx erfinv exp2 expit expm1 gammainc
@@ -95,10 +97,10 @@ TABLE = (
     ''', gradient, takes=(2, 0)),
     _entry('flip', gradient, takes=(1, None)),
     _entry('rot90', gradient, takes=(2, (0, 1))),
-    _entry('__iter__ __reversed__ flipud vsplit', gradient, takes=(9, 0)),
+    _entry('__iter__ __reversed__ flipud vsplit', gradient, takes=FIXED),
     _entry('kthvalue topk', gradient, reduces=(2, -1)),
     _entry('median nanmedian mode sort', gradient, reduces=(1, -1)),
-    _entry('msort', gradient, reduces=(9, 0)),
+    _entry('msort', gradient, reduces=FIXED),
     _entry('cummax cummin aminmax', gradient, reduces=(1, None)),
     _entry('dropout dropout1d dropout2d dropout3d', gradient, training=(2, True)),
     _entry('alpha_dropout feature_dropout feature_alpha_dropout', gradient, training=(2, False)),

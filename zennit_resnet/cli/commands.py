@@ -50,7 +50,9 @@ def explain(images, methods, out, **options):
     from ..explanation.result import ENDINGS
     from .session import Session, writing
     session = Session(images, methods, out, options)
-    stems = [file_stem(name, method) for name in unique_names(session.images) for method in session.methods]
+    stems = [
+        file_stem(name, method, session.rivals) for name in unique_names(session.images) for method in session.methods
+    ]
     session.check_free([out / f'{stem}_{ending}' for stem in stems for ending in ENDINGS])
     for path, explanations in session.explanations():
         first = next(each for each in explanations if each is not None)
@@ -58,7 +60,7 @@ def explain(images, methods, out, **options):
         lines = [
             one_line(path),
             f'  predicted  {top}',
-            f'  target     {first.label} (class {first.target}) {100 * first.probability:.1f} %',
+            f'  target     {numbered(first.label, first.target)} {100 * first.probability:.1f} %{first.versus}',
         ]
         for method, each in zip(session.methods, explanations):
             if each is None:
@@ -71,24 +73,29 @@ def explain(images, methods, out, **options):
     session.finish()
 
 
+def numbered(label, index):
+    '''The name of a class and its number, once.'''
+    return label if label == f'class {index}' else f'{label} (class {index})'
+
+
 def describe(explanation, session, written):
     '''What is said about an explanation, as lines.'''
     total = explanation.describe()['relevance']
-    # that of rivals has the opposite sign, so that both may sum to zero
-    is_signed = session.contrast is not None or explanation.method.contrast is not None
     kept = f', sinks {total["sinks"]:.6g}' if total['sinks'] else ''
-    is_defined = total['initial'] and not is_signed
-    ratio = f'{(total["sum"] + total["sinks"]) / total["initial"]:.6f}' if is_defined else 'undefined'
     if explanation.method.name == 'relative_lrp':
-        ratio = 'without a meaning for relative relevance'
+        kept += ', ratio without a meaning for relative relevance'
+    elif total['contrast'] is not None:
+        # both may be zero
+        kept += ', for the class less for its rivals'
+    elif total['initial']:
+        kept += f', ratio {(total["sum"] + total["sinks"]) / total["initial"]:.6f}'
     notes = explanation.notes
     if explanation.method.postprocess != 'none':
         notes.insert(0, f'post-processed by {explanation.method.postprocess}')
     endings = ', '.join(path.name.removeprefix(explanation.stem) for path in written[1:])
     return [
         *([f'  method     {explanation.method.text}'] if len(session.methods) > 1 else []),
-        f'  relevance  sum {total["sum"]:.6g}{kept}, initial {total["initial"]:.6g} ({total["starts from"]}), '
-        f'ratio {ratio}',
+        f'  relevance  sum {total["sum"]:.6g}, initial {total["initial"]:.6g} ({total["starts from"]}){kept}',
         *([f'  pictures   {"; ".join(notes)}'] if notes else []),
         f'  written    {one_line(written[0])}, {endings}',
     ]
@@ -170,7 +177,7 @@ def ledger(images, method, tolerance, blocks, only_losses, out, **options):
     from .session import Session, reason_of, writing
     session = Session(images, [method], out, options)
     chosen, classes = session.methods[0], session.classifier.classes
-    stems = [file_stem(name, chosen) for name in unique_names(session.images)]
+    stems = [file_stem(name, chosen, session.rivals) for name in unique_names(session.images)]
     endings = ('ledger.png', 'ledger.csv', 'ledger.json')
     session.check_free([out / f'{stem}_{ending}' for stem in stems for ending in endings])
     for path, stem in zip(session.images, stems):
@@ -195,7 +202,7 @@ def ledger(images, method, tolerance, blocks, only_losses, out, **options):
         session.conserved &= is_conserved
         tqdm.write('\n'.join([
             one_line(path),
-            f'  target     {classes[target]} (class {target})',
+            f'  target     {numbered(classes[target], target)}',
             f'  written    {one_line(out / stem)}_ledger.png, _ledger.csv, _ledger.json',
             single.table(tolerance=tolerance, blocks=blocks, only_losses=only_losses),
             f'{"conserved" if is_conserved else "not conserved"}: the largest deviation is {deviation:.2g} of the '

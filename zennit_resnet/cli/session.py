@@ -11,9 +11,10 @@ from tqdm import tqdm
 from .._choices import CONTRASTS, INPUT_X_GRADIENT, LEVELS, MAX_LEVELS
 from .._files import check_free, whole
 from .._text import one_line
+from ..attribution import as_contrast
 from ..canonizers import UnsupportedOperation
 from ..explanation import explain_each, list_images
-from ..explanation.result import Style
+from ..explanation.result import Style, name_rivals
 from ..methods import Method
 from ..models import load_classifier
 
@@ -50,6 +51,7 @@ class Session:
             self.contrast = options['contrast']
             if self.contrast is not None and self.contrast not in CONTRASTS:
                 self.contrast = self.classifier.find_class(self.contrast)
+            self.rivals = name_rivals(as_contrast(self.contrast), self.classifier.classes)
         except (ValueError, TypeError, OSError) as error:
             raise click.ClickException(one_line(error)) from error
         device = options['device'] or ('cuda' if torch.cuda.is_available() else 'cpu')

@@ -123,10 +123,13 @@ class Explanation(_Pictures):
     @property
     def versus(self):
         '''What the class is compared with, for captions, unless the name of the method says it.'''
-        contrast = self.contrast
-        if isinstance(contrast, torch.Tensor):
-            contrast = ', '.join(self.classes[num] for num in contrast.flatten().tolist())
-        return '' if contrast is None else f' rather than {CONTRAST_TEXTS.get(contrast, contrast)}'
+        rivals = self.rivals
+        return f' rather than {CONTRAST_TEXTS.get(rivals, rivals)}' if rivals else ''
+
+    @property
+    def rivals(self):
+        '''Names of the classes, or the word, of the contrast, unless the name of the method says it.'''
+        return '' if self.method.contrast is not None else name_rivals(self.contrast, self.classes)
 
     @cached_property
     def probabilities(self):
@@ -156,7 +159,10 @@ class Explanation(_Pictures):
         (left, top, right, bottom), (height, width) = self.box, self.photo.shape[:2]
         is_padded = left < -1 or top < -1 or right > width + 1 or bottom > height + 1
         if not self.relevance.any() and not notes:
-            notes.append('empty, as relevance is zero everywhere')
+            rivals = self.contrast if self.method.contrast is None else self.method.contrast
+            is_own = isinstance(rivals, torch.Tensor) and bool((rivals == self.target).all())
+            reason = f'{self.label} is contrasted with itself' if is_own else 'relevance is zero everywhere'
+            notes.append(f'empty, as {reason}')
         elif seen < 0.95 and self.method.postprocess == 'none' and is_padded:
             notes.append(f'{1 - seen:.0%} of the relevance is on padding, outside of the photograph')
         is_plain = self.contrast is None and self.method.contrast is None and self.sign > 0
@@ -222,8 +228,8 @@ class Explanation(_Pictures):
 
     @property
     def stem(self):
-        '''What names of files begin with: that of the image and the method.'''
-        return file_stem(self.name, self.method)
+        '''What names of files begin with: that of the image, the method and the contrast.'''
+        return file_stem(self.name, self.method, self.rivals)
 
     def save(self, folder, overwrite=False, **style):
         '''Write heatmap, overlay and figure as PNG, relevance and heatmap as arrays, and a manifest, and get the paths.
@@ -293,9 +299,17 @@ def _shared_range(explanations, style):
     return color_range(np.concatenate(values), percentile) if values else None
 
 
-def file_stem(name, method):
-    '''What names of files of an image and a method begin with.'''
-    return f'{name}_{re.sub("[^0-9A-Za-z_.=+-]+", "-", method.text)}'
+def name_rivals(contrast, classes):
+    '''A contrast as a word, or as names of its classes.'''
+    if isinstance(contrast, torch.Tensor):
+        return ', '.join(classes[num] if classes else f'class {num}' for num in contrast.flatten().tolist())
+    return contrast or ''
+
+
+def file_stem(name, method, rivals=''):
+    '''What names of files of an image, a method and a contrast begin with.'''
+    text = f'{method.text}_rather than {rivals}' if rivals and method.contrast is None else method.text
+    return f'{name}_{re.sub("[^0-9A-Za-z_.=+-]+", "-", text)}'
 
 
 class Explanations(_Pictures, tuple):
