@@ -31,20 +31,20 @@ EXPONENTIALS = frozenset('exp exp2 rpow'.split())
 LOWER, UPPER = (frozenset(names.split()) for names in (
     'clamp clampmin clamp_min relu maximum max fmax threshold', 'clamp clampmax clamp_max minimum min fmin'
 ))
-# Functions, and modules in place of them, of which the output is a gate if all that they are given is one.
-SHIFTS, SCALES = ('Add', 'Sub', 'Rsub'), ('Mul', 'Div', 'Neg')
-AVERAGES = ('Pool', 'Upsample', 'Mean', 'Sum')
-CLIPS = ('Clamp', 'Hardtanh', 'Relu', 'Where', 'Masked', 'Maximum', 'Minimum')
+# Parts of the names of functions, and modules in place of them, of which the output is a gate if the input is one.
+SHIFT_NODES, SCALE_NODES = ('Add', 'Sub', 'Rsub'), ('Mul', 'Div', 'Neg')
+AVERAGE_NODES = ('Pool', 'Upsample', 'Mean', 'Sum')
+CLIP_NODES = ('Clamp', 'Hardtanh', 'Relu', 'Where', 'Masked', 'Maximum', 'Minimum')
 COMBINES = (Activation, AvgPool, MaxPool, torch.nn.Upsample)
 # Functions that scale or bound a sum, as a softmax that is written out may do with that of its exponentials.
-SCALED = frozenset('add sub mul div truediv clamp clamp_min clampmin clip neg'.split())
+SCALINGS = frozenset('add sub mul div truediv clamp clamp_min clampmin clip neg'.split())
 INVERSES = frozenset('reciprocal pow div truediv rtruediv rdiv'.split())
 # Functions that a softmax may be written with.
 SOFT = frozenset('exp exp2 expm1 logsumexp logaddexp softplus sigmoid tanh softmax logsoftmax logsigmoid'.split())
 
 
 def is_gate(tensor, with_tanh=True):
-    '''Whether a tensor was computed from outputs of sigmoids alone, without any layer in between, by its graph.'''
+    '''Whether a tensor was computed from outputs of sigmoids alone, without any layer in between: 1 - g.sigmoid().'''
     if tensor.grad_fn is None:
         return False
     own = walk([tensor.grad_fn], ends=lambda node: _is_sigmoid(node, with_tanh))
@@ -54,22 +54,22 @@ def is_gate(tensor, with_tanh=True):
 def end_of(node):
     '''The last function before an output that does more than moving, selecting or averaging elements.'''
     return back(node, lambda node: (
-        isinstance(module_of(node), AvgPool) or reorders(node) or any(key in stem_of(node) for key in AVERAGES)
+        isinstance(module_of(node), AvgPool) or reorders(node) or any(key in stem_of(node) for key in AVERAGE_NODES)
     ))[0]
 
 
 def is_shift(tensor, other):
-    '''Whether another tensor has the largest elements of a tensor, as what a softmax subtracts first.'''
+    '''Whether another tensor has the largest elements of a tensor, as in h - h.amax(1, keepdim=True).'''
     node = _skip(other.grad_fn)
-    return _function(node) in ('max', 'amax') and len(parents_of(node)) == 1 and (
+    return _name_of(node) in ('max', 'amax') and len(parents_of(node)) == 1 and (
         _skip(parents_of(node)[0]) is _skip(tensor.grad_fn)
     )
 
 
 def is_log_sum(node):
-    '''Whether a function is the logarithm of a sum of exponentials.'''
+    '''Whether a function is the logarithm of a sum of exponentials: h.logsumexp(1), h.exp().sum(1).log().'''
     node = _skip(node, ('neg', 'negative'))
-    name, lower = _function(node), () if node is None else parents_of(node)
+    name, lower = _name_of(node), () if node is None else parents_of(node)
     if name == 'add' and len(lower) == 2:
         # the largest element, and the rest of the sum
         return any(map(is_log_sum, lower))
@@ -91,31 +91,31 @@ def are_probabilities(values):
 
 
 def summed_by(node, is_inverse=False):
-    '''The exponential that a function is a sum of, or the inverse of one, None if it is no such sum.'''
+    '''The exponential which a function sums up, also as an inverse: h.exp() of 1 / h.exp().sum(1). Otherwise None.'''
     if is_inverse:
         node = _skip(node, INVERSES)
-    node = _skip(node, SCALED)
-    below = _skip(parents_of(node)[0], SCALED) if _function(node) == 'sum' else None
-    return below if _function(below) == 'exp' else None
+    node = _skip(node, SCALINGS)
+    below = _skip(parents_of(node)[0], SCALINGS) if _name_of(node) == 'sum' else None
+    return below if _name_of(below) == 'exp' else None
 
 
 def is_part(node, total):
-    '''Whether a function has some elements of an exponential, or of another one of what that is computed from.'''
+    '''Whether a function has elements of an exponential, or of one of the same tensor: h.exp()[:, 0] for h.exp().'''
     node = back(node, reorders)[0]
-    return _function(node) == 'exp' and _exponents(node) == _exponents(total)
+    return _name_of(node) == 'exp' and _exponents(node) == _exponents(total)
 
 
 def _exponents(node):
     '''What an exponential is computed from, before it is moved, scaled and shifted by its largest element.'''
     def is_end(node):
-        return not (reorders(node) or _function(node) in SCALED | {'max', 'amax'})
+        return not (reorders(node) or _name_of(node) in SCALINGS | {'max', 'amax'})
 
     return set(filter(is_end, walk(parents_of(node), ends=is_end)))
 
 
 def _normalizes(node):
-    '''Whether a function of two tensors normalizes exponentials, or subtracts the logarithm of their sum.'''
-    lower, name = parents_of(node), _function(node)
+    '''Whether a function of two tensors is a softmax, h.exp() / h.exp().sum(1), or its logarithm, h - h.logsumexp(1).'''
+    lower, name = parents_of(node), _name_of(node)
     if len(lower) != 2 or name not in ('sub', 'add', 'div', 'mul'):
         return False
     if name in ('sub', 'add'):
@@ -126,17 +126,17 @@ def _normalizes(node):
 def softmaxes_before(outputs):
     '''Softmaxes after the last layers before the outputs of a network, written out or not, by their graphs.'''
     def is_softmax(node):
-        return _function(node) in ('softmax', 'logsoftmax') or _normalizes(node)
+        return _name_of(node) in ('softmax', 'logsoftmax') or _normalizes(node)
 
     def is_end(node):
         return is_softmax(node) or is_layer(node) or stem_of(node) in LAYERS or not parents_of(node)
 
     found = list(walk(nodes_of(outputs), ends=is_end))
     softmaxes = [node for node in found if is_softmax(node)]
-    return softmaxes, len(softmaxes) == sum(map(is_end, found)), set(map(_function, found))
+    return softmaxes, len(softmaxes) == sum(map(is_end, found)), set(map(_name_of, found))
 
 
-def _function(node):
+def _name_of(node):
     '''Name of the function that a node is of, which may have run through a module.'''
     if node is None:
         return ''
@@ -151,7 +151,7 @@ def _function(node):
 
 def _skip(node, names=()):
     '''The function before those that move elements, and those of some names.'''
-    return back(node, lambda node: _function(node) in names or is_move(node))[0]
+    return back(node, lambda node: _name_of(node) in names or is_move(node))[0]
 
 
 def is_weighting(tensor, other):
@@ -163,23 +163,23 @@ def is_weighting(tensor, other):
 
 def _is_sigmoid(node, with_tanh):
     '''Whether a function is a sigmoid, which may be one that networks write as a shift, clipped on both sides.'''
-    module, name = module_of(node), _function(node)
+    module, name = module_of(node), _name_of(node)
     if _is_tanh(node):
         return with_tanh
     if name in SIGMOIDS or _is_logistic(node, name):
         return True
-    if len(parents_of(node)) == 1 and stem_of(node) in SHIFTS:
+    if len(parents_of(node)) == 1 and stem_of(node) in SHIFT_NODES:
         # one and a hyperbolic tangent
         below = _unscaled(node)
         return below is not None and _is_tanh(below)
     if not _clips(node, module):
         # on one side after the other
         below = _skip(parents_of(node)[0]) if len(parents_of(node)) == 1 else None
-        if not any(name in first and _function(below) in other for first, other in ((LOWER, UPPER), (UPPER, LOWER))):
+        if not any(name in first and _name_of(below) in other for first, other in ((LOWER, UPPER), (UPPER, LOWER))):
             return False
         node = below
     below = _unscaled(node)
-    return below is not None and stem_of(below) in SHIFTS and len(parents_of(below)) == 1
+    return below is not None and stem_of(below) in SHIFT_NODES and len(parents_of(below)) == 1
 
 
 def _unscaled(node):
@@ -192,7 +192,7 @@ def _unscaled(node):
 
 def _is_tanh(node):
     '''Whether a function is a hyperbolic tangent, or clips between minus one and one.'''
-    if _function(node) in ('tanh', '_tanh'):
+    if _name_of(node) in ('tanh', '_tanh'):
         return True
     module = module_of(node)
     bounds = getattr(module, 'bounds', None)
@@ -209,23 +209,23 @@ def _is_logistic(node, name):
         return False
     below = _skip(lower[0])
     if name == 'exp':
-        below_name = _function(below)
+        below_name = _name_of(below)
         if below_name == 'sub' and len(parents_of(below)) == 2:
             # h - softplus(h)
             return any(_is_softplus(elem) or is_log_sum(elem) for elem in parents_of(below))
         return below_name in LOG_SIGMOIDS or below_name in NEGATIONS and _is_softplus(parents_of(below)[0])
     if name == 'mul':
         # what PyTorch makes of a number that is divided
-        below, name = _skip(parents_of(below)[0]) if _function(below) == 'reciprocal' else None, 'reciprocal'
+        below, name = _skip(parents_of(below)[0]) if _name_of(below) == 'reciprocal' else None, 'reciprocal'
     is_inverse = name in ('reciprocal', 'rtruediv', 'rdiv', 'div', 'truediv')
     exponent = exponent_of(node)
     return (is_inverse or isinstance(exponent, (int, float)) and exponent == -1) and is_one_more(below)
 
 
 def _is_softplus(node):
-    '''Whether a function is the logarithm of what is one more than an exponential.'''
+    '''Whether a function is the logarithm of what is one more than an exponential: (1 + h.exp()).log().'''
     node = _skip(node)
-    name = _function(node)
+    name = _name_of(node)
     if name not in ('log', 'log1p'):
         return name in SOFTPLUS
     below = _skip(parents_of(node)[0])
@@ -233,16 +233,16 @@ def _is_softplus(node):
 
 
 def is_one_more(node):
-    '''Whether a function adds a constant to an exponential.'''
+    '''Whether a function adds a constant to an exponential: 1 + h.exp().'''
     node = _skip(node)
-    if _function(node) not in ('add', 'radd') or len(parents_of(node)) != 1:
+    if _name_of(node) not in ('add', 'radd') or len(parents_of(node)) != 1:
         return False
     return _is_exponential(_skip(parents_of(node)[0]))
 
 
 def _is_exponential(node):
     '''Whether a function has its argument as an exponent.'''
-    return _function(node) in EXPONENTIALS or node is not None and (
+    return _name_of(node) in EXPONENTIALS or node is not None and (
         node.name() in ('PowBackward1', 'PowBackward2') and isinstance(exponent_of(node), torch.Tensor)
     )
 
@@ -259,7 +259,7 @@ def _clips(node, module):
 def _scales(node):
     '''Whether a function moves or scales what it is given.'''
     stem = stem_of(node)
-    return isinstance(module_of(node), Gate) or stem in SCALES or is_move(node)
+    return isinstance(module_of(node), Gate) or stem in SCALE_NODES or is_move(node)
 
 
 def _combines(node):
@@ -268,6 +268,6 @@ def _combines(node):
     if isinstance(module, Operation) and module.name in UNBOUNDED:
         return False
     return (
-        getattr(module, 'in_gate', False) or isinstance(module, COMBINES) or _scales(node)
-        or stem in (*SHIFTS, 'CopySlices') or reorders(node) or any(key in stem for key in AVERAGES + CLIPS)
+        getattr(module, 'in_gate', False) or isinstance(module, COMBINES) or _scales(node) or reorders(node)
+        or stem in (*SHIFT_NODES, 'CopySlices') or any(key in stem for key in AVERAGE_NODES + CLIP_NODES)
     ) and bool(parents_of(node))

@@ -216,8 +216,8 @@ class Refusing:
             advice = 'Put it in a module and give that a rule in the layer map of the composite'
             if not module._modules and not module._parameters and not label.startswith('The model'):
                 advice = (
-                    f'If it is an activation, layer_map=[({type(module).__name__}, PassThrough())] passes relevance, with '
-                    'PassThrough of zennit_resnet.rules. '
+                    f'If it is an activation, layer_map=[({type(module).__name__}, PassThrough())] passes relevance '
+                    '(zennit_resnet.rules.PassThrough). '
                     'Otherwise give it another rule there'
                 )
             message += f', and {reason}. {advice}, or use ResidualCanonizer(strict=False) to have its gradient instead.'
