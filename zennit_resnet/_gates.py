@@ -114,7 +114,7 @@ def _exponents(node):
 
 
 def _normalizes(node):
-    '''Whether a function of two tensors is a softmax, h.exp() / h.exp().sum(1), or its logarithm, h - h.logsumexp(1).'''
+    '''Whether a function of two is a softmax, as h.exp() / h.exp().sum(1), or its logarithm: h - h.logsumexp(1).'''
     lower, name = parents_of(node), _name_of(node)
     if len(lower) != 2 or name not in ('sub', 'add', 'div', 'mul'):
         return False
