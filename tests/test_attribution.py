@@ -340,6 +340,14 @@ class Wrapped(torch.nn.Module):
         return self.wrap(self.head((x + self.conv(x)).relu().mean((2, 3))) * scale)
 
 
+def test_empty_lists():
+    '''They are of no type, and name nothing.'''
+    with pytest.raises(ValueError, match=r'contrast=\[\] names no class'):
+        initial_relevance(0, contrast=[])
+    with pytest.raises(ValueError, match='0 targets for a batch of 2'):
+        initial_relevance([])(torch.zeros(2, 3))
+
+
 @pytest.mark.parametrize('composite', [ResNetLRP, RelativeLRP, BlockLRP, lambda: with_splitting(EpsilonPlus())])
 @pytest.mark.parametrize('name', OUTPUTS)
 def test_several_outputs(name, composite):

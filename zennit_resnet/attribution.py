@@ -357,7 +357,8 @@ def _check_function(target, contrast):
 def as_indices(name, value, dims=torch.inf):
     '''Indices of classes as a tensor of no more than some dimensions.'''
     try:
-        indices = torch.as_tensor(value)
+        # without elements, lists have no type
+        indices = torch.as_tensor(value, dtype=torch.long if isinstance(value, (list, tuple)) and not value else None)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f'{name}={value!r} is not made of class indices!') from error
     if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool or indices.ndim > dims:
