@@ -62,8 +62,7 @@ def as_argument(value: Any, name: str) -> Any:
     if isinstance(value, tuple) and len(value) == 1:
         value = value[0]
     if isinstance(value, (np.ndarray, np.generic)):
-        # of the byte order of this machine
-        value = as_map(name, np.asarray(value, value.dtype.newbyteorder("=")))
+        value = as_map(name, np.asarray(value))
     return value
 
 

@@ -340,6 +340,12 @@ class Wrapped(torch.nn.Module):
         return self.wrap(self.head((x + self.conv(x)).relu().mean((2, 3))) * scale)
 
 
+@pytest.mark.parametrize('target', [np.array([2, 1])[::-1], np.array([1, 2], dtype='>i8'), np.array([1, 2], np.int16)])
+def test_any_arrays(target):
+    '''Arrays of any order are what they are.'''
+    assert initial_relevance(target, 'one')(torch.ones(2, 3)).tolist() == [[0, 1, 0], [0, 0, 1]]
+
+
 def test_empty_lists():
     '''They are of no type, and name nothing.'''
     with pytest.raises(ValueError, match=r'contrast=\[\] names no class'):

@@ -439,6 +439,7 @@ def test_figures(model, photo):
     ({'method': 'resnet'}, ValueError, 'resnet'),
     ({'mean': (0.5, 0.5)}, ValueError, 'mean'),
     ({'std': (0.5, 0., 0.5)}, ValueError, 'std'),
+    ({'mean': 'gray'}, ValueError, "mean='gray' is not made of three numbers"),
     ({'batch_size': 0}, ValueError, 'batch_size'),
     ({'batch_size': 1.5}, ValueError, 'batch_size=1.5'),
     ({'method': None}, TypeError, 'method=None'),
