@@ -87,7 +87,7 @@ def test_contrasts_of_each_example():
 
 
 @pytest.mark.parametrize('contrast, error, match', [
-    ('median', ValueError, 'median'), (1.5, TypeError, 'contrast'), ([], TypeError, 'contrast'),
+    ('median', ValueError, 'median'), (1.5, TypeError, 'contrast'), ([], ValueError, 'contrast'),
     (True, TypeError, 'contrast'), ([[[0]]], TypeError, 'contrast'), (3, IndexError, '3'), (-1, IndexError, '-1'),
     ([[1], [2]], ValueError, '2 examples'), (torch.zeros(4, 0, dtype=torch.long), ValueError, 'no class'),
 ])

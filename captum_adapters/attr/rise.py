@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -220,7 +220,7 @@ def _draw_grids(
     """Which cells are visible (masks, *cells), and their shifts (masks, dims), on CPU."""
     size = image.shape[2:]
     several = isinstance(grid_size, Sequence)
-    cells = tuple(grid_size) if several else (grid_size,) * len(size)  # type: ignore
+    cells: Any = tuple(grid_size) if several else (grid_size,) * len(size)  # type: ignore
     if len(cells) != len(size) or any(
         isinstance(count, bool) or not isinstance(count, Integral) or count < 1
         for count in cells
