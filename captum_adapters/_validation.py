@@ -62,8 +62,7 @@ def as_argument(value: Any, name: str) -> Any:
     if isinstance(value, tuple) and len(value) == 1:
         value = value[0]
     if isinstance(value, (np.ndarray, np.generic)):
-        # of the byte order of this machine
-        value = as_map(name, np.asarray(value, value.dtype.newbyteorder("=")))
+        value = as_map(name, np.asarray(value))
     return value
 
 
@@ -93,7 +92,12 @@ def check_inputs(inputs: Any) -> tuple[Tensor, ...]:
                 f" {type(tensor).__name__}."
             )
     sizes = {tuple(tensor.shape[:1]) for tensor in given}
-    if len(sizes) != 1 or sizes & {(), (0,)}:
+    if sizes == {(0,)}:
+        raise ValueError(
+            "inputs have no examples, but are of shape"
+            f" {', '.join(str(tuple(tensor.shape)) for tensor in given)}."
+        )
+    if len(sizes) != 1 or sizes & {()}:
         raise ValueError(
             "inputs must have one and the same number of examples, but are of shape"
             f" {', '.join(str(tuple(tensor.shape)) for tensor in given) or '()'}."
@@ -216,6 +220,9 @@ def check_baselines(baselines: Any, images: Tensor, name: str = "baselines") -> 
             f"{name} have values that inputs of {images.dtype} cannot have: convert"
             " these to floating point numbers."
         )
+    # also what the type of the images makes infinite
+    if not bool(base.isfinite().all()):
+        raise ValueError(f"{name} contain NaN or infinity: give finite numbers.")
     if base.ndim == 0:
         return base.view([1] * images.ndim)
     fits = base.ndim in (images.ndim - 1, images.ndim) and all(

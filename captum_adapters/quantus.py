@@ -25,6 +25,7 @@ from captum_adapters._validation import (
     warn_negative_maps,
 )
 from captum_adapters.attr import LayerRelevance
+from zennit_resnet.arguments import as_map
 
 Method = Union[str, Callable[..., Attribution], Attribution]
 
@@ -89,8 +90,7 @@ def explain(
     """
     check_choice("reduce", reduce, ("sum", "abs_sum", None))
     where, dtype = _place(model, device)
-    # a copy, as arrays may be read-only
-    images = torch.tensor(np.asarray(inputs), device=where, dtype=dtype)
+    images = as_map("inputs", np.asarray(inputs)).to(where, dtype)
     if images.ndim < 2 or len(images) == 0:
         raise ValueError(
             "inputs must be of shape (batch, channels, ...) or (batch, features), but"
@@ -104,7 +104,7 @@ def explain(
     for key, value in kwargs.items():
         if isinstance(value, np.ndarray):
             kind = dtype if np.issubdtype(value.dtype, np.floating) else None
-            kwargs[key] = torch.tensor(value, device=where, dtype=kind)
+            kwargs[key] = as_map(key, value).to(where, kind)
     # some methods of Captum explain a neuron or layer, and not an output
     if not {"target", "kwargs"} & {*inspect.signature(attribution.attribute).parameters}:
         target = None

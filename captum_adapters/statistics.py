@@ -113,6 +113,12 @@ def _cluster_index(clusters: Clusters, size: int) -> NDArray[np.int64]:
             f"clusters must have one label for each of {size} examples, but are of"
             f" shape {labels.shape}."
         )
+    kinds = {isinstance(label, str) for label in clusters}
+    if labels.dtype == object or len(kinds) > 1:
+        raise TypeError(
+            f"clusters must all be numbers or all be names, but are {[*clusters][:5]}:"
+            " give examples without a cluster one of their own."
+        )
     return np.unique(labels, return_inverse=True)[1].astype(np.int64)
 
 
@@ -315,14 +321,27 @@ def holm(p_values: Scores) -> NDArray[np.float64]:
     return adjusted
 
 
-def _describe(
+def _differences(
     scores: NDArray[np.float64], others: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Paired differences. Magnitudes that only rounding of the scores tells apart are
+    made equal, those near to zero zero, as signs and ranks would tell them apart."""
+    differences = scores - others
+    rounding = 1e-12 * np.abs([scores, others]).max(initial=0)
+    sizes, places = np.unique(np.abs(differences), return_inverse=True)
+    new = np.diff(sizes, prepend=0) > rounding
+    equal = np.append(0, sizes[new])[new.cumsum()]
+    return np.sign(differences) * equal[places]
+
+
+def _describe(
+    scores: NDArray[np.float64], others: NDArray[np.float64],
+    differences: NDArray[np.float64],
 ) -> dict[str, float]:
     """Means, and sizes of effects."""
     if not len(scores):
         names = "mean", "baseline_mean", "difference", "effect_size", "rank_biserial"
         return dict.fromkeys(names, math.nan)
-    differences = scores - others
     deviation = differences.std(ddof=1) if len(scores) > 1 else math.nan
     # the same difference everywhere, but for the scores' rounding, has no standard
     # deviation to compare with
@@ -399,7 +418,7 @@ def compare(
     for method, other in pairs:
         valid = ~np.isnan(arrays[method] + arrays[other])
         first, second = arrays[method][valid], arrays[other][valid]
-        differences, groups = first - second, index[valid]
+        differences, groups = _differences(first, second), index[valid]
         low, high = _interval(differences, groups, confidence, n_resamples, seed, "bca")
         if not valid.any():
             p_value = math.nan
@@ -413,7 +432,7 @@ def compare(
         results.append(Comparison(
             method, other, len(first), len(valid) - len(first), len(np.unique(groups)),
             low=float(low), high=float(high), p_value=p_value, p_holm=math.nan,
-            **_describe(first, second),
+            **_describe(first, second, differences),
         ))
     adjusted = holm([result.p_value for result in results])
     return [each._replace(p_holm=float(p)) for each, p in zip(results, adjusted)]

@@ -87,7 +87,7 @@ def test_contrasts_of_each_example():
 
 
 @pytest.mark.parametrize('contrast, error, match', [
-    ('median', ValueError, 'median'), (1.5, TypeError, 'contrast'), ([], TypeError, 'contrast'),
+    ('median', ValueError, 'median'), (1.5, TypeError, 'contrast'), ([], ValueError, 'contrast'),
     (True, TypeError, 'contrast'), ([[[0]]], TypeError, 'contrast'), (3, IndexError, '3'), (-1, IndexError, '-1'),
     ([[1], [2]], ValueError, '2 examples'), (torch.zeros(4, 0, dtype=torch.long), ValueError, 'no class'),
 ])
@@ -338,6 +338,20 @@ class Wrapped(torch.nn.Module):
         '''Logits.'''
         x = self.stem(x).relu()
         return self.wrap(self.head((x + self.conv(x)).relu().mean((2, 3))) * scale)
+
+
+@pytest.mark.parametrize('target', [np.array([2, 1])[::-1], np.array([1, 2], dtype='>i8'), np.array([1, 2], np.int16)])
+def test_any_arrays(target):
+    '''Arrays of any order are what they are.'''
+    assert initial_relevance(target, 'one')(torch.ones(2, 3)).tolist() == [[0, 1, 0], [0, 0, 1]]
+
+
+def test_empty_lists():
+    '''They are of no type, and name nothing.'''
+    with pytest.raises(ValueError, match=r'contrast=\[\] names no class'):
+        initial_relevance(0, contrast=[])
+    with pytest.raises(ValueError, match='0 targets for a batch of 2'):
+        initial_relevance([])(torch.zeros(2, 3))
 
 
 @pytest.mark.parametrize('composite', [ResNetLRP, RelativeLRP, BlockLRP, lambda: with_splitting(EpsilonPlus())])

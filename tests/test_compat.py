@@ -224,6 +224,25 @@ def test_pre_hooks_in_order():
     assert order == [0, 1, 2, 0, 1, 2] and len(_compat.hooks_of(module)) == 0
 
 
+def test_hooks_of_all():
+    '''Hooks that run for each module.'''
+    modules, calls = torch.nn.modules.module, []
+    assert _compat.hooks_of_all() == []
+    handles = [
+        modules.register_module_forward_hook(lambda *args: calls.append(1)),
+        modules.register_module_forward_pre_hook(lambda *args: calls.append(0)),
+    ]
+    try:
+        for hook in _compat.hooks_of_all():
+            hook()
+        nn.Identity()(torch.zeros(1))
+        assert calls == [0, 1, 0, 1]
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert _compat.hooks_of_all() == []
+
+
 def test_without_hooks():
     '''Hooks of the copy are those that compute weights. The network has all of its own, and its attributes.'''
     layer, calls = nn.utils.spectral_norm(nn.Linear(2, 2)).eval(), []

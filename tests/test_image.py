@@ -84,8 +84,12 @@ def test_16_bit(tmp_path):
     values = np.uint16([[0, 257 * 10, 257 * 128, 65535]])
     assert write(tmp_path / 'gray.png', Image.fromarray(values))[0, :, 0].tolist() == [0, 10, 128, 255]
     assert write(tmp_path / 'gray.tif', Image.fromarray(values.astype(np.int32)))[0, :, 0].tolist() == [0, 10, 128, 255]
-    values = np.float32([[0., 0.5, 1.]])
+    values = np.float32([[-1e-4, 0.5, 1.]])
     assert write(tmp_path / 'float.tif', Image.fromarray(values))[0, :, 0].tolist() == [0, 128, 255]
+    # what would be cut off is another photograph
+    for wrong in (np.int32([[0, 70000]]), np.int32([[-5, 200]]), np.float32([[-1., 1.]]), np.float32([[0., 90000.]])):
+        with pytest.raises(ValueError, match=f'values from {wrong.min():g} to {wrong.max():g}'):
+            write(tmp_path / 'wrong.tif', Image.fromarray(wrong))
 
 
 def test_missing(tmp_path):
@@ -226,6 +230,8 @@ def test_comparison_scale():
     (lambda: draw_comparison([[quadrants()]], ['a'], ['b', 'c']), '2 captions for 1 rows'),
     (lambda: draw_comparison([[quadrants()[..., 0]]], ['a']), r'Picture 0 of row 0.*\(32, 48\)'),
     (lambda: draw_comparison([[quadrants()]], ['a'], scale=0.5), 'scale=0.5'),
+    (lambda: draw_signal(np.zeros(5), np.zeros(5), size=100), 'size=100'),
+    (lambda: draw_signal(np.zeros(5), np.zeros(5), size=(100,)), r'size=\(100,\)'),
 ])
 def test_errors(function, message):
     '''Errors name the offending shape or value.'''

@@ -96,6 +96,15 @@ def test_samples_are_independent():
     assert torch.equal(heat_quantization(heatmap), single)
 
 
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_quantization_of_the_whole_range(dtype):
+    '''The range of a map may be larger than its type can hold.'''
+    largest = torch.finfo(dtype).max
+    heatmap = torch.linspace(-1, 1, 8, dtype=torch.float64).mul(largest).to(dtype).view(1, 2, 4)
+    output = heat_quantization(heatmap, levels=3)
+    assert output.flatten().tolist() == [-largest] * 4 + [0.] * 3 + [largest]
+
+
 @pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('value', [0., -2.7, 1e-7])
 def test_constant(value, dtype):

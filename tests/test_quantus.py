@@ -56,6 +56,20 @@ def test_methods(method):
         np.testing.assert_array_equal(explainer(given)(model=model, inputs=arrays(), targets=TARGETS), result)
 
 
+@pytest.mark.parametrize('change', [lambda each: each[..., ::-1], lambda each: each.astype('>f8')])
+def test_any_arrays(change):
+    '''Those that are flipped, or of another byte order, are what they are.'''
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+    inputs = change(np.random.default_rng(0).random((2, 1, 3, 4)))
+    targets = np.array([1, 2], dtype='>i4')[::-1]
+    baselines = change(np.random.default_rng(1).random((2, 1, 3, 4)))
+    options = {'method': 'IntegratedGradients', 'attribute_kwargs': {'baselines': baselines}}
+    result = explain(model, inputs, targets, **options)
+    same = inputs.astype(np.float64).copy()
+    options['attribute_kwargs'] = {'baselines': baselines.astype(np.float64).copy()}
+    np.testing.assert_array_equal(result, explain(model, same, np.array([2, 1]), **options))
+
+
 def test_default():
     '''Without a method, it is ResNetLRP, to which further arguments are given.'''
     model = network()

@@ -126,6 +126,12 @@ def hooks_of(module):
     return module._forward_hooks.values()
 
 
+def hooks_of_all():
+    '''Forward pre-hooks and hooks of all modules.'''
+    kinds = torch.nn.modules.module
+    return [*kinds._global_forward_pre_hooks.values(), *kinds._global_forward_hooks.values()]
+
+
 def rules_of(module, with_post=False):
     '''Rules of Zennit and of this package that are attached to a module.'''
     owners = [getattr(hook, '__self__', None) for hook in pre_hooks_of(module)]

@@ -47,7 +47,8 @@ def state_of(model):
     '''What changes if weights, modules, hooks or settings of a network change, without a reference to any of them.'''
     tensors, seen = [*model.parameters(), *model.buffers()], {}
     return [(id(elem), elem.data_ptr(), version_of(elem)) for elem in tensors], [(
-        id(module), list(module._modules), list(pre_hooks_of(module)), list(hooks_of(module)),
+        id(module), id(type(module)), id(type(module).forward),
+        list(module._modules), list(pre_hooks_of(module)), list(hooks_of(module)),
         [(key, _snapshot(elem, seen)) for key, elem in vars(module).items() if key not in STRUCTURE],
     ) for module in model.modules()]
 

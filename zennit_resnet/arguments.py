@@ -140,7 +140,7 @@ def as_bound(name, value):
         try:
             # python's numbers in the precision of python
             dtype = type(value) if isinstance(value, (bool, str)) else getattr(value, 'dtype', np.float64)
-            value = torch.as_tensor(np.asarray(value, dtype))
+            value = as_map(name, np.asarray(value, dtype))
         except (TypeError, ValueError) as error:
             raise TypeError(f'{name}={value!r} is not made of numbers!') from error
     if value.is_complex() or value.dtype == torch.bool:
@@ -243,7 +243,8 @@ def as_map(name, value):
     if not isinstance(value, np.ndarray):
         raise TypeError(f'{name} must be a tensor or a NumPy array, but is {type(value).__name__}!')
     try:
-        return torch.from_numpy(value.copy())
+        # of the byte order of this machine, and without negative strides
+        return torch.from_numpy(np.array(value, value.dtype.newbyteorder('='), order='C'))
     except TypeError as error:
         raise TypeError(f'{name} must be an array of numbers, but is of type {value.dtype}!') from error
 

@@ -2,12 +2,13 @@
 import dataclasses
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 
 from ._autograd import divides_by_output
 from ._choices import CONTRASTS, VALUES
 from ._compat import caller
-from .arguments import check_choice, check_module, check_number, show
+from .arguments import as_map, check_choice, check_module, check_number, show
 
 # Names of the output to explain in libraries that return several, in the order in which to suggest one
 LIKELY = ('logits', 'out', 'output', 'prediction', 'pred')
@@ -357,7 +358,9 @@ def _check_function(target, contrast):
 def as_indices(name, value, dims=torch.inf):
     '''Indices of classes as a tensor of no more than some dimensions.'''
     try:
-        indices = torch.as_tensor(value)
+        value = as_map(name, value) if isinstance(value, np.ndarray) else value
+        # without elements, lists have no type
+        indices = torch.as_tensor(value, dtype=torch.long if isinstance(value, (list, tuple)) and not value else None)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f'{name}={value!r} is not made of class indices!') from error
     if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool or indices.ndim > dims:

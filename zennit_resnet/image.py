@@ -37,7 +37,8 @@ def read_image(path):
 
     Transparent pixels are composed on white, 16-bit values are scaled to 8 bit, and of animations the first frame is
     used. A FileNotFoundError is raised if there is no such file, a ValueError if it is not an image that can be
-    decoded, or has so many pixels that decoding it might exhaust the memory (``PIL.Image.MAX_IMAGE_PIXELS``).
+    decoded, has values that are neither of 8 nor of 16 bit nor from 0 to 1, or so many pixels that decoding it might
+    exhaust the memory (``PIL.Image.MAX_IMAGE_PIXELS``).
     '''
     is_path = isinstance(path, (str, os.PathLike))
     if is_path and os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
@@ -69,7 +70,7 @@ def read_image(path):
 
 
 def to_rgb(image):
-    '''Convert an image of Pillow's to 8-bit RGB, upright as its EXIF orientation says. Not finite is a ValueError.'''
+    '''Convert an image of Pillow's to 8-bit RGB, upright as its EXIF orientation says, or raise a ValueError.'''
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(('I', 'F')):
         values = np.asarray(image, dtype=np.float64)
@@ -81,7 +82,13 @@ def to_rgb(image):
             white = 65535
         else:
             white = 1 if image.mode == 'F' and largest <= 1 else 255
-        image = Image.fromarray((values * (255 / white)).round().clip(0, 255).astype(np.uint8))
+        scaled = (values * (255 / white)).round()
+        if scaled.min(initial=0.) < 0 or scaled.max(initial=0.) > 255:
+            # what is cut off would be another photograph
+            raise ValueError(
+                f'it has values from {values.min():g} to {largest:g}: convert them to 8 or 16 bit, or from 0 to 1'
+            )
+        image = Image.fromarray(scaled.astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
@@ -263,6 +270,8 @@ def draw_signal(signal, heatmap, size=(640, 160), percentile=99.5, opacity=1., c
     if not np.isfinite(values).all() or not np.isfinite(heatmap).all():
         raise ValueError('The signal or its heatmap contains NaN or infinite values!')
     check_number('opacity', opacity, 0, 1)
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
+        raise ValueError(f'size={size!r} is not a width and a height in pixels!')
     width, height = size
     for side in size:
         check_number('size', side, 2 * MARGIN)

@@ -172,8 +172,11 @@ class Method:
         '''Get a method of a name, a method, or a composite of Zennit's or this package.'''
         if isinstance(method, Method):
             return method
-        if not isinstance(method, Composite):
+        if isinstance(method, str):
             return cls(method)
+        if not isinstance(method, Composite):
+            example = f', such as {method.__name__}()' if isinstance(method, type) else ''
+            raise TypeError(f'method={method!r} is neither a name nor a composite: give an instance of one{example}.')
         made = cls('resnet_lrp_ratio')
         made.text = made.name = made.attribution = type(method).__name__
         made.entry = Entry('ours' if is_own(type(method)) else 'baseline', (), lambda: method)

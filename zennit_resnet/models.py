@@ -17,6 +17,7 @@ from torchvision.models import get_model, get_model_weights, list_models
 from torchvision.transforms import functional
 
 from ._text import one_line, suggest
+from .arguments import as_map
 from .checkpoints import AGAIN, SUFFIXES, check_state, read_state, strip_prefix
 
 EMBEDDED = Path('examples', 'assets', 'resnet50_imagenette.safetensors')
@@ -193,7 +194,12 @@ def as_classifier(model, classes=None, mean=None, std=None, size=None, keep_aspe
 
 def _as_channels(name, value):
     '''Mean or standard deviation as a tensor of shape (3, 1, 1).'''
-    value = torch.as_tensor(value, dtype=torch.float32).flatten()
+    if not isinstance(value, torch.Tensor):
+        try:
+            value = as_map(name, np.asarray(value, np.float32))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f'{name}={value!r} is not made of three numbers, for red, green, blue') from error
+    value = value.float().flatten()
     if len(value) != 3 or not value.isfinite().all() or name == 'std' and (value <= 0).any():
         raise ValueError(
             f'{name} {value.tolist()} is not made of three{" positive" * (name == "std")} numbers, for red, green, blue'

@@ -9,7 +9,7 @@ from zennit.core import Composite
 from ._autograd import divides_by_output
 from ._compat import is_recorded, module_around, origin_of_call
 from ._graphs import fold, is_constant, lower_precision, record, simplify, write_in_place
-from .arguments import check_choice, check_module, check_rule, describe
+from .arguments import check_choice, check_module, check_precision, check_rule, describe
 from .attribution import check_key, select_output
 from .canonizers.eager import check_evaluation
 from .registration import registered, unwrap
@@ -71,8 +71,9 @@ def trace(model, composite, input, output=None, rule_dtype=None):
     check_rule('composite', composite, Composite)
     check_key(output)
     check_choice('rule_dtype', rule_dtype, (None, torch.bfloat16))
-    # a composite keeps what belongs to its last call
-    network, composite = copy.deepcopy((unwrap(model)[0], composite))
+    with torch.inference_mode(False):
+        # a composite keeps what belongs to its last call
+        network, composite = copy.deepcopy((unwrap(model)[0], composite))
     traced = TracedAttribution(network.requires_grad_(False), composite, output, rule_dtype)
     traced.graph_for(input)
     return traced
@@ -120,7 +121,9 @@ class TracedAttribution(torch.nn.Module):
         if key not in self.graphs:
             if torch.compiler.is_compiling():
                 raise RuntimeError(f'Nothing was traced for {_describe(input)}: call it once before it is compiled.')
-            module = self.record(input)
+            with torch.inference_mode(False):
+                # tensors of inference mode have no gradients
+                module = self.record(input.clone() if input.is_inference() else input)
             self.add_module(f'graph_{len(self.graphs)}', module)
             self.graphs[key] = module
         return self.graphs[key]
@@ -190,7 +193,8 @@ class TracedAttribution(torch.nn.Module):
     def _run(self, input, layout):
         network, _, key = self.source
         network.to(memory_format=layout)
-        return select_output(network(input.contiguous(memory_format=layout)), key)
+        with check_precision(network, input):
+            return select_output(network(input.contiguous(memory_format=layout)), key)
 
 
 def _is_close(one, other, tolerance=1e-3):

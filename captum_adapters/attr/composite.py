@@ -34,6 +34,7 @@ from captum_adapters.attr._propagation import (
     propagate,
     run_to_inputs,
 )
+from zennit_resnet._compat import hooks_of_all
 from zennit_resnet._weights import state_of
 from zennit_resnet.arguments import check_choice, check_flag, check_module, describe
 from zennit_resnet.attribution import (
@@ -143,7 +144,7 @@ class CompositeAttribution(GradientAttribution):
         self.initial_relevance, self.postprocess = initial_relevance, postprocess
         self.contrast, self.contrast_weight = as_contrast(contrast), contrast_weight
         check_contrast_weight(self.contrast, contrast_weight)
-        # what was traced, and for which weights
+        # what was traced, and of what
         self._recorded: Optional[tuple[Any, TracedAttribution]] = None
 
     _shown: tuple[str, ...] = (
@@ -376,7 +377,7 @@ class CompositeAttribution(GradientAttribution):
                 "traced=True is for a single input, without additional_forward_args."
             )
         image = as_constant(tensors[0])
-        state = state_of(module)
+        state = state_of(module), hooks_of_all(), self.composite, self.output
         if self._recorded is None or self._recorded[0] != state:
             traced = trace(module, self.composite, image, self.output)
             self._recorded = state, traced

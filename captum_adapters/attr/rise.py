@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from typing import Optional, Union
+from numbers import Integral
+from typing import Any, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -218,9 +219,11 @@ def _draw_grids(
 ) -> tuple[Tensor, Tensor]:
     """Which cells are visible (masks, *cells), and their shifts (masks, dims), on CPU."""
     size = image.shape[2:]
-    cells = (grid_size,) * len(size) if isinstance(grid_size, int) else tuple(grid_size)
+    several = isinstance(grid_size, Sequence)
+    cells: Any = tuple(grid_size) if several else (grid_size,) * len(size)  # type: ignore
     if len(cells) != len(size) or any(
-        not isinstance(count, int) or count < 1 for count in cells
+        isinstance(count, bool) or not isinstance(count, Integral) or count < 1
+        for count in cells
     ):
         raise ValueError(
             f"grid_size={grid_size!r} is neither a positive integer, nor one for each"

@@ -146,11 +146,18 @@ def check(evaluation: Evaluation) -> None:
     for name in ("methods", "metrics", "percents"):
         if not getattr(evaluation, name):
             raise ValueError(f"{name}={getattr(evaluation, name)!r}: choose at least one")
-    for name in ("methods", "metrics", "cross"):
+    for name in ("methods", "metrics", "cross", "preset"):
         values = getattr(evaluation, name)
-        twice = [value for value in values if values.count(value) > 1]
+        if isinstance(values, str):
+            # whose letters are no names
+            raise ValueError(f"{name}={values!r} is a text: give a tuple, ({values!r},)")
+        stripped = [value.strip() for value in values]
+        twice = [value for value in stripped if stripped.count(value) > 1]
         if twice:
             raise ValueError(f"{name}={values} has {twice[0]!r} twice")
+    for name in evaluation.preset:
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}: choose among {', '.join(PRESETS)}")
     for name in evaluation.metrics:
         if name not in METRICS:
             raise ValueError(f"unknown metric {name!r}: choose one of {', '.join(METRICS)}")

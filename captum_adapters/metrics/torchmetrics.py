@@ -13,7 +13,7 @@ from typing import Any, Callable, ClassVar, Generic, Optional, Sequence, TypeVar
 import torch
 from torch import Tensor
 
-from captum_adapters._validation import TargetType, positive_integer
+from captum_adapters._validation import TargetType, as_argument, positive_integer
 from captum_adapters.metrics._ranking import check_ids, percent_list, top_counts
 from captum_adapters.metrics.conservation import conservation_gap
 from captum_adapters.metrics.insertion_deletion import (
@@ -124,7 +124,7 @@ class _PerExample(Metric, Generic[Result]):
 
     def _append(self, sample_ids: SampleIds, /, *args: Any, **kwargs: Any) -> None:
         """Compute the function for a batch, and keep its result."""
-        ids = torch.as_tensor(sample_ids)
+        ids = torch.as_tensor(as_argument(sample_ids, "sample_ids"))
         if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
             raise ValueError(
                 "sample_ids must be integers of shape (batch,), but are of shape"

@@ -694,7 +694,7 @@ def test_integers(dtype):
     ({'inputs': [images()]}, TypeError, 'there is list'),
     ({'inputs': (images(), 1.)}, TypeError, 'there is float'),
     ({'inputs': (images(3), images(2))}, ValueError, r'\(3, 3, 12, 12\), \(2, 3, 12, 12\)'),
-    ({'inputs': images(3)[:0]}, ValueError, 'number of examples'),
+    ({'inputs': images(3)[:0]}, ValueError, 'no examples'),
     ({'inputs': ()}, ValueError, 'number of examples'),
     ({'inputs': torch.tensor(1.)}, ValueError, 'number of examples'),
     ({'internal_batch_size': 0}, ValueError, 'internal_batch_size=0'),

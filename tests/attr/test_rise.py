@@ -688,3 +688,14 @@ def test_several_outputs(wrap, remedy):
     with pytest.raises(TypeError) as info:
         rise.attribute(torch.rand(1, 3, 8, 8), target=1, n_masks=4)
     assert f'lambda images: model(images){remedy}' in str(info.value)
+
+
+@pytest.mark.parametrize('size', [2.5, np.float64(2), (2, 1.5), True, 0, (2,), 'ab'])
+def test_grid_size(size):
+    '''It is of integers, also those of NumPy.'''
+    rise, input = RISE(lambda x: x.mean((1, 2, 3))), torch.rand(1, 1, 6, 6)
+    with pytest.raises(ValueError, match='grid_size=.* is neither a positive integer, nor one for each of 2'):
+        rise.attribute(input, n_masks=3, grid_size=size)
+    expected = rise.attribute(input, n_masks=3, grid_size=2)
+    for same in (np.int64(2), (2, np.int64(2)), [2, 2]):
+        assert torch.equal(rise.attribute(input, n_masks=3, grid_size=same), expected)

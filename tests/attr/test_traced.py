@@ -99,7 +99,22 @@ def change_forward(net):
     net.bn1.forward = types.MethodType(lambda self, x: x + self.bias[:, None, None], net.bn1)
 
 
-@pytest.mark.parametrize("change", [change_output, change_setting, change_forward])
+class Doubled(TinyResNet):
+    """Another network of the same modules."""
+
+    def forward(self, x):
+        """Logits."""
+        return super().forward(2 * x)
+
+
+def change_class(net):
+    """Change what the network computes."""
+    net.__class__ = Doubled
+
+
+@pytest.mark.parametrize(
+    "change", [change_output, change_setting, change_forward, change_class]
+)
 def test_other_settings(net, images, change):
     """So is one whose hooks, settings or functions have changed."""
     net = copy.deepcopy(net)
@@ -112,6 +127,55 @@ def test_other_settings(net, images, change):
     expected = ResNetLRP(net).attribute(images, 3)
     assert torch.allclose(lrp.attribute(images, 3), expected, atol=1e-12)
     assert not torch.allclose(before, expected)
+
+
+def test_other_composite(net, images):
+    """The composite is that of now, and so are hooks of all modules."""
+    lrp = ResNetLRP(net, traced=True)
+    before = lrp.attribute(images, 3)
+
+    def double(module, args, output):
+        return 2 * output if isinstance(module, nn.BatchNorm2d) else None
+
+    handle = nn.modules.module.register_module_forward_hook(double)
+    try:
+        expected = ResNetLRP(net).attribute(images, 3)
+        assert torch.allclose(lrp.attribute(images, 3), expected, atol=1e-12)
+    finally:
+        handle.remove()
+    assert not torch.allclose(before, expected)
+    assert torch.equal(lrp.attribute(images, 3), before)
+    plain = RelativeLRP(net)
+    lrp.composite = RelativeLRP(net).composite
+    expected, result = plain.attribute(images, 3), lrp.attribute(images, 3)
+    assert torch.allclose(result / result.abs().max(), expected / expected.abs().max())
+
+
+def test_other_class_forward(net, images, monkeypatch):
+    """A function of the class may be replaced as well."""
+    lrp = ResNetLRP(net, traced=True)
+    before = lrp.attribute(images, 3)
+    forward = TinyResNet.forward
+    monkeypatch.setattr(TinyResNet, "forward", lambda self, x: forward(self, 2 * x))
+    result = lrp.attribute(images, 3)
+    assert torch.allclose(result, ResNetLRP(net).attribute(images, 3), atol=1e-12)
+    assert not torch.allclose(result, before)
+
+
+def test_inference_mode(net, images):
+    """The first call may be within it, as without tracing."""
+    expected = ResNetLRP(net).attribute(images, 3)
+    lrp = ResNetLRP(net, traced=True)
+    with torch.inference_mode():
+        assert torch.allclose(lrp.attribute(images.clone(), 3), expected, atol=1e-12)
+    assert torch.allclose(lrp.attribute(images, 3), expected, atol=1e-12)
+
+
+def test_precision(net, images):
+    """Of another precision than the network, an input is refused as without tracing."""
+    for lrp in (ResNetLRP(net), ResNetLRP(net, traced=True)):
+        with pytest.raises(TypeError, match="convert one of them"):
+            lrp.attribute(images.float(), 3)
 
 
 def test_noise_tunnel(net, images):

@@ -89,8 +89,8 @@ def test_kinds_of_images(model, photo, tmp_path):
         np.testing.assert_allclose(
             found[0].relevance, expected.relevance, atol=1e-3 * np.abs(expected.relevance).max()
         )
-    gray = explain(model, values[..., 0], size=SIZE)
-    assert (gray.photo == values[..., :1]).all()
+    for gray in (values[..., 0], torch.from_numpy(values[..., 0]), torch.from_numpy(values[..., 0])[None]):
+        assert (explain(model, gray, size=SIZE).photo == values[..., :1]).all()
 
 
 def test_batches_and_shapes(model, photo):
@@ -439,7 +439,14 @@ def test_figures(model, photo):
     ({'method': 'resnet'}, ValueError, 'resnet'),
     ({'mean': (0.5, 0.5)}, ValueError, 'mean'),
     ({'std': (0.5, 0., 0.5)}, ValueError, 'std'),
+    ({'mean': 'gray'}, ValueError, "mean='gray' is not made of three numbers"),
     ({'batch_size': 0}, ValueError, 'batch_size'),
+    ({'batch_size': 1.5}, ValueError, 'batch_size=1.5'),
+    ({'method': None}, TypeError, 'method=None'),
+    ({'method': ResNetLRP}, TypeError, r'ResNetLRP\(\)'),
+    # as a tensor, channels come first
+    ({'images': torch.zeros(9, 8, 3, dtype=torch.uint8)}, ValueError, r'\(9, 8, 3\), not \(3, height, width\)'),
+    ({'images': Image.fromarray(np.float32([[-1., 1.]]))}, ValueError, 'values from -1 to 1'),
 ])
 def test_errors(model, photo, arguments, error, value):
     '''What is wrong is named.'''
@@ -452,13 +459,23 @@ def test_style_errors(model, photo, tmp_path):
     found = explain(model, photo, size=SIZE)
     for style, error in (
         ({'smooth': -1}, ValueError), ({'percentile': 0}, ValueError), ({'contours': 101}, ValueError),
-        ({'cmap': 'rainbow'}, ValueError), ({'colour': 1}, TypeError),
+        ({'cmap': 'rainbow'}, ValueError), ({'colour': 1}, TypeError), ({'bound': -1}, ValueError),
     ):
         with pytest.raises(error, match=next(iter(style))):
             found.save(tmp_path, **style)
         assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match='bound=-1 '):
+        found.draw(bound=-1)
     with pytest.raises(ValueError, match='picture'):
         found.draw('picture')
+    for rows, options, message in (
+        ([[found], [found, found]], {}, 'Row 1 has 2 explanations, the first 1'),
+        ([[found, found]], {'titles': ['a']}, '1 titles for 2 columns'),
+        ([[found]], {'kinds': ()}, r'kinds=\(\)'), ([[found]], {'kinds': 'overlay'}, "kinds='overlay'"),
+        ([[found]], {'kinds': ['picture']}, "kinds='picture'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw_table(rows, **options)
 
 
 def test_other_outputs(photo):

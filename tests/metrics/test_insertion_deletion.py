@@ -669,6 +669,11 @@ def test_baselines():
         insertion_deletion(model, input, heat, target=0, insertion_baselines=torch.zeros(3))
     with pytest.raises(TypeError, match='baselines must be a tensor, but is str'):
         insertion_deletion(model, input, heat, 'black', 0)
+    for wrong in (float('nan'), float('inf'), torch.full((1, 3, 1, 1), float('nan'))):
+        with pytest.raises(ValueError, match='baselines contain NaN or infinity'):
+            insertion_deletion(model, input, heat, wrong, 0)
+    with pytest.raises(ValueError, match='baselines contain NaN or infinity'):
+        insertion_deletion(lambda x: x.float().mean((1, 2, 3)), input.half(), heat, 1e5)
     # integers would be cut off, or wrap around
     whole = torch.full((2, 3, HEIGHT, WIDTH), 7, dtype=torch.uint8)
     for wrong in (.7, -1, torch.tensor(-1), torch.full((3, 1, 1), 300), float('nan')):

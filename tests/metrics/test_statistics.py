@@ -187,8 +187,9 @@ def test_wilcoxon(rng):
     exact = stats.wilcoxon(scores, others, method='exact').pvalue
     assert one(scores, others, range(10), test='wilcoxon').p_value == pytest.approx(exact)
     assert one(scores, others, [0] * 5 + [1] * 5, test='wilcoxon').p_value in (0.5, 1)
-    many = rng.normal(size=(2, 80)).round(1)
-    assert one(*many, test='wilcoxon').p_value == pytest.approx(stats.wilcoxon(*many).pvalue)
+    # of tenths, differences have the ranks of integers, whatever rounding makes of them
+    many = (10 * rng.normal(size=(2, 80))).round()
+    assert one(*many / 10, test='wilcoxon').p_value == pytest.approx(stats.wilcoxon(*many).pvalue)
     assert one(scores, scores, test='wilcoxon').p_value == one(scores, scores).p_value == 1
     # an outlier decides the mean, but not the ranks
     others = np.arange(12.)
@@ -219,6 +220,27 @@ def test_effects():
         constant = one(scale * others + 0.1, scale * others)
         assert constant.difference == pytest.approx(0.1) and math.isnan(constant.effect_size)
         assert one(scale * others * 1.001, scale * others).effect_size < 3
+
+
+@pytest.mark.parametrize('test', ['permutation', 'wilcoxon'])
+def test_rounding(test):
+    '''Methods whose scores differ by rounding do not differ, and such magnitudes have the same rank.'''
+    same = one([0.3] * 9, [0.1 + 0.2] * 9, test=test)
+    assert same.p_value == 1 and same.difference == same.rank_biserial == same.low == same.high == 0
+    # 0.3 - 0.2 is below 0.1
+    assert one([0.3, 0.1, 0.5], [0.2, 0.2, 0.5], test=test).rank_biserial == 0
+    exact = one([3., 1., 5., 7., 4.], [2., 2., 5., 6., 2.], test=test)
+    rounded = one([0.3, 0.1, 0.5, 0.7, 0.4], [0.2, 0.2, 0.5, 0.6, 0.2], test=test)
+    assert rounded.rank_biserial == exact.rank_biserial and rounded.p_value == exact.p_value
+    # small scores differ by more
+    assert one([3e-20, 4e-20, 6e-20], [1e-20, 2e-20, 1e-20], test=test).rank_biserial == 1
+
+
+@pytest.mark.parametrize('clusters', [[None, 'a', 'a'], ['1', 1, 1], [0, None, 1]])
+def test_mixed_clusters(clusters):
+    '''Names are not numbers, and what has no name is in no cluster.'''
+    with pytest.raises(TypeError, match='clusters must all be numbers or all be names'):
+        bootstrap_interval([1., 2., 3.], clusters)
 
 
 def test_swap(rng):

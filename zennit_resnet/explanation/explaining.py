@@ -96,6 +96,9 @@ def explain_each(
 ):
     '''Generate each image with a list of its explanations by each method, or the error why there are none.'''
     check_number('batch_size', batch_size, 1)
+    if int(batch_size) != batch_size:
+        raise ValueError(f'batch_size={batch_size!r} is not an integer!')
+    batch_size = int(batch_size)
     target = target.tolist() if isinstance(target, (np.ndarray, torch.Tensor)) else target
     targets = list(target) if isinstance(target, (list, tuple)) else [target] * len(items)
     if len(targets) != len(items):

@@ -71,7 +71,12 @@ def as_photo(item):
         return read_image(item)
     if isinstance(item, Image.Image):
         return to_rgb(item)
-    values = item.detach().cpu().movedim(0, -1).numpy() if isinstance(item, torch.Tensor) else np.asarray(item)
+    if isinstance(item, torch.Tensor):
+        if item.ndim == 3 and len(item) not in (1, 3, 4):
+            raise ValueError(f'a photograph as a tensor is of shape {tuple(item.shape)}, not (3, height, width)')
+        item = item.detach().cpu()
+        item = (item.movedim(0, -1) if item.ndim == 3 else item).numpy()
+    values = np.asarray(item)
     if values.ndim == 3 and values.shape[2] == 1:
         values = values[..., 0]
     if not values.size or not (values.ndim == 2 or values.ndim == 3 and values.shape[2] in (3, 4)):

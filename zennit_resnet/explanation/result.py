@@ -337,6 +337,8 @@ class Style:
 
     def __post_init__(self):
         check_number('smooth', self.smooth, 0)
+        if self.bound is not None:
+            check_number('bound', self.bound, 0)
         check_cmap(self.cmap)
         if self.contours is not None:
             check_number('contours', self.contours, 0, 100)
@@ -359,6 +361,15 @@ def draw_table(rows, kinds=('heatmap',), scale='own', titles=None, **style):
         raise ValueError('There is nothing to draw: each row needs an explanation.')
     check_choice('scale', scale, SCALES)
     columns = len(rows[0])
+    for num, row in enumerate(rows):
+        if len(row) != columns:
+            raise ValueError(f'Row {num} has {len(row)} explanations, the first {columns}: put None in empty places.')
+    if not kinds or isinstance(kinds, str):
+        raise ValueError(f'kinds={kinds!r} is not a list of {" or ".join(map(repr, KINDS))}.')
+    for kind in kinds:
+        check_choice('kinds', kind, KINDS)
+    if titles is not None and len(titles) != columns:
+        raise ValueError(f'There are {len(titles)} titles for {columns} columns.')
     bounds = [found.bound] * columns
     if scale != 'own' and found.bound is None:
         groups = [[row[num] for row in rows] for num in range(columns)] if scale == 'method' else [sum(known, [])]

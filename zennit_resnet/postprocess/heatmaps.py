@@ -100,7 +100,10 @@ def heat_quantization(heatmap, levels=8, dims=2):
     values = heatmap.flatten(1).to(torch.promote_types(heatmap.dtype, torch.float32)).contiguous()
     low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
     # the same steps as numpy.linspace; rounding must not push an edge beyond the highest value
-    edges = low + torch.arange(levels, device=values.device, dtype=values.dtype) * ((high - low) / (levels - 1))
+    step = (high - low) / (levels - 1)
+    # the range of a map may be too large for its type
+    step = step.where(step.isfinite(), high / (levels - 1) - low / (levels - 1))
+    edges = low + torch.arange(levels, device=values.device, dtype=values.dtype) * step
     edges = torch.minimum(edges, high)
     edges[:, -1:] = high
     # rounded to the type of the result before comparing, since an edge is otherwise lower than itself the next time
