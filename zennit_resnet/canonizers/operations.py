@@ -216,7 +216,26 @@ OPERATIONS = {form: entry for entry in TABLE for name in entry.names for form in
 # They are asked for more often than anything else.
 TRANSPARENT = frozenset(name for name, entry in OPERATIONS.items() if entry.run is gradient)
 TRAINING = {name: entry.training for name, entry in OPERATIONS.items() if entry.training}
+# Handlers that run a function through a surrogate whatever it is given, which leaves none of its own nodes in the graph.
+COVERING = (
+    layers.unary, layers.normalization, layers.gated_unit, layers.linear, layers.convolution, products.multiply,
+    products.interpolate, products.contract, moves.deviation, moves.norm, moves.log_sum_exp, moves.add_up,
+    attention.softmax,
+)
 COMPLEX_FUNCTIONS = frozenset('view_as_complex complex polar stft istft linalg_eig cfloat cdouble chalf'.split())
+
+
+def _is_covered(run):
+    return run is None or getattr(run, 'func', run) in COVERING or (
+        isinstance(run, partial) and run.keywords == {'kind': AveragePool}
+    )
+
+
+# Names of nodes that only functions have which nobody intercepted. What ReLUs of these pass is right where it matters,
+# and of segments, the gradient may be the rule.
+HIDDEN = frozenset(
+    name.replace('_', '') for entry in TABLE if _is_covered(entry.run) for name in entry.names
+) - {'relu', 'segmentreduce'} | {'prelukernel', 'rsub'}
 
 
 def is_training(func, name, args, kwargs):

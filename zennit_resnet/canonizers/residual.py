@@ -140,6 +140,8 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
         self.surrogates, self.leaves, self.weights = {}, {}, WeightLog()
         self.independent = independent_shapes(root_module)
         self.local, self.running = ForwardPass(), set()
+        # nodes that need not be guarded by thread, as parts of a forward pass may run in other threads
+        self.known = {}
         self.interception = Watch(self)
         # zennit 1.0.0 replaces parameters of layers with new objects when its rules run
         self.originals = {module: dict(module._parameters) for module in self.names}
@@ -203,6 +205,7 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
             forget()
             # a thread of a forward pass that runs in another one
             self.local.is_part = bool(self.running) and module is not self.root
+            self.local.known = self.known.setdefault(threading.get_ident(), self.local.known)
             if not self.local.is_part:
                 self._start(given)
             elif self.batch_norm == 'merge' and any(map(has_statistics, self.names)):
@@ -283,6 +286,8 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
                 self._note(active, call.begin)
         if not stack:
             # nodes keep the tensors of the forward pass
+            if not self.running:
+                self.known.clear()
             self.local.seen, self.local.known = set(), set()
             if not self.local.is_part:
                 self._finish(active)
