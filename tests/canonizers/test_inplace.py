@@ -10,7 +10,7 @@ from torchvision.models import resnet18
 from zennit.attribution import Gradient
 from zennit.composites import LayerMapComposite
 
-from zennit_resnet import BlockEpsilon, BlockLRP
+from zennit_resnet import BlockEpsilon, BlockLRP, GammaLRP, ResNetLRP
 from zennit_resnet._inplace import replace, settle
 
 
@@ -153,3 +153,92 @@ def test_flags(name, composite):
     expected = model(input)
     with COMPOSITES[composite]().context(model):
         assert torch.equal(model(input.clone().requires_grad_()), expected)
+
+
+def add_to_rows(rows, other):
+    '''Add by an operator, after which Python assigns what was added.'''
+    rows[:, :, ::2] += other
+
+
+def set_rows(rows, value):
+    '''Assign to a slice of a slice.'''
+    rows[:, :, ::2][:] = value
+
+
+# What changes every second row of a tensor, given another, and what these rows become.
+ROWS = {
+    'add_': (lambda h, x: h[:, :, ::2].add_(x), lambda h, x: h + x),
+    'add_ of an ellipsis': (lambda h, x: h[..., ::2, :].add_(x), lambda h, x: h + x),
+    '+=': (add_to_rows, lambda h, x: h + x),
+    'relu_': (lambda h, x: h[:, :, ::2].relu_(), lambda h, x: h.relu()),
+    'relu function': (lambda h, x: F.relu(h[:, :, ::2], inplace=True), lambda h, x: h.relu()),
+    'module': (lambda h, x: nn.Hardswish(True)(h[:, :, ::2]), lambda h, x: F.hardswish(h)),
+    'chain': (lambda h, x: h[:, :, ::2].mul_(-.5).add_(x).relu_(), lambda h, x: (h * -.5 + x).relu()),
+    'copy_': (lambda h, x: h[:, :, ::2].copy_(x), lambda h, x: x),
+    'set': (set_rows, lambda h, x: x),
+    'keyword': (lambda h, x: torch.relu_(input=h[:, :, ::2]), lambda h, x: h.relu()),
+}
+
+
+class Rows(nn.Module):
+    '''A network that changes rows in place, or takes the tensor apart.'''
+    def __init__(self, name, inplace):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.fc, self.function, self.inplace = nn.Linear(4, 3), ROWS[name][not inplace], inplace
+
+    def forward(self, x):
+        '''Logits.'''
+        h = self.first(x)
+        other, h = h[:, :, :3].relu(), self.second(h.relu())
+        if self.inplace:
+            self.function(h, other)
+        else:
+            odd, even = torch.arange(1, 6, 2), torch.arange(0, 6, 2)
+            h = torch.stack([self.function(h[:, :, even], other), h[:, :, odd]], 3).flatten(2, 3)
+        return self.fc(self.second(h).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize('create', [ResNetLRP, lambda: ResNetLRP('symmetric'), GammaLRP], ids=['ratio', 'half', 'gamma'])
+@pytest.mark.parametrize('name', ROWS)
+def test_rows(name, create):
+    '''What changes a slice with a step, which has a rule, changes the tensor.'''
+    x, results = torch.randn(2, 3, 6, 6).double(), []
+    for inplace in (True, False):
+        model = Rows(name, inplace).double().eval()
+        with Gradient(model=model, composite=create()) as attributor:
+            output, relevance = attributor(x, torch.eye(3)[[0, 2]].double())
+        assert torch.equal(output, model(x))
+        results.append(relevance)
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5 * float(results[1].abs().max()))
+
+
+def test_zeroed_rows():
+    '''Zeros in a slice are those of the tensor, as the network computes it.'''
+    model = Rows('copy_', True).double().eval()
+    model.function = lambda h, x: h[:, :, ::2].zero_()
+    x = torch.randn(2, 3, 6, 6).double()
+    with Gradient(model=model, composite=ResNetLRP()) as attributor:
+        output, relevance = attributor(x, torch.eye(3)[[0, 2]].double())
+    assert torch.equal(output, model(x))
+    assert torch.allclose(relevance.sum((1, 2, 3)), torch.ones(2).double())
+
+
+def test_view_of_rows():
+    '''Of a part of a slice, it is not known of what that is a part.'''
+    model = Rows('copy_', True).double().eval()
+    model.function = lambda h, x: h[:, :, ::2][:, :2].relu_()
+    with pytest.raises(RuntimeError, match=r'view of shape \(2, 2, 3, 6\) of a slice with a step .* change the slice'):
+        Gradient(model=model, composite=ResNetLRP())(torch.randn(2, 3, 6, 6).double(), torch.ones(2, 3).double())
+    assert not model._forward_hooks
+
+
+def test_changed_shortcut():
+    '''A slice that is changed itself conserves relevance.'''
+    model = Rows('copy_', True).double().eval()
+    model.forward = lambda x: (lambda h: model.fc(h[:, :, ::2].add_(h[:, :, 1::2]).relu_().mean((2, 3))))(model.first(x))
+    x = torch.randn(2, 3, 6, 6).double()
+    with Gradient(model=model, composite=ResNetLRP()) as attributor:
+        _, relevance = attributor(x, torch.eye(3)[[0, 2]].double())
+    assert torch.allclose(relevance.sum((1, 2, 3)), torch.ones(2).double())

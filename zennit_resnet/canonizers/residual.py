@@ -11,7 +11,7 @@ from zennit.core import RemovableHandleList
 
 from .._autograd import nodes_of, walk
 from .._compat import base_of, caller, in_backward, is_replacing, is_running, registering_composite
-from .._inplace import Watch, forget, note_copy, settle
+from .._inplace import Watch, forget, note_copy, settle, with_view
 from .._nested import active_tensors
 from ..arguments import Described, check_choice, check_flag
 from ..layer import LINEAR
@@ -186,7 +186,11 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
             self.local.images = Images((args, kwargs))
 
     def _enter(self, module, args, kwargs):
-        rule, given = self.leaves.get(module), (*args, *kwargs.values())
+        given = (*args, *kwargs.values())
+        if given and hasattr(given[0], '_view') and getattr(module, 'inplace', False) is True:
+            args, kwargs = with_view(given[0], (args, kwargs))
+            return self._enter(module, args, kwargs) or (args, kwargs)
+        rule = self.leaves.get(module)
         if rule is not None and rule.active and self.local.stack:
             # it runs without gradients, so that nothing inside is an operation on relevance
             self.local.leaf = module
