@@ -733,6 +733,14 @@ def test_hidden_function(name):
             explain(network(act=HIDDEN_SINGLE[name]), ResNetLRP())
 
 
+def test_function_before():
+    '''What is computed before the network is the business of who does it.'''
+    model, x = network(), torch.rand(2, 3, 8, 8).requires_grad_()
+    with ResNetLRP().context(model):
+        relevance, = torch.autograd.grad(model(2 * (x - .5)).sum(), x)
+    assert float(relevance.abs().sum()) > 0
+
+
 @pytest.mark.parametrize('hide', [torch.vmap, in_thread])
 @pytest.mark.parametrize('function', [
     lambda x: F.relu(x + 1) - 2, lambda x: F.max_pool2d(x, 3, 1, 1).transpose(-2, -1).flip(-1),

@@ -251,6 +251,9 @@ class Refusing:
 
     def _guard(self, call, outputs):
         '''Custom autograd functions, scripted and mapped ones are not intercepted. Relevance must not reach them.'''
+        if self.paused is not None:
+            # checkpointing runs a part again, after which relevance takes the graph of the first time
+            return
         known = self.local.known, *self.known.values()
         for node in graph.walk(graph.nodes_of(outputs), self.local.seen):
             source = graph.class_of(node)
@@ -264,7 +267,9 @@ class Refusing:
                     continue
                 reason = 'it has a backward function of its own'
                 node.register_prehook(self._check(call.module, source.__qualname__, reason))
-            elif not self.is_gradient and (graph.is_arithmetic(node) or graph.changes_values(node, HIDDEN)):
+            elif not self.is_gradient and (graph.is_arithmetic(node) or (
+                node not in self.local.before and graph.changes_values(node, HIDDEN)
+            )):
                 reason = 'it runs in a scripted or mapped function, or in another thread than the module'
                 node.register_prehook(self._check(call.module, graph.function_of(node), reason))
 

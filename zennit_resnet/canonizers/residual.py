@@ -209,6 +209,7 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
             forget()
             # a thread of a forward pass that runs in another one
             self.local.is_part = bool(self.running) and module is not self.root
+            self.local.before = set(walk(nodes_of(active_tensors(given))))
             self.local.known = self.known.setdefault(threading.get_ident(), self.local.known)
             if not self.local.is_part:
                 self._start(given)
@@ -292,7 +293,7 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
             # nodes keep the tensors of the forward pass
             if not self.running:
                 self.known.clear()
-            self.local.seen, self.local.known = set(), set()
+            self.local.seen, self.local.known, self.local.before = set(), set(), set()
             if not self.local.is_part:
                 self._finish(active)
 

@@ -377,7 +377,9 @@ class ZPlus(SinglePass):
             return maps.pool_cells(input, module.steps)
         if isinstance(module, Signed):
             return module.linear(input, torch.ones_like if weight is None else weight)
-        return module.forward(input)
+        output = module.forward(input)
+        # of poolings that return indices as well
+        return output[0] if isinstance(output, tuple) else output
 
     def _spread(self, module, input, relevance):
         if is_fully_connected(module):
