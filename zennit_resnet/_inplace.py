@@ -87,8 +87,8 @@ class Kept:
     def values(self):
         if self.is_changed:
             raise RuntimeError(
-                f'A tensor of shape {tuple(self.tensor.shape)} at the border of a block was changed in place by an '
-                'operation that can not be followed, such as a scripted function: use one that is not in place.'
+                f'A tensor of shape {tuple(self.tensor.shape)} which a rule needs was changed in place by an operation '
+                'that can not be followed, such as a scripted function: use one that is not in place.'
             )
         return self.tensor
 
@@ -203,17 +203,17 @@ def replace(tensor, current):
 
 
 def note_view(output, view):
-    '''Note that an output, which has a rule, is in the memory of an input, with a function that makes a view of that.'''
+    '''Note that the output of a rule is in the memory of an input, with a function that makes a view of that.'''
     output._view = view
 
 
 def with_view(tensor, value):
-    '''Replace a tensor that is about to change, if it is such an output, by a view: what it is a part of changes, too.'''
+    '''Replace a tensor that is about to change, if it is such an output, by a view: what has it changes, too.'''
     base = base_of(tensor) if isinstance(tensor, torch.Tensor) else None
     if hasattr(base, '_view'):
         raise RuntimeError(
-            f'A view of shape {tuple(tensor.shape)} of a slice with a step (x[:, :, ::2]) is changed in place, by which '
-            'that changes, too, and the tensor it was taken from: change the slice itself, or a copy.'
+            f'A view of shape {tuple(tensor.shape)} of a slice with a step (x[:, :, ::2]) is changed in place, by '
+            'which that changes, too, and the tensor it was taken from: change the slice itself, or a copy.'
         )
     view = getattr(tensor, '_view', None)
     if view is None:

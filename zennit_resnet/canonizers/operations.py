@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from .._compat import base_of
 from ..layer import (
     Activation,
     Addition,
@@ -216,7 +217,7 @@ OPERATIONS = {form: entry for entry in TABLE for name in entry.names for form in
 # They are asked for more often than anything else.
 TRANSPARENT = frozenset(name for name, entry in OPERATIONS.items() if entry.run is gradient)
 TRAINING = {name: entry.training for name, entry in OPERATIONS.items() if entry.training}
-# Handlers that run a function through a surrogate whatever it is given, which leaves none of its own nodes in the graph.
+# Handlers that run a function through a surrogate whatever it is given, which leaves no node of its own in the graph.
 COVERING = (
     layers.unary, layers.normalization, layers.gated_unit, layers.linear, layers.convolution, products.multiply,
     products.interpolate, products.contract, moves.deviation, moves.norm, moves.log_sum_exp, moves.add_up,
@@ -268,6 +269,9 @@ def handle(canonizer, call, function):
         *function.tensors(), *function.args, *function.kwargs.values()
     ))
     if handler is not None and not is_complex:
+        target = function.target
+        if target is not None and not target.requires_grad and base_of(target) is not None:
+            return moves.write(canonizer, call, function, target, lambda changed: handler(canonizer, call, changed))
         return handler(canonizer, call, function)
     is_complex = is_complex or function.name.startswith('fft_') or function.name in COMPLEX_FUNCTIONS
     return canonizer.refuse(call, function, (

@@ -429,7 +429,7 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
             if self.batch_norm == 'merge':
                 self.merge.watch(surrogate)
         surrogate = self.surrogates[key][2]
-        surrogate.name = name
+        surrogate.name, surrogate.images = name, self.local.images.layout
         return surrogate
 
     def run_known(self, function, active):

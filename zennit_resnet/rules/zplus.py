@@ -15,7 +15,7 @@ from ..layer import FullyConnected, NonNegativeMap, Signed, Subsampling, linear
 from . import _linear_maps as maps
 from ._linear_maps import LARGE
 from .base import SinglePass
-from .passing import share_evenly
+from .passing import share_among_images
 
 # Sums of positive contributions that are a smaller part of all are computed by themselves, as differences would round.
 SMALL = 2 ** -6
@@ -400,7 +400,7 @@ class ZPlus(SinglePass):
         if isinstance(module, (NonNegativeMap, Signed)):
             lost = relevance.where(is_empty, 0.)
             if not has_values(lost) or bool(lost.any()):
-                lower = lower + share_evenly(lost, torch.ones_like(input), getattr(module, 'examples', None))
+                lower = lower + share_among_images(module, lost, torch.ones_like(input), transpose)
         return lower
 
 
