@@ -514,6 +514,27 @@ def test_empty_batch(create):
     assert relevance.shape == input.shape
 
 
+@all_composites
+@pytest.mark.parametrize('function', [
+    lambda x: x + x[:, :0].sum(1, keepdim=True), lambda x: x + x[..., :0] @ x.new_ones(0, x.shape[-1]),
+])
+def test_sum_over_nothing(create, function):
+    '''A branch without elements, which adds zeros.'''
+    for model in (network(act=function), nn.Sequential(Function(function), network())):
+        assert bool(explain(model.eval(), create()).isfinite().all())
+
+
+class Function(nn.Module):
+    '''A function of the input.'''
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        '''Run it.'''
+        return self.function(x)
+
+
 def test_nan_in_batch():
     '''An image of NaN does not change the relevance of others.'''
     model, input = network(), torch.randn(2, 3, 8, 8)

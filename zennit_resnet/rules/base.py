@@ -73,8 +73,8 @@ def _propagate(ctx, relevance):
         ctx.weights.check()
     prepared = (ctx.prepared or {}).get(relevance.dtype)
     stored = _load(ctx, relevance.dtype) if prepared is None else None
-    if not relevance.numel():
-        # an empty batch
+    if not relevance.numel() or not any(map(torch.Size.numel, ctx.shapes)):
+        # an empty batch, or a sum over nothing
         return (*(None,) * _NUM_SETTINGS, *(relevance.new_zeros(shape) for shape in ctx.shapes))
     device = relevance.device.type
     autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
