@@ -193,6 +193,15 @@ def is_arithmetic(node):
     return 'DifferentiableGraph' in node.name() or stem_of(node) in ARITHMETIC and len(parents_of(node)) > 1
 
 
+def changes_values(node, functions):
+    '''Whether a function, of which some have these names, is none of which the gradient passes all relevance.'''
+    stem = stem_of(node)
+    if stem in ('Add', 'Sub') and len(parents_of(node)) == 1:
+        # a constant that comes first is added to a multiple of the tensor
+        return node.next_functions[0][0] is None and (stem == 'Sub' or node._saved_alpha != 1)
+    return stem.lower() in functions or stem.startswith('ScaledDotProduct')
+
+
 def stem_of(node):
     '''Name of a function of PyTorch without what it has in common with all others.'''
     return function_of(node).split('Backward')[0]

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from ._autograd import name_of
 from ._compat import (
     DisableTorchFunction,
+    base_of,
     function_modes,
     is_fake,
     is_view,
@@ -18,7 +19,7 @@ from ._compat import (
     push_mode,
     version_of,
 )
-from ._nested import tensors_of
+from ._nested import map_tensors, tensors_of
 
 # Functions after which each entry is the same as before, or has a gradient of zero (but may have relevance).
 CLIPPING = frozenset('relu relu_ relu6 hardtanh hardtanh_ clamp_ clip_ clamp_min_ clamp_max_ threshold_'.split())
@@ -86,8 +87,8 @@ class Kept:
     def values(self):
         if self.is_changed:
             raise RuntimeError(
-                f'A tensor of shape {tuple(self.tensor.shape)} at the border of a block was changed in place by an '
-                'operation that can not be followed, such as a scripted function: use one that is not in place.'
+                f'A tensor of shape {tuple(self.tensor.shape)} which a rule needs was changed in place by an operation '
+                'that can not be followed, such as a scripted function: use one that is not in place.'
             )
         return self.tensor
 
@@ -158,6 +159,9 @@ class Watch(TorchFunctionMode):
         if name in ('__get__', '__set__'):
             return self.canonizer.follow(func, name, args, kwargs)
         settle((args, kwargs))
+        if name == '__setitem__' or 'out' in kwargs or is_inplace(name, kwargs):
+            args, kwargs = with_view(args[0] if args else kwargs.get('input'), (args, kwargs))
+            args, kwargs = with_view(kwargs.get('out'), (args, kwargs))
         # before what it changes is copied for those that keep it
         self.canonizer.look(func, name, args, kwargs)
         target = kwargs.get('out')
@@ -196,6 +200,29 @@ def replace(tensor, current):
     # a view may be the only reference to a part of another tensor
     reference = (lambda: tensor) if is_view(tensor) else weakref.ref(tensor)
     _STATE.replaced.setdefault(address_of(tensor), []).append((reference, current))
+
+
+def note_view(output, view):
+    '''Note that the output of a rule is in the memory of an input, with a function that makes a view of that.'''
+    output._view = view
+
+
+def with_view(tensor, value):
+    '''Replace a tensor that is about to change, if it is such an output, by a view: what has it changes, too.'''
+    base = base_of(tensor) if isinstance(tensor, torch.Tensor) else None
+    if hasattr(base, '_view'):
+        raise RuntimeError(
+            f'A view of shape {tuple(tensor.shape)} of a slice with a step (x[:, :, ::2]) is changed in place, by '
+            'which that changes, too, and the tensor it was taken from: change the slice itself, or a copy.'
+        )
+    view = getattr(tensor, '_view', None)
+    if view is None:
+        return value
+    with DisableTorchFunction():
+        del tensor._view
+        current = view()
+        replace(tensor, current)
+    return map_tensors(lambda elem: current if elem is tensor else elem, value)
 
 
 def settle(value):

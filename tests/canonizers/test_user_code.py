@@ -4,6 +4,7 @@ import dataclasses
 import threading
 import types
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -513,6 +514,27 @@ def test_empty_batch(create):
     assert relevance.shape == input.shape
 
 
+@all_composites
+@pytest.mark.parametrize('function', [
+    lambda x: x + x[:, :0].sum(1, keepdim=True), lambda x: x + x[..., :0] @ x.new_ones(0, x.shape[-1]),
+])
+def test_sum_over_nothing(create, function):
+    '''A branch without elements, which adds zeros.'''
+    for model in (network(act=function), nn.Sequential(Function(function), network())):
+        assert bool(explain(model.eval(), create()).isfinite().all())
+
+
+class Function(nn.Module):
+    '''A function of the input.'''
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        '''Run it.'''
+        return self.function(x)
+
+
 def test_nan_in_batch():
     '''An image of NaN does not change the relevance of others.'''
     model, input = network(), torch.randn(2, 3, 8, 8)
@@ -683,6 +705,71 @@ def test_hidden_addition(create, name):
         with pytest.raises(UnsupportedOperation, match='scripted or mapped function'):
             explain(model, create())
     assert not model._forward_hooks
+
+
+@torch.jit.script
+def scripted_double(x):
+    '''A product which can not be intercepted.'''
+    return x * 2.
+
+
+@torch.jit.script
+def scripted_sigmoid(x):
+    '''A sigmoid which can not be intercepted.'''
+    return x.sigmoid()
+
+
+def in_thread(function):
+    '''A function that runs in another thread.'''
+    def run(x):
+        with ThreadPoolExecutor(1) as executor:
+            return executor.submit(function, x).result()
+
+    return run
+
+
+HIDDEN_SINGLE = {
+    'scripted product': scripted_double, 'scripted sigmoid': scripted_sigmoid, **{
+        f'{where} {name}': hide(function) for where, hide in (('mapped', torch.vmap), ('thread', in_thread))
+        for name, function in {
+            'product': lambda x: x * 2, 'quotient': lambda x: x / 3, 'negation': lambda x: -x,
+            'difference': lambda x: 1 - x, 'constant first': lambda x: torch.sub(torch.ones_like(x), x),
+            'scaled': lambda x: torch.add(torch.ones_like(x), x, alpha=2), 'exponential': torch.exp,
+            'prelu': lambda x: F.prelu(x, x.new_full((1,), .2)), 'softplus': F.softplus, 'power': lambda x: x ** 2,
+            'clip': F.relu6, 'sum': lambda x: x.sum(0, keepdim=True).expand_as(x),
+            'pool': lambda x: F.avg_pool2d(x, 3, 1, 1), 'norm': lambda x: F.layer_norm(x, x.shape[-1:]),
+            'product of matrices': lambda x: x @ torch.eye(x.shape[-1]).to(x) * 1,
+            'attention': lambda x: F.scaled_dot_product_attention(x, x, x),
+        }.items()
+    },
+}
+
+
+@pytest.mark.filterwarnings('ignore:There is a performance drop')
+@pytest.mark.parametrize('name', HIDDEN_SINGLE)
+def test_hidden_function(name):
+    '''Functions of one tensor that are not intercepted would have their gradient in place of a rule.'''
+    for _ in range(3):
+        with pytest.raises(UnsupportedOperation, match='scripted or mapped function'):
+            explain(network(act=HIDDEN_SINGLE[name]), ResNetLRP())
+
+
+def test_function_before():
+    '''What is computed before the network is the business of who does it.'''
+    model, x = network(), torch.rand(2, 3, 8, 8).requires_grad_()
+    with ResNetLRP().context(model):
+        relevance, = torch.autograd.grad(model(2 * (x - .5)).sum(), x)
+    assert float(relevance.abs().sum()) > 0
+
+
+@pytest.mark.parametrize('hide', [torch.vmap, in_thread])
+@pytest.mark.parametrize('function', [
+    lambda x: F.relu(x + 1) - 2, lambda x: F.max_pool2d(x, 3, 1, 1).transpose(-2, -1).flip(-1),
+    lambda x: torch.cat([x[..., :1].relu(), torch.add(1., x)[..., 1:]], -1),
+])
+def test_hidden_selection(function, hide):
+    '''Of those that move, select or shift elements, the gradient is the rule.'''
+    check(explain(network(act=hide(function)), ResNetLRP()), explain(network(act=function), ResNetLRP()))
 
 
 @pytest.mark.parametrize('name', HIDDEN)

@@ -25,7 +25,9 @@ from helpers.layers import (
     with_weight,
 )
 from torch.nn import functional as F
+from zennit.attribution import Gradient
 
+from zennit_resnet import ResNetLRP
 from zennit_resnet.layer import Subsampling
 from zennit_resnet.rules import (
     GeneralizedGamma,
@@ -164,6 +166,25 @@ def test_maxpool_winner(module, dead_units, ties):
     if ties and isinstance(module, torch.nn.MaxPool2d) and module.padding == 0 and module.kernel_size == 2:
         window = input[0, 0, :2, :2].flatten()
         assert indices[0, 0, 0, 0] == [0, 1, 7 - 1, 7][[num for num in range(4) if window[num] == window.max()][0]]
+
+
+@pytest.mark.parametrize('function', [
+    lambda h: torch.nn.MaxPool2d(2, return_indices=True)(h)[0], lambda h: h.max(3)[0].max(2).values,
+    lambda h: F.max_unpool2d(*F.max_pool2d(h, 2, return_indices=True), 2),
+])
+def test_maxpool_with_indices(function):
+    '''Poolings that return indices as well have the same rule.'''
+    class Network(torch.nn.Module):
+        '''A single function.'''
+        def forward(self, x):
+            '''Pool.'''
+            return function(x.relu())
+
+    x, results = torch.rand(2, 3, 4, 4) + .1, []
+    for dead_units in ('spread', 'drop'):
+        with Gradient(model=Network().eval(), composite=ResNetLRP(dead_units=dead_units)) as attributor:
+            results.append(attributor(x, torch.ones_like)[1])
+    assert torch.allclose(*results) and float(results[0].sum()) > 0
 
 
 @pytest.mark.parametrize('module', [

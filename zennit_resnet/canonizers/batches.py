@@ -51,6 +51,13 @@ class Images:
         self.given, self.number = given, batch_size(given)
         # modules and names of the first function over the dimension of images, and of the first that moves it
         self.mixing, self.moved, self.is_checking = None, None, False
+        # whether a function moved the dimension, which others only merge with others or divide
+        self.is_transposed = False
+
+    @property
+    def layout(self):
+        '''How many images there are, and whether their dimension may be another than the first by now.'''
+        return self.number, self.is_transposed
 
     def look(self, module, name, args, kwargs):
         if isinstance(module, torch.nn.MultiheadAttention) and module.batch_first and is_plain(module) and not (
@@ -63,8 +70,11 @@ class Images:
             or len(args) > 1 and name not in SHAPES and _is_broadcast(*args[:2])
         ):
             self.mixing = module, name
-        if self.moved is None and ('roi' in name or changes_first(name, args, self.number)):
-            self.moved = module, name
+        if self.moved is None or not self.is_transposed:
+            changed, transposed = changes_first(name, args, self.number)
+            self.is_transposed = self.is_transposed or transposed
+            if self.moved is None and ('roi' in name or changed):
+                self.moved = module, name
 
     def find_mixing(self, root, output, independent):
         '''The module and function by which images depend on each other, and whether this is known, or None.'''
@@ -152,18 +162,26 @@ def _dims(input, args, kwargs, position, default):
 
 
 def changes_first(name, args, size):
-    '''Whether images are no longer the first dimension of a tensor that a function is given, or after it.'''
+    '''Whether images are no longer the first dimension of a tensor that a function is given, or after it.
+
+    And whether that is because the dimension was moved.
+    '''
     with DisableTorchFunction():
         tensors = [elem for elem in args[:2] if isinstance(elem, torch.Tensor) and elem.requires_grad]
         # attributes such as h.T are no functions with arguments
-        if any(not elem.ndim or len(elem) != size or elem.grad_fn and moves_first(elem.grad_fn) for elem in tensors):
-            return True
+        is_changed = any(not elem.ndim or len(elem) != size for elem in tensors)
+        moves = [elem.grad_fn.name() for elem in tensors if elem.grad_fn and moves_first(elem.grad_fn)]
+        if any(name.startswith(('Permute', 'Transpose', 'TBackward', 'Stack')) for name in moves):
+            return True, True
+        is_changed = is_changed or bool(moves)
         if not tensors or name not in TRANSPOSED:
-            return False
+            return is_changed, False
         dims = [dim for arg in args[1:] for dim in (arg if isinstance(arg, (list, tuple)) else (arg,))]
         if name.startswith('permute'):
-            return bool(dims) and dims[0] % tensors[0].ndim != 0
-        return not dims or any(isinstance(dim, int) and dim % tensors[0].ndim == 0 for dim in dims)
+            is_moved = bool(dims) and dims[0] % tensors[0].ndim != 0
+        else:
+            is_moved = not dims or any(isinstance(dim, int) and dim % tensors[0].ndim == 0 for dim in dims)
+        return is_changed or is_moved, is_moved
 
 
 def depends_on_batch(module, given, output):

@@ -42,8 +42,8 @@ class ForwardPass(Local):
         # whether it is only a part of one that runs in another thread
         self.is_part = False
         self.is_grad_enabled = torch.is_grad_enabled()
-        # numbers of operations by their module, nodes that were guarded, and those that need not be
-        self.counts, self.seen, self.known = {}, set(), set()
+        # numbers of operations by their module, nodes that were guarded, those that need not be, and those of arguments
+        self.counts, self.seen, self.known, self.before = {}, set(), set(), set()
         # nodes of softmaxes, with hooks that refuse relevance, if any, and whether they pass it anyway
         self.softmaxes = {}
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 import torch
 
 from .._compat import is_view, keep_version
-from .._inplace import is_inplace
+from .._inplace import KeptWeight, is_inplace
 from .._nested import map_tensors, tensors_of
 from ..layer import linear
 
@@ -80,14 +80,15 @@ class FunctionCall(NamedTuple):
     def rebind(self, *tensors):
         '''The call as a function of tensors, by default those that carry relevance, without a reference to any.'''
         func, tensors = self.func, tensors or self.active
-        given = self._with({id(elem): _Slot(num) for num, elem in enumerate(tensors)})
+        # the network may change constants in place before a rule runs the function again
+        given = map_tensors(KeptWeight, self._with({id(elem): _Slot(num) for num, elem in enumerate(tensors)}))
         precision = _precision(tensors[0])
 
         def function(*tensors):
-            dtype, constants = tensors[0].dtype, given
+            dtype, constants = tensors[0].dtype, map_tensors(lambda elem: elem.values, given, KeptWeight)
             if _precision(tensors[0]) != precision:
                 # rules run in single precision where the network runs in half precision
-                constants = map_tensors(lambda elem: elem.to(dtype) if elem.is_floating_point() else elem, given)
+                constants = map_tensors(lambda elem: elem.to(dtype) if elem.is_floating_point() else elem, constants)
             args, kwargs = map_tensors(tensors.__getitem__, constants, _Slot)
             return func(*args, **kwargs)
 
@@ -97,6 +98,13 @@ class FunctionCall(NamedTuple):
     def is_inplace(self):
         '''Whether the first argument becomes what is returned.'''
         return is_inplace(self.name, self.kwargs)
+
+    @property
+    def target(self):
+        '''The tensor that the call changes in place, None if there is none.'''
+        if not self.is_inplace and self.name != '__setitem__':
+            return None
+        return self.args[0] if self.args else self.kwargs.get('input')
 
     def out_of_place(self):
         '''The call which returns what the first argument of this one becomes.'''
@@ -127,7 +135,7 @@ def out_of_place(handler):
         if not function.is_inplace:
             return handler(canonizer, call, function, **settings)
         target = function.args[0] if function.args else function.kwargs['input']
-        return become(target, handler(canonizer, call, function.out_of_place().put(target, kept(target)), **settings))
+        return become(target, handler(canonizer, call, function.out_of_place().put(target, target.clone()), **settings))
 
     return run
 
@@ -138,11 +146,6 @@ def become(target, output):
         # nothing is copied unless the network goes on with the tensor itself, see :py:func:`inplace.note_copy`
         return output
     return target.copy_(output)
-
-
-def kept(tensor):
-    '''A tensor with the values that a tensor has before it changes in place, if a rule may need them.'''
-    return tensor.clone() if tensor.requires_grad else tensor
 
 
 def fully_connected(func, input, weight, bias=None):

@@ -4,10 +4,10 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from .._compat import has_values, version_of
+from .._compat import base_of, has_values, version_of
 from ..layer import Addition, Filling, NonNegativeMap, Reduction
 from . import products, sinks
-from .functions import FunctionCall, dims_of, kept, out_of_place, with_values, write_out
+from .functions import FunctionCall, dims_of, out_of_place, with_values, write_out
 
 
 def place(canonizer, call, function):
@@ -42,9 +42,14 @@ def copy(canonizer, call, function):
 
 
 def assign(canonizer, call, function):
-    target, index, value = function.args
+    target, _, value = function.args
     if all(isinstance(elem, torch.Tensor) and elem.requires_grad for elem in (target, value)):
         return function()
+    target.copy_(_assigned(canonizer, call, function))
+
+
+def _assigned(canonizer, call, function):
+    target, index, value = function.args
 
     def changed(target, value):
         output = target.clone()
@@ -52,7 +57,26 @@ def assign(canonizer, call, function):
         return output
 
     placed = FunctionCall(changed, function.name, (target, value), {}, function.active)
-    target.copy_(_fill(canonizer, call, placed.put(target, kept(target))))
+    return _fill(canonizer, call, placed.put(target, target.clone()))
+
+
+def write(canonizer, call, function, target, run):
+    '''Change a view of a constant, of which the other elements stay, so that these are what something is put among.'''
+    if function.name == '__setitem__':
+        value = _assigned(canonizer, call, function)
+    else:
+        value = run(function.out_of_place().put(target, target.clone()))
+    base, size, stride, offset = base_of(target), target.shape, target.stride(), target.storage_offset()
+
+    def changed(base, value):
+        output = torch.empty_strided(base.shape, strides, dtype=base.dtype, device=base.device).copy_(base)
+        output.as_strided(size, stride, offset - start).copy_(value)
+        return output
+
+    strides, start = base.stride(), base.storage_offset()
+    placed = FunctionCall(changed, function.name, (base.clone(), value), {}, [value])
+    base.copy_(_fill(canonizer, call, placed) if value.requires_grad else changed(base, value))
+    return None if function.name == '__setitem__' else target
 
 
 def unfold(canonizer, call, function):

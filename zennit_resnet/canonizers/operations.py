@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from .._compat import base_of
 from ..layer import (
     Activation,
     Addition,
@@ -218,7 +219,26 @@ OPERATIONS = {form: entry for entry in TABLE for name in entry.names for form in
 # They are asked for more often than anything else.
 TRANSPARENT = frozenset(name for name, entry in OPERATIONS.items() if entry.run is gradient)
 TRAINING = {name: entry.training for name, entry in OPERATIONS.items() if entry.training}
+# Handlers that run a function through a surrogate whatever it is given, which leaves no node of its own in the graph.
+COVERING = (
+    layers.unary, layers.normalization, layers.gated_unit, layers.linear, layers.convolution, products.multiply,
+    products.interpolate, products.contract, moves.deviation, moves.norm, moves.log_sum_exp, moves.add_up,
+    attention.softmax,
+)
 COMPLEX_FUNCTIONS = frozenset('view_as_complex complex polar stft istft linalg_eig cfloat cdouble chalf'.split())
+
+
+def _is_covered(run):
+    return run is None or getattr(run, 'func', run) in COVERING or (
+        isinstance(run, partial) and run.keywords == {'kind': AveragePool}
+    )
+
+
+# Names of nodes that only functions have which nobody intercepted. What ReLUs of these pass is right where it matters,
+# and of segments, the gradient may be the rule.
+HIDDEN = frozenset(
+    name.replace('_', '') for entry in TABLE if _is_covered(entry.run) for name in entry.names
+) - {'relu', 'segmentreduce'} | {'prelukernel', 'rsub'}
 
 
 def is_training(func, name, args, kwargs):
@@ -251,6 +271,9 @@ def handle(canonizer, call, function):
         *function.tensors(), *function.args, *function.kwargs.values()
     ))
     if handler is not None and not is_complex:
+        target = function.target
+        if target is not None and not target.requires_grad and base_of(target) is not None:
+            return moves.write(canonizer, call, function, target, lambda changed: handler(canonizer, call, changed))
         return handler(canonizer, call, function)
     is_complex = is_complex or function.name.startswith('fft_') or function.name in COMPLEX_FUNCTIONS
     return canonizer.refuse(call, function, (

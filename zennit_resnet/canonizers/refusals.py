@@ -19,6 +19,7 @@ from ..rules.normalization import EpsilonNormalization
 from ..rules.passing import PassThrough
 from ..rules.splitting import EpsilonSplit
 from . import derived
+from .operations import HIDDEN
 
 # What to do about functions for which a layer map is the wrong remedy.
 REMEDIES = {
@@ -251,9 +252,13 @@ class Refusing:
 
     def _guard(self, call, outputs):
         '''Custom autograd functions, scripted and mapped ones are not intercepted. Relevance must not reach them.'''
+        if self.paused is not None:
+            # checkpointing runs a part again, after which relevance takes the graph of the first time
+            return
+        known = self.local.known, *self.known.values()
         for node in graph.walk(graph.nodes_of(outputs), self.local.seen):
             source = graph.class_of(node)
-            if node in self.local.known:
+            if any(node in nodes for nodes in known):
                 continue
             if source is not None and source.__name__ not in IDENTITIES and (
                 source.__module__.partition('.')[0] not in ('zennit', __package__.partition('.')[0])
@@ -263,8 +268,10 @@ class Refusing:
                     continue
                 reason = 'it has a backward function of its own'
                 node.register_prehook(self._check(call.module, source.__qualname__, reason))
-            elif not self.is_gradient and graph.is_arithmetic(node):
-                reason = 'it runs in a scripted or mapped function'
+            elif not self.is_gradient and (graph.is_arithmetic(node) or (
+                node not in self.local.before and graph.changes_values(node, HIDDEN)
+            )):
+                reason = 'it runs in a scripted or mapped function, or in another thread than the module'
                 node.register_prehook(self._check(call.module, graph.function_of(node), reason))
 
     def _refuse_marked(self, name, select, source, output):

@@ -11,7 +11,7 @@ from zennit.core import RemovableHandleList
 
 from .._autograd import nodes_of, walk
 from .._compat import base_of, caller, in_backward, is_replacing, is_running, registering_composite
-from .._inplace import Watch, forget, note_copy, settle
+from .._inplace import Watch, forget, note_copy, settle, with_view
 from .._nested import active_tensors
 from ..arguments import Described, check_choice, check_flag
 from ..layer import LINEAR
@@ -140,6 +140,8 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
         self.surrogates, self.leaves, self.weights = {}, {}, WeightLog()
         self.independent = independent_shapes(root_module)
         self.local, self.running = ForwardPass(), set()
+        # nodes that need not be guarded by thread, as parts of a forward pass may run in other threads
+        self.known = {}
         self.interception = Watch(self)
         # zennit 1.0.0 replaces parameters of layers with new objects when its rules run
         self.originals = {module: dict(module._parameters) for module in self.names}
@@ -184,7 +186,11 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
             self.local.images = Images((args, kwargs))
 
     def _enter(self, module, args, kwargs):
-        rule, given = self.leaves.get(module), (*args, *kwargs.values())
+        given = (*args, *kwargs.values())
+        if given and hasattr(given[0], '_view') and getattr(module, 'inplace', False) is True:
+            args, kwargs = with_view(given[0], (args, kwargs))
+            return self._enter(module, args, kwargs) or (args, kwargs)
+        rule = self.leaves.get(module)
         if rule is not None and rule.active and self.local.stack:
             # it runs without gradients, so that nothing inside is an operation on relevance
             self.local.leaf = module
@@ -203,6 +209,8 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
             forget()
             # a thread of a forward pass that runs in another one
             self.local.is_part = bool(self.running) and module is not self.root
+            self.local.before = set(walk(nodes_of(active_tensors(given))))
+            self.local.known = self.known.setdefault(threading.get_ident(), self.local.known)
             if not self.local.is_part:
                 self._start(given)
             elif self.batch_norm == 'merge' and any(map(has_statistics, self.names)):
@@ -283,7 +291,9 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
                 self._note(active, call.begin)
         if not stack:
             # nodes keep the tensors of the forward pass
-            self.local.seen, self.local.known = set(), set()
+            if not self.running:
+                self.known.clear()
+            self.local.seen, self.local.known, self.local.before = set(), set(), set()
             if not self.local.is_part:
                 self._finish(active)
 
@@ -419,7 +429,7 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
             if self.batch_norm == 'merge':
                 self.merge.watch(surrogate)
         surrogate = self.surrogates[key][2]
-        surrogate.name = name
+        surrogate.name, surrogate.images = name, self.local.images.layout
         return surrogate
 
     def run_known(self, function, active):

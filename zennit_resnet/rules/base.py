@@ -1,5 +1,6 @@
 '''Base class of rules that replace the gradient of a layer.'''
 import copy
+import functools
 import threading
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from zennit.core import Hook, RemovableHandle, RemovableHandleList
 
 from .._autograd import class_of, nodes_of, walk
 from .._compat import DisableTorchFunction, is_view, keep_version, rules_of, set_grad_enabled, version_of
+from .._inplace import address_of, note_view
 from .._weights import UsedModule, is_plain
 from ..arguments import Described
 from ..layer import Operation
@@ -71,8 +73,8 @@ def _propagate(ctx, relevance):
         ctx.weights.check()
     prepared = (ctx.prepared or {}).get(relevance.dtype)
     stored = _load(ctx, relevance.dtype) if prepared is None else None
-    if not relevance.numel():
-        # an empty batch
+    if not relevance.numel() or not any(map(torch.Size.numel, ctx.shapes)):
+        # an empty batch, or a sum over nothing
         return (*(None,) * _NUM_SETTINGS, *(relevance.new_zeros(shape) for shape in ctx.shapes))
     device = relevance.device.type
     autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
@@ -251,7 +253,10 @@ class SinglePass(Described, Hook):
             if inplace is not None and version_of(first) == pending.versions[inplace]:
                 # the layer is the identity
                 return None
+            view = None
             if is_view(first):
+                if inplace is None and isinstance(module, Operation) and address_of(first) == address_of(active[0]):
+                    view = functools.partial(module.function, active[0])
                 # views that were made without gradients can not be modified in-place
                 first = first.detach()
             if pending.used is not None:
@@ -263,5 +268,7 @@ class SinglePass(Described, Hook):
             # what the layer has changed in place was counted already
             with nullcontext() if inplace is None else keep_version(first):
                 first = _Propagate.apply(self, module, pending.used, stored, [first], inplace, *active)
+            if view is not None:
+                note_view(first, view)
         # functions such as the maximum along a dimension return tuples with names
         return type(output)((first, *output[1:])) if isinstance(output, tuple) else first

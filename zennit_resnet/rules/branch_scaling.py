@@ -251,7 +251,9 @@ class Contributions:
     def _rescale(self, state, following, relevance):
         examples = self._examples(relevance)
         dims = tuple(range(1, examples.ndim))
-        exponent = _excess(torch.maximum(examples.amax(dims), -examples.amin(dims)).double())
+        exponent = None
+        if examples.numel():
+            exponent = _excess(torch.maximum(examples.amax(dims), -examples.amin(dims)).double())
         self.exponents[following] = self._exponents(state)
         if exponent is None:
             return relevance

@@ -90,7 +90,7 @@ class Refill(SinglePass):
         if has_values(lost) and not bool(lost.any()):
             return (lower,)
         kept = (transpose(torch.ones_like(output)) != 0).to(lower)
-        return (lower + share_evenly(lost, kept, module.examples),)
+        return (lower + share_among_images(module, lost, kept, transpose),)
 
 
 class Proportional(SinglePass):
@@ -118,6 +118,75 @@ def share_evenly(lost, kept, examples=None):
     kept = torch.where(counts == 0, 1., kept)
     total = lost.new_zeros(len(kept)).index_add(0, examples, lost.sum(1))
     return (total[:, None] * kept / kept.sum(1, keepdim=True)).reshape(shape)
+
+
+def share_among_images(module, lost, kept, transpose):
+    '''Share relevance that a function lost evenly among the marked elements of its input of the same image.
+
+    Rows are images or parts of these, and share for themselves, unless the network has moved the dimension of images,
+    or the function moves elements to other rows. The transposed function tells to which image these belong.
+    '''
+    number, is_moved = getattr(module, 'images', (0, False))
+    examples, is_same = getattr(module, 'examples', None), lost.shape == kept.shape
+    if examples is not None or number < 2:
+        return share_evenly(lost, kept, examples)
+    dim = _dim_of_images(lost.shape, number, is_moved)
+    if dim is None:
+        raise RuntimeError(
+            f'Relevance arrives at zeros of \'{module.name}\' of shape {tuple(lost.shape)}, and which of its '
+            f'dimensions has the {number} images is not known: explain one image at a time.'
+        )
+    are_rows = is_same
+    if not is_same and len(lost) == len(kept):
+        rows, is_put = _owners(_places(lost, 0, len(lost)), kept, transpose)
+        are_rows = not has_values(lost) or bool((rows == _places(kept, 0, len(kept))).logical_or(is_put == 0).all())
+    if are_rows and dim == 0:
+        return share_evenly(lost, kept)
+    places = _places(lost, dim, number)
+    owners, kept = (places, kept) if is_same else _owners(places, kept, transpose)
+    if are_rows:
+        # each row has elements of all images
+        places, owners = (
+            elem + number * _places(elem, 0, len(elem)) for elem in (places, owners)
+        )
+        number *= len(lost)
+    counts = _total(kept, owners, number)
+    if is_same:
+        kept = kept.where(counts[owners] != 0, 1.)
+        counts = _total(kept, owners, number)
+    total = _total(lost, places, number)
+    if has_values(lost) and bool(((counts == 0) & (total != 0)).any()):
+        raise RuntimeError(
+            f'Relevance arrives at zeros of an image among which \'{module.name}\' puts no elements of this image: '
+            'have it put those of all images at once, or explain one image at a time.'
+        )
+    return (total / counts.clamp(min=1))[owners] * kept
+
+
+def _dim_of_images(shape, number, is_moved):
+    '''The dimension of a tensor along which its images are, or parts of these, None if that is not known.'''
+    if shape and not is_moved and not shape[0] % number:
+        return 0
+    dims = [dim for dim, length in enumerate(shape) if length == number]
+    return dims[0] if len(dims) == 1 else None
+
+
+def _places(tensor, dim, number):
+    '''For each element, its place among a number of equal parts of a dimension.'''
+    length = tensor.shape[dim]
+    places = torch.arange(length, device=tensor.device) * number // length
+    return places.view(-1, *(1,) * (tensor.ndim - dim - 1)).expand(tensor.shape)
+
+
+def _owners(places, kept, transpose):
+    '''The places to which a function puts elements, and the marks of those which it puts anywhere.'''
+    counts = transpose(torch.ones_like(places, dtype=kept.dtype))
+    is_put = counts > 0
+    return (transpose(places.to(kept.dtype)) / counts.where(is_put, 1.)).round().long(), kept * is_put
+
+
+def _total(tensor, places, number):
+    return tensor.new_zeros(number).index_add(0, places.flatten(), tensor.flatten())
 
 
 class NoRule(Described, Hook):

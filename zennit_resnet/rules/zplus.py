@@ -15,7 +15,7 @@ from ..layer import FullyConnected, NonNegativeMap, Signed, Subsampling, linear
 from . import _linear_maps as maps
 from ._linear_maps import LARGE
 from .base import SinglePass
-from .passing import share_evenly
+from .passing import share_among_images
 
 # Sums of positive contributions that are a smaller part of all are computed by themselves, as differences would round.
 SMALL = 2 ** -6
@@ -377,7 +377,9 @@ class ZPlus(SinglePass):
             return maps.pool_cells(input, module.steps)
         if isinstance(module, Signed):
             return module.linear(input, torch.ones_like if weight is None else weight)
-        return module.forward(input)
+        output = module.forward(input)
+        # of poolings that return indices as well
+        return output[0] if isinstance(output, tuple) else output
 
     def _spread(self, module, input, relevance):
         if is_fully_connected(module):
@@ -401,7 +403,7 @@ class ZPlus(SinglePass):
         if isinstance(module, (NonNegativeMap, Signed)):
             lost = relevance.where(is_empty, 0.)
             if not has_values(lost) or bool(lost.any()):
-                lower = lower + share_evenly(lost, torch.ones_like(input), getattr(module, 'examples', None))
+                lower = lower + share_among_images(module, lost, torch.ones_like(input), transpose)
         return lower
 
 
