@@ -11,7 +11,6 @@ from .layer import Addition, Signed
 # Functions, and modules in place of them, of which the output has no negative values.
 RELUS = frozenset('relu relu_ relu6 Relu Sigmoid Softmax Softplus'.split())
 RELU_MODULES = tuple(getattr(torch.nn, name) for name in 'ReLU ReLU6 Sigmoid Hardsigmoid Softmax Softplus'.split())
-COPIES = ('Clone', 'ToCopy')
 # Packages and namespaces of which functions are known by their names.
 PACKAGES = frozenset('torch aten prims torchvision'.split())
 # Functions that move elements along the dimensions they name.
@@ -140,14 +139,17 @@ def pull_back(node, gradient):
 
 
 def depends_on(tensor, source):
-    '''Whether a tensor was computed from another, or from what that is a copy of, by their graphs.'''
+    '''Whether a tensor was computed from another, or from what that has in another order or shape, by their graphs.'''
     if tensor.grad_fn is None or not source.requires_grad:
         return False
     edge = torch.autograd.graph.get_gradient_edge(source)
     target, output_nr = edge.node, edge.output_nr
-    # in-place additions need a copy of the skip connection
-    while any(key in target.name() for key in COPIES) and len(target.next_functions) == 1:
-        target, output_nr = target.next_functions[0]
+    # in-place additions need a copy of the skip connection, and Python's sum begins with zero
+    while is_move(target) or stem_of(target) == 'Add':
+        edges = [edge for edge in target.next_functions if edge[0] is not None]
+        if len(edges) != 1:
+            break
+        (target, output_nr), = edges
     # nodes are numbered in the order of their creation, only leaves have no proper number
     oldest = -1 if is_leaf(target) else sequence_of(target)
     queue, seen = [tensor.grad_fn], {(None, 0)}

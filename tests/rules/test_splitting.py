@@ -175,6 +175,18 @@ def test_residual_only_identity(inner):
         assert torch.equal(main, relevance)
 
 
+@pytest.mark.parametrize('move', [
+    lambda h: h.flatten(1), lambda h: h.mT, lambda h: h.permute(1, 0), lambda h: h.reshape(3, 2), lambda h: h[:, :3],
+    lambda h: 0 + h, lambda h: (0 + h).clone().view(6), lambda h: h.double().unsqueeze(0),
+], ids=('flatten', 'mT', 'permute', 'reshape', 'slice', 'sum', 'several', 'unsqueeze'))
+def test_residual_only_moved(move):
+    '''It is one in another shape and order, too, and as Python's sum has it.'''
+    relevance, _, (skip, main) = residual_only(
+        ResidualOnly(), lambda input: [move(elem := input * 1), move(torch.tanh(elem) * 2)]
+    )
+    assert not skip.any() and torch.equal(main, relevance)
+
+
 @pytest.mark.parametrize('inner', [RatioSplit, SymmetricSplit])
 def test_residual_only_projection(inner):
     '''A projection is computed from the same input as the residual branch, but neither from the other.'''
