@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.evaluation import METHODS, SIZE, assert_same, run
+from helpers.evaluation import METHODS, SIZE, assert_same, make_assets, run
+from torchvision.models import resnet18
 
 from captum_adapters.evaluation import read_run
 
@@ -81,15 +82,15 @@ def children(pid):
 
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='processes are found in /proc')
-def test_kill(assets, tmp_path):
+def test_kill(tmp_path):
     '''Whatever is killed whenever, the same command ends up with each record once.
 
     There are four kills, or as many as the environment says in EVALUATION_KILLS.
     '''
-    choose = random.Random(0)
+    assets, choose = make_assets(tmp_path, resnet18), random.Random(0)
     kills = int(os.environ.get('EVALUATION_KILLS', 4))
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'TORCHELASTIC_ERROR_FILE': os.devnull}
-    expected = run(assets, tmp_path / 'expected', batch_size=1, forward_batch=16)
+    expected = run(assets, tmp_path / 'expected', batch_size=1, forward_batch=16, model='resnet18')
     folder, counts = tmp_path / 'run', []
     with subprocess.Popen(
         [sys.executable, '-c', LAUNCHER], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
