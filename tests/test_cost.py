@@ -28,15 +28,15 @@ def test_operations(name):
     assert ratios['relative'] <= 1.001 and ratios['block'] <= 1.001
 
 
-@pytest.mark.parametrize('build', [
-    lambda: VisionTransformer(64, 4, 3, 2, 128, 512, num_classes=7),
-    lambda: SwinTransformer([4, 4], 48, [2, 2], [3, 6], [7, 7], num_classes=7),
+@pytest.mark.parametrize('build, size', [
+    (lambda: VisionTransformer(224, 16, 3, 12, 768, 3072, num_classes=7), 224),
+    (lambda: SwinTransformer([4, 4], 48, [2, 2], [3, 6], [7, 7], num_classes=7), 64),
 ], ids=['vit', 'swin'])
-def test_operations_of_transformers(build):
+def test_operations_of_transformers(build, size):
     '''Layers whose input has both signs need four products where a gradient needs two.'''
     model, flops = build().eval(), []
     for composite in (None, ResNetLRP()):
         with Counter() as counter, Gradient(model=model, composite=composite) as attributor:
-            attributor(torch.randn(1, 3, 64, 64), initial_relevance(0))
+            attributor(torch.randn(1, 3, size, size), initial_relevance(0))
         flops.append(counter.flops)
     assert 0 < flops[1] <= 1.9 * flops[0]

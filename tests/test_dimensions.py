@@ -134,11 +134,17 @@ def test_conserved(dims, name):
         )
 
 
+def without_last(model):
+    '''A ResNet without its last layer, which has three quarters of the weights.'''
+    model.layer4, model.fc = nn.Identity(), nn.Linear(256, 5)
+    return model
+
+
 @pytest.mark.parametrize('name', ['r3d_18', 'mc3_18', 'r2plus1d_18'])
 def test_video_networks(name):
     '''Relevance of torchvision's networks is conserved, and the ledger finds no loss.'''
     torch.manual_seed(0)
-    model = fill_statistics(getattr(video, name)(num_classes=5)).double()
+    model = fill_statistics(without_last(getattr(video, name)(num_classes=5))).double()
     input = torch.rand(1, 3, 4, 24, 24, dtype=torch.float64)
     for options in ({}, {'splitting': 'symmetric'}, {'first_layer': 'zbox', 'low': 0., 'high': 1.}):
         relevance = explain(model, input, ResNetLRP(**options))[1]
@@ -146,7 +152,7 @@ def test_video_networks(name):
         assert abs(relevance.sum() - 1) < 1e-12
     # all blocks are found: each has one addition
     ledger = conservation_ledger(model, input, ResNetLRP(), target=1)
-    assert sum('addition' in row.name for row in ledger.rows) == 8
+    assert sum('addition' in row.name for row in ledger.rows) == 6
     assert float((ledger.final - ledger.initial).abs().max()) < 1e-12 * float(ledger.initial.abs().max())
     output, relevance = explain(model, input, BlockLRP(1e-12), 'logit')
     leaf = input.clone().requires_grad_()
@@ -158,9 +164,9 @@ def test_video_networks(name):
 def test_video_network_is_inflated(name):
     '''R3D-18 with kernels of depth one in the middle explains a single frame as its network for images does.'''
     torch.manual_seed(0)
-    large = fill_statistics(video.r3d_18(num_classes=5)).double()
+    large = fill_statistics(without_last(video.r3d_18(num_classes=5))).double()
     large.stem[0] = nn.Conv3d(3, 64, (3, 7, 7), (1, 2, 2), (1, 3, 3), bias=False).double()
-    images = resnet18(num_classes=5)
+    images = without_last(resnet18(num_classes=5))
     small = nn.Sequential(
         nn.Sequential(nn.Conv2d(3, 64, 7, 2, 3, bias=False), images.bn1, images.relu), images.layer1, images.layer2,
         images.layer3, images.layer4, images.avgpool, nn.Flatten(), images.fc,
