@@ -8,8 +8,8 @@ import torch
 import zennit.composites
 import zennit.rules
 from click.testing import CliRunner
+from helpers.networks import narrow_resnet18
 from torch import nn
-from torchvision.models import resnet18
 from zennit.attribution import Gradient
 from zennit.core import Stabilizer
 
@@ -386,7 +386,7 @@ def test_repr_of_ledger():
 
 def test_pickle():
     '''Attribution objects can be copied, but not pickled, which an error says.'''
-    model, x = resnet18(num_classes=3).eval(), torch.rand(1, 3, 32, 32)
+    model, x = narrow_resnet18(num_classes=3).eval(), torch.rand(1, 3, 32, 32)
     for method in (CaptumResNetLRP(model), CompositeAttribution(model, 'epsilon_plus'), LayerRelevance(model, 'conv1')):
         with pytest.raises(TypeError, match=type(method).__name__):
             pickle.dumps(method)

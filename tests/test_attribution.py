@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from captum._utils.common import _select_targets
-from torchvision.models import resnet18
+from helpers.networks import narrow_resnet18
 from zennit.attribution import Gradient
 from zennit.composites import EpsilonPlus
 
@@ -116,7 +116,7 @@ def test_what_a_contrast_starts_from(name):
     '''By default, what the rule of the last layer needs.'''
     create, value = STARTS[name]
     torch.manual_seed(0)
-    model, images = resnet18(num_classes=4).double().eval(), torch.randn(2, 3, 32, 32).double()
+    model, images = narrow_resnet18(num_classes=4).double().eval(), torch.randn(2, 3, 32, 32).double()
     maps = [
         Gradient(model, create())(images.clone(), initial_relevance([1, 2], start, contrast='softmax'))[1]
         for start in (None, value)
@@ -129,7 +129,7 @@ def test_functions(name):
     '''A function of the output is explained by its gradient: linear ones like classes and contrasts.'''
     create, value = STARTS[name]
     torch.manual_seed(0)
-    model, images = resnet18(num_classes=4).double().eval(), torch.randn(2, 3, 32, 32).double()
+    model, images = narrow_resnet18(num_classes=4).double().eval(), torch.randn(2, 3, 32, 32).double()
 
     def explain(*args, **kwargs):
         return Gradient(model, create())(images.clone(), initial_relevance(*args, **kwargs))[1]
@@ -179,7 +179,7 @@ def test_probabilities_have_no_softmax():
 
 def test_what_a_contrast_of_other_rules_starts_from():
     '''Rules of Zennit may divide by the output or not.'''
-    model, images = resnet18(num_classes=4).eval(), torch.randn(1, 3, 32, 32)
+    model, images = narrow_resnet18(num_classes=4).eval(), torch.randn(1, 3, 32, 32)
     with pytest.raises(ValueError, match="'logit' for rules"):
         Gradient(model, EpsilonPlus())(images.clone(), initial_relevance(1, contrast='centred'))
     Gradient(model, EpsilonPlus())(images.clone(), initial_relevance(1, 'logit', contrast='centred'))
@@ -436,7 +436,7 @@ def test_regions_of_maps(function):
 @pytest.mark.parametrize('value', ['logit', 'softmax', 'one'])
 def test_attributor(value):
     '''It is used as the output relevance of Zennit's attributors, each sample with its own target.'''
-    model = resnet18(num_classes=5).eval()
+    model = narrow_resnet18(num_classes=5).eval()
     input = torch.randn(3, 3, 32, 32)
     targets = [3, 0, 4]
     with Gradient(model, ResNetLRP()) as attributor:

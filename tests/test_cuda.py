@@ -6,9 +6,8 @@ import importlib.util
 
 import pytest
 import torch
-from helpers.networks import CifarResNet
+from helpers.networks import CifarResNet, narrow_resnet18
 from PIL import Image
-from torchvision.models import resnet18
 from zennit.attribution import Gradient
 from zennit.composites import EpsilonPlus
 
@@ -57,7 +56,7 @@ COMPOSITES = {
 @pytest.fixture(name='data')
 def fixture_data():
     '''A network, images and targets, in double precision, on CPU.'''
-    model = resnet18(num_classes=5).double().eval()
+    model = narrow_resnet18(num_classes=5).double().eval()
     return model, torch.randn(2, 3, 64, 64, dtype=torch.float64), torch.tensor([1, 3])
 
 
@@ -171,7 +170,7 @@ def test_evaluation(data, device, tmp_path):
         Image.fromarray(pixels).save(tmp_path / 'images' / f'{index}.png')
     methods = ('resnet_lrp_ratio', 'block_lrp+c3', 'grad_cam', 'epsilon_plus+ratio', 'rise:n_masks=10', 'captum_lrp')
     evaluate(Evaluation(
-        str(tmp_path / 'images'), str(tmp_path / 'run'), methods=methods, model='resnet18',
+        str(tmp_path / 'images'), str(tmp_path / 'run'), methods=methods, model='narrow_resnet18',
         weights=str(tmp_path / 'net.pt'), size=64, step=1024, device=device,
     ), quiet=True)
     records = read_run(tmp_path / 'run').records

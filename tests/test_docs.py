@@ -12,7 +12,7 @@ import click
 import pytest
 import torch
 import torchvision
-from torchvision.models.resnet import BasicBlock, ResNet
+from helpers.networks import narrow_resnet18
 from zennit.composites import COMPOSITES
 
 import zennit_resnet
@@ -81,9 +81,9 @@ def test_block(block, tmp_path, monkeypatch):
     # blocks may write files, and register composites
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'examples').symlink_to(ROOT / 'examples')
-    if re.search(r'tracing import|traced=True', block):
-        # half of the blocks, as recording takes seconds for each
-        monkeypatch.setattr(torchvision.models, 'resnet18', lambda: ResNet(BasicBlock, [1, 1, 1, 1]))
+    # most blocks have one, with weights that take longer than all else
+    monkeypatch.setattr(torchvision.models, 'resnet18', narrow_resnet18)
+    block = block.replace("model='resnet18'", "model='narrow_resnet18'")
     if 'InferenceSession(\'explain.onnx\'' in block:
         write_explanation(tmp_path / 'explain.onnx')
     import zennit_resnet.composites  # noqa: F401 (which registers its own)
@@ -213,8 +213,9 @@ def test_reference(name):
     info.name for info in pkgutil.walk_packages(zennit_resnet.__path__, 'zennit_resnet.')
     if not info.name.endswith('__main__')
 ])
-def test_examples_of_docstrings(name):
+def test_examples_of_docstrings(name, monkeypatch):
     '''Examples in docstrings run, and have the results that they show.'''
+    monkeypatch.setattr(torchvision.models, 'resnet18', narrow_resnet18)
     # as they are copied, without what the module imports
     result = doctest.testmod(importlib.import_module(name), globs={}, optionflags=doctest.ELLIPSIS)
     assert not result.failed

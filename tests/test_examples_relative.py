@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import networks  # noqa: F401 (which has a network with a name)
 from PIL import Image
 
 pytestmark = pytest.mark.once
@@ -114,20 +115,20 @@ def test_mnist_background(common):
 
 def test_curves(script, pairs, tmp_path):
     '''Networks with local weights: accuracy of all variants, and the pixels of each for the other one.'''
-    squeezenet, resnet = (save_weights(tmp_path / f'{name}.pt', name) for name in ('squeezenet1_1', 'resnet18'))
+    squeezenet, resnet = (save_weights(tmp_path / f'{name}.pt', name) for name in ('squeezenet1_1', 'narrow_resnet18'))
     script(
         'curves.py', pairs, '--network', squeezenet, '--network', resnet, '--size', 40, '--show', 1, '--out', tmp_path,
         '--methods', 'relative_lrp,lrp_zplus,random', '--variants', 'pixel-absolute,input-signed',
     )
     for variant in ('pixel-absolute', 'input-signed'):
         rows = read_table(tmp_path / f'accuracy_{variant}.csv')
-        assert [row['network'] for row in rows] == ['squeezenet1_1'] * 3 + ['resnet18'] * 3
+        assert [row['network'] for row in rows] == ['squeezenet1_1'] * 3 + ['narrow_resnet18'] * 3
         assert all(0 <= float(row[key]) <= 1 for row in rows for key in ('1 %', '50 %', '99 %', 'mean'))
         assert (tmp_path / f'accuracy_{variant}.png').is_file()
     cross = read_table(tmp_path / 'cross.csv')
     assert [(row['network'], row['method']) for row in cross] == [
         (seeing, f'pixels of {ranking}')
-        for seeing in ('squeezenet1_1', 'resnet18') for ranking in ('squeezenet1_1', 'resnet18')
+        for seeing in ('squeezenet1_1', 'narrow_resnet18') for ranking in ('squeezenet1_1', 'narrow_resnet18')
     ]
     # the pixels of a network for itself are those of the other table
     own = {row['network']: row for row in read_table(tmp_path / 'accuracy_pixel-absolute.csv')
@@ -161,7 +162,7 @@ def test_cross_adapts_preprocessing(common):
 
 def test_masks(script, pairs, tmp_path):
     '''Shares and distances, with what chance gives. A mask of less than 1 % is left out.'''
-    weights = save_weights(tmp_path / 'resnet18.pt', 'resnet18')
+    weights = save_weights(tmp_path / 'net.pt', 'narrow_resnet18')
     script(
         'masks.py', pairs, '--network', weights, '--size', 40, '--methods', 'relative_lrp,random', '--out', tmp_path
     )
@@ -179,7 +180,7 @@ def test_masks(script, pairs, tmp_path):
 
 def test_masks_of_boxes_and_labels(script, pairs, tmp_path):
     '''Boxes in place of masks, and the class of the label in place of the predicted one.'''
-    weights = save_weights(tmp_path / 'resnet18.pt', 'resnet18')
+    weights = save_weights(tmp_path / 'net.pt', 'narrow_resnet18')
     boxes = tmp_path / 'boxes.csv'
     boxes.write_text('file,x0,y0,x1,y1\n0.png,0,0,30,20\n1.png,0,0,30,20\n1.png,30,20,60,40\n', encoding='utf-8')
     script(
@@ -195,7 +196,7 @@ def test_resnet50(script, tmp_path):
     '''Both readings of Card(J), and the range of rules.'''
     photo = tmp_path / 'photo.png'
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 70, 3), dtype=np.uint8)).save(photo)
-    weights = save_weights(tmp_path / 'resnet18.pt', 'resnet18')
+    weights = save_weights(tmp_path / 'net.pt', 'narrow_resnet18')
     script('resnet50.py', photo, '--network', weights, '--size', 64, '--quick', '--out', tmp_path)
     rows = read_table(tmp_path / 'range.csv')
     assert len(rows) == 2 * 6

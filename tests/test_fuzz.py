@@ -15,12 +15,13 @@ import PIL
 import pytest
 import torch
 from click.testing import CliRunner
+from helpers.networks import narrow_resnet18
 from helpers.profile import PROFILE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
-from torchvision.models import get_model, get_model_weights, resnet18
+from torchvision.models import get_model, get_model_weights
 
 from zennit_resnet.cli import main
 from zennit_resnet.image import read_image
@@ -39,7 +40,7 @@ SMALL_MODEL = 'squeezenet1_1'
 def fixture_tiny():
     '''State dict of a ResNet-18 with three classes, and statistics of batch normalization that fit its activations.'''
     torch.manual_seed(1)
-    model = resnet18(num_classes=3)
+    model = narrow_resnet18(num_classes=3)
     with torch.no_grad():
         for _ in range(2):
             model(torch.randn(4, 3, SIZE, SIZE))
@@ -61,7 +62,7 @@ def fixture_run(weights, tmp_path):
     def run(command, *args, charset='utf-8'):
         '''Run it on files.'''
         out = tmp_path / {'explain': 'explained', 'compare': 'compared.png', 'ledger': 'ledgers'}[command]
-        options = ['--model', 'resnet18', '--weights', weights, '--size', SIZE, '--out', out, '--overwrite']
+        options = ['--model', 'narrow_resnet18', '--weights', weights, '--size', SIZE, '--out', out, '--overwrite']
         if command == 'compare':
             options += ['--methods', 'resnet_lrp_ratio,input_x_gradient']
         result = CliRunner(charset=charset).invoke(main, [command, *map(str, [*options, *args])])
@@ -501,7 +502,7 @@ def bad_weights(tiny, marker):
     '''Files which are no weights of the model, by name, and what is said of each.'''
     layer = {'w': torch.ones(2, 2)}
     single, bad = saved(layer), Malicious(marker)
-    unsafe, other, misfit = 'loaded safely', 'not a safetensors file', 'do not fit the model resnet18'
+    unsafe, other, misfit = 'loaded safely', 'not a safetensors file', 'do not fit the model narrow_resnet18'
     result = {
         'empty.pt': (b'', unsafe), 'text.pth': (b'text', unsafe),
         'noise.pt': (np.random.default_rng(0).bytes(999), unsafe),
@@ -522,8 +523,8 @@ def bad_weights(tiny, marker):
         'half nan.pt': (saved({'w': torch.tensor([float('nan')]).half()}), 'w holds NaN'),
         'other.pt': (single, misfit), 'nothing.pt': (saved({}), misfit),
         'scalar.pt': (saved({'fc.weight': torch.ones(())}), misfit),
-        'no classes.pt': (saved({'fc.weight': torch.ones(0, 512)}), f'{misfit}.*\\(0, 512\\)'),
-        'one layer.pt': (saved({'fc.weight': torch.ones(3, 512)}), f'{misfit}.*missing'),
+        'no classes.pt': (saved({'fc.weight': torch.ones(0, 64)}), f'{misfit}.*\\(0, 64\\)'),
+        'one layer.pt': (saved({'fc.weight': torch.ones(3, 64)}), f'{misfit}.*missing'),
         'begin.safetensors': (tensors()[:20], other), 'short.safetensors': (tensors()[:-1], other),
         'zero.safetensors': (bytes(8), other), 'long.safetensors': (struct.pack('<Q', 2 ** 60) + b'{}', other),
         'json.safetensors': (struct.pack('<Q', 5) + b'{"w":', other),
@@ -589,29 +590,30 @@ def fixture_checkpoints(tmp_path, monkeypatch):
 
 def test_bad_named_weights(checkpoints, tmp_path):
     '''No code is run of a file in the place of a download, and one line tells to delete what is not as it should be.'''
-    path, marker = checkpoints / 'resnet18-f37072fd.pth', tmp_path / 'marker'
-    state, bad = resnet18().state_dict(), Malicious(marker)
-    odd = resnet18().state_dict()
+    entry = get_model_weights(SMALL_MODEL).DEFAULT
+    path, marker = checkpoints / Path(entry.url).name, tmp_path / 'marker'
+    state, bad = get_model(SMALL_MODEL).state_dict(), Malicious(marker)
+    odd = get_model(SMALL_MODEL).state_dict()
     odd._metadata = 3
-    unsafe, other, misfit = 'loaded safely', 'not a state dict', 'do not fit the model resnet18'
+    unsafe, other, misfit = 'loaded safely', 'not a state dict', f'do not fit the model {SMALL_MODEL}'
     files = [
         (saved({**state, 'w': bad}), unsafe), (saved({'w': bad}, _use_new_zipfile_serialization=False), unsafe),
         (pickle.dumps(bad), unsafe), (b'', unsafe), (saved(state)[:999], unsafe), (saved([bad]), unsafe),
         (saved(3), other), (saved({**state, 'w': 3}), other), (saved({'w': torch.ones(2)}), misfit),
-        (saved({**state, 'fc.bias': torch.ones(4)}), misfit), (saved(odd), misfit),
+        (saved({**state, 'classifier.1.bias': torch.ones(4)}), misfit), (saved(odd), misfit),
         (saved({'w': torch.ones(1).expand(10 ** 12)}), 'no dense tensor'),
     ]
     for content, message in files:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message) as info, warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            load_classifier('resnet18', 'IMAGENET1K_V1')
+            load_classifier(SMALL_MODEL, 'IMAGENET1K_V1')
         assert_one_line(str(info.value))
         assert str(path) in str(info.value) and 'delete this file' in str(info.value)
         assert not marker.exists()
 
 
-@pytest.mark.parametrize('name', ['resnet18', 'densenet121', 'googlenet'])
+@pytest.mark.parametrize('name', [SMALL_MODEL, 'densenet121', 'googlenet'])
 def test_named_weights(checkpoints, name):
     '''Networks are those of torchvision, with whatever comes with their weights.'''
     torch.manual_seed(0)

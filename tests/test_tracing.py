@@ -53,13 +53,25 @@ def network():
     return randomize(TinyResNet()).double().eval()
 
 
+# each option of ResNetLRP in one of them
+COMBINED = {
+    **{name: COMPOSITES[name] for name in ('ratio', *RELATIVE, *OTHERS, 'zennit box')},
+    'ones, merge': lambda: ResNetLRP('symmetric', first_layer='ones', batch_norm='merge'),
+    'flat, literal': lambda: ResNetLRP(first_layer='flat', projection='literal', dead_units='drop'),
+    'wsquare, average': lambda: ResNetLRP(first_layer='wsquare', maxpool='average', identity_skip=False),
+    'zbox, avg2x2': lambda: ResNetLRP(
+        first_layer='zbox', low=-9., high=9., maxpool='avg2x2', stabilizer=1e-3, classifier='epsilon'
+    ),
+}
+
+
 @pytest.mark.parametrize('label, build', [
-    *((label, lambda: TinyResNet(5)) for label in COMPOSITES), ('ratio', UserNetwork), ('relative', UserNetwork),
+    *((label, lambda: TinyResNet(5)) for label in COMBINED), ('ratio', UserNetwork), ('relative', UserNetwork),
 ])
 def test_other_inputs(label, build):
     '''What was traced with one input is right for others: with other signs, with dead units, and with zeros only.'''
     torch.manual_seed(1)
-    model, composite = prepare(build()), COMPOSITES[label]
+    model, composite = prepare(build()), COMBINED[label]
     layer = model.block.conv1 if isinstance(model, TinyResNet) else model.branches[0]
     with torch.no_grad():
         # no input makes these units positive, so all of their contributions are negative

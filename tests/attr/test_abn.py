@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from captum.attr import Attribution
+from helpers.networks import narrow_resnet18
 from PIL import Image
 from torch.nn.functional import batch_norm, conv2d, cross_entropy, interpolate
-from torchvision.models import resnet18, resnet50, vgg11
+from torchvision.models import resnet50, vgg11
 
 from captum_adapters.attr.abn import ABN, AttentionBranchNetwork, load_abn, save_abn
 
@@ -35,7 +36,7 @@ def randomize(module):
 def trained():
     '''A network with random values.'''
     torch.manual_seed(0)
-    return randomize(AttentionBranchNetwork(resnet18(num_classes=N_CLASSES))).eval()
+    return randomize(AttentionBranchNetwork(narrow_resnet18(num_classes=N_CLASSES))).eval()
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def constant_attention(net, bias):
 
 # -- structure ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('function,size,side', [(resnet18, 224, 14), (resnet50, 64, 4), (resnet18, 80, 5)])
+@pytest.mark.parametrize('function,size,side', [(narrow_resnet18, 112, 7), (resnet50, 64, 4), (narrow_resnet18, 80, 5)])
 def test_shapes(function, size, side):
     '''Attention has a sixteenth of the size and values in [0, 1], and the output is the perception branch's.'''
     net = randomize(AttentionBranchNetwork(function(num_classes=N_CLASSES))).eval()
@@ -81,7 +82,7 @@ def test_shapes(function, size, side):
 @torch.no_grad()
 def test_perception_branch(input):
     '''Without attention, this is the residual network, and with full attention features are doubled.'''
-    model = randomize(resnet18(num_classes=N_CLASSES)).eval()
+    model = randomize(narrow_resnet18(num_classes=N_CLASSES)).eval()
     net = AttentionBranchNetwork(model)
     constant_attention(net, -1e4)
     assert torch.equal(net(input), model(input))
@@ -116,7 +117,7 @@ def test_attention_branch(net, input):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('function,strided', [(resnet18, 'conv1'), (resnet50, 'conv2')])
+@pytest.mark.parametrize('function,strided', [(narrow_resnet18, 'conv1'), (resnet50, 'conv2')])
 def test_stage(function, strided):
     '''The stage is the last one without stride: convolutions have the same values at every second position.'''
     model = randomize(function(num_classes=N_CLASSES)).eval()
@@ -134,7 +135,7 @@ def test_stage(function, strided):
 
 def test_start():
     '''The start is the classifier's: class maps of its last layer, and attention where there is evidence.'''
-    model = resnet18(num_classes=N_CLASSES).eval()
+    model = narrow_resnet18(num_classes=N_CLASSES).eval()
     first, branch = AttentionBranchNetwork(model).state_dict(), AttentionBranchNetwork(model).attention_branch
     for key, value in branch.state_dict(prefix='attention_branch.').items():
         assert torch.equal(value, first[key]), key
@@ -146,7 +147,7 @@ def test_start():
 
 def test_model_is_left_as_found(input):
     '''The given model shares nothing with the network, which has its type, and can be trained even if it cannot.'''
-    model = resnet18(num_classes=N_CLASSES).double().eval().requires_grad_(False)
+    model = narrow_resnet18(num_classes=N_CLASSES).double().eval().requires_grad_(False)
     model.bn1.train()
     before = copy.deepcopy(model.state_dict())
     net = AttentionBranchNetwork(model)
@@ -166,7 +167,7 @@ def test_model_is_left_as_found(input):
     assert model.bn1.training and not model.training and not model.layer4.training
     assert not any(param.requires_grad or param.grad is not None for param in model.parameters())
     assert model.layer4[0].conv1.stride == net.layer4[0].conv1.stride == (2, 2)
-    assert AttentionBranchNetwork(resnet18(num_classes=2).train()).attention_branch.norm.training
+    assert AttentionBranchNetwork(narrow_resnet18(num_classes=2).train()).attention_branch.norm.training
 
 
 def test_gradient(net, input):
@@ -189,13 +190,13 @@ def test_network_errors():
     with pytest.raises(ValueError, match='VGG has no conv1, bn1, relu, maxpool, layer1, .*, layer4, fc: '):
         AttentionBranchNetwork(vgg11(num_classes=2))
     with pytest.raises(TypeError, match='must be a module, but is function'):
-        AttentionBranchNetwork(resnet18)
-    model = resnet18(num_classes=2)
+        AttentionBranchNetwork(narrow_resnet18)
+    model = narrow_resnet18(num_classes=2)
     model.fc = torch.nn.Sequential(torch.nn.Dropout(), model.fc)
     with pytest.raises(ValueError, match='fc is Sequential, but must be a linear layer'):
         AttentionBranchNetwork(model)
-    model = resnet18(num_classes=2)
-    model.layer4 = torch.nn.Sequential(torch.nn.Conv2d(256, 512, 1), torch.nn.MaxPool2d(2))
+    model = narrow_resnet18(num_classes=2)
+    model.layer4 = torch.nn.Sequential(torch.nn.Conv2d(32, 64, 1), torch.nn.MaxPool2d(2))
     with pytest.raises(ValueError, match=r'size \(4, 4\) of features to \(2, 2\) by other means'):
         AttentionBranchNetwork(model)(torch.rand(1, 3, 64, 64))
 
@@ -275,10 +276,10 @@ def test_attribute_errors(trained, change, error, match):
 
 def test_attribution_errors(net, input):
     '''Other networks, and networks in training mode, are refused.'''
-    with pytest.raises(TypeError, match='AttentionBranchNetwork, but there is ResNet'):
-        ABN(resnet18(num_classes=2))
+    with pytest.raises(TypeError, match='AttentionBranchNetwork, but there is NarrowResNet'):
+        ABN(narrow_resnet18(num_classes=2))
     with pytest.raises(TypeError, match='there is function'):
-        ABN(resnet18)
+        ABN(narrow_resnet18)
     with pytest.raises(ValueError, match='training mode'):
         ABN(net.train()).attribute(input)
 
@@ -292,7 +293,7 @@ def test_save_and_load(net, input, tmp_path, suffix):
         pytest.importorskip('safetensors')
     path = tmp_path / f'abn{suffix}'
     save_abn(copy.deepcopy(net).to(memory_format=torch.channels_last), str(path), ['a', 'b', 'c, d'])
-    loaded = load_abn(path, 'resnet18')
+    loaded = load_abn(path, 'narrow_resnet18')
     assert not any(module.training for module in loaded.modules())
     expected = net.state_dict()
     assert list(loaded.state_dict()) == list(expected)
@@ -342,13 +343,13 @@ def test_save_and_load_errors(net, tmp_path):
     state = net.state_dict()
     torch.save({key: value for key, value in state.items() if key != 'fc.weight'}, path)
     with pytest.raises(ValueError, match='lack fc.weight'):
-        load_abn(path, 'resnet18')
+        load_abn(path, 'narrow_resnet18')
     torch.save({**state, 'more': torch.ones(2)}, path)
     with pytest.raises(ValueError, match='"more"'):
-        load_abn(path, 'resnet18')
-    torch.save(resnet18().state_dict(), path)
+        load_abn(path, 'narrow_resnet18')
+    torch.save(narrow_resnet18().state_dict(), path)
     with pytest.raises(ValueError, match='have no attention branch: train one'):
-        load_abn(path, 'resnet18')
+        load_abn(path, 'narrow_resnet18')
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -370,7 +371,7 @@ def data(tmp_path):
         writer.writeheader()
         writer.writerows(rows)
     torch.manual_seed(1)
-    torch.save(resnet18(num_classes=3).state_dict(), tmp_path / 'classifier.pt')
+    torch.save(narrow_resnet18(num_classes=3).state_dict(), tmp_path / 'classifier.pt')
     return tmp_path
 
 
@@ -378,7 +379,9 @@ def data(tmp_path):
 def train(data, monkeypatch):
     '''Run the script with arguments.'''
     def run(*arguments):
-        given = ('--model', 'resnet18', '--weights', data / 'classifier.pt', '--size', 64, '--out', data / 'abn.pt')
+        given = (
+            '--model', 'narrow_resnet18', '--weights', data / 'classifier.pt', '--size', 64, '--out', data / 'abn.pt'
+        )
         monkeypatch.setattr(sys, 'argv', [str(SCRIPT), *map(str, (*given, *arguments))])
         runpy.run_path(str(SCRIPT), run_name='__main__')
 
@@ -393,12 +396,12 @@ def test_train(train, data, capsys):
     numbers = captured.out.split('accuracy on 24 images: ')[1].split('\n')[0].replace(',', '').split()
     before, perception, attention = (float(numbers[num]) for num in (1, 4, 7))
     assert before < .8 and perception > .9 and attention > .9, captured.out
-    assert '2 x 24 x 256 x 4 x 4 in half precision, 0.4 MB of memory' in captured.err + captured.out
+    assert '2 x 24 x 32 x 4 x 4 in half precision, 0.0 MB of memory' in captured.err + captured.out
     given = torch.load(data / 'classifier.pt', weights_only=True)
     state = torch.load(data / 'abn.pt', weights_only=True)
     changed = {key.split('.')[0] for key, value in given.items() if not torch.equal(state[key], value)}
     assert changed == {'layer4', 'fc'}
-    loaded = load_abn(data / 'abn.pt', 'resnet18')
+    loaded = load_abn(data / 'abn.pt', 'narrow_resnet18')
     assert ABN(loaded).attribute(torch.rand(1, 3, 64, 64)).shape == (1, 3, 64, 64)
     train(*arguments)
     again = torch.load(data / 'abn.pt', weights_only=True)

@@ -10,13 +10,12 @@ import captum.metrics
 import numpy as np
 import pytest
 import torch
-import torchvision
 import zennit.composites
 from captum._utils.common import _select_targets
 from captum.attr import LRP, GradientAttribution, NoiseTunnel
 from captum.attr import visualization as viz
 from captum.attr._utils.lrp_rules import EpsilonRule
-from helpers.networks import UserNetwork, randomize
+from helpers.networks import UserNetwork, narrow_resnet18, randomize
 from helpers.state import assert_state, in_threads, resident, state_of
 from zennit.attribution import Gradient
 from zennit.composites import EpsilonPlus, LayerMapComposite
@@ -568,7 +567,7 @@ def test_attributes_survive():
 
 def test_composite_of_zennit():
     '''Composites of Zennit leave no trace either, and work again.'''
-    model = randomize(torchvision.models.resnet18(num_classes=5)).double().eval()
+    model = randomize(narrow_resnet18(num_classes=5)).double().eval()
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     state = state_of(model)
     instance = CompositeAttribution(model, zennit.composites.EpsilonPlusFlat(canonizers=[ResNetCanonizer()]))

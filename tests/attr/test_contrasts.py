@@ -4,8 +4,8 @@ from functools import partial
 
 import pytest
 import torch
+from helpers.networks import narrow_resnet18
 from torch import nn
-from torchvision.models import resnet18
 from zennit.attribution import Gradient
 
 from captum_adapters.attr import (
@@ -32,7 +32,7 @@ METHODS = {
 @pytest.fixture(scope="module", name="model")
 def _model():
     torch.manual_seed(0)
-    return resnet18(num_classes=5).eval()
+    return narrow_resnet18(num_classes=5).eval()
 
 
 @pytest.fixture(scope="module", name="images")

@@ -7,6 +7,8 @@ from torchvision.models import detection
 
 from captum_adapters.attr import C3LRP, RelativeLRP, ResNetLRP
 
+pytestmark = pytest.mark.once
+
 
 class Anchors(nn.Module):
     """Logits of all anchors, of shape (batch, classes, anchors)."""

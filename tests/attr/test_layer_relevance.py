@@ -5,10 +5,9 @@ from functools import partial
 
 import pytest
 import torch
-import torchvision
 from captum.attr import LayerAttribution, LayerLRP, NoiseTunnel
 from captum.attr._utils.lrp_rules import EpsilonRule
-from helpers.networks import UserNetwork, randomize
+from helpers.networks import UserNetwork, narrow_resnet18, randomize
 from helpers.state import assert_state, in_threads, resident, state_of
 from zennit.attribution import Gradient
 from zennit.composites import EpsilonPlus, LayerMapComposite
@@ -39,7 +38,7 @@ def network():
 
 def resnet():
     '''A residual network of torchvision.'''
-    return randomize(torchvision.models.resnet18(num_classes=5)).double().eval()
+    return randomize(narrow_resnet18(num_classes=5)).double().eval()
 
 
 def images(size=12):

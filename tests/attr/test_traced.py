@@ -23,9 +23,17 @@ def fixture_net():
 
 @pytest.fixture(name="images", scope="module")
 def fixture_images():
-    """Three images."""
+    """Four images."""
     torch.manual_seed(1)
-    return torch.rand(3, 3, 32, 32).double()
+    return torch.rand(4, 3, 32, 32).double()
+
+
+@pytest.fixture(name="small", scope="module")
+def fixture_small():
+    """A network of two layers, which is traced faster."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
+    return nn.Sequential(*layers).double().eval()
 
 
 @pytest.mark.parametrize(
@@ -41,9 +49,9 @@ def fixture_images():
 def test_equal(net, images, create):
     """With targets for each example, a delta, and parts of the batch."""
     plain, traced = create(net), create(net, traced=True)
-    expected, delta = plain.attribute(images, [1, 2, 3], return_convergence_delta=True)
+    expected, delta = plain.attribute(images, [1, 2, 3, 4], return_convergence_delta=True)
     result, same = traced.attribute(
-        images, [1, 2, 3], return_convergence_delta=True, internal_batch_size=2
+        images, [1, 2, 3, 4], return_convergence_delta=True, internal_batch_size=2
     )
     scale = expected.abs().flatten(1).amax(1)[:, None, None, None]
     if isinstance(plain, RelativeLRP):
@@ -57,15 +65,15 @@ def test_equal(net, images, create):
         assert torch.allclose(delta, same, atol=1e-9)
 
 
-def test_contrasts(net, images):
+def test_contrasts(small, images):
     """Contrasts and functions of the output start from the same."""
     for options in ({"contrast": "softmax"}, {"contrast": [4, 5]}):
-        expected = ResNetLRP(net, **options).attribute(images, 3)
-        result = ResNetLRP(net, traced=True, **options).attribute(images, 3)
+        expected = ResNetLRP(small, **options).attribute(images, 3)
+        result = ResNetLRP(small, traced=True, **options).attribute(images, 3)
         assert torch.allclose(result, expected, atol=1e-12)
-    lrp = ResNetLRP(net, traced=True)
+    lrp = ResNetLRP(small, traced=True)
     result = lrp.attribute_targets(images, [3, lambda output: output[:, 3] * 2])
-    assert torch.allclose(2 * result[0], result[1] * net(images)[:, 3].view(-1, 1, 1, 1))
+    assert torch.allclose(2 * result[0], result[1] * small(images)[:, 3].view(-1, 1, 1, 1))
 
 
 def test_other_weights(net, images):
@@ -178,10 +186,10 @@ def test_precision(net, images):
             lrp.attribute(images.float(), 3)
 
 
-def test_noise_tunnel(net, images):
+def test_noise_tunnel(small, images):
     """Methods of Captum on top of it."""
     torch.manual_seed(2)
-    tunnel = NoiseTunnel(ResNetLRP(net, traced=True))
+    tunnel = NoiseTunnel(ResNetLRP(small, traced=True))
     result = tunnel.attribute(images, nt_samples=2, target=3)
     assert result.shape == images.shape and result.isfinite().all()
 

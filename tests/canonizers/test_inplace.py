@@ -3,10 +3,9 @@
 import pytest
 import torch
 from helpers.inplace import BLOCKS, COMPOSITES, ZENNIT_1, Block
-from helpers.networks import randomize
+from helpers.networks import narrow_resnet18, randomize
 from torch import nn
 from torch.nn import functional as F
-from torchvision.models import resnet18
 from zennit.attribution import Gradient
 from zennit.composites import LayerMapComposite
 
@@ -114,7 +113,7 @@ def test_unseen_change():
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(4), nn.Flatten(),
         nn.Linear(64, 2)
     ),
-    lambda: resnet18(num_classes=2),
+    lambda: narrow_resnet18(num_classes=2),
 ], ids=['sequence', 'resnet'])
 def test_not_copied(monkeypatch, build):
     '''Nothing but the network's output is copied for an in-place ReLU or addition at the end of a block.'''

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torchvision
-from helpers.networks import UserNetwork, randomize
+from helpers.networks import UserNetwork, narrow_resnet18, randomize
 from helpers.state import Snapshot, assert_global_state
 from torch.utils.checkpoint import checkpoint
 from zennit.attribution import Gradient
@@ -53,10 +53,16 @@ def clean_state():
     assert not modes and is_enabled and not waiting
 
 
+MODELS = {
+    'user': UserNetwork, 'resnet18': lambda: narrow_resnet18(num_classes=5),
+    'mobilenet_v2': lambda: torchvision.models.mobilenet_v2(num_classes=5, width_mult=.25),
+}
+
+
 def build_model(dtype=torch.float64, name='user'):
     '''A model of which some parameters are frozen and some modules have in-place activations.'''
     torch.manual_seed(1)
-    model = UserNetwork() if name == 'user' else getattr(torchvision.models, name)(num_classes=5)
+    model = MODELS[name]()
     model = randomize(model.to(dtype).eval())
     for num, param in enumerate(model.parameters()):
         param.requires_grad_(num % 3 > 0)
@@ -153,15 +159,13 @@ def test_inside(build):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-@every_composite
-@pytest.mark.parametrize('error', [
-    pytest.param(kind('forward'), id=kind.__name__) for kind in (ZeroDivisionError, KeyboardInterrupt, StopIteration)
-])
-def test_exception_in_forward(build, error):
-    '''An exception in the forward pass, at any depth.'''
-    model = build_model()
-    for position in ('block', 'norm', 'stem'):
-        interrupt = Interrupt()
+@pytest.mark.parametrize('name', COMPOSITES)
+def test_exception_in_forward(name):
+    '''An exception in the forward pass, at any depth: each kind with each composite, and at each depth.'''
+    model, build, number = build_model(), COMPOSITES[name], list(COMPOSITES).index(name)
+    kinds = ZeroDivisionError, KeyboardInterrupt, StopIteration
+    for row, position in enumerate(('block', 'norm', 'stem')):
+        interrupt, error = Interrupt(), kinds[(number + row) % 3]('forward')
         former = getattr(model, position)
         setattr(model, position, torch.nn.Sequential(former, interrupt))
         snapshot, input = Snapshot(model), images()

@@ -116,10 +116,12 @@ def test_same_context(model, build, place):
         assert torch.is_grad_enabled() and not torch.overrides._get_current_function_mode_stack()
 
 
-@every_composite
-@pytest.mark.parametrize('error', [KeyboardInterrupt(), SystemExit(), GeneratorExit(), ValueError()], ids=repr)
-def test_new_context(model, build, error):
-    '''The model is as before, and relevance in another context is right.'''
+@pytest.mark.parametrize('name', COMPOSITES)
+def test_new_context(model, name):
+    '''The model is as before, and relevance in another context is right, for each kind of error at each place.'''
+    build, number = COMPOSITES[name], list(COMPOSITES).index(name)
+    errors = KeyboardInterrupt(), SystemExit(), GeneratorExit(), ValueError()
+
     def attribute():
         with build().context(model):
             return explain(model)
@@ -128,9 +130,9 @@ def test_new_context(model, build, error):
         return conservation_ledger(model, torch.linspace(-1, 1, 216).view(2, 3, 6, 6), build(), target=1).relevance
 
     snapshot, expected = Snapshot(model), (attribute(), ledger())
-    for place in PLACES:
-        for function in (attribute, ledger):
-            model.interrupt(place, error, function)
+    for row, place in enumerate(PLACES):
+        for column, function in enumerate((attribute, ledger)):
+            model.interrupt(place, errors[(number + row + 2 * column) % 4], function)
             snapshot.check()
             assert torch.equal(attribute(), expected[0]) and torch.equal(ledger(), expected[1])
 

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
+from helpers.networks import narrow_resnet18
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from zennit.attribution import Gradient
@@ -433,7 +433,7 @@ def test_exported():
 def test_exported_resnet():
     '''With batch normalization and pooling.'''
     torch.manual_seed(0)
-    model, x = torchvision.models.resnet18(num_classes=5).eval(), torch.rand(2, 3, 32, 32)
+    model, x = narrow_resnet18(num_classes=5).eval(), torch.rand(2, 3, 32, 32)
     exported = torch.export.export(model, (x,)).module()
     maps = [Gradient(elem, ResNetLRP())(x, initial_relevance([1, 2]))[1] for elem in (model, exported)]
     torch.testing.assert_close(maps[1], maps[0], rtol=1e-4, atol=1e-5)

@@ -5,8 +5,7 @@ import warnings
 
 import pytest
 import torch
-import torchvision
-from helpers.networks import UserNetwork, randomize
+from helpers.networks import UserNetwork, narrow_resnet18, randomize
 from torch import nn
 from zennit.attribution import Gradient
 from zennit.composites import EpsilonPlus, MixedComposite, NameMapComposite
@@ -221,7 +220,7 @@ def test_hooks_of_users(name):
 def test_crp():
     '''Concept relevance: relevance of layers under conditions, for all composites.'''
     attribution = pytest.importorskip('crp.attribution')
-    model, layer = torchvision.models.resnet18(num_classes=4).eval(), 'layer3.1.conv2'
+    model, layer = narrow_resnet18(num_classes=4).eval(), 'layer3.1.conv2'
     for create in (ResNetLRP, lambda: with_splitting(EpsilonPlus())):
         def run(*conditions, create=create):
             return attribution.CondAttribution(model)(

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from golden_cases import golden_cases, tensor
 from helpers.golden import FIRST_LAYER, build_network
 from helpers.ledger import check_sums
-from helpers.networks import CifarResNet, UserNetwork, randomize
+from helpers.networks import CifarResNet, UserNetwork, narrow_resnet18, randomize
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -1206,7 +1206,7 @@ CLASSES = ['tabby cat', 'golf ball', 'church']
 def fixture_weights(tmp_path_factory):
     '''Path of the weights of a ResNet-18.'''
     torch.manual_seed(1)
-    model = randomize(get_model('resnet18', num_classes=3))
+    model = randomize(narrow_resnet18(num_classes=3))
     with torch.no_grad():
         model.fc.bias.copy_(torch.tensor([3., 3.5, 4.]))
     path = tmp_path_factory.mktemp('weights') / 'tiny.safetensors'
@@ -1229,7 +1229,7 @@ def fixture_run(weights, tmp_path):
     '''Run the command.'''
     def run(*args):
         out = tmp_path / 'out'
-        options = ['--model', 'resnet18', '--weights', weights, '--size', 32, '--device', 'cpu']
+        options = ['--model', 'narrow_resnet18', '--weights', weights, '--size', 32, '--device', 'cpu']
         result = CliRunner().invoke(main, ['ledger', *map(str, [*options, '--out', out, *args])])
         assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
         return result, out
@@ -1282,7 +1282,7 @@ def test_cli_target(run, photos):
 @pytest.mark.parametrize('method', sorted(COMPOSITES))
 def test_all_composites(weights, method):
     '''All composites that are registered can be examined.'''
-    classifier = load_classifier('resnet18', weights, 32)
+    classifier = load_classifier('narrow_resnet18', weights, 32)
     ledger, target = Method(method).ledger(classifier, torch.randn(2, 3, 32, 32))
     assert target == ledger.output.argmax(1).tolist()
     check_sums(ledger, 1e-5)

@@ -1,5 +1,6 @@
 '''Tests for the command line of the evaluation.'''
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -38,7 +39,7 @@ def call(*args):
 def evaluate(assets, photos, out, *args):
     '''Evaluate the small network.'''
     return call(
-        'evaluate', '--data', photos, '--out', out, '--model', 'resnet18', '--weights', assets / 'net.pt',
+        'evaluate', '--data', photos, '--out', out, '--model', 'narrow_resnet18', '--weights', assets / 'net.pt',
         '--size', 32, '--step', 512, '--device', 'cpu', *args,
     )
 
@@ -80,15 +81,18 @@ def test_evaluate_and_report(assets, photos, tmp_path):
     assert 'Grad-CAM: grad_cam' in ' '.join(preset.split()) and 'quantize4' not in preset
 
 
-def test_command(assets, photos, tmp_path):
+def test_command(assets, photos, tmp_path, monkeypatch):
     '''The command is kept such that it can be given again, and none if it was another program.'''
     args = [
-        '--data', photos, '--out', tmp_path / 'a run', '--model', 'resnet18', '--weights', assets / 'net.pt',
+        '--data', photos, '--out', tmp_path / 'a run', '--model', 'narrow_resnet18', '--weights', assets / 'net.pt',
         '--size', 32, '--methods', 'random', '--no-controls', '--step', 512, '--device', 'cpu',
     ]
-    command = [sys.executable, '-m', 'captum_adapters', 'evaluate', *map(str, args)]
-    subprocess.run(command, check=True, capture_output=True)
-    assert shlex.split(read_run(tmp_path / 'a run').settings['command']) == ['python', *command[1:]]
+    command = ['-m', 'captum_adapters', 'evaluate', *map(str, args)]
+    monkeypatch.setattr(sys, 'argv', command[1:])
+    with pytest.raises(SystemExit) as info:
+        runpy.run_module('captum_adapters', run_name='__main__', alter_sys=True)
+    assert not info.value.code
+    assert shlex.split(read_run(tmp_path / 'a run').settings['command']) == ['python', *command]
     call('evaluate', *args, '--out', tmp_path / 'other')
     assert read_run(tmp_path / 'other').settings['command'] is None
 
@@ -98,7 +102,7 @@ def test_report_of_chosen_methods(assets, photos, tmp_path):
     names = 'grad_cam', 'gradient'
     for name in names:
         call(
-            'evaluate', '--data', photos, '--out', tmp_path / name, '--model', 'resnet18', '--weights',
+            'evaluate', '--data', photos, '--out', tmp_path / name, '--model', 'narrow_resnet18', '--weights',
             assets / 'net.pt', '--size', 32, '--methods', name, '--no-controls', '--step', 512, '--device', 'cpu',
         )
     report = call('report', *(tmp_path / name for name in names), '--methods', 'gradient').output
@@ -220,11 +224,11 @@ def test_options_of_baselines(assets, photos, tmp_path):
 def test_same_names(assets, photos, tmp_path):
     '''Methods have the same names in explain and compare, and give the same heatmap.'''
     names = 'resnet_lrp_ratio:first_layer=ones,maxpool=avg2x2+abs+quantize4', 'lrp_gamma_0.25:initial=softmax+ratio'
-    options = ['--model', 'resnet18', '--weights', assets / 'net.pt', '--size', 32, '--device', 'cpu']
+    options = ['--model', 'narrow_resnet18', '--weights', assets / 'net.pt', '--size', 32, '--device', 'cpu']
     args = ['compare', photos / '0.png', *options, '--methods', ','.join(names), '--out', tmp_path / 'compare.png']
     result = CliRunner().invoke(zennit_main, [str(arg) for arg in args])
     assert result.exit_code == 0 and (tmp_path / 'compare.png').exists(), result.output
-    classifier = load_classifier('resnet18', str(assets / 'net.pt'), 32)
+    classifier = load_classifier('narrow_resnet18', str(assets / 'net.pt'), 32)
     images = classifier.transform(read_image(photos / '0.png'))[None]
     output = classifier.model(images).detach()
     for name in names:

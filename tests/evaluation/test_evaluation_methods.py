@@ -19,7 +19,7 @@ pytestmark = pytest.mark.once
 @pytest.fixture(scope='module')
 def context(assets):
     '''A small network.'''
-    return Context(load_classifier('resnet18', str(assets / 'net.pt'), SIZE), forward_batch=16)
+    return Context(load_classifier('narrow_resnet18', str(assets / 'net.pt'), SIZE), forward_batch=16)
 
 
 # composites but for gradients

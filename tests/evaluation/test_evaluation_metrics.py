@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from helpers.evaluation import SIZE, make_batch, run
+from helpers.networks import narrow_resnet18
 from PIL import Image
-from torchvision.models import resnet18
 
 from captum_adapters import metrics
 from captum_adapters.evaluation import COLUMNS, Evaluation, RunError, summarize
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.once
 def test_all_metrics(assets, tmp_path):
     '''All metrics fill columns that are known, and curves with their positions.'''
     result = run(
-        assets, tmp_path / 'run', metrics=NAMES, cross=(f"resnet18={assets / 'net.pt'}",), limit=2,
+        assets, tmp_path / 'run', metrics=NAMES, cross=(f"narrow_resnet18={assets / 'net.pt'}",), limit=2,
         methods=('resnet_lrp_ratio',), percents=(10, 50), rank_by='magnitude', step=512, controls=False,
     )
     scores = result.records.drop(columns=['problem', 'seconds', 'metric_seconds'])
@@ -35,7 +35,7 @@ def test_all_metrics(assets, tmp_path):
     assert {'id', 'id_keio', 'id_rise', 'id_c3', 'accuracy', 'cross_accuracy', 'gap', *masked, *evidence} <= set(scores)
     for _, curves in result.curves.iterrows():
         np.testing.assert_array_equal(curves['percents'], [10, 50])
-        assert len(curves['accuracy']) == len(curves['cross_accuracy:resnet18']) == 2
+        assert len(curves['accuracy']) == len(curves['cross_accuracy:narrow_resnet18']) == 2
 
 
 def test_attention(assets, tmp_path):
@@ -135,8 +135,8 @@ def test_other_networks(assets, tmp_path):
     for number in range(2):
         (tmp_path / str(number)).mkdir()
         torch.manual_seed(number + 1)
-        torch.save(resnet18(num_classes=3).state_dict(), tmp_path / str(number) / 'net.pt')
-        cross.append(f'resnet18={tmp_path / str(number) / "net.pt"}')
+        torch.save(narrow_resnet18(num_classes=3).state_dict(), tmp_path / str(number) / 'net.pt')
+        cross.append(f'narrow_resnet18={tmp_path / str(number) / "net.pt"}')
     options = {
         'metrics': ('cross',), 'cross': tuple(cross), 'methods': ('random',), 'controls': False, 'limit': 2,
         'percents': (50, 100),

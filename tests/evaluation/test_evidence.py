@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 from helpers.evaluation import SIZE, assert_same, run
+from helpers.networks import narrow_resnet18
 from PIL import Image
-from torchvision.models import resnet18
 
 from captum_adapters import metrics
 from captum_adapters.evaluation import Process, read_run, summarize
@@ -35,9 +35,9 @@ def colors(tmp_path_factory):
             picture = (np.array(color) + noise).clip(0, 255).astype(np.uint8)
             Image.fromarray(picture).save(folder / 'images' / name / f'{number}.png')
     torch.manual_seed(0)
-    network = resnet18(num_classes=4).eval()
+    network = narrow_resnet18(num_classes=4).eval()
     torch.save(network.state_dict(), folder / 'net.pt')
-    transform = load_classifier('resnet18', str(folder / 'net.pt'), SIZE).transform
+    transform = load_classifier('narrow_resnet18', str(folder / 'net.pt'), SIZE).transform
     # folders in sorted order are the classes
     names = sorted(COLORS)
     paths = [folder / 'images' / name / f'{number}.png' for name in names for number in range(3)]
@@ -94,7 +94,7 @@ def test_table(evaluated):
 
 def test_by_hand(evaluated, colors):
     '''Scores of a sample are those of the metrics themselves.'''
-    classifier = load_classifier('resnet18', str(colors / 'net.pt'), SIZE)
+    classifier = load_classifier('narrow_resnet18', str(colors / 'net.pt'), SIZE)
     images = torch.stack([
         classifier.transform(Image.open(colors / 'images' / name / f'{number}.png'))
         for name in sorted(COLORS) for number in range(3)
@@ -126,7 +126,7 @@ def test_by_hand(evaluated, colors):
 
 def test_mosaics(colors):
     '''An image is in the cell of its class, three others of other classes are around it, and all places occur.'''
-    classifier = load_classifier('resnet18', str(colors / 'net.pt'), SIZE)
+    classifier = load_classifier('narrow_resnet18', str(colors / 'net.pt'), SIZE)
     samples = read_samples(colors / 'images', classifier.classes).samples
     dataset = Images(samples, classifier.transform)
     grids = Grids(samples, dataset, classifier.model, torch.device('cpu'))

@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 import torch
 from helpers.evaluation import CLASSES, METHODS, SIZE, assert_same, run, setting
+from helpers.networks import narrow_resnet18
 from PIL import Image
-from torchvision.models import resnet18
 
 from captum_adapters.attr import CompositeAttribution
 from captum_adapters.evaluation import (
@@ -48,7 +48,7 @@ def test_records(whole, assets):
     assert whole.settings['identity']['methods'] == list(methods)
     assert whole.records['problem'].isna().all()
 
-    classifier = load_classifier('resnet18', str(assets / 'net.pt'), SIZE)
+    classifier = load_classifier('narrow_resnet18', str(assets / 'net.pt'), SIZE)
     sample = sample_names[5]
     with Image.open(assets / 'images' / sample) as image:
         input = classifier.transform(image)[None]
@@ -133,7 +133,7 @@ def test_other_run(assets, whole, tmp_path, monkeypatch):
     shutil.copytree(whole.folder, folder)
     before = sorted((str(path), path.stat().st_mtime_ns) for path in folder.rglob('*'))
     torch.manual_seed(1)
-    torch.save(resnet18(num_classes=3).state_dict(), tmp_path / 'other.pt')
+    torch.save(narrow_resnet18(num_classes=3).state_dict(), tmp_path / 'other.pt')
     images = tmp_path / 'images'
     shutil.copytree(assets / 'images', images)
     # the same number of images of the same size
@@ -506,7 +506,7 @@ def test_failure(assets, tmp_path, monkeypatch):
     with pytest.raises(RunError, match='gaussian:sigma=0 .*sigma=0 '):
         run(assets, tmp_path / 'gaussian', methods=('gaussian:sigma=0',), controls=False)
     with Image.open(assets / 'images' / 'square' / '2.png') as image:
-        bad = load_classifier('resnet18', str(assets / 'net.pt'), SIZE).transform(image)
+        bad = load_classifier('narrow_resnet18', str(assets / 'net.pt'), SIZE).transform(image)
     result = run(assets, tmp_path / 'later', **options)
     assert result.records['problem'].dropna().to_dict() == {
         ('square/2.png', 'resnet_lrp_ratio'): 'RuntimeError: a strange image'
@@ -612,8 +612,9 @@ def test_counted_passes(assets, tmp_path, monkeypatch, method, own, tolerance):
     assert sum(images) == 2 + own
 
 
-def test_estimate_of_much(assets, tmp_path):
+def test_estimate_of_much(assets, tmp_path, monkeypatch):
     '''Methods and metrics of many passes, and further maps, are estimated without these, and fail as in a run.'''
+    monkeypatch.setattr(estimate.Estimate, '_time_pass', lambda self, *args: 0.1)
     times = []
     for metrics in (('conservation',), ('conservation', 'class_sensitivity', 'randomization')):
         options = {'methods': ('rise', 'integrated_gradients:n_steps=1000'), 'metrics': metrics, 'compile': True}

@@ -2,9 +2,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 
 import numpy as np
 import pandas as pd
@@ -110,18 +107,15 @@ def test_replace(store):
 
 def test_killed_while_writing(store):
     '''What a process was writing when it was killed is not there, and what was written before is.'''
-    script = textwrap.dedent(f'''
-        import os, signal, sys
-        sys.path[:0] = {[os.path.dirname(__file__), os.getcwd()]!r}
-        from test_store import NAMES, SETTINGS, Store, records
-        store = Store({str(store.folder)!r}, SETTINGS, NAMES)
-        store.write_records(0, "a", records("a"))
-        os.fsync = lambda number: os.kill(os.getpid(), signal.SIGKILL)
-        store.write_records(1, "a", records("b"))
-    ''')
-    path = os.pathsep.join([os.path.dirname(os.path.dirname(__file__)), os.getcwd()])
-    process = subprocess.run([sys.executable, '-c', script], env={**os.environ, 'PYTHONPATH': path}, check=False)
-    assert process.returncode == -signal.SIGKILL
+    pid = os.fork()
+    if not pid:
+        try:
+            store.write_records(0, 'a', records('a'))
+            os.fsync = lambda number: os.kill(os.getpid(), signal.SIGKILL)
+            store.write_records(1, 'a', records('b'))
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
     left = [path.name for path in store.records.iterdir() if path.name.startswith('.')]
     assert len(left) == 1 and left[0].startswith(f'.{file_of(1)[:-5]}')
     run = read_run(store.folder)

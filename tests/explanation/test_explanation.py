@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.networks import narrow_resnet18
 from PIL import Image
 from torchvision import transforms
-from torchvision.models import resnet18
 from torchvision.models.vision_transformer import VisionTransformer
 from zennit.attribution import Gradient
 from zennit.cmap import ColorMap
@@ -33,7 +33,7 @@ CLASSES = ['tabby cat', 'golf ball', 'church']
 def fixture_model():
     '''A ResNet-18 of three classes.'''
     torch.manual_seed(3)
-    model = resnet18(num_classes=3)
+    model = narrow_resnet18(num_classes=3)
     with torch.no_grad():
         for _ in range(3):
             model(torch.randn(8, 3, SIZE, SIZE))
@@ -488,7 +488,7 @@ def test_other_outputs(photo):
     with pytest.raises(ValueError, match='tuple'):
         explain(Pair(), photo)
     torch.manual_seed(0)
-    assert explain(resnet18().eval(), photo, target='golf ball', size=SIZE).target == 574
+    assert explain(narrow_resnet18().eval(), photo, target='golf ball', size=SIZE).target == 574
 
 
 def test_forgotten_normalization(model):
@@ -521,7 +521,7 @@ def test_public_names():
 def test_checkpoints(model, tmp_path, wrap):
     '''State dicts are found within what training scripts write.'''
     torch.save(wrap(dict(model.state_dict())), tmp_path / 'last.ckpt')
-    classifier = load_classifier('resnet18', tmp_path / 'last.ckpt', SIZE)
+    classifier = load_classifier('narrow_resnet18', tmp_path / 'last.ckpt', SIZE)
     input = torch.randn(1, 3, SIZE, SIZE)
     torch.testing.assert_close(classifier.model(input), model(input))
 
@@ -531,7 +531,7 @@ def test_two_networks_in_a_checkpoint(model, tmp_path):
     state = {f'{name}.{key}': value for name in ('student', 'teacher') for key, value in model.state_dict().items()}
     torch.save(state, tmp_path / 'both.pt')
     with pytest.raises(ValueError, match='student., teacher.'):
-        load_classifier('resnet18', tmp_path / 'both.pt')
+        load_classifier('narrow_resnet18', tmp_path / 'both.pt')
 
 
 def test_names_and_normalization(model, tmp_path):
@@ -539,18 +539,18 @@ def test_names_and_normalization(model, tmp_path):
     torch.save(model.state_dict(), tmp_path / 'net.pt')
     for text in ('cat\ndog\nbird\n', '["cat", "dog", "bird"]', '{"0": ["n01", "cat"], "2": "bird", "1": "dog"}'):
         (tmp_path / 'names').write_text(text)
-        found = load_classifier('resnet18', tmp_path / 'net.pt', SIZE, tmp_path / 'names', (0, 0, 0), (1, 1, 1))
+        found = load_classifier('narrow_resnet18', tmp_path / 'net.pt', SIZE, tmp_path / 'names', (0, 0, 0), (1, 1, 1))
         assert found.classes == ['cat', 'dog', 'bird']
     assert read_classes({1: 'dog', 0: 'cat'}) == ['cat', 'dog']
     assert float(found.transform(Image.new('RGB', (5, 5), 'white')).min()) == 1.
     (tmp_path / 'names').write_text('cat\ndog')
     with pytest.raises(ValueError, match='2 names of classes.*have 3'):
-        load_classifier('resnet18', tmp_path / 'net.pt', SIZE, tmp_path / 'names')
+        load_classifier('narrow_resnet18', tmp_path / 'net.pt', SIZE, tmp_path / 'names')
     for text in ('', '{"a": 1}', '3'):
         (tmp_path / 'names').write_text(text)
         with pytest.raises(ValueError, match='no names of classes') if text != '3' else pytest.raises(ValueError):
             read_classes(tmp_path / 'names')
-            load_classifier('resnet18', tmp_path / 'net.pt', SIZE, tmp_path / 'names')
+            load_classifier('narrow_resnet18', tmp_path / 'net.pt', SIZE, tmp_path / 'names')
     with pytest.raises(ValueError, match='missing'):
         read_classes(tmp_path / 'missing')
 

@@ -6,20 +6,20 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
-from torchvision.models import resnet18
 
 from captum_adapters.evaluation import Evaluation, Process, Run, SampleRecord, evaluate, read_run
 from captum_adapters.evaluation.metrics import Batch
+from helpers.networks import narrow_resnet18
 
 CLASSES = ('circle', 'square', 'stripes')
 SIZE = 32
 METHODS = ('resnet_lrp_ratio', 'resnet_lrp_ratio+quantize8', 'input_x_gradient')
 
 
-def make_assets(folder):
+def make_assets(folder, network=narrow_resnet18):
     '''Write a small data set, and the weights of a small network.'''
     torch.manual_seed(0)
-    torch.save(resnet18(num_classes=len(CLASSES)).state_dict(), folder / 'net.pt')
+    torch.save(network(num_classes=len(CLASSES)).state_dict(), folder / 'net.pt')
     generator = np.random.default_rng(0)
     for name in CLASSES:
         (folder / 'images' / name).mkdir(parents=True)
@@ -32,8 +32,9 @@ def make_assets(folder):
 def setting(assets, out, **options):
     '''An evaluation of the small network on the small data set.'''
     options = {
-        'methods': METHODS, 'step': 512, 'batch_size': 4, 'forward_batch': 16, 'device': 'cpu', 'model': 'resnet18',
-        'weights': str(assets / 'net.pt'), 'size': SIZE, 'data': str(assets / 'images'), **options,
+        'methods': METHODS, 'step': 512, 'batch_size': 4, 'forward_batch': 16, 'device': 'cpu',
+        'model': 'narrow_resnet18', 'weights': str(assets / 'net.pt'), 'size': SIZE, 'data': str(assets / 'images'),
+        **options,
     }
     return Evaluation(out=str(out), **options)
 

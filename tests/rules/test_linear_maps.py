@@ -1,7 +1,7 @@
 '''Tests for functions that go through a batch example by example.'''
 import pytest
 import torch
-from torchvision.models import resnet18
+from helpers.networks import narrow_resnet18
 from zennit.attribution import Gradient
 
 from zennit_resnet import BlockLRP, RelativeLRP, ResNetLRP, initial_relevance
@@ -51,7 +51,7 @@ def test_by_example_whole(calls, shapes):
 def test_composites(monkeypatch, composite):
     '''Relevance is the same to the last digit.'''
     torch.manual_seed(0)
-    model, input = resnet18(num_classes=5).double().eval(), torch.randn(3, 3, 40, 40, dtype=torch.float64)
+    model, input = narrow_resnet18(num_classes=5).double().eval(), torch.randn(3, 3, 40, 40, dtype=torch.float64)
 
     def attribute():
         with Gradient(model=model, composite=composite()) as attributor:
