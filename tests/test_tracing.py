@@ -343,6 +343,23 @@ def test_initial_relevance():
         traced(input, 3)
 
 
+@pytest.mark.parametrize('function', [
+    lambda a, b: torch.stack([a, b]).mean(0), lambda a, b: torch.stack([a, b], 1).sum(1), lambda a, b: (a + b).clone(),
+    lambda a, b: a.mul_(.5).add_(b), lambda a, b: torch.cat([a, b], 1)[:, ::2],
+    lambda a, b: torch.maximum(a, b).view_as(a),
+], ids=('mean', 'sum', 'clone', 'in place', 'slice', 'view'))
+def test_output_of_heads(function):
+    '''What is made of several heads at the end.'''
+    torch.manual_seed(0)
+    model = Function(
+        lambda self, x: function(self.one(x), self.other(x)), one=nn.Linear(4, 3), other=nn.Linear(4, 3)
+    ).double().eval()
+    input = torch.randn(2, 4).double()
+    traced = trace(model, ResNetLRP(), torch.rand_like(input))
+    for start in (torch.eye(3)[:2].double(), initial_relevance([0, 2])):
+        assert_same(traced, model, ResNetLRP(), input, start)
+
+
 def test_rule_dtype():
     '''Rules in bfloat16 leave the output as it is, and change relevance by its precision.'''
     model, input, start = network().float(), torch.rand(2, 3, 32, 32), torch.eye(10)[:2]

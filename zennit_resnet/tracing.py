@@ -242,6 +242,12 @@ def _insert_start(graph, divides):
     '''Have the initial relevance checked, or computed from the output, as soon as that is known.'''
     *_, start = graph.find_nodes(op='placeholder')
     (output, *_), = next(node for node in graph.nodes if node.op == 'output').args
+    # what only the output is for, such as a copy, may be recorded after relevance
+    first, needed = min(start.users), {output}
+    for node in reversed(graph.nodes):
+        needed.update(node.all_input_nodes if node in needed else ())
+    for node in [node for node in graph.nodes if node in needed and first < node]:
+        first.prepend(node)
     with graph.inserting_after(output):
         node = graph.call_function(start_from, (start, output, divides))
     node.meta.update(start.meta)
