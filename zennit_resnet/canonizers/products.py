@@ -126,12 +126,12 @@ def _run_product(canonizer, call, function, run, is_sum=True):
     if index is not None:
         signal = function.active[index]
         # by the graph alone: values would give the examples of a batch rules that depend on each other
-        is_positive = all(map(is_non_negative, gates)) and all(
+        is_positive = gates and all(map(is_non_negative, gates)) and all(
             not is_recorded(elem) and bool((elem >= 0).all()) for elem in function.tensors() if not elem.requires_grad
         )
         function = function.keep(signal)
         constants = [elem for elem in function.tensors() if elem is not signal]
-        if is_sum and gates and is_positive:
+        if is_sum and is_positive:
             return canonizer.run(call, NonNegativeMap, function, examples=None)
         return run(function, signal, constants, WeightedMap if gates else LinearMap)
     if len(function.active) == 2:
