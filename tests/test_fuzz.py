@@ -327,7 +327,6 @@ def odd_images():
         ('32.tif', Image.fromarray((gray * 257).astype(np.int32)), {}, (GRAY,) * 3),
         ('float.tif', Image.fromarray((gray / 255).astype(np.float32)), {}, (GRAY,) * 3),
         ('float 255.tif', Image.fromarray(gray.astype(np.float32)), {}, (GRAY,) * 3),
-        ('negative.tif', Image.fromarray(-gray.astype(np.float32)), {}, (0, 0, 0)),
         ('1 white.png', Image.new('1', size, 1), {}, (255,) * 3), ('1 black.tif', Image.new('1', size), {}, (0,) * 3),
         ('frames.gif', image, frames, COLOR), ('frames.webp', image, {**frames, 'lossless': True}, COLOR),
         ('frames.png', image, frames, COLOR), ('pages.tif', image, frames, COLOR), ('frames.mpo', image, frames, COLOR),

@@ -274,7 +274,7 @@ def rival_shares(logits, index, contrast):
     if others.ndim == 2 and len(others) != num:
         raise ValueError(f'There are contrasts of {len(others)} examples for a batch of {num}!')
     if bool(((others < 0) | (others >= classes)).any()):
-        raise IndexError(f'Contrast {others.tolist()}: choose classes from 0 to {classes - 1}!')
+        raise IndexError(f'Contrast {others.tolist()} is none of {classes} classes: choose from 0 to {classes - 1}!')
     others = others.expand(num, others.shape[-1])
     return shares.scatter_add(1, others, torch.full_like(others, 1 / others.shape[1], dtype=shares.dtype))
 
@@ -383,5 +383,5 @@ def _index(target, logits):
         raise ValueError(f'There are {len(index)} targets for a batch of {num}!')
     lowest = 0 if index.ndim else -classes
     if bool(((index < lowest) | (index >= classes)).any()):
-        raise IndexError(f'Target {index.tolist()}: choose a class from 0 to {classes - 1}!')
+        raise IndexError(f'Target {index.tolist()} is none of {classes} classes: choose from 0 to {classes - 1}!')
     return (index % classes).expand(num)[:, None]

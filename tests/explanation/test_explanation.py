@@ -251,7 +251,7 @@ def test_contrast_of_each(model, photo):
         np.testing.assert_allclose(each.relevance, alone.relevance, atol=1e-3 * np.abs(alone.relevance).max())
     with pytest.raises(ValueError, match='2 contrasts for 3'):
         explain(model, photos, 0, contrast=contrast[:2], size=SIZE)
-    assert 'zero everywhere' in explain(model, photo, 1, contrast=1, size=SIZE).notes[0]
+    assert 'contrasted with itself' in explain(model, photo, 1, contrast=1, size=SIZE).notes[0]
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
@@ -316,7 +316,7 @@ def test_anything_is_saved(model, photo, tmp_path):
     written = found.save(tmp_path / 'out', cmap=ColorMap('00f,fff,f00'), percentile=np.float32(99))
     manifest = json.loads(written[-1].read_text())
     assert manifest['relevance']['contrast'] == [1, 2] and manifest['style']['percentile'] == 99
-    assert len(written[-1].name) < 200 and manifest['source'] == str(path)
+    assert len(written[-1].name) < 220 and manifest['source'] == str(path)
 
 
 def test_folders(photo, tmp_path):

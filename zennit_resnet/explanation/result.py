@@ -308,7 +308,8 @@ def name_rivals(contrast, classes):
 
 def file_stem(name, method, rivals=''):
     '''What names of files of an image, a method and a contrast begin with.'''
-    text = f'{method.text}_rather than {rivals}' if rivals and method.contrast is None else method.text
+    # names of files have a limit
+    text = f'{method.text}_rather than {rivals[:32]}' if rivals and method.contrast is None else method.text
     return f'{name}_{re.sub("[^0-9A-Za-z_.=+-]+", "-", text)}'
 
 
