@@ -80,16 +80,21 @@ class FunctionCall(NamedTuple):
     def rebind(self, *tensors):
         '''The call as a function of tensors, by default those that carry relevance, without a reference to any.'''
         func, tensors = self.func, tensors or self.active
+        slots = {id(elem): _Slot(num) for num, elem in enumerate(tensors)}
         # the network may change constants in place before a rule runs the function again
-        given = map_tensors(KeptWeight, self._with({id(elem): _Slot(num) for num, elem in enumerate(tensors)}))
+        given = map_tensors(lambda elem: slots.get(id(elem)) or KeptWeight(elem), (self.args, self.kwargs))
         precision = _precision(tensors[0])
 
         def function(*tensors):
-            dtype, constants = tensors[0].dtype, map_tensors(lambda elem: elem.values, given, KeptWeight)
-            if _precision(tensors[0]) != precision:
+            dtype, is_other = tensors[0].dtype, _precision(tensors[0]) != precision
+
+            def bound(elem):
+                if isinstance(elem, _Slot):
+                    return tensors[elem.place]
                 # rules run in single precision where the network runs in half precision
-                constants = map_tensors(lambda elem: elem.to(dtype) if elem.is_floating_point() else elem, constants)
-            args, kwargs = map_tensors(tensors.__getitem__, constants, _Slot)
+                return elem.values.to(dtype) if is_other and elem.values.is_floating_point() else elem.values
+
+            args, kwargs = map_tensors(bound, given, (KeptWeight, _Slot))
             return func(*args, **kwargs)
 
         return function
@@ -125,8 +130,9 @@ def _precision(tensor):
     return tensor.dtype, torch.is_autocast_enabled(tensor.device.type)
 
 
-class _Slot(int):
+class _Slot(NamedTuple):
     '''Place of a tensor in the arguments of a call.'''
+    place: int
 
 
 def out_of_place(handler):
