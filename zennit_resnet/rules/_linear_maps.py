@@ -208,15 +208,11 @@ def convolve_transposed(module, input, weight, output):
 
 def is_pointwise(module, weight, output):
     '''Whether a convolution is a product of matrices for each example.'''
-    # a graph has a convolution with transposed weights, which are computed once
-    return module.groups == 1 and keeps_positions(module, weight) and has_values(output) and output.is_contiguous()
-
-
-def keeps_positions(module, weight):
-    '''Whether each position of a convolution's output reads the same position of the input, and no other.'''
     num = weight.ndim - 2
+    sizes = (*weight.shape[2:], *as_tuple(module.stride, num), module.groups)
     has_padding = not isinstance(module.padding, str) and any(as_tuple(module.padding, num))
-    return {*weight.shape[2:], *as_tuple(module.stride, num)} == {1} and not has_padding
+    # a graph has a convolution with transposed weights, which are computed once
+    return set(sizes) == {1} and not has_padding and has_values(output) and output.is_contiguous()
 
 
 def _gradient(output, input, weight, stride, padding, dilation, groups):

@@ -389,9 +389,6 @@ class ZPlus(SinglePass):
             # all channels of a group are treated alike, so one of each is enough
             in_channels = input.shape[1] // module.groups
             relevance = relevance.unflatten(1, (module.groups, -1)).sum(2)
-            if is_plain_convolution(module) and maps.keeps_positions(module, module.weight):
-                lower = relevance / in_channels
-                return lower if module.groups == 1 else lower.repeat_interleave(in_channels, 1)
             ones = ones[:, :module.groups]
             weight = relevance.new_ones(module.groups, 1, *module.weight.shape[2:])
         output, transpose = maps.with_adjoint(lambda leaf: self._linear(module, leaf, weight, shape), ones)
