@@ -159,15 +159,14 @@ class Watch(TorchFunctionMode):
         if name in ('__get__', '__set__'):
             return self.canonizer.follow(func, name, args, kwargs)
         settle((args, kwargs))
-        if name == '__setitem__' or 'out' in kwargs or is_inplace(name, kwargs):
-            args, kwargs = with_view(args[0] if args else kwargs.get('input'), (args, kwargs))
-            args, kwargs = with_view(kwargs.get('out'), (args, kwargs))
+        target = kwargs.get('out')
+        target = changed_by(name, args, kwargs) if target is None else target
+        if isinstance(target, torch.Tensor):
+            target, args, kwargs = with_view(target, (target, args, kwargs))
+        else:
+            target = None
         # before what it changes is copied for those that keep it
         self.canonizer.look(func, name, args, kwargs)
-        target = kwargs.get('out')
-        if target is None and (name == '__setitem__' or is_inplace(name, kwargs)):
-            target = args[0] if args else kwargs.get('input')
-        target = target if isinstance(target, torch.Tensor) else None
         is_gradient, clipped = self.canonizer.is_gradient, ()
         if _STATE.kept and (target is not None or is_gradient or name.startswith('_foreach')):
             clipped = _use(target, name, args, kwargs, is_gradient and name in CLIPPING)
@@ -209,8 +208,7 @@ def note_view(output, view):
 
 def with_view(tensor, value):
     '''Replace a tensor that is about to change, if it is such an output, by a view: what has it changes, too.'''
-    base = base_of(tensor) if isinstance(tensor, torch.Tensor) else None
-    if hasattr(base, '_view'):
+    if hasattr(base_of(tensor), '_view'):
         raise RuntimeError(
             f'A view of shape {tuple(tensor.shape)} of a slice with a step (x[:, :, ::2]) is changed in place, by '
             'which that changes, too, and the tensor it was taken from: change the slice itself, or a copy.'
@@ -275,6 +273,13 @@ def _use(target, name, args, kwargs=None, is_clipping=False):
 def is_inplace(name, kwargs):
     '''Whether a function changes its first argument. PyTorch gives ``inplace`` by name, whatever the caller does.'''
     return bool(kwargs.get('inplace')) or name.startswith('__i') or name.endswith('_') and not name.endswith('__')
+
+
+def changed_by(name, args, kwargs):
+    '''What a function changes in place, None if it changes nothing.'''
+    if name != '__setitem__' and not is_inplace(name, kwargs):
+        return None
+    return args[0] if args else kwargs.get('input')
 
 
 def address_of(tensor):

@@ -447,3 +447,18 @@ def test_unknown_images(function, message):
     with pytest.raises(RuntimeError, match=message):
         maps(function, ResNetLRP('symmetric'))
     assert torch.allclose(maps(function, ResNetLRP('symmetric'), 1).sum(), torch.ones(()).double())
+
+
+def test_slice_beside_an_output_that_is_given():
+    '''A slice is not what a function with ``out=`` changes, so that its own rule counts.'''
+    def explained(add):
+        model = Rows('copy_', True).double().eval()
+        model.forward = lambda x: (
+            lambda h: model.fc(add(h[:, :, ::2, ::2], F.avg_pool2d(h, 2)).mean((2, 3)))
+        )(model.first(x).relu())
+        with Gradient(model=model, composite=ResNetLRP()) as attributor:
+            return attributor(x, torch.eye(3)[[0, 2]].double())[1]
+
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)).double()
+    results = [explained(add) for add in (torch.add, lambda *addends: torch.add(*addends, out=torch.empty(0).double()))]
+    torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-12)

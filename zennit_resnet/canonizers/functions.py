@@ -4,7 +4,7 @@ from typing import NamedTuple
 import torch
 
 from .._compat import is_view, keep_version
-from .._inplace import KeptWeight, is_inplace
+from .._inplace import KeptWeight, changed_by, is_inplace
 from .._nested import map_tensors, tensors_of
 from ..layer import linear
 
@@ -107,9 +107,7 @@ class FunctionCall(NamedTuple):
     @property
     def target(self):
         '''The tensor that the call changes in place, None if there is none.'''
-        if not self.is_inplace and self.name != '__setitem__':
-            return None
-        return self.args[0] if self.args else self.kwargs.get('input')
+        return changed_by(self.name, self.args, self.kwargs)
 
     def out_of_place(self):
         '''The call which returns what the first argument of this one becomes.'''
@@ -140,7 +138,7 @@ def out_of_place(handler):
     def run(canonizer, call, function, **settings):
         if not function.is_inplace:
             return handler(canonizer, call, function, **settings)
-        target = function.args[0] if function.args else function.kwargs['input']
+        target = function.target
         return become(target, handler(canonizer, call, function.out_of_place().put(target, target.clone()), **settings))
 
     return run
