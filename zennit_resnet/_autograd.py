@@ -146,10 +146,10 @@ def depends_on(tensor, source):
     target, output_nr = edge.node, edge.output_nr
     # in-place additions need a copy of the skip connection, and Python's sum begins with zero
     while is_move(target) or stem_of(target) == 'Add':
-        edges = [edge for edge in target.next_functions if edge[0] is not None]
-        if len(edges) != 1:
+        parents = [parent for parent in target.next_functions if parent[0] is not None]
+        if len(parents) != 1:
             break
-        (target, output_nr), = edges
+        (target, output_nr), = parents
     # nodes are numbered in the order of their creation, only leaves have no proper number
     oldest = -1 if is_leaf(target) else sequence_of(target)
     queue, seen = [tensor.grad_fn], {(None, 0)}

@@ -25,6 +25,14 @@ def check_number(name, value, minimum=-math.inf, maximum=math.inf, finite=True):
         raise ValueError(f'{name}={value!r} is out of range: choose a number {" and ".join(bounds)}!')
 
 
+def as_integer(name, value, minimum):
+    '''An integer, which may be one of NumPy's or a float, or an error which names an argument and its value.'''
+    check_number(name, value, minimum)
+    if int(value) != value:
+        raise ValueError(f'{name}={value!r} is not an integer!')
+    return int(value)
+
+
 def check_choice(name, value, choices):
     '''Raise a ValueError which names the argument, its value and the choices, if the value is not among them.'''
     if value not in choices:

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from zennit.cmap import ColorMap
 from zennit.image import CMAPS, get_cmap
 
-from .arguments import check_number, map_shape
+from .arguments import as_integer, check_number, map_shape
 
 # Zennit's map of black for zero, red to white for positive, and blue to cyan for negative values
 HEATMAP_CMAP = 'coldnhot'
@@ -352,10 +352,7 @@ def draw_comparison(rows, titles, captions=None, scale=1):
             raise ValueError(f'There are {len(titles)} titles, but {len(row)} pictures in row {num}!')
     if captions is not None and len(captions) != len(rows):
         raise ValueError(f'There are {len(captions)} captions for {len(rows)} rows!')
-    check_number('scale', scale, 1)
-    if int(scale) != scale:
-        raise ValueError(f'scale={scale} is not an integer!')
-    scale = int(scale)
+    scale = as_integer('scale', scale, 1)
     rows = [
         [_check_picture(tile, f'Picture {col} of row {num}').repeat(scale, 0).repeat(scale, 1)
          for col, tile in enumerate(row)]

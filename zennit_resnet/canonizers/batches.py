@@ -70,9 +70,8 @@ class Images:
             or len(args) > 1 and name not in SHAPES and _is_broadcast(*args[:2])
         ):
             self.mixing = module, name
-        if self.moved is None or not self.is_transposed:
-            changed, transposed = changes_first(name, args, self.number)
-            self.is_transposed = self.is_transposed or transposed
+        if not self.is_transposed:
+            changed, self.is_transposed = changes_first(name, args, self.number)
             if self.moved is None and ('roi' in name or changed):
                 self.moved = module, name
 

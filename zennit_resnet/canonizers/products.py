@@ -108,12 +108,14 @@ def _exponentials(left, right, is_division):
     '''The factor that has exponentials, if the other normalizes them by their sum, as a softmax does.'''
     for signal, other in [(left, right)] if is_division else [(left, right), (right, left)]:
         total = summed_by(other.grad_fn, not is_division)
-        if total is not None:
-            with torch.no_grad():
-                values = signal / other if is_division else signal * other
-            # those of some classes do not sum to one
-            if is_part(signal.grad_fn, total) or are_probabilities(values):
-                return signal
+        if total is None:
+            continue
+        if is_part(signal.grad_fn, total):
+            return signal
+        with torch.no_grad():
+            values = signal / other if is_division else signal * other
+        if are_probabilities(values):
+            return signal
     return None
 
 

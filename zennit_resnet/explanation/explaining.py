@@ -7,7 +7,7 @@ import torch
 
 from .. import __version__
 from .._compat import COMPILED_MODULE
-from ..arguments import check_module, check_number
+from ..arguments import as_integer, check_module
 from ..attribution import CONTRASTS, as_contrast
 from ..canonizers.eager import evaluating
 from ..methods import Method
@@ -95,10 +95,7 @@ def explain_each(
     classifier, items, methods, target=None, value=None, contrast=None, batch_size=8, attribute=Method.attribute
 ):
     '''Generate each image with a list of its explanations by each method, or the error why there are none.'''
-    check_number('batch_size', batch_size, 1)
-    if int(batch_size) != batch_size:
-        raise ValueError(f'batch_size={batch_size!r} is not an integer!')
-    batch_size = int(batch_size)
+    batch_size = as_integer('batch_size', batch_size, 1)
     target = target.tolist() if isinstance(target, (np.ndarray, torch.Tensor)) else target
     targets = list(target) if isinstance(target, (list, tuple)) else [target] * len(items)
     if len(targets) != len(items):

@@ -131,6 +131,11 @@ class Explanation(_Pictures):
         '''Names of the classes, or the word, of the contrast, unless the name of the method says it.'''
         return '' if self.method.contrast is not None else name_rivals(self.contrast, self.classes)
 
+    @property
+    def _rivals(self):
+        '''The contrast, of which that of the method counts.'''
+        return self.contrast if self.method.contrast is None else self.method.contrast
+
     @cached_property
     def probabilities(self):
         '''Softmax of the logits, of shape (classes,).'''
@@ -159,13 +164,12 @@ class Explanation(_Pictures):
         (left, top, right, bottom), (height, width) = self.box, self.photo.shape[:2]
         is_padded = left < -1 or top < -1 or right > width + 1 or bottom > height + 1
         if not self.relevance.any() and not notes:
-            rivals = self.contrast if self.method.contrast is None else self.method.contrast
-            is_own = isinstance(rivals, torch.Tensor) and bool((rivals == self.target).all())
+            is_own = isinstance(self._rivals, torch.Tensor) and bool((self._rivals == self.target).all())
             reason = f'{self.label} is contrasted with itself' if is_own else 'relevance is zero everywhere'
             notes.append(f'empty, as {reason}')
         elif seen < 0.95 and self.method.postprocess == 'none' and is_padded:
             notes.append(f'{1 - seen:.0%} of the relevance is on padding, outside of the photograph')
-        is_plain = self.contrast is None and self.method.contrast is None and self.sign > 0
+        is_plain = self._rivals is None and self.sign > 0
         if self.value == 'logit' and is_plain and self.output[self.target] < 0:
             notes.append('the logit is negative: there is more against the class than for it')
         return notes
@@ -263,7 +267,6 @@ class Explanation(_Pictures):
     def describe(self):
         '''All that is not an array, as a dict for JSON.'''
         best = np.argsort(-self.output, kind='stable')[:3].tolist()
-        contrast = self.contrast if self.method.contrast is None else self.method.contrast
         return {
             'source': self.source,
             'method': self.method.text,
@@ -273,7 +276,7 @@ class Explanation(_Pictures):
                            for num in best],
             'relevance': {
                 'starts from': self.value, 'initial': self.initial,
-                'contrast': contrast,
+                'contrast': self._rivals,
                 'sum': float(self.relevance.sum(dtype=np.float64)), 'sinks': self.sinks, 'delta': self.delta,
                 'positive is': 'for the class' if self.sign > 0 else 'against the class, and turned in pictures',
             },
