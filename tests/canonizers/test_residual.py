@@ -635,7 +635,9 @@ def test_gate_made_of_sigmoids(name, build):
 
 @pytest.mark.parametrize('gate', [
     F.relu, F.relu6, F.gelu, torch.exp, lambda g: g + 3, lambda g: (g + 3).clamp(min=0), lambda g: g.sigmoid().exp(),
-    lambda g: g.sigmoid() + g, F.logsigmoid, lambda g: F.conv2d(g.sigmoid(), torch.ones(4, 4, 1, 1).double()),
+    lambda g: g.sigmoid() + g, F.logsigmoid,
+    lambda g: F.relu6(g + torch.arange(4.).double().view(4, 1, 1)),
+    lambda g: F.conv2d(g.sigmoid(), torch.ones(4, 4, 1, 1).double()),
 ])
 def test_no_gate(gate):
     '''What may be anything is no gate, so that each factor receives a half, or what the layer map says.'''
@@ -648,7 +650,11 @@ def test_no_gate(gate):
 
 def test_tanh_and_sigmoid():
     '''Of the product of both, the tanh is the signal, as in long short-term memories.'''
-    for function in (lambda m, a, g: a.tanh() * g.sigmoid(), lambda m, a, g: g.sigmoid() * a.tanh()):
+    places = torch.randn(4, 6, 6).double()
+    for function in (
+        lambda m, a, g: a.tanh() * g.sigmoid(), lambda m, a, g: g.sigmoid() * a.tanh(),
+        lambda m, a, g: (a.tanh() + places) * g.sigmoid(), lambda m, a, g: F.relu6(places - a) * g.sigmoid(),
+    ):
         _, relevance, lower, _ = propagate(Function(function), pair())
         assert close(lower[0], relevance)
         assert lower[1] is None or not lower[1].any()

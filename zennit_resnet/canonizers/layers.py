@@ -4,6 +4,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from .._autograd import note_vector
 from .._gates import are_probabilities, is_log_sum, is_shift, is_weighting
 from ..layer import Activation, Addition, Concatenation, Gate, MaxPool, Normalization, Padding, Subsampling
 from . import moves, products, sinks
@@ -39,6 +40,10 @@ def add(canonizer, call, function):
     factor, sign = factors if left is signal else factors[::-1]
     # the gradient of adding a constant passes all relevance on
     output = function() if factor == 1 else canonizer.run(call, Gate, function)
+    if isinstance(constant, torch.Tensor) and any(
+        length > 1 and step for length, step in zip(constant.shape, constant.stride())
+    ):
+        note_vector(output.grad_fn)
     if found is not None:
         shift = constant if sign == 1 else constant * sign
         canonizer.merge.note(found, signal, output, None if factor == 1 else factor, shift)

@@ -23,7 +23,7 @@ from ..layer import (
 from ..rules.attention import HalfEach, SoftmaxTaylor
 from ..rules.passing import Proportional, Refill, SignalTakesAll, Uncrop
 from ..rules.splitting import RatioSplit, SymmetricSplit
-from . import attention, layers, moves, products
+from . import attention, layers, moves, products, recurrence
 
 # Rules of surrogate modules, unless the composite in use has another for them. Other surrogates are of a type that
 # Zennit's composites know. Whether a surrogate may be part of a gate is its attribute ``in_gate``.
@@ -148,6 +148,10 @@ TABLE = (
     # attention
     _entry('scaled_dot_product_attention', attention.scaled_dot_product, training=(4, 0.)),
     _entry('multi_head_attention_forward', attention.multi_head),
+    # recurrences
+    _entry('lstm gru rnn_tanh rnn_relu', recurrence.run),
+    _entry('lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell', recurrence.step),
+    _entry('pad_sequence', products.written_out, recurrence.pad_sequence),
     # averages, maxima and other functions over positions or dimensions
     _entry('''
         avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d

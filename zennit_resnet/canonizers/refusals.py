@@ -25,12 +25,9 @@ from .operations import HIDDEN
 REMEDIES = {
     'softm': (
         'explain the logits, with a network that returns what its softmax is computed from. Relevance only passes a '
-        'softmax that is the output of the network'
+        'softmax that is the output of the network. If its weights are for constants, such as a text or a learned '
+        'memory, choose attention=\'half\''
     ),
-    **dict.fromkeys(('lstm', 'gru', 'rnn'), (
-        'it runs all steps of a recurrence at once. Use a module that computes these from linear layers, sigmoid, '
-        'tanh, * and +: there, relevance of a product goes to what the gate multiplies (Arras et al. 2017)'
-    )),
     'CheckpointFunction': 'checkpoint with use_reentrant=False, or turn checkpointing off',
 }
 
