@@ -345,6 +345,179 @@ def torchaudio():
         yield name, build, [shape]
 
 
+def vit_pytorch():
+    '''Variants of transformers for images, videos and signals, all small.'''
+    import inspect
+    import pkgutil
+
+    import vit_pytorch as package
+    common = dict(
+        image_size=32, patch_size=8, num_classes=5, dim=16, depth=2, heads=2, mlp_dim=24, dim_head=8, mlp_mult=2, cls_depth=1,
+        sm_dim=16, lg_dim=24, sm_enc_heads=2, lg_enc_heads=2, sm_enc_mlp_dim=24, lg_enc_mlp_dim=24, sm_enc_dim_head=8,
+        lg_enc_dim_head=8, cross_attn_heads=2, cross_attn_dim_head=8, sm_patch_size=8, lg_patch_size=16, lg_enc_depth=1,
+        cross_attn_depth=1, frames=4, image_patch_size=8, frame_patch_size=2, spatial_depth=1, temporal_depth=1,
+        freq_patch_size=8, num_residual_streams=2, seq_len=32, num_hierarchies=2, block_repeats=1, ndim=2, input_shape=(32, 32),
+        max_tokens_per_depth=(8, 6), num_slots=4, pre_loop_depth=1, post_loop_depth=1, num_looped_blocks=1, loop_depth=2,
+        highres_patch_size=8, window_size=4,
+    )
+    pyramid = dict(dim=(8, 8, 16, 16), depth=(1, 1, 1, 1), window_size=2, num_classes=5)
+    special = {
+        'crossformer.CrossFormer': {**pyramid, 'dim': (32,) * 4, 'global_window_size': (4, 2, 2, 1), 'local_window_size': 2},
+        'regionvit.RegionViT': {**pyramid, 'window_size': 2}, 'look_vit.LookViT': {**common, 'patch_size': 16},
+        'scalable_vit.ScalableViT': {
+            'num_classes': 5, 'dim': 8, 'depth': (1, 1, 1, 1), 'heads': (1, 1, 2, 2), 'reduction_factor': (4, 2, 1, 1),
+            'window_size': (4, 4, None, None), 'iwsa_dim_key': 8, 'iwsa_dim_value': 8, 'ssa_dim_key': 8, 'ssa_dim_value': 8},
+        'sep_vit.SepViT': {'num_classes': 5, 'dim': 8, 'depth': (1, 1, 1, 1), 'heads': (1, 1, 2, 2), 'dim_head': 8},
+        'max_vit.MaxViT': {'num_classes': 5, 'dim': 8, 'depth': (1, 1), 'dim_head': 8, 'window_size': 4, 'dim_conv_stem': 8},
+        'max_vit_with_registers.MaxViT': {
+            'num_classes': 5, 'dim': 8, 'depth': (1, 1), 'dim_head': 8, 'window_size': 4, 'dim_conv_stem': 8},
+        'mobile_vit.MobileViT': {
+            'image_size': (64, 64), 'dims': [16, 16, 24], 'channels': [8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 32], 'num_classes': 5},
+        'twins_svt.TwinsSVT': {
+            'num_classes': 5, **{f's{num}_{key}': value for num in range(1, 5) for key, value in {
+                'emb_dim': 8 * num, 'patch_size': 2, 'local_patch_size': 2, 'global_k': 2, 'depth': 1}.items()}},
+        'cvt.CvT': {'num_classes': 5, **{f's{num}_{key}': value for num in range(1, 4) for key, value in {
+            'emb_dim': 8 * num, 'heads': 1, 'depth': 1}.items()}},
+        'pit.PiT': {**common, 'depth': (1, 1), 'patch_size': 8}, 'levit.LeViT': {
+            **common, 'dim': (16, 16, 24), 'depth': 1, 'heads': (2, 2, 2), 'image_size': 64},
+        't2t.T2TViT': common, 'nest.NesT': {**common, 'patch_size': 4},
+    }
+    for _, stem, _ in pkgutil.iter_modules(package.__path__):
+        try:
+            module = importlib.import_module(f'vit_pytorch.{stem}')
+        except ImportError:
+            continue
+        for name, kind in vars(module).items():
+            if not isinstance(kind, type) or not issubclass(kind, nn.Module) or kind.__module__ != module.__name__:
+                continue
+            params = inspect.signature(kind.__init__).parameters
+            settings = special.get(f'{stem}.{name}', common)
+            if 'num_classes' not in params or name == 'TransformerClassifier' or not settings.keys() >= {
+                key for key, param in params.items() if param.default is param.empty and key != 'self'
+                and param.kind not in (param.VAR_KEYWORD, param.VAR_POSITIONAL)
+            }:
+                continue
+            settings = {key: value for key, value in settings.items() if key in params}
+            shapes = [(3, 4, 32, 32)] if '3d' in stem or 'vivit' in stem else [(3, 32)] if '1d' in stem else [
+                SMALL, IMAGE, (3, 128, 128), (3, 224, 224)]
+            yield f'{stem}.{name}', lambda kind=kind, settings=settings: kind(**settings), shapes
+    from vit_pytorch.cct import CCT
+    from vit_pytorch.efficient import ViT
+    from x_transformers import Encoder
+    yield 'cct.CCT', lambda: CCT(
+        img_size=32, embedding_dim=16, n_conv_layers=2, num_layers=1, num_heads=2, mlp_ratio=1, num_classes=5,
+        positional_embedding='learnable'), [SMALL]
+    for key in ('alibi_pos_bias', 'rotary_pos_emb', 'ff_glu', 'use_rmsnorm', 'sandwich_norm', 'residual_attn', 'macaron',
+                'attn_pre_talking_heads', 'attn_sparse_topk', 'gate_residual', 'shift_tokens', 'attn_one_kv_head', 'attn_qk_norm',
+                'ff_swish', 'ff_relu_squared', 'ff_post_act_ln', 'pre_norm', 'scale_residual', 'attn_gate_values',
+                'attn_on_attn', 'use_scalenorm', 'attn_flash', 'learned_value_residual_mix', 'add_value_residual'):
+        value = {'attn_sparse_topk': 4, 'shift_tokens': 1, 'pre_norm': False}.get(key, True)
+        extra = {'ff_swish': {'ff_glu': True}, 'learned_value_residual_mix': {'add_value_residual': True}}.get(key, {})
+        yield f'x_transformers {key}', lambda key=key, value=value, extra=extra: ViT(
+            image_size=32, patch_size=8, num_classes=5, dim=16,
+            transformer=Encoder(dim=16, depth=2, heads=2, attn_dim_head=8, **{key: value}, **extra)), [SMALL]
+
+
+def pytorchcv():
+    '''The smallest network of each family, with less than 8 million parameters.'''
+    from pytorchcv import model_provider
+
+    def build(name):
+        return model_provider.get_model(name, pretrained=False)
+
+    shapes = [IMAGE, (3, 96, 96), SMALL, (3, 224, 224), (3, 299, 299), (3, 256, 256), (3, 480, 480)]
+    for name in smallest(model_provider._models, build, 8e6):
+        yield name, lambda name=name: build(name), shapes
+
+
+class Call(nn.Module):
+    '''A network that is called with further arguments, or by one of its methods.'''
+    def __init__(self, network, call):
+        super().__init__()
+        self.network, self.call = network, call
+
+    def forward(self, x):
+        '''What the function returns.'''
+        return self.call(self.network, x)
+
+
+def diffusers():
+    '''Networks that remove noise, autoencoders.'''
+    import diffusers as package
+    blocks = dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
+    unet = dict(sample_size=16, in_channels=3, out_channels=3, **blocks)
+    yield 'UNet2DModel', lambda: Call(package.UNet2DModel(
+        **unet, down_block_types=('DownBlock2D', 'AttnDownBlock2D'), up_block_types=('AttnUpBlock2D', 'UpBlock2D'),
+        attention_head_dim=4), lambda net, x: net(x, 3).sample), [(3, 16, 16)]
+    yield 'UNet2DConditionModel', lambda: Call(package.UNet2DConditionModel(
+        **unet, cross_attention_dim=8, attention_head_dim=4, down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D'),
+        up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D')), lambda net, x: net(
+            x, 3, torch.ones(len(x), 4, 8).to(x)).sample), [(3, 16, 16)]
+    yield 'AutoencoderKL', lambda: Call(package.AutoencoderKL(
+        down_block_types=('DownEncoderBlock2D',) * 2, up_block_types=('UpDecoderBlock2D',) * 2, latent_channels=2, **blocks),
+        lambda net, x: net.encode(x).latent_dist.mean), [SMALL]
+    yield 'VQModel', lambda: Call(package.VQModel(
+        down_block_types=('DownEncoderBlock2D',) * 2, up_block_types=('UpDecoderBlock2D',) * 2, latent_channels=2, **blocks),
+        lambda net, x: net.encode(x).latents), [SMALL]
+    yield 'DiTTransformer2DModel', lambda: Call(package.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=3, num_layers=1, sample_size=16, patch_size=4,
+        num_embeds_ada_norm=10, norm_num_groups=4), lambda net, x: net(
+            x, torch.tensor([3] * len(x)), class_labels=torch.tensor([1] * len(x))).sample), [(3, 16, 16)]
+    yield 'AutoencoderTiny', lambda: Call(package.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8), decoder_block_out_channels=(8, 8, 8), num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1)), lambda net, x: net.encode(x).latents), [SMALL]
+    yield 'AutoencoderDC', lambda: Call(package.AutoencoderDC(
+        latent_channels=4, attention_head_dim=4, encoder_block_types=('ResBlock', 'EfficientViTBlock'),
+        decoder_block_types=('ResBlock', 'EfficientViTBlock'), encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+        encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1), encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)), decoder_norm_types='rms_norm'), lambda net, x: net.encode(x).latent), [SMALL]
+
+
+def open_clip():
+    '''Similarities of images with texts of random tokens.'''
+    from open_clip.model import CLIP
+    text = dict(context_length=8, vocab_size=50, width=16, heads=2, layers=1)
+
+    def build(vision):
+        network = CLIP(16, vision, text).eval()
+        network.register_buffer('texts', network.encode_text(torch.arange(24).view(3, 8), normalize=True).detach())
+        return Call(network, lambda network, x: (
+            network.logit_scale.exp() * network.encode_image(x, normalize=True) @ network.texts.T
+        ))
+
+    for name, vision in {
+        'RN': dict(layers=[1, 1, 1, 1], width=8, image_size=64), 'ViT': dict(layers=2, width=16, head_width=8, patch_size=16, image_size=64),
+        'ViT, pooled by attention': dict(
+            layers=1, width=16, head_width=8, patch_size=16, image_size=64, attentional_pool=True, attn_pooler_heads=2,
+            attn_pooler_queries=4),
+        'timm convnext': dict(timm_model_name='convnext_atto', timm_pool='', timm_proj='linear', image_size=64),
+        'timm vit': dict(timm_model_name='test_vit', timm_pool='', timm_proj='linear', image_size=160),
+    }.items():
+        yield name, lambda vision=vision: build(vision), [IMAGE, (3, 160, 160)]
+
+
+def others():
+    '''Packages of one or two networks.'''
+    import efficientnet_pytorch
+    import facenet_pytorch
+    import pretrainedmodels
+    import torchxrayvision
+    yield 'torchxrayvision DenseNet', lambda: torchxrayvision.models.DenseNet(
+        growth_rate=4, block_config=(1, 1, 1, 1), num_init_features=8, num_classes=5), [(1, 64, 64)]
+    yield 'torchxrayvision ResNetAE', lambda: Call(
+        torchxrayvision.autoencoders._ResNetAE(torchxrayvision.autoencoders.Bottleneck,
+                                               torchxrayvision.autoencoders.DeconvBottleneck, [1, 1, 1, 1], 1),
+        lambda net, x: net.encode(x)), [(1, 224, 224)]
+    yield 'facenet InceptionResnetV1', lambda: facenet_pytorch.InceptionResnetV1(classify=False), [(3, 96, 96), (3, 160, 160)]
+    yield 'efficientnet_pytorch b0', lambda: efficientnet_pytorch.EfficientNet.from_name('efficientnet-b0', num_classes=5), [IMAGE]
+    for name in ('se_resnet50', 'fbresnet152', 'bninception', 'dpn68', 'polynet', 'pnasnet5large', 'nasnetamobile', 'xception',
+                 'resnext101_32x4d', 'inceptionresnetv2', 'inceptionv4', 'senet154', 'cafferesnet101'):
+        build = getattr(pretrainedmodels.models, name, None)
+        if build:
+            yield f'pretrainedmodels {name}', lambda build=build: build(num_classes=5, pretrained=None), [
+                IMAGE, (3, 96, 96), (3, 224, 224), (3, 299, 299), (3, 331, 331)]
+
+
 PACKAGES = {
     name: value for name, value in list(globals().items())
     if callable(value) and getattr(value, '__module__', '') == __name__ and not isinstance(value, type) and name not in ('smallest', 'parameters')
