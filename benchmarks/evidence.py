@@ -2,8 +2,8 @@
 
 For photographs: the ID score (insertion minus deletion, where ties enter together and a constant map has zero), and
 the similarity of the map with that of the runner-up. For mosaics of confident photographs: the share of positive
-relevance in the asked class's own cell. For a few photographs: the similarity with maps of a network of which the
-last layers are random. Images are divided into two halves: choose a method on one, and report it on the other.
+relevance in the asked class's own cell. For a few photographs: the similarity with maps of a network whose last
+layers are random. Images are divided into two halves: choose a method on one, and report it on the other.
 
 Methods have the names of the evaluator. Three things are added: ``METHOD~15`` is smoothed by means of 15 x 15 pixels,
 and ``0.5*METHOD | 0.5*METHOD`` is a sum of maps. Each result is a line of a file. What is there already is not
@@ -188,7 +188,7 @@ class Study:
             yield text, {'share': torch.stack(shares).mean(0)}
 
     def random(self, images, names, questions):
-        '''SSIM with maps of networks of which the last layers are random.'''
+        '''SSIM with maps of networks whose last layers are random.'''
         with torch.no_grad():
             target = self.classifier.model(images).argmax(1)[None]
 

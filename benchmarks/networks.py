@@ -133,7 +133,7 @@ def compare(label, explained, relevance):
     if is_first and not torch.equal(explained.explain(COMPOSITES[label]())[1], relevance):
         return 'not deterministic', ''
     with torch.no_grad():
-        # as variational autoencoders do, of which another number of images has other noise
+        # as variational autoencoders do: another number of images has other noise
         adds_noise = not torch.equal(network(explained.images), network(explained.images))
     for num in () if adds_noise else range(2) if is_first else (1,):
         if fault := explained.alone(COMPOSITES[label](), relevance, num, tolerance):
@@ -260,7 +260,7 @@ def main():
     parser.add_argument('--out', type=Path, help='file of results, which is added to')
     parser.add_argument('--seconds', type=float, default=300, help='CPU time for each network')
     parser.add_argument('--memory', type=float, default=12, help='limit for each network in GiB')
-    parser.add_argument('--retry', nargs='+', default=[], help='outcomes of which networks run again')
+    parser.add_argument('--retry', nargs='+', default=[], help='networks with these outcomes run again')
     args = parser.parse_args()
     warnings.simplefilter('ignore')
     torch.set_num_threads(1)

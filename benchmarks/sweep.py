@@ -348,7 +348,7 @@ is in a small network in double precision, after a convolution with and without 
   network is as before, and each image has the map which it has alone. Linear functions have z+ of their matrix.
 - **passes**: so it does, as the function works on each element: relevance stays where it is, whatever the values.
 - **absorbs**: constants in its output that are not zero keep what they receive.
-- **refuses**: an error, the first sentence of which is in the last column.
+- **refuses**: an error: its first sentence is in the last column.
 - **exact** (`BlockLRP`): gradient × input / (y − b), the closed form of the method, or **finite** where biases of
   linear layers in between are left out. `RelativeLRP` does not conserve: **finite**, and independent of the batch.
 

@@ -230,7 +230,7 @@ nn.ParameterList([torch.ones(8).double()]) -> u * layer[0] | nn.ModuleDict({'a':
 ''',
 }
 
-# Spellings of one function, of which all maps must be the same. Layers are in brackets.
+# Spellings of one function, whose maps must all be the same. Layers are in brackets.
 TWINS = '''
 u @ W.T | F.linear(u, W) | torch.mm(u, W.T) | torch.einsum('bc,kc->bk', u, W) | torch.tensordot(u, W, dims=([1], [1])) | (W @ u[:, :, None])[:, :, 0] | torch.matmul(u, W.t()) | F.conv1d(u[:, :, None], W[:, :, None])[:, :, 0] | torch.inner(u, W)
 u @ W.T + b | F.linear(u, W, b) | torch.addmm(b, u, W.T) | b + u.matmul(W.T) | torch.addmm(b, mat1=u, mat2=W.T) | torch.baddbmm(b.expand(2, 1, 5), u[:, None], W.T.expand(2, 8, 5))[:, 0]

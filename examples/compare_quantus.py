@@ -33,7 +33,7 @@ CHUNK = 10
 
 
 def pixel_flipping(model, input, heatmap, target):
-    '''Quantus' scores of all points, of which each removes as many channels of pixels, and its area.'''
+    '''Quantus' scores of all points, where each removes as many channels of pixels, and its area.'''
     import quantus
     from quantus.helpers.utils import calculate_auc
     metric = quantus.PixelFlipping(

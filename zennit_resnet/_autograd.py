@@ -8,10 +8,10 @@ from zennit.types import AvgPool, Convolution, Linear, MaxPool
 from ._compat import DisableTorchFunction, OpOverload, OpOverloadPacket
 from .layer import Addition, Signed
 
-# Functions, and modules in place of them, of which the output has no negative values.
+# Functions, and modules in place of them, whose output has no negative values.
 RELUS = frozenset('relu relu_ relu6 Relu Sigmoid Softmax Softplus'.split())
 RELU_MODULES = tuple(getattr(torch.nn, name) for name in 'ReLU ReLU6 Sigmoid Hardsigmoid Softmax Softplus'.split())
-# Packages and namespaces of which functions are known by their names.
+# Packages and namespaces whose functions are known by their names.
 PACKAGES = frozenset('torch aten prims torchvision'.split())
 # Functions that move elements along the dimensions they name.
 REORDERS = (
@@ -205,7 +205,7 @@ def is_arithmetic(node):
 
 
 def changes_values(node, functions):
-    '''Whether a function, of which some have these names, is none of which the gradient passes all relevance.'''
+    '''Whether the gradient of a function does not pass all relevance, by the names of some that do not.'''
     stem = stem_of(node)
     if stem in ('Add', 'Sub') and len(parents_of(node)) == 1:
         # a constant that comes first is added to a multiple of the tensor

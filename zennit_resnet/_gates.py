@@ -20,9 +20,9 @@ from ._autograd import (
 )
 from .layer import Gate, MatrixProduct, NonNegativeMap, Operation
 
-# Functions, and modules in place of them, of which the output is a gate.
+# Functions, and modules in place of them, whose output is a gate.
 SIGMOIDS = frozenset('sigmoid hardsigmoid softmax expit ndtr'.split())
-# Functions of which the output may be anything, whatever they are given.
+# Functions whose output may be anything, whatever they are given.
 UNBOUNDED = frozenset('exp exp_ exp2 exp2_ special_exp2 __rpow__'.split())
 # Logarithms of sigmoids, and of what is one more than an exponential.
 LOG_SIGMOIDS = frozenset('logsigmoid logsoftmax'.split())
@@ -32,7 +32,7 @@ EXPONENTIALS = frozenset('exp exp2 rpow'.split())
 LOWER, UPPER = (frozenset(names.split()) for names in (
     'clamp clampmin clamp_min relu maximum max fmax threshold', 'clamp clampmax clamp_max minimum min fmin'
 ))
-# Parts of the names of functions, and modules in place of them, of which the output is a gate if the input is one.
+# Parts of the names of functions, and modules in place of them, whose output is a gate if the input is one.
 SHIFT_NODES, SCALE_NODES = ('Add', 'Sub', 'Rsub'), ('Mul', 'Div', 'Neg')
 AVERAGE_NODES = ('Pool', 'Upsample', 'Mean', 'Sum')
 CLIP_NODES = ('Clamp', 'Hardtanh', 'Relu', 'Where', 'Masked', 'Maximum', 'Minimum')

@@ -91,7 +91,7 @@ def simplify(graph, constants):
 
 
 def _replace_outputs(node, first):
-    '''Replace the first of several outputs of a function, the others of which are not used.'''
+    '''Replace the first of several outputs of a function. The others are not used.'''
     if first is None:
         return
     for user in list(node.users):
@@ -164,7 +164,7 @@ def _normalize_backward(build, args):
 
 
 def _convolve_backward(build, constants, args):
-    '''The gradient of a convolution by its input: a convolution with transposed weights, of which the stride is one.'''
+    '''The gradient of a convolution by its input: a convolution with transposed weights and a stride of one.'''
     upper, input, kernel, _, stride, padding, dilation, transposed, _, groups, _ = args
     if transposed or not is_constant(constants, kernel):
         return None

@@ -68,7 +68,7 @@ def _stabilize(epsilon, denominator):
 
 
 def signs(tensor):
-    '''Signs of a tensor, of which those of zeros are positive. Several times as fast as to choose between numbers.'''
+    '''Signs of a tensor, positive for zeros. Several times as fast as a choice between numbers.'''
     return tensor.sign().add_(0.5).sign_()
 
 
@@ -90,7 +90,7 @@ def check_module(value):
 
 @contextmanager
 def check_precision(model, *inputs):
-    '''Explain errors of a forward pass of which the reason is that inputs are of another precision than the model.'''
+    '''Explain errors of a forward pass whose inputs are of another precision than the model.'''
     try:
         yield
     except RuntimeError as error:

@@ -61,7 +61,7 @@ def select_output(output, key=None, remedy='SelectOutput(model, {}) in place of 
         return picked
     if isinstance(output, torch.Tensor):
         if key is not None:
-            raise TypeError(f'The network returns a tensor, of which output={key!r} is no part: leave it out.')
+            raise TypeError(f'The network returns a single tensor, so output={key!r} picks nothing: leave it out.')
         return output
     if key is None:
         tensors = [name for name, value in parts.items() if isinstance(value, torch.Tensor)]

@@ -191,7 +191,7 @@ class SplittingComposite(_Transaction, Composite):
         if isinstance(module, Addition):
             return self.rule
         hook = self.composite.module_map(ctx, name, module)
-        # one of Zennit's activations, of which three inputs cannot pass relevance: what it computes has rules
+        # one of Zennit's activations, but its three inputs cannot pass relevance: what it computes has rules
         return None if isinstance(module, torch.nn.MultiheadAttention) and isinstance(hook, Pass) else hook
 
 

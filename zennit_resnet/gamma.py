@@ -1,4 +1,4 @@
-'''A composite with the gamma rule, for networks of which single units matter less than what adds up to them.'''
+'''A composite with the gamma rule, for networks whose single units matter less than what adds up to them.'''
 import torch
 from zennit.composites import register_composite
 from zennit.types import AvgPool, Convolution, MaxPool

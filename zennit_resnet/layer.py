@@ -65,7 +65,7 @@ class Gate(Operation):
 
 
 class Product(Operation):
-    '''Product of two signals, element by element, of which neither is a gate.'''
+    '''Product of two signals, element by element. Neither is a gate.'''
     label, in_gate = 'product', True
 
 
@@ -75,7 +75,7 @@ class MatrixProduct(Operation):
 
 
 class Softmax(Operation):
-    '''Softmax along a dimension ``dim``, of which the output weights the values of attention.'''
+    '''Softmax along a dimension ``dim``, whose output weights the values of attention.'''
     label, in_gate, dim = 'softmax', True, -1
 
 
@@ -91,7 +91,7 @@ class Padding(Operation):
 
 
 class Filling(Operation):
-    '''Elements of a tensor among constants. If entries are no examples, ``examples`` tells of which they are.'''
+    '''Elements of a tensor among constants. If entries are no examples, ``examples`` tells whose they are.'''
     label, in_gate = 'filling', True
     examples = None
 
@@ -234,7 +234,7 @@ class LinearMap(_Product, torch.nn.Linear):
 
 
 class WeightedMap(_Product, NonNegativeMap):
-    '''Product with a gate of which the graph does not tell that it has no negative values, such as mixed attention.
+    '''Product with a gate that may have negative values, as far as the graph tells, such as mixed attention.
 
     Rules are those of :py:class:`NonNegativeMap`, whatever the signs are: these may differ between examples of a batch.
     '''

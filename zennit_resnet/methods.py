@@ -354,7 +354,7 @@ def turns_sign(composite, model, input):
     '''Whether the rule of a network's last layer gives the opposite sign to contributions to a negative output.
 
     So do rules that divide by the output, if relevance starts from one, which is tried on a layer of two weights. It is
-    None for gradients and our own composites, of which the graph tells.
+    None for gradients and our own composites: their graph tells.
     '''
     if composite is None or isinstance(composite, (ResNetLRP, GammaLRP, RelativeLRP, BlockLRP)):
         return None

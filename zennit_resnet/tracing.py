@@ -174,7 +174,7 @@ class TracedAttribution(torch.nn.Module):
         return module
 
     def _check_other(self, module, input, start):
-        '''Refuse a graph of which the output for another input is not that of the network, unless that is random.'''
+        '''Refuse a graph whose output for another input is not that of the network, unless that is random.'''
         other, layout = (.75 * input.flip(-1)).contiguous(), torch.contiguous_format
         with torch.random.fork_rng([input.device] if input.is_cuda else []):
             output = self._run(other, layout)
@@ -255,7 +255,7 @@ def _insert_start(graph, divides):
 
 
 def _check_shapes(graph, constants):
-    '''Refuse operations of which the output's shape depends on values of the input.'''
+    '''Refuse operations whose output has a shape that depends on values of the input.'''
     for node in graph.nodes:
         tags = getattr(node.target, 'tags', ())
         if torch.Tag.dynamic_output_shape not in tags or is_constant(constants, node):

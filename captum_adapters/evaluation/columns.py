@@ -11,7 +11,7 @@ METRICS = (
     "conservation",
 )
 DEFAULT = ("insertion_deletion", "conservation")
-# those that rank pixels, of which tied ones are divided
+# those that rank pixels, where tied ones are divided
 TOP = ("accuracy", "cross", "pointing", "distance")
 # not defined without a mask
 MASKED = ("pointing", "distance", "attention")

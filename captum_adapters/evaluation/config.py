@@ -110,7 +110,7 @@ class Evaluation:
         "Half precision for the forward passes of metrics, RISE and Score-CAM.",
         choices=(None, "bfloat16", "float16"),
     )
-    pictures: int = _option(1000, "Images of which pictures are kept for the report.", least=0)
+    pictures: int = _option(1000, "Images whose pictures are kept for the report.", least=0)
     channels_last: bool = _option(
         True, "Memory format of images.", flag="--channels-last/--channels-first"
     )
@@ -203,7 +203,7 @@ def check_masks(evaluation: Evaluation, data: "Samples") -> Optional[str]:
 
 
 def check_labels(evaluation: Evaluation, data: "Samples") -> None:
-    """Refuse numbers on labels of which the classes are a guess."""
+    """Refuse numbers on labels whose classes are a guess."""
     asked = [key for key in CLASSES if getattr(evaluation, key) == "label"]
     if asked and data.matched_by == "order":
         label, name = min(data.classes.items())

@@ -301,7 +301,7 @@ class Images(torch.utils.data.Dataset[Loaded]):
             return Loaded(image, note=f"the mask is unusable: {one_line(error)}")
 
     def _mask(self, sample: Sample, size: tuple[int, int]) -> Tensor:
-        """The mask of a sample, of which the image has this size when it is upright."""
+        """The mask of a sample, whose image has this size when it is upright."""
         with Image.open(sample.path) as photo:
             orientation = photo.getexif().get(ExifTags.Base.Orientation, 1)
         width, height = size

@@ -328,6 +328,6 @@ class Explainer:
         return Attributed(maps, attributions.double().flatten(1).sum(1), initial.double())
 
     def process(self, maps: Tensor) -> Tensor:
-        """Post-process maps, of which those that are not finite stay as they are."""
+        """Post-process maps. Those that are not finite stay as they are."""
         finite = maps.flatten(1).isfinite().all(1)[:, None, None]
         return self.method.process(maps.where(finite, 0)).where(finite, maps)

@@ -46,7 +46,7 @@ def _areas(title: str, about: str, rows: dict[str, tuple[Any, ...]]) -> Preset:
 
 
 def _pixels(title: str, about: str, rows: dict[str, str], *columns: str) -> Preset:
-    """A figure of the most relevant pixels, of which the paper prints curves only."""
+    """A figure of the most relevant pixels, for which the paper prints only curves."""
     title = f"R-LRP (Nyiri & Gibaru), {title}"
     ranked = "Pixels are ranked by the magnitude of the sum over channels, as in the paper."
     metrics = tuple(name.removesuffix("_accuracy") for name in columns)

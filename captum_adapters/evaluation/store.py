@@ -268,7 +268,7 @@ def _refuse_other(
 
 
 def _stack(arrays: Sequence[Optional[np.ndarray]], blank: float) -> np.ndarray:
-    """Arrays of equal shape, of which some may be missing."""
+    """Arrays of equal shape. Some may be missing."""
     missing = np.full_like(next(array for array in arrays if array is not None), blank)
     return np.stack([missing if array is None else array for array in arrays])
 

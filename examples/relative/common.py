@@ -93,7 +93,7 @@ def predict(model, images, batch_size=32):
 # -- networks and images -----------------------------------------------------------------------------------------------
 
 class SelectClasses(torch.nn.Module):
-    '''A network of which only some classes are used.'''
+    '''Some classes of a network.'''
     def __init__(self, model, classes):
         super().__init__()
         self.model = model
@@ -164,8 +164,8 @@ def read_set(path, limit=None, seed=0):
     '''The images of a set, sorted by their path, or a random choice of ``limit`` of them.
 
     It is a CSV file with the column ``file`` or ``image``, and optionally ``mask`` and ``label``, with paths relative
-    to it; a folder that contains such a file named ``manifest.csv`` or ``labels.csv``; or any other folder, of which
-    all images are taken, with the name of the folder that they are in as label.
+    to it; a folder that contains such a file named ``manifest.csv`` or ``labels.csv``; or any other folder: all
+    its images are taken, with the name of the folder that they are in as label.
     '''
     path = Path(path)
     manifests = [path] if path.is_file() else [

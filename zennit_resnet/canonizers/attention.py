@@ -23,7 +23,7 @@ def softmax(canonizer, call, function):
 
 
 def multi_head(canonizer, call, function):
-    '''The function of torch.nn.MultiheadAttention, of which the canonizer sees what it calls.'''
+    '''The function of torch.nn.MultiheadAttention: the canonizer sees what it calls.'''
     # of weights that are returned as well, it is seen that they come from a softmax
     is_value = canonizer.attention == 'value' and not function.kwargs.get('need_weights', True)
     with canonizer.interception:
@@ -71,7 +71,7 @@ def _weights(given):
 
 
 def _repeat(given, name):
-    '''Keys or values, of which some versions of attention have fewer heads.'''
+    '''Keys or values, which have fewer heads in some versions of attention.'''
     tensor = given[name]
     heads = given['query'].shape[-3] // tensor.shape[-3] if given['enable_gqa'] else 1
     return tensor if heads == 1 else tensor.repeat_interleave(heads, -3)

@@ -173,7 +173,7 @@ class BatchNormMerge:
             return
         input, nodes, linear, used, batch_norm, place = pair
         with DisableTorchFunction():
-            # a normalization may be made of others, of which the inner one is found first
+            # a normalization may be made of others, and the inner one is found first
             if all(nodes[0] is not candidate[0][0] for candidate in self.local.candidates) and (
                 isinstance(module, (BatchNorm, Normalization)) and (
                     # what has a rule of its own counts as what its type says

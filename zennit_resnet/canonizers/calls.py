@@ -16,7 +16,7 @@ from ..rules.base import SinglePass
 from ..rules.block import BlockEpsilon
 from .batches import Images
 
-# Modules of which the composite was asked already, and of which the gradient is the rule if it has none.
+# Modules for which the composite was asked already. If it has no rule for them, the gradient is the rule.
 COVERED = (
     Linear, BatchNorm, Activation, AvgPool, MaxPool, torch.nn.Identity, torch.nn.Flatten, torch.nn.Unflatten,
     Dropout, torch.nn.PixelShuffle,
@@ -24,13 +24,13 @@ COVERED = (
 
 
 class Local(threading.local):
-    '''State of a thread, of which nothing is copied.'''
+    '''State of a thread, which is not copied.'''
     def __deepcopy__(self, memo):
         return type(self)()
 
 
 class ForwardPass(Local):
-    '''What is known of the forward pass of a thread, of which there is none yet.'''
+    '''What is known of the forward pass of a thread, before it begins.'''
     def __init__(self):
         # calls of modules that are running, and the images of the network's arguments
         self.stack, self.images = [], Images()

@@ -21,7 +21,7 @@ READ_NONE = frozenset('broadcast_tensors meshgrid'.split())
 # Functions that put elements among constants, and with concatenations.
 FILLINGS = frozenset(name for name, entry in OPERATIONS.items() if entry.run in (moves.place, moves.copy, moves.assign))
 PLACING = FILLINGS | {name for name, entry in OPERATIONS.items() if entry.run is layers.concatenate}
-# Fillings of which integers are places.
+# Fillings whose integers are places.
 INDEXED = ('scatter', 'index', '_index', 'put', 'max_unpool', 'select', 'slice', 'diagonal')
 
 

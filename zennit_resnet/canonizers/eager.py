@@ -56,7 +56,7 @@ class _Compiler:
         self.users, self.stance = set(), None
 
     def pause(self, user):
-        '''Run functions in Python for a user, and at least those of which the compiler is loaded by now.'''
+        '''Run functions in Python for a user, at least those whose compiler is loaded by now.'''
         with self.lock:
             self.users.add(user)
             if self.stance is None and can_be_compiled() and hasattr(torch.compiler, 'set_stance'):

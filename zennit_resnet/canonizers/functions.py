@@ -13,7 +13,7 @@ ALIASES = {'self': 'input', 'axis': 'dim', 'keepdims': 'keepdim'}
 
 
 class FunctionCall(NamedTuple):
-    '''A function call with its arguments, of which the active ones carry relevance.'''
+    '''A function call with its arguments. The active ones carry relevance.'''
     func: object
     name: str
     args: tuple
@@ -24,7 +24,7 @@ class FunctionCall(NamedTuple):
         return self.func(*self.args, **self.kwargs)
 
     def bind(self, *names):
-        '''Arguments by name, of which positional ones have the given names.'''
+        '''Arguments by name. Positional ones have the given names.'''
         return dict(zip(names, self.args), **{ALIASES.get(key, key): elem for key, elem in self.kwargs.items()})
 
     def operands(self):
@@ -168,7 +168,7 @@ def with_values(output, exact):
         # other functions round differently in another layout of memory
         order = sorted(range(exact.ndim), key=lambda dim: -exact.stride(dim))
         output = output.permute(order).contiguous().permute([order.index(dim) for dim in range(exact.ndim)])
-    # the graph of a view is made anew once its values change, of which not all functions are capable
+    # the graph of a view is made again once its values change, which not all functions can do
     output = output.clone() if is_view(output) else output
     # the network has not changed it
     with torch.no_grad(), keep_version(output):

@@ -237,7 +237,7 @@ def linear(canonizer, call, function):
     given = function.bind('input', 'weight', 'bias', *settings)
     weights = [elem for elem in function.active if elem is not given['input']]
     if weights and given['input'].requires_grad and all(is_weighting(elem, given['input']) for elem in weights):
-        # experts of which a softmax or sigmoid chooses are constants, as other weights are
+        # experts that a softmax or sigmoid chooses from are constants, as other weights are
         given, weights = function.keep(given['input']).bind('input', 'weight', 'bias', *settings), []
     if weights:
         is_hidden = any(elem.is_leaf for elem in weights)

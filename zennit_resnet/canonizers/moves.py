@@ -61,7 +61,7 @@ def _assigned(canonizer, call, function):
 
 
 def write(canonizer, call, function, target, run):
-    '''Change a view of a constant, of which the other elements stay, so that these are what something is put among.'''
+    '''Change a view of a constant. The other elements of the constant stay: something is put among them.'''
     if function.name == '__setitem__':
         value = _assigned(canonizer, call, function)
     else:
@@ -160,7 +160,7 @@ def sample(canonizer, call, function, kind):
 
 
 def branches(function):
-    '''Tensors of which a function reduces the dimension along which they were stacked, None if there are none.'''
+    '''Stacked tensors, if a function reduces the dimension along which they were stacked, else None.'''
     given = function.bind('input', 'dim')
     input, dim = given['input'], given.get('dim')
     if isinstance(dim, (list, tuple)) and len(dim) == 1:

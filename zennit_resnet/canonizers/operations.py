@@ -54,7 +54,7 @@ class Entry(NamedTuple):
 
 
 def gradient(canonizer, call, function):
-    '''Run a function of which the gradient is the rule.'''
+    '''Run a function whose gradient is the rule.'''
     return function()
 
 

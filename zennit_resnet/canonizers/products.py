@@ -52,7 +52,7 @@ def find_signal(factors, by_size=True):
 
 
 def run_on(canonizer, call, kind, function, signal, **settings):
-    '''Run a function, with all tensors but one as constants, of which one may be changed in place.'''
+    '''Run a function with all tensors but one as constants. One of the constants may be changed in place.'''
     target = function.args[0] if function.args and function.is_inplace else signal
     if target is signal:
         return canonizer.run(call, kind, function.keep(signal), **settings)
@@ -60,7 +60,7 @@ def run_on(canonizer, call, kind, function, signal, **settings):
 
 
 def run_first(canonizer, call, function, kind, **settings):
-    '''Run a function that returns several tensors, of which the first has the rule and the others are constants.'''
+    '''Run a function that returns several tensors: the first has the rule, the others are constants.'''
     with torch.no_grad():
         _, *others = function()
     return (canonizer.run(call, kind, function.part(0, is_copied=False), **settings), *others)
@@ -226,12 +226,12 @@ def einsum(canonizer, call, function):
         return _multiply_aligned(canonizer, call, function, inputs, output, operands)
     if len(operands) > 1:
         return _contract_many(canonizer, call, function, inputs, output, operands)
-    # sums over positions, or a permutation or diagonal, of which the gradient is the rule
+    # sums over positions, or a permutation or diagonal, whose gradient is the rule
     return function() if set(inputs[0]) <= set(output) else canonizer.run(call, NonNegativeMap, function, examples=None)
 
 
 def _multiply_aligned(canonizer, call, function, inputs, output, operands):
-    '''A product of elements, without a sum, of tensors of which the dimensions have letters.'''
+    '''A product of elements, without a sum, of tensors whose dimensions have letters.'''
     def aligned(key, elem):
         if not set(key) <= set(output):
             elem = elem[tuple(slice(None) if letter in output else 0 for letter in key)]
@@ -275,7 +275,7 @@ def subscripts(equation, *operands):
 
 
 def multi_dot(canonizer, call, function):
-    '''A product of several matrices, of which the first and last may be vectors.'''
+    '''A product of several matrices. The first and the last may be vectors.'''
     operands = function.tensors()
     inputs = [string.ascii_letters[num:num + 2] for num in range(len(operands))]
     if operands[0].ndim == 1:
@@ -312,7 +312,7 @@ def bilinear(canonizer, call, function):
 
 
 def deformable(canonizer, call, function):
-    '''A deformable convolution, of which the offsets and the mask count as constants.'''
+    '''A deformable convolution whose offsets and mask count as constants.'''
     names = ('input', 'weight', 'offset', 'mask', 'bias')
     given = function.bind(*names)
     input, weight = given['input'], given['weight']
@@ -348,7 +348,7 @@ def addcdiv(input, tensor1, tensor2, value=1):
 
 
 def lp_pool(input, norm_type, kernel_size, stride=None, ceil_mode=False, *, num):
-    '''A mean of powers over windows of some dimensions, of which relevance passes the powers.'''
+    '''A mean of powers over windows of some dimensions. Relevance passes the powers.'''
     pool, power = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[num - 1], float(norm_type)
     return pool(input.pow(power), kernel_size, stride, 0, ceil_mode).pow(1 / power)
 
@@ -366,7 +366,7 @@ def pairwise_distance(x1, x2, p=2, eps=1e-6, keepdim=False):
 
 
 def cosine_similarity(x1, x2, dim=1, eps=1e-8):
-    '''A product of normalized tensors, of which relevance passes the normalization.'''
+    '''A product of normalized tensors. Relevance passes the normalization.'''
     return torch.sum(F.normalize(x1, dim=dim) * F.normalize(x2, dim=dim), dim)
 
 
@@ -390,7 +390,7 @@ def affine_grid(theta, size, align_corners=None):
 
 
 def nansum(input, dim=None, keepdim=False, dtype=None):
-    '''A sum of elements, of which some are NaN, which receive nothing.'''
+    '''A sum of elements. Those that are NaN receive nothing.'''
     return torch.where(input.isnan(), 0., input).sum(dim, keepdim, dtype=dtype)
 
 
@@ -399,7 +399,7 @@ def nanmean(input, dim=None, keepdim=False, dtype=None):
 
 
 def interpolate(canonizer, call, function):
-    '''An interpolation, of which the weights of both signs are separated.'''
+    '''An interpolation whose weights of both signs are separated.'''
     given = function.bind('input', 'size', 'scale_factor', 'mode')
     is_bicubic = 'bicubic' in function.name or given.get('mode', 'nearest') not in NON_NEGATIVE and (
         function.name in ('interpolate', 'upsample')

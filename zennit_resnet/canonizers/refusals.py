@@ -190,7 +190,7 @@ class Refusing:
             self._check_end(outputs)
 
     def _check_end(self, outputs):
-        '''Refuse relevance of softmaxes at the end that are not known, or of which all gradients sum to zero.'''
+        '''Refuse relevance of softmaxes at the end that are not known, or whose gradients all sum to zero.'''
         softmaxes, is_only, names = softmaxes_before(outputs)
         refused = []
         if self.is_gradient:

@@ -433,7 +433,7 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
         return surrogate
 
     def run_known(self, function, active):
-        '''Run a function, inside of which nothing has to be guarded, of tensors that carry relevance.'''
+        '''Run a function of tensors that carry relevance. Nothing inside of it has to be guarded.'''
         begin = nodes_of(active)
         output = function()
         self._note(active_tensors((output,)), begin)

@@ -16,7 +16,7 @@ def start(main, **kwargs):
 
 
 class Commands(click.Group):
-    '''A group of commands of which all error messages are printable, whatever names they contain.'''
+    '''A group of commands whose error messages are all printable, whatever names they contain.'''
     def make_context(self, *args, **kwargs):
         with _printable_errors():
             return super().make_context(*args, **kwargs)

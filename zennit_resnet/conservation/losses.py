@@ -34,7 +34,7 @@ CAUSES = {
 }
 
 # For each rule of Zennit, from outputs z and shares s of its forward passes, and the factors with which these enter the
-# relevance: parts of the relevance, of which each is divided by a denominator, as (factor, share, denominator).
+# relevance: its parts, each divided by a denominator of its own, as (factor, share, denominator).
 DENOMINATORS = {
     **dict.fromkeys(
         (zennit_rules.Epsilon, zennit_rules.Norm, zennit_rules.WSquare, zennit_rules.Flat),
@@ -61,7 +61,7 @@ class LossProbe:
     def __init__(self, batch_size):
         self.batch_size = batch_size
         self.notes = []
-        # rules of which there were notes
+        # rules that gave notes
         self.heard = set()
         self.replaced = {}
 

@@ -180,7 +180,7 @@ class Recorder:
             self._keep(output)
 
     def _note_bias(self, module, args, kwargs, output):
-        '''Called right after the module has run. Note layers of which the bias has a share.'''
+        '''Called right after the module has run. Note layers whose bias has a share.'''
         if threading.get_ident() != self.thread or not self.stack or self.stack[-1].module is not module:
             return
         # hooks that are called before a module do not get these

@@ -133,7 +133,7 @@ class Explanation(_Pictures):
 
     @property
     def _rivals(self):
-        '''The contrast, of which that of the method counts.'''
+        '''The contrast: that of the method, if it has one.'''
         return self.contrast if self.method.contrast is None else self.method.contrast
 
     @cached_property

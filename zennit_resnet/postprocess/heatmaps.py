@@ -43,7 +43,7 @@ class AttentionErrors(NamedTuple):
     '''How the attended region of each heatmap of a batch fits the object, see :py:func:`attention_errors`.
 
     The share of the object that is attended, and the share of the attended region that is on the object (one where
-    nothing is attended), then flags of which exactly one is true: correct, insufficiently attended (IA),
+    nothing is attended), then four flags, exactly one of them true: correct, insufficiently attended (IA),
     over-attended (OA) and wrongly attended (WA). All are of shape (batch,). Where there is no object, shares are NaN,
     and no flag is true.
     '''
@@ -176,7 +176,7 @@ def c3(
     Returns
     -------
     :py:obj:`torch.Tensor` or :py:obj:`Choice`
-        Heatmaps of shape (batch, height, width), or these with all masks and flags. A map of which nothing is left,
+        Heatmaps of shape (batch, height, width), or these with all masks and flags. A map with nothing left,
         because the masks have no pixel in common or nothing is above a threshold, is zero everywhere (or the lowest
         value), and an :py:obj:`EmptyMaskWarning` says so, unless ``return_masks``.
     '''

@@ -63,7 +63,7 @@ def reduce_heatmap(heatmap, size=28):
 
 def _area_weights(length, size):
     '''Share of each of ``length`` pixels in each of ``size`` cells of the same total length, (size, length).'''
-    # in units of which a pixel has ``size`` and a cell has ``length``, so that the overlaps are exact
+    # a pixel is ``size`` units long and a cell ``length`` units, so the overlaps are exact
     cells, pixels = torch.arange(size)[:, None] * length, torch.arange(length) * size
     overlap = torch.minimum(cells + length, pixels + size) - torch.maximum(cells, pixels)
     return overlap.clamp(min=0).double() / length
@@ -84,7 +84,7 @@ def expand_heatmap(heatmap, size, expand='bilinear'):
 
 @takes_maps('heatmap')
 def binarize(heatmap, threshold='mean', dims=2):
-    '''Find the pixels of which the value is strictly above a threshold, as masks of the shape of the heatmaps.
+    '''Find the pixels whose value is strictly above a threshold, as masks of the shape of the heatmaps.
 
     The threshold is ``'mean'`` (default, as code of the same group does it) for the mean of each map, a number, or a
     function from heatmaps of shape (batch, height, width) and type float64 to the threshold of each, of shape (batch,).
@@ -167,8 +167,8 @@ def largest_contour(mask, choice='largest_area'):
     those inside of holes are not external. Of several largest, it is the one that comes first in row-major order. All
     is false if there is none.
 
-    With ``'largest_area'`` (default), it is the polygon through the centers of the border's pixels of which the area
-    (OpenCV's ``contourArea``) is the largest. It is zero for lines, however long they are. With ``'largest_filled'``,
+    With ``'largest_area'`` (default), it is the polygon through the centers of the border's pixels that has the largest
+    area (OpenCV's ``contourArea``). Lines have an area of zero, however long they are. With ``'largest_filled'``,
     it is the contour that has the most pixels when it is filled. With ``'first'``, it is the one that OpenCV's
     ``findContours`` returns first, as the authors' slides can be read. Its position is arbitrary, and OpenCV does not
     document it.

@@ -74,7 +74,7 @@ def convolve(module, input, weight, shape, spread=False):
     if any(excess):
         input = F.pad(input, [value for amount in reversed(excess) for value in (0, amount)])
     output = _CONV[num](input, weight, None, stride, 0, dilation, module.groups)
-    # pooling includes incomplete cells at the border, of which the convolution may read none
+    # pooling includes incomplete cells at the border, which the convolution does not always read
     return output[(..., *(slice(length) for length in shape))]
 
 
@@ -216,7 +216,7 @@ def is_pointwise(module, weight, output):
 
 
 def _gradient(output, input, weight, stride, padding, dilation, groups):
-    '''Gradient of a convolution by its input, of which the values are not used.'''
+    '''Gradient of a convolution by its input. The values of the input are not used.'''
     return torch.ops.aten.convolution_backward(
         output, input, weight, None, stride, padding, dilation, False, (0,) * len(stride), groups, (True, False, False),
     )[0]

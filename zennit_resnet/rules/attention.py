@@ -54,7 +54,7 @@ class HalfEach(SinglePass):
 class SoftmaxTaylor(SinglePass):
     '''Logits h of a softmax s receive R'_i = h_i (R_i - s_i sum_k R_k), the rule of Achtibat et al. 2024 (AttnLRP).
 
-    It is a Taylor expansion, of which the constant keeps its part: relevance is not conserved.
+    It is a Taylor expansion, whose constant keeps its part: relevance is not conserved.
     '''
     reads_layer = False
 

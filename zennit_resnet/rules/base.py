@@ -98,7 +98,7 @@ def _load(ctx, dtype):
         tensors = iter(ctx.saved_tensors[:-1])
     except CheckpointError as error:
         raise RuntimeError(
-            'Checkpointing ran a part of the network again, of which not all operations can be followed: '
+            'Checkpointing ran a part of the network again, and not all of its operations can be followed: '
             'checkpoint modules instead of functions, or turn it off.'
         ) from error
     stored = [next(tensors) if setting is None else setting[0] for setting in ctx.settings]

@@ -72,7 +72,7 @@ class Contributions:
     '''Keeps contributions comparable and in range while they are propagated through the graph of a forward pass.
 
     Contributions are products of all activations along a path, which leave the range of floating point numbers in deep
-    networks, so each example is multiplied with powers of two, of which the exponents are kept.
+    networks, so each example is multiplied with powers of two, whose exponents are kept.
 
     Where paths of different lengths meet, their contributions are of different scale. As Proposition 14 has it for the
     branches of residual blocks, each path between two such places (a sum or concatenation at one end, a tensor with
@@ -87,7 +87,7 @@ class Contributions:
     def __init__(self, normalization='signed'):
         check_choice('normalization', normalization, BRANCH_SUMS)
         self.normalization = normalization
-        # all by the numbers of states, of which 0 is that of the output
+        # all by the numbers of states: 0 is that of the output
         self.exponents, self.sums, self.replaced = {0: torch.zeros((), dtype=torch.double, device='cpu')}, {}, {}
         self.batch_size, self.final = 0, 0
         # name of a function that has moved the examples
@@ -218,7 +218,7 @@ class Contributions:
             self.exponents, self.sums, self.replaced = dict(self.initial), {}, {}
 
     def _note_moved(self, name, grad_outputs):
-        '''From here on, it is not known which element is of which example.'''
+        '''From here on, it is not known to which example an element belongs.'''
         self.moved = name
 
     def _begin(self, state, grad_outputs):
@@ -303,7 +303,7 @@ class Contributions:
         if self.moved is not None:
             raise ValueError(
                 f'The function of {self.moved} moves elements along the first dimension, which has the '
-                f'{self.batch_size} examples for each of which contributions are rescaled: explain one at a time.'
+                f'{self.batch_size} examples: contributions are rescaled for each, so explain one at a time.'
             )
         if tensor.ndim > 1 and len(tensor) == self.batch_size:
             return tensor

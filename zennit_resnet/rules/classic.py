@@ -39,7 +39,7 @@ class SignedAlphaBeta(Described, AlphaBeta):
 
 
 class LinearSum(SinglePass):
-    '''Apply a rule for linear layers to an addition, as a neuron of which the inputs are the addends (Definition 1).
+    '''Apply a rule for linear layers to an addition, as a neuron whose inputs are the addends (Definition 1).
 
     For ``Epsilon``, this is Zennit's ``Norm``: addends h_i receive R h_i / sum_k h_k. A TypeError is raised if the rule
     is not a hook.
@@ -55,7 +55,7 @@ class LinearSum(SinglePass):
         return addends, torch.tensor([factors], dtype=torch.float64).to(addends.device, non_blocking=True)
 
     def propagate(self, module, stored, relevance):
-        '''Let the rule propagate through a linear layer without bias, of which the weights are the factors.'''
+        '''Let the rule propagate through a linear layer without bias, whose weights are the factors.'''
         addends, weight = stored
         layer = torch.nn.Linear(*weight.shape[::-1], bias=False)
         layer.weight = as_parameter(weight)

@@ -9,7 +9,7 @@ from .zplus import Divisor
 
 
 class EpsilonNormalization(SinglePass):
-    '''LRP-epsilon for normalization, of which the deviation s counts as a constant.
+    '''LRP-epsilon for normalization, whose deviation s counts as a constant.
 
     Layer, group and instance normalization are y_i = w_i (x_i - mean) / s + b_i, and
     R'_i = x_i (u_i - mean of u) with u_i = w_i R_i / (s (y_i + epsilon sign(y_i))), where means are those of all that

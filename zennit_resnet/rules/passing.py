@@ -68,7 +68,7 @@ class Refill(SinglePass):
     which are not zero keep their part, as concatenated ones do.
     '''
     def store(self, module, *inputs):
-        '''Keep the input, of which the order may decide what is kept.'''
+        '''Keep the input, whose order may decide what is kept.'''
         input, = inputs
         return (input,)
 

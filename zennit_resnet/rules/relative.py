@@ -1,7 +1,7 @@
 '''Rules of relative LRP (Nyiri & Gibaru, R-LRP): contributions without any division by activations.
 
-A neuron's contribution is the sum of what it contributes to the neurons of the next layer, each of which is weighted
-with its own contribution, Definition 9: z_i = Card(J_i) / N sum_j w_ij x_i z_j / M_j. Equations and propositions are
+A neuron's contribution is the sum of what it contributes to the neurons of the next layer, each weighted with its
+own contribution, Definition 9: z_i = Card(J_i) / N sum_j w_ij x_i z_j / M_j. Equations and propositions are
 those of R-LRP.
 '''
 import functools
@@ -22,7 +22,7 @@ from .base import SinglePass
 class Relative(SinglePass):
     '''Relative contributions of the inputs of linear layers, convolutions and average poolings, Eqs. (8) and (12).
 
-    z_i = Card(J_i) / (N M) x_i sum_j w_ij z_j, with the contribution z_j of output j, of which there are N in total,
+    z_i = Card(J_i) / (N M) x_i sum_j w_ij z_j, with the contribution z_j of output j, the number N of outputs,
     the number M of inputs of an output (including those in the padding), and the number Card(J_i) of outputs that are
     computed from input i. An average pooling of n elements has weights 1 / n. Biases have no part in it.
 
@@ -93,7 +93,7 @@ class Relative(SinglePass):
         elif getattr(module, 'output_size', None) is not None:
             fan_in = maps.adaptive_sizes(input, relevance)
         else:
-            # means over whole dimensions, of which each input has one output
+            # means over whole dimensions: each input has one output
             return max(input.numel() / relevance.numel(), 1), 1
         if self.cardinality == 'per_position':
             uses = maps.count_uses(module, input, relevance)
@@ -136,8 +136,8 @@ def _check_examples(module, input):
         output = module.linear(probe, torch.ones_like) if isinstance(module, LinearMap) else module.forward(probe)
     if len(output) != len(input) or bool(output[1:].any()):
         raise ValueError(
-            f'{module.name!r} moves or adds up elements along the first dimension, which has the {len(input)} examples '
-            'for each of which contributions are rescaled: explain one at a time.'
+            f'{module.name!r} moves or adds up elements along the first dimension, which has the '
+            f'{len(input)} examples: contributions are rescaled for each, so explain one at a time.'
         )
 
 

@@ -305,7 +305,7 @@ class ZPlus(SinglePass):
         return share.masked_fill_(dead, 0.), dead if is_spread else None
 
     def _contributions(self, module, input, variant, is_negative):
-        '''Pairs of inputs and weights (None for poolings) of which the products are the contributions.'''
+        '''Pairs of inputs and weights (None for poolings) whose products are the contributions.'''
         positive, negative = functools.partial(torch.clamp, min=0), functools.partial(torch.clamp, max=0)
         if variant == 'zplus' and is_negative:
             pairs = [(input.clamp(min=0), positive), (input.clamp(max=0), negative)]

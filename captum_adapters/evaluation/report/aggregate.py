@@ -63,7 +63,7 @@ class Row(NamedTuple):
         return float(self.statistics.at[score, "mean"]) if self.has(score) else math.nan
 
     def quality(self, score: str) -> float:
-        """Mean of a score, of which more is better."""
+        """Mean of a score, with the sign that makes more better."""
         return column_of(score).sign * self.mean(score)
 
     def of(self, score: str) -> "pd.Series[float]":
