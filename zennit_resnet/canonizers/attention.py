@@ -5,7 +5,7 @@ import torch
 
 from .._compat import body_of, project, softmax_dim
 from ..layer import NonNegativeMap, Softmax
-from .functions import FunctionCall, with_values, write_out
+from .functions import FunctionCall, run_twin, with_values
 
 
 def softmax(canonizer, call, function):
@@ -17,7 +17,7 @@ def softmax(canonizer, call, function):
         dim = softmax_dim('softmax', input.ndim, 0) if dim is None else dim
         output = canonizer.run(call, Softmax, function.renamed('softmax'), dim=dim)
     else:
-        output = canonizer.run_known(function, function.active)
+        output = canonizer.run_covered(function, function.active)
     canonizer.note_softmax(call, function.name, output, has_rule=has_rule)
     return output
 
@@ -48,7 +48,7 @@ def scaled_dot_product(canonizer, call, function):
         'query', 'key', 'value', 'attn_mask', 'dropout_p', 'is_causal', 'scale', 'enable_gqa'
     )}
     if canonizer.attention == 'half' or not given['value'].requires_grad:
-        return write_out(canonizer, function, lambda: _weights(given) @ _repeat(given, 'value'))
+        return run_twin(canonizer, function, lambda: _weights(given) @ _repeat(given, 'value'))
     with torch.no_grad():
         exact, weights = function(), _weights(given)
     value = _repeat(given, 'value')

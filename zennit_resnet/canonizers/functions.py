@@ -176,7 +176,7 @@ def with_values(output, exact):
     return output
 
 
-def write_out(canonizer, function, twin):
+def run_twin(canonizer, function, twin):
     '''Run a function with the rules of another way to write it.'''
     with torch.no_grad():
         exact = function()

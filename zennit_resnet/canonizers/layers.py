@@ -79,10 +79,10 @@ def normalize(canonizer, call, function, operands, factors):
         if factor != 1:
             continue
         if sign == -1 and signal.shape != other.shape and is_shift(signal, other):
-            return canonizer.run_known(function.keep(signal), [signal])
+            return canonizer.run_covered(function.keep(signal), [signal])
         if is_log_sum(other.grad_fn) and are_probabilities(signal.detach() + sign * other.detach()):
             function = function.renamed('log_softmax')
-            output = products.run_on(canonizer, call, Gate, function, signal)
+            output = products.run_for_signal(canonizer, call, Gate, function, signal)
             canonizer.note_softmax(call, function.name, output, is_passed=True)
             return output
     return None
@@ -101,7 +101,7 @@ def unary(canonizer, call, function, kind):
         exponent = function.bind('input', 'exponent').get('exponent') if function.name in POWERS else None
         if isinstance(exponent, (int, float)) and exponent == -1:
             function = function.renamed('reciprocal')
-        return products.run_on(
+        return products.run_for_signal(
             canonizer, call, kind, function, function.active[0], is_clipped=is_clipped, bounds=bounds
         )
     return canonizer.run(call, kind, function)
@@ -124,7 +124,7 @@ def normalization(canonizer, call, function):
     }
     if function.name in ('batch_norm', 'instance_norm', 'layer_norm', 'group_norm'):
         return canonizer.run(call, Normalization, function, **settings)
-    return products.run_first(canonizer, call, function, Normalization, **settings)
+    return products.run_first_output(canonizer, call, function, Normalization, **settings)
 
 
 def norm_arguments(func, name, args, kwargs):
@@ -254,7 +254,7 @@ def linear(canonizer, call, function):
         return func(*args, **{key: elem for key, elem in kwargs.items() if key in names})
 
     defaults = {'stride': 1, 'padding': 0, 'output_padding': 0, 'dilation': 1, 'groups': 1}
-    return products.run_layer(
+    return products.run_as_layer(
         canonizer, call, function.name, given['input'], with_given, given['weight'], given.get('bias'),
         **{key: given.get(key, defaults[key]) for key in settings},
     )

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from .._compat import base_of, has_values, version_of
 from ..layer import Addition, Filling, NonNegativeMap, Reduction
 from . import products, sinks
-from .functions import FunctionCall, dims_of, out_of_place, with_values, write_out
+from .functions import FunctionCall, dims_of, out_of_place, run_twin, with_values
 
 
 def place(canonizer, call, function):
@@ -18,7 +18,7 @@ def place(canonizer, call, function):
             return _accumulate(canonizer, call, function)
     if len(function.active) > 1:
         # the same tensor may be given twice
-        return canonizer.run_known(function, function.active)
+        return canonizer.run_covered(function, function.active)
     return _fill(canonizer, call, function)
 
 
@@ -98,7 +98,7 @@ def add_up(canonizer, call, function):
     input, = function.active
     if function.name.startswith('nan') and not (has_values(input) and not bool(input.isnan().any())):
         twin = products.nansum if function.name == 'nansum' else products.nanmean
-        return products.written_out(canonizer, call, function, kind=twin)
+        return products.as_twin(canonizer, call, function, kind=twin)
     steps = function.bind('input', 'x')
     steps = steps.get('x', steps.get('dx', 1)) if 'trap' in function.name else 1
     steps = steps.diff() if isinstance(steps, torch.Tensor) else torch.tensor(steps)
@@ -131,7 +131,7 @@ def _add_to(canonizer, call, function, target, source, alpha):
     if target.requires_grad or alpha < 0:
         kwargs = {key: elem for key, elem in added.kwargs.items() if key != 'alpha'}
         added = added._replace(kwargs=kwargs)
-        return write_out(canonizer, function, lambda: torch.add(target, added(), alpha=alpha))
+        return run_twin(canonizer, function, lambda: torch.add(target, added(), alpha=alpha))
     output = canonizer.run(call, NonNegativeMap, added, examples=None)
     if has_values(target) and not bool(target.any()):
         return output
@@ -155,7 +155,7 @@ def sample(canonizer, call, function, kind):
     # regions name the example that they are of
     examples = given['rois'][:, 0].long() if 'roi' in function.name else None
     if function.name in ('ps_roi_align', 'roi_pool'):
-        return products.run_first(canonizer, call, function, kind, examples=examples)
+        return products.run_first_output(canonizer, call, function, kind, examples=examples)
     return canonizer.run(call, kind, function, examples=examples)
 
 
@@ -210,10 +210,10 @@ def minimum(canonizer, call, function):
     with torch.no_grad():
         exact = function()
     if isinstance(exact, tuple):
-        values = write_out(canonizer, function.part(0), lambda: -torch.max(-given['input'], **settings).values)
+        values = run_twin(canonizer, function.part(0), lambda: -torch.max(-given['input'], **settings).values)
         return type(exact)((values, *exact[1:]))
     largest = torch.max if function.name == 'min' else torch.amax
-    return write_out(canonizer, function, lambda: -largest(-given['input'], **settings))
+    return run_twin(canonizer, function, lambda: -largest(-given['input'], **settings))
 
 
 def _power(order, dims, input):

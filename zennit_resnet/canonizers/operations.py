@@ -113,10 +113,10 @@ TABLE = (
         mul multiply __mul__ __rmul__ __imul__ div divide true_divide __truediv__ __itruediv__ __div__ __idiv__
         __rdiv__ __rtruediv__
     ''', products.multiply),
-    _entry('addcmul', products.written_out, products.addcmul),
-    _entry('addcdiv', products.written_out, products.addcdiv),
-    _entry('lerp', products.written_out, products.lerp),
-    _entry('diff', products.written_out, products.diff, reduces=(2, -1)),
+    _entry('addcmul', products.as_twin, products.addcmul),
+    _entry('addcdiv', products.as_twin, products.addcdiv),
+    _entry('lerp', products.as_twin, products.lerp),
+    _entry('diff', products.as_twin, products.diff, reduces=(2, -1)),
     # element-wise functions and normalizations
     _entry('''
         relu relu6 leaky_relu prelu elu selu celu gelu silu mish hardtanh hardswish hardsigmoid sigmoid tanh
@@ -140,7 +140,7 @@ TABLE = (
     ''', layers.normalization, training=(5, False)),
     _entry('_native_batch_norm_legit_no_training', layers.normalization),
     # it returns its statistics as well
-    _entry('_fused_rms_norm', products.run_first, Normalization),
+    _entry('_fused_rms_norm', products.run_first_output, Normalization),
     _entry('glu', layers.gated_unit),
     # these pass relevance at the end of a network only
     _entry('softmax log_softmax special_softmax special_log_softmax', attention.softmax, reduces=(1, None)),
@@ -149,9 +149,9 @@ TABLE = (
     _entry('scaled_dot_product_attention', attention.scaled_dot_product, training=(4, 0.)),
     _entry('multi_head_attention_forward', attention.multi_head),
     # recurrences
-    _entry('lstm gru rnn_tanh rnn_relu', recurrence.run),
-    _entry('lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell', recurrence.step),
-    _entry('pad_sequence', products.written_out, recurrence.pad_sequence),
+    _entry('lstm gru rnn_tanh rnn_relu', recurrence.all_steps),
+    _entry('lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell', recurrence.one_step),
+    _entry('pad_sequence', products.as_twin, recurrence.pad_sequence),
     # averages, maxima and other functions over positions or dimensions
     _entry('''
         avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
@@ -169,13 +169,13 @@ TABLE = (
         _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d
         upsample_trilinear3d _upsample_bilinear2d_aa upsample_bicubic2d _upsample_bicubic2d_aa
     ''', products.interpolate),
-    _entry('lp_pool1d', products.written_out, partial(products.lp_pool, num=1)),
-    _entry('lp_pool2d', products.written_out, partial(products.lp_pool, num=2)),
-    _entry('lp_pool3d', products.written_out, partial(products.lp_pool, num=3)),
-    _entry('dist', products.written_out, products.dist),
-    _entry('pairwise_distance', products.written_out, products.pairwise_distance),
-    _entry('cdist', products.written_out, products.cdist),
-    _entry('cosine_similarity', products.written_out, products.cosine_similarity, reduces=(2, 1)),
+    _entry('lp_pool1d', products.as_twin, partial(products.lp_pool, num=1)),
+    _entry('lp_pool2d', products.as_twin, partial(products.lp_pool, num=2)),
+    _entry('lp_pool3d', products.as_twin, partial(products.lp_pool, num=3)),
+    _entry('dist', products.as_twin, products.dist),
+    _entry('pairwise_distance', products.as_twin, products.pairwise_distance),
+    _entry('cdist', products.as_twin, products.cdist),
+    _entry('cosine_similarity', products.as_twin, products.cosine_similarity, reduces=(2, 1)),
     _entry('std var std_mean var_mean', moves.deviation, reduces=(1, None)),
     _entry('norm linalg_norm linalg_vector_norm', moves.norm, reduces=(2, None)),
     _entry('linalg_matrix_norm frobenius_norm', moves.norm),
@@ -195,7 +195,7 @@ TABLE = (
     _entry('addmm addmv addr baddbmm addbmm', products.add_product),
     _entry('chain_matmul linalg_multi_dot', products.multi_dot),
     _entry('deform_conv2d', products.deformable),
-    _entry('affine_grid affine_grid_generator', products.written_out, products.affine_grid),
+    _entry('affine_grid affine_grid_generator', products.as_twin, products.affine_grid),
     _entry('''
         roi_align ps_roi_align ps_roi_pool grid_sample grid_sampler grid_sampler_2d grid_sampler_3d
     ''', moves.sample, NonNegativeMap),

@@ -21,7 +21,7 @@ from ..layer import (
     Resampling,
     WeightedMap,
 )
-from .functions import ALIASES, FunctionCall, become, out_of_place, write_out
+from .functions import ALIASES, FunctionCall, become, out_of_place, run_twin
 
 # Products to which a tensor is added, with the arguments they have and the products they add.
 ADDED_PRODUCTS = {
@@ -51,7 +51,7 @@ def find_signal(factors, by_size=True):
     return 0 if left > right else 1
 
 
-def run_on(canonizer, call, kind, function, signal, **settings):
+def run_for_signal(canonizer, call, kind, function, signal, **settings):
     '''Run a function with all tensors but one as constants. One of the constants may be changed in place.'''
     target = function.args[0] if function.args and function.is_inplace else signal
     if target is signal:
@@ -59,7 +59,7 @@ def run_on(canonizer, call, kind, function, signal, **settings):
     return become(target, canonizer.run(call, kind, function.out_of_place().keep(signal), **settings))
 
 
-def run_first(canonizer, call, function, kind, **settings):
+def run_first_output(canonizer, call, function, kind, **settings):
     '''Run a function that returns several tensors: the first has the rule, the others are constants.'''
     with torch.no_grad():
         _, *others = function()
@@ -75,9 +75,9 @@ def multiply(canonizer, call, function):
         is_divisor = is_division and signal is (left if function.name in ('__rdiv__', '__rtruediv__') else right)
         if is_divisor:
             # a constant divided by a tensor is a function of each element, as its reciprocal is
-            return run_on(canonizer, call, Activation, function, signal)
+            return run_for_signal(canonizer, call, Activation, function, signal)
         found, constant = canonizer.merge.find(signal), right if signal is left else left
-        output = run_on(canonizer, call, Gate, function, signal)
+        output = run_for_signal(canonizer, call, Gate, function, signal)
         if found is not None:
             canonizer.merge.note(found, signal, output, 1 / constant if is_division else constant)
         return output
@@ -90,7 +90,7 @@ def multiply(canonizer, call, function):
     if signal is not None:
         # a softmax
         function = function.renamed('softmax')
-        output = run_on(canonizer, call, Gate, function, signal)
+        output = run_for_signal(canonizer, call, Gate, function, signal)
         canonizer.note_softmax(call, 'softmax', output, is_passed=True)
         return output
     signal = 0 if is_division else find_signal([left, right])
@@ -101,7 +101,7 @@ def multiply(canonizer, call, function):
         # none or both were computed from sigmoids alone
         return canonizer.run(call, Product, function)
     # the gate counts as a constant, what computes it is not visited in the backward pass
-    return run_on(canonizer, call, Gate, function, (left, right)[signal])
+    return run_for_signal(canonizer, call, Gate, function, (left, right)[signal])
 
 
 def _exponentials(left, right, is_division):
@@ -119,7 +119,7 @@ def _exponentials(left, right, is_division):
     return None
 
 
-def _run_product(canonizer, call, function, run, is_sum=True):
+def _product_of_weights(canonizer, call, function, run, is_sum=True):
     '''Run a product of weights by ``run(function, signal, constants, kind)``, or one of two signals, or refuse it.'''
     index, gates = 0, []
     if len(function.active) > 1:
@@ -160,27 +160,27 @@ def contract(canonizer, call, function):
         is_product = function.name in ('matmul', '__matmul__', 'mm', 'linalg_matmul') and constant.ndim == 2
         if kind is LinearMap and is_product and function.tensors()[0] is signal and constant.layout is torch.strided:
             func = function.func
-            return run_layer(canonizer, call, function.name, signal, (
+            return run_as_layer(canonizer, call, function.name, signal, (
                 lambda input, weight, bias: func(input, weight.T)
             ), constant.T, None)
-        return linear_map(canonizer, call, function, function.rebind(signal, constant), constant, kind)
+        return run_as_map(canonizer, call, function, function.rebind(signal, constant), constant, kind)
 
-    return _run_product(canonizer, call, function, run)
+    return _product_of_weights(canonizer, call, function, run)
 
 
-def run_layer(canonizer, call, name, input, func, weight, bias, **settings):
+def run_as_layer(canonizer, call, name, input, func, weight, bias, **settings):
     '''Run ``func``, ``(input, weight, bias, **settings)``, as the layer of its name, by default a linear one.'''
     surrogate = canonizer.surrogate_for(call, LINEAR.get(name, FullyConnected), name)
     surrogate.set_call(func, weight, bias, **settings)
-    return canonizer.run_known(lambda: surrogate(input), [input])
+    return canonizer.run_covered(lambda: surrogate(input), [input])
 
 
-def linear_map(canonizer, call, function, product, weight, kind=LinearMap):
+def run_as_map(canonizer, call, function, product, weight, kind=LinearMap):
     '''Run a function of one tensor, which is a product with a constant.'''
     signal, = function.active
     surrogate = canonizer.surrogate_for(call, kind, function.name)
     surrogate.set_product(product, weight if weight.layout is torch.strided else weight.to_dense(), function.rebind())
-    return canonizer.run_known(lambda: surrogate(signal), [signal])
+    return canonizer.run_covered(lambda: surrogate(signal), [signal])
 
 
 @out_of_place
@@ -197,7 +197,7 @@ def add_product(canonizer, call, function):
     is_layer = function.name == 'addmm' and (alpha, beta) == (1, 1) and added.ndim == 1
     if is_layer and not added.requires_grad and factors[0] is left and not right.requires_grad:
         func = function.func
-        return run_layer(canonizer, call, function.name, left, (
+        return run_as_layer(canonizer, call, function.name, left, (
             lambda input, weight, bias: func(bias, input, weight.T)
         ), right.T, added)
     if alpha != 1 and len(factors) == 1:
@@ -209,7 +209,7 @@ def add_product(canonizer, call, function):
         other, output = added if beta == 1 else added * beta, product(left, right)
         return torch.add(output if alpha == 1 else output * alpha, other)
 
-    return write_out(canonizer, function, twin)
+    return run_twin(canonizer, function, twin)
 
 
 def einsum(canonizer, call, function):
@@ -249,9 +249,9 @@ def _multiply_aligned(canonizer, call, function, inputs, output, operands):
                 product = product if elem is signal else product * aligned(key, elem.detach())
             return product
 
-        return write_out(canonizer, function, twin)
+        return run_twin(canonizer, function, twin)
 
-    return _run_product(canonizer, call, function, run, is_sum=False)
+    return _product_of_weights(canonizer, call, function, run, is_sum=False)
 
 
 def subscripts(equation, *operands):
@@ -296,9 +296,9 @@ def _contract_many(canonizer, call, function, inputs, output, operands):
             kept = ''.join(key for key in sorted(set(''.join(others))) if key in own + output)
             weight = torch.einsum(f'{",".join(others)}->{kept}', *constants)
         equation = f'{own},{kept}->{output}'
-        return linear_map(canonizer, call, function, lambda *factors: torch.einsum(equation, *factors), weight, kind)
+        return run_as_map(canonizer, call, function, lambda *factors: torch.einsum(equation, *factors), weight, kind)
 
-    return _run_product(canonizer, call, function, run)
+    return _product_of_weights(canonizer, call, function, run)
 
 
 def bilinear(canonizer, call, function):
@@ -306,7 +306,7 @@ def bilinear(canonizer, call, function):
     left, right, weight, bias = (given[key] for key in ('input1', 'input2', 'weight', 'bias'))
     if any(elem is not None and elem.requires_grad for elem in (weight, bias)):
         return canonizer.refuse(call, function, 'its weights do')
-    return write_out(canonizer, function, lambda: (
+    return run_twin(canonizer, function, lambda: (
         torch.einsum('...i,kij,...j->...k', left, weight, right) + (0 if bias is None else bias)
     ))
 
@@ -325,14 +325,14 @@ def deformable(canonizer, call, function):
     function = function.keep(input)
     bias = function.bind(*names)['bias']
     product = function.put(bias, torch.zeros_like(bias)).rebind(input, weight)
-    return linear_map(canonizer, call, function, product, weight)
+    return run_as_map(canonizer, call, function, product, weight)
 
 
 @out_of_place
-def written_out(canonizer, call, function, kind):
+def as_twin(canonizer, call, function, kind):
     '''Run a function with the rules of a twin: a function of the same arguments that is written with others.'''
     kwargs = {ALIASES.get(key, key): elem for key, elem in function.kwargs.items()}
-    return write_out(canonizer, function, lambda: kind(*function.args, **kwargs))
+    return run_twin(canonizer, function, lambda: kind(*function.args, **kwargs))
 
 
 def lerp(input, end, weight):

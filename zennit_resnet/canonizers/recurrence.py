@@ -82,7 +82,7 @@ CELLS = {
 }
 
 
-def step(canonizer, call, function):
+def one_step(canonizer, call, function):
     '''A single step of a recurrence, of ``torch.nn.LSTMCell`` and others.'''
     input, state, *weights = function.args
     is_pair = function.name == 'lstm_cell'
@@ -90,7 +90,7 @@ def step(canonizer, call, function):
     return _exactly(canonizer, function, lambda: cell(input, state if is_pair else (state,)), is_pair)
 
 
-def run(canonizer, call, function):
+def all_steps(canonizer, call, function):
     '''All steps of a recurrence, of ``torch.nn.LSTM`` and others.'''
     if isinstance(function.args[3], (list, tuple)):
         return canonizer.refuse(call, function, 'its sequences are packed: give padded ones')

@@ -162,7 +162,7 @@ class Refusing:
     '''What a canonizer does about functions that relevance must not reach, and about the ends of networks.'''
     def refuse(self, call, function, reason):
         '''Run a function which relevance must not reach, for a reason. What computes a gate may be anything.'''
-        output, check = self.run_known(function, function.active), self._check(call.module, function.name, reason)
+        output, check = self.run_covered(function, function.active), self._check(call.module, function.name, reason)
         for tensor in active_tensors((output,)):
             tensor.register_hook(check)
         return output

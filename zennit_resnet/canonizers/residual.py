@@ -432,7 +432,7 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
         surrogate.name, surrogate.images = name, self.local.images.layout
         return surrogate
 
-    def run_known(self, function, active):
+    def run_covered(self, function, active):
         '''Run a function of tensors that carry relevance. Nothing inside of it has to be guarded.'''
         begin = nodes_of(active)
         output = function()
@@ -457,7 +457,7 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
         for key, value in settings.items():
             setattr(surrogate, key, value)
         surrogate.function = function.rebind()
-        return self.run_known(lambda: surrogate(*function.active), function.active)
+        return self.run_covered(lambda: surrogate(*function.active), function.active)
 
 
 class BlockCanonizer(ResidualCanonizer):
