@@ -341,6 +341,26 @@ def test_layers():
     assert torch.allclose(heads.sum((1, 2, 3)), row.arrives)
 
 
+def test_bits_of_constants():
+    '''Linear layers of constants, such as queries that are learned, run as they do outside as well.'''
+    class Pooled(nn.Module):
+        '''Tokens that learned queries pool.'''
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.query, self.head = nn.Parameter(torch.randn(5, 16)), nn.Linear(16, 3)
+            self.attention = nn.MultiheadAttention(16, 2)
+
+        def forward(self, x):
+            '''Logits of sequences (batch, tokens, channels).'''
+            tokens, query = x.transpose(0, 1), self.query[:, None].expand(-1, len(x), -1)
+            return self.head(self.attention(query, tokens, tokens, need_weights=False)[0].mean(0))
+
+    model, x = Pooled().double().eval(), torch.randn(2, 5, 16).double()
+    for attention in ('value', 'half'):
+        assert torch.equal(explain(model, x, ResNetLRP(attention=attention))[0], model(x))
+
+
 def test_method():
     '''Methods by name have the options.'''
     composite = Method('resnet_lrp_symmetric:attention=half,parameters=sink').composite(None)

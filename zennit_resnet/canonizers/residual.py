@@ -1,4 +1,5 @@
 '''Canonizers which make the operations of residual networks visible to rules.'''
+import functools
 import gc
 import threading
 import weakref
@@ -378,14 +379,13 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
     def intercept(self, func, name, args, kwargs):
         '''Run a function, through a surrogate or with a check if there is no rule, and get what it returns.'''
         stack = self._stack()
-        if not stack or stack[-1].opaque or not self.local.is_active or not torch.is_grad_enabled():
-            if stack and stack[-1].opaque and name in LINEAR and self.local.is_active:
-                check_weight(self._label(stack[-1].module), stack[-1].module, args, kwargs)
-            if name == 'linear' and self.has_frozen(args[1] if len(args) > 1 else kwargs['weight']):
-                return fully_connected(func, *args, **kwargs)
-            return func(*args, **kwargs)
-        active = () if name in TRANSPARENT else active_tensors((args, kwargs))
+        is_plain = not stack or stack[-1].opaque or not self.local.is_active or not torch.is_grad_enabled()
+        if is_plain and stack and stack[-1].opaque and name in LINEAR and self.local.is_active:
+            check_weight(self._label(stack[-1].module), stack[-1].module, args, kwargs)
+        active = () if is_plain or name in TRANSPARENT else active_tensors((args, kwargs))
         if not active:
+            if name == 'linear' and self.has_frozen(args[1] if len(args) > 1 else kwargs['weight']):
+                func = functools.partial(fully_connected, func)
             return func(*args, **kwargs)
         return handle(self, stack[-1], FunctionCall(func, name, args, kwargs, active))
 
