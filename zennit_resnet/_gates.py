@@ -239,9 +239,9 @@ def _is_softplus(node):
 
 
 def is_one_more(node):
-    '''Whether a function adds a constant to an exponential: 1 + h.exp().'''
+    '''Whether a function adds a number to an exponential: 1 + h.exp().'''
     node = _skip(node)
-    if _name_of(node) not in ('add', 'radd') or len(parents_of(node)) != 1:
+    if _name_of(node) not in ('add', 'radd') or len(parents_of(node)) != 1 or adds_vector(node):
         return False
     return _is_exponential(_skip(parents_of(node)[0]))
 

@@ -637,6 +637,7 @@ def test_gate_made_of_sigmoids(name, build):
     F.relu, F.relu6, F.gelu, torch.exp, lambda g: g + 3, lambda g: (g + 3).clamp(min=0), lambda g: g.sigmoid().exp(),
     lambda g: g.sigmoid() + g, F.logsigmoid,
     lambda g: F.relu6(g + torch.arange(4.).double().view(4, 1, 1)),
+    lambda g: 1 / (torch.arange(4.).double().view(4, 1, 1) + g.exp()),
     lambda g: F.conv2d(g.sigmoid(), torch.ones(4, 4, 1, 1).double()),
 ])
 def test_no_gate(gate):
