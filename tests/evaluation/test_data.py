@@ -326,7 +326,7 @@ def test_cub(tmp_path):
 @pytest.mark.parametrize('options,message', [
     ({'path': 'missing'}, 'there is no file or folder'),
     ({'path': 'empty'}, 'there are no images in'),
-    ({'layout': 'coco'}, "layout 'coco' is not one of folder, csv, imagenet, cub"),
+    ({'layout': 'coco'}, "layout='coco' is not one of None, 'folder', 'csv', 'imagenet', 'cub'"),
     ({'labels': 'guess'}, "labels='guess'"),
     ({'limit': 0}, 'limit=0'),
     ({'classes': []}, 'no names of classes'),

@@ -126,7 +126,7 @@ def test_quiet(assets, photos, tmp_path):
 
 @pytest.mark.parametrize('args, message', [
     (('--methods', 'grad_camera'), "unknown method 'grad_camera'"),
-    (('--metrics', 'beauty'), "unknown metric 'beauty'"),
+    (('--metrics', 'beauty'), "metrics='beauty'"),
     (('--preset', 'table3'), 'table3'),
     (('--percents', '1,many'), 'not made of numbers'),
     (('--methods', ','), "no names in ','"),

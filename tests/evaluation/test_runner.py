@@ -740,7 +740,7 @@ def test_launcher_is_gone(assets, tmp_path, monkeypatch):
     ({'methods': ('grad_cam', ' grad_cam')}, 'twice'),
     ({'methods': 'sobel'}, r"methods='sobel' is a text: give a tuple, \('sobel',\)"),
     ({'metrics': 'accuracy'}, "metrics='accuracy' is a text"),
-    ({'preset': ('r-rlp',)}, "unknown preset 'r-rlp'"),
+    ({'preset': ('r-rlp',)}, "preset='r-rlp'"),
     ({'methods': ('grad_cam:relu',)}, "'relu'"),
     ({'methods': ('grad_cam:colour=1',)}, "'colour'"),
     ({'methods': ('resnet_lrp_ratio:first_layer=best',)}, 'first_layer'),
