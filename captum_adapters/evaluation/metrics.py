@@ -82,6 +82,11 @@ class MetricSettings(NamedTuple):
         """Whether the top pixels are those of the largest magnitude."""
         return self.rank_by == "magnitude"
 
+    def curves(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Call a function that measures curves, with points and baselines of the settings."""
+        own = {"baselines": self.fill, "step": self.step}
+        return function(*args, max_examples_per_batch=self.forward_batch, **{**own, **options})
+
     def keep(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Call a function that makes images with only the top pixels."""
         return function(
@@ -102,13 +107,8 @@ def _insertion_deletion(
     forward: Forward, batch: Batch, maps: Tensor, settings: MetricSettings
 ) -> Scores:
     """Insertion and deletion by our protocol and the ratio paper's code, at once."""
-    options: Any = {
-        "baselines": settings.fill, "protocol": "keio", "step": settings.step,
-        "max_examples_per_batch": settings.forward_batch,
-    }
-    result = insertion_deletion(
-        forward, batch.images, maps, target=batch.scored, ties="nearest", **options
-    )
+    measured = partial(settings.curves, insertion_deletion, forward, protocol="keio")
+    result = measured(batch.images, maps, target=batch.scored, ties="nearest")
     published = keio_areas(result)
     # numbers of pixels at the points of the published code
     pixels, step = maps[0].numel(), settings.step
@@ -117,10 +117,7 @@ def _insertion_deletion(
     # the same images, unless ties move points or another class is scored
     other = (result.selected[:, 1:] != grid).any(1) | (batch.published != batch.scored)
     if bool(other.any()):
-        target = batch.published[other]
-        again = insertion_deletion(
-            forward, batch.images[other], maps[other], target=target, **options
-        )
+        again = measured(batch.images[other], maps[other], target=batch.published[other])
         for area, name in zip(published, ("insertion", "deletion", "id_score")):
             area[other] = getattr(again, name)
     kept = ("tied_share", "distinct_levels", "score_full", "score_blank")
@@ -138,10 +135,10 @@ def _published(
 ) -> Scores:
     """Insertion and deletion by a protocol that needs images of its own."""
     # RISE deletes to 0 after normalization, in steps of its own
-    own: dict[str, Any] = {"baselines": settings.fill, "step": settings.step}
-    result = insertion_deletion(
-        forward, batch.images, maps, target=batch.published, protocol=protocol,
-        max_examples_per_batch=settings.forward_batch, **({} if protocol == "rise" else own),
+    own = {"baselines": None, "step": None} if protocol == "rise" else {}
+    result = settings.curves(
+        insertion_deletion, forward, batch.images, maps, target=batch.published,
+        protocol=protocol, **own,
     )
     return _area_scores(result, f"_{protocol}"), {}
 
@@ -225,9 +222,9 @@ def _contrastive(
     forward: Forward, batch: Batch, maps: Tensor, settings: MetricSettings
 ) -> Scores:
     """Insertion and deletion of a class minus the runner-up."""
-    result = contrastive_insertion_deletion(
-        forward, batch.images, maps, settings.fill, batch.scored, protocol="keio",
-        step=settings.step, ties="nearest", max_examples_per_batch=settings.forward_batch,
+    result = settings.curves(
+        contrastive_insertion_deletion, forward, batch.images, maps, target=batch.scored,
+        protocol="keio", ties="nearest",
     )
     return {"contrastive_id": result.id_score}, {}
 
@@ -346,9 +343,7 @@ def measure(
 
 
 def load_other(text: str) -> Classifier:
-    """Load another network `NAME=WEIGHTS` or `embedded`."""
-    if text == "embedded":
-        return load_classifier()
+    """Load another network `NAME=WEIGHTS`."""
     name, _, weights = text.partition("=")
     if not weights:
         raise ValueError(f"{text!r} is not of the form NAME=WEIGHTS, such as vgg16=DEFAULT")
