@@ -384,33 +384,6 @@ def test_read_again(assets, whole, tmp_path, monkeypatch, world):
     assert_same(read_run(tmp_path / 'run'), whole)
 
 
-def test_lost_image(assets, whole, tmp_path, monkeypatch):
-    '''An image that is missing when a run goes on is a problem, until it is there again.'''
-    images = tmp_path / 'images'
-    shutil.copytree(assets / 'images', images)
-    options = {'data': str(images), 'layout': 'folder'}
-    original, calls = computation.measure, []
-
-    def interrupted(*args):
-        calls.append(args)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(*args)
-
-    monkeypatch.setattr(computation, 'measure', interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(assets, tmp_path / 'run', **options)
-    monkeypatch.undo()
-    path, size = images / 'circle' / '1.png', (images / 'circle' / '1.png').stat().st_size
-    content = path.read_bytes()
-    path.write_bytes(bytes(size))
-    part = run(assets, tmp_path / 'run', **options)
-    assert part.samples['circle/1.png'].problem
-    assert set(part.records.index) == {key for key in whole.records.index if key[0] != 'circle/1.png'}
-    path.write_bytes(content)
-    assert_same(run(assets, tmp_path / 'run', **options), whole)
-
-
 def test_shared_maps(assets, tmp_path, monkeypatch):
     '''Methods that only differ in their post-processing share attributions, and have the records of each alone.'''
     (tmp_path / 'images').mkdir()
