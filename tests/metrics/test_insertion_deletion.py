@@ -252,19 +252,6 @@ def test_closed_form():
     assert torch.allclose(result.insertion_normalized, result.insertion / ordered.sum(1), rtol=1e-14)
 
 
-def test_closed_form_steps():
-    '''An object of a quarter of the pixels and 100 intervals: the curve rises linearly, then stays.'''
-    heat = torch.zeros(1, 40, 40).double()
-    heat[:, 10:30, 10:30] = torch.rand(20, 20).double() + 1
-    result = insertion_deletion(
-        lambda x: (x[:, 0] * (heat > 0)).sum((1, 2)) / 400, torch.ones(1, 1, 40, 40).double(), heat, n_steps=100,
-        ties='stable',
-    )
-    assert result.insertion_curve.shape == (1, 101)
-    assert torch.allclose(result.insertion_curve, (4 * result.fractions).clamp(max=1), atol=1e-12)
-    assert abs(result.id_score - .75) < 1e-12 and abs(result.insertion - .875) < 1e-12
-
-
 def both_signs(heat, n_steps):
     '''Check that insertion of a map is deletion of its negative, and return the scores of the map.'''
     model, input = network(), images(height=heat.shape[1], width=heat.shape[2])
@@ -532,11 +519,12 @@ def test_output():
     model, input, heat = network(), images(), maps()
     results = {
         name: insertion_deletion(model, input, heat, target=1, output=output) for name, output in {
-            'softmax': 'softmax', 'function': lambda out: out.softmax(1), 'logit': 'logit',
+            'softmax': 'softmax', 'function': lambda out: out.softmax(1), 'logit': 'logit', 'identity': 'identity',
             'double': lambda out: 2 * out,
         }.items()
     }
     assert torch.equal(results['softmax'].insertion, results['function'].insertion)
+    assert torch.equal(results['logit'].insertion, results['identity'].insertion)
     assert torch.allclose(2 * results['logit'].insertion, results['double'].insertion)
     with torch.no_grad():
         logits = model(input)
@@ -751,19 +739,6 @@ def test_sigmoids():
         insertion_deletion(model, input, maps(), target=3)
 
 
-@pytest.mark.parametrize('protocol', [None, 'c3', 'rise', 'keio'])
-def test_identity(protocol):
-    '''Probabilities as they are have the same curves as the softmax of logits.'''
-    model, input, heat = network(), images(), maps(levels=9)
-    options = {'baselines': 0., 'target': [1, 4], 'protocol': protocol, 'step': 5}
-    expected = insertion_deletion(model, input, heat, **options)
-    for outputs, output in (
-        (lambda x: x.softmax(1), 'identity'), (lambda x: x.softmax(1), 'logit'), (lambda x: x, lambda x: x.softmax(1)),
-    ):
-        result = insertion_deletion(lambda x: outputs(model(x)), input, heat, output=output, **options)
-        assert all(torch.equal(*pair) for pair in zip(result, expected))
-
-
 def test_arrays():
     '''Arrays, and a map of a single image.'''
     model, input, heat = network(), images(), maps()
@@ -905,12 +880,3 @@ def test_photo():
     published = insertion_deletion(classifier.model, input, torch.ones(1, 224, 224), black, target, protocol='keio')
     assert published.fractions.shape == (1, 101)
     assert torch.allclose(published.id_score, full[target] - blank[target], atol=1e-5)
-
-
-def test_published_grid():
-    '''The published protocols have 101 and 225 points on 224 x 224 pixels.'''
-    counts = _perturbation.count_grid(224 ** 2, None, 500, ends=False)
-    assert len(counts) == 101 and counts[0] == 501 and counts[-2] == 50001 and counts[-1] == 224 ** 2
-    assert len(_perturbation.count_grid(224 ** 2, None, 224)) == 225
-    counts = _perturbation.count_grid(224 ** 2, 100, None)
-    assert len(counts) == 101 and counts[:3].tolist() == [0, 502, 1004]

@@ -173,20 +173,6 @@ def test_ties_permutations(values, absolute):
     assert float(pointing.tied_share) == float(distance.tied_share) == pytest.approx(shared)
 
 
-@pytest.mark.parametrize('levels', [2, 8, 50])
-def test_ties_mirrored(levels):
-    '''A map that is the same in both halves is worth as much for an object in either of them.'''
-    maps = torch.rand(4, 20, 30).mul(levels).floor()
-    maps = maps + maps.flip(1)
-    masks = torch.zeros(4, 20, 30, dtype=torch.bool)
-    masks[:, :10] = True
-    pointing = [mask_pointing(maps, mask) for mask in (masks, masks.flip(1))]
-    assert torch.allclose(pointing[0].share, torch.full_like(pointing[0].share, 0.5), rtol=0, atol=1e-12)
-    assert torch.allclose(pointing[1].share, pointing[0].share, rtol=0, atol=1e-12)
-    distance = [mask_distance(maps, mask).distance for mask in (masks, masks.flip(1))]
-    assert torch.allclose(*distance, rtol=0, atol=1e-12)
-
-
 @pytest.mark.parametrize('value', [0., -0., 1., -3.])
 @pytest.mark.parametrize('normalization', ['diagonal', 'max', 'mean', None])
 def test_ties_constant(batch, value, normalization):
@@ -211,17 +197,6 @@ def test_ties_none():
     assert torch.equal(pointing.share, sums.double() / counts)
     sums = distance_maps(masks).flatten(1).gather(1, order).cumsum(1)[:, counts - 1]
     assert torch.equal(distance.distance, sums / counts)
-
-
-def test_several_maxima():
-    '''The pointing game of the single highest pixel, if it is not a single one.'''
-    maps = torch.zeros(1, 4, 4)
-    maps[0, 0, 0] = maps[0, 1, 1] = maps[0, 3, 3] = 1
-    masks = torch.zeros(1, 4, 4)
-    masks[0, 2:, 2:] = 1
-    assert mask_pointing(maps, masks, Fraction(100, 16)).share.item() == pytest.approx(1 / 3, abs=1e-12)
-    maps[0, 3, 3] = 2
-    assert mask_pointing(maps, masks, Fraction(100, 16)).share.item() == 1
 
 
 @pytest.mark.parametrize('function', [mask_pointing, mask_distance])
@@ -260,19 +235,6 @@ def test_arrays(function, batch):
             function(wrong, masks[0])
         with pytest.raises(TypeError, match='masks'):
             function(flat, wrong)
-
-
-def test_chance():
-    '''Random maps reach the level of chance.'''
-    masks = torch.zeros(2000, 8, 8, dtype=torch.bool)
-    masks[:, 1:4, 2:7] = True
-    maps = torch.rand(2000, 8, 8)
-    pointing = mask_pointing(maps, masks, [10, 50])
-    distance = mask_distance(maps, masks, [10, 50])
-    for values, chance in (pointing.share, pointing.chance), (distance.distance, distance.chance):
-        error = values.std(0) / math.sqrt(2000)
-        assert ((values.mean(0) - chance[0]).abs() < 4 * error).all()
-        assert (error < 0.01).all()
 
 
 def test_formats(batch):
