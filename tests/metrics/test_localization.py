@@ -9,7 +9,6 @@ import torch
 from golden_cases import golden_cases, tensor
 
 from captum_adapters.metrics import (
-    PERCENTS,
     NegativeMapWarning,
     boxes_to_masks,
     conservation_gap,
@@ -119,36 +118,9 @@ def test_reference(batch, absolute, normalization):
         assert float(pointing.tied_share[index]) == float(distance.tied_share[index]) == pytest.approx(float(tied))
 
 
-def test_full_empty_single(batch):
-    '''A full mask is always hit, an empty one never counts, and of a single pixel all is known.'''
-    _, masks = batch
-    maps = torch.rand(6, 7, 9)
-    maps[4, 6, 0] = maps[5, 0, 0] = 2
-    pointing = mask_pointing(maps, masks)
-    assert pointing.percents.tolist() == list(PERCENTS)
-    assert pointing.empty.tolist() == [False, False, False, True, False, False]
-    assert int(pointing.empty.sum()) == 1
-    assert pointing.share[2, 1:].tolist() == [1] * 14
-    assert pointing.share[3].isnan().all()
-    # 1 % of 63 pixels is none
-    assert pointing.share[:, 0].isnan().all()
-    counts = pointing.counts[1:]
-    torch.testing.assert_close(pointing.share[4, 1:], 1 / counts.double())
-    torch.testing.assert_close(pointing.share[4, 1:], pointing.ceiling[4, 1:])
-    assert pointing.share[5, 1] == 0
-    cases = ('diagonal', 0.5, None), ('max', 1, None), ('mean', None, 1), (None, 5, None)
-    for normalization, distance, chance in cases:
-        # 2 % are one pixel
-        result = mask_distance(maps, masks, (1, 2, *PERCENTS[1:]), normalization=normalization)
-        assert result.distance[2, 1:].tolist() == [0] * 15
-        assert result.chance[2] == 0
-        assert result.distance[3].isnan().all() and result.chance[3].isnan()
-        assert result.distance[4, 1] == 0
-        # three rows up and four columns to the left, where no pixel is farther away
-        assert distance is None or float(result.distance[5, 1]) == pytest.approx(distance)
-        assert chance is None or result.chance[[0, 1, 4, 5]].tolist() == [chance] * 4
-    one = mask_distance(torch.rand(1, 1, 1), torch.ones(1, 1, 1), [100])
-    assert one.distance.item() == 0
+def test_single_pixel():
+    '''Of an image of one pixel, there is no diagonal to divide by.'''
+    assert mask_distance(torch.rand(1, 1, 1), torch.ones(1, 1, 1), [100]).distance.item() == 0
 
 
 @pytest.mark.parametrize('values', [
@@ -209,10 +181,11 @@ def test_arrays(function, batch):
         (maps.sum(1).numpy()[:, ::-1].copy()[:, ::-1], (masks.numpy(),)),
         (maps.numpy().astype('>f4'), masks.float().numpy()), (maps.sum(1).numpy().astype('f2'), masks.bfloat16()),
         (maps.clone().requires_grad_(), masks.float().requires_grad_()),
-        (maps.numpy().astype(int), masks[:, None].numpy()),
+        (maps.numpy().astype(int), masks[:, None].numpy()), (maps.bfloat16(), masks.long()),
     ):
         result = function(other_maps, other_masks, percents=np.array([20]))
         for actual, values in zip(result, expected):
+            assert not actual.requires_grad
             torch.testing.assert_close(actual, values, rtol=0, atol=0, equal_nan=True)
     read_only = maps.numpy()
     read_only.flags.writeable = False
@@ -238,18 +211,11 @@ def test_arrays(function, batch):
 
 
 def test_formats(batch):
-    '''Shapes and types of maps and masks, and maps of another size.'''
+    '''Maps under autocast, and of another size.'''
     maps, masks = batch
     maps = maps.sum(1)
     for function, name in ((mask_pointing, 'share'), (mask_distance, 'distance')):
         expected = getattr(function(maps, masks), name)
-        for other_maps, other_masks in (
-            (maps[:, None], masks), ((maps,), masks.float()), (maps.bfloat16(), masks.long()),
-            (maps.long(), masks[:, None]), (maps.double().requires_grad_(), masks.byte()),
-        ):
-            actual = getattr(function(other_maps, other_masks), name)
-            assert not actual.requires_grad
-            torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
         with torch.autocast('cpu', torch.bfloat16):
             torch.testing.assert_close(getattr(function(maps, masks), name), expected, rtol=0, atol=0, equal_nan=True)
         coarse = torch.rand(1, 2, 2)
