@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Optional
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -33,6 +32,7 @@ from captum_adapters.metrics import (
     pixel_accuracy,
     randomization,
 )
+from captum_adapters.metrics._ranking import tied_pixels
 from zennit_resnet.models import Classifier, load_classifier
 from zennit_resnet.postprocess import attention_errors
 
@@ -324,10 +324,9 @@ def measure(
         # counted instead
         warnings.simplefilter("ignore", NegativeMapWarning)
         if "insertion_deletion" not in names and {*names} & {*TOP}:
-            equal = flat.sort(1).values.diff(dim=1) == 0
-            tied = F.pad(equal, (1, 0)) | F.pad(equal, (0, 1))
-            values["tied_share"] = tied.double().mean(1)
-            values["distinct_levels"] = 1 + (~equal).sum(1)
+            ordered = flat.sort(1).values
+            values["tied_share"] = tied_pixels(ordered).double().mean(1)
+            values["distinct_levels"] = 1 + (ordered.diff(dim=1) != 0).sum(1)
         for name in names:
             if name in METRICS:
                 scores = METRICS[name](forward, batch, maps, settings)
