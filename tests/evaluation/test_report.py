@@ -168,7 +168,7 @@ def test_not_comparable():
     assert has(result.warnings[:1], 'Rows of two', 'one', 'step (500; 100)')
     assert has(result.warnings[1:2], 'Rows of three', 'one', 'data (data; other)')
     assert [(item.group, item.baseline) for item in result.significance] == [
-        (0, 'grad_cam (data=data, step=500)'), (1, 'grad_cam (data=data, step=100)')
+        ('one', 'grad_cam (data=data, step=500)'), ('two', 'grad_cam (data=data, step=100)')
     ]
     # each has its own best method, and its own controls
     table = result.results()[0]
