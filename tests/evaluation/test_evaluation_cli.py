@@ -101,10 +101,7 @@ def test_report_of_chosen_methods(assets, photos, tmp_path):
     '''Runs of methods that are not chosen are left out, and do not lack records.'''
     names = 'grad_cam', 'gradient'
     for name in names:
-        call(
-            'evaluate', '--data', photos, '--out', tmp_path / name, '--model', 'narrow_resnet18', '--weights',
-            assets / 'net.pt', '--size', 32, '--methods', name, '--no-controls', '--step', 512, '--device', 'cpu',
-        )
+        evaluate(assets, photos, tmp_path / name, '--methods', name, '--no-controls')
     report = call('report', *(tmp_path / name for name in names), '--methods', 'gradient').output
     assert 'gradient' in report and 'grad_cam' not in report and 'records' not in report
 

@@ -543,16 +543,6 @@ def test_no_labels(assets, tmp_path):
     assert len(prediction.records) == 3
 
 
-def test_dry_run(assets, whole, tmp_path):
-    '''A dry run says what is left, and writes nothing.'''
-    before = evaluate(setting(assets, tmp_path / 'run'), process=Process(), quiet=True, dry_run=True)
-    assert not (tmp_path / 'run').exists()
-    assert (before.total, before.done) == (84, 0)
-    assert before.seconds > 0
-    after = evaluate(setting(assets, whole.folder), process=Process(), quiet=True, dry_run=True)
-    assert (after.total, after.done, after.seconds) == (84, 84, 0)
-
-
 COUNTED = 'insertion_deletion', 'rise', 'c3', 'contrastive', 'accuracy', 'conservation'
 
 
