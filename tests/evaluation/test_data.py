@@ -138,6 +138,9 @@ def test_how_labels_are_matched(tmp_path):
         rows = [f'{number}.png,{label}' for number, label in enumerate(text.split())]
         file = write(tmp_path, 'labels.csv', '\n'.join(['file,label', *rows]))
         assert read_samples(file, CLASSES).matched_by == found
+    # indices have no order to be asked for
+    indices = read_samples(write(tmp_path, 'labels.csv', 'file,class_index\na,2\nb,0\n'), CLASSES, labels='order')
+    assert labels(indices) == {'a': 2, 'b': 0} and indices.matched_by == 'index'
 
 
 def test_folder_split(tmp_path):
