@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from captum_adapters.evaluation.computation import Computation, failure
-from captum_adapters.evaluation.methods import OTHERS, Method
+from captum_adapters.evaluation.methods import CONTROLS, OTHERS, Method
 from captum_adapters.evaluation.metrics import Batch, measure
 
 # images in the pass that is timed on a processor, where more are hardly faster by image
@@ -68,7 +68,7 @@ class Estimate:
         explainer = computation.explainers[method.text]
         count = OTHERS[method.name].passes if method.name in OTHERS else None
         # a map like any other, if it would take long
-        maps: Tensor = batch.images[:, 0]
+        maps = CONTROLS["random"](batch.images, batch.names, computation.classifier.std)
         sums: tuple[Optional[Tensor], ...] = (None, None)
         try:
             if count is not None:

@@ -551,7 +551,7 @@ COUNTED = 'insertion_deletion', 'rise', 'c3', 'contrastive', 'accuracy', 'conser
     # of a map that is not computed
     ('rise:n_masks=16+c3', 0, 0.25, True),
     # like the black image in one of its channels
-    ('random', 0, 0, False),
+    ('random', 0, 0, False), ('rise:n_masks=16', 0, 0.25, False),
 ])
 def test_counted_passes(assets, tmp_path, monkeypatch, method, own, tolerance, red):
     '''Forward passes that an estimate counts are those of the evaluation, and are not done.'''
