@@ -20,6 +20,7 @@ import captum_adapters.attr
 from captum_adapters._validation import (
     LINEAR,
     check_choice,
+    check_target,
     positive_integer,
     suggest,
     warn_negative_maps,
@@ -195,18 +196,11 @@ def _place(
 
 def _to_target(targets: Optional[ArrayLike], batch: int) -> Optional[list[Any]]:
     """Give each input a class index, or a tuple of indices."""
-    if targets is None:
+    given: Any = None if targets is None else np.asarray(targets)
+    index = check_target(given, batch, allow_negative=True)
+    if index is None:
         return None
-    array = np.asarray(targets)
-    if not np.issubdtype(array.dtype, np.integer):
-        raise TypeError(f"targets must be class indices, but are of {array.dtype}.")
-    if array.ndim == 0:
-        array = np.full(batch, array)
-    if array.ndim > 2 or len(array) != batch:
-        raise ValueError(
-            f"targets of shape {array.shape} are not one for each of {batch} inputs."
-        )
-    rows: list[Any] = array.reshape(batch, -1).tolist()
+    rows = index.reshape(batch, -1).tolist()
     return [tuple(row) if len(row) > 1 else row[0] for row in rows]
 
 

@@ -314,7 +314,7 @@ def test_side_effects():
     ({'batch_size': 0}, ValueError, 'batch_size=0'),
     ({'inputs': np.ones(4)}, ValueError, r'\(4,\)'),
     ({'inputs': np.ones((0, 3, 4, 4))}, ValueError, r'\(0, 3, 4, 4\)'),
-    ({'targets': np.array([0, 1])}, ValueError, r'shape \(2,\) are not one for each of 3'),
+    ({'targets': np.array([0, 1])}, ValueError, r'shape \(2,\) is neither one for all nor one for each of 3'),
     ({'targets': np.array([0., 1., 2.])}, TypeError, 'float64'),
     ({'device': 'meta'}, ValueError, "device='meta', but the model is on cpu"),
     ({'method': lambda model: LayerActivation(model, model.linear)}, ValueError, r'shape \(3, 5\) do not fit'),

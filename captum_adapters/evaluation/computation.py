@@ -130,21 +130,12 @@ class Computation:
             torch.stack(masks).to(self.device), labels, mosaics, cells,
         )
 
-    def describe(self, batch: Batch, row: int, picture: bool) -> dict[str, Any]:
-        """What a record says of a sample that was read."""
-        target = int(batch.targets[row])
-        output = batch.output[row]
-        buffer = io.BytesIO()
-        if picture:
-            image = Image.fromarray(self.classifier.photo(batch.images[row]))
-            image.thumbnail((PICTURE, PICTURE))
-            image.save(buffer, "JPEG", quality=80)
-        return {
-            "target": target,
-            "prediction": int(output.argmax()),
-            "probability": float(output.double().softmax(0)[target]),
-            "picture": buffer.getvalue() or None,
-        }
+    def picture(self, image: Tensor) -> bytes:
+        """What the network sees, as a small JPEG."""
+        buffer, picture = io.BytesIO(), Image.fromarray(self.classifier.photo(image))
+        picture.thumbnail((PICTURE, PICTURE))
+        picture.save(buffer, "JPEG", quality=80)
+        return buffer.getvalue()
 
     def run_method(self, method: Method, batch: Batch, heatmaps: bool) -> list[Record]:
         """Explain images by a method, and measure that, with small maps if asked for.

@@ -127,7 +127,6 @@ class Evaluation:
 
 
 FIELDS = dataclasses.fields(Evaluation)
-HELP = {item.name: item.metadata["help"] for item in FIELDS}
 Evaluation.__doc__ = f"{Evaluation.__doc__}\n" + "".join(
     f"        {item.name}: {item.metadata['help']}\n" for item in FIELDS
 )
@@ -156,11 +155,9 @@ def check(evaluation: Evaluation) -> None:
         if twice:
             raise ValueError(f"{name}={values} has {twice[0]!r} twice")
     for name in evaluation.preset:
-        if name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}: choose among {', '.join(PRESETS)}")
+        check_choice("preset", name, PRESETS)
     for name in evaluation.metrics:
-        if name not in METRICS:
-            raise ValueError(f"unknown metric {name!r}: choose one of {', '.join(METRICS)}")
+        check_choice("metrics", name, METRICS)
     percents = evaluation.percents
     if not isinstance(percents, (tuple, list)):
         raise ValueError(f"percents={percents!r} are no numbers, such as (1, 5)")
@@ -224,8 +221,7 @@ def make_evaluation(given: dict[str, Any]) -> Evaluation:
     given = {name: value for name, value in given.items() if value not in (None, ())}
     fields: dict[str, Any] = {}
     for name in given.get("preset", ()):
-        if name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}: choose among {', '.join(PRESETS)}")
+        check_choice("preset", name, PRESETS)
         preset = PRESETS[name]
         # abn is nothing without a file
         rows = [method for method in preset.rows if method != "abn"]
@@ -242,10 +238,10 @@ def make_evaluation(given: dict[str, Any]) -> Evaluation:
         if not fields:
             raise ValueError(f"{first} is for what a preset has besides: name a --preset")
         fields["methods"] += tuple(name.lstrip("+") for name in given.pop("methods"))
-    for name in ("data", "out"):
-        if name not in given:
-            # versions of click differ in whether they notice this
-            raise ValueError(f"--{name} is missing: {HELP[name]}")
+    for item in FIELDS:
+        # versions of click differ in whether they notice this
+        if item.default is dataclasses.MISSING and item.name not in given:
+            raise ValueError(f"--{item.name} is missing: {item.metadata['help']}")
     return Evaluation(**{**fields, **given})
 
 

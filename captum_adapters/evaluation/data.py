@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
+from captum_adapters._light import check_choice, positive_integer
 from captum_adapters.evaluation.labels import find_class, match_labels
 from captum_adapters.evaluation.layouts import (
     READERS,
@@ -126,14 +127,12 @@ def read_samples(
         [('sea_lion/1.png', 1, None),
          ('unicorn/1.png', None, "label 'unicorn' is not a class of the network")]
     """
-    if layout is not None and layout not in LAYOUTS:
-        raise ValueError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
-    if labels not in LABELS:
-        raise ValueError(f"labels={labels!r} is not one of {', '.join(LABELS)}")
+    check_choice("layout", layout, (None, *LAYOUTS))
+    check_choice("labels", labels, LABELS)
     if labels != "ignore" and not classes:
         raise ValueError("there are no names of classes, which labels need")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit} is not at least 1")
+    if limit is not None:
+        positive_integer("limit", limit)
     # not resolved, as names are those that the user sees
     root = Path(os.path.abspath(path))
     if not root.exists():

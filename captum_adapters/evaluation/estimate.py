@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from captum_adapters.evaluation.computation import Computation, failure
-from captum_adapters.evaluation.methods import OTHERS, Method
+from captum_adapters.evaluation.methods import CONTROLS, OTHERS, Method
 from captum_adapters.evaluation.metrics import Batch, measure
 
 # images in the pass that is timed on a processor, where more are hardly faster by image
@@ -68,7 +68,7 @@ class Estimate:
         explainer = computation.explainers[method.text]
         count = OTHERS[method.name].passes if method.name in OTHERS else None
         # a map like any other, if it would take long
-        maps: Tensor = batch.images[:, 0]
+        maps = CONTROLS["random"](batch.images, batch.names, computation.classifier.std)
         sums: tuple[Optional[Tensor], ...] = (None, None)
         try:
             if count is not None:
@@ -82,15 +82,10 @@ class Estimate:
         names: Sequence[str] = computation.evaluation.metrics
         further = sum(FURTHER.get(name, 0) for name in names) * seconds
         names = [name for name in names if name not in FURTHER]
-        network, settings = _Counter(batch.output), computation.metric_settings
-        if not self.others:
-            # a channel is enough to count, and to make images of it is faster
-            batch = batch._replace(images=batch.images[:, :1])
-            fill = None if settings.fill is None else settings.fill[:, :1]
-            settings = settings._replace(fill=fill)
+        network = _Counter(batch.output)
         counters = {name: _Counter(batch.output) for name in self.others}
         others = {name: (counters[name], adapt) for name, (adapt, _) in self.others.items()}
-        settings = settings._replace(others=others)
+        settings = computation.metric_settings._replace(others=others)
         with torch.no_grad():
             rest = self._seconds(lambda: measure(names, network, batch, maps, settings, *sums))
         counted = network.count * self.passes

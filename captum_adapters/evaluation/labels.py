@@ -51,7 +51,8 @@ def match_labels(
     numbers = {label: ([label], "index") for label in labels if isinstance(label, int)}
     texts = sorted(labels - {*numbers})
     order = listing.order
-    if ordered:
+    # what has nothing but indices needs no order
+    if ordered and (texts or not numbers):
         order = order or texts
         if len(order) != len(classes):
             raise ValueError(

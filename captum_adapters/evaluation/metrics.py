@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Optional
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -33,6 +32,7 @@ from captum_adapters.metrics import (
     pixel_accuracy,
     randomization,
 )
+from captum_adapters.metrics._ranking import tied_pixels
 from zennit_resnet.models import Classifier, load_classifier
 from zennit_resnet.postprocess import attention_errors
 
@@ -82,6 +82,11 @@ class MetricSettings(NamedTuple):
         """Whether the top pixels are those of the largest magnitude."""
         return self.rank_by == "magnitude"
 
+    def curves(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Call a function that measures curves, with points and baselines of the settings."""
+        own = {"baselines": self.fill, "step": self.step}
+        return function(*args, max_examples_per_batch=self.forward_batch, **{**own, **options})
+
     def keep(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Call a function that makes images with only the top pixels."""
         return function(
@@ -102,13 +107,8 @@ def _insertion_deletion(
     forward: Forward, batch: Batch, maps: Tensor, settings: MetricSettings
 ) -> Scores:
     """Insertion and deletion by our protocol and the ratio paper's code, at once."""
-    options: Any = {
-        "baselines": settings.fill, "protocol": "keio", "step": settings.step,
-        "max_examples_per_batch": settings.forward_batch,
-    }
-    result = insertion_deletion(
-        forward, batch.images, maps, target=batch.scored, ties="nearest", **options
-    )
+    measured = partial(settings.curves, insertion_deletion, forward, protocol="keio")
+    result = measured(batch.images, maps, target=batch.scored, ties="nearest")
     published = keio_areas(result)
     # numbers of pixels at the points of the published code
     pixels, step = maps[0].numel(), settings.step
@@ -117,10 +117,7 @@ def _insertion_deletion(
     # the same images, unless ties move points or another class is scored
     other = (result.selected[:, 1:] != grid).any(1) | (batch.published != batch.scored)
     if bool(other.any()):
-        target = batch.published[other]
-        again = insertion_deletion(
-            forward, batch.images[other], maps[other], target=target, **options
-        )
+        again = measured(batch.images[other], maps[other], target=batch.published[other])
         for area, name in zip(published, ("insertion", "deletion", "id_score")):
             area[other] = getattr(again, name)
     kept = ("tied_share", "distinct_levels", "score_full", "score_blank")
@@ -138,10 +135,10 @@ def _published(
 ) -> Scores:
     """Insertion and deletion by a protocol that needs images of its own."""
     # RISE deletes to 0 after normalization, in steps of its own
-    own: dict[str, Any] = {"baselines": settings.fill, "step": settings.step}
-    result = insertion_deletion(
-        forward, batch.images, maps, target=batch.published, protocol=protocol,
-        max_examples_per_batch=settings.forward_batch, **({} if protocol == "rise" else own),
+    own = {"baselines": None, "step": None} if protocol == "rise" else {}
+    result = settings.curves(
+        insertion_deletion, forward, batch.images, maps, target=batch.published,
+        protocol=protocol, **own,
     )
     return _area_scores(result, f"_{protocol}"), {}
 
@@ -225,9 +222,9 @@ def _contrastive(
     forward: Forward, batch: Batch, maps: Tensor, settings: MetricSettings
 ) -> Scores:
     """Insertion and deletion of a class minus the runner-up."""
-    result = contrastive_insertion_deletion(
-        forward, batch.images, maps, settings.fill, batch.scored, protocol="keio",
-        step=settings.step, ties="nearest", max_examples_per_batch=settings.forward_batch,
+    result = settings.curves(
+        contrastive_insertion_deletion, forward, batch.images, maps, target=batch.scored,
+        protocol="keio", ties="nearest",
     )
     return {"contrastive_id": result.id_score}, {}
 
@@ -327,10 +324,9 @@ def measure(
         # counted instead
         warnings.simplefilter("ignore", NegativeMapWarning)
         if "insertion_deletion" not in names and {*names} & {*TOP}:
-            equal = flat.sort(1).values.diff(dim=1) == 0
-            tied = F.pad(equal, (1, 0)) | F.pad(equal, (0, 1))
-            values["tied_share"] = tied.double().mean(1)
-            values["distinct_levels"] = 1 + (~equal).sum(1)
+            ordered = flat.sort(1).values
+            values["tied_share"] = tied_pixels(ordered).double().mean(1)
+            values["distinct_levels"] = 1 + (ordered.diff(dim=1) != 0).sum(1)
         for name in names:
             if name in METRICS:
                 scores = METRICS[name](forward, batch, maps, settings)
@@ -346,9 +342,7 @@ def measure(
 
 
 def load_other(text: str) -> Classifier:
-    """Load another network `NAME=WEIGHTS` or `embedded`."""
-    if text == "embedded":
-        return load_classifier()
+    """Load another network `NAME=WEIGHTS`."""
     name, _, weights = text.partition("=")
     if not weights:
         raise ValueError(f"{text!r} is not of the form NAME=WEIGHTS, such as vgg16=DEFAULT")

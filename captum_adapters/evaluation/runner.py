@@ -394,12 +394,16 @@ class Loop:
             sample, loaded = self.samples[number], item.loaded
             record = SampleRecord(sample.name, sample.label, problem=loaded.problem)
             if images is not None and item.content is not None:
+                row = next(rows)
                 unlabelled = "no label, so the prediction was used"
                 notes = (loaded.note, unlabelled if labelled and sample.label is None else None)
-                picture = number < self.evaluation.pictures
+                target, output = int(images.targets[row]), images.output[row]
+                kept = number < self.evaluation.pictures
                 record = record._replace(
-                    notes=tuple(filter(None, notes)), content=item.content,
-                    **computation.describe(images, next(rows), picture),
+                    target=target, prediction=int(output.argmax()), content=item.content,
+                    probability=float(output.double().softmax(0)[target]),
+                    notes=tuple(filter(None, notes)),
+                    picture=computation.picture(images.images[row]) if kept else None,
                 )
             samples.append(record)
         return samples

@@ -9,7 +9,7 @@ from helpers.networks import narrow_resnet18
 from PIL import Image
 
 from captum_adapters import metrics
-from captum_adapters.evaluation import Process, read_run, summarize
+from captum_adapters.evaluation import Process, read_run
 from captum_adapters.evaluation import methods as all_methods
 from captum_adapters.evaluation.config import Evaluation, check
 from captum_adapters.evaluation.data import Images, read_samples
@@ -81,15 +81,6 @@ def test_controls(evaluated):
     assert set(records.index.unique('method')) == {'resnet_lrp_ratio', 'gradient', *CONTROLS}
     ours = records.xs('resnet_lrp_ratio', level='method')
     assert ours['class_ssim'].max() < 1 and ours['random_ssim'].max() < 1
-
-
-def test_table(evaluated):
-    '''The report has a table of its own, with chance beside the score.'''
-    text = summarize([evaluated], n_resamples=99).table('markdown')
-    assert '## Class evidence' in text
-    head = next(line for line in text.splitlines() if 'Grid pointing' in line)
-    titles = [cell.strip(' ↑↓') for cell in head.split('|')]
-    assert titles.index('Cell share') == titles.index('Grid pointing') + 1
 
 
 def test_by_hand(evaluated, colors):

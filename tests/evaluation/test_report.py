@@ -168,7 +168,7 @@ def test_not_comparable():
     assert has(result.warnings[:1], 'Rows of two', 'one', 'step (500; 100)')
     assert has(result.warnings[1:2], 'Rows of three', 'one', 'data (data; other)')
     assert [(item.group, item.baseline) for item in result.significance] == [
-        (0, 'grad_cam (data=data, step=500)'), (1, 'grad_cam (data=data, step=100)')
+        ('one', 'grad_cam (data=data, step=500)'), ('two', 'grad_cam (data=data, step=100)')
     ]
     # each has its own best method, and its own controls
     table = result.results()[0]
@@ -247,6 +247,8 @@ def test_baseline():
         report(run, baseline='lime')
     with pytest.raises(ValueError, match="primary='pointing' .* deletion, id"):
         report(run, primary='pointing')
+    with pytest.raises(ValueError, match='no runs'):
+        report()
     # without any method of others
     ours = report(make_run({'resnet_lrp_ratio': [0.1, 0.2], 'random': [0, 0], 'sobel': [0.3, 0.3]}))
     assert ours.significance[0].baseline == 'sobel' and has(ours.messages, 'best control')
@@ -746,9 +748,3 @@ def test_little(tmp_path, methods):
     assert ('no records to report' in paths[0].read_text(encoding='utf-8')) == (not methods)
     assert len(read_csv(paths[3].read_text(encoding='utf-8'))) == len(methods)
     assert result.table('latex') and has(result.messages, 'run has no records.') == (not methods)
-
-
-def test_no_runs():
-    '''There must be a run.'''
-    with pytest.raises(ValueError):
-        report()

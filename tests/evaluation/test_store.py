@@ -98,13 +98,6 @@ def test_each_file_is_read_once(store, monkeypatch):
     assert sorted(opened) == files
 
 
-def test_replace(store):
-    '''A file that is written again replaces the one before, so that nothing is there twice.'''
-    for value in (1., 2.):
-        Store(store.folder, SETTINGS, NAMES).write_records(3, 'a', records('x.png', id=[value]))
-    assert read_run(store.folder).records['id'].tolist() == [2.]
-
-
 def test_killed_while_writing(store):
     '''What a process was writing when it was killed is not there, and what was written before is.'''
     pid = os.fork()
@@ -141,21 +134,6 @@ def test_full_disk(store):
     assert len(read_run(store.folder).records) == 2
 
 
-@pytest.mark.parametrize('content', [b'', b'PK', None], ids=['empty', 'header', 'truncated'])
-def test_damaged(store, content):
-    '''A damaged file is left out, and the message names it.'''
-    store.write_records(0, 'a', records('a'))
-    store.write_records(1, 'a', records('b'))
-    path = store.records / file_of(1)
-    path.write_bytes(path.read_bytes()[:-300] if content is None else content)
-    run = read_run(store.folder)
-    assert list(run.records.index) == [('a', 'a')]
-    assert len(run.messages) == 1 and path.name in run.messages[0]
-    store.write_samples(0, [SampleRecord('a')], [''])
-    (store.records / '00000.json').write_bytes(b'[{"sample')
-    assert store.read_samples(0) is None and '00000.json' in read_run(store.folder).messages[0]
-
-
 @pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() == 0, reason='root may write everywhere')
 def test_read_only(store):
     '''A folder that can not be written is an error, but can be read.'''
@@ -188,17 +166,6 @@ def test_no_run(tmp_path, text):
     if text is not None:
         with pytest.raises(RunError, match=str(tmp_path)):
             Store(tmp_path, SETTINGS, NAMES)
-
-
-def test_other_run(store):
-    '''Another run is refused with what differs, and leaves no trace.'''
-    other = {'fingerprint': 'g', 'identity': {**IDENTITY, 'methods': ['a'], 'options': {'step': 100}}}
-    store.write_records(0, 'b', records('x.png'))
-    before = sorted(store.folder.rglob('*'))
-    for write in (True, False):
-        with pytest.raises(RunError, match=r'methods \(b, now none\).*500, now 100'):
-            Store(store.folder, {**SETTINGS, **other}, NAMES, write)
-    assert sorted(store.folder.rglob('*')) == before
 
 
 def test_other_run_with_mosaics(tmp_path):
@@ -250,12 +217,6 @@ def test_changed_byte(store, place):
     assert not other.has(0, 'a') and path.name in other.messages[0]
     run = read_run(store.folder)
     assert not len(run.records) and path.name in run.messages[0]
-
-
-def test_nothing_is_written(tmp_path):
-    '''A store that is only read makes no folder.'''
-    assert not Store(tmp_path / 'run', SETTINGS, NAMES, write=False).has(0, 'a')
-    assert not (tmp_path / 'run').exists()
 
 
 def test_differences():

@@ -252,19 +252,6 @@ def test_closed_form():
     assert torch.allclose(result.insertion_normalized, result.insertion / ordered.sum(1), rtol=1e-14)
 
 
-def test_closed_form_steps():
-    '''An object of a quarter of the pixels and 100 intervals: the curve rises linearly, then stays.'''
-    heat = torch.zeros(1, 40, 40).double()
-    heat[:, 10:30, 10:30] = torch.rand(20, 20).double() + 1
-    result = insertion_deletion(
-        lambda x: (x[:, 0] * (heat > 0)).sum((1, 2)) / 400, torch.ones(1, 1, 40, 40).double(), heat, n_steps=100,
-        ties='stable',
-    )
-    assert result.insertion_curve.shape == (1, 101)
-    assert torch.allclose(result.insertion_curve, (4 * result.fractions).clamp(max=1), atol=1e-12)
-    assert abs(result.id_score - .75) < 1e-12 and abs(result.insertion - .875) < 1e-12
-
-
 def both_signs(heat, n_steps):
     '''Check that insertion of a map is deletion of its negative, and return the scores of the map.'''
     model, input = network(), images(height=heat.shape[1], width=heat.shape[2])
@@ -278,12 +265,13 @@ def both_signs(heat, n_steps):
     return positive
 
 
+@pytest.mark.parametrize('levels', [2, 5, 20, None])
 @pytest.mark.parametrize('size', [(6, 7), (7, 9), (8, 8)])
 @pytest.mark.parametrize('n_steps', [1, 5, 10, 63, 100])
-def test_negative(size, n_steps):
+def test_negative(size, n_steps, levels):
     '''Insertion of a map is deletion of its negative, also where the number of pixels or of steps is odd.'''
-    positive = both_signs(maps(height=size[0], width=size[1]), n_steps)
-    assert (positive.id_score.abs() > 1e-6).all() or n_steps == 1
+    positive = both_signs(maps(levels=levels, height=size[0], width=size[1]), n_steps)
+    assert (positive.id_score.abs() > 1e-6).all() or n_steps == 1 or levels
     n_pixels = size[0] * size[1]
     middle = n_pixels % 2 == 1 and n_steps % 2 == 0 and n_steps < n_pixels
     assert positive.fractions.shape[1] == min(n_steps, n_pixels) + 1 + middle
@@ -483,13 +471,6 @@ def test_ties():
     assert insertion_deletion(network(), images(1, 2, 2), zeros, target=0).distinct_levels.tolist() == [3]
 
 
-@pytest.mark.parametrize('levels', [2, 5, 20])
-@pytest.mark.parametrize('n_steps', [5, 7, 15])
-def test_negative_ties(levels, n_steps):
-    '''Insertion of a map with ties is deletion of its negative as well.'''
-    both_signs(maps(levels=levels, height=7, width=9), n_steps)
-
-
 def test_few_points():
     '''A few pixels of an object, and ties elsewhere: also what is between two points is found.'''
     heat = torch.zeros(1, 40, 40).double()
@@ -532,11 +513,12 @@ def test_output():
     model, input, heat = network(), images(), maps()
     results = {
         name: insertion_deletion(model, input, heat, target=1, output=output) for name, output in {
-            'softmax': 'softmax', 'function': lambda out: out.softmax(1), 'logit': 'logit',
+            'softmax': 'softmax', 'function': lambda out: out.softmax(1), 'logit': 'logit', 'identity': 'identity',
             'double': lambda out: 2 * out,
         }.items()
     }
     assert torch.equal(results['softmax'].insertion, results['function'].insertion)
+    assert torch.equal(results['logit'].insertion, results['identity'].insertion)
     assert torch.allclose(2 * results['logit'].insertion, results['double'].insertion)
     with torch.no_grad():
         logits = model(input)
@@ -751,19 +733,6 @@ def test_sigmoids():
         insertion_deletion(model, input, maps(), target=3)
 
 
-@pytest.mark.parametrize('protocol', [None, 'c3', 'rise', 'keio'])
-def test_identity(protocol):
-    '''Probabilities as they are have the same curves as the softmax of logits.'''
-    model, input, heat = network(), images(), maps(levels=9)
-    options = {'baselines': 0., 'target': [1, 4], 'protocol': protocol, 'step': 5}
-    expected = insertion_deletion(model, input, heat, **options)
-    for outputs, output in (
-        (lambda x: x.softmax(1), 'identity'), (lambda x: x.softmax(1), 'logit'), (lambda x: x, lambda x: x.softmax(1)),
-    ):
-        result = insertion_deletion(lambda x: outputs(model(x)), input, heat, output=output, **options)
-        assert all(torch.equal(*pair) for pair in zip(result, expected))
-
-
 def test_arrays():
     '''Arrays, and a map of a single image.'''
     model, input, heat = network(), images(), maps()
@@ -837,17 +806,11 @@ def test_normalized():
     ({'reduce': 'max'}, ValueError, "reduce='max'"),
     ({'n_steps': 0}, ValueError, 'n_steps=0 is not a positive integer'),
     ({'n_steps': 2.5}, ValueError, 'n_steps=2.5.*42 pixels'),
-    ({'n_steps': True}, ValueError, 'n_steps=True'),
     ({'n_steps': float('nan')}, ValueError, 'n_steps=nan'),
-    ({'step': -3}, ValueError, 'step=-3.*42 pixels'),
     ({'step': np.bool_(True)}, ValueError, 'step=.*True'),
-    ({'step': '3'}, ValueError, "step='3'"),
     ({'step': 43}, ValueError, 'step=43 .*42 pixels'),
-    ({'step': 10 ** 6, 'protocol': 'keio', 'baselines': 0}, ValueError, 'step=1000000 .*42 pixels'),
     ({'protocol': 'keio', 'baselines': 0}, ValueError, "step=500 of protocol='keio' .*42 pixels"),
     ({'protocol': 'rise'}, ValueError, "step=224 of protocol='rise' .*42 pixels"),
-    ({'max_examples_per_batch': 2.5}, ValueError, 'max_examples_per_batch=2.5'),
-    ({'max_examples_per_batch': True}, ValueError, 'max_examples_per_batch=True'),
     ({'step': 3, 'n_steps': 4}, ValueError, 'n_steps=4 or step=3, but not both'),
     ({'max_examples_per_batch': 0}, ValueError, 'max_examples_per_batch=0'),
     ({'forward_func': lambda x: x.sum()}, ValueError, r'output of shape \(\) for 32 images'),
@@ -905,12 +868,3 @@ def test_photo():
     published = insertion_deletion(classifier.model, input, torch.ones(1, 224, 224), black, target, protocol='keio')
     assert published.fractions.shape == (1, 101)
     assert torch.allclose(published.id_score, full[target] - blank[target], atol=1e-5)
-
-
-def test_published_grid():
-    '''The published protocols have 101 and 225 points on 224 x 224 pixels.'''
-    counts = _perturbation.count_grid(224 ** 2, None, 500, ends=False)
-    assert len(counts) == 101 and counts[0] == 501 and counts[-2] == 50001 and counts[-1] == 224 ** 2
-    assert len(_perturbation.count_grid(224 ** 2, None, 224)) == 225
-    counts = _perturbation.count_grid(224 ** 2, 100, None)
-    assert len(counts) == 101 and counts[:3].tolist() == [0, 502, 1004]

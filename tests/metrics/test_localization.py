@@ -9,7 +9,6 @@ import torch
 from golden_cases import golden_cases, tensor
 
 from captum_adapters.metrics import (
-    PERCENTS,
     NegativeMapWarning,
     boxes_to_masks,
     conservation_gap,
@@ -119,36 +118,9 @@ def test_reference(batch, absolute, normalization):
         assert float(pointing.tied_share[index]) == float(distance.tied_share[index]) == pytest.approx(float(tied))
 
 
-def test_full_empty_single(batch):
-    '''A full mask is always hit, an empty one never counts, and of a single pixel all is known.'''
-    _, masks = batch
-    maps = torch.rand(6, 7, 9)
-    maps[4, 6, 0] = maps[5, 0, 0] = 2
-    pointing = mask_pointing(maps, masks)
-    assert pointing.percents.tolist() == list(PERCENTS)
-    assert pointing.empty.tolist() == [False, False, False, True, False, False]
-    assert int(pointing.empty.sum()) == 1
-    assert pointing.share[2, 1:].tolist() == [1] * 14
-    assert pointing.share[3].isnan().all()
-    # 1 % of 63 pixels is none
-    assert pointing.share[:, 0].isnan().all()
-    counts = pointing.counts[1:]
-    torch.testing.assert_close(pointing.share[4, 1:], 1 / counts.double())
-    torch.testing.assert_close(pointing.share[4, 1:], pointing.ceiling[4, 1:])
-    assert pointing.share[5, 1] == 0
-    cases = ('diagonal', 0.5, None), ('max', 1, None), ('mean', None, 1), (None, 5, None)
-    for normalization, distance, chance in cases:
-        # 2 % are one pixel
-        result = mask_distance(maps, masks, (1, 2, *PERCENTS[1:]), normalization=normalization)
-        assert result.distance[2, 1:].tolist() == [0] * 15
-        assert result.chance[2] == 0
-        assert result.distance[3].isnan().all() and result.chance[3].isnan()
-        assert result.distance[4, 1] == 0
-        # three rows up and four columns to the left, where no pixel is farther away
-        assert distance is None or float(result.distance[5, 1]) == pytest.approx(distance)
-        assert chance is None or result.chance[[0, 1, 4, 5]].tolist() == [chance] * 4
-    one = mask_distance(torch.rand(1, 1, 1), torch.ones(1, 1, 1), [100])
-    assert one.distance.item() == 0
+def test_single_pixel():
+    '''Of an image of one pixel, there is no diagonal to divide by.'''
+    assert mask_distance(torch.rand(1, 1, 1), torch.ones(1, 1, 1), [100]).distance.item() == 0
 
 
 @pytest.mark.parametrize('values', [
@@ -171,20 +143,6 @@ def test_ties_permutations(values, absolute):
         np.testing.assert_allclose(result[0].numpy(), means, rtol=0, atol=1e-12)
     shared = sum(scores.count(value) > 1 for value in scores) / 6
     assert float(pointing.tied_share) == float(distance.tied_share) == pytest.approx(shared)
-
-
-@pytest.mark.parametrize('levels', [2, 8, 50])
-def test_ties_mirrored(levels):
-    '''A map that is the same in both halves is worth as much for an object in either of them.'''
-    maps = torch.rand(4, 20, 30).mul(levels).floor()
-    maps = maps + maps.flip(1)
-    masks = torch.zeros(4, 20, 30, dtype=torch.bool)
-    masks[:, :10] = True
-    pointing = [mask_pointing(maps, mask) for mask in (masks, masks.flip(1))]
-    assert torch.allclose(pointing[0].share, torch.full_like(pointing[0].share, 0.5), rtol=0, atol=1e-12)
-    assert torch.allclose(pointing[1].share, pointing[0].share, rtol=0, atol=1e-12)
-    distance = [mask_distance(maps, mask).distance for mask in (masks, masks.flip(1))]
-    assert torch.allclose(*distance, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize('value', [0., -0., 1., -3.])
@@ -213,17 +171,6 @@ def test_ties_none():
     assert torch.equal(distance.distance, sums / counts)
 
 
-def test_several_maxima():
-    '''The pointing game of the single highest pixel, if it is not a single one.'''
-    maps = torch.zeros(1, 4, 4)
-    maps[0, 0, 0] = maps[0, 1, 1] = maps[0, 3, 3] = 1
-    masks = torch.zeros(1, 4, 4)
-    masks[0, 2:, 2:] = 1
-    assert mask_pointing(maps, masks, Fraction(100, 16)).share.item() == pytest.approx(1 / 3, abs=1e-12)
-    maps[0, 3, 3] = 2
-    assert mask_pointing(maps, masks, Fraction(100, 16)).share.item() == 1
-
-
 @pytest.mark.parametrize('function', [mask_pointing, mask_distance])
 def test_arrays(function, batch):
     '''Arrays, and single maps and masks, as they are read from files.'''
@@ -234,10 +181,11 @@ def test_arrays(function, batch):
         (maps.sum(1).numpy()[:, ::-1].copy()[:, ::-1], (masks.numpy(),)),
         (maps.numpy().astype('>f4'), masks.float().numpy()), (maps.sum(1).numpy().astype('f2'), masks.bfloat16()),
         (maps.clone().requires_grad_(), masks.float().requires_grad_()),
-        (maps.numpy().astype(int), masks[:, None].numpy()),
+        (maps.numpy().astype(int), masks[:, None].numpy()), (maps.bfloat16(), masks.long()),
     ):
         result = function(other_maps, other_masks, percents=np.array([20]))
         for actual, values in zip(result, expected):
+            assert not actual.requires_grad
             torch.testing.assert_close(actual, values, rtol=0, atol=0, equal_nan=True)
     read_only = maps.numpy()
     read_only.flags.writeable = False
@@ -262,32 +210,12 @@ def test_arrays(function, batch):
             function(flat, wrong)
 
 
-def test_chance():
-    '''Random maps reach the level of chance.'''
-    masks = torch.zeros(2000, 8, 8, dtype=torch.bool)
-    masks[:, 1:4, 2:7] = True
-    maps = torch.rand(2000, 8, 8)
-    pointing = mask_pointing(maps, masks, [10, 50])
-    distance = mask_distance(maps, masks, [10, 50])
-    for values, chance in (pointing.share, pointing.chance), (distance.distance, distance.chance):
-        error = values.std(0) / math.sqrt(2000)
-        assert ((values.mean(0) - chance[0]).abs() < 4 * error).all()
-        assert (error < 0.01).all()
-
-
 def test_formats(batch):
-    '''Shapes and types of maps and masks, and maps of another size.'''
+    '''Maps under autocast, and of another size.'''
     maps, masks = batch
     maps = maps.sum(1)
     for function, name in ((mask_pointing, 'share'), (mask_distance, 'distance')):
         expected = getattr(function(maps, masks), name)
-        for other_maps, other_masks in (
-            (maps[:, None], masks), ((maps,), masks.float()), (maps.bfloat16(), masks.long()),
-            (maps.long(), masks[:, None]), (maps.double().requires_grad_(), masks.byte()),
-        ):
-            actual = getattr(function(other_maps, other_masks), name)
-            assert not actual.requires_grad
-            torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
         with torch.autocast('cpu', torch.bfloat16):
             torch.testing.assert_close(getattr(function(maps, masks), name), expected, rtol=0, atol=0, equal_nan=True)
         coarse = torch.rand(1, 2, 2)

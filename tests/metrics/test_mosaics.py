@@ -190,17 +190,6 @@ def test_constant(value, n, focus):
         assert result.empty.tolist() == [value <= 0] * 4
 
 
-def test_bounds():
-    '''All in the own cell is 1, all elsewhere 0, and negative relevance counts nowhere.'''
-    cells = torch.tensor([[[5, 2], [1, 7]]]).expand(4, -1, -1)
-    maps = torch.zeros(4, 6, 6)
-    maps[0, :3, :3] = maps[1, 4, 4] = maps[2, 0, 5] = 1
-    maps[3] = maps[0]
-    maps[3, 3:] = -9
-    assert grid_pointing(maps, cells, 5).share.tolist() == [1, 0, 0, 1]
-    assert grid_pointing(maps, cells, [5, 7, 2, 1]).share.tolist() == [1, 1, 1, 0]
-
-
 @pytest.mark.parametrize('n', [2, 3])
 def test_controls(n):
     '''No map that does not know the class beats chance, averaged over the cells of a mosaic. One that does has 1.'''

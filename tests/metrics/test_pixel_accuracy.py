@@ -3,7 +3,6 @@ import math
 from decimal import Decimal
 from fractions import Fraction
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,12 +19,8 @@ from captum_adapters.metrics import (
     top_fraction,
 )
 from captum_adapters.metrics._ranking import percent_tensors, ranks_of, sort_scores, top_counts
-from zennit_resnet.image import read_image
-from zennit_resnet.models import load_classifier
 
 pytestmark = pytest.mark.once
-
-PHOTOS = Path(__file__).parent.parent.parent / 'examples' / 'assets' / 'photos'
 
 
 @pytest.fixture
@@ -228,15 +223,11 @@ def test_labels(network, batch):
         assert torch.equal(result.correct, function(network, images, maps, target=3).correct)
 
 
-def test_map_shapes(network, batch):
-    '''Maps of pixels with, and without channels, in tuples, and of another size.'''
+def test_interpolated(network, batch):
+    '''Maps of another size, and the percentages by default.'''
     images, maps, labels = batch
     expected = pixel_accuracy(network, images, maps, target=labels)
     assert expected.percents.tolist() == list(PERCENTS)
-    summed = maps.sum(1)
-    for other in (summed, summed[:, None], (maps,)):
-        result = pixel_accuracy(network, (images,), other, target=labels)
-        assert all(torch.equal(*pair) for pair in zip(result, expected))
     coarse = torch.randn(6, 4, 4)
     result = pixel_accuracy(network, images, coarse, target=labels, interpolate='nearest')
     fine = coarse.repeat_interleave(2, 1).repeat_interleave(2, 2)
@@ -348,18 +339,10 @@ def test_ties_expected(network, unit, absolute):
 
 
 def test_ties_halves():
-    '''Where the object is does not matter for a map that is the same in both halves, other than row by row.'''
-    maps = torch.rand(40, 8, 8).mul(3).floor()
-    maps = maps + maps.flip(1)
-    images = torch.ones(40, 1, 8, 8) + torch.rand(40, 1, 8, 8) / 1000
-    percents = (10, 30, 45)
-    upper, lower = (pixel_accuracy(halves, images, maps, percents, target=target, n_orders=20) for target in (0, 1))
-    assert abs(float(upper.accuracy.mean() - lower.accuracy.mean())) < 0.1
-    assert abs(float(upper.correct.double().mean() - lower.correct.double().mean())) < 0.3
-    rows = pixel_accuracy(halves, images, maps, percents, target=0, ties='stable')
-    assert rows.accuracy.mean() > 0.9
-    # of a constant map, an order and its reverse keep complements
-    flat = pixel_accuracy(halves, images, maps * 0, 50, target=0)
+    '''Of a constant map, an order and its reverse keep complements, but the first pixels if row by row.'''
+    images, maps = torch.ones(40, 1, 8, 8) + torch.rand(40, 1, 8, 8) / 1000, torch.zeros(40, 8, 8)
+    assert pixel_accuracy(halves, images, maps, (10, 30, 45), target=0, ties='stable').accuracy.mean() > 0.9
+    flat = pixel_accuracy(halves, images, maps, 50, target=0)
     assert 0.4 < flat.accuracy.mean() < 0.6 and (flat.accuracy == 0.5).double().mean() > 0.4
 
 
@@ -412,6 +395,7 @@ def test_arrays(network, batch):
     images, maps, labels = batch
     expected = pixel_accuracy(network, images, maps, (20, 50), labels)
     for other in (maps.numpy(), maps.numpy()[..., ::-1].copy()[..., ::-1], maps.numpy().astype('>f8'),
+                  maps.sum(1, keepdim=True),
                   maps.sum(1).bfloat16().requires_grad_(), maps.sum(1).numpy().astype('f2'), (maps.numpy(),)):
         result = pixel_accuracy(network, images, other, [20, 50], labels.numpy(), baselines=np.zeros((1, 3, 1, 1)))
         assert all(torch.equal(*pair) for pair in zip(result, expected))
@@ -424,23 +408,6 @@ def test_arrays(network, batch):
     assert torch.equal(top_fraction(maps.numpy(), 20), top_fraction(maps, 20))
     with pytest.raises(ValueError, match=r'\(8, 8\)'):
         pixel_accuracy(network, images, maps[0].sum(0), 20, labels)
-
-
-@pytest.mark.parametrize('size, share', [(1, 0.2), (2, 0.4), (5, 1)])
-def test_accuracy_by_halves(size, share):
-    '''A model that adds up pixels of each class: keeping one class's pixels decides for that class.'''
-    images = torch.ones(4, 1, 10, 10)
-
-    def model(images):
-        return torch.stack([images[..., :5].sum((1, 2, 3)), images[..., 5:].sum((1, 2, 3))], 1)
-
-    maps = torch.zeros(4, 10, 10)
-    maps[..., :size] = 1
-    maps[2:] = maps[2:].flip(-1)
-    labels = torch.tensor([0, 1, 0, 1])
-    result = pixel_accuracy(model, images, maps, (100 * share / 2,), labels)
-    assert result.predictions[:, 0].tolist() == [0, 0, 1, 1]
-    assert result.correct[:, 0].tolist() == [True, False, False, True]
 
 
 def test_signed():
@@ -521,11 +488,8 @@ def test_model_unchanged(network, batch):
     ({'baselines': torch.zeros(8)}, r'\(8,\)'),
     ({'baselines': torch.zeros(2, 3, 8, 8)}, r'\(2, 3, 8, 8\)'),
     ({'max_examples_per_batch': 0}, '0'),
-    ({'max_examples_per_batch': 1.5}, '1.5'),
     ({'ties': 'nearest'}, "'nearest'.*'random', 'stable'"),
     ({'n_orders': 0}, 'n_orders=0'),
-    ({'n_orders': True}, 'n_orders=True'),
-    ({'n_orders': 2.5}, 'n_orders=2.5'),
     ({'sample_ids': [1, 2]}, '2 sample_ids for 6'),
     ({'interpolate': 'cubic'}, "'cubic'.*'bicubic'"),
     ({'model': lambda images: images.flatten(1) * float('nan')}, r'NaN .*\[0, 1, 2, 3, 4, 5\]'),
@@ -593,21 +557,3 @@ def test_cross_model_selection(network, batch, unit):
         cross_model_accuracy(network, images, coarse, percents, labels)
     with pytest.raises(ValueError, match=r'\(5, 3, 4, 4\)'):
         cross_model_accuracy(network, images, coarse[:5], percents, labels, **options)
-
-
-def test_photograph():
-    '''The pixels that the ResNet-50 of the examples uses decide more often than those it does not use.'''
-    classifier = load_classifier()
-    names = ('gc_cathedral.jpg', 'gc_reimsCathedral.jpg')
-    images = torch.stack([classifier.transform(read_image(PHOTOS / name)) for name in names]).requires_grad_()
-    model = classifier.model.eval()
-    output = model(images)
-    gradient, = torch.autograd.grad(output.amax(1).sum(), images)
-    smooth = F.avg_pool2d((gradient * images).sum(1, keepdim=True).abs(), 31, 1, 15)
-    best, worst = (
-        pixel_accuracy(model, images, maps, (25, 100), reference='prediction') for maps in (smooth, 1 / smooth)
-    )
-    assert torch.equal(best.reference, output.argmax(1))
-    assert best.correct.tolist() == [[True, True], [True, True]]
-    assert worst.correct.tolist() == [[False, True], [False, True]]
-    assert best.counts.tolist() == [12544, 50176]

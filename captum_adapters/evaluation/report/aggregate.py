@@ -4,6 +4,7 @@ import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -12,7 +13,7 @@ import pandas as pd
 
 from captum_adapters.evaluation.columns import column_of
 from captum_adapters.evaluation.names import kind_of
-from captum_adapters.evaluation.records import Run, SampleRecord
+from captum_adapters.evaluation.records import Run, SampleRecord, union
 from captum_adapters.evaluation.store import brief, differences
 from captum_adapters.statistics import bootstrap_interval
 
@@ -32,7 +33,7 @@ class Row(NamedTuple):
     name: str  # that no other row has
     method: str
     kind: str  # "ours", "baseline" or "control"
-    group: int
+    group: str  # name of its group
     runs: tuple[Run, ...]  # those that have records of it
     scores: pd.DataFrame  # finite scores of the sound records, indexed by sample
     problems: dict[str, str]  # reasons by sample for which there are no scores
@@ -87,6 +88,7 @@ class Group(NamedTuple):
     runs: tuple[Run, ...]
     folders: tuple[str, ...]  # names of the runs
     samples: dict[str, SampleRecord]
+    rows: tuple[Row, ...] = ()  # methods in the order in which they were given, then controls
 
     def clusters(self, names: Sequence[str], clusters: Optional[str]) -> Optional[np.ndarray]:
         """Class of each sample, or one of its own if it is not known."""
@@ -109,18 +111,17 @@ def settings_of(run: Run) -> dict[str, Any]:
     return {**run.settings["identity"], **run.settings}
 
 
+def methods_of(run: Run) -> "pd.Index[str]":
+    """Methods that a run has records of."""
+    return run.records.index.unique("method")
+
+
 def unfinished(run: Run) -> str:
     """How much of an interrupted run there is, empty if it is complete."""
     counts = run.records.groupby(level="sample").size()
-    methods = run.records.index.unique("method")
     left_out = sum(sample.problem is not None for sample in run.samples.values())
-    done, total = int((counts == len(methods)).sum()) + left_out, settings_of(run)["samples"]
+    done, total = int((counts == len(methods_of(run))).sum()) + left_out, settings_of(run)["samples"]
     return f"{done} of {total} images, run not complete." if done < total else ""
-
-
-def members_of(rows: Sequence[Row], group: int) -> list[Row]:
-    """Rows of a group, by its number."""
-    return [row for row in rows if row.group == group]
 
 
 def mean_of(values: Sequence[float]) -> float:
@@ -271,33 +272,31 @@ def _tell_apart(groups: Sequence[Group]) -> list[str]:
     return texts if len({*texts}) == len(texts) else [group.name for group in groups]
 
 
-def build_rows(
+def add_rows(
     groups: Sequence[Group], clusters: Optional[str], messages: list[str], **options: Any
-) -> list[Row]:
-    """Rows of all groups, each with its controls last."""
-    found: dict[tuple[int, str], list[Run]] = defaultdict(list)
-    for index, group in enumerate(groups):
-        for run in group.runs:
-            for method in run.records.index.unique("method"):
-                found[index, method].append(run)
-    repeated, labels_of = Counter(method for _, method in found), _tell_apart(groups)
-    rows = []
-    for (index, method), members in found.items():
-        group = groups[index]
-        name = f"{method} ({labels_of[index]})" if repeated[method] > 1 else method
-        scores, problems = _merge_records(members, method, messages)
-        infinite = int(np.isinf(scores.to_numpy()).sum())
-        if infinite:
-            messages.append(f"{name}: {infinite} infinite scores are left out.")
-        scores = scores.replace([math.inf, -math.inf], math.nan)
-        if "gap" in scores:
-            # gains and losses must not cancel
-            scores["gap"] = scores["gap"].abs()
-        labels = group.clusters(scores.index.tolist(), clusters)
-        statistics = _statistics(scores, labels, **options)
-        fields = index, tuple(members), scores, problems, statistics
-        rows.append(Row(name, method, kind_of(method), *fields))
-    # methods in the order in which they were given, and controls at the end
-    runs = [run for group in groups for run in group.runs]
-    order = [method for run in runs for method in settings_of(run)["methods"]]
-    return sorted(rows, key=lambda row: (row.group, row.control, order.index(row.method)))
+) -> list[Group]:
+    """Groups with their rows."""
+    found = [union(map(methods_of, group.runs)) for group in groups]
+    repeated = Counter(chain(*found))
+    order = [text for group in groups for run in group.runs for text in settings_of(run)["methods"]]
+    complete = []
+    for group, methods, text in zip(groups, found, _tell_apart(groups)):
+        rows = []
+        for method in methods:
+            members = tuple(run for run in group.runs if method in methods_of(run))
+            name = f"{method} ({text})" if repeated[method] > 1 else method
+            scores, problems = _merge_records(members, method, messages)
+            infinite = int(np.isinf(scores.to_numpy()).sum())
+            if infinite:
+                messages.append(f"{name}: {infinite} infinite scores are left out.")
+            scores = scores.replace([math.inf, -math.inf], math.nan)
+            if "gap" in scores:
+                # gains and losses must not cancel
+                scores["gap"] = scores["gap"].abs()
+            labels = group.clusters(scores.index.tolist(), clusters)
+            statistics = _statistics(scores, labels, **options)
+            fields = group.name, members, scores, problems, statistics
+            rows.append(Row(name, method, kind_of(method), *fields))
+        rows.sort(key=lambda row: (row.control, order.index(row.method)))
+        complete.append(group._replace(rows=tuple(rows)))
+    return complete

@@ -10,7 +10,7 @@ from captum_adapters.evaluation.report.aggregate import (
     Group,
     Row,
     list_some,
-    members_of,
+    methods_of,
     settings_of,
     unfinished,
 )
@@ -59,12 +59,12 @@ def _introduce(group: Group) -> str:
     return f"{network} classifies {share} as their labels say. {matched}."
 
 
-def find_gaps(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
+def find_gaps(groups: Sequence[Group]) -> Iterator[str]:
     """Sentences on what is missing."""
-    for index, group in enumerate(groups):
+    for group in groups:
         for run, name in zip(group.runs, group.folders):
             yield from (f"{name}: {message}" for message in run.messages)
-            evaluated = set(run.records.index.unique("method"))
+            evaluated = set(methods_of(run))
             missing = [text for text in settings_of(run)["methods"] if text not in evaluated]
             if not evaluated:
                 yield f"{name} has no records."
@@ -76,9 +76,9 @@ def find_gaps(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
                 f"{left_out} of {len(group.samples)} samples of {group.name} are left out,"
                 " for the reasons under Problems."
             )
-        members = members_of(rows, index)
-        if any(not row.scores.index.equals(members[0].scores.index) for row in members):
-            counts = {row.name: len(row.scores) for row in members}
+        rows = group.rows
+        if any(not row.scores.index.equals(rows[0].scores.index) for row in rows):
+            counts = {row.name: len(row.scores) for row in rows}
             most = max(counts.values())
             fewer = [f"{name} {count}" for name, count in counts.items() if count < most]
             listed = f" ({list_some(fewer)} of {most})" if fewer else ""
@@ -87,27 +87,25 @@ def find_gaps(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
                 " Means are over those of each method, comparisons over those that a method"
                 " and the baseline have in common."
             )
-        own = [row.name for row in members if base_of(row.method) == "abn"]
-        if own and len(members) > len(own):
+        own = [row.name for row in rows if base_of(row.method) == "abn"]
+        if own and len(rows) > len(own):
             yield f"{', '.join(own)}: explained and measured with its own network."
 
 
-def find_warnings(
-    groups: Sequence[Group], rows: Sequence[Row]
-) -> Iterator[tuple[str, str]]:
+def find_warnings(groups: Sequence[Group]) -> Iterator[tuple[str, str]]:
     """What a reader may take for better than it is, after the title of the table that
     it is about, which is empty if it is about all."""
     for group in groups:
         yield from (("", text) for text in _warn_samples(group))
-    names = [name for name in COLUMNS if any(name in row.scores for row in rows)]
+    known = {name for group in groups for row in group.rows for name in row.scores}
+    names = [name for name in COLUMNS if name in known]
     # published protocols first
     names.sort(key=lambda name: counterpart_of(name) is None)
-    for index in range(len(groups)):
-        members = members_of(rows, index)
+    for group in groups:
         for name in names:
-            for text in _warn_score(members, name, names):
+            for text in _warn_score(group.rows, name, names):
                 yield column_of(name).table, text
-        for row in members:
+        for row in group.rows:
             listed = [name for name in TOP if row.has(name)]
             if listed and row.top_ties > TIED_SHARE:
                 titles = ", ".join(column_of(name).title for name in listed)
@@ -117,7 +115,7 @@ def find_warnings(
                     f" {'are means' if len(listed) > 1 else 'is the mean'} over their orders,"
                     " and partly chance."
                 )
-        for row in members:
+        for row in group.rows:
             if row.mean("negative") > 0:
                 yield column_of("negative").table, (
                     f"{row.name}: {100 * row.mean('negative'):.1f} % of its maps have no"

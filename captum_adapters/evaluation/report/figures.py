@@ -22,7 +22,7 @@ from captum_adapters.curves import LINE_STYLES, plot_curves
 from captum_adapters.evaluation.columns import column_of
 from captum_adapters.evaluation.names import base_of
 from captum_adapters.evaluation.records import SampleRecord
-from captum_adapters.evaluation.report.aggregate import Group, Row, members_of, span
+from captum_adapters.evaluation.report.aggregate import Group, Row, span
 from captum_adapters.evaluation.report.tables import format_number, scale_of, wrap
 
 if TYPE_CHECKING:
@@ -95,9 +95,9 @@ def _collect(row: Row, key: str, where: str) -> tuple[list[str], np.ndarray, np.
     return curves.index[finite].tolist(), y[finite], x[finite]
 
 
-def _draw(report: "Report", members: Sequence[Row], panel: Panel) -> Optional[Picture]:
+def _draw(report: "Report", group: Group, panel: Panel) -> Optional[Picture]:
     """Mean curves of methods, with bands."""
-    shown = [row for row in members if any(len(row.arrays(key)) for key in panel.curves)]
+    shown = [row for row in group.rows if any(len(row.arrays(key)) for key in panel.curves)]
     methods = [row for row in shown if not row.control]
     # those without a mean come last
     rank = {row.name: -row.quality(panel.score) for row in methods if row.has(panel.score)}
@@ -120,7 +120,7 @@ def _draw(report: "Report", members: Sequence[Row], panel: Panel) -> Optional[Pi
             counts.add(len(names))
             if row is shown[0]:
                 first = {*names}
-            clusters = report.groups[row.group].clusters(names, report.clusters)
+            clusters = group.clusters(names, report.clusters)
             plot_curves(
                 {row.name: curves}, positions, axes=axes, confidence=report.confidence,
                 clusters=clusters, n_resamples=1000,
@@ -182,16 +182,16 @@ def draw_curves(report: "Report") -> dict[str, Picture]:
     """Curves of the ten best methods and all controls, by a name for their file."""
     pictures = {}
     several = len(report.groups) > 1
-    for index, group in enumerate(report.groups):
+    for number, group in enumerate(report.groups, 1):
         panels = dict(PANELS)
         for key in sorted({str(key) for run in group.runs for key in run.curves}):
             if key.startswith("cross_accuracy:"):
                 title = f"Accuracy of {key.partition(':')[2]} with the top p %"
                 panels[key] = Panel(title, {key: title}, KEPT, "")
         for key, panel in panels.items():
-            picture = _draw(report, members_of(report.rows, index), panel)
+            picture = _draw(report, group, panel)
             if picture is not None:
-                name = re.sub(r"[^\w.-]+", "_", key) + f"_{index + 1}" * several
+                name = re.sub(r"[^\w.-]+", "_", key) + f"_{number}" * several
                 title = panel.title + f" ({group.name})" * several
                 pictures[name] = picture._replace(title=title)
     return pictures
@@ -230,9 +230,9 @@ class Montage(NamedTuple):
 def make_montages(report: "Report") -> list[Montage]:
     """For each group, images from best to worst with the maps of at most 8 methods."""
     found, primary = [], report.primary or ""
-    for index, group in enumerate(report.groups):
+    for group in report.groups:
         title = f"Examples of {group.name}" if len(report.groups) > 1 else ""
-        scored = [row for row in members_of(report.rows, index) if row.has(primary)]
+        scored = [row for row in group.rows if row.has(primary)]
         rows = [row for row in scored if not row.control] or scored
         if rows:
             found.append(_make_montage(group, rows, primary, title))

@@ -1,5 +1,6 @@
 """Reports on runs of the evaluator: comparisons, and all that there is to say."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -15,9 +16,8 @@ from captum_adapters.evaluation.report.aggregate import (
     STATISTICS,
     Group,
     Row,
-    build_rows,
+    add_rows,
     group_runs,
-    members_of,
     settings_of,
     span,
 )
@@ -53,7 +53,6 @@ class Report(NamedTuple):
     Attributes:
 
         groups (tuple[Group]): Groups of comparable runs.
-        rows (tuple[Row]): Methods of each group, followed by its controls.
         columns (tuple[str]): Names of the scores that any method has.
         primary (str or None): Name of the score by which methods are compared.
         confidence (float): Level of confidence of intervals.
@@ -67,7 +66,6 @@ class Report(NamedTuple):
     """
 
     groups: tuple[Group, ...]
-    rows: tuple[Row, ...]
     columns: tuple[str, ...]
     primary: Optional[str]
     confidence: float
@@ -83,6 +81,11 @@ class Report(NamedTuple):
         """All runs."""
         return [run for group in self.groups for run in group.runs]
 
+    @property
+    def rows(self) -> list[Row]:
+        """Methods of each group, followed by its controls."""
+        return [row for group in self.groups for row in group.rows]
+
     def frame(self) -> pd.DataFrame:
         """All means with their intervals and numbers of examples, a row for a method."""
         wanted = [f"{name} {what}" for name in self.columns for what in STATISTICS]
@@ -90,7 +93,7 @@ class Report(NamedTuple):
         for row in self.rows:
             means = row.statistics.reindex(self.columns).fillna({"examples": 0})
             line = {
-                "run": self.groups[row.group].name,
+                "run": row.group,
                 "method": row.name,
                 "kind": row.kind,
                 "examples": len(row.scores),
@@ -111,7 +114,7 @@ class Report(NamedTuple):
         """A table of all rows, but for those without any cell."""
         several = len(self.groups) > 1
         lines = [
-            {"Run": self.groups[row.group].name, "Method": row.name, "Kind": row.kind, **line}
+            {"Run": row.group, "Method": row.name, "Kind": row.kind, **line}
             for row, line in zip(self.rows, cells)
             if line
         ]
@@ -154,14 +157,13 @@ class Report(NamedTuple):
     def _marks(self, table: Table, names: Sequence[str]) -> pd.DataFrame:
         """Which means are the best of all methods, or of controls that are as good."""
         marks = pd.DataFrame("", table.frame.index, table.frame.columns)
-        rows = {row.name: row for row in self.rows}
         for name in [name for name in names if column_of(name).sign]:
-            for place, text in enumerate(table.frame["Method"]):
-                row = rows[text]
-                group = [each for each in members_of(self.rows, row.group) if each.has(name)]
-                others = [each.quality(name) for each in group if not each.control]
-                if others and row.quality(name) >= max(others):
-                    marks.loc[place, column_of(name).heading] = "above" if row.control else "best"
+            for group in self.groups:
+                scored = [row for row in group.rows if row.has(name)]
+                best = max([row.quality(name) for row in scored if not row.control], default=math.inf)
+                for row in [row for row in scored if row.quality(name) >= best]:
+                    places = table.frame["Method"] == row.name
+                    marks.loc[places, column_of(name).heading] = "above" if row.control else "best"
         return marks
 
     def _counts(self, names: Sequence[str]) -> list[str]:
@@ -180,7 +182,7 @@ class Report(NamedTuple):
         """Tables of the significance of differences."""
         found = []
         for item in self.significance:
-            where = f" ({self.groups[item.group].name})" if len(self.groups) > 1 else ""
+            where = f" ({item.group})" if len(self.groups) > 1 else ""
             lines = []
             for each in item.results:
                 like = scale_of(each.mean, each.baseline_mean)
@@ -295,7 +297,7 @@ class Report(NamedTuple):
     def significance_csv(self) -> str:
         """All comparisons with all digits."""
         lines = [
-            [self.groups[item.group].name, item.column, *result]
+            [item.group, item.column, *result]
             for item in self.significance
             for result in item.results
         ]
@@ -387,13 +389,14 @@ def summarize(
         largest = max(len(group.samples) for group in groups)
         n_resamples = max(1999, min(9999, 10**8 // max(largest, 1)))
     options = {"confidence": confidence, "n_resamples": n_resamples}
-    rows = build_rows(groups, clusters, messages, **options)
-    messages[:0] = find_gaps(groups, rows)
+    groups = add_rows(groups, clusters, messages, **options)
+    rows = [row for group in groups for row in group.rows]
+    messages[:0] = find_gaps(groups)
     known = {name for row in rows for name in row.statistics.index}
     names = [*filter(known.__contains__, COLUMNS), *sorted(known - {*COLUMNS})]
     chosen = choose_primary(rows, primary, messages)
-    significance = compare_rows(groups, rows, chosen, baseline, clusters, messages, **options)
-    beside = dict.fromkeys(find_warnings(groups, rows))
+    significance = compare_rows(groups, chosen, baseline, clusters, messages, **options)
+    beside = dict.fromkeys(find_warnings(groups))
     warnings += [text for _, text in beside]
     for group in groups if clusters else ():
         labels = {sample.label for sample in group.samples.values()} - {None}
@@ -411,7 +414,7 @@ def summarize(
         if unknown:
             messages.append(f"There are no printed figures of the preset {unknown}.")
     return Report(
-        tuple(groups), tuple(rows), tuple(names), chosen, confidence, clusters,
+        tuple(groups), tuple(names), chosen, confidence, clusters,
         tuple(significance), tuple(dict.fromkeys(warnings)), tuple(dict.fromkeys(messages)),
         tuple(presets), tuple(beside),
     )

@@ -6,14 +6,14 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 
 from captum_adapters.evaluation.columns import COLUMNS, column_of
-from captum_adapters.evaluation.report.aggregate import Group, Row, members_of
+from captum_adapters.evaluation.report.aggregate import Group, Row
 from captum_adapters.statistics import Comparison, compare
 
 
 class Significance(NamedTuple):
     """All methods of a group compared with one of them."""
 
-    group: int
+    group: str  # its name
     column: str  # name of the score
     baseline: str  # name of the row that others are compared with
     results: tuple[Comparison, ...]
@@ -62,21 +62,21 @@ def _choose_baseline(
 
 
 def compare_rows(
-    groups: Sequence[Group], rows: Sequence[Row], primary: Optional[str],
-    baseline: Optional[str], clusters: Optional[str], messages: list[str], **options: Any,
+    groups: Sequence[Group], primary: Optional[str], baseline: Optional[str],
+    clusters: Optional[str], messages: list[str], **options: Any,
 ) -> list[Significance]:
     """Compare the methods of each group with the best baseline."""
     if primary is None:
         return []
-    names = {name for row in rows for name in (row.name, row.method)}
-    if baseline is not None and baseline not in names:
+    rows = [row for group in groups for row in group.rows]
+    if baseline is not None and not any(baseline in (row.name, row.method) for row in rows):
         raise ValueError(
             f"baseline={baseline!r} is not among the methods"
             f" {', '.join(row.name for row in rows)}."
         )
     found = []
-    for index, group in enumerate(groups):
-        members = [row for row in members_of(rows, index) if row.has(primary)]
+    for group in groups:
+        members = [row for row in group.rows if row.has(primary)]
         other = _choose_baseline(members, primary, baseline, messages)
         if len(members) < 2 or other is None:
             if members:
@@ -93,5 +93,5 @@ def compare_rows(
             continue
         labels = group.clusters(samples.tolist(), clusters)
         results = compare(scores, other.name, labels, **options)
-        found.append(Significance(index, primary, other.name, tuple(results)))
+        found.append(Significance(group.name, primary, other.name, tuple(results)))
     return found
