@@ -281,7 +281,7 @@ def test_tuples():
             self.conv = torch.nn.Conv2d(3, 3, 1)
 
         def forward(self, x):
-            '''Several tensors, one of which has no relevance.'''
+            '''Several tensors. One has no relevance.'''
             return x, {'features': self.conv(x), 'count': 3, 'index': torch.zeros(2, dtype=torch.long)}
 
     class Model(torch.nn.Module):
@@ -437,7 +437,7 @@ def test_bad_calls():
     for layer, error, message in (
         (torch.nn.ReLU(), ValueError, 'layer ReLU is not part of the model UserNetwork'),
         ('stem.weight', ValueError, '\'stem.weight\' did not run'),
-        # of a wrapped network, of which names begin after the wrapper's
+        # of a wrapped network, whose names begin after the wrapper's
         ('module.stem', ValueError, "as there is none: did you mean 'stem'\\?$"),
         ('module.addition', ValueError, "did you mean 'addition'\\?$"),
         ('?', ValueError, "as there is none: choose one of 'stem', "),
@@ -647,7 +647,7 @@ def test_embedding(composite, frozen):
         if composite.startswith('resnet'):
             assert delta.abs().max() < 1e-9
         assert torch.equal(method.attribute(words.int(), target=[1, 2, 3], internal_batch_size=2), relevance)
-    # further layers, their inputs, and layers in a branch of which the other one has its share
+    # further layers, their inputs, and layers in a branch, where the other branch has its share
     several = LayerRelevance(model, ['embedding', 'first', 'head'], composite).attribute(words, target=[1, 2, 3])
     assert torch.allclose(several[0], expected) and several[1].any() and several[2].shape == (3, 4)
     inputs = LayerRelevance(model, model.first, composite).attribute(

@@ -60,7 +60,7 @@ MODELS = {
 
 
 def build_model(dtype=torch.float64, name='user'):
-    '''A model of which some parameters are frozen and some modules have in-place activations.'''
+    '''A model with some frozen parameters, and in-place activations in some modules.'''
     torch.manual_seed(1)
     model = MODELS[name]()
     model = randomize(model.to(dtype).eval())
@@ -433,7 +433,7 @@ def test_folded_weights(monkeypatch):
 def test_checkpointing(name):
     '''A part that runs again in the backward pass does so with its own weights, and rules with the folded ones.'''
     class Checkpointed(torch.nn.Module):
-        '''A module of which activations are not kept.'''
+        '''A module whose activations are not kept.'''
         def __init__(self, module):
             super().__init__()
             self.module = module
@@ -613,7 +613,7 @@ def test_autocast(name):
 
 
 def test_half_precision_model():
-    '''A model of which the parameters are in half precision.'''
+    '''A model whose parameters are in half precision.'''
     model, input = build_model(torch.bfloat16), images(dtype=torch.bfloat16)
     relevance = attribute(model, ResNetLRP(), input)
     assert bool(relevance.isfinite().all())

@@ -153,7 +153,7 @@ def test_exported():
 
 
 class Condition(nn.Module):
-    '''An image and a vector, of which one is a gate for the other.'''
+    '''An image and a vector. One is a gate for the other.'''
 
     def __init__(self, product, sigmoid=torch.sigmoid):
         super().__init__()

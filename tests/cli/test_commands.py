@@ -561,7 +561,7 @@ def test_named_weights(monkeypatch):
     input = classifier.transform(photo)
     assert input.shape == (3, 224, 224)
     assert not classifier.model.training
-    # the shorter side is resized to 256, of which the center is cropped
+    # the shorter side is resized to 256, and the center is cropped
     np.testing.assert_allclose(classifier.photo(input), np.asarray(photo.crop((16, 16, 240, 240))), atol=1)
     low, high = classifier.bounds()
     assert bool((input[None] >= low - 1e-6).all()) and bool((input[None] <= high + 1e-6).all())

@@ -261,7 +261,7 @@ class Scale(torch.autograd.Function):
 
 
 class Scaled(nn.Module):
-    '''A trainable weight, of which a view enters a function with a backward of its own.'''
+    '''A trainable weight. A view of it enters a function with a backward of its own.'''
     def __init__(self, shape):
         super().__init__()
         self.linear, self.head = nn.Linear(4, 6, bias=False), nn.Linear(6, 2, bias=False)
@@ -566,7 +566,7 @@ def test_block_lrp(epsilon):
 
 
 def test_rule_of_container():
-    '''A rule for a module that contains others makes it one layer, of which nothing inside is told.'''
+    '''A rule for a module that contains others makes it one layer, without rows for what is inside.'''
     inner = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Sequential(nn.ReLU(), nn.Linear(4, 3, bias=False)))
     model = nn.Sequential(inner, nn.Sequential(nn.Linear(3, 2))).double()
     composite = NameMapComposite([(['0', '0.1'], rules.Epsilon(.1)), (['0.0', '0.1.1', '1.0'], rules.Epsilon(.2))])
@@ -788,7 +788,7 @@ def test_where_nan_appears():
 
 
 def cancelling():
-    '''A network and composite of which one layer doubles relevance, and another halves it.'''
+    '''A network and composite: one layer doubles relevance, another halves it.'''
     def multiply(factor):
         rule = rules.Epsilon(1e-12)
         mapper = rule.gradient_mapper

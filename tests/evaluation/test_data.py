@@ -454,7 +454,7 @@ def test_mask_is_where_the_object_is(tmp_path, transform, suffix, orientation):
 
 
 def shift(photo):
-    '''A transform of which black is brighter than white, and both are negative.'''
+    '''A transform that makes black brighter than white, and both negative.'''
     return -5 - functional.to_tensor(photo)
 
 
@@ -573,7 +573,7 @@ def test_loader(tmp_path):
 
 
 def test_boxes_of_another_kind(tmp_path):
-    '''Boxes of which most are not of left, top, right and bottom are refused when they are read.'''
+    '''Boxes are refused when they are read if most are not of left, top, right and bottom.'''
     touch(tmp_path, 'a.png', 'b.png')
     text = 'image,label,x0,y0,x1,y1\na.png,church,30,20,10,5\nb.png,tench,40,9,12,6\n'
     with pytest.raises(ValueError, match='width and height'):

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.once
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory, assets):
-    '''Folder with some images, of which one is broken.'''
+    '''Folder with some images. One is broken.'''
     folder = tmp_path_factory.mktemp('photos')
     for number in range(3):
         shutil.copy(assets / 'images' / 'circle' / f'{number}.png', folder)

@@ -30,7 +30,7 @@ def file_of(batch, method='a'):
 
 
 def records(*names, problem=None, heatmap=True, **scores):
-    '''Records of samples, of which the last one may have a problem.'''
+    '''Records of samples. The last one may have a problem.'''
     heatmap = np.arange(-127, 128, dtype=np.int8).reshape(15, 17) if heatmap else None
     curve, found = np.array([0., 0.1, 1 / 3], np.float32), []
     for number, name in enumerate(names):

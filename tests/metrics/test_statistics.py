@@ -276,7 +276,7 @@ def test_compare(rng):
     assert results == compare(scores, 'b', confidence=0.5)
     assert results != compare(scores, 'b', confidence=0.5, seed=1)
     assert list(results[0]._asdict()) == list(Comparison._fields)
-    # a cluster of which nothing is left
+    # a cluster with nothing left
     result = one(scores['b'], scores['a'], [0] * 3 + [1] * 17 + [2] * 20)
     assert result.num_clusters == 2 and result.p_value in (0.5, 1)
 
