@@ -369,7 +369,7 @@ def test_operations():
         expected, = (row.leaves for row in ledger.rows if row.name == name)
         assert torch.allclose(sum(part.sum((1, 2, 3)) for part in elem), expected, rtol=1e-9)
     assert not any('addition' in name for name, _ in model.named_modules())
-    with pytest.raises(ValueError, match="'aditon' did not run, as there is none: did you mean 'addition"):
+    with pytest.raises(ValueError, match="'aditon' did not run, as nothing has this name: did you mean 'addition"):
         LayerRelevance(model, 'aditon').attribute(x, target=1)
     with pytest.raises(ValueError, match=r"'addition' did not run, .*: choose one of 'stem', .*, \.\.\.$"):
         LayerRelevance(model, 'addition', BlockLRP()).attribute(x, target=1)
@@ -438,9 +438,9 @@ def test_bad_calls():
         (torch.nn.ReLU(), ValueError, 'layer ReLU is not part of the model UserNetwork'),
         ('stem.weight', ValueError, '\'stem.weight\' did not run'),
         # of a wrapped network, whose names begin after the wrapper's
-        ('module.stem', ValueError, "as there is none: did you mean 'stem'\\?$"),
+        ('module.stem', ValueError, "as nothing has this name: did you mean 'stem'\\?$"),
         ('module.addition', ValueError, "did you mean 'addition'\\?$"),
-        ('?', ValueError, "as there is none: choose one of 'stem', "),
+        ('?', ValueError, "as nothing has this name: choose one of 'stem', "),
     ):
         with pytest.raises(error, match=message):
             LayerRelevance(model, layer).attribute(x, target=1)

@@ -92,7 +92,7 @@ def scale_in_place(x):
 
 
 def test_unseen_change():
-    '''What can not be followed is an error.'''
+    '''What cannot be followed is an error.'''
     class Model(nn.Module):
         '''A layer that is scaled by a scripted function.'''
         def __init__(self):

@@ -82,7 +82,7 @@ def attribute(model, composite, input, target=1):
 
 
 class BadHook(Hook):
-    '''A hook which can not be registered.'''
+    '''A hook which cannot be registered.'''
     def copy(self):
         '''Copy of the hook.'''
         return BadHook()
@@ -249,7 +249,7 @@ def test_exception_in_backward(build, error):
     pytest.param(build, id=name) for name, build in COMPOSITES.items() if name != 'canonizer'
 ])
 def test_bad_hook(build):
-    '''A hook that can not be registered when the context is entered.'''
+    '''A hook that cannot be registered when the context is entered.'''
     model = build_model()
     snapshot = Snapshot(model)
     with pytest.raises(ZeroDivisionError):
@@ -259,7 +259,7 @@ def test_bad_hook(build):
 
 @pytest.mark.parametrize('name', ['pass', 'merge'])
 def test_bad_hook_of_addition(name):
-    '''A hook that can not be registered when an addition is found raises each time.'''
+    '''A hook that cannot be registered when an addition is found raises each time.'''
     model = build_model()
     snapshot = Snapshot(model)
     with Gradient(model=model, composite=COMPOSITES[name](layer_map=[(Addition, BadHook())])) as attributor:

@@ -72,7 +72,7 @@ def test_regions(name, composite):
 
 @pytest.mark.parametrize('name', REGIONS)
 def test_relative_regions(name):
-    '''Contributions can not be compared where regions take the place of examples.'''
+    '''Contributions cannot be compared where regions take the place of examples.'''
     model = build(lambda h, net: REGIONS[name](h, net).reshape(len(h), -1))
     with pytest.raises(ValueError, match='one at a time'):
         explain(model, images(), RelativeLRP())

@@ -264,7 +264,7 @@ def test_further_arguments():
 
 
 def test_checkpointed_function():
-    '''Functions that checkpointing runs again can not be followed, which is an error instead of other relevance.'''
+    '''Functions that checkpointing runs again cannot be followed, which is an error instead of other relevance.'''
     class Checkpointed(Net):
         '''A block in a function.'''
         def inner(self, x):
@@ -588,7 +588,7 @@ def test_relative_in_float16(autocast):
             model(input)
 
 
-# -- training, and functions that can not be looked into ---------------------------------------------------------------
+# -- training, and functions that cannot be looked into ----------------------------------------------------------------
 
 class DropPath(nn.Identity):
     '''Stochastic depth, as many networks have a class of this name.'''
@@ -668,12 +668,12 @@ def test_attention_in_training(create):
 
 @torch.jit.script
 def scripted_sum(x, y):
-    '''An addition which can not be intercepted.'''
+    '''An addition which cannot be intercepted.'''
     return x + y
 
 
 class Sum(nn.Module):
-    '''A module with an addition which can not be intercepted.'''
+    '''A module with an addition which cannot be intercepted.'''
     def forward(self, x):
         '''Add something.'''
         return scripted_sum(x, x.relu())
@@ -698,13 +698,13 @@ def test_hidden_addition(create, name):
 
 @torch.jit.script
 def scripted_double(x):
-    '''A product which can not be intercepted.'''
+    '''A product which cannot be intercepted.'''
     return x * 2.
 
 
 @torch.jit.script
 def scripted_sigmoid(x):
-    '''A sigmoid which can not be intercepted.'''
+    '''A sigmoid which cannot be intercepted.'''
     return x.sigmoid()
 
 

@@ -182,7 +182,7 @@ def test_changed_before_the_backward_pass(name, path):
 
 @pytest.mark.parametrize('name', SINGLE_PASS)
 def test_parametrized_at_random(name):
-    '''A weight that is computed anew whenever it is asked for is that of the call.'''
+    '''A weight that is computed whenever it is asked for is that of the call.'''
     class Noise(nn.Module):
         '''Another weight each time.'''
         def forward(self, weight):

@@ -300,7 +300,7 @@ class Transposed(nn.Module):
 
 
 def test_no_examples():
-    '''Layers are not told apart if what passes between them can not be summed for each example.'''
+    '''Layers are not told apart if what passes between them cannot be summed for each example.'''
     model, input = Transposed().double(), torch.randn(3, 5, 4, dtype=torch.float64)
     composite = LayerMapComposite([(nn.Linear, rules.Epsilon())])
     ledger = conservation_ledger(model, input, composite)
@@ -474,7 +474,7 @@ def test_zplus(dead_units, stabilizer):
 
 
 def test_spread_without_inputs():
-    '''Relevance of units that read nothing but padding can not be spread.'''
+    '''Relevance of units that read nothing but padding cannot be spread.'''
     module = nn.Conv2d(1, 1, 1, padding=1, bias=False).double()
     with torch.no_grad():
         module.weight.fill_(1.)

@@ -158,7 +158,7 @@ def test_damaged(store, content):
 
 @pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() == 0, reason='root may write everywhere')
 def test_read_only(store):
-    '''A folder that can not be written is an error, but can be read.'''
+    '''A folder that cannot be written is an error, but can be read.'''
     store.write_records(0, 'a', records('a'))
     store.records.chmod(0o500)
     try:
@@ -170,7 +170,7 @@ def test_read_only(store):
 
 
 def test_no_folder(tmp_path):
-    '''A folder that can not be made is an error.'''
+    '''A folder that cannot be made is an error.'''
     (tmp_path / 'file').write_text('')
     with pytest.raises(RunError, match=str(tmp_path / 'file' / 'run')):
         Store(tmp_path / 'file' / 'run', SETTINGS, NAMES)

@@ -48,7 +48,7 @@ def test_interval_scipy(rng, method, size):
 
 
 def test_draws_are_shared(rng, monkeypatch):
-    '''All scores of as many examples are resampled by the same draws, as if these were drawn anew.'''
+    '''All scores of as many examples are resampled by the same draws, as if these were drawn again.'''
     values = rng.exponential(size=(3, 40, 2))
     statistics._kept_draws.cache_clear()
     kept = [bootstrap_interval(each, n_resamples=500) for each in values]

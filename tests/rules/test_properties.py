@@ -142,7 +142,7 @@ def layers(draw, kinds=KINDS, signs=('positive', 'signed', 'dead'), dtypes=DTYPE
         padding = tuple(draw(st.integers(0, span)) for span in spans)
         total = tuple(2 * pad for pad in padding)
     sizes = tuple(
-        # padding with what is there can not be wider than that
+        # padding with what is there cannot be wider than that
         max(span - pads, 1 if mode == 'zeros' else span + 1) + more for span, pads, more in zip(spans, total, extra)
     )
     module = CONV[num](*widths, kernel, stride, padding, padding_mode=mode, **options)
