@@ -1,6 +1,6 @@
 '''Cost of composites as a ratio to one input gradient of the same batch, in the same run.
 
-Each round times one plain gradient and one attribution of every composite in turn, such that the machine's drift hits
+Each round times one plain gradient and one attribution of every composite in turn, so that the machine's drift hits
 all alike; the ratio's median over the rounds is printed. Peak memory is that of a process which does nothing else.
 '''
 import argparse

@@ -262,7 +262,7 @@ def make_mosaics(halves, results, size, count, options, focus=False):
 
 
 def tasks_of(study, results):
-    '''All that is to be computed, such that all measures make progress: (measure, half, item, input).'''
+    '''All that is to be computed, in an order in which all measures make progress: (measure, half, item, input).'''
     options, photos = study.options, study.photos
     halves = in_halves(photos)
     for begin in range(0, len(photos), options.batch):

@@ -1,6 +1,6 @@
 '''Cost of several classes by one forward pass, as a ratio to one attribution and to one input gradient in the same run.
 
-Each round times all of them in turn, such that the machine's drift hits all alike. Ratios are those of the minima.
+Each round times all of them in turn, so that the machine's drift hits all alike. Ratios are those of the minima.
 '''
 import argparse
 import time

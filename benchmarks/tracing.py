@@ -1,6 +1,6 @@
 '''Cost of eager, traced and compiled attributions as a ratio to one eager gradient of the same batch, in the same run.
 
-Each round times everything in turn, such that the machine's drift hits all alike, and the smallest ratio of the rounds
+Each round times everything in turn, so that the machine's drift hits all alike, and the smallest ratio of the rounds
 to their smallest gradient is printed.
 '''
 import argparse

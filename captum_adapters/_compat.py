@@ -1,7 +1,7 @@
 """Private names of Captum and torch-cam. Those of PyTorch and Zennit are in
 :mod:`zennit_resnet._compat` and :mod:`zennit_resnet._autograd`.
 
-There is none of Captum 0.9.0: what it keeps private is written out in
+No private parts of Captum 0.9.0 are used: they are written out in
 :mod:`captum_adapters._validation`. Checked with torch-cam 0.5.0.
 `tests/test_compat_captum.py` fails if something moves, or behaves in another way.
 """

@@ -66,7 +66,7 @@ NAIVE = {
 @pytest.mark.parametrize('value', [None, 'logit', 'softmax', 'one'])
 @pytest.mark.parametrize('contrast', NAIVE)
 def test_contrasts(contrast, value):
-    '''Weights, of which the sum is zero, times a value of each class.'''
+    '''Weights, whose sum is zero, times a value of each class.'''
     targets = [2, 1, 0, 2]
     weights = torch.tensor([NAIVE[contrast](y.tolist(), t) for y, t in zip(OUTPUT, targets)], dtype=torch.float64)
     assert weights.sum(1).abs().max() < 1e-12

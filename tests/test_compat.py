@@ -346,7 +346,7 @@ def test_registering_composite(kind):
 
 
 def test_is_replacing():
-    '''Zennit removes a composite before it registers it anew.'''
+    '''Zennit removes a composite before it registers it again.'''
     class Replaced(Composite):
         '''Asks when it is removed.'''
         def remove(self):

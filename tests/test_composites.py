@@ -41,7 +41,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class TinyResNet(ResNet):
-    '''A ResNet of few channels, of which some blocks have an identity skip and some a projection.'''
+    '''A ResNet of few channels. Some blocks have an identity skip and some a projection.'''
     def __init__(self, block, layers=(2, 2), width=4, **kwargs):
         torch.nn.Module.__init__(self)
         self._norm_layer = torch.nn.BatchNorm2d
@@ -476,7 +476,7 @@ def test_with_splitting_conserves():
     ])
     model, input = make_model(), make_input(2)
     for elem in model.modules():
-        # no dead units, of which Zennit's rule loses the relevance
+        # no dead units, whose relevance Zennit's rule loses
         if isinstance(elem, (torch.nn.Conv2d, torch.nn.Linear)):
             elem.weight.data[:, 0].abs_()
     relevance = attribute(model, with_splitting(composite), input)[1]

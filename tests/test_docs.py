@@ -97,7 +97,7 @@ def test_block(block, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('path', PAGES, ids=page_id)
 def test_all_blocks_run(path):
-    '''No block of Python is written such that it is not found above.'''
+    '''No block of Python is written in a way that is not found above.'''
     written = re.findall(r'^[ >]*(?:```+|~~~+) *(?:\{[\w-]+\} *)?(?:py|ipy)', TEXTS[path], re.M | re.I)
     assert len(written) == len(BLOCK.findall(TEXTS[path]))
     assert not re.search(r'^ *>>> ', TEXTS[path], re.M)

@@ -41,7 +41,7 @@ def read_table(path):
 
 
 def save_weights(path, name, num_classes=3):
-    '''Save random weights of a network, of which the large layers of a VGG are the same in all rows to be small.'''
+    '''Save random weights of a network. Large layers, as in a VGG, are the same in all rows, to be small.'''
     from torchvision.models import get_model
     torch.manual_seed(len(str(path)))
     with torch.device('meta'):
@@ -220,7 +220,7 @@ def test_range_of_what_overflows(common, tmp_path):
 
 
 class Linear(torch.nn.Module):
-    '''A network of which relevance is known.'''
+    '''A network with known relevance.'''
     def __init__(self):
         super().__init__()
         self.linear = torch.nn.Linear(3 * 4, 2, bias=False)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.once
 
 @pytest.fixture(name='model', scope='module')
 def fixture_model():
-    '''The network, some channels of which are never active.'''
+    '''The network. Some of its channels are never active.'''
     torch.manual_seed(0)
     model = randomize(TinyResNet(5)).eval()
     with torch.no_grad():

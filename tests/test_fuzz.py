@@ -337,7 +337,7 @@ def odd_images():
     if 'JPEG2000' in Image.SAVE:
         rows.append(('photo.jp2', image, {}, COLOR))
     if int(PIL.__version__.split('.', 1)[0]) >= 13:
-        # which Pillow 12, the last one for Python 3.10, writes but can not read
+        # which Pillow 12, the last one for Python 3.10, writes but cannot read
         rows.append(('ycbcr.tif', image.convert('YCbCr'), {}, COLOR))
     return rows
 
@@ -578,7 +578,7 @@ def test_damaged_weights(tmp_path_factory, kind, how):
 
 @pytest.fixture(name='checkpoints')
 def fixture_checkpoints(tmp_path, monkeypatch):
-    '''Where torchvision looks for weights before it downloads them, which it can not.'''
+    '''Where torchvision looks for weights before it downloads them, which it cannot.'''
     monkeypatch.setattr(torch.hub, '_hub_dir', None)
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
     monkeypatch.setattr('torch.hub.download_url_to_file', lambda *args, **kwargs: pytest.fail('it is not found'))

@@ -17,7 +17,7 @@ from zennit_resnet.image import (
 
 
 def quadrants():
-    '''An upright picture of which all corners differ: red, green, blue and gray.'''
+    '''An upright picture whose corners all differ: red, green, blue and gray.'''
     picture = np.zeros((32, 48, 3), dtype=np.uint8)
     picture[:16, :24, 0] = 200
     picture[:16, 24:, 1] = 200

@@ -259,7 +259,7 @@ def test_golden_c3(arrays, settings, case):
 
 @pytest.mark.parametrize('shape', [(28, 28), (5, 3), (40, 33), (1, 1)])
 def test_reduce(shape):
-    '''Each cell is the mean of fine pixels of which it has a whole number, for enlarging too, and the mean is kept.'''
+    '''Each cell is the mean of a whole number of fine pixels, for enlarging too, and the mean is kept.'''
     heatmap = torch.randn(2, *shape, dtype=torch.float64)
     output = reduce_heatmap(heatmap, (6, 4))
     fine = heatmap.repeat_interleave(6, 1).repeat_interleave(4, 2)
@@ -322,7 +322,7 @@ def test_component_order():
         '....##...',
     )
     assert largest_component(mask).nonzero().tolist() == [[0, 0, 7], [0, 0, 8]]
-    # OpenCV labels blocks of 2 x 2, of which the left one is the first
+    # OpenCV labels blocks of 2 x 2, and the left one is the first
     mask = picture('....##', '##....')
     assert largest_component(mask).nonzero().tolist() == [[0, 0, 4], [0, 0, 5]]
     mask = picture('..##', '##..')

@@ -359,7 +359,7 @@ def test_metric(quantus):
 
 
 def test_randomization(quantus):
-    '''Metrics that change the model or the target explain anew, for that model.'''
+    '''Metrics that change the model or the target explain again, for that model.'''
     model = network()
     state = {key: value.clone() for key, value in model.state_dict().items()}
     calls = []

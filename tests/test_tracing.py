@@ -94,7 +94,7 @@ def test_operations(name):
 
 
 class Weighting(nn.Module):
-    '''Applies a function to two layers, one of which may weight the other.'''
+    '''Applies a function to two layers. One may weight the other.'''
     def __init__(self, function):
         super().__init__()
         self.conv, self.other, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
@@ -273,7 +273,7 @@ def test_left_alone():
 
 
 def test_only_aten():
-    '''A graph has aten functions only, none of which keeps Python, and constants instead of what is done to weights.'''
+    '''A graph has aten functions only, which keep no Python, and constants instead of what is done to weights.'''
     traced = trace(network(), ResNetLRP(), torch.rand(1, 3, 32, 32).double())
     module, = traced.graphs.values()
     targets = [str(node.target) for node in module.graph.nodes if node.op == 'call_function']

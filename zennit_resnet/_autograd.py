@@ -121,12 +121,12 @@ def exponent_of(node):
 
 
 def rule_of(node):
-    '''The single-pass rule that is the backward function of a node, None if there is none.'''
+    '''The single-pass rule that is the backward function of a node, or None.'''
     return getattr(node, 'rule', None)
 
 
 def module_of(node):
-    '''The layer of that rule, None if there is none.'''
+    '''The layer of that rule, or None.'''
     return getattr(node, 'module', None)
 
 

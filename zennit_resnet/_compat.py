@@ -55,12 +55,12 @@ def is_view(tensor):
 
 
 def base_of(tensor):
-    '''The tensor that a tensor is a view of, None if there is none.'''
+    '''The tensor that a tensor is a view of, or None.'''
     return tensor._base
 
 
 def backward_pass():
-    '''Number of the backward pass that is running in this thread, -1 if there is none.'''
+    '''Number of the backward pass that is running in this thread, or -1.'''
     return torch._C._current_graph_task_id()
 
 
@@ -195,7 +195,7 @@ def origin_of_call(function):
 
 
 def module_around(frame):
-    '''The module whose method a frame runs, or is called by, None if there is none.'''
+    '''The module whose method a frame runs, or is called by, or None.'''
     owners = (elem.f_locals.get('self') for elem in _from(frame))
     return next((elem for elem in owners if isinstance(elem, torch.nn.Module)), None)
 
@@ -206,7 +206,7 @@ def is_running(frame):
 
 
 def registering_composite():
-    '''The composite of Zennit that is being registered, None if there is none. It does not tell its canonizers.'''
+    '''The composite of Zennit that is being registered, or None. It does not tell its canonizers.'''
     frames = _from(sys._getframe(1))
     return next((elem.f_locals['self'] for elem in frames if elem.f_code is Composite.register.__code__), None)
 

@@ -88,7 +88,7 @@ class Kept:
         if self.is_changed:
             raise RuntimeError(
                 f'A tensor of shape {tuple(self.tensor.shape)} which a rule needs was changed in place by an operation '
-                'that can not be followed, such as a scripted function: use one that is not in place.'
+                'that cannot be followed, such as a scripted function: use one that is not in place.'
             )
         return self.tensor
 
@@ -195,7 +195,7 @@ def note_copy(tensor, output):
 
 
 def replace(tensor, current):
-    '''Note that a tensor shall become another as soon as it is used.'''
+    '''Note that a tensor becomes another as soon as it is used.'''
     # a view may be the only reference to a part of another tensor
     reference = (lambda: tensor) if is_view(tensor) else weakref.ref(tensor)
     _STATE.replaced.setdefault(address_of(tensor), []).append((reference, current))

@@ -2,7 +2,7 @@
 import re
 from difflib import get_close_matches
 
-# Line breaks and other control characters, marks that change the direction of text, and what can not be encoded.
+# Line breaks and other control characters, marks that change the direction of text, and what cannot be encoded.
 UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')
 
 

@@ -55,7 +55,7 @@ def _with_canonizer(canonizers, batch_norm='pass', **options):
 
 
 class _Transaction(Described):
-    '''Composites which leave nothing behind if they can not be registered, or are lost.'''
+    '''Composites which leave nothing behind if they cannot be registered, or are lost.'''
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         # without a reference to itself, a composite is collected as soon as it is lost, and undoes what it did
@@ -96,7 +96,7 @@ class _LayerMap(_Transaction, LayerMapComposite):
         return arguments.describe(self, given=self.given)
 
     def mapping(self, ctx, name, module):
-        '''The rule for a module of a name, None if there is none.'''
+        '''The rule for a module of a name, or None.'''
         layer_map = self.layer_map if is_plain(module) else self.given['layer_map'] or []
         return next((rule for types, rule in layer_map if isinstance(module, types)), None)
 
@@ -337,7 +337,7 @@ class BlockLRP(_LayerMap):
         super().register(module)
 
     def mapping(self, ctx, name, module):
-        '''The rule of a block or layer, None if there is none.'''
+        '''The rule of a block or layer, or None.'''
         if not name:
             return GradientTimesInput()
         if self.find_block is not None and self.find_block(name, module):

@@ -82,7 +82,7 @@ def trace(model, composite, input, output=None, rule_dtype=None):
 class TracedAttribution(torch.nn.Module):
     '''What :py:func:`trace` has recorded: ``(input, initial_relevance) -> (output, relevance)``.
 
-    Weights are those of when it was traced. Another shape, type or device of the input is traced anew, once. Checks of
+    Weights are those of when it was traced. Another shape, type or device of the input is traced again, once. Checks of
     values, such as whether an input is within the bounds of ``first_layer='zbox'``, were made for the first input only.
     '''
     def __init__(self, network, composite, output=None, rule_dtype=None):

@@ -160,7 +160,7 @@ class CompositeAttribution(GradientAttribution):
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
             f"{type(self).__name__} cannot be pickled, as rules hold functions: pickle"
-            " the model, and create the object anew with it."
+            " the model, and create the object again with it."
         )
 
     def __copy__(self) -> "CompositeAttribution":

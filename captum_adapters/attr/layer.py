@@ -355,7 +355,7 @@ class _Recorder:
         names = [name for name, _ in self.root.named_modules() if name]
         # names are those within wrappers
         bare = re.sub(rf"^(module\.|{COMPILED_MODULE}\.)+", "", key)
-        return f", as there is none{suggest(bare, [bare] if bare in names else names)}"
+        return f", as nothing has this name{suggest(bare, [bare] if bare in names else names)}"
 
     def _name(self, key: Layer) -> str:
         return key if isinstance(key, str) else self.paths[key]

@@ -87,7 +87,7 @@ class RISE(PerturbationAttribution):
         """Args:
             inputs (Tensor or tuple[Tensor]): Images of shape (batch, channels, height,
                 width), or with one or three spatial dimensions instead. Each of several
-                tensors has masks of its own. What shall not be masked belongs into
+                tensors has masks of its own. What must not be masked belongs in
                 `additional_forward_args`.
             target, additional_forward_args: See :meth:`CompositeAttribution.attribute`.
             baselines (scalar, Tensor, tuple of scalar, or Tensor, optional): What is

@@ -1,6 +1,6 @@
 '''Train an attention branch network (Fukui et al. 2019) from a trained residual network, in minutes.
 
-The feature extractor, up to the third stage, stays as it is, including the statistics of its batch normalization. Thus
+The feature extractor, up to the third stage, stays as it is, including the statistics of its batch normalization. So
 its features are computed once, for each image and its mirror image, and kept in memory in half precision. On these,
 the attention branch, the last stage and the last layer are trained, with the sum of both branches' cross-entropies.
 

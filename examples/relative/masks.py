@@ -132,7 +132,7 @@ def main(parser):
 
 
 def find_label(item, classifier):
-    '''Index of the class that the label names, None if there is none.'''
+    '''Index of the class that the label names, or None.'''
     try:
         return classifier.find_class(item.label.replace('_', ' '))
     except ValueError:

@@ -88,7 +88,7 @@ def draw_readings(path, model, images, targets, photos):
         for values in maps.values():
             heatmap = draw_heatmap(values[num].numpy(), percentile=99)
             row.append(heatmap)
-            # the section of 56 x 56 pixels in which there is most, such that single pixels can be seen
+            # the section of 56 x 56 pixels in which there is most, so that single pixels can be seen
             if not row[1:-1]:
                 windows = torch.nn.functional.avg_pool2d(values[num][None], 56, 28)[0]
                 top, left = (28 * int(elem) for elem in divmod(int(windows.argmax()), windows.shape[1]))

@@ -593,7 +593,7 @@ class BrokenCanonizer(zennit.canonizers.Canonizer):
 
 
 def test_failing_registration():
-    '''Nothing remains if rules can not be attached.'''
+    '''Nothing remains if rules cannot be attached.'''
     model = network()
     state = state_of(model)
     instance = CompositeAttribution(model, Composite(canonizers=[

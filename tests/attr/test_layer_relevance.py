@@ -281,7 +281,7 @@ def test_tuples():
             self.conv = torch.nn.Conv2d(3, 3, 1)
 
         def forward(self, x):
-            '''Several tensors, one of which has no relevance.'''
+            '''Several tensors. One has no relevance.'''
             return x, {'features': self.conv(x), 'count': 3, 'index': torch.zeros(2, dtype=torch.long)}
 
     class Model(torch.nn.Module):
@@ -369,7 +369,7 @@ def test_operations():
         expected, = (row.leaves for row in ledger.rows if row.name == name)
         assert torch.allclose(sum(part.sum((1, 2, 3)) for part in elem), expected, rtol=1e-9)
     assert not any('addition' in name for name, _ in model.named_modules())
-    with pytest.raises(ValueError, match="'aditon' did not run, as there is none: did you mean 'addition"):
+    with pytest.raises(ValueError, match="'aditon' did not run, as nothing has this name: did you mean 'addition"):
         LayerRelevance(model, 'aditon').attribute(x, target=1)
     with pytest.raises(ValueError, match=r"'addition' did not run, .*: choose one of 'stem', .*, \.\.\.$"):
         LayerRelevance(model, 'addition', BlockLRP()).attribute(x, target=1)
@@ -437,10 +437,10 @@ def test_bad_calls():
     for layer, error, message in (
         (torch.nn.ReLU(), ValueError, 'layer ReLU is not part of the model UserNetwork'),
         ('stem.weight', ValueError, '\'stem.weight\' did not run'),
-        # of a wrapped network, of which names begin after the wrapper's
-        ('module.stem', ValueError, "as there is none: did you mean 'stem'\\?$"),
+        # of a wrapped network, whose names begin after the wrapper's
+        ('module.stem', ValueError, "as nothing has this name: did you mean 'stem'\\?$"),
         ('module.addition', ValueError, "did you mean 'addition'\\?$"),
-        ('?', ValueError, "as there is none: choose one of 'stem', "),
+        ('?', ValueError, "as nothing has this name: choose one of 'stem', "),
     ):
         with pytest.raises(error, match=message):
             LayerRelevance(model, layer).attribute(x, target=1)
@@ -647,7 +647,7 @@ def test_embedding(composite, frozen):
         if composite.startswith('resnet'):
             assert delta.abs().max() < 1e-9
         assert torch.equal(method.attribute(words.int(), target=[1, 2, 3], internal_batch_size=2), relevance)
-    # further layers, their inputs, and layers in a branch of which the other one has its share
+    # further layers, their inputs, and layers in a branch, where the other branch has its share
     several = LayerRelevance(model, ['embedding', 'first', 'head'], composite).attribute(words, target=[1, 2, 3])
     assert torch.allclose(several[0], expected) and several[1].any() and several[2].shape == (3, 4)
     inputs = LayerRelevance(model, model.first, composite).attribute(

@@ -301,7 +301,7 @@ def test_rise_outputs():
         for dtype in (torch.float64, torch.bool)
     ]
     assert torch.equal(*hits)
-    # of which there are probabilities, too
+    # integers have probabilities, too
     counts = RISE(lambda x: x.flatten(1).round().long()).attribute(input, 1, n_masks=10)
     assert torch.equal(counts, RISE(lambda x: x.flatten(1).round().float()).attribute(input, 1, n_masks=10))
 

@@ -41,7 +41,7 @@ def vit(**settings):
 
 
 def swin_network(**settings):
-    '''A small Swin transformer, of which every other block shifts its windows.'''
+    '''A small Swin transformer. Every other block shifts its windows.'''
     return tv.SwinTransformer([4, 4], 16, [2, 2], [2, 4], [2, 2], num_classes=7, **settings)
 
 

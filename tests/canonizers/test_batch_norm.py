@@ -327,7 +327,7 @@ ORDERS = {
 def test_folded_in_any_order(how, name, written):
     '''The channels that reach a normalization may have another order, or be some of those of the layer.'''
     class Net(nn.Module):
-        '''A layer, of which channels are picked before or after a normalization of all.'''
+        '''A layer whose channels are picked before or after a normalization of all.'''
         def __init__(self, is_first):
             super().__init__()
             torch.manual_seed(0)

@@ -43,7 +43,7 @@ class Apply(nn.Module):
 
 
 class Views(nn.Module):
-    '''Several views of each example, of which the features are averaged.'''
+    '''Several views of each example, whose features are averaged.'''
     def __init__(self, mask=None):
         super().__init__()
         self.net, self.mask = Net(self.average), mask
@@ -53,7 +53,7 @@ class Views(nn.Module):
         return h.view(3, -1, *h.shape[1:]).mean(0)
 
     def forward(self, x):
-        '''Logits, some of which may be left out.'''
+        '''Logits. Some may be left out.'''
         output = self.net(x.transpose(0, 1).flatten(0, 1))
         return output if self.mask is None else output.masked_fill(self.mask, -torch.inf)
 
@@ -315,7 +315,7 @@ def test_lack_of_memory(error):
 
 
 def test_windows_of_attention():
-    '''Products of windows, of which several are of one image, do not mix images.'''
+    '''Products of windows do not mix images, with several windows of each image.'''
     def attend(h):
         windows = h.unflatten(2, (2, 4)).unflatten(4, (2, 4)).permute(0, 2, 4, 3, 5, 1).reshape(-1, 16, 8)
         query, key, value = windows.repeat(1, 1, 3).reshape(len(windows), 16, 3, 2, 4).permute(2, 0, 3, 1, 4)[:]

@@ -159,7 +159,7 @@ def scores_alone(name):
 
 
 def pairs():
-    '''Each kind at each place, by one of the composites, all of which get each kind and each place.'''
+    '''Each kind at each place, by one of the composites. Each composite gets each kind and each place.'''
     for (row, kind), (column, place) in itertools.product(enumerate(DERIVED), enumerate(PLACES)):
         names = [name for name in COMPOSITES if not (
             # rules of Zennit need gradients
@@ -278,7 +278,7 @@ def test_warning():
 
 
 def test_nothing_is_left_on_parameters():
-    '''A parameter of which a chosen row is used is a parameter for the next network.'''
+    '''A parameter is one for the next network, too, if a chosen row of it is used.'''
     tokens = torch.nn.Parameter(torch.rand(5, 4))
 
     class Chosen(torch.nn.Module):

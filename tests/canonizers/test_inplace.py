@@ -14,7 +14,7 @@ from zennit_resnet._inplace import replace, settle
 
 
 class Network(nn.Module):
-    '''Two blocks, of which the outputs are scaled.'''
+    '''Two blocks whose outputs are scaled.'''
     def __init__(self, name, inplace):
         super().__init__()
         self.inplace = inplace
@@ -92,7 +92,7 @@ def scale_in_place(x):
 
 
 def test_unseen_change():
-    '''What can not be followed is an error.'''
+    '''What cannot be followed is an error.'''
     class Model(nn.Module):
         '''A layer that is scaled by a scripted function.'''
         def __init__(self):
@@ -268,7 +268,7 @@ def changed_grid(h, x):
 
 
 def changed_buffer(h, x):
-    '''Zeros among which elements are put one after the other, of which some were added to zeros.'''
+    '''Zeros among which elements are put one after the other. Some were added to zeros.'''
     output = torch.zeros_like(h)
     output[:, 0] = h[:, 2]
     output[:, 1] = output[:, 1] + x[:, 3]
@@ -364,7 +364,7 @@ def test_writes(name):
 
 
 def in_rows(function):
-    '''A function of positions, of which images are the second dimension, added to another.'''
+    '''A function of positions, with images in the second dimension, added to another.'''
     def run(h, x):
         moved, other = (elem.flatten(2).permute(2, 0, 1) for elem in (h, x))
         return (other + function(moved)).permute(1, 2, 0)
@@ -443,7 +443,7 @@ def one_by_one(h, x):
     (lambda h, x: (torch.stack([x, h]) + torch.stack([h, x]).masked_fill(MASK, 0.)).sum(0), '2 images is not known'),
 ])
 def test_unknown_images(function, message):
-    '''If it is not known of which image zeros are, images are explained one at a time.'''
+    '''If it is not known to which image zeros belong, images are explained one at a time.'''
     with pytest.raises(RuntimeError, match=message):
         maps(function, ResNetLRP('symmetric'))
     assert torch.allclose(maps(function, ResNetLRP('symmetric'), 1).sum(), torch.ones(()).double())

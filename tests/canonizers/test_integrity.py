@@ -60,7 +60,7 @@ MODELS = {
 
 
 def build_model(dtype=torch.float64, name='user'):
-    '''A model of which some parameters are frozen and some modules have in-place activations.'''
+    '''A model with some frozen parameters, and in-place activations in some modules.'''
     torch.manual_seed(1)
     model = MODELS[name]()
     model = randomize(model.to(dtype).eval())
@@ -82,7 +82,7 @@ def attribute(model, composite, input, target=1):
 
 
 class BadHook(Hook):
-    '''A hook which can not be registered.'''
+    '''A hook which cannot be registered.'''
     def copy(self):
         '''Copy of the hook.'''
         return BadHook()
@@ -249,7 +249,7 @@ def test_exception_in_backward(build, error):
     pytest.param(build, id=name) for name, build in COMPOSITES.items() if name != 'canonizer'
 ])
 def test_bad_hook(build):
-    '''A hook that can not be registered when the context is entered.'''
+    '''A hook that cannot be registered when the context is entered.'''
     model = build_model()
     snapshot = Snapshot(model)
     with pytest.raises(ZeroDivisionError):
@@ -259,7 +259,7 @@ def test_bad_hook(build):
 
 @pytest.mark.parametrize('name', ['pass', 'merge'])
 def test_bad_hook_of_addition(name):
-    '''A hook that can not be registered when an addition is found raises each time.'''
+    '''A hook that cannot be registered when an addition is found raises each time.'''
     model = build_model()
     snapshot = Snapshot(model)
     with Gradient(model=model, composite=COMPOSITES[name](layer_map=[(Addition, BadHook())])) as attributor:
@@ -433,7 +433,7 @@ def test_folded_weights(monkeypatch):
 def test_checkpointing(name):
     '''A part that runs again in the backward pass does so with its own weights, and rules with the folded ones.'''
     class Checkpointed(torch.nn.Module):
-        '''A module of which activations are not kept.'''
+        '''A module whose activations are not kept.'''
         def __init__(self, module):
             super().__init__()
             self.module = module
@@ -613,7 +613,7 @@ def test_autocast(name):
 
 
 def test_half_precision_model():
-    '''A model of which the parameters are in half precision.'''
+    '''A model whose parameters are in half precision.'''
     model, input = build_model(torch.bfloat16), images(dtype=torch.bfloat16)
     relevance = attribute(model, ResNetLRP(), input)
     assert bool(relevance.isfinite().all())

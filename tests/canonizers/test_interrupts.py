@@ -80,7 +80,7 @@ class Model(nn.Module):
 
 @pytest.fixture(name='model')
 def model_fixture():
-    '''A model, of which some parameters are frozen.'''
+    '''A model with some frozen parameters.'''
     model = randomize(Model()).eval()
     model.conv.weight.requires_grad_(False)
     return model

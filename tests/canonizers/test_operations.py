@@ -72,7 +72,7 @@ def test_regions(name, composite):
 
 @pytest.mark.parametrize('name', REGIONS)
 def test_relative_regions(name):
-    '''Contributions can not be compared where regions take the place of examples.'''
+    '''Contributions cannot be compared where regions take the place of examples.'''
     model = build(lambda h, net: REGIONS[name](h, net).reshape(len(h), -1))
     with pytest.raises(ValueError, match='one at a time'):
         explain(model, images(), RelativeLRP())
@@ -153,7 +153,7 @@ def test_exported():
 
 
 class Condition(nn.Module):
-    '''An image and a vector, of which one is a gate for the other.'''
+    '''An image and a vector. One is a gate for the other.'''
 
     def __init__(self, product, sigmoid=torch.sigmoid):
         super().__init__()

@@ -99,7 +99,7 @@ def network(layer, dims=2):
 
 
 def explain(model, composite, dims=2):
-    '''Output and relevance of images of which some values are negative.'''
+    '''Output and relevance of images with some negative values.'''
     x = torch.randn(2, 3, *(8,) * dims, generator=torch.Generator().manual_seed(1), dtype=torch.double)
     with Gradient(model=model, composite=composite) as attributor:
         return attributor(x, initial_relevance([1, 2], 'one'))

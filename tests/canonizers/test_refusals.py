@@ -124,7 +124,7 @@ WRITTEN = {
     'power': lambda h: h.exp() * h.exp().sum(1, keepdim=True) ** -1,
     'stabilized': lambda h: h.exp() / (h.exp().sum(1, keepdim=True) + 1e-16),
 }
-# written such that it is not known which tensor has the logits
+# written so that it is not known which tensor has the logits
 UNKNOWN = {
     'exponentials': lambda h: (h - h.logsumexp(1, keepdim=True)).exp(), 'log_softmax': lambda h: h.log_softmax(1).exp(),
     'normalize': lambda h: F.normalize(h.exp(), p=1, dim=1), 'norm': lambda h: h.exp() / h.exp().norm(1, 1, True),

@@ -1038,7 +1038,7 @@ def test_name_map():
 def test_part_in_another_thread(create):
     '''A branch that runs in another thread is a part of the network, and not one of its own.'''
     class Branches(torch.nn.Module):
-        '''A residual block, of which the branch may have a thread of its own.'''
+        '''A residual block whose branch may have a thread of its own.'''
         def __init__(self, run):
             super().__init__()
             self.run = run

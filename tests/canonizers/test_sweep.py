@@ -67,7 +67,7 @@ class Wrong(torch.nn.Module):
 
 @pytest.mark.parametrize('kind', ['network changed', 'depends on the batch'])
 def test_wrong_networks(kind, monkeypatch):
-    '''Networks that change, and those of which images depend on each other.'''
+    '''Networks that change, and those whose images depend on each other.'''
     monkeypatch.setattr(sweep_networks.nn, 'Wrong', Wrong, raising=False)
     assert outcomes('layer(h)', f'nn.Wrong({kind!r})')['ratio'] == kind
 

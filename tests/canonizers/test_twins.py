@@ -272,7 +272,7 @@ def test_twins(name, label, is_first):
 # -- gates -------------------------------------------------------------------------------------------------------------
 
 def with_zero(h):
-    '''Logits of two classes, of which the other is zero.'''
+    '''Logits of two classes. The second is zero.'''
     return torch.stack([h, torch.zeros_like(h)], 1)
 
 

@@ -77,7 +77,7 @@ def explain(model, composite, call=lambda model, input: model(input), unpack=lam
 
 
 def check(actual, expected):
-    '''Compare relevance, of which the scale varies with the composite.'''
+    '''Compare relevance, whose scale varies with the composite.'''
     torch.testing.assert_close(actual / expected.abs().max(), expected / expected.abs().max(), rtol=1e-4, atol=1e-5)
 
 
@@ -207,7 +207,7 @@ def test_forward_of_instance(create):
     expected.conv = conv
     model.conv.forward = types.MethodType(Standardized.forward, model.conv)
     if create is COMPOSITES['zennit']:
-        # its rules clamp the parameter, of which the layer then takes the mean
+        # its rules clamp the parameter, and the layer then takes the mean of that
         for elem in (model, expected):
             with pytest.raises(RuntimeError, match='computes its weight'):
                 explain(elem, create())
@@ -264,7 +264,7 @@ def test_further_arguments():
 
 
 def test_checkpointed_function():
-    '''Functions that checkpointing runs again can not be followed, which is an error instead of other relevance.'''
+    '''Functions that checkpointing runs again cannot be followed, which is an error instead of other relevance.'''
     class Checkpointed(Net):
         '''A block in a function.'''
         def inner(self, x):
@@ -301,7 +301,7 @@ def test_computed_weights(create, how):
     before, attributes = copy.deepcopy(model.state_dict()), set(vars(model.conv))
     check(explain(model, create()), explain(expected, create()))
     if how == 'parametrized':
-        # Zennit's rules read weights from the layer itself, of which parametrized ones cannot be replaced
+        # Zennit's rules read weights from the layer itself, and parametrized ones cannot be replaced
         with pytest.raises(RuntimeError, match='ParametrizedConv2d.*remove_parametrizations'):
             explain(model, EpsilonPlus(canonizers=[ResidualCanonizer(batch_norm='merge')]))
     assert set(vars(model.conv)) == attributes
@@ -482,7 +482,7 @@ def test_inactive(create):
 def test_nested(outside, create):
     '''The innermost of nested contexts counts, and the other one after it.'''
     class Pooled(nn.Module):
-        '''A network with a max pooling, of which the rule may be the gradient.'''
+        '''A network with a max pooling, whose rule may be the gradient.'''
         def __init__(self):
             super().__init__()
             self.pool, self.net = nn.MaxPool2d(3, 2, 1), network()
@@ -588,7 +588,7 @@ def test_relative_in_float16(autocast):
             model(input)
 
 
-# -- training, and functions that can not be looked into ---------------------------------------------------------------
+# -- training, and functions that cannot be looked into ----------------------------------------------------------------
 
 class DropPath(nn.Identity):
     '''Stochastic depth, as many networks have a class of this name.'''
@@ -668,12 +668,12 @@ def test_attention_in_training(create):
 
 @torch.jit.script
 def scripted_sum(x, y):
-    '''An addition which can not be intercepted.'''
+    '''An addition which cannot be intercepted.'''
     return x + y
 
 
 class Sum(nn.Module):
-    '''A module with an addition which can not be intercepted.'''
+    '''A module with an addition which cannot be intercepted.'''
     def forward(self, x):
         '''Add something.'''
         return scripted_sum(x, x.relu())
@@ -698,13 +698,13 @@ def test_hidden_addition(create, name):
 
 @torch.jit.script
 def scripted_double(x):
-    '''A product which can not be intercepted.'''
+    '''A product which cannot be intercepted.'''
     return x * 2.
 
 
 @torch.jit.script
 def scripted_sigmoid(x):
-    '''A sigmoid which can not be intercepted.'''
+    '''A sigmoid which cannot be intercepted.'''
     return x.sigmoid()
 
 

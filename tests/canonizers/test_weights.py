@@ -110,7 +110,7 @@ class Wrapped(nn.Module):
 
 
 def explain(model, composite):
-    '''Output and relevance of images of which some values are negative.'''
+    '''Output and relevance of images with some negative values.'''
     x = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0), dtype=torch.double)
     with Gradient(model=model.double().eval(), composite=composite) as attributor:
         return attributor(x, initial_relevance([1, 2]))
@@ -182,7 +182,7 @@ def test_changed_before_the_backward_pass(name, path):
 
 @pytest.mark.parametrize('name', SINGLE_PASS)
 def test_parametrized_at_random(name):
-    '''A weight that is computed anew whenever it is asked for is that of the call.'''
+    '''A weight that is computed whenever it is asked for is that of the call.'''
     class Noise(nn.Module):
         '''Another weight each time.'''
         def forward(self, weight):
@@ -210,7 +210,7 @@ def test_normalized_weights(name, norm):
         layer(torch.zeros(1, 6, *(12, 12) * (layer is model.branch), dtype=torch.double))
         other.weight.data = layer.weight.detach().clone()
     if name.startswith('splitting'):
-        # Zennit's rules modify parameters, of which the weight is none
+        # Zennit's rules modify parameters, and the weight is none
         with pytest.raises(RuntimeError, match='branch.*ZPlus'):
             explain(model, COMPOSITES[name]())
     else:

@@ -504,13 +504,13 @@ def test_rule_for_other_networks(run, photos, monkeypatch):
     monkeypatch.setattr('zennit_resnet.methods.Method.attribute', fail)
     result, _ = run('explain', photos[0], '--method', 'epsilon_plus')
     assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
-    assert 'epsilon_plus can not be used with this network (hook' in result.stderr
+    assert 'epsilon_plus cannot be used with this network (hook' in result.stderr
     with pytest.raises(AssertionError, match='incorrect number of values'):
         run('explain', photos[0])
 
 
 def test_picture_too_large(tmp_path):
-    '''A comparison that its format can not hold is written as PNG.'''
+    '''A comparison that its format cannot hold is written as PNG.'''
     picture = Image.new('RGB', (1, 17000))
     assert save_picture(picture, tmp_path / 'tall.webp') == tmp_path / 'tall.png'
     assert [path.name for path in tmp_path.iterdir()] == ['tall.png']
@@ -561,7 +561,7 @@ def test_named_weights(monkeypatch):
     input = classifier.transform(photo)
     assert input.shape == (3, 224, 224)
     assert not classifier.model.training
-    # the shorter side is resized to 256, of which the center is cropped
+    # the shorter side is resized to 256, and the center is cropped
     np.testing.assert_allclose(classifier.photo(input), np.asarray(photo.crop((16, 16, 240, 240))), atol=1)
     low, high = classifier.bounds()
     assert bool((input[None] >= low - 1e-6).all()) and bool((input[None] <= high + 1e-6).all())

@@ -261,7 +261,7 @@ class Scale(torch.autograd.Function):
 
 
 class Scaled(nn.Module):
-    '''A trainable weight, of which a view enters a function with a backward of its own.'''
+    '''A trainable weight. A view of it enters a function with a backward of its own.'''
     def __init__(self, shape):
         super().__init__()
         self.linear, self.head = nn.Linear(4, 6, bias=False), nn.Linear(6, 2, bias=False)
@@ -300,7 +300,7 @@ class Transposed(nn.Module):
 
 
 def test_no_examples():
-    '''Layers are not told apart if what passes between them can not be summed for each example.'''
+    '''Layers are not told apart if what passes between them cannot be summed for each example.'''
     model, input = Transposed().double(), torch.randn(3, 5, 4, dtype=torch.float64)
     composite = LayerMapComposite([(nn.Linear, rules.Epsilon())])
     ledger = conservation_ledger(model, input, composite)
@@ -474,7 +474,7 @@ def test_zplus(dead_units, stabilizer):
 
 
 def test_spread_without_inputs():
-    '''Relevance of units that read nothing but padding can not be spread.'''
+    '''Relevance of units that read nothing but padding cannot be spread.'''
     module = nn.Conv2d(1, 1, 1, padding=1, bias=False).double()
     with torch.no_grad():
         module.weight.fill_(1.)
@@ -566,7 +566,7 @@ def test_block_lrp(epsilon):
 
 
 def test_rule_of_container():
-    '''A rule for a module that contains others makes it one layer, of which nothing inside is told.'''
+    '''A rule for a module that contains others makes it one layer, without rows for what is inside.'''
     inner = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Sequential(nn.ReLU(), nn.Linear(4, 3, bias=False)))
     model = nn.Sequential(inner, nn.Sequential(nn.Linear(3, 2))).double()
     composite = NameMapComposite([(['0', '0.1'], rules.Epsilon(.1)), (['0.0', '0.1.1', '1.0'], rules.Epsilon(.2))])
@@ -788,7 +788,7 @@ def test_where_nan_appears():
 
 
 def cancelling():
-    '''A network and composite of which one layer doubles relevance, and another halves it.'''
+    '''A network and composite: one layer doubles relevance, another halves it.'''
     def multiply(factor):
         rule = rules.Epsilon(1e-12)
         mapper = rule.gradient_mapper

@@ -459,7 +459,7 @@ def test_mask_is_where_the_object_is(tmp_path, transform, suffix, orientation):
 
 
 def shift(photo):
-    '''A transform of which black is brighter than white, and both are negative.'''
+    '''A transform that makes black brighter than white, and both negative.'''
     return -5 - functional.to_tensor(photo)
 
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.once
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory, assets):
-    '''Folder with some images, of which one is broken.'''
+    '''Folder with some images. One is broken.'''
     folder = tmp_path_factory.mktemp('photos')
     for number in range(3):
         shutil.copy(assets / 'images' / 'circle' / f'{number}.png', folder)
@@ -82,7 +82,7 @@ def test_evaluate_and_report(assets, photos, tmp_path):
 
 
 def test_command(assets, photos, tmp_path, monkeypatch):
-    '''The command is kept such that it can be given again, and none if it was another program.'''
+    '''The command is kept so that it can be given again, and none if it was another program.'''
     args = [
         '--data', photos, '--out', tmp_path / 'a run', '--model', 'narrow_resnet18', '--weights', assets / 'net.pt',
         '--size', 32, '--methods', 'random', '--no-controls', '--step', 512, '--device', 'cpu',

@@ -76,7 +76,7 @@ def test_attention(assets, tmp_path):
 
 @pytest.mark.parametrize('rank_by', ['value', 'magnitude', None])
 def test_ties(rank_by):
-    '''Top pixels are the expected ones over orders of ties, of which the share is kept, without curves as well.'''
+    '''Top pixels are the expected ones over orders of ties. The share of ties is kept, also without curves.'''
     settings = MetricSettings(
         percents=(1, 30), fill=torch.zeros(1, 3, 1, 1), others={'other': (lambda x: x.flatten(1), lambda x: x)},
         **({} if rank_by is None else {'rank_by': rank_by}),

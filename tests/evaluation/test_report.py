@@ -1,4 +1,4 @@
-'''Reports say what is in the records: hand-made runs of which all means, tests and pictures are known.'''
+'''Reports say what is in the records: hand-made runs whose means, tests and pictures are all known.'''
 import csv
 import io
 import math
@@ -367,7 +367,7 @@ def test_gaps():
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 def test_terminal():
-    '''Plain text that fits, in tables by protocol with ours first, of which all cells are there.'''
+    '''Plain text that fits, in tables by protocol with ours first, with all cells.'''
     long = 'resnet_lrp_ratio:projection=literal,coverage=literal,first_layer=ones,maxpool=avg2x2+quantize8'
     generator = np.random.default_rng(0)
     scores = {

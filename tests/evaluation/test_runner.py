@@ -288,7 +288,7 @@ def test_moved_folder(assets, whole, tmp_path, monkeypatch):
     shutil.copytree(assets / 'images', data, copy_function=shutil.copyfile)
     monkeypatch.setattr(computation.Computation, 'run_method', lambda *args: 1 / 0)
     assert_same(run(assets, folder, data=str(data)), whole)
-    # what is not there can not be compared, and its records stay
+    # what is not there cannot be compared, and its records stay
     (data / 'circle' / '1.png').unlink()
     (data / 'circle' / '1.png').symlink_to(data / 'nowhere.png')
     assert_same(run(assets, folder, data=str(data)), whole)
@@ -318,7 +318,7 @@ def test_damaged_records(assets, tmp_path, capsys, damage, suffix):
 
 
 def test_problems(assets, tmp_path):
-    '''What can not be used is recorded with its reason, and the rest is evaluated.'''
+    '''What cannot be used is recorded with its reason, and the rest is evaluated.'''
     images = tmp_path / 'images'
     shutil.copytree(assets / 'images' / 'circle', images)
     (images / 'broken.png').write_bytes(b'no image')
@@ -691,7 +691,7 @@ def test_workers(assets, whole, tmp_path):
 
 
 def test_launcher_is_gone(assets, tmp_path, monkeypatch):
-    '''A process whose launcher was killed stops, such that it does not compete with a new one.'''
+    '''A process whose launcher was killed stops, so that it does not compete with a new one.'''
     with pytest.raises(RunError, match='launcher'):
         run(assets, tmp_path / 'run', process=Process(0, 2, 0, launcher=1))
     monkeypatch.setenv('RANK', '2')

@@ -30,7 +30,7 @@ def file_of(batch, method='a'):
 
 
 def records(*names, problem=None, heatmap=True, **scores):
-    '''Records of samples, of which the last one may have a problem.'''
+    '''Records of samples. The last one may have a problem.'''
     heatmap = np.arange(-127, 128, dtype=np.int8).reshape(15, 17) if heatmap else None
     curve, found = np.array([0., 0.1, 1 / 3], np.float32), []
     for number, name in enumerate(names):
@@ -136,7 +136,7 @@ def test_full_disk(store):
 
 @pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() == 0, reason='root may write everywhere')
 def test_read_only(store):
-    '''A folder that can not be written is an error, but can be read.'''
+    '''A folder that cannot be written is an error, but can be read.'''
     store.write_records(0, 'a', records('a'))
     store.records.chmod(0o500)
     try:
@@ -148,7 +148,7 @@ def test_read_only(store):
 
 
 def test_no_folder(tmp_path):
-    '''A folder that can not be made is an error.'''
+    '''A folder that cannot be made is an error.'''
     (tmp_path / 'file').write_text('')
     with pytest.raises(RunError, match=str(tmp_path / 'file' / 'run')):
         Store(tmp_path / 'file' / 'run', SETTINGS, NAMES)

@@ -21,7 +21,7 @@ def attribute(rule, module, *inputs, relevance=None):
 
 
 def matrix(function, shape):
-    '''The dense matrix (input, output) of a linear function, of which the inputs have a shape without batch.'''
+    '''The dense matrix (input, output) of a linear function, whose inputs have this shape without batch.'''
     size = torch.Size(shape).numel()
     with torch.no_grad():
         return function(torch.eye(size, dtype=torch.float64).view(size, *shape)).flatten(1)

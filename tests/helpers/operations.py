@@ -29,7 +29,7 @@ OTHERS = {'block': BlockLRP, 'zennit': lambda: with_splitting(EpsilonPlusFlat())
 
 
 class Network(nn.Module):
-    '''A function between layers, of which the last but one has a dead unit, which spreads relevance over everything.'''
+    '''A function between layers. The last but one has a dead unit, which spreads relevance over everything.'''
 
     def __init__(self, function, is_relu=True, is_first=False):
         super().__init__()
@@ -396,7 +396,7 @@ SAMPLES.update(
 
 
 def regions(h):
-    '''Two boxes for each image, of which one is outside.'''
+    '''Two boxes for each image. One is outside.'''
     return [
         torch.tensor([[0.0, 0, 4, 4], [20, 20, 30, 30]]).double(),
         torch.tensor([[1.0, 1, 5, 5], [2, 0, 6, 3]]).double(),

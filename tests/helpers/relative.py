@@ -86,7 +86,7 @@ def naive_max_pool(module, input, relevance, cardinality='constant'):
 
 
 def composite_attribute(model, *inputs, relevance=None, **kwargs):
-    '''Contributions by the composite, of which the scale is restored. Returns (relevance, *lower).'''
+    '''Contributions by the composite, with their scale restored. Returns (relevance, *lower).'''
     composite = RelativeLRP(**kwargs)
     inputs = [elem.clone().requires_grad_() for elem in inputs]
     with torch.no_grad():

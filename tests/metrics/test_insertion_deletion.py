@@ -374,7 +374,7 @@ def test_forwards():
     assert count_images(input, maps(3), baselines=images(3), n_steps=10) == 3 * (2 * points + 2)
     # two different baselines: the blank image of deletion is still shared
     assert count_images(input, maps(3), protocol='rise', n_steps=10) == 3 * (2 * points + 2) + 1
-    # all pixels of which nothing is seen anyway are counted once
+    # all pixels without anything to see are counted once
     input = input.clone()
     input[:, :, 1:] = 0
     assert count_images(input, maps(3)) == 3 * (2 * (WIDTH - 1) + 1) + 1
@@ -577,7 +577,7 @@ def test_module_and_function():
 
 
 def test_training_mode():
-    '''Networks of which the result depends on the batch are refused, others are not.'''
+    '''Networks whose result depends on the batch are refused, others are not.'''
     model = network().train()
     with pytest.raises(ValueError, match=r'block.f.1 \(BatchNorm2d\) is in training mode'):
         insertion_deletion(model, images(), maps(), target=0)

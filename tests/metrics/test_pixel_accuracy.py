@@ -417,7 +417,7 @@ def test_signed():
     assert keep_top(images, maps, 34)[0, 0, 0].tolist() == [0, 1, 0]
     assert keep_top(images, maps, 34, absolute=False)[0, 0, 0].tolist() == [0, 0, 1]
     assert keep_top(images, maps, 67, absolute=False)[0, 0, 0].tolist() == [1, 0, 1]
-    # the first, and the fourth of six values, of which the magnitudes are equal
+    # the first and the fourth of six values, whose magnitudes are equal
     assert keep_top(images, maps, 34, unit='input')[0, :, 0].tolist() == [[1, 0, 0], [1, 0, 0]]
     assert keep_top(images, maps, 34, unit='input', absolute=False)[0, :, 0].tolist() == [[1, 0, 1], [0, 0, 0]]
     with pytest.warns(NegativeMapWarning) as records:

@@ -48,7 +48,7 @@ def test_interval_scipy(rng, method, size):
 
 
 def test_draws_are_shared(rng, monkeypatch):
-    '''All scores of as many examples are resampled by the same draws, as if these were drawn anew.'''
+    '''All scores of as many examples are resampled by the same draws, as if these were drawn again.'''
     values = rng.exponential(size=(3, 40, 2))
     statistics._kept_draws.cache_clear()
     kept = [bootstrap_interval(each, n_resamples=500) for each in values]
@@ -258,7 +258,7 @@ def test_compare(rng):
     assert results == compare(scores, 'b', confidence=0.5)
     assert results != compare(scores, 'b', confidence=0.5, seed=1)
     assert list(results[0]._asdict()) == list(Comparison._fields)
-    # a cluster of which nothing is left
+    # a cluster with nothing left
     result = one(scores['b'], scores['a'], [0] * 3 + [1] * 17 + [2] * 20)
     assert result.num_clusters == 2 and result.p_value in (0.5, 1)
 

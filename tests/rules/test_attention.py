@@ -52,7 +52,7 @@ def naive_softmax(logits, relevance):
 
 @pytest.fixture(name='signals')
 def fixture_signals():
-    '''Queries, keys and values of two examples with three tokens of four channels, of which some are zero.'''
+    '''Queries, keys and values of two examples with three tokens of four channels. Some are zero.'''
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 2, 3, 4).double()
     query[0, 1] = 0.
@@ -229,7 +229,7 @@ def test_heads_that_are_mixed(signals):
 
 
 def test_products_without_weights(signals):
-    '''Factors of which none is known to weight the other receive halves.'''
+    '''Factors receive halves if neither is known to weight the other.'''
     for function, shares in (
         # in linear attention, keys of a softmax are weights of the values, and queries are not
         (lambda q, k, v: q @ (k.softmax(1).mT @ v), (.5, 0, .5)),
@@ -258,7 +258,7 @@ def test_choice_of_the_layer_map(signals):
 
 
 class Block(nn.Module):
-    '''Transformer with a class token, of which the second attention is over a fixed matrix, if one is given.'''
+    '''Transformer with a class token. Its second attention is over a fixed matrix, if one is given.'''
     def __init__(self, weights=None):
         super().__init__()
         torch.manual_seed(0)
@@ -351,7 +351,7 @@ def test_examples_have_rules_of_their_own(weights, build):
 
 @pytest.mark.parametrize('build', [ResNetLRP, GammaLRP], ids=('ratio', 'gamma'))
 def test_signs_of_a_gate_that_only_values_tell(build):
-    '''A gate that is positive, which its graph does not tell, is as one of which it does, also in a trace.'''
+    '''A positive gate has the same map whether or not its graph tells the sign, also in a trace.'''
     def explained(weights):
         model = Weighted(lambda q, k, v: weights(q @ k.mT) @ v.relu().neg()).double().eval()
         output, relevance = explain(model, x, build())

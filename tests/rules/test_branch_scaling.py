@@ -40,7 +40,7 @@ def clean_state():
 # -- a literal implementation ------------------------------------------------------------------------------------------
 
 class Block(nn.Module):
-    '''Branches of which the outputs are added or concatenated.'''
+    '''Branches whose outputs are added or concatenated.'''
     def __init__(self, *branches, join='add'):
         super().__init__()
         self.branches = nn.ModuleList(branches)
@@ -384,7 +384,7 @@ def test_other_dimensions():
 
 
 def test_dense_connections():
-    '''Concatenations of concatenations, as in a DenseNet, of which the inputs are used several times.'''
+    '''Concatenations of concatenations, as in a DenseNet, whose inputs are used several times.'''
     model = Function(lambda m, x: m.forward_dense(x), first=relu_conv(3, 2), second=relu_conv(5, 2)).double()
 
     def forward(x):
@@ -495,7 +495,7 @@ def test_scale_of_branch(factor):
 
 
 def test_opposite_signs():
-    '''A branch of which the sum has the opposite sign changes its sign, and keeps the law.'''
+    '''A branch whose sum has the opposite sign changes its sign, and keeps the law.'''
     layer = nn.Conv2d(3, 3, 1, bias=False).double()
     layer.weight.data.fill_(-1.)
     input, start = block_input(), torch.rand(2, 3, 6, 6).double()
@@ -649,7 +649,7 @@ def test_single_precision(name):
 
 
 def test_half_precision_model():
-    '''A model of which the parameters are in half precision.'''
+    '''A model whose parameters are in half precision.'''
     model = UserNetwork().to(torch.bfloat16).eval()
     lower, _ = explain(model, torch.randn(2, 3, 16, 16, dtype=torch.bfloat16))
     assert bool(lower.isfinite().all()) and bool((lower != 0).any())
@@ -1109,7 +1109,7 @@ def test_checkpointing():
     from torch.utils.checkpoint import checkpoint
 
     class Checkpointed(nn.Module):
-        '''A module of which activations are not kept.'''
+        '''A module whose activations are not kept.'''
         def __init__(self, module):
             super().__init__()
             self.module = module

@@ -175,7 +175,7 @@ def test_alpha_beta_sum():
     )),
 ])
 def test_linear_sum(rule, expected):
-    '''An addition is a neuron of which all weights are one.'''
+    '''An addition is a neuron whose weights are all one.'''
     left, right = torch.randn(2, 3, 4, 5, dtype=torch.float64), torch.randn(2, 3, 4, 5, dtype=torch.float64)
     _, relevance, *lower = attribute(LinearSum(rule), Addition(), left, right)
     torch.testing.assert_close(lower[0], relevance * expected(left, right), rtol=1e-6, atol=1e-9)

@@ -397,7 +397,7 @@ def test_method():
         model.heads.head.bias.sub_(100.)
 
     class Subject:
-        '''A classifier of which only the network is used.'''
+        '''A classifier. Only its network is used.'''
 
     Subject.model = model
     for text in ('gamma_lrp', 'gamma_lrp:contrast=runner_up'):

@@ -142,7 +142,7 @@ def layers(draw, kinds=KINDS, signs=('positive', 'signed', 'dead'), dtypes=DTYPE
         padding = tuple(draw(st.integers(0, span)) for span in spans)
         total = tuple(2 * pad for pad in padding)
     sizes = tuple(
-        # padding with what is there can not be wider than that
+        # padding with what is there cannot be wider than that
         max(span - pads, 1 if mode == 'zeros' else span + 1) + more for span, pads, more in zip(spans, total, extra)
     )
     module = CONV[num](*widths, kernel, stride, padding, padding_mode=mode, **options)
@@ -294,7 +294,7 @@ def test_relative_identity(layer, cardinality):
 @PROFILE
 @given(layers(('max', 'adaptive max'), dtypes=st.just(torch.float64)))
 def test_relative_max_pool_identity(layer):
-    '''The same for the max pooling, of which each maximum of a window has a weight of one (Proposition 13).'''
+    '''The same for the max pooling, where each maximum of a window has a weight of one (Proposition 13).'''
     assume(layer.sign != 'dead')
     lower = layer.apply(RelativeMaxPool())
     module, output = layer.module, layer.module(layer.input)
@@ -525,7 +525,7 @@ def parts(draw, channels, depth, max_size=4):
 
 @st.composite
 def stages(draw, channels, size):
-    '''A stage which may halve the size, with a block of which the skip connection does so, too, or with a pooling.'''
+    '''A stage which may halve the size: by a block whose skip connection does so, too, or by a pooling.'''
     width, kind = draw(st.integers(1, 4)), draw(st.sampled_from(['pool', 'projection', 'option A']))
     if kind == 'pool' or min(size) < 3:
         key = draw(st.sampled_from(['none', *HALVES] if min(size) > 2 else ['none']))

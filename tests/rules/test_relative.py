@@ -418,7 +418,7 @@ def test_same_padding_subclass():
 # -- laws of plain networks --------------------------------------------------------------------------------------------
 
 class Factor(torch.autograd.Function):
-    '''The identity, of which the gradient is multiplied with its value.'''
+    '''The identity, whose gradient is multiplied with its value.'''
     # pylint: disable=abstract-method,arguments-differ
     @staticmethod
     def forward(ctx, value):
@@ -501,7 +501,7 @@ def test_closed_form_merge():
 
 @pytest.mark.parametrize('groups', [1, 2])
 def test_merge_transposed(groups):
-    '''Batch normalization is folded into a transposed convolution, of which the weight has its outputs second.'''
+    '''Batch normalization is folded into a transposed convolution, whose weight has its outputs second.'''
     conv, norm = nn.ConvTranspose2d(4, 6, 3, groups=groups, bias=False), nn.BatchNorm2d(6)
     norm.running_mean.normal_(), norm.running_var.uniform_(.5, 2), norm.weight.data.normal_(), norm.bias.data.normal_()
     head = nn.Sequential(nn.Tanh(), nn.Flatten(), nn.Linear(6 * 36, 3))

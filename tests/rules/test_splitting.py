@@ -147,7 +147,7 @@ def test_split_method():
 
 
 def residual_only(rule, connect):
-    '''Relevance of addends of which the first is the input of others, by (input) -> list of addends.'''
+    '''Relevance of addends, by (input) -> list of addends. The first is the input of others.'''
     input = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     addends = connect(input)
     module = Addition()

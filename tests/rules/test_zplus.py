@@ -256,7 +256,7 @@ def first_rule(variant, **kwargs):
 ], ids=str)
 @pytest.mark.parametrize('variant', ['zplus', 'literal', 'ones', 'zbox', 'wsquare', 'flat'])
 def test_first_layer(module, variant):
-    '''Each variant of the first layer has its contributions, of which the shares distribute relevance.'''
+    '''Each variant of the first layer has its contributions, whose shares distribute relevance.'''
     module = copy.deepcopy(module).double()
     input = make_input((2, 3, 6, 5), 'signed').clamp(-1.8, 2.3)
     _, relevance, lower = attribute(first_rule(variant), module, input)
@@ -451,7 +451,7 @@ def test_stabilizer_negative_denominator():
 # -- strided projections -----------------------------------------------------------------------------------------------
 
 def average_cells(length, step):
-    '''Matrix (input, cell) of averages over cells, of which the last may be incomplete.'''
+    '''Matrix (input, cell) of averages over cells. The last may be incomplete.'''
     average = torch.zeros(length, (length - 1) // step + 1, dtype=torch.float64)
     for start in range(0, length, step):
         average[start:start + step, start // step] = 1 / len(average[start:start + step])
@@ -572,7 +572,7 @@ def test_projection_spread_parts():
 
 @pytest.mark.parametrize('name', LAYERS)
 def test_projection_spread_changes_nothing_else(name):
-    '''Layers of which the stride does not exceed the kernel are not changed, not even in rounding.'''
+    '''Layers whose stride does not exceed the kernel are not changed, not even in rounding.'''
     build, shape = LAYERS[name]
     module = build().double()
     input = make_input((2, *shape), 'signed')

@@ -61,7 +61,7 @@ class BatchNormMerge:
         self.local, self.folded = _Forward(), []
 
     def watch(self, module):
-        '''Watch a module, after its rules were registered, such that tensors are seen as other modules see them.'''
+        '''Watch a module, after its rules were registered, so that tensors are seen as other modules see them.'''
         if isinstance(module, Linear):
             self.handles.append(module.register_forward_hook(self._note_output))
         elif isinstance(module, Normalization) or has_statistics(module):
@@ -200,7 +200,7 @@ class BatchNormMerge:
             else:
                 if is_parametrized(linear):
                     raise TypeError(
-                        f'Batch normalization can not be folded into a {type(linear).__name__}: use '
+                        f'Batch normalization cannot be folded into a {type(linear).__name__}: use '
                         'batch_norm=\'pass\', or torch.nn.utils.parametrize.remove_parametrizations first.'
                     )
                 used.check()

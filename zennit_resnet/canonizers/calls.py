@@ -111,7 +111,7 @@ def keep_stored(module):
 
 
 def single_pass(module):
-    '''The rule within which a module runs without gradients, None if there is none.'''
+    '''The rule within which a module runs without gradients, or None.'''
     return next((hook.__self__ for hook in pre_hooks_of(module)
                  if getattr(hook, '__func__', None) is SinglePass._pre_forward and hook.__self__.active), None)
 

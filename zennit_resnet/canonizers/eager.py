@@ -124,7 +124,7 @@ class Eager:
         self.pause_compiler()
 
     def __deepcopy__(self, memo):
-        '''Copy of a network within the context, which nobody removes, and for which nothing shall be paused.'''
+        '''Copy of a network within the context, which nobody removes, and for which nothing is paused.'''
         duplicate = copy.copy(self)
         duplicate.replaced, duplicate.is_copy = [], True
         return duplicate

@@ -106,7 +106,7 @@ class FunctionCall(NamedTuple):
 
     @property
     def target(self):
-        '''The tensor that the call changes in place, None if there is none.'''
+        '''The tensor that the call changes in place, or None.'''
         return changed_by(self.name, self.args, self.kwargs)
 
     def out_of_place(self):
@@ -187,7 +187,7 @@ def run_twin(canonizer, function, twin):
 
 
 def dims_of(input, dim):
-    '''Dimensions as numbers that are not negative, all if there are none.'''
+    '''Dimensions as numbers that are not negative, all of them by default.'''
     if dim is None or isinstance(dim, bool) or dim == () or dim == []:
         return tuple(range(input.ndim))
     dims = dim if isinstance(dim, (list, tuple)) else (dim,)

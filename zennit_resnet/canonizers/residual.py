@@ -55,7 +55,7 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
     ``layer1.0.addition``), attached whenever the network does not run. What they compute is bit for bit the same.
 
     An operation is of concern if it is on a path from the input to the output: for as long as the canonizer is
-    registered, no parameter requires a gradient, so a tensor requires one only if it depends on the input. Hence adding
+    registered, no parameter requires a gradient, so a tensor requires one only if it depends on the input. So adding
     a bias or a constant is not a skip connection.
 
     Relevance that constants kept in the last backward pass, such as class tokens that are concatenated, and those of
@@ -115,7 +115,7 @@ class ResidualCanonizer(Refusing, Described, Canonizer):
     def register(self, root_module, composite=None):
         '''Watch all modules of a network. The composite, if there is one, is asked for the rules of operations.
 
-        A TypeError is raised if rules can not be attached to a module, as it is a ScriptModule, quantized, sharded, or
+        A TypeError is raised if rules cannot be attached to a module, as it is a ScriptModule, quantized, sharded, or
         runs replicas on several devices, and a RuntimeError in inference mode, in which there are no gradients.
         '''
         self.names = {module: name for name, module in root_module.named_modules()}

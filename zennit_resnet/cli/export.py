@@ -79,7 +79,7 @@ def export(
         if chosen.entry.kind == 'ours':
             raise
         raise click.ClickException(
-            f'{chosen.text} can not be used with this network ({one_line(error)}): choose another method'
+            f'{chosen.text} cannot be used with this network ({one_line(error)}): choose another method'
         ) from error
     output, expected, *_ = chosen.attribute(classifier, input, None, metadata['value'], contrast)
     image = input * classifier.std + classifier.mean if normalize else input

@@ -104,7 +104,7 @@ class Session:
             self.bar.update()
 
     def attribute(self, method, *args, what='attribute'):
-        '''Compute relevance or the ``'ledger'``, and end the program with a message if a method can not be used.'''
+        '''Compute relevance or the ``'ledger'``, and end the program with a message if a method cannot be used.'''
         try:
             return getattr(method, what)(*args)
         except UnsupportedOperation as error:
@@ -120,7 +120,7 @@ class Session:
                 raise
             # rules of Zennit are not for all networks
             raise click.ClickException(
-                f'{method.text} can not be used with this network ({one_line(error)}): choose another method'
+                f'{method.text} cannot be used with this network ({one_line(error)}): choose another method'
             ) from error
 
     def finish(self):
@@ -146,7 +146,7 @@ def reason_of(error):
 
 @contextmanager
 def writing(path):
-    '''End the program with a message if a file can not be written.'''
+    '''End the program with a message if a file cannot be written.'''
     try:
         yield
     except OSError as error:

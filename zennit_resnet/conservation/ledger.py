@@ -76,7 +76,7 @@ class Ledger:
         return {key: sum((row.lost_by[key] for row in self.rows), torch.zeros_like(self.initial)) for key in CAUSES}
 
     def find(self, name):
-        '''All rows and blocks of a module by its path: calls, and functions in it, or a KeyError if there is none.'''
+        '''All rows and blocks of a module by its path: calls, and functions in it. A KeyError if it has no row.'''
         found = [row for row in (*self.rows, *self.blocks) if row.name == name]
         if not found:
             raise KeyError(f'No relevance reaches a module {name!r}!')

@@ -166,7 +166,7 @@ class LossProbe:
         def keep(relevance):
             if not self.notes or self.notes[-1].rule is not hook:
                 return
-            # there is none of layers whose first dimension is not that of the examples
+            # not for layers whose first dimension is not that of the examples
             kept = relevance()
             if len(kept) == self.batch_size:
                 self.notes[-1].lost['bias'] = self._sum(precise(kept))

@@ -94,7 +94,7 @@ def explain(
 def explain_each(
     classifier, items, methods, target=None, value=None, contrast=None, batch_size=8, attribute=Method.attribute
 ):
-    '''Generate each image with a list of its explanations by each method, or the error why there are none.'''
+    '''Generate each image with a list of its explanations by each method, or the error that prevents them.'''
     batch_size = as_integer('batch_size', batch_size, 1)
     target = target.tolist() if isinstance(target, (np.ndarray, torch.Tensor)) else target
     targets = list(target) if isinstance(target, (list, tuple)) else [target] * len(items)

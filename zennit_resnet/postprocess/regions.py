@@ -120,7 +120,7 @@ def _map_masks(function, mask):
 def largest_component(mask, connectivity=8):
     '''Find the connected component with the most pixels.
 
-    Of several of the same size, it is the one that comes first in row-major order. All is false if there is none. With
+    Of several of the same size, it is the one that comes first in row-major order. Without any, all is false. With
     a connectivity of 8 (default), pixels that touch at a corner are connected, with 4 they are not.
     '''
     check_choice('connectivity', connectivity, (4, 8))
@@ -164,8 +164,8 @@ def largest_contour(mask, choice='largest_area'):
 
     The paper neither says what makes a contour the largest, nor whether it is filled. Only a filled contour makes sense
     to keep relevance in, so that holes of the region belong to it. Contours connect pixels that touch at a corner, and
-    those inside of holes are not external. Of several largest, it is the one that comes first in row-major order. All
-    is false if there is none.
+    those inside of holes are not external. Of several largest, the first in row-major order
+    counts. Without any, all is false.
 
     With ``'largest_area'`` (default), it is the polygon through the centers of the border's pixels that has the largest
     area (OpenCV's ``contourArea``). Lines have an area of zero, however long they are. With ``'largest_filled'``,

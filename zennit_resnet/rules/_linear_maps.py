@@ -11,7 +11,7 @@ from zennit.types import Convolution, ConvolutionTranspose
 from .._compat import has_values, is_traced, padding_of
 from ..layer import Operation
 
-# From this number of elements on, memory is asked for anew each time, which takes longer than what is computed
+# From this number of elements on, memory is asked for each time, which takes longer than what is computed
 LARGE = 2 ** 21
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -79,7 +79,7 @@ def convolve(module, input, weight, shape, spread=False):
 
 
 def is_sparse(module):
-    '''Whether the stride of a convolution exceeds its kernel, such that it reads only some of the positions.'''
+    '''Whether the stride of a convolution exceeds its kernel, so that it reads only some of the positions.'''
     strides = zip(as_tuple(module.stride, module.weight.ndim - 2), module.weight.shape[2:])
     return not isinstance(module, ConvolutionTranspose) and any(step > size for step, size in strides)
 

@@ -257,7 +257,7 @@ class SinglePass(Described, Hook):
             if is_view(first):
                 if inplace is None and isinstance(module, Operation) and address_of(first) == address_of(active[0]):
                     view = functools.partial(module.function, active[0])
-                # views that were made without gradients can not be modified in-place
+                # views that were made without gradients cannot be modified in-place
                 first = first.detach()
             if pending.used is not None:
                 module = pending.used.module

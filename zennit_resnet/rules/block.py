@@ -80,7 +80,7 @@ class BlockEpsilon(Described, Hook):
     The Jacobian's product is the module's own gradient, so there is no second pass through it: relevance is divided by
     the output before, and multiplied with the input after. Rules of the same class on modules inside are inactive.
 
-    The factors of subsequent layers cancel. Where all layers have this rule, it thus amounts to Gradient x Input times
+    The factors of subsequent layers cancel. Where all layers have this rule, it amounts to Gradient x Input times
     the scalar R_k / (y_k - b_k), up to a factor z' / stab(z') for each layer.
 
     Parameters

@@ -76,7 +76,7 @@ class Contributions:
 
     Where paths of different lengths meet, their contributions are of different scale. As Proposition 14 has it for the
     branches of residual blocks, each path between two such places (a sum or concatenation at one end, a tensor with
-    several uses at the other) is rescaled such that contributions have the same sum at both ends. Contributions of a
+    several uses at the other) is rescaled so that contributions have the same sum at both ends. Contributions of a
     sum are divided evenly among its addends, so what all paths have in total is the same everywhere, also for branches
     which have branches themselves. (In the proposition, each branch begins with all of it: a factor of two for each
     block, which is the same for all inputs.) A path that changes nothing, such as an identity skip connection, remains
@@ -262,7 +262,7 @@ class Contributions:
         return self._multiply(relevance, torch.exp2(-exponent), inplace=True)
 
     def _meet(self, path, state, inplace, relevance):
-        '''Rescale what a path propagates such that it has the sum with which it began.'''
+        '''Rescale what a path propagates to the sum with which it began.'''
         exponents, factor = self._exponents(path.begin), None
         if path.is_changed and path.begin in self.sums:
             factor, self.replaced[path.begin] = branch_factor(
@@ -303,7 +303,7 @@ class Contributions:
         if self.moved is not None:
             raise ValueError(
                 f'The function of {self.moved} moves elements along the first dimension, which has the '
-                f'{self.batch_size} examples: contributions are rescaled for each, so explain one at a time.'
+                f'{self.batch_size} examples, and contributions are rescaled for each: explain one at a time.'
             )
         if tensor.ndim > 1 and len(tensor) == self.batch_size:
             return tensor

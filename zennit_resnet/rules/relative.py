@@ -137,7 +137,7 @@ def _check_examples(module, input):
     if len(output) != len(input) or bool(output[1:].any()):
         raise ValueError(
             f'{module.name!r} moves or adds up elements along the first dimension, which has the '
-            f'{len(input)} examples: contributions are rescaled for each, so explain one at a time.'
+            f'{len(input)} examples, and contributions are rescaled for each: explain one at a time.'
         )
 
 

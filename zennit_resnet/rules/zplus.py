@@ -213,7 +213,7 @@ class ZPlus(SinglePass):
         return _Prepared(
             input, [(*pair, transpose) for pair, transpose in zip(pairs, transposes)], constants,
             self._divisor(denominator, is_winner or is_epsilon or variant == 'literal'),
-            # filters of few taps may have no weight of a sign at some positions, which can not be levelled
+            # filters of few taps may have no weight of a sign at some positions, which cannot be levelled
             is_winner or not is_epsilon and first and is_plain_convolution(module),
         )
 
@@ -264,7 +264,7 @@ class ZPlus(SinglePass):
 
     @staticmethod
     def _bias(module, linear):
-        '''The bias, which can be broadcast to the linear map. None if there is none, as for poolings.'''
+        '''The bias, which can be broadcast to the linear map. None without a bias, as for poolings.'''
         bias = getattr(module, 'bias', None)
         if bias is None:
             return None
