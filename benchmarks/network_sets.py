@@ -44,7 +44,7 @@ def timm(choose=list):
         return package.models.get_pretrained_cfg(name).input_size[-1] if package.is_model_pretrained(name) else 224
 
     for name in choose(package.list_models()):
-        yield name, lambda name=name: build(name), [IMAGE, (3, 96, 96), (3, size(name), size(name)), (3, 256, 256)]
+        yield name, lambda name=name: build(name), [IMAGE, (3, 96, 96), (3, size(name), size(name)), (3, 256, 256), (3, 160, 160)]
 
 
 def timm_families():

@@ -25,6 +25,8 @@ _IN_PLACE = {
         ('mul', 'Tensor'), ('add', 'Tensor'), ('sub', 'Tensor'), ('div', 'Tensor'),
     )
 }
+# Products of fewer rows, as last layers have, are no faster in lower precision.
+_ROWS = 32
 _BATCH_NORMS = tuple(getattr(aten, name).default for name in ('native_batch_norm', 'cudnn_batch_norm'))
 
 
@@ -209,17 +211,23 @@ def _multiply(build, one, other):
 
 
 def lower_precision(graph, constants, dtype):
-    '''Have convolutions after the output, which are those of rules, compute in another type.'''
+    '''Have convolutions and products with weights after the output, which are those of rules, in another type.'''
     build, nodes = functools.partial(_add, graph), list(graph.nodes)
     (output, *_), = nodes[-1].args
     for node in nodes[nodes.index(output) + 1:]:
-        # one channel is what dead units are spread by, for which this is no faster
-        if node.target is aten.convolution.default and node.args[2] is None and _fake(node.args[1]).shape[1] > 1 and (
-            is_constant(constants, node.args[1])
-        ):
+        if node.target is aten.convolution.default:
+            # one channel is what dead units are spread by, for which this is no faster
+            is_product = node.args[2] is None and _fake(node.args[1]).shape[1] > 1 and (
+                is_constant(constants, node.args[1])
+            )
+        else:
+            is_product = node.target is aten.mm.default and _fake(node).shape[0] >= _ROWS and (
+                any(is_constant(constants, elem) for elem in node.args)
+            )
+        if is_product:
             with graph.inserting_before(node):
                 args = [build(aten._to_copy.default, elem, dtype=dtype) for elem in node.args[:2]]
-                result = build(aten.convolution.default, *args, None, *node.args[3:])
+                result = build(node.target, *args, *node.args[2:])
                 result = build(aten._to_copy.default, result, dtype=_fake(node).dtype)
             node.replace_all_uses_with(result)
             graph.erase_node(node)
