@@ -199,6 +199,7 @@ def test_single_output_and_signals(tmp_path):
     ({'contrast_weight': .5}, ValueError, '0.5'),
     ({'normalization': ([.5] * 2, [.5] * 3)}, ValueError, 'mean'),
     ({'normalization': ([.5] * 3, [0.] * 3)}, ValueError, 'std'),
+    ({'metadata': {'classes': 'a', 'value': 'softmax'}}, ValueError, "'value' is what the file itself"),
     ({'relevance': 1}, TypeError, '1'),
     ({'traced': nn.ReLU()}, TypeError, 'ReLU'),
     ({'input': [1.]}, TypeError, 'list'),

@@ -52,7 +52,8 @@ def export(
     normalization: tuple[sequence of float, sequence of float], optional
         Mean and standard deviation of each channel, by which the file is to normalize images.
     metadata: dict, optional
-        What else to write into the file's metadata, by key. What is no string is written as JSON.
+        What else to write into the file's metadata, by key, none that it has by itself, such as ``'value'``. What is
+        no string is written as JSON.
 
     Returns
     -------
@@ -64,8 +65,9 @@ def export(
     TypeError
         If an argument is of another type.
     ValueError
-        If an argument is not one of its choices, the network's output is not of shape (batch, classes) or (batch,), the
-        file would be larger than ONNX can be, or an operation has no form in ONNX. The message names it.
+        If an argument is not one of its choices, a key of ``metadata`` is taken, the network's output is not of shape
+        (batch, classes) or (batch,), the file would be larger than ONNX can be, or an operation has no form in ONNX.
+        The message names it.
     OSError
         If there is such a file already, or it cannot be written.
     ImportError
@@ -126,6 +128,9 @@ def export(
         'outputs': {name: _describe(shape, outputs.dtype if name == 'logits' else input.dtype)
                     for name, shape in zip(names, shapes)},
     }
+    taken = sorted(own.keys() & (metadata or {}).keys())
+    if taken:
+        raise ValueError(f'metadata: {taken[0]!r} is what the file itself tells there: choose another key.')
     entries = {**own, **(metadata or {})}
     texts = {key: entry if isinstance(entry, str) else json.dumps(entry) for key, entry in entries.items()}
     with whole(path, overwrite) as file:
