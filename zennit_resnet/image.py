@@ -388,7 +388,7 @@ def draw_contours(picture, heatmap, percent=10.):
     '''Outline the most relevant pixels in white on black, as an array like the picture.
 
     The picture is of shape (height, width, 3) and type uint8, the heatmap of shape (height, width). Smooth ones have
-    simple outlines. Inside are the ``percent`` (10 by default) pixels of the highest positive values. A ValueError is
+    simple outlines. They enclose the ``percent`` (10 by default) pixels of the highest positive values. A ValueError is
     raised if it is not between 0 and 100, or if shapes do not match.
     '''
     import cv2

@@ -1,6 +1,6 @@
 '''Whether the most relevant pixels are on the object, section 6 of R-LRP.
 
-Of the most relevant pixels, it is measured how many are inside of the object's mask, and how far they are from it on
+It measures how many of the most relevant pixels are inside of the object's mask, and how far they are from it on
 average, beside what is expected by chance, and the best that is possible. Images whose mask covers less than 1 % or
 more than 99 % are left out, as in the paper. The predicted class is explained, or with --target label the one that
 the label names.

