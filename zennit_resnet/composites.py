@@ -278,6 +278,18 @@ class RelativeLRP(_LayerMap):
                 self.contributions = contributions
 
 
+def _names_of_whole(network):
+    '''Names of modules that have all layers of a network, as those in a wrapper do.'''
+    names, module = [], network
+    while not module._parameters:
+        children = [(name, child) for name, child in module.named_children() if any(True for _ in child.parameters())]
+        if len(children) != 1:
+            break
+        (name, module), = children
+        names.append(f'{names[-1]}.{name}' if names else name)
+    return frozenset(names)
+
+
 @register_composite('block_lrp')
 class BlockLRP(_LayerMap):
     '''Propagation of C3-LRP (Doublet et al.): residual blocks, and layers outside of them, as one layer each, Eq. (1).
@@ -293,7 +305,8 @@ class BlockLRP(_LayerMap):
         See :py:class:`~zennit_resnet.rules.BlockEpsilon`.
     blocks: type, tuple of types, list of str or callable, optional
         Which modules are blocks, by their type, their name, or a predicate ``(name, module) -> bool``. By default,
-        these are all modules which add tensors in their own forward, of nested ones the outermost.
+        these are all modules which add tensors in their own forward, of nested ones the outermost, but not the whole
+        network, whatever it is wrapped in.
     layer_map, canonizers:
         See :py:class:`ResNetLRP`.
 
@@ -315,6 +328,7 @@ class BlockLRP(_LayerMap):
         settings = {'epsilon': epsilon, 'mode': mode, 'form': 'gradient'}
         self.block_rule = BlockEpsilon(**settings)
         self.any_rule = BlockEpsilon(**settings, is_block=None)
+        self.whole = ()
         super().__init__(
             [
                 (torch.nn.Linear, BlockEpsilon(**settings, with_bias=False)),
@@ -334,6 +348,7 @@ class BlockLRP(_LayerMap):
                     f'blocks: there is no module {missing[0]!r} in the {type(module).__name__}, its modules are named '
                     f'as in {", ".join(repr(name) for name in list(names)[1:4])}, ... (model.named_modules())'
                 )
+        self.whole = _names_of_whole(module)
         super().register(module)
 
     def mapping(self, ctx, name, module):
@@ -343,5 +358,5 @@ class BlockLRP(_LayerMap):
         if self.find_block is not None and self.find_block(name, module):
             return self.block_rule
         is_own = not type_before_parametrizations(module).__module__.startswith('torch.nn.')
-        any_rule = self.any_rule if is_own and self.find_block is None else None
+        any_rule = self.any_rule if is_own and self.find_block is None and name not in self.whole else None
         return super().mapping(ctx, name, module) or any_rule

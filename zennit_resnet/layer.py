@@ -130,6 +130,14 @@ class NonNegativeMap(AveragePool):
     examples = None
 
 
+class NonNegativeProduct(NonNegativeMap):
+    '''Product with constants without negative values, as those of attention. Its function takes a ``part`` of these.'''
+
+    def add_up(self, input):
+        '''Sums of all that the constants may weight.'''
+        return self.function(input, part=torch.ones_like)
+
+
 class Signed:
     '''Linear map with weights of both signs, other than convolutions and fully connected layers.'''
     def linear(self, input, part):
@@ -239,6 +247,10 @@ class WeightedMap(_Product, NonNegativeMap):
     Rules are those of :py:class:`NonNegativeMap`, whatever the signs are: these may differ between examples of a batch.
     '''
     label = 'weighted_map'
+
+    def add_up(self, input):
+        '''Sums of all that the constant may weight.'''
+        return self.product(input, torch.ones_like(self.weight, dtype=input.dtype))
 
     def linear(self, input, part):
         # weights of a map without negative ones count as they are where rules take others for those of a layer

@@ -40,7 +40,8 @@ def trace(model, composite, input, output=None, rule_dtype=None):
         :py:func:`~zennit_resnet.attribution.select_output`.
     rule_dtype: :py:obj:`torch.dtype`, optional
         With :py:obj:`torch.bfloat16`, convolutions and products with weights compute in it that are part of rules, and
-        not of the network itself, which is faster on devices that have it. The output is the same, relevance has errors of about a thousandth.
+        not of the network itself, which is faster on devices that have it. The output is the same, relevance has errors
+        of about a thousandth.
 
     Returns
     -------

@@ -11,7 +11,7 @@ from zennit.composites import EpsilonPlusFlat
 
 from zennit_resnet import GammaLRP, ResNetLRP, initial_relevance, with_splitting
 from zennit_resnet.canonizers import ResidualCanonizer
-from zennit_resnet.layer import Gate, MatrixProduct, NonNegativeMap, Product, Softmax
+from zennit_resnet.layer import Gate, MatrixProduct, NonNegativeProduct, Product, Softmax
 from zennit_resnet.rules import HalfEach, SignalTakesAll, SoftmaxTaylor
 from zennit_resnet.tracing import trace
 
@@ -315,7 +315,7 @@ def test_surrogates(build):
     with Gradient(model=model, composite=build()) as attributor:
         output, relevance = attributor(x, initial_relevance([1, 2]))
         kinds = {name: type(module) for name, module in model.named_modules()}
-    assert kinds['matrix_product'] is MatrixProduct and kinds['nonnegative_map'] is NonNegativeMap
+    assert kinds['matrix_product'] is MatrixProduct and kinds['nonnegative_map'] is NonNegativeProduct
     assert close(output.detach(), expected) and relevance.isfinite().all()
 
 
@@ -370,6 +370,32 @@ def test_rejected():
         for kind in (ResNetLRP, ResidualCanonizer):
             with pytest.raises(ValueError, match=next(iter(settings.values()))):
                 kind(**settings)
+
+
+class Muted(nn.Module):
+    '''Attention in which the first token weights nothing.'''
+    def __init__(self, weights):
+        super().__init__()
+        torch.manual_seed(0)
+        self.weights, self.qkv, self.head = weights, nn.Linear(4, 12), nn.Linear(4, 3)
+
+    def forward(self, x):
+        '''Logits of tokens (batch, tokens, 4).'''
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4)).permute(2, 0, 1, 3).unbind(0)
+        mask = torch.arange(x.shape[1]).clamp(max=1).to(x)[:, None]
+        return self.head((self.weights(q @ k.mT) * mask @ v).mean(1))
+
+
+@pytest.mark.parametrize('weights', [lambda w: w.softmax(-1), torch.tanh], ids=['softmax', 'tanh'])
+def test_nothing_weighted(weights):
+    '''Relevance of a token that weights nothing goes evenly to those that it might weight, also where images moved.'''
+    model, x = Muted(weights).double().eval(), torch.randn(2, 2, 4).double()
+    output, relevance = explain(model, x, ResNetLRP())
+    alone = [explain(model, x[num:num + 1], ResNetLRP(), [num + 1])[1] for num in (0, 1)]
+    assert_close(relevance, torch.cat(alone))
+    assert_close(relevance.sum((1, 2)), torch.ones(2).double())
+    _, traced = trace(model, ResNetLRP(), x)(x, torch.eye(3).double()[[1, 2]])
+    assert_close(traced, relevance)
 
 
 # -- recurrence --------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from zennit.attribution import Gradient
 from zennit.composites import COMPOSITES
 
 from zennit_resnet import BlockEpsilon, BlockLRP, initial_relevance
+from zennit_resnet.attribution import SelectOutput
 
 
 @pytest.mark.parametrize('arrays, settings, case', golden_cases('layer_*', 'eq1'))
@@ -191,6 +192,33 @@ def test_closed_form(nested):
         result, relevance = attributor(input.detach().clone(), initial_relevance(2))
     assert torch.equal(result, output)
     assert relative_error(relevance, expected) < 1e-10
+
+
+class Adding(torch.nn.Module):
+    '''A network that adds in its own forward, before its classifier.'''
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 4, 3, padding=1)
+        self.fc = torch.nn.Linear(4, 3)
+
+    def forward(self, x):
+        '''Logits.'''
+        hidden = self.first(x).relu()
+        return self.fc((hidden + self.second(hidden)).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize('wrap', [
+    torch.nn.Sequential, lambda net: SelectOutput(net, lambda output: output), torch.nn.DataParallel,
+    lambda net: torch.nn.Sequential(torch.nn.Identity(), torch.nn.Sequential(net)),
+])
+def test_whole_network(wrap):
+    '''A network is no block, whatever it is wrapped in: the bias of its classifier is left out of the denominator.'''
+    maps, x = [], torch.randn(2, 3, 6, 6).double()
+    for model in (Adding(), wrap(Adding())):
+        with Gradient(model=model.double().eval(), composite=BlockLRP()) as attributor:
+            maps.append(attributor(x, initial_relevance([0, 1], contrast='softmax'))[1])
+    assert torch.equal(*maps)
 
 
 def test_batch_and_integrity():

@@ -4,7 +4,7 @@ import math
 import torch
 
 from .._compat import body_of, project, softmax_dim
-from ..layer import NonNegativeMap, Softmax
+from ..layer import NonNegativeProduct, Softmax
 from .functions import FunctionCall, run_twin, with_values
 
 
@@ -53,7 +53,7 @@ def scaled_dot_product(canonizer, call, function):
         exact, weights = function(), _weights(given)
     value = _repeat(given, 'value')
     product = FunctionCall(torch.matmul, function.name, (weights, value), {}, [value])
-    return with_values(canonizer.run(call, NonNegativeMap, product, examples=None), exact)
+    return with_values(canonizer.run(call, NonNegativeProduct, product), exact)
 
 
 def _weights(given):

@@ -78,21 +78,28 @@ class FunctionCall(NamedTuple):
         return map_tensors(lambda elem: replacements.get(id(elem), elem), (self.args, self.kwargs))
 
     def rebind(self, *tensors):
-        '''The call as a function of tensors, by default those that carry relevance, without a reference to any.'''
+        '''The call as a function of tensors, by default those that carry relevance, without a reference to any.
+
+        With ``part``, a function of each element, constants of floating point are those that it makes of them.
+        '''
         func, tensors = self.func, tensors or self.active
         slots = {id(elem): _Slot(num) for num, elem in enumerate(tensors)}
         # the network may change constants in place before a rule runs the function again
         given = map_tensors(lambda elem: slots.get(id(elem)) or KeptWeight(elem), (self.args, self.kwargs))
         precision = _precision(tensors[0])
 
-        def function(*tensors):
+        def function(*tensors, part=None):
             dtype, is_other = tensors[0].dtype, _precision(tensors[0]) != precision
 
             def bound(elem):
                 if isinstance(elem, _Slot):
                     return tensors[elem.place]
+                values = elem.values
+                if not values.is_floating_point():
+                    return values
                 # rules run in single precision where the network runs in half precision
-                return elem.values.to(dtype) if is_other and elem.values.is_floating_point() else elem.values
+                values = values.to(dtype) if is_other else values
+                return values if part is None else part(values)
 
             args, kwargs = map_tensors(bound, given, (KeptWeight, _Slot))
             return func(*args, **kwargs)

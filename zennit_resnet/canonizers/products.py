@@ -17,6 +17,7 @@ from ..layer import (
     LinearMap,
     MatrixProduct,
     NonNegativeMap,
+    NonNegativeProduct,
     Product,
     Resampling,
     WeightedMap,
@@ -134,7 +135,7 @@ def _product_of_weights(canonizer, call, function, run, is_sum=True):
         function = function.keep(signal)
         constants = [elem for elem in function.tensors() if elem is not signal]
         if is_sum and is_positive:
-            return canonizer.run(call, NonNegativeMap, function, examples=None)
+            return canonizer.run(call, NonNegativeProduct, function)
         return run(function, signal, constants, WeightedMap if gates else LinearMap)
     if len(function.active) == 2:
         return canonizer.run(call, MatrixProduct, function.distinct())

@@ -11,7 +11,7 @@ from .._autograd import is_first, is_non_negative
 from .._compat import has_values, version_of
 from .._weights import is_plain
 from ..arguments import as_bound, check_bounds, check_choice, check_inside, check_stabilizer, spread_bound
-from ..layer import FullyConnected, NonNegativeMap, Signed, Subsampling, linear
+from ..layer import FullyConnected, NonNegativeMap, NonNegativeProduct, Signed, Subsampling, WeightedMap, linear
 from . import _linear_maps as maps
 from ._linear_maps import LARGE
 from .base import SinglePass
@@ -399,8 +399,13 @@ class ZPlus(SinglePass):
             return lower if module.groups == 1 else lower.repeat_interleave(in_channels, 1)
         if isinstance(module, (NonNegativeMap, Signed)):
             lost = relevance.where(is_empty, 0.)
-            if not has_values(lost) or bool(lost.any()):
-                lower = lower + share_among_images(module, lost, torch.ones_like(input), transpose)
+            if has_values(lost) and not bool(lost.any()):
+                return lower
+            if isinstance(module, (NonNegativeProduct, WeightedMap)):
+                # no weight is left of what it sums up
+                count, back = maps.with_adjoint(module.add_up, torch.ones_like(input))
+                return lower + back(lost / count)
+            lower = lower + share_among_images(module, lost, torch.ones_like(input), transpose)
         return lower
 
 
