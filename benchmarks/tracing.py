@@ -74,7 +74,9 @@ def main():
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    model = torchvision.models.get_model(args.model, weights=None).eval().requires_grad_(False)
+    model = torchvision.models.get_model(args.model, weights=None).eval()
+    # else the compiler has the gradients of weights computed, too; frozen, those of transformers take longer
+    model.requires_grad_(not args.compile)
     for size in args.sizes:
         for batch in args.batches:
             input = torch.randn(batch, 3, size, size)

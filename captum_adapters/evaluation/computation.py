@@ -140,7 +140,7 @@ class Computation:
     def run_method(self, method: Method, batch: Batch, heatmaps: bool) -> list[Record]:
         """Explain images by a method, and measure that, with small maps if asked for.
 
-        It is a `RunError` if the method can not be used at all, or memory is short.
+        It is a `RunError` if the method cannot be used at all, or memory is short.
         """
         names = batch.names
         try:
@@ -234,7 +234,7 @@ def _describe_error(error: Exception) -> str:
 
 
 def failure(method: Method, batch: Batch, error: Exception) -> RunError:
-    """A method that can not be used."""
+    """A method that cannot be used."""
     return RunError(
         f"{method.text} fails on {batch.names[0]} ({_describe_error(error)}): leave it out"
         " of --methods, or change its options"

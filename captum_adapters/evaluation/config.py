@@ -215,7 +215,7 @@ def make_evaluation(given: dict[str, Any]) -> Evaluation:
     """Combine fields of :class:`Evaluation`, `None` if not given, with presets.
 
     Raises:
-        ValueError: If a preset is unknown, or two can not be run together, or `data` or
+        ValueError: If a preset is unknown, or two cannot be run together, or `data` or
                 `out` is missing.
     """
     given = {name: value for name, value in given.items() if value not in (None, ())}

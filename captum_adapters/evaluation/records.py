@@ -226,7 +226,7 @@ def read_run(folder: Path) -> Run:
             messages.append(
                 f"{name} is damaged ({error}): the command of the run computes it again"
             )
-    # of files that were replaced by what can not be read
+    # of files that were replaced by what cannot be read
     stale = {name for name, sample in samples.items() if sample.problem is not None}
     return Run(folder, settings, dict(sorted(samples.items())), *_join(tables, stale), messages)
 

@@ -109,7 +109,7 @@ def evaluate(
         Progress: What remains, which is nothing after an evaluation by a single process.
 
     Raises:
-        RunError: If the folder holds another run, or can not be written.
+        RunError: If the folder holds another run, or cannot be written.
         ValueError: If a name or a value is wrong. The message is a single line.
     """
     process = Process.current() if process is None else process
@@ -215,7 +215,7 @@ class Loop:
             elif files and sample.label != record.label:
                 changed.append(number)
             elif files and stamp != stamp_of(sample):
-                # what is not there now can not be compared
+                # what is not there now cannot be compared
                 there = sample.mask is None or sample.mask.exists()
                 if there and content_of(sample) not in (None, record.content):
                     changed.append(number)
@@ -299,7 +299,7 @@ class Loop:
         """Compute all records of this process that are not there yet."""
         computation = None
         if not Path(self.evaluation.out, SETTINGS).exists():
-            # what can not be prepared leaves no run that the next one differs from
+            # what cannot be prepared leaves no run that the next one differs from
             computation = self.prepare()
         self._open(write=True)
         batches = range(len(self.batches))

@@ -152,7 +152,7 @@ def _folder_names(runs: Sequence[Run]) -> list[str]:
     while len({path[-count:] for path in paths}) < len(set(paths)):
         count += 1
     names = ["/".join(path[-count:]) for path in paths]
-    # bytes that are no text can not be drawn
+    # bytes that are no text cannot be drawn
     return [name.encode(errors="backslashreplace").decode() for name in names]
 
 
@@ -205,7 +205,7 @@ def group_runs(
             data = () if _same_data(first, members[0]) else ("data", "layout")
             what = _differences(first, members[0], (*data, *COMPARABLE))
             warnings.append(
-                f"Rows of {name} can not be compared with those of {groups[0].name}: the"
+                f"Rows of {name} cannot be compared with those of {groups[0].name}: the"
                 f" runs differ in {what}."
             )
     return groups

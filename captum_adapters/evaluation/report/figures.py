@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # Methods and images of a montage
 MONTAGE = 8
 IMAGES = 6
-# more curves than these can not be told apart
+# more curves than these cannot be told apart
 CURVES = 10
 # Relevance against the class from blue to cyan, for it from red to yellow, as in
 # :func:`zennit_resnet.image.draw_overlay`, which loads PyTorch
