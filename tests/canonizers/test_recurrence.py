@@ -172,6 +172,30 @@ def test_cells(cell, kind):
     assert torch.allclose(relevance, expected)
 
 
+def test_keywords():
+    '''Arguments of functions may be given by name.'''
+    class Named(nn.Module):
+        '''Two steps of a cell as a function.'''
+        def __init__(self, function):
+            super().__init__()
+            torch.manual_seed(0)
+            self.function, self.cell = function, nn.GRUCell(3, 4)
+
+        def forward(self, x):
+            '''Logits.'''
+            state = x.new_zeros(len(x), 4)
+            for step in x[:, :2].unbind(1):
+                state = self.function(self.cell, step, state)
+            return state
+
+    x = sequences()
+    _, expected = explain(Named(lambda cell, step, state: cell(step, state)).double().eval(), x, ResNetLRP())
+    _, relevance = explain(Named(lambda cell, step, state: torch.gru_cell(
+        step, hx=state, w_ih=cell.weight_ih, w_hh=cell.weight_hh, b_hh=cell.bias_hh, b_ih=cell.bias_ih,
+    )).double().eval(), x, ResNetLRP())
+    assert torch.equal(relevance, expected)
+
+
 @pytest.mark.parametrize('kind', KINDS)
 def test_state_from_input(kind):
     '''A layer that starts from features of the input, and reads constants.'''

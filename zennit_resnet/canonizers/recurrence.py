@@ -84,7 +84,9 @@ CELLS = {
 
 def one_step(canonizer, call, function):
     '''A single step of a recurrence, of ``torch.nn.LSTMCell`` and others.'''
-    input, state, *weights = function.args
+    names = 'input', 'hx', 'w_ih', 'w_hh', 'b_ih', 'b_hh'
+    given = {'b_ih': None, 'b_hh': None, **function.bind(*names)}
+    input, state, *weights = (given[key] for key in names)
     is_pair = function.name == 'lstm_cell'
     cell = CELLS[function.name.removesuffix('_cell')](*(elem for elem in weights if elem is not None))
     return _exactly(canonizer, function, lambda: cell(input, state if is_pair else (state,)), is_pair)
@@ -92,9 +94,11 @@ def one_step(canonizer, call, function):
 
 def all_steps(canonizer, call, function):
     '''All steps of a recurrence, of ``torch.nn.LSTM`` and others.'''
-    if isinstance(function.args[3], (list, tuple)):
+    names = 'input', 'hx', 'params', 'has_biases', 'num_layers', 'dropout', 'train', 'bidirectional', 'batch_first'
+    given = function.bind(*names)
+    if 'batch_sizes' in given or isinstance(given['has_biases'], (list, tuple)):
         return canonizer.refuse(call, function, 'its sequences are packed: give padded ones')
-    input, state, weights, _, num_layers, dropout, is_training, is_bidirectional, batch_first = function.args
+    input, state, weights, _, num_layers, dropout, is_training, is_bidirectional, batch_first = map(given.get, names)
     if dropout and is_training and num_layers > 1:
         return canonizer.refuse(call, function, 'its dropout is that of training: call model.eval()')
     states = list(zip(*(elem.unbind(0) for elem in (state if function.name == 'lstm' else (state,)))))
@@ -123,9 +127,11 @@ def all_steps(canonizer, call, function):
 def _exactly(canonizer, function, twin, is_tuple):
     '''Run the twin of a function that returns one or several tensors, with the values of the function.'''
     # the last bits depend on whether weights need a gradient, as they do outside
-    args = map_tensors(lambda elem: elem.detach().requires_grad_(elem.is_floating_point()), function.args)
+    args, kwargs = map_tensors(
+        lambda elem: elem.detach().requires_grad_(elem.is_floating_point()), (function.args, function.kwargs)
+    )
     with torch.no_grad():
-        exact = function._replace(args=args)()
+        exact = function.func(*args, **kwargs)
     with canonizer.interception:
         outputs = twin()
     outputs = tuple(with_values(*elem) for elem in zip(outputs, exact if is_tuple else (exact,)))
