@@ -114,7 +114,9 @@ def _cluster_index(clusters: Clusters, size: int) -> NDArray[np.int64]:
             f" shape {labels.shape}."
         )
     kinds = {isinstance(label, str) for label in clusters}
-    if labels.dtype == object or len(kinds) > 1:
+    # all NaN would be the same cluster
+    is_nan = labels.dtype.kind == "f" and np.isnan(labels).any()
+    if labels.dtype == object or len(kinds) > 1 or is_nan:
         raise TypeError(
             f"clusters must all be numbers or all be names, but are {[*clusters][:5]}:"
             " give examples without a cluster one of their own."
@@ -326,12 +328,18 @@ def _differences(
 ) -> NDArray[np.float64]:
     """Paired differences. Magnitudes that only rounding of the scores tells apart are
     made equal, those near to zero zero, as signs and ranks would tell them apart."""
-    differences = scores - others
-    rounding = 1e-12 * np.abs([scores, others]).max(initial=0)
-    sizes, places = np.unique(np.abs(differences), return_inverse=True)
-    new = np.diff(sizes, prepend=0) > rounding
-    equal = np.append(0, sizes[new])[new.cumsum()]
-    return np.sign(differences) * equal[places]
+    differences, magnitudes = scores - others, np.abs([scores, others])
+    # not the largest score of all, as an outlier would hide the differences of others
+    typical = np.median(magnitudes) if magnitudes.size else 0
+    rounding = 1e-12 * magnitudes.max(0).clip(typical)
+    sizes = np.where(np.abs(differences) > rounding, np.abs(differences), 0)
+    order = np.argsort(sizes, kind="stable")
+    ordered, rounding = sizes[order], rounding[order]
+    new = np.ones(len(sizes), dtype=bool)
+    new[1:] = np.diff(ordered) > np.maximum(rounding[1:], rounding[:-1])
+    new[1:] |= (ordered[:-1] == 0) & (ordered[1:] > 0)
+    sizes[order] = ordered[new][new.cumsum() - 1]
+    return np.sign(differences) * sizes
 
 
 def _describe(
@@ -343,10 +351,8 @@ def _describe(
         names = "mean", "baseline_mean", "difference", "effect_size", "rank_biserial"
         return dict.fromkeys(names, math.nan)
     deviation = differences.std(ddof=1) if len(scores) > 1 else math.nan
-    # the same difference everywhere, but for the scores' rounding, has no standard
-    # deviation to compare with
-    rounding = 1e-12 * max(np.abs(scores).max(), np.abs(others).max())
-    effect = differences.mean() / deviation if deviation > rounding else math.nan
+    # the same difference everywhere has no standard deviation to compare with
+    effect = differences.mean() / deviation if np.ptp(differences) else math.nan
     ranks = _signed_ranks(differences)
     weight = np.abs(ranks).sum()
     return {

@@ -116,8 +116,11 @@ class _PerExample(Metric, Generic[Result]):
         _check_numbers(chosen)
         self.options = chosen
         self.fields = getattr(self.result_type, "_fields", ("values",))
-        # MetricCollection takes metrics with equal states for the same metric
-        settings = torch.tensor(zlib.crc32(repr(chosen).encode()))
+        # MetricCollection takes metrics with equal states for the same metric. The text of
+        # a large tensor leaves most of it out.
+        given = [(key, as_argument(value, key)) for key, value in chosen.items()]
+        given = [(key, v.tolist() if isinstance(v, Tensor) else v) for key, v in given]
+        settings = torch.tensor(zlib.crc32(repr(given).encode()))
         self.add_state("settings", settings, dist_reduce_fx="max")
         for name in ("sample_ids", *self.fields):
             self.add_state(name, [], dist_reduce_fx="cat")

@@ -179,6 +179,12 @@ def test_wilcoxon(rng):
     scores[0] = -50
     assert one(scores, others).p_value > 0.5
     assert one(scores, others, test='wilcoxon').p_value < 0.05
+    # nor does one that is so large that it has no digits for what others differ by
+    for last in (1e15, 1.5e15):
+        wide, wider = np.append(others, 1e15), np.append(scores, last)
+        expected = stats.wilcoxon(wider - wide).pvalue
+        result = one(wider, wide, test='wilcoxon')
+        assert result.p_value == pytest.approx(expected) and not math.isnan(result.effect_size)
 
 
 def test_effects():
@@ -216,9 +222,11 @@ def test_rounding(test):
     assert rounded.rank_biserial == exact.rank_biserial and rounded.p_value == exact.p_value
     # small scores differ by more
     assert one([3e-20, 4e-20, 6e-20], [1e-20, 2e-20, 1e-20], test=test).rank_biserial == 1
+    # unless they are what is left of larger numbers
+    assert one([0.5 - 0.4 - 0.1, 0.5, 0.6], [0., 0.5, 0.4], test=test).rank_biserial == 1
 
 
-@pytest.mark.parametrize('clusters', [[None, 'a', 'a'], ['1', 1, 1], [0, None, 1]])
+@pytest.mark.parametrize('clusters', [[None, 'a', 'a'], ['1', 1, 1], [0, None, 1], [0, math.nan, math.nan]])
 def test_mixed_clusters(clusters):
     '''Names are not numbers, and what has no name is in no cluster.'''
     with pytest.raises(TypeError, match='clusters must all be numbers or all be names'):

@@ -132,6 +132,33 @@ def test_collection():
     assert not torch.equal(results['signed'].scores.share, results['mask_pointing'].scores.share)
 
 
+@pytest.mark.parametrize('convert', [torch.clone, torch.Tensor.numpy, lambda fill: (fill,)])
+def test_collection_large_options(convert):
+    '''Nor metrics with large tensors as options, of which the text shows but the corners.'''
+    fills = torch.zeros(2, 1, 1, 40, 40)
+    fills[1, ..., 15:25, 15:25] = 9
+    collection = torchmetrics.MetricCollection({
+        str(number): accumulate.PixelAccuracyMetric(percents=[1], baselines=convert(fill))
+        for number, fill in enumerate(fills)
+    })
+    # the class is whether the image is bright, which the whole first batch is
+    images = torch.cat([torch.full((2, 1, 40, 40), 99.), torch.zeros(2, 1, 40, 40)])
+    maps = torch.rand(4, 40, 40)
+    maps[:, 15:25, 15:25] = -0.1
+
+    def bright(images):
+        total = images.sum((1, 2, 3))
+        return torch.stack([total * 0 + 1, total], 1)
+
+    for rows in torch.arange(4).split(2):
+        collection.update(
+            sample_ids=rows, forward_func=bright, inputs=images[rows], attributions=maps[rows], target=[1, 1]
+        )
+    found = collection.compute()
+    assert found['0'].scores.predictions[:, 0].tolist() == [1, 1, 0, 0]
+    assert found['1'].scores.predictions[:, 0].tolist() == [1, 1, 1, 1]
+
+
 def test_image_sizes():
     '''Numbers of pixels of images of different sizes are told for each.'''
     metric = accumulate.MaskPointingMetric(percents=(10, 50))
