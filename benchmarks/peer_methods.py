@@ -212,7 +212,7 @@ def _as_it_was(*classes):
                     setattr(each, key, value)
 
 
-def _lxt(model, classifier, gamma=None):
+def lxt(model, classifier, gamma=None):
     '''LXT for torchvision's transformers: gradient times input with patched classes, gamma rules by patched Zennit.'''
     from lxt.efficient import monkey_patch, monkey_patch_zennit
     from torchvision.models import vision_transformer
@@ -304,6 +304,6 @@ METHODS = {
     'torch-cam ScoreCAM': Peer(_score_cam, None, 'torchcam', CNN),
     'RISE': Peer(_rise, None, 'captum_adapters', ALL),
     # patches classes of torch.nn, and with gamma of Zennit, for the whole process; taken back here
-    'LXT': Peer(_lxt, 'logit', 'lxt', frozenset((TRANSFORMER,))),
-    'LXT, gamma': Peer(partial(_lxt, gamma=(.25, .05)), 'logit', 'lxt', frozenset((TRANSFORMER,))),
+    'LXT': Peer(lxt, 'logit', 'lxt', frozenset((TRANSFORMER,))),
+    'LXT, gamma': Peer(partial(lxt, gamma=(.25, .05)), 'logit', 'lxt', frozenset((TRANSFORMER,))),
 }

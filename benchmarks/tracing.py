@@ -37,6 +37,10 @@ def variants(model, name, input, start, args):
     if args.bfloat16:
         rounded = trace(model, composite(), input, rule_dtype=torch.bfloat16)
         found['bfloat16'] = lambda: rounded(input, start)
+    if args.lxt:
+        from peer_methods import lxt
+        explain, targets = lxt(model, None), start.argmax(1)
+        found['LXT'] = lambda: explain(input, targets)
     if args.compile:
         compiled = torch.compile(traced, fullgraph=True, options={'freezing': args.freezing})
         found['compiled'] = lambda: compiled(input, start)
@@ -69,6 +73,7 @@ def main():
     parser.add_argument('--compile', action='store_true', help='takes minutes')
     parser.add_argument('--freezing', action='store_true', help='have the compiler repack weights')
     parser.add_argument('--bfloat16', action='store_true', help='also trace with rules in bfloat16')
+    parser.add_argument('--lxt', action='store_true', help='also LXT, for transformers of torchvision')
     parser.add_argument('--memory', action='store_true', help='print peak memory in place of time')
     args = parser.parse_args()
 
