@@ -266,7 +266,9 @@ def test_changed_file(assets, tmp_path, capsys, change, batches):
     assert_same(result, run(assets, tmp_path / 'fresh', **options))
 
 
-@pytest.mark.parametrize('change', [lambda path: path.write_bytes(b''), lambda path: shutil.copy(path.with_name('0.png'), path)])
+@pytest.mark.parametrize('change', [
+    lambda path: path.write_bytes(b''), lambda path: shutil.copy(path.with_name('0.png'), path),
+], ids=['damaged', 'image'])
 def test_changed_and_changed_back(assets, tmp_path, monkeypatch, change):
     '''Records of a file that was another one for a while are not left, although the run was interrupted meanwhile.'''
     folder = tmp_path / 'images'
