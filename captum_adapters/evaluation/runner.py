@@ -366,20 +366,20 @@ class Loop:
                 (old.content, old.label) != (new.content, new.label)
                 for old, new in zip(known[0], samples)
             )
-        if known is None and not again:
+        if again:
+            # first, so that an interruption leaves none of them beside other files
+            store.remove_records(batch)
+        if known is None or again:
             store.write_samples(batch, samples, stamps)
         heatmaps = numbers[0] < self.evaluation.pictures
         for method in self.methods:
-            if not again and store.has(batch, method.text):
+            if store.has(batch, method.text):
                 continue
             if images is not None:
                 self.process.check()
                 records = computation.run_method(method, images, heatmaps)
                 store.write_records(batch, method.text, records)
             bar.update(len(numbers))
-        if again:
-            # at the end, so that an interruption makes it be computed again
-            store.write_samples(batch, samples, stamps)
         computation.shared.clear()
 
     def _describe(

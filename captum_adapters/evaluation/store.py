@@ -211,6 +211,15 @@ class Store:
                 row["picture"] = base64.b64encode(row["picture"]).decode()
         _write(self._samples(batch), json.dumps(rows).encode())
 
+    def remove_records(self, batch: int) -> None:
+        """Remove the records of a batch by all methods, else a `RunError`."""
+        self._sound = {each for each in self._sound if each[0] != batch}
+        for path in self.records.glob(f"{batch:05d}-*.zlib"):
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise RunError(f"cannot remove {path} ({reason_of(error)})") from error
+
     def write_records(self, batch: int, method: str, records: Sequence[Record]) -> None:
         """Write the records of a batch by a method, else a `RunError`."""
         columns = union(record.scores for record in records)

@@ -266,6 +266,33 @@ def test_changed_file(assets, tmp_path, capsys, change, batches):
     assert_same(result, run(assets, tmp_path / 'fresh', **options))
 
 
+@pytest.mark.parametrize('change', [
+    lambda path: path.write_bytes(b''), lambda path: shutil.copy(path.with_name('0.png'), path),
+], ids=['damaged', 'image'])
+def test_changed_and_changed_back(assets, tmp_path, monkeypatch, change):
+    '''Records of a file that was another one for a while are not left, although the run was interrupted meanwhile.'''
+    folder = tmp_path / 'images'
+    shutil.copytree(assets / 'images' / 'circle', folder)
+    options = {'data': str(folder), 'methods': ('sobel', 'random'), 'controls': False, 'batch_size': 2}
+    expected = run(assets, tmp_path / 'run', **options)
+    content = (folder / '1.png').read_bytes()
+    change(folder / '1.png')
+    original, calls = computation.measure, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(computation, 'measure', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(assets, tmp_path / 'run', **options)
+    (folder / '1.png').write_bytes(content)
+    monkeypatch.undo()
+    assert_same(run(assets, tmp_path / 'run', **options), expected)
+
+
 def test_replaced_by_damaged_file(assets, tmp_path):
     '''There are no records of an image that is none now, until it is there again.'''
     folder = tmp_path / 'images'
