@@ -40,9 +40,9 @@ def add(canonizer, call, function):
     factor, sign = factors if left is signal else factors[::-1]
     # the gradient of adding a constant passes all relevance on
     output = function() if factor == 1 else canonizer.run(call, Gate, function)
-    if isinstance(constant, torch.Tensor) and any(
+    if isinstance(constant, torch.Tensor) and (constant.layout is not torch.strided or any(
         length > 1 and step for length, step in zip(constant.shape, constant.stride())
-    ):
+    )):
         note_vector(output.grad_fn)
     if found is not None:
         shift = constant if sign == 1 else constant * sign
