@@ -39,6 +39,8 @@ def _common_positions(
     if positions.ndim == 2 and (positions == positions[0]).all():
         positions = positions[0]
     elif positions.ndim == 2:
+        rows = np.argsort(positions, 1, kind="stable")
+        curves, positions = (np.take_along_axis(each, rows, 1) for each in (curves, positions))
         grid = np.linspace(positions.min(), positions.max(), GRID_POINTS)
         curves = np.stack([np.interp(grid, *each) for each in zip(positions, curves)])
         positions = grid

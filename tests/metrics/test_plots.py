@@ -84,6 +84,10 @@ def test_curves_positions():
     x, y = axes.get_lines()[0].get_data()
     expected = (np.minimum(x / 0.2, 1) + np.maximum((x - 0.6) / 0.4, 0)) / 2
     assert y == pytest.approx(expected)
+    # in any order of points
+    order = [2, 0, 1]
+    shuffled = plot_curves({'linear': curves[:, order]}, positions[:, order], confidence=None).get_lines()[0]
+    assert shuffled.get_ydata() == pytest.approx(2 * shuffled.get_xdata() + 1, abs=1e-6)
     same = plot_curves({'same': curves}, positions[:1].expand(2, 3), confidence=None).get_lines()[0]
     assert same.get_xdata().tolist() == pytest.approx([0, 0.2, 1])
 
