@@ -123,8 +123,9 @@ class LayerRelevance(CompositeAttribution, LayerAttribution):
 
             - **attributions** (*Tensor* or *tuple[Tensor]*):
                     Relevance of the shape of the layer's output (or input), or a tuple
-                    if it has several. It is zero where none arrives, as for the inner
-                    layers of a gate.
+                    if it has several. One that is given several times, as to attention,
+                    counts once. It is zero where none arrives, as for the inner layers
+                    of a gate.
             - **delta** (*Tensor*, returned if return_convergence_delta=True):
                     Initial relevance minus the sum of relevance, of shape (batch,). It
                     is near zero for layers through which all relevance passes, if the
@@ -372,8 +373,9 @@ def _memory(tensor: Tensor) -> int:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """All floating point tensors in inputs or outputs of a module."""
-    return [elem for elem in tensors_of(value) if elem.is_floating_point()]
+    """All floating point tensors in inputs or outputs of a module, each once."""
+    found = {id(elem): elem for elem in tensors_of(value) if elem.is_floating_point()}
+    return [*found.values()]
 
 
 def _read_out(tensor: Tensor, with_factor: bool) -> ReadOut:

@@ -276,6 +276,9 @@ def randomization(
 
 def _randomize(parameter: Tensor, generator: torch.Generator) -> None:
     """Replace a parameter by normal random numbers of its mean and deviation."""
+    if parameter.is_complex():
+        for part in (parameter.detach().real, parameter.detach().imag):
+            _randomize(part, generator)
     if not parameter.is_floating_point():
         return
     values = parameter.detach().double().cpu()

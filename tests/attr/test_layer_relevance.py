@@ -310,6 +310,42 @@ def test_tuples():
     assert torch.equal(LayerRelevance(model, 'pair').attribute(x, 1, attribute_to_layer_input=True), total)
 
 
+def test_same_tensor():
+    '''What a layer takes or returns several times counts once.'''
+    class Same(torch.nn.Module):
+        '''Returns features twice.'''
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(6, 8)
+
+        def forward(self, x):
+            '''A tensor under two names.'''
+            x = self.linear(x)
+            return {'first': x, 'last': x}
+
+    class Model(torch.nn.Module):
+        '''Self-attention, with a skip connection.'''
+        def __init__(self):
+            super().__init__()
+            self.same = Same()
+            self.attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+            self.head = torch.nn.Linear(8, 4)
+
+        def forward(self, x):
+            '''Logits.'''
+            x = self.same(x)['first']
+            return self.head((x + self.attention(x, x, x)[0]).mean(1))
+
+    model, x = Model().double().eval(), torch.randn(2, 5, 6, dtype=torch.float64)
+    logits = model(x)[:, 1]
+    both, delta = LayerRelevance(model, 'same').attribute(x, 1, return_convergence_delta=True)
+    assert both.shape == (2, 5, 8) and torch.allclose(both.sum((1, 2)), logits) and delta.abs().max() < 1e-9
+    inside = LayerRelevance(model, 'attention').attribute(x, 1, attribute_to_layer_input=True)
+    skip, branch = LayerRelevance(model, 'addition').attribute(x, 1, attribute_to_layer_input=True)
+    assert inside.shape == both.shape and torch.allclose(skip + inside, both)
+    assert torch.allclose(inside.sum((1, 2)), branch.sum((1, 2)))
+
+
 def test_aliases():
     '''A module with several names has any of them.'''
     model, x = network(), images()

@@ -192,6 +192,18 @@ def test_moments():
     torch.set_rng_state(state)
 
 
+def test_complex():
+    '''Real and imaginary parts of complex parameters become random, each with its own mean and deviation.'''
+    model, seen = nn.Linear(300, 200, bias=False, dtype=torch.complex64), []
+    with torch.no_grad():
+        model.weight.copy_(torch.complex(2 + torch.randn(200, 300), 5 + 0.1 * torch.randn(200, 300)))
+    snapshot = Snapshot(model)
+    randomization(model, lambda model: seen.append(model.weight.detach().clone()) or torch.rand(1, 4, 4))
+    assert not torch.isclose(*seen).any()
+    assert abs(seen[1].mean() - 2 - 5j) < 0.02 and abs(seen[1].imag.std() - 0.1) < 0.01
+    snapshot.check()
+
+
 def test_reference_depths():
     '''Similarities are those to the map of the original network.'''
     model, inputs = network(), images()
