@@ -184,8 +184,12 @@ def _is_sigmoid(node, with_tanh):
 
 
 def _shifts(node):
-    '''Whether a function adds a number. A bias or an embedding of positions is no part of a sigmoid.'''
-    return stem_of(node) in SHIFT_NODES and len(parents_of(node)) == 1 and not adds_vector(node)
+    return stem_of(node) in SHIFT_NODES and _adds_number(node)
+
+
+def _adds_number(node):
+    '''Whether a sum adds a number. A bias or an embedding of positions is no part of a sigmoid.'''
+    return len(parents_of(node)) == 1 and not adds_vector(node)
 
 
 def _unscaled(node):
@@ -241,7 +245,7 @@ def _is_softplus(node):
 def is_one_more(node):
     '''Whether a function adds a number to an exponential: 1 + h.exp().'''
     node = _skip(node)
-    if _name_of(node) not in ('add', 'radd') or len(parents_of(node)) != 1 or adds_vector(node):
+    if _name_of(node) not in ('add', 'radd') or not _adds_number(node):
         return False
     return _is_exponential(_skip(parents_of(node)[0]))
 

@@ -91,10 +91,9 @@ def _unit_scores(
 def _accuracy(
     forward_func: Callable[..., Any], images: Tensor, scores: Tensor,
     percents: Percents, target: TargetType, additional_forward_args: object,
-    transform: Optional[Callable[[Tensor], Tensor]] = None, *, reference: str = "label",
-    baselines: BaselineType = 0, max_examples_per_batch: Optional[int] = None,
-    show_progress: bool = False, ties: str = "random", n_orders: int = 4, seed: int = 0,
-    sample_ids: SampleIds = None,
+    transform: Optional[Callable[[Tensor], Tensor]], *, reference: str,
+    baselines: BaselineType, max_examples_per_batch: Optional[int], show_progress: bool,
+    ties: str, n_orders: int, seed: int, sample_ids: SampleIds,
 ) -> PixelAccuracy:
     """Predictions for images that keep only the highest scores."""
     batch, total = len(images), scores[0].numel()
@@ -275,7 +274,7 @@ def pixel_accuracy(
     scores = _unit_scores(attributions, images, unit, absolute, interpolate)
     return _accuracy(
         forward_func, images, scores, percents, target, additional_forward_args,
-        reference=reference, baselines=baselines, show_progress=show_progress,
+        None, reference=reference, baselines=baselines, show_progress=show_progress,
         max_examples_per_batch=max_examples_per_batch, ties=ties, n_orders=n_orders,
         seed=seed, sample_ids=sample_ids,
     )
@@ -286,7 +285,10 @@ def cross_model_accuracy(
     percents: Percents = PERCENTS, target: TargetType = None,
     additional_forward_args: object = None, *, unit: str = "pixel",
     absolute: bool = True, transform: Optional[Callable[[Tensor], Tensor]] = None,
-    resize_selection: bool = False, **options: Any,
+    resize_selection: bool = False, reference: str = "label",
+    baselines: BaselineType = 0, max_examples_per_batch: Optional[int] = None,
+    show_progress: bool = False, ties: str = "random", n_orders: int = 4, seed: int = 0,
+    sample_ids: SampleIds = None,
 ) -> PixelAccuracy:
     """Accuracy of one network on the pixels that are relevant to another one.
 
@@ -306,8 +308,7 @@ def cross_model_accuracy(
         resize_selection (bool, optional): Whether attributions may have another height
             and width than inputs: a pixel of B's image is kept if the pixel of A's
             image at its center is. The share that is kept may differ by rounding.
-        forward_func, inputs, attributions, percents, ...: See :func:`pixel_accuracy`,
-            as for `**options`.
+        forward_func, inputs, attributions, percents, ...: See :func:`pixel_accuracy`.
 
     Returns:
         PixelAccuracy: As :func:`pixel_accuracy`, with counts of A's pixels or inputs.
@@ -329,5 +330,7 @@ def cross_model_accuracy(
     scores = _unit_scores(maps, frame, unit, absolute)
     return _accuracy(
         forward_func, images, scores, percents, target, additional_forward_args,
-        transform, **options,
+        transform, reference=reference, baselines=baselines, show_progress=show_progress,
+        max_examples_per_batch=max_examples_per_batch, ties=ties, n_orders=n_orders,
+        seed=seed, sample_ids=sample_ids,
     )

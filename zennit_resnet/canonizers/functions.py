@@ -184,13 +184,13 @@ def with_values(output, exact):
 
 
 def run_twin(canonizer, function, twin):
-    '''Run a function with the rules of another way to write it.'''
+    '''Run a function, of one tensor or a tuple of them, with the rules of another way to write it.'''
     with torch.no_grad():
         exact = function()
     # the canonizer sees what the twin does as if the network did it
     with canonizer.interception:
         output = twin()
-    return with_values(output, exact)
+    return tuple(map(with_values, output, exact)) if isinstance(output, tuple) else with_values(output, exact)
 
 
 def dims_of(input, dim):

@@ -40,14 +40,19 @@ def add(canonizer, call, function):
     factor, sign = factors if left is signal else factors[::-1]
     # the gradient of adding a constant passes all relevance on
     output = function() if factor == 1 else canonizer.run(call, Gate, function)
-    if isinstance(constant, torch.Tensor) and (constant.layout is not torch.strided or any(
-        length > 1 and step for length, step in zip(constant.shape, constant.stride())
-    )):
+    if _is_vector(constant):
         note_vector(output.grad_fn)
     if found is not None:
         shift = constant if sign == 1 else constant * sign
         canonizer.merge.note(found, signal, output, None if factor == 1 else factor, shift)
     return output
+
+
+def _is_vector(constant):
+    '''Whether a constant has several values, as far as its shape tells.'''
+    return isinstance(constant, torch.Tensor) and (constant.layout is not torch.strided or any(
+        length > 1 and step for length, step in zip(constant.shape, constant.stride())
+    ))
 
 
 def _is_sink(constant):

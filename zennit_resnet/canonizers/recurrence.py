@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from .._nested import map_tensors
-from .functions import with_values
+from .functions import run_twin
 
 
 class Affine:
@@ -87,9 +87,10 @@ def one_step(canonizer, call, function):
     names = 'input', 'hx', 'w_ih', 'w_hh', 'b_ih', 'b_hh'
     given = {'b_ih': None, 'b_hh': None, **function.bind(*names)}
     input, state, *weights = (given[key] for key in names)
-    is_pair = function.name == 'lstm_cell'
     cell = CELLS[function.name.removesuffix('_cell')](*(elem for elem in weights if elem is not None))
-    return _exactly(canonizer, function, lambda: cell(input, state if is_pair else (state,)), is_pair)
+    if function.name == 'lstm_cell':
+        return _run(canonizer, function, lambda: cell(input, state))
+    return _run(canonizer, function, lambda: cell(input, (state,))[0])
 
 
 def all_steps(canonizer, call, function):
@@ -121,21 +122,15 @@ def all_steps(canonizer, call, function):
             output = torch.cat(parts, -1) if is_bidirectional else parts[0]
         return output, *(torch.stack(elems) for elems in zip(*ends))
 
-    return _exactly(canonizer, function, twin, True)
+    return _run(canonizer, function, twin)
 
 
-def _exactly(canonizer, function, twin, is_tuple):
-    '''Run the twin of a function that returns one or several tensors, with the values of the function.'''
-    # the last bits depend on whether weights need a gradient, as they do outside
+def _run(canonizer, function, twin):
+    '''Run steps with the values of the function, whose last bits depend on whether weights need a gradient.'''
     args, kwargs = map_tensors(
         lambda elem: elem.detach().requires_grad_(elem.is_floating_point()), (function.args, function.kwargs)
     )
-    with torch.no_grad():
-        exact = function.func(*args, **kwargs)
-    with canonizer.interception:
-        outputs = twin()
-    outputs = tuple(with_values(*elem) for elem in zip(outputs, exact if is_tuple else (exact,)))
-    return outputs if is_tuple else outputs[0]
+    return run_twin(canonizer, function._replace(args=args, kwargs=kwargs), twin)
 
 
 def pad_sequence(sequences, batch_first=False, padding_value=0., padding_side='right'):
